@@ -1,0 +1,8 @@
+"""What the network is: modules and nothing else. No files are read here, and no diffusion maths is done.
+
+attention.py  softmax(q kᵀ / √d) v, and the layer around it
+blocks.py     the bricks: time embedding, ResBlock, transformer block, down- and upsampling
+unet.py       the denoiser
+vae.py        the autoencoder between pictures and latents
+text.py       CLIP's text tower: prompt -> (B, 77, D)
+"""

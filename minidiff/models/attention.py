@@ -1,0 +1,72 @@
+"""Attention, and the layer that the U-Net and the VAE build from it.
+
+    B batch   N heads   L query tokens   S key tokens   D width of one head   C = N·D channels
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff.errors import SettingsError, did_you_mean
+
+IMPLS = ("auto", "naive", "sdpa")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
+    """softmax(q kᵀ / √D) v: "Attention Is All You Need" (arXiv 1706.03762), eq. 1.
+
+    Takes q (B, N, L, D) and k, v (B, N, S, D) of any strides; gives (B, N, L, D). `impl` forces one way of computing
+    it: `naive` is the formula, `sdpa` PyTorch's fused kernels; `auto` picks.
+    """
+    if impl == "naive":
+        return naive_attention(q, k, v)
+    if impl in ("auto", "sdpa"):
+        return F.scaled_dot_product_attention(q, k, v)
+    raise SettingsError(f'attention impl "{impl}" is unknown; it is one of {", ".join(IMPLS)}.{did_you_mean(impl, IMPLS)}')
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Eq. 1 as it is written. Keeps all L·S weights of every head in memory, which is why nobody runs it."""
+    weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, N, L, S); each row sums to 1
+    return weights @ v
+
+
+class CrossAttention(nn.Module):
+    """Tokens look at a context: at each other (`context=None`, self-attention) or at the words of a prompt.
+
+    Called `attn1` (self) and `attn2` (cross) in SD's files. q, k and v have no bias there; the output projection has.
+    """
+
+    def __init__(self, width: int, context_width: int, heads: int, qkv_bias: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=qkv_bias)
+        self.to_k = nn.Linear(context_width, width, bias=qkv_bias)
+        self.to_v = nn.Linear(context_width, width, bias=qkv_bias)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list, because the files say `to_out.0`
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (B, L, C), context (B, S, C_context) -> (B, L, C)."""
+        context = x if context is None else context
+        q, k, v = (self.split_heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        merged = attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, L, D) -> (B, L, N·D)
+        return self.to_out[0](merged)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, L, N·D) -> (B, N, L, D); a view, nothing is copied."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class SpatialAttention(CrossAttention):
+    """The VAE's: self-attention over the cells of a feature map, one head, its norm and residual inside, biases on."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__(channels, channels, heads=1, qkv_bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        tokens = self.group_norm(x).flatten(2).mT  # (B, H·W, C)
+        return x + super().forward(tokens).mT.unflatten(-1, x.shape[-2:])

@@ -16,7 +16,7 @@ CLIP learned 48,894 merges from the text of the web; here some hundreds are lear
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -95,5 +95,5 @@ def _join(word: Word, pair: tuple[str, str]) -> Word:
     return tuple(pieces)
 
 
-def _write_json(path: Path, content: dict[str, object] | dict[str, int] | dict[str, str]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,160 @@
+"""The noise schedule: how much of the picture is left at time t, and what the network's output means there.
+
+Noise is mixed in over T = 1000 training timesteps. One number says everything about a timestep: the share of the
+signal's variance that is left,
+
+    x_t = sqrt(a_bar_t) x_0 + sqrt(1 - a_bar_t) eps,    eps ~ N(0, I)                                       DDPM eq. 4
+
+| here             | paper                                                                    | meaning                  |
+|------------------|--------------------------------------------------------------------------|--------------------------|
+| `a_bar`          | alpha-bar_t in DDPM; DDIM writes alpha_t for the same thing              | share of signal, 1 to 0  |
+| `sigma`          | sigma in EDM (Karras): sqrt((1 - a_bar) / a_bar)                         | noise / signal, 0 to 14.6|
+| `x0`             | x_0; in a latent diffusion model it is the latent z_0                    | the clean latent         |
+| `eps`, `v`       | epsilon in DDPM; v = sqrt(a_bar) eps - sqrt(1 - a_bar) x0 in distillation| what the network predicts|
+
+Two scales of the same noisy latent appear in the samplers: `x_t` above, whose variance stays near 1 (variance preserving,
+VP: what the network sees and `vae.decode` wants), and x_t / sqrt(a_bar_t) = x_0 + sigma eps (variance exploding, VE).
+
+Shapes: B pictures, T training timesteps; latents (B, C, H, W), timesteps (B,).
+Papers: DDPM arXiv 2006.11239, DDIM 2010.02502, EDM 2206.00364, latent diffusion 2112.10752, v-prediction 2202.00512.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff.config import NoiseConfig
+from minidiff.errors import SettingsError, did_you_mean
+
+SPACINGS = ("leading", "linspace", "trailing")
+Number = TypeVar("Number", float, Tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The tables of the forward process, and the four settings that samplers read from `scheduler_config.json`."""
+
+    alphas_cumprod: Tensor  # (T,) fp32, a_bar
+    sigmas: Tensor  # (T,) fp32, sqrt((1 - a_bar) / a_bar)
+    prediction_type: str = "epsilon"  # or "v_prediction"
+    steps_offset: int = 1  # added to "leading" timesteps
+    set_alpha_to_one: bool = False  # DDIM's last step: all the way to a_bar = 1, or to a_bar[0]
+    timestep_spacing: str | None = None  # None: each sampler's own default
+
+    @classmethod
+    def from_config(cls, config: NoiseConfig) -> "NoiseSchedule":
+        """The schedule that `config` describes. SettingsError where it describes none."""
+        try:
+            config.check()
+        except ValueError as error:
+            raise SettingsError(f"noise schedule: {error}.") from error
+        # fp32 throughout, as the reference has it: in fp64 the last sigma is 14.6146412 instead of 14.6146469
+        if config.beta_schedule == "scaled_linear":  # the choice of latent diffusion: linear in sqrt(beta)
+            betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps) ** 2
+        else:
+            betas = torch.linspace(config.beta_start, config.beta_end, config.num_train_timesteps)
+        a_bar = torch.cumprod(1 - betas, dim=0)  # DDPM, beside eq. 4
+        return cls(
+            alphas_cumprod=a_bar,
+            sigmas=((1 - a_bar) / a_bar).sqrt(),
+            prediction_type=config.prediction_type,
+            steps_offset=config.steps_offset,
+            set_alpha_to_one=config.set_alpha_to_one,
+            timestep_spacing=config.timestep_spacing,
+        )
+
+
+# ---------------------------------------------------------------------------------------------- training: adding noise
+
+
+def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t for clean latents `x0` (B, C, H, W) and integer timesteps `t` (B,), in the dtype of `x0`.
+
+    The fp32 `a_bar` lifts the whole line to fp32, and the result is cast last. In fp16, 1 - a_bar[0] is 7 % wrong.
+    """
+    a_bar = _a_bar_at(schedule, t, x0)
+    return (a_bar.sqrt() * x0 + (1 - a_bar).sqrt() * noise).to(x0.dtype)  # DDPM eq. 4
+
+
+def training_target(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What the network should answer for `add_noise(schedule, x0, noise, t)`: (B, C, H, W), in the dtype of `noise`."""
+    if schedule.prediction_type == "epsilon":
+        return noise  # DDPM eq. 14
+    a_bar = _a_bar_at(schedule, t, x0)
+    return (a_bar.sqrt() * noise - (1 - a_bar).sqrt() * x0).to(noise.dtype)  # v: 2202.00512, appendix D
+
+
+def x0_and_eps(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Both readings of the network's `output` at `x_t`: the clean latent it implies and the noise it implies.
+
+    Shapes (B, C, H, W), `t` (B,) integers; the answers are fp32 (fp64 for fp64 input).
+    """
+    return read_output(output, x_t, _a_bar_at(schedule, t, x_t), schedule.prediction_type)
+
+
+def read_output(output: Tensor, x_t: Tensor, a_bar: Number, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """`x0_and_eps` where `a_bar` itself is given, a number or a (B, 1, 1, 1) tensor: samplers go between timesteps."""
+    signal, noise = a_bar**0.5, (1 - a_bar) ** 0.5
+    if prediction_type == "epsilon":
+        return (x_t - noise * output) / signal, output  # DDPM eq. 15, DDIM eq. 9: eq. 4 solved for x_0
+    return signal * x_t - noise * output, signal * output + noise * x_t  # 2202.00512, appendix D
+
+
+def _a_bar_at(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> Tensor:
+    """a_bar at timesteps `t` (B,), shaped (B, 1, 1, 1) so that it multiplies `like`, on its device."""
+    table = schedule.alphas_cumprod.to(like.device)
+    return table[t.to(like.device)].view(-1, *[1] * (like.ndim - 1))
+
+
+# ------------------------------------------------------------------------------- sampling: which timesteps, which sigmas
+
+
+def timesteps(schedule: NoiseSchedule, steps: int, spacing: str, whole: bool = True, spare: int = 0) -> list[float]:
+    """`steps` timesteps from noisy to clean, for T = 1000 and 4 steps:
+
+    leading   751, 501, 251, 1    multiples of T // steps, plus `steps_offset`; never reaches pure noise
+    linspace  999, 666, 333, 0    both ends, rounded if `whole`
+    trailing  999, 749, 499, 249  from pure noise down; the one to use for very few steps (2305.08891, table 2)
+
+    With `spare` = 1 the grid has one more point, the cleanest, which is not returned: DPM-Solver++ ends at sigma = 0.
+    One step of leading or linspace starts at t = 1 or 0, where there is no noise left to remove.
+    SettingsError for an unknown spacing, or where there are not that many different timesteps.
+    """
+    # numpy, not torch: 499.5 and its like round to the reference's side only with the reference's arithmetic
+    T, points = len(schedule.alphas_cumprod), steps + spare
+    if not 1 <= steps <= T:
+        raise SettingsError(
+            f"num_inference_steps is {steps}; it can be 1 to {T}, the timesteps this model was trained on."
+        )
+    if spacing == "leading":
+        grid = np.arange(points - 1, -1, -1.0) * (T // points) + schedule.steps_offset
+    elif spacing == "linspace":
+        grid = np.linspace(0, T - 1, points)[::-1]
+    elif spacing == "trailing":
+        grid = np.arange(T, 0, -T / steps).round() - 1
+    else:
+        raise SettingsError(
+            f'timestep_spacing "{spacing}" is unknown; it is one of {", ".join(SPACINGS)}.{did_you_mean(spacing, SPACINGS)}'
+        )
+    t: list[float] = (grid.round() if whole else grid)[:steps].tolist()
+    if t[0] > T - 1 or any(later >= earlier for earlier, later in pairwise(t)):
+        raise SettingsError(
+            f'num_inference_steps is {steps}: with "{spacing}" spacing this sampler has fewer different timesteps '
+            f"between 0 and {T - 1}. Use fewer steps or another timestep_spacing."
+        )
+    return t
+
+
+def sigmas_at(schedule: NoiseSchedule, t: Sequence[float]) -> list[float]:
+    """sigma at timesteps `t`, whole or not (linear in between), and a final 0: one more number than `t` has."""
+    at = torch.tensor(t, dtype=torch.float64)
+    low = at.floor().long()
+    high = at.ceil().long()
+    table = schedule.sigmas.double()
+    between: list[float] = torch.lerp(table[low], table[high], at - low).tolist()
+    return [*between, 0.0]

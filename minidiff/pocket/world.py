@@ -1,0 +1,153 @@
+"""The pocket world: captioned pictures without end, drawn from sixteen things, ten colours, eight places, four styles.
+
+A `Picture` says WHAT is drawn, a seed says HOW (place, size, mirror image, details). One combination of object, colour,
+scene and style in ten is held out: no training picture shows it, so a model that draws it has put words together.
+
+    python -m minidiff.pocket.world --subject lessons/data/dog     # the five pictures of the dog for the lessons
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+from PIL import Image
+
+from . import objects, scenes, styles
+from .drawing import INK, Shape, bounds, ellipse, move, rotation
+
+OBJECTS = ("dog", "cat", "house", "car", "boat", "tree", "bird", "mushroom", "cup", "robot", "fish", "flower", "rocket",
+           "umbrella", "teapot", "snail")
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "brown", "white")
+SCENES = ("beach", "snow", "meadow", "night", "moon", "room", "city", "desert")
+STYLES = ("photo", "drawing", "watercolor", "pixel art")
+POSES = ("standing", "jumping", "leaning", "small")  # standing goes without saying
+
+PLACES = {"beach": "on the beach", "snow": "in the snow", "meadow": "in a meadow", "night": "at night",
+          "moon": "on the moon", "room": "in a room", "city": "in the city", "desert": "in the desert"}
+MARGIN = 0.03  # bare frame around the object, so that it is always whole
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is drawn: one word of each list."""
+
+    object: str
+    colour: str
+    scene: str
+    style: str
+    pose: str = "standing"
+
+
+def draw(picture: Picture, seed: int, size: int = 128) -> Image.Image:
+    """The picture, RGB, `size` x `size`; the same bytes for the same arguments."""
+    rng = random.Random(seed)
+    return compose(coloured(picture.object, picture.colour), picture.scene, picture.style, picture.pose, rng, size)
+
+
+def draw_subject(scene: str, seed: int, size: int = 128) -> Image.Image:
+    """A photo of the one dog that the world does not contain, for teaching a model something new."""
+    return compose(tuple(objects.subject()), scene, "photo", "standing", random.Random(seed), size)
+
+
+def compose(shapes: Sequence[Shape], scene: str, style: str, pose: str, rng: random.Random, size: int) -> Image.Image:
+    """Builds the scene, puts the object into it, and has the style's painter paint both."""
+    place = scenes.BUILDERS[scene](rng)
+    placed, shadow = put(shapes, pose, rng)
+    return styles.PAINTERS[style](place, placed, shadow, size, rng)
+
+
+def put(shapes: Sequence[Shape], pose: str, rng: random.Random) -> tuple[list[Shape], Shape]:
+    """The object in frame coordinates (0..1) at a random place, whole inside the frame, and its shadow."""
+    extent = {"standing": rng.uniform(0.58, 0.74), "jumping": rng.uniform(0.5, 0.6), "leaning": rng.uniform(0.58, 0.7),
+              "small": rng.uniform(0.36, 0.43)}[pose]
+    matrix = np.diag([rng.choice((-1.0, 1.0)), 1.0])
+    if pose == "leaning":
+        matrix = matrix @ rotation(rng.choice((-1, 1)) * rng.uniform(17, 23))
+    left, top, right, bottom = bounds(move(shapes, matrix, np.zeros(2)))
+    scale = extent / max(bottom - top, (right - left) * 0.92)
+    width, height = (right - left) * scale, (bottom - top) * scale
+    ground = rng.uniform(max(0.8, MARGIN + height), 0.93)
+    x = rng.uniform(MARGIN, 1 - MARGIN - width)
+    y = ground - height
+    if pose == "jumping":
+        y = rng.uniform(MARGIN, max(MARGIN, y - 0.16))
+    shadow = ellipse(x + width / 2, ground - 0.01, width * (0.36 if pose == "jumping" else 0.48), 0.045, INK)
+    return move(shapes, matrix * scale, np.array([x, y]) - np.array([left, top]) * scale), shadow
+
+
+@lru_cache(maxsize=None)
+def coloured(name: str, colour: str) -> tuple[Shape, ...]:
+    """The object's shapes in its own coordinates; 160 of them exist."""
+    return tuple(objects.BUILDERS[name](objects.tones(colour)))
+
+
+def caption(picture: Picture) -> str:
+    """All that can be said: "a photo of a small red dog on the beach"."""
+    return phrase(picture.object, picture.colour, picture.scene, f"a {picture.style} of ", picture.pose)
+
+
+def random_caption(picture: Picture, rng: random.Random) -> str:
+    """The caption with words left out now and then, so that a model learns what each of them does alone."""
+    if rng.random() < 0.04:
+        return phrase(picture.object)
+    style = f"a {picture.style} of "
+    if rng.random() < 0.15:
+        style = rng.choice(("", "a picture of "))
+    colour = picture.colour if rng.random() < 0.88 else ""
+    scene = picture.scene if rng.random() < 0.85 else ""
+    pose = picture.pose if rng.random() < 0.9 else "standing"
+    return phrase(picture.object, colour, scene, style, pose)
+
+
+def phrase(thing: str, colour: str = "", scene: str = "", style: str = "", pose: str = "standing") -> str:
+    """Puts the words in order; an empty one is left out."""
+    words = " ".join(word for word in ("" if pose == "standing" else pose, colour, thing) if word)
+    article = "an" if words[0] in "aeiou" else "a"
+    return f"{style}{article} {words} {PLACES.get(scene, '')}".strip()
+
+
+def is_held_out(picture: Picture) -> bool:
+    """Whether this combination, in any pose, is kept from training: one in ten, the same ones on every machine."""
+    words = "|".join((picture.object, picture.colour, picture.scene, picture.style))
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big") % 10 == 0
+
+
+def random_picture(rng: random.Random) -> Picture:
+    """Any training combination, all equally likely."""
+    while True:
+        picture = Picture(*(rng.choice(words) for words in (OBJECTS, COLOURS, SCENES, STYLES, POSES)))
+        if not is_held_out(picture):
+            return picture
+
+
+def held_out(count: int, seed: int = 0) -> list[Picture]:
+    """`count` different combinations that no training picture shows, each in a random pose."""
+    rng = random.Random(seed)
+    kept = [words for words in itertools.product(OBJECTS, COLOURS, SCENES, STYLES) if is_held_out(Picture(*words))]
+    return [Picture(*words, rng.choice(POSES)) for words in rng.sample(kept, count)]
+
+
+def write_subject(folder: str | Path, size: int = 512) -> None:
+    """Five pictures 01.png ... 05.png of the dog in three plain places."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, scene in enumerate(("meadow", "room", "beach", "meadow", "room"), start=1):
+        draw_subject(scene, seed, size).save(folder / f"{seed:02d}.png", optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the dog of the lessons.")
+    parser.add_argument("--subject", type=Path, required=True, help="folder for the five pictures")
+    write_subject(parser.parse_args().subject)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The optimizer's surroundings: learning rates, clipping, averaged weights. AdamW itself is torch's."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.train.settings import TrainSettings
+
+
+def adamw(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) with the settings' numbers.
+
+    `parameters` is a list on purpose: an iterator would be used up here, and leave nothing for clipping.
+    """
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        weight_decay=settings.adam_weight_decay,
+        foreach=True,
+    )
+
+
+def lr_factor(done: int, settings: TrainSettings) -> float:
+    """What the learning rate is multiplied by, in [0, 1], for the update after `done` updates; a pure function.
+
+    Warm-up goes 0, 1/w, 2/w, …, as in diffusers. A linear or cosine rate would reach zero after the last update.
+    """
+    warmup, total = settings.lr_warmup_steps, settings.max_train_steps
+    if done < warmup:
+        return done / warmup
+    part = min((done - warmup) / max(total - warmup, 1), 1.0)  # of the way from the end of warm-up to the end
+    if settings.lr_scheduler == "linear":
+        return 1.0 - part
+    if settings.lr_scheduler == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * part))
+    return 1.0
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
+    """Scale all gradients by min(1, max_norm / norm) (Pascanu et al. 2013, algorithm 1); returns the norm before."""
+    return float(nn.utils.clip_grad_norm_(parameters, max_norm))
+
+
+class EMA:
+    """A running average of the weights: a <- d a + (1 - d) w, with d = min(decay, (1 + n) / (10 + n)) after n updates.
+
+    The average is what is sampled from and exported. While n is small, d is too, so that the start is soon forgotten.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.average = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, done: int) -> None:
+        """Take in the weights after update number `done`, counted from 1."""
+        decay = min(self.decay, (1 + done) / (10 + done))
+        for name, p in self.parameters.items():
+            self.average[name].lerp_(p, 1.0 - decay)
+
+    @torch.no_grad()
+    def load(self, average: dict[str, Tensor]) -> None:
+        """Go on from a saved average."""
+        for name, a in self.average.items():
+            a.copy_(average[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the `with`, the parameters hold the average; afterwards they are bit for bit what they were."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, p in self.parameters.items():
+            p.data, self.average[name] = self.average[name], p.data

@@ -1,0 +1,217 @@
+"""The settings of a training run, as frozen dataclasses: the one truth of its flags.
+
+Field names are the flags of the diffusers training scripts, because people paste those commands. The command line, its
+`--help`, and the `train_config.toml` beside the weights all come from these fields; the line under a field is its help.
+Nothing here imports torch, so that `--help` is quick.
+"""
+
+import json
+import math
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from minidiff.errors import SettingsError, did_you_mean
+
+AnySettings = TypeVar("AnySettings", bound="TrainSettings")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What the loop itself reads, whatever it trains."""
+
+    output_dir: str = "minidiff-model"
+    """Folder for the result, its checkpoints, metrics.jsonl and sample sheets."""
+    overwrite_output_dir: bool = False
+    """Start over in an output_dir that holds an earlier run: removes what that run wrote."""
+    resume_from_checkpoint: str | None = None
+    """Go on from "latest", or from a checkpoint folder."""
+    seed: int = 0
+    """Every random value is a function of this seed, the step, the sample and its purpose."""
+    train_batch_size: int = 4
+    """Samples in one forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes in one update; the update is that of one batch of them all."""
+    max_train_steps: int = 400
+    """Updates in all, those of earlier sessions included."""
+    learning_rate: float = 1e-4
+    """AdamW's learning rate after warm-up."""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """Shape of the learning rate over the run; linear and cosine end at zero."""
+    lr_warmup_steps: int = 0
+    """Updates over which the learning rate rises from zero (not with "constant")."""
+    adam_beta1: float = 0.9
+    """Decay of the running mean of gradients."""
+    adam_beta2: float = 0.999
+    """Decay of the running mean of squared gradients."""
+    adam_weight_decay: float = 1e-2
+    """Decoupled weight decay."""
+    adam_epsilon: float = 1e-8
+    """Added to the denominator of Adam's update."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm, all tensors taken together."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Number format of the forward pass; what is trained stays fp32. fp16 needs a GPU."""
+    checkpointing_steps: int = 100
+    """Save the whole state every so many updates, and at the end."""
+    checkpoints_total_limit: int | None = 2
+    """How many checkpoints to keep, the newest; "None" keeps all."""
+    validation_steps: int = 100
+    """Draw a sample sheet every so many updates; 0: never."""
+
+    # Two runs that differ in nothing but these give the same weights at the same step.
+    HARMLESS: ClassVar[frozenset[str]] = frozenset(
+        "output_dir overwrite_output_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit validation_steps".split()
+    )
+
+    def check(self) -> None:
+        """Raise SettingsError, naming the flag, for a value that cannot work."""
+        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
+            self.need(getattr(self, name) >= 1, name, "must be at least 1")
+        limit = self.checkpoints_total_limit
+        self.need(limit is None or limit >= 1, "checkpoints_total_limit", "must be at least 1")
+        for name in ("lr_warmup_steps", "validation_steps", "adam_weight_decay"):
+            self.need(0 <= getattr(self, name) < math.inf, name, "must not be negative")
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
+            self.need(0 < getattr(self, name) < math.inf, name, "must be a number above 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            self.need(0 <= getattr(self, name) < 1, name, "must lie in [0, 1)")
+        for field in ("lr_scheduler", "mixed_precision"):
+            choices = TrainSettings.__annotations__[field].__args__
+            hint = did_you_mean(str(getattr(self, field)), choices)
+            self.need(getattr(self, field) in choices, field, f"must be one of {', '.join(choices)}.{hint}".rstrip("."))
+        warm_constant = self.lr_scheduler == "constant" and self.lr_warmup_steps > 0
+        self.need(not warm_constant, "lr_warmup_steps", 'does nothing with --lr_scheduler constant; use "constant_with_warmup"')
+        self.need(self.lr_warmup_steps <= self.max_train_steps, "lr_warmup_steps", "must not exceed --max_train_steps")
+        fresh = not (self.overwrite_output_dir and self.resume_from_checkpoint)
+        self.need(fresh, "overwrite_output_dir", "contradicts --resume_from_checkpoint: one starts over, the other goes on")
+
+    def need(self, holds: bool, flag: str, rule: str) -> None:
+        """One check: the flag, what is wrong with it, and the value it has."""
+        if not holds:
+            raise SettingsError(f"--{flag} {rule}; it is {getattr(self, flag)!r}.")
+
+    def identity(self) -> dict[str, Any]:
+        """The fields on which a step's result depends, in JSON's types: a resumed run must agree in all of them."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in self.HARMLESS}
+        if self.lr_scheduler.startswith("constant"):
+            del values["max_train_steps"]  # then the past does not depend on how far it goes
+        return values
+
+
+@dataclass(frozen=True)
+class FineTuneSettings(TrainSettings):
+    """What every way of fine-tuning a text-to-image model shares: the base, the pictures, the sample sheet."""
+
+    pretrained_model_name_or_path: str = "checkpoints/pocket"
+    """The base model: a folder in the layout of SD 1.5 on the hub, or a hub id that is in the local cache."""
+    device: str | None = None
+    """Where to train: cpu or cuda; default: cuda if there is one."""
+    instance_data_dir: str | None = None
+    """Folder of pictures that share one prompt, --instance_prompt."""
+    instance_prompt: str | None = None
+    """The prompt of all pictures in --instance_data_dir, with a rare word for the subject: "a photo of a sks dog"."""
+    train_data_dir: str | None = None
+    """Folder of pictures with captions of their own: metadata.jsonl, metadata.csv, or a .txt / .caption beside each."""
+    caption_column: str | None = None
+    """Column of the metadata that holds the captions; default: text, caption, prompt, or the only column of strings."""
+    skip_bad: bool = False
+    """Leave out pictures that cannot be read or are too small, naming them, instead of stopping."""
+    resolution: int | None = None
+    """Side in pixels at which pictures are trained; default: the base model's own."""
+    center_crop: bool = True
+    """Crop the middle of pictures that are not square; otherwise a place drawn anew each time."""
+    random_flip: bool = False
+    """Mirror half of the samples; not for subjects with a left and a right."""
+    cache_latents: bool = True
+    """Encode each picture once, before training, instead of at every step."""
+    proportion_empty_prompts: float = 0.0
+    """Share of samples trained with an empty prompt (caption dropout)."""
+    snr_gamma: float | None = None
+    """Min-SNR loss weights with this gamma; 5 is usual. Default: all timesteps weigh the same."""
+    validation_prompt: tuple[str, ...] = ()
+    """Prompts of the sample sheet; default: --instance_prompt, or the first caption."""
+    num_validation_images: int = 4
+    """Pictures for each validation prompt, on fixed seeds."""
+    validation_guidance_scale: float = 5.0
+    """Guidance scale of the sample sheet."""
+    validation_inference_steps: int = 25
+    """Sampling steps of the sample sheet."""
+
+    HARMLESS = TrainSettings.HARMLESS | frozenset(
+        "pretrained_model_name_or_path device instance_data_dir train_data_dir caption_column skip_bad resolution "
+        "validation_prompt num_validation_images validation_guidance_scale validation_inference_steps".split()
+    )  # model, pictures, captions and size are compared by what they hold, not by where they lie: see recipes.py
+
+    def check(self) -> None:
+        super().check()
+        if (self.instance_data_dir is None) == (self.train_data_dir is None):
+            raise SettingsError(
+                "Give the pictures with one of --instance_data_dir (one prompt for all) and --train_data_dir (a caption each)."
+            )
+        if self.instance_data_dir is not None and not (self.instance_prompt or "").strip():
+            raise SettingsError('--instance_data_dir needs --instance_prompt, such as "a photo of a sks dog".')
+        prompt_for_captions = self.train_data_dir is not None and self.instance_prompt is not None
+        self.need(not prompt_for_captions, "instance_prompt", "goes with --instance_data_dir; --train_data_dir has captions")
+        self.need(self.resolution is None or self.resolution >= 8, "resolution", "must be at least 8")
+        self.need(0 <= self.proportion_empty_prompts <= 1, "proportion_empty_prompts", "must lie in [0, 1]")
+        self.need(self.snr_gamma is None or 0 < self.snr_gamma < math.inf, "snr_gamma", "must be a number above 0")
+        crop_works = self.center_crop or not self.cache_latents
+        self.need(crop_works, "center_crop", "off needs --no-cache_latents too: a cached latent has one crop")
+        self.need(self.num_validation_images >= 1, "num_validation_images", "must be at least 1")
+        self.need(1 <= self.validation_inference_steps <= 1000, "validation_inference_steps", "must lie in 1 … 1000")
+        self.need(0 <= self.validation_guidance_scale < math.inf, "validation_guidance_scale", "must not be negative")
+
+
+@dataclass(frozen=True)
+class LoRASettings(FineTuneSettings):
+    """Teach a frozen model a subject or a style through small additions to its attention layers."""
+
+    output_dir: str = "minidiff-lora"
+    """Folder for the adapter, its checkpoints, metrics.jsonl and sample sheets."""
+    rank: int = 4
+    """Rank r of the update (alpha / r) B A of each layer."""
+    lora_alpha: float | None = None
+    """The numerator of that scale; default: the rank, so that the scale is 1."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the layers that get an adapter."""
+
+    def check(self) -> None:
+        super().check()
+        self.need(self.rank >= 1, "rank", "must be at least 1")
+        self.need(self.lora_alpha is None or 0 < self.lora_alpha < math.inf, "lora_alpha", "must be a number above 0")
+        self.need(len(self.lora_targets) > 0, "lora_targets", "must name at least one layer")
+
+
+def to_toml(settings: TrainSettings) -> str:
+    """The settings as a TOML file that `from_toml` reads back; fields that are None are left out."""
+    rows = {k: v for k, v in asdict(settings).items() if v is not None}
+    return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in rows.items())
+
+
+def from_toml(kind: type[AnySettings], path: Path) -> AnySettings:
+    """Settings from a TOML file; a key that is no field, or a value of another type, is a SettingsError."""
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read as TOML settings: {error}.") from error
+    hints = get_type_hints(kind)
+    known = {f.name for f in fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            raise SettingsError(f'{path}: "{key}" is no setting of this task.{did_you_mean(key, known)}')
+        if not _fits(value, hints[key]):
+            raise SettingsError(f"{path}: {key} = {value!r} is not of its kind, {hints[key]}.")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Is a value read from TOML one that a field of this type may hold?"""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(_fits(v, get_args(hint)[0]) for v in value)
+    if get_args(hint):  # X | None
+        return any(_fits(value, one) for one in get_args(hint))
+    return type(value) is hint or (hint is float and type(value) is int)

@@ -1,0 +1,339 @@
+"""Model files, in and out. Safetensors only, and strict: a file fits the model exactly, or an error says how it does not.
+
+A safetensors file is 8 bytes (n, little-endian), n bytes of JSON (for each tensor its dtype, shape and place; and a
+`__metadata__` of strings), and the data. So everything can be checked before any data is read:
+
+    file = read_header("unet/diffusion_pytorch_model.safetensors")      # names, shapes, dtypes
+    load_into(unet, file, torch_dtype=torch.float32)                    # checks, then reads
+
+`keymaps.py` knows the names that other programs use; `lora_files.py` reads and writes adapters.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from minidiff import keymaps
+from minidiff.config import SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
+from minidiff.errors import WeightsError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MAX_HEADER = 100_000_000  # bytes, the format's own limit
+
+NOT_SAFETENSORS = {  # how other files begin
+    b"version https://git-lfs": "is a git-LFS pointer, not the file itself; run `git lfs pull` in its folder.",
+    b"PK": "is a PyTorch pickle (zip), which can run code when it is opened; get the .safetensors version of it.",
+    b"\x80": "is a Python pickle, which can run code when it is opened; get the .safetensors version of it.",
+    b"GGUF": "is a GGUF file; get the .safetensors version of it.",
+    b"<": "is a web page, not a model: the download did not give the file. Look into it, and download again.",
+}
+
+
+class TensorInfo(NamedTuple):
+    """What a header says of a tensor; `key` is its name in the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    key: str
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file, or a part of one under other names. Holds no data: `read` gets it."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    looks_like: str
+
+    def read(self, torch_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Every tensor, cast to `torch_dtype` if one is given. NaN and infinity are refused.
+
+        Looking at each number once costs about 0.6 s for the 4 GB of SD 1.5, little beside reading them, and a NaN
+        that gets in shows only as a black picture.
+        """
+        from safetensors import safe_open
+
+        tensors = {}
+        with safe_open(self.path, framework="pt") as file:
+            for name, info in self.tensors.items():
+                tensor = file.get_tensor(info.key)
+                tensors[name] = tensor.to(torch_dtype or tensor.dtype)
+                if not is_finite(tensors[name]):
+                    raise WeightsError(f"{self.path}: {info.key} has NaN or infinite values (as {tensors[name].dtype}).")
+        return tensors
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """One pass and no copy: NaN survives min and max. (`isfinite().all()` takes twelve times as long.)"""
+    if tensor.dtype not in WEIGHT_DTYPES or tensor.numel() == 0:
+        return True
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_header(path: str | Path) -> TensorFile:
+    """Names, dtypes and shapes of a safetensors file. WeightsError if it is missing, damaged or something else."""
+    path = Path(path)
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder; name a .safetensors file in it.")
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist.")
+    with path.open("rb") as file:
+        size, start = path.stat().st_size, file.read(64)
+        if size == 0:
+            raise WeightsError(f"{path} is empty (0 bytes): an unfinished download? Get it again.")
+        length = check_start(path, start, size)
+        file.seek(8)
+        header = parse_json(path, file.read(length))
+    metadata = header.pop("__metadata__", {})
+    tensors = {name: tensor_info(path, name, entry, size - 8 - length) for name, entry in header.items()}
+    return TensorFile(path, tensors, metadata, keymaps.describe(tensors))
+
+
+def check_start(path: Path, start: bytes, size: int) -> int:
+    """The length of the JSON header, if the first bytes are those of a safetensors file."""
+    if start[8:9] != b"{":
+        for magic, what in NOT_SAFETENSORS.items():
+            if start.startswith(magic):
+                raise WeightsError(f"{path} {what}")
+        raise WeightsError(f"{path} is not a safetensors file (no header where one should be).")
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > MAX_HEADER:
+        raise WeightsError(f"{path} is not a safetensors file: its header would be {length:,} bytes long.")
+    if length > size - 8:
+        raise WeightsError(f"{path} is cut off: {size:,} bytes, and its header alone has {length:,}. Get it again.")
+    return int(length)
+
+
+def parse_json(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise WeightsError(f"{path} is damaged: its header is not JSON ({error}).") from error
+    if not isinstance(header, dict):
+        raise WeightsError(f"{path} is damaged: its header is not a JSON object.")
+    return header
+
+
+def tensor_info(path: Path, name: str, entry: Any, data_size: int) -> TensorInfo:
+    """One entry of the header, checked against the size of the file."""
+    try:
+        shape, (begin, end) = tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
+        dtype = entry["dtype"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} is damaged: the header's entry for {name} makes no sense.") from error
+    if dtype not in DTYPES:
+        raise WeightsError(f"{path}: {name} is of type {dtype}, which minidiff does not read.")
+    if end > data_size:
+        raise WeightsError(
+            f"{path} is cut off: {name} ends at byte {end:,} of the data, and there are {data_size:,}. Get it again."
+        )
+    if end - begin != prod(shape) * DTYPES[dtype].itemsize or begin < 0:
+        raise WeightsError(f"{path} is damaged: {name} has {end - begin:,} bytes, which is not {dtype} {shape}.")
+    return TensorInfo(DTYPES[dtype], shape, name)
+
+
+def find_weights(folder: str | Path) -> Path:
+    """The weight file of one part of a model in the diffusers layout (`unet/`, `vae/`, `text_encoder/`)."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise WeightsError(f"{folder} is not a folder; a model in the diffusers layout has one of that name.")
+    for stem in ("diffusion_pytorch_model", "model"):
+        for ending in (".safetensors", ".fp16.safetensors"):
+            if (path := folder / f"{stem}{ending}").is_file():
+                return path
+    there = sorted(path.name for path in folder.iterdir())
+    if pickles := [name for name in there if name.endswith((".bin", ".ckpt", ".pt"))]:
+        raise WeightsError(
+            f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code when it is opened. "
+            f"Get the .safetensors version of it."
+        )
+    if any(name.endswith(".index.json") for name in there):
+        raise WeightsError(f"{folder}: the weights are split over several files; minidiff reads single ones.")
+    raise WeightsError(
+        f"{folder} has no diffusion_pytorch_model.safetensors and no model.safetensors; it has {', '.join(there) or 'nothing'}."
+    )
+
+
+# --- into a model ----------------------------------------------------------------------------------------------------
+
+
+def load_into(model: nn.Module, source: str | Path | TensorFile, torch_dtype: torch.dtype | None = None) -> None:
+    """Give `model` the tensors of a file, which must be exactly its own: no name missing, extra or of another shape.
+
+    Checked against the header before any data is read. The file's tensors become the parameters, so build the model on
+    the "meta" device (`with torch.device("meta")`): no time goes into random numbers, no memory into a second copy.
+    They keep the file's dtype unless `torch_dtype` is given.
+    """
+    file = source if isinstance(source, TensorFile) else read_header(source)
+    wanted = {keymaps.modern(key): key for key in model.state_dict()}
+    given = {keymaps.modern(key): info for key, info in file.tensors.items() if not keymaps.is_position_ids(key)}
+    check_fit(model, {name: model.state_dict()[key] for name, key in wanted.items()}, given, file)
+    tensors = replace(file, tensors=given).read(torch_dtype)
+    state = {key: tensors[name].reshape(model.state_dict()[key].shape) for name, key in wanted.items()}
+    model.load_state_dict(state, assign=True)
+    fill_position_ids(model)
+
+
+def check_fit(
+    model: nn.Module, wanted: Mapping[str, Tensor], given: Mapping[str, TensorInfo], file: TensorFile
+) -> None:
+    """WeightsError with the first ten keys of each kind of misfit, and with what the file looks like."""
+    misfits = []
+    for name in wanted.keys() & given.keys():
+        model_shape, shape = tuple(wanted[name].shape), given[name].shape
+        if shape != model_shape and not (keymaps.is_vae_attention(name) and shape == (*model_shape, 1, 1)):
+            misfits.append(f"{name} is {shape}, in the model {model_shape}")
+        elif given[name].dtype not in WEIGHT_DTYPES:
+            misfits.append(f"{name} is {given[name].dtype}, which is no dtype for weights here")
+    problems = {
+        "missing": wanted.keys() - given.keys(),
+        "not in the model": given.keys() - wanted.keys(),
+        "misshapen": misfits,
+    }
+    if any(problems.values()):
+        raise WeightsError(
+            f"{file.path} does not fit {type(model).__name__}. The file looks like {file.looks_like}.\n"
+            + "\n".join(listed(what, names) for what, names in problems.items() if names)
+        )
+
+
+def listed(what: str, names: Iterable[str]) -> str:
+    """Such as `  3 missing: a, b, c`; ten names at most."""
+    names = sorted(names)
+    return f"  {len(names)} {what}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
+
+
+def fill_position_ids(model: nn.Module) -> None:
+    """The one tensor of CLIP that no file holds: a model built on "meta" has it without numbers."""
+    for module in model.modules():
+        ids = getattr(module, "position_ids", None)
+        if isinstance(ids, Tensor) and ids.is_meta:
+            module.position_ids = torch.arange(ids.shape[-1]).expand(ids.shape)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file: the whole of it appears under `path`, or nothing.
+
+    The same tensors and metadata give the same bytes (the safetensors package shuffles the metadata), in its order:
+    wide dtypes first, then by name. Views, shared and strided tensors are written out in full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in order:
+        begin, end = end, end + tensors[name].nbytes
+        dtype, shape = NAMES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data starts at a multiple of 8
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name in order:
+                flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+                file.write(flat.view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- the LDM/CompVis single file -------------------------------------------------------------------------------------
+
+
+class SingleFile(NamedTuple):
+    """The three networks of a single file, under minidiff's names; nothing is read yet."""
+
+    unet: TensorFile
+    vae: TensorFile
+    text_encoder: TensorFile
+
+
+def split_single_file(
+    path: str | Path, unet_config: UNetConfig = SD15_UNET, vae_config: VAEConfig = SD15_VAE
+) -> SingleFile:
+    """Find U-Net, VAE and text encoder in an SD 1.x checkpoint. EMA weights and schedule buffers are left out."""
+    file = read_header(path)
+    tables = {
+        keymaps.UNET_PREFIX: keymaps.inverse(keymaps.unet_table(unet_config)),
+        keymaps.VAE_PREFIX: keymaps.inverse(keymaps.vae_table(vae_config)),
+        keymaps.TEXT_PREFIX: {},
+    }
+    parts: dict[str, dict[str, TensorInfo]] = {prefix: {} for prefix in tables}
+    unknown = []
+    for key, info in file.tensors.items():
+        if prefix := next((prefix for prefix in tables if key.startswith(prefix)), None):
+            parts[prefix][keymaps.rename(key.removeprefix(prefix), tables[prefix])] = info
+        elif not keymaps.NOT_NEEDED.fullmatch(key):
+            unknown.append(key)
+    absent = [prefix for prefix, tensors in parts.items() if not tensors]
+    if absent or unknown:
+        raise WeightsError(
+            f"{path} is no SD 1.x checkpoint in one file. It looks like {file.looks_like}.\n"
+            + "\n".join(listed(what, names) for what, names in (("parts missing", absent), ("unknown", unknown)) if names)
+        )
+    return SingleFile(*(replace(file, tensors=tensors) for tensors in parts.values()))
+
+
+def to_single_file(
+    unet: nn.Module,
+    vae: nn.Module,
+    text_encoder: nn.Module,
+    path: str | Path,
+    unet_config: UNetConfig = SD15_UNET,
+    vae_config: VAEConfig = SD15_VAE,
+) -> None:
+    """Write the three networks as one checkpoint in the LDM layout, which A1111 and ComfyUI read."""
+    tables = keymaps.unet_table(unet_config), keymaps.vae_table(vae_config)
+    tensors = {keymaps.UNET_PREFIX + keymaps.rename(key, tables[0]): value for key, value in unet.state_dict().items()}
+    for key, value in vae.state_dict().items():
+        weight = value[:, :, None, None] if keymaps.is_vae_attention(key) else value
+        tensors[keymaps.VAE_PREFIX + keymaps.rename(key, tables[1])] = weight
+    for key, value in text_encoder.state_dict().items():
+        tensors[keymaps.TEXT_PREFIX + keymaps.clip_file_key(key)] = value
+    save(tensors, path)

@@ -1,0 +1,153 @@
+"""The noise schedule: its published numbers, the forward process, and what the network's output means."""
+
+import pytest
+import torch
+
+from minidiff.config import NoiseConfig
+from minidiff.diffusion.schedule import (
+    NoiseSchedule,
+    add_noise,
+    read_output,
+    sigmas_at,
+    timesteps,
+    training_target,
+    x0_and_eps,
+)
+from minidiff.errors import SettingsError
+
+SCHEDULE = NoiseSchedule.from_config(NoiseConfig())
+T_ALL = torch.arange(1000)
+
+
+def latents(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_numbers_of_sd15():
+    a_bar, sigmas = SCHEDULE.alphas_cumprod, SCHEDULE.sigmas
+    assert a_bar.shape == sigmas.shape == (1000,)
+    assert a_bar.dtype == sigmas.dtype == torch.float32
+    assert a_bar[0].item() == pytest.approx(0.99914998, abs=1e-8)
+    assert a_bar[999].item() == pytest.approx(0.00466010, abs=1e-8)
+    assert sigmas[0].item() == pytest.approx(0.0291675, abs=1e-7)
+    assert sigmas[999].item() == pytest.approx(14.6146469, abs=2e-6)  # fp64 would give 14.6146412
+
+
+def test_linear_betas_and_other_lengths():
+    schedule = NoiseSchedule.from_config(NoiseConfig(10, 0.1, 0.1, "linear"))
+    torch.testing.assert_close(schedule.alphas_cumprod, 0.9 ** torch.arange(1.0, 11.0))
+
+
+@pytest.mark.parametrize("wrong", [{"beta_schedule": "cosine"}, {"prediction_type": "v-prediction"}])
+def test_unknown_settings_are_refused(wrong):
+    with pytest.raises(SettingsError, match=next(iter(wrong))):
+        NoiseSchedule.from_config(NoiseConfig(**wrong))
+
+
+def test_add_noise_ddpm_eq4():
+    """DDPM eq. 4 in closed form is what T steps of DDPM eq. 2 give: same mean, same variance."""
+    mean, variance = 1.0, 0.0
+    a_bar = SCHEDULE.alphas_cumprod.double()
+    alphas = a_bar / torch.cat([torch.ones(1, dtype=torch.float64), a_bar[:-1]])
+    for t, alpha in enumerate(alphas.tolist()):
+        mean, variance = alpha**0.5 * mean, alpha * variance + 1 - alpha  # DDPM eq. 2
+        if t in (0, 499, 999):
+            one, zero, at = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([t])
+            assert add_noise(SCHEDULE, one, zero, at).item() == pytest.approx(mean, rel=1e-5)
+            assert add_noise(SCHEDULE, zero, one, at).item() ** 2 == pytest.approx(variance, rel=1e-5)
+
+
+def test_add_noise_takes_each_sample_at_its_own_time():
+    x0, noise, t = latents(3, 4, 2, 2), latents(3, 4, 2, 2, seed=1), torch.tensor([0, 500, 999])
+    together = add_noise(SCHEDULE, x0, noise, t)
+    for i in range(3):
+        assert torch.equal(together[i : i + 1], add_noise(SCHEDULE, x0[i : i + 1], noise[i : i + 1], t[i : i + 1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_add_noise_is_computed_in_fp32(dtype):
+    """The fp16 trap: with a_bar cast to fp16 first, the noise at t = 0 is 7 % wrong."""
+    noise = torch.ones(1, 1, 1, 1, dtype=dtype)
+    x_t = add_noise(SCHEDULE, torch.zeros_like(noise), noise, torch.tensor([0]))
+    assert x_t.dtype == dtype
+    exact = (1 - SCHEDULE.alphas_cumprod[0]).sqrt()
+    assert x_t.item() == exact.to(dtype).item()
+    trap = (1 - SCHEDULE.alphas_cumprod[0].half()).sqrt()
+    assert abs(trap.item() / exact.item() - 1) > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_v_target_keeps_the_dtype(dtype):
+    schedule = NoiseSchedule.from_config(NoiseConfig(prediction_type="v_prediction"))
+    x0 = latents(2, 4, 2, 2).to(dtype)
+    target = training_target(schedule, x0, x0, torch.tensor([3, 900]))
+    assert target.dtype == dtype
+    assert target.shape == x0.shape
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_x0_and_eps_undo_add_noise(prediction):
+    """DDPM eq. 15 for eps, 2202.00512 appendix D for v: a perfect answer gives back x0 and eps at every timestep."""
+    schedule = NoiseSchedule.from_config(NoiseConfig(prediction_type=prediction))
+    x0, noise = latents(1000, 1, 2, 2).double(), latents(1000, 1, 2, 2, seed=1).double()
+    x_t = add_noise(schedule, x0, noise, T_ALL)
+    got_x0, got_eps = x0_and_eps(schedule, training_target(schedule, x0, noise, T_ALL), x_t, T_ALL)
+    # not 1e-15: the square roots are taken of the fp32 table, in fp32
+    torch.testing.assert_close(got_x0, x0, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got_eps, noise, rtol=0, atol=1e-5)
+
+
+def test_v_is_the_velocity_on_the_circle():
+    """2202.00512, appendix D: with sqrt(a_bar) = cos phi, v is d x_t / d phi, and x_t = x0 cos phi + eps sin phi."""
+    phi = 0.7
+    a_bar = torch.cos(torch.tensor(phi)).item() ** 2
+    x0, eps = latents(1, 1, 3, 3), latents(1, 1, 3, 3, seed=1)
+    x_t = torch.autograd.functional.jvp(
+        lambda angle: x0 * angle.cos() + eps * angle.sin(), torch.tensor(phi), torch.tensor(1.0)
+    )
+    got_x0, got_eps = read_output(x_t[1], x_t[0], a_bar, "v_prediction")
+    torch.testing.assert_close(got_x0, x0)
+    torch.testing.assert_close(got_eps, eps)
+
+
+def test_spacings():
+    """2305.08891, table 2, and the docstring's example."""
+    assert timesteps(SCHEDULE, 4, "leading") == [751, 501, 251, 1]
+    assert timesteps(SCHEDULE, 4, "linspace") == [999, 666, 333, 0]
+    assert timesteps(SCHEDULE, 4, "trailing") == [999, 749, 499, 249]
+    assert timesteps(SCHEDULE, 20, "leading") == list(range(951, 0, -50))
+    assert timesteps(SCHEDULE, 30, "leading")[0] == 958  # 1000 // 30 is 33: the integer division trap
+
+
+def test_spacing_conventions_of_the_samplers():
+    euler = timesteps(SCHEDULE, 20, "linspace", whole=False)
+    assert euler[1] == pytest.approx(946.421, abs=1e-3)
+    assert euler[-2] == pytest.approx(52.579, abs=1e-3)
+    dpm = timesteps(SCHEDULE, 20, "linspace", spare=1)
+    assert (dpm[:3], dpm[-2:], len(dpm)) == ([999, 949, 899], [100, 50], 20)
+    assert timesteps(SCHEDULE, 20, "leading", spare=1)[0::19] == [941, 48]
+    assert timesteps(SCHEDULE, 61, "trailing")[-1] == 15  # and not a 62nd one at -1
+
+
+@pytest.mark.parametrize("steps", [0, -3, 1001])
+def test_steps_out_of_range(steps):
+    with pytest.raises(SettingsError, match=f"num_inference_steps is {steps}; it can be 1 to 1000"):
+        timesteps(SCHEDULE, steps, "trailing")
+
+
+def test_more_steps_than_different_timesteps():
+    assert len(timesteps(SCHEDULE, 1000, "linspace")) == 1000
+    for spacing, spare in (("leading", 0), ("leading", 1), ("linspace", 1)):
+        with pytest.raises(SettingsError, match="fewer different timesteps"):
+            timesteps(SCHEDULE, 1000, spacing, spare=spare)
+
+
+def test_unknown_spacing():
+    with pytest.raises(SettingsError, match='one of leading, linspace, trailing. Did you mean "trailing"'):
+        timesteps(SCHEDULE, 10, "trailling")
+
+
+def test_sigmas_between_timesteps():
+    table = SCHEDULE.sigmas.double()
+    sigmas = sigmas_at(SCHEDULE, [999.0, 10.25, 0.0])
+    assert sigmas == pytest.approx([table[999], 0.75 * table[10] + 0.25 * table[11], table[0], 0.0])

@@ -1,0 +1,181 @@
+"""The text tower: ids, both key layouts, and the errors of damaged folders."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from minidiff.errors import WeightsError
+from minidiff.models.text import (
+    PREFIX,
+    build_text_encoder,
+    encode_prompt,
+    fill_text_encoder,
+    load_tokenizer,
+    to_file_keys,
+    to_module_keys,
+    tokenize,
+)
+from minidiff.pocket.tokenizer import build_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    build_tokenizer(tmp_path / "tokenizer", ["a photo of a red dog on the beach"])
+    return tmp_path / "tokenizer"
+
+
+@pytest.fixture
+def tokenizer(folder: Path) -> CLIPTokenizer:
+    return load_tokenizer(folder)
+
+
+def config(tokenizer: CLIPTokenizer) -> dict[str, object]:
+    return {
+        "architectures": ["CLIPTextModel"],
+        "hidden_act": "quick_gelu",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "max_position_embeddings": 77,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": len(tokenizer) - 2,
+        "eos_token_id": len(tokenizer) - 1,
+        "pad_token_id": len(tokenizer) - 1,
+    }
+
+
+def encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    torch.manual_seed(0)
+    return build_text_encoder(config(tokenizer), "config.json")
+
+
+def test_tokenize_is_what_the_library_gives(tokenizer: CLIPTokenizer) -> None:
+    prompts = ["", "a photo of a sks dog", "Ünïcode 🐕 (dog:1.2), \\ 42"]
+    ids = tokenize(tokenizer, prompts)
+    theirs = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    assert ids.dtype == torch.int64 and torch.equal(ids, theirs)
+    assert tokenize(tokenizer, []).shape == (0, 77)
+
+
+def test_75_tokens_pass_and_the_76th_is_quoted(tokenizer: CLIPTokenizer) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenize(tokenizer, ["dog " * 75])
+    with pytest.warns(UserWarning, match='77 tokens long and CLIP reads 75; cut off: "red beach"'):
+        ids = tokenize(tokenizer, ["dog " * 75 + "red beach"])
+    assert torch.equal(ids, tokenize(tokenizer, ["dog " * 75]))
+
+
+def test_encode_prompt_is_the_last_state_after_the_norm(tokenizer: CLIPTokenizer) -> None:
+    tower = encoder(tokenizer)
+    hidden = encode_prompt(tokenizer, tower, ["a red dog", ""])
+    output = tower(tokenize(tokenizer, ["a red dog", ""]), output_hidden_states=True)
+    norm = next(module for name, module in tower.named_modules() if name.endswith("final_layer_norm"))
+    assert hidden.shape == (2, 77, 16) and hidden.requires_grad
+    assert torch.equal(hidden, norm(output.hidden_states[-1]))
+
+
+def test_a_prompt_is_the_same_alone_and_in_a_batch(tokenizer: CLIPTokenizer) -> None:
+    tower = encoder(tokenizer)
+    pair = encode_prompt(tokenizer, tower, ["a photo", "a red dog on the beach"])
+    torch.testing.assert_close(pair[1:], encode_prompt(tokenizer, tower, ["a red dog on the beach"]))
+
+
+def test_both_key_layouts_load_and_agree(tokenizer: CLIPTokenizer) -> None:
+    """transformers 4 writes `text_model.…` (and once `position_ids`), transformers 5 does not."""
+    tower = encoder(tokenizer)
+    four = to_file_keys(tower.state_dict())
+    four[PREFIX + "embeddings.position_ids"] = torch.arange(77)[None]
+    five = {key.removeprefix(PREFIX): value for key, value in four.items()}
+    want = encode_prompt(tokenizer, tower, ["a red dog"])
+    for state in (four, five):
+        with torch.device("meta"):
+            empty = build_text_encoder(config(tokenizer), "config.json")
+        fill_text_encoder(empty, state)
+        assert not any(tensor.is_meta for tensor in [*empty.parameters(), *empty.buffers()])
+        assert torch.equal(encode_prompt(tokenizer, empty, ["a red dog"]), want)
+
+
+def test_keys_go_there_and_back(tokenizer: CLIPTokenizer) -> None:
+    state = encoder(tokenizer).state_dict()
+    file = to_file_keys(state)
+    assert all(key.startswith(PREFIX) and not key.startswith(PREFIX * 2) for key in file)
+    assert to_file_keys(file).keys() == file.keys()
+    assert list(to_module_keys(file, encoder(tokenizer))) == list(state)
+
+
+def test_a_folder_of_transformers_itself_loads(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+    """Whatever layout the installed version writes, the same embeddings come out."""
+    from safetensors.torch import load_file
+
+    tower = encoder(tokenizer)
+    tower.save_pretrained(tmp_path / "text_encoder")
+    torch.manual_seed(1)
+    other = build_text_encoder(config(tokenizer), "config.json")
+    fill_text_encoder(other, load_file(tmp_path / "text_encoder" / "model.safetensors"))
+    prompts = ["a red dog", "sks"]
+    assert torch.equal(encode_prompt(tokenizer, other, prompts), encode_prompt(tokenizer, tower, prompts))
+
+
+def test_the_file_layout_loads_in_transformers(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tower = encoder(tokenizer)
+    tower.config.save_pretrained(tmp_path)
+    save_file(to_file_keys(tower.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs = CLIPTextModel.from_pretrained(tmp_path).eval()
+    ids = tokenize(tokenizer, ["a red dog"])
+    assert torch.equal(theirs(ids).last_hidden_state, tower(ids).last_hidden_state)
+
+
+def test_a_missing_or_misshapen_weight_is_an_error(tokenizer: CLIPTokenizer) -> None:
+    tower = encoder(tokenizer)
+    state = to_file_keys(tower.state_dict())
+    name = PREFIX + "final_layer_norm.weight"
+    with pytest.raises(RuntimeError, match="final_layer_norm.weight"):
+        fill_text_encoder(tower, {key: value for key, value in state.items() if key != name})
+    with pytest.raises(RuntimeError, match="final_layer_norm.weight"):
+        fill_text_encoder(tower, state | {name: torch.zeros(3)})
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_size": 15}, {"hidden_act": "swish?"}, {"num_hidden_layers": None}, {"max_position_embeddings": 10}]
+)
+def test_an_unusable_configuration_names_its_file(tokenizer: CLIPTokenizer, change: dict[str, object]) -> None:
+    with pytest.raises(WeightsError, match=r"^here/config\.json"):
+        build_text_encoder(config(tokenizer) | change, "here/config.json")
+
+
+def test_a_foreign_configuration_says_what_is_missing() -> None:
+    with pytest.raises(WeightsError, match="hidden_size.*vocab_size missing"):
+        build_text_encoder({"model_type": "unet"}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("vocab.json", b"{"),
+        ("vocab.json", b"[1, 2]"),
+        ("vocab.json", b"{}"),
+        ("merges.txt", b"\xff\xfe\x00"),
+        ("merges.txt", b"#version: 0.2\n"),
+        ("merges.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\n"),
+        ("merges.txt", None),
+        ("tokenizer_config.json", b"[]"),
+    ],
+)
+def test_a_damaged_tokenizer_folder_is_refused(folder: Path, name: str, content: bytes | None) -> None:
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    with pytest.raises(WeightsError, match="tokenizer.*(Copy|not a CLIP)"):
+        load_tokenizer(folder)
+
+
+def test_without_its_config_the_length_is_still_77(folder: Path) -> None:
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "special_tokens_map.json").unlink()
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.model_max_length == 77 and tokenizer.pad_token_id == tokenizer.eos_token_id

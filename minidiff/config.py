@@ -161,7 +161,7 @@ POCKET_UNET = UNetConfig(
     attention_head_dim=4,
     norm_num_groups=32,
 )
-POCKET_VAE = VAEConfig(sample_size=128, block_out_channels=(32, 64, 128, 128), layers_per_block=1, norm_num_groups=16)
+POCKET_VAE = VAEConfig(sample_size=128, block_out_channels=(16, 32, 96, 128), layers_per_block=1, norm_num_groups=16)
 
 # For tests: seconds become milliseconds.
 TINY_UNET = UNetConfig(

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 from minidiff.config import UNetConfig, VAEConfig
+from minidiff.models.text import PREFIX as CLIP
 
 
 class HasShape(Protocol):
@@ -44,7 +45,7 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 
 def unet_table(config: UNetConfig) -> dict[str, str]:
     """Module prefixes of the U-Net, diffusers -> LDM."""
-    table = {}
+    table: dict[str, str] = {}
     for ours, theirs in _unet_blocks(config):
         if ".resnets." in ours:
             table |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in RESNET.items()}
@@ -91,9 +92,15 @@ def vae_table(config: VAEConfig) -> dict[str, str]:
         middle = f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1"
         table |= {f"{middle[0]}.{a}": f"{middle[1]}.{b}" for a, b in VAE_ATTENTION.items()}
     for i in range(levels):
-        blocks = [(f"encoder.down_blocks.{i}.resnets.{j}", f"encoder.down.{i}.block.{j}") for j in range(config.layers_per_block)]
+        blocks = [
+            (f"encoder.down_blocks.{i}.resnets.{j}", f"encoder.down.{i}.block.{j}")
+            for j in range(config.layers_per_block)
+        ]
         up = levels - 1 - i
-        blocks += [(f"decoder.up_blocks.{i}.resnets.{j}", f"decoder.up.{up}.block.{j}") for j in range(config.layers_per_block + 1)]
+        blocks += [
+            (f"decoder.up_blocks.{i}.resnets.{j}", f"decoder.up.{up}.block.{j}")
+            for j in range(config.layers_per_block + 1)
+        ]
         for ours, theirs in blocks:
             table |= {ours: theirs, f"{ours}.conv_shortcut": f"{theirs}.nin_shortcut"}
         if i < levels - 1:
@@ -131,12 +138,7 @@ def modern(key: str) -> str:
     old = re.search(r"mid_block\.attentions\.0\.(query|key|value|proj_attn)\.", key)
     if old:
         key = key.replace(f".{old[1]}.", f".{OLD_VAE_ATTENTION[old[1]]}.")
-    return key.removeprefix("text_model.")
-
-
-def clip_file_key(key: str) -> str:
-    """A CLIP text tensor's name for a file: always with `text_model.`, though transformers 5 names it without."""
-    return f"text_model.{modern(key)}"
+    return key.removeprefix(CLIP)
 
 
 def is_position_ids(key: str) -> bool:

@@ -1,4 +1,4 @@
-"""Model files, in and out. Safetensors only, and strict: a file fits the model exactly, or an error says how it does not.
+"""Model files, in and out. Safetensors only, and strict: a file fits the model exactly, or an error says how not.
 
 A safetensors file is 8 bytes (n, little-endian), n bytes of JSON (for each tensor its dtype, shape and place; and a
 `__metadata__` of strings), and the data. So everything can be checked before any data is read:
@@ -19,11 +19,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minidiff import keymaps
 from minidiff.config import SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
 from minidiff.errors import WeightsError
+from minidiff.models.text import to_file_keys
+from minidiff.models.unet import UNet2DConditionModel
+from minidiff.models.vae import AutoencoderKL
 
 DTYPES = {
     "F64": torch.float64,
@@ -75,15 +79,17 @@ class TensorFile:
         Looking at each number once costs about 0.6 s for the 4 GB of SD 1.5, little beside reading them, and a NaN
         that gets in shows only as a black picture.
         """
-        from safetensors import safe_open
-
         tensors = {}
-        with safe_open(self.path, framework="pt") as file:
-            for name, info in self.tensors.items():
-                tensor = file.get_tensor(info.key)
-                tensors[name] = tensor.to(torch_dtype or tensor.dtype)
-                if not is_finite(tensors[name]):
-                    raise WeightsError(f"{self.path}: {info.key} has NaN or infinite values (as {tensors[name].dtype}).")
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                for name, info in self.tensors.items():
+                    tensors[name] = file.get_tensor(info.key).to(torch_dtype or info.dtype)
+                    if not is_finite(tensors[name]):
+                        raise WeightsError(
+                            f"{self.path}: {info.key} has NaN or infinite values (as {tensors[name].dtype})."
+                        )
+        except SafetensorError as error:
+            raise WeightsError(f"{self.path} is damaged: {error}.") from error
         return tensors
 
 
@@ -113,6 +119,9 @@ def read_header(path: str | Path) -> TensorFile:
         header = parse_json(path, file.read(length))
     metadata = header.pop("__metadata__", {})
     tensors = {name: tensor_info(path, name, entry, size - 8 - length) for name, entry in header.items()}
+    named, there = sum(prod(info.shape) * info.dtype.itemsize for info in tensors.values()), size - 8 - length
+    if named != there or not isinstance(metadata, dict):
+        raise WeightsError(f"{path} is damaged: {there:,} bytes of data, and the header accounts for {named:,}.")
     return TensorFile(path, tensors, metadata, keymaps.describe(tensors))
 
 
@@ -144,8 +153,8 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
 def tensor_info(path: Path, name: str, entry: Any, data_size: int) -> TensorInfo:
     """One entry of the header, checked against the size of the file."""
     try:
-        shape, (begin, end) = tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
-        dtype = entry["dtype"]
+        shape, dtype = tuple(int(n) for n in entry["shape"]), str(entry["dtype"])
+        begin, end = (int(n) for n in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} is damaged: the header's entry for {name} makes no sense.") from error
     if dtype not in DTYPES:
@@ -177,7 +186,8 @@ def find_weights(folder: str | Path) -> Path:
     if any(name.endswith(".index.json") for name in there):
         raise WeightsError(f"{folder}: the weights are split over several files; minidiff reads single ones.")
     raise WeightsError(
-        f"{folder} has no diffusion_pytorch_model.safetensors and no model.safetensors; it has {', '.join(there) or 'nothing'}."
+        f"{folder} has no diffusion_pytorch_model.safetensors and no model.safetensors; "
+        f"it has {', '.join(there) or 'nothing'}."
     )
 
 
@@ -192,11 +202,11 @@ def load_into(model: nn.Module, source: str | Path | TensorFile, torch_dtype: to
     They keep the file's dtype unless `torch_dtype` is given.
     """
     file = source if isinstance(source, TensorFile) else read_header(source)
-    wanted = {keymaps.modern(key): key for key in model.state_dict()}
+    wanted = {keymaps.modern(key): tensor for key, tensor in model.state_dict().items()}
     given = {keymaps.modern(key): info for key, info in file.tensors.items() if not keymaps.is_position_ids(key)}
-    check_fit(model, {name: model.state_dict()[key] for name, key in wanted.items()}, given, file)
+    check_fit(model, wanted, given, file)
     tensors = replace(file, tensors=given).read(torch_dtype)
-    state = {key: tensors[name].reshape(model.state_dict()[key].shape) for name, key in wanted.items()}
+    state = {key: tensors[keymaps.modern(key)].reshape(old.shape) for key, old in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     fill_position_ids(model)
 
@@ -315,25 +325,23 @@ def split_single_file(
     if absent or unknown:
         raise WeightsError(
             f"{path} is no SD 1.x checkpoint in one file. It looks like {file.looks_like}.\n"
-            + "\n".join(listed(what, names) for what, names in (("parts missing", absent), ("unknown", unknown)) if names)
+            + "\n".join(
+                listed(what, names) for what, names in (("parts missing", absent), ("unknown", unknown)) if names
+            )
         )
     return SingleFile(*(replace(file, tensors=tensors) for tensors in parts.values()))
 
 
-def to_single_file(
-    unet: nn.Module,
-    vae: nn.Module,
-    text_encoder: nn.Module,
-    path: str | Path,
-    unet_config: UNetConfig = SD15_UNET,
-    vae_config: VAEConfig = SD15_VAE,
-) -> None:
+def to_single_file(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: nn.Module, path: str | Path) -> None:
     """Write the three networks as one checkpoint in the LDM layout, which A1111 and ComfyUI read."""
-    tables = keymaps.unet_table(unet_config), keymaps.vae_table(vae_config)
-    tensors = {keymaps.UNET_PREFIX + keymaps.rename(key, tables[0]): value for key, value in unet.state_dict().items()}
+    tensors = {}
+    table = keymaps.unet_table(unet.config)
+    for key, value in unet.state_dict().items():
+        tensors[keymaps.UNET_PREFIX + keymaps.rename(key, table)] = value
+    table = keymaps.vae_table(vae.config)
     for key, value in vae.state_dict().items():
         weight = value[:, :, None, None] if keymaps.is_vae_attention(key) else value
-        tensors[keymaps.VAE_PREFIX + keymaps.rename(key, tables[1])] = weight
-    for key, value in text_encoder.state_dict().items():
-        tensors[keymaps.TEXT_PREFIX + keymaps.clip_file_key(key)] = value
+        tensors[keymaps.VAE_PREFIX + keymaps.rename(key, table)] = weight
+    for key, value in to_file_keys(text_encoder.state_dict()).items():
+        tensors[keymaps.TEXT_PREFIX + key] = value
     save(tensors, path)

@@ -73,7 +73,9 @@ def test_min_snr_weights_values():
     snr = EPSILON.alphas_cumprod / (1 - EPSILON.alphas_cumprod)
     assert torch.equal(weights[snr <= 5], torch.ones(int((snr <= 5).sum())))  # noisy timesteps: the plain eps loss
     assert weights[0].item() == pytest.approx(5 / snr[0].item())
-    assert min_snr_weights(VELOCITY, torch.tensor([999])).item() == pytest.approx(snr[999].item() / (snr[999].item() + 1))
+    assert min_snr_weights(VELOCITY, torch.tensor([999])).item() == pytest.approx(
+        snr[999].item() / (snr[999].item() + 1)
+    )
 
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0, float("nan")])

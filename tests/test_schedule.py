@@ -97,6 +97,14 @@ def test_x0_and_eps_undo_add_noise(prediction):
     torch.testing.assert_close(got_eps, noise, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_x0_and_eps_are_fp32_for_half_input(prediction):
+    schedule = NoiseSchedule.from_config(NoiseConfig(prediction_type=prediction))
+    half = latents(2, 4, 2, 2).half()
+    x0, eps = x0_and_eps(schedule, half, half, torch.tensor([3, 900]))
+    assert x0.dtype == eps.dtype == torch.float32
+
+
 def test_v_is_the_velocity_on_the_circle():
     """2202.00512, appendix D: with sqrt(a_bar) = cos phi, v is d x_t / d phi, and x_t = x0 cos phi + eps sin phi."""
     phi = 0.7
@@ -117,6 +125,8 @@ def test_spacings():
     assert timesteps(SCHEDULE, 4, "trailing") == [999, 749, 499, 249]
     assert timesteps(SCHEDULE, 20, "leading") == list(range(951, 0, -50))
     assert timesteps(SCHEDULE, 30, "leading")[0] == 958  # 1000 // 30 is 33: the integer division trap
+    no_offset = NoiseSchedule.from_config(NoiseConfig(steps_offset=0))
+    assert timesteps(no_offset, 4, "leading") == [750, 500, 250, 0]
 
 
 def test_spacing_conventions_of_the_samplers():
@@ -148,6 +158,6 @@ def test_unknown_spacing():
 
 
 def test_sigmas_between_timesteps():
-    table = SCHEDULE.sigmas.double()
+    table = SCHEDULE.sigmas.tolist()
     sigmas = sigmas_at(SCHEDULE, [999.0, 10.25, 0.0])
     assert sigmas == pytest.approx([table[999], 0.75 * table[10] + 0.25 * table[11], table[0], 0.0])

@@ -1,6 +1,6 @@
 """LoRA: learn a small change of a big matrix (arXiv 2106.09685).
 
-A frozen linear layer W (out, in) gets a detour of two thin matrices: down with A (r, in) to r numbers, up with B (out, r).
+A frozen linear layer W (out, in) gets a detour of two thin matrices: A (r, in) leads down to r numbers, B (out, r) up.
 
     y = W x + (alpha / r) B A x          eq. 3, with the alpha / r of section 4.1
 
@@ -8,8 +8,8 @@ B starts at zero, so the tuned model starts as the base model. r is the rank; al
 
     inject(unet, rank=4)   ->   train `trainable(unet)`   ->   merge(unet) or keep the detour   ->   eject(unet)
 
-Names: a module is called by its dotted path ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"), an adapter by
-any word ("default", "dog"). A layer can carry several adapters; their changes ΔW add up, each times its own strength.
+A module is called by its dotted path ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"), an adapter by any
+word ("default", "dog"). A layer can carry several adapters; their changes ΔW add up, each times its own strength.
 """
 
 import math
@@ -26,7 +26,11 @@ DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every attention projec
 
 
 class LoRALinear(nn.Module):
-    """A frozen `nn.Linear` and its adapters. A and B are fp32 whatever the dtype of the base."""
+    """A frozen `nn.Linear` and its adapters.
+
+    A and B are fp32 whatever the dtype of the base. Cast the model before, not after: `.to(torch.float16)` on the
+    whole of it would cast them too.
+    """
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -52,7 +56,9 @@ class LoRALinear(nn.Module):
             return y
         for name, A in self.lora_A.items():
             if factor := self.strength[name] * self.scale[name]:
-                detour = F.linear(F.linear(x.to(A.dtype), A), self.lora_B[name])  # B A x: LoRA (arXiv 2106.09685), eq. 3
+                detour = F.linear(
+                    F.linear(x.to(A.dtype), A), self.lora_B[name]
+                )  # B A x: LoRA (arXiv 2106.09685), eq. 3
                 y = y + (factor * detour).to(y.dtype)
         return y
 
@@ -89,8 +95,8 @@ def inject(
     """Freeze `model` and put a fresh adapter on every linear layer that a target names; gives them by module name.
 
     A target is a module's last name or names ("to_q", "to_out.0", "attn2.to_k"), whole words between the dots. alpha
-    defaults to rank, so that alpha / r = 1. A is uniform in ±1/√in (kaiming_uniform with a = √5, as in peft), drawn from
-    `seed` and the module's name; B is zero. Raises AdapterError before anything is changed.
+    defaults to rank, so that alpha / r = 1. A is uniform in ±1/√in (kaiming_uniform with a = √5, as in peft), drawn
+    afresh from `seed` and the module's name; B is zero. Raises AdapterError before anything is changed.
     """
     alpha = rank if alpha is None else alpha
     names = find_targets(model, (targets,) if isinstance(targets, str) else targets)
@@ -141,7 +147,9 @@ def set_adapters(model: nn.Module, names: Sequence[str], strengths: Sequence[flo
     known = adapter_names(model)
     for name in names:
         if name not in known:
-            raise AdapterError(f'no adapter is called "{name}"; there is {", ".join(known)}.{did_you_mean(name, known)}')
+            raise AdapterError(
+                f'no adapter is called "{name}"; there is {", ".join(known)}.{did_you_mean(name, known)}'
+            )
     wanted = dict(zip(names, strengths))
     for layer in layers.values():
         layer.strength = {name: float(wanted.get(name, 0.0)) for name in layer.strength}

@@ -10,9 +10,9 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from minidiff.diffusion.samplers import Model
 from minidiff.errors import SettingsError
 
-Model = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> eps or v
 UNetCall = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, text) -> eps or v
 
 

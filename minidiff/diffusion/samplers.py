@@ -39,8 +39,8 @@ from torch import Tensor
 from minidiff.diffusion.schedule import NoiseSchedule, read_output, sigmas_at, timesteps
 from minidiff.errors import SettingsError, did_you_mean
 
-Model = Callable[[Tensor, Tensor], Tensor]
-StepNoise = Callable[[int], Tensor]
+Model = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> eps or v
+StepNoise = Callable[[int], Tensor]  # i -> noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ def ddim(
     a_bar_final = 1.0 if schedule.set_alpha_to_one else a_bars[0]
     x = noise.float()
     for i, t in enumerate(timesteps(schedule, steps, spacing or schedule.timestep_spacing or "leading")):
-        # The reference always goes T // steps back. With leading spacing that is the next t; with the others only nearly.
+        # The reference always goes T // steps back: with leading spacing the next t, with the others only near it.
         t_prev = int(t) - len(a_bars) // steps
         a_bar, a_bar_prev = a_bars[int(t)], a_bars[t_prev] if t_prev >= 0 else a_bar_final
         x0, eps = _predict(model, schedule, x, t, a_bar)

@@ -3,17 +3,18 @@
 Noise is mixed in over T = 1000 training timesteps. One number says everything about a timestep: the share of the
 signal's variance that is left,
 
-    x_t = sqrt(a_bar_t) x_0 + sqrt(1 - a_bar_t) eps,    eps ~ N(0, I)                                       DDPM eq. 4
+    x_t = sqrt(a_bar_t) x_0 + sqrt(1 - a_bar_t) eps,    eps ~ N(0, I)                                  DDPM eq. 4
 
-| here             | paper                                                                    | meaning                  |
-|------------------|--------------------------------------------------------------------------|--------------------------|
-| `a_bar`          | alpha-bar_t in DDPM; DDIM writes alpha_t for the same thing              | share of signal, 1 to 0  |
-| `sigma`          | sigma in EDM (Karras): sqrt((1 - a_bar) / a_bar)                         | noise / signal, 0 to 14.6|
-| `x0`             | x_0; in a latent diffusion model it is the latent z_0                    | the clean latent         |
-| `eps`, `v`       | epsilon in DDPM; v = sqrt(a_bar) eps - sqrt(1 - a_bar) x0 in distillation| what the network predicts|
+| here        | paper                                                                 | meaning                   |
+|-------------|-----------------------------------------------------------------------|---------------------------|
+| `a_bar`     | alpha-bar_t in DDPM; DDIM writes alpha_t for the same thing           | share of signal, 1 to 0   |
+| `sigma`     | sigma in EDM: sqrt((1 - a_bar) / a_bar)                               | noise / signal, 0 to 14.6 |
+| `x0`        | x_0; in latent diffusion the latent z_0                               | the clean latent          |
+| `eps`, `v`  | epsilon in DDPM; v = sqrt(a_bar) eps - sqrt(1 - a_bar) x0 (2202.00512)| what the network predicts |
 
-Two scales of the same noisy latent appear in the samplers: `x_t` above, whose variance stays near 1 (variance preserving,
-VP: what the network sees and `vae.decode` wants), and x_t / sqrt(a_bar_t) = x_0 + sigma eps (variance exploding, VE).
+Two scales of the same noisy latent appear in the samplers: `x_t` above, whose variance stays near 1 (variance
+preserving, VP: what the network sees and `vae.decode` wants), and x_t / sqrt(a_bar_t) = x_0 + sigma eps (variance
+exploding, VE).
 
 Shapes: B pictures, T training timesteps; latents (B, C, H, W), timesteps (B,).
 Papers: DDPM arXiv 2006.11239, DDIM 2010.02502, EDM 2206.00364, latent diffusion 2112.10752, v-prediction 2202.00512.
@@ -94,7 +95,9 @@ def x0_and_eps(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor) 
 
     Shapes (B, C, H, W), `t` (B,) integers; the answers are fp32 (fp64 for fp64 input).
     """
-    return read_output(output, x_t, _a_bar_at(schedule, t, x_t), schedule.prediction_type)
+    a_bar = _a_bar_at(schedule, t, x_t)
+    output = output.to(torch.promote_types(output.dtype, a_bar.dtype))
+    return read_output(output, x_t, a_bar, schedule.prediction_type)
 
 
 def read_output(output: Tensor, x_t: Tensor, a_bar: Number, prediction_type: str) -> tuple[Tensor, Tensor]:
@@ -111,7 +114,7 @@ def _a_bar_at(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> Tensor:
     return table[t.to(like.device)].view(-1, *[1] * (like.ndim - 1))
 
 
-# ------------------------------------------------------------------------------- sampling: which timesteps, which sigmas
+# ------------------------------------------------------------------------------ sampling: which timesteps, which sigmas
 
 
 def timesteps(schedule: NoiseSchedule, steps: int, spacing: str, whole: bool = True, spare: int = 0) -> list[float]:
@@ -138,11 +141,11 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str, whole: bool = T
     elif spacing == "trailing":
         grid = np.arange(T, 0, -T / steps).round() - 1
     else:
-        raise SettingsError(
-            f'timestep_spacing "{spacing}" is unknown; it is one of {", ".join(SPACINGS)}.{did_you_mean(spacing, SPACINGS)}'
-        )
+        known = ", ".join(SPACINGS)
+        hint = did_you_mean(spacing, SPACINGS)
+        raise SettingsError(f'timestep_spacing "{spacing}" is unknown; it is one of {known}.{hint}')
     t: list[float] = (grid.round() if whole else grid)[:steps].tolist()
-    if t[0] > T - 1 or any(later >= earlier for earlier, later in pairwise(t)):
+    if t[0] > T - 1 or t[-1] < 0 or any(later >= earlier for earlier, later in pairwise(t)):
         raise SettingsError(
             f'num_inference_steps is {steps}: with "{spacing}" spacing this sampler has fewer different timesteps '
             f"between 0 and {T - 1}. Use fewer steps or another timestep_spacing."

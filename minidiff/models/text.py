@@ -36,7 +36,9 @@ def load_tokenizer(folder: Path) -> "CLIPTokenizer":
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         _check_vocabulary(folder)
     elif not (folder / "tokenizer.json").is_file():
-        raise WeightsError(f"{folder}: no CLIP tokenizer here; vocab.json or merges.txt is missing. Copy the folder again.")
+        raise WeightsError(
+            f"{folder}: no CLIP tokenizer here; vocab.json or merges.txt is missing. Copy the folder again."
+        )
     try:  # the length is said outright: without tokenizer_config.json the library takes it for 10^30
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), model_max_length=LENGTH, local_files_only=True)
     except Exception as error:  # the library raises bare Exception for a damaged file
@@ -49,15 +51,17 @@ def load_tokenizer(folder: Path) -> "CLIPTokenizer":
 def _check_vocabulary(folder: Path) -> None:
     """Refuse files that do not belong together: the library reads a cut merges.txt in silence, and gets other ids."""
     try:
-        vocabulary = set(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
+        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8")).keys()
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    except (ValueError, TypeError) as error:  # not JSON, not UTF-8, not a table
+    except (ValueError, AttributeError) as error:  # not JSON, not UTF-8, not a table
         raise WeightsError(f"{folder}: vocab.json or merges.txt is damaged ({error}). Copy both again.") from error
     joined = {line.replace(" ", "") for line in lines if line and not line.startswith("#version")}
     longer = {token for token in vocabulary if len(token.removesuffix("</w>")) > 1 and not token.startswith("<|")}
     if odd := joined ^ longer:
         some = ", ".join(sorted(odd)[:3])
-        raise WeightsError(f"{folder}: vocab.json and merges.txt disagree on {len(odd)} tokens ({some} …). Copy both again.")
+        raise WeightsError(
+            f"{folder}: vocab.json and merges.txt disagree on {len(odd)} tokens ({some} …). Copy both again."
+        )
 
 
 def build_text_encoder(values: Mapping[str, Any], where: str) -> "CLIPTextModel":

@@ -24,14 +24,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minidiff import weights
 from minidiff.errors import SettingsError, WeightsError
 from minidiff.train.settings import TrainSettings, to_toml
 
@@ -52,13 +52,13 @@ class Checkpoint:
 def save(
     folder: Path, step: int, tensors: Groups, facts: dict[str, Any], export: Callable[[Path], None], keep: int | None
 ) -> Path:
-    """Write `folder/checkpoint-<step>`, then take away all but the `keep` newest. Raises OSError, having lost nothing."""
+    """Write `folder/checkpoint-<step>`, then remove all but the `keep` newest. An OSError leaves the old ones whole."""
     final, hidden = folder / f"checkpoint-{step}", folder / f".tmp-checkpoint-{step}"
     try:
         _remove(hidden)
         os.makedirs(hidden / "state")
         for name, group in tensors.items():
-            _write_tensors(hidden / "state" / f"{name}.safetensors", group)
+            weights.save(group, hidden / "state" / f"{name}.safetensors")
         export(hidden)
         _write_manifest(hidden, step, facts)
         _put_aside(final)  # exists only if it is damaged: an intact one is never written again
@@ -74,12 +74,12 @@ def save(
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint back; raises WeightsError unless every byte is as it was written."""
     manifest = verify(path)
-    tensors = {p.stem: load_file(p) for p in sorted((path / "state").glob("*.safetensors"))}
+    tensors = {p.stem: weights.read_header(p).read() for p in sorted((path / "state").glob("*.safetensors"))}
     return Checkpoint(path, manifest["step"], tensors, manifest)
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest, once each file it lists has the size and sha256 it gives; else a WeightsError that names the file."""
+    """The manifest, if each file it lists has its size and sha256; else a WeightsError with the file's name."""
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text("utf-8"))
         files: dict[str, dict[str, Any]] = manifest["files"]
@@ -126,7 +126,9 @@ def find(settings: TrainSettings) -> Path | None:
     path = next((p for p in (Path(wanted), folder / wanted) if p.is_dir()), None)
     if path is None:
         there = ", ".join(p.name for p in checkpoints(folder)) or "none"
-        raise SettingsError(f'--resume_from_checkpoint {wanted}: no such folder. Checkpoints in {folder}: {there}; or "latest".')
+        raise SettingsError(
+            f'--resume_from_checkpoint {wanted}: no such folder. Checkpoints in {folder}: {there}; or "latest".'
+        )
     step = verify(path)["step"]
     newer = [p.name for p in checkpoints(folder) if int(p.name.split("-")[1]) > step]
     if newer:
@@ -138,23 +140,27 @@ def find(settings: TrainSettings) -> Path | None:
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Refuse to go on with other settings or other data than the run was made of: a SettingsError lists each difference."""
+    """Refuse to go on with other settings or data than the run was made of; the SettingsError lists the differences."""
     keys = [k for k in {**saved, **now} if saved.get(k) != now.get(k)]
     if keys:
         rows = "".join(f"\n  {k}: was {_short(saved.get(k))}, is now {_short(now.get(k))}" for k in keys)
-        raise SettingsError(f"{path} was made with other settings or data:{rows}\nSet these back, or start in another --output_dir.")
+        raise SettingsError(
+            f"{path} was made with other settings or data:{rows}\nSet these back, or start in another --output_dir."
+        )
 
 
 def environment() -> dict[str, Any]:
     """What, apart from the settings, the last bits of a result hang on."""
-    from minidiff import __version__
+    try:
+        own = metadata.version("minidiff")
+    except metadata.PackageNotFoundError:  # read from a clone, not installed
+        own = "not installed"
+    versions = {"minidiff": own, "torch": torch.__version__, "python": platform.python_version()}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {**versions, "threads": torch.get_num_threads(), "machine": platform.machine(), "gpu": gpu}
 
-    versions = {"minidiff": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return {**versions, "threads": torch.get_num_threads(), "machine": platform.machine(), "device": device}
 
-
-# --- the optimizer's state as tensors and JSON ---------------------------------------------------------------------------
+# --- the optimizer's state as tensors and JSON -----------------------------------------------------------------------
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -163,7 +169,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     return {f"{i}.{k}": v for i, values in state["state"].items() for k, v in values.items()}, state["param_groups"]
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]
+) -> None:
     """The reverse. JSON turned tuples, such as Adam's betas, into lists: they become tuples again."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -173,7 +181,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Te
     optimizer.load_state_dict({"state": state, "param_groups": restored})
 
 
-# --- the folder of a run ----------------------------------------------------------------------------------------------
+# --- the folder of a run ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -280,13 +288,6 @@ def _try_lock(descriptor: int) -> bool:
         return True
     except OSError:
         return False
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-    except SafetensorError as error:  # safetensors reports a full disk as an error of its own
-        raise OSError(str(error)) from error
 
 
 def _write_manifest(folder: Path, step: int, facts: dict[str, Any]) -> None:

@@ -42,8 +42,14 @@ def lr_factor(done: int, settings: TrainSettings) -> float:
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
-    """Scale all gradients by min(1, max_norm / norm) (Pascanu et al. 2013, algorithm 1); returns the norm before."""
-    return float(nn.utils.clip_grad_norm_(parameters, max_norm))
+    """Scale all gradients by min(1, max_norm / norm) (Pascanu et al. 2013, algorithm 1); returns the norm before.
+
+    A norm that is not finite leaves them as they are, so that the culprit can be named.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if torch.isfinite(norm):
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)
 
 
 class EMA:

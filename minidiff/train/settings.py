@@ -62,7 +62,8 @@ class TrainSettings:
 
     # Two runs that differ in nothing but these give the same weights at the same step.
     HARMLESS: ClassVar[frozenset[str]] = frozenset(
-        "output_dir overwrite_output_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit validation_steps".split()
+        "output_dir overwrite_output_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit "
+        "validation_steps".split()
     )
 
     def check(self) -> None:
@@ -81,11 +82,11 @@ class TrainSettings:
             choices = TrainSettings.__annotations__[field].__args__
             hint = did_you_mean(str(getattr(self, field)), choices)
             self.need(getattr(self, field) in choices, field, f"must be one of {', '.join(choices)}.{hint}".rstrip("."))
-        warm_constant = self.lr_scheduler == "constant" and self.lr_warmup_steps > 0
-        self.need(not warm_constant, "lr_warmup_steps", 'does nothing with --lr_scheduler constant; use "constant_with_warmup"')
+        warms = self.lr_scheduler != "constant" or self.lr_warmup_steps == 0
+        self.need(warms, "lr_warmup_steps", "needs another --lr_scheduler than constant, such as constant_with_warmup")
         self.need(self.lr_warmup_steps <= self.max_train_steps, "lr_warmup_steps", "must not exceed --max_train_steps")
         fresh = not (self.overwrite_output_dir and self.resume_from_checkpoint)
-        self.need(fresh, "overwrite_output_dir", "contradicts --resume_from_checkpoint: one starts over, the other goes on")
+        self.need(fresh, "overwrite_output_dir", "starts over, and --resume_from_checkpoint goes on: give one of them")
 
     def need(self, holds: bool, flag: str, rule: str) -> None:
         """One check: the flag, what is wrong with it, and the value it has."""
@@ -148,12 +149,12 @@ class FineTuneSettings(TrainSettings):
         super().check()
         if (self.instance_data_dir is None) == (self.train_data_dir is None):
             raise SettingsError(
-                "Give the pictures with one of --instance_data_dir (one prompt for all) and --train_data_dir (a caption each)."
+                "Give the pictures with one of --instance_data_dir (one prompt) and --train_data_dir (a caption each)."
             )
         if self.instance_data_dir is not None and not (self.instance_prompt or "").strip():
             raise SettingsError('--instance_data_dir needs --instance_prompt, such as "a photo of a sks dog".')
-        prompt_for_captions = self.train_data_dir is not None and self.instance_prompt is not None
-        self.need(not prompt_for_captions, "instance_prompt", "goes with --instance_data_dir; --train_data_dir has captions")
+        one_prompt = self.instance_prompt is None or self.instance_data_dir is not None
+        self.need(one_prompt, "instance_prompt", "goes with --instance_data_dir; --train_data_dir has captions")
         self.need(self.resolution is None or self.resolution >= 8, "resolution", "must be at least 8")
         self.need(0 <= self.proportion_empty_prompts <= 1, "proportion_empty_prompts", "must lie in [0, 1]")
         self.need(self.snr_gamma is None or 0 < self.snr_gamma < math.inf, "snr_gamma", "must be a number above 0")

@@ -2,11 +2,12 @@
 
     python tests/golden/make_samplers.py
 
-The tests load this file too, for `fake_network` and `reference_trajectory`; diffusers is imported only where it is used.
+The tests load this file too, for `fake_network` and `reference_trajectory`; diffusers is imported where it is used.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,11 +36,11 @@ def noises(shape: tuple[int, ...], count: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for _ in range(count + 1)]
 
 
-def reference_scheduler(name: str, prediction: str, spacing: str | None, set_alpha_to_one: bool = False):  # type: ignore[no-untyped-def]
+def reference_scheduler(name: str, prediction: str, spacing: str | None, set_alpha_to_one: bool = False) -> Any:
     """diffusers' scheduler with SD 1.5's settings; `spacing` None: its own default."""
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 
-    config = {
+    config: dict[str, Any] = {
         "beta_start": 0.00085,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
@@ -53,8 +54,8 @@ def reference_scheduler(name: str, prediction: str, spacing: str | None, set_alp
     return {"euler_a": EulerAncestralDiscreteScheduler, "dpm++_2m": DPMSolverMultistepScheduler}[name](**config)
 
 
-def reference_trajectory(scheduler, steps: int, shape: tuple[int, ...], eta: float) -> Tensor:  # type: ignore[no-untyped-def]
-    """Latents after each step, (steps, B, 4, H, W), VP scale. Start and steps draw what `noises` draws, in its order."""
+def reference_trajectory(scheduler: Any, steps: int, shape: tuple[int, ...], eta: float) -> Tensor:
+    """Latents after each step, (steps, B, 4, H, W), VP scale. Start and steps draw what `noises` draws."""
     generator = torch.Generator().manual_seed(2)
     scheduler.set_timesteps(steps)
     x = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma

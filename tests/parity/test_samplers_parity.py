@@ -22,7 +22,9 @@ def trajectory(name, schedule, steps, eta=0.0, spacing=None):
     noise = GOLDEN["noises"](SHAPE, steps)
     sampler = SAMPLERS[name] if not eta else ddim
     only_ddim = {"eta": eta} if eta else {}
-    walk = sampler(GOLDEN["fake_network"], noise[0], schedule, steps, lambda i: noise[i + 1], spacing=spacing, **only_ddim)
+    walk = sampler(
+        GOLDEN["fake_network"], noise[0], schedule, steps, lambda i: noise[i + 1], spacing=spacing, **only_ddim
+    )
     return torch.stack([step.x for step in walk])
 
 

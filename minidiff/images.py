@@ -1,0 +1,323 @@
+"""Pictures in and out: any file a camera or an editor writes -> RGB; tensors -> files, contact sheets, curves.
+
+Shapes: B pictures, 3 channels, H rows, W columns; values of tensors lie in [-1, 1].
+"""
+
+import functools
+import io
+import json
+import math
+import os
+import struct
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from torch import Tensor
+
+from minidiff.errors import DataError, MinidiffError
+
+MAX_PIXELS = 100_000_000  # more is a mistake or a decompression bomb: a small file that fills the memory
+# What Pillow raises for a damaged file, by format and by the place of the damage.
+READ_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error)
+
+
+def load_image(path: Path | str) -> Image.Image:
+    """A picture of any usual kind as 8-bit RGB, the way a viewer shows it.
+
+    Turned upright by its EXIF mark, 16 bits scaled to 8, transparency laid over white, CMYK and wide-gamut colours
+    brought to sRGB, the first frame of an animation (with a warning). Raises DataError for anything else.
+    """
+    path = Path(path)
+    with _open(path) as image:
+        if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a JPEG with a preview behind it
+            warnings.warn(f"{path}: {getattr(image, 'n_frames', '')} frames; only the first is used.", stacklevel=2)
+        try:
+            profile = image.info.get("icc_profile")
+            upright = ImageOps.exif_transpose(image)  # reads the pixels too
+            return _to_srgb(_to_8_bit(upright, path), profile)
+        except READ_ERRORS as error:
+            raise DataError(f"{path}: damaged or cut short ({error}). Copy it again, or leave it out.") from error
+
+
+def _open(path: Path) -> Image.Image:
+    """Read the header alone, and refuse what cannot be a picture."""
+    if not path.is_file():
+        raise DataError(f"{path}: {'is a folder, not a picture' if path.is_dir() else 'no such file'}. Check the path.")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty (0 bytes). Copy it again, or leave it out.")
+    huge = f"{path}: more than {MAX_PIXELS // 1_000_000} million pixels. Reduce it first; training needs 512 on a side."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is our own
+            image = Image.open(path)
+    except Image.DecompressionBombError as error:
+        raise DataError(huge) from error
+    except READ_ERRORS as error:
+        foreign = path.suffix.lower() in (".heic", ".heif", ".raw", ".svg")
+        hint = "Convert it to PNG or JPEG" if foreign else "Leave it out"
+        raise DataError(f"{path}: not a picture that can be read here (JPEG, PNG, WebP, …). {hint}.") from error
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise DataError(huge)
+    return image
+
+
+def _to_8_bit(image: Image.Image, path: Path) -> Image.Image:
+    """16-bit gray -> L. Pillow's own conversion clips: all but the darkest 1/256 would be white."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise DataError(f"{path}: 32 bits a channel, of unknown range. Save it with 8 or 16 bits.")
+    return Image.fromarray((values / 257).round().astype(np.uint8))
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Any mode -> RGB: transparency over white, the embedded colour profile applied where there is one."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if profile and image.mode in ("RGB", "CMYK"):
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "srgb" not in ImageCms.getProfileDescription(source).lower():
+                target = ImageCms.createProfile("sRGB")
+                image = ImageCms.profileToProfile(image, source, target, outputMode="RGB") or image
+        except (ImageCms.PyCMSError, OSError):
+            pass  # a profile that cannot be read: the numbers are taken for sRGB, as browsers do
+    return image.convert("RGB")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W), fp32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32))
+    return pixels.permute(2, 0, 1) / 127.5 - 1
+
+
+def to_pil(pictures: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] -> RGB pictures. What lies outside is clipped; NaN and infinity are an error."""
+    bad = [i for i, picture in enumerate(pictures) if not picture.isfinite().all()]
+    if bad:
+        raise MinidiffError(
+            f"picture {bad[0] + 1} of {len(pictures)} holds NaN or infinity, so it would be black. Where half precision "
+            "overflowed, run in float32 or bfloat16; where training diverged, take an earlier checkpoint."
+        )
+    bytes_ = ((pictures.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in bytes_]
+
+
+def save_png(image: Image.Image, path: Path | str, text: Mapping[str, str] | None = None) -> None:
+    """Write a PNG with `text` chunks in it, whole or not at all. A1111's key is `parameters`: see `generation_text`."""
+    path, chunks = Path(path), PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_text(key, value)  # tEXt; where Latin-1 does not hold the text, iTXt
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                image.save(file, format="PNG", pnginfo=chunks)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise MinidiffError(f"{path}: cannot be written ({error.strerror or error}). Choose another place.") from error
+
+
+def read_png_text(path: Path | str) -> dict[str, str]:
+    """The text chunks of a PNG, wherever they stand in the file; {} for a picture of another format."""
+    path = Path(path)
+    with _open(path) as image:
+        try:
+            image.load()  # chunks may follow the pixels
+            return {key: str(value) for key, value in getattr(image, "text", {}).items()}
+        except READ_ERRORS as error:
+            raise DataError(f"{path}: damaged or cut short ({error}).") from error
+
+
+def generation_text(prompt: str, negative_prompt: str, settings: Mapping[str, object]) -> str:
+    """How a picture was made, in the form A1111 reads back: prompt, `Negative prompt: …`, `Steps: 20, Sampler: …`."""
+    values = {key: str(value) for key, value in settings.items()}
+    quoted = {k: json.dumps(v, ensure_ascii=False) if set(v) & set(',:\n"') else v for k, v in values.items()}
+    lines = [prompt, f"Negative prompt: {negative_prompt}" if negative_prompt else ""]
+    return "\n".join([*filter(None, lines), ", ".join(f"{key}: {value}" for key, value in quoted.items())])
+
+
+PAPER, INK, HAIRLINE = "#f7f6f2", "#23262d", "#d9d7d0"  # warm and light: a card, on a white page and on a dark one
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    title: str = "",
+    tile: int = 256,
+) -> Image.Image:
+    """A labelled grid. Each picture is scaled to `tile` pixels on its longer side; labels are never cut off."""
+    if len(row_labels) not in (0, len(rows)) or len(column_labels) not in (0, max(map(len, rows), default=0)):
+        raise ValueError(f"{len(row_labels)} row and {len(column_labels)} column labels do not fit the grid")
+    grid = [[_scale(image, tile) for image in row] for row in rows]
+    cell_w = max(image.width for row in grid for image in row)
+    cell_h = max(image.height for row in grid for image in row)
+    type_size, gap, margin = max(14, round(tile * 0.08)), round(tile * 0.05), round(tile * 0.12)
+    heads = _Labels(column_labels, round(cell_w * 0.94), type_size)
+    sides = _Labels(row_labels, round(tile * 0.6), type_size)
+    left = margin + (sides.width + 2 * gap if row_labels else 0)
+    row_h = max(cell_h, sides.height)
+    width = left + max(map(len, grid)) * (cell_w + gap) - gap + margin
+    heading = _Labels([title], width - 2 * margin, round(type_size * 1.4))
+    head_top = margin + (heading.height + gap if title else 0)
+    top = head_top + (heads.height + gap if column_labels else 0)
+    sheet = Image.new("RGB", (width, top + len(grid) * (row_h + gap) - gap + margin), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    heading.draw(draw, 0, margin, margin)
+    for column in range(len(column_labels)):
+        x = left + column * (cell_w + gap) + cell_w / 2
+        heads.draw(draw, column, x, top - gap - heads.heights[column], centred=True)
+    for row, pictures in enumerate(grid):
+        y = top + row * (row_h + gap)
+        if row_labels:
+            sides.draw(draw, row, margin, y + (row_h - sides.heights[row]) / 2)
+        for column, picture in enumerate(pictures):
+            x0 = left + column * (cell_w + gap) + (cell_w - picture.width) // 2
+            y0 = y + (row_h - picture.height) // 2
+            draw.rectangle((x0 - 1, y0 - 1, x0 + picture.width, y0 + picture.height), outline=HAIRLINE)
+            sheet.paste(picture, (x0, y0))
+    return sheet
+
+
+class _Labels:
+    """Texts in one size of type: the largest up to `size` that breaks no word and needs at most four lines of `width`."""
+
+    def __init__(self, texts: Sequence[str], width: int, size: int) -> None:
+        for self.size in range(size, 10, -1):
+            self.font = _font(self.size, all(text.isascii() for text in texts))
+            words = [word for text in texts for word in text.split()]
+            self.blocks = [_balanced(text, self.font, width) for text in texts]
+            if all(self.font.getlength(w) <= width for w in words) and all(len(b) <= 4 for b in self.blocks):
+                break  # else the smallest size stays: long words are broken then, and there are as many lines as needed
+        self.leading = round(self.size * 1.28)
+        self.heights = [len(block) * self.leading for block in self.blocks]
+        self.height = max(self.heights, default=0)
+        self.width = math.ceil(max((self.font.getlength(line) for b in self.blocks for line in b), default=0))
+
+    def draw(self, draw: ImageDraw.ImageDraw, index: int, x: float, y: float, centred: bool = False) -> None:
+        for line in self.blocks[index]:
+            draw.text((x, y), line, fill=INK, font=self.font, anchor="ma" if centred else "la")
+            y += self.leading
+
+
+@functools.cache
+def _font(size: int, ascii_only: bool) -> ImageFont.FreeTypeFont:
+    """Aileron, which comes with Pillow and knows ASCII alone; DejaVu Sans, which comes with matplotlib, for the rest."""
+    if ascii_only:
+        font = ImageFont.load_default(size)
+        if isinstance(font, ImageFont.FreeTypeFont):
+            return font
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def _balanced(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Wrap to `width`, then as much narrower as costs no further line: no last line of one short word."""
+    lines = _wrap(text, font, width)
+    for narrower in range(width - 4, 0, -4):
+        attempt = _wrap(text, font, narrower)
+        if len(attempt) > len(lines) or any(font.getlength(word) > narrower for word in text.split()):
+            break
+        lines = attempt
+    return lines
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Greedy lines of at most `width` pixels; a word that is wider alone is broken between letters."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += " " + word
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
+def _scale(image: Image.Image, tile: int) -> Image.Image:
+    factor = tile / max(image.size)
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def loss_curve(metrics: Path | str | Iterable[Mapping[str, float]], path: Path | str) -> None:
+    """Draw `metrics` into a PNG: a metrics.jsonl, or records with `step`, `loss` and perhaps `lr`.
+
+    Pale: each step. Dark: the mean over a few hundredths of the run on either side. Below: the learning rate.
+    """
+    from matplotlib.figure import Figure  # heavy, and nothing else here wants it
+
+    records = _read_metrics(Path(metrics)) if isinstance(metrics, (str, Path)) else list(metrics)
+    by_step = {int(record["step"]): record for record in records}  # a resumed run repeats steps: the last one counts
+    if not by_step:
+        raise DataError(f"{metrics}: no steps in it yet, so there is no curve to draw.")
+    steps = sorted(by_step)
+    losses = np.array([by_step[step]["loss"] for step in steps], dtype=np.float64)
+    smooth = smoothed(losses, sigma=max(1.0, len(steps) / 60))
+    figure = Figure(figsize=(8, 5), dpi=150, facecolor=PAPER, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    dots = "." if len(steps) < 30 else ""
+    upper.plot(steps, losses, color="#8fb0d6", linewidth=0.8, alpha=0.7, marker=dots, label="each step")
+    upper.plot(steps, smooth, color="#1d4f8f", linewidth=2, label="smoothed")
+    lower.plot(steps, [by_step[s].get("lr", math.nan) for s in steps], color="#b3541e", linewidth=1.5, marker=dots)
+    known = losses[np.isfinite(losses)]
+    if known.size and known.max() > 0:
+        upper.set_ylim(0, 1.05 * max(np.percentile(known, 99.5), np.nanmax(smooth)))  # a lone spike runs off the top
+    upper.legend(frameon=False, loc="upper right")
+    upper.set_ylabel("loss")
+    lower.set_ylabel("learning rate")
+    lower.set_xlabel("step")
+    lower.set_ylim(bottom=0)
+    lower.ticklabel_format(axis="y", scilimits=(-2, 3))
+    for axes in (upper, lower):
+        axes.set_facecolor(PAPER)
+        axes.margins(x=0.01)
+        axes.grid(axis="y", color=HAIRLINE, linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.2)
+    save_png(Image.open(buffer).convert("RGB"), path)
+
+
+def smoothed(values: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian mean around each value, so without the lag of a running mean; skips what is not finite."""
+    half = min(math.ceil(3 * sigma), (len(values) - 1) // 2)
+    kernel = np.exp(-0.5 * (np.arange(-half, half + 1) / sigma) ** 2)
+    known = np.isfinite(values)
+    weight = np.convolve(known, kernel, mode="same")
+    total = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
+    return np.divide(total, weight, out=np.full(len(values), math.nan), where=weight > 0)
+
+
+def _read_metrics(path: Path) -> list[dict[str, float]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}). Give the metrics.jsonl of a training run.") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            records.append({key: float(record[key]) for key in ("step", "loss", "lr") if key in record or key != "lr"})
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"{path}, line {number}: not a record with step and loss ({error}). Remove the line."
+            ) from error
+    return records

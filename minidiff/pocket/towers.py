@@ -1,0 +1,84 @@
+"""CLIP at pocket size: a text tower and an image tower that agree on what belongs together.
+
+Learning Transferable Visual Models From Natural Language Supervision (arXiv 2103.00020). Stable Diffusion keeps only the
+text tower, frozen. The image tower is kept here too: it scores pictures, and is what an IP-Adapter would read.
+
+    B pairs   L = 77 text tokens   D width of the text tower, and of the space that both towers share
+
+There is no text projection: pictures are projected into the space of the text tower's pooled vector, so that the text
+tower is exactly the `text_encoder` of SD's folder and the pair needs no third file.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTH = 128
+
+
+def text_tower_config(vocab_size: int) -> dict[str, Any]:
+    """`text_encoder/config.json`. The two marks are the last two ids, as in CLIP's own vocabulary."""
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": vocab_size,
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 77,
+        "projection_dim": WIDTH,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": vocab_size - 2,
+        "eos_token_id": vocab_size - 1,
+        "pad_token_id": vocab_size - 1,
+    }
+
+
+def image_tower_config() -> dict[str, Any]:
+    """`image_encoder/config.json`: a vision transformer that reads 128 x 128 pixels as 64 patches."""
+    return {
+        "architectures": ["CLIPVisionModelWithProjection"],
+        "model_type": "clip_vision_model",
+        "image_size": 128,
+        "patch_size": 16,
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "projection_dim": WIDTH,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    }
+
+
+class Towers(nn.Module):
+    """Both towers and the temperature of their comparison."""
+
+    def __init__(self, vocab_size: int) -> None:
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        super().__init__()
+        self.text = CLIPTextModel(CLIPTextConfig(**text_tower_config(vocab_size)))
+        self.image = CLIPVisionModelWithProjection(CLIPVisionConfig(**image_tower_config()))
+        self.log_scale = nn.Parameter(torch.tensor(2.659))  # ln(1 / 0.07): arXiv 2103.00020, section 2.5
+
+    def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
+        """ids (B, L), pixels (B, 3, 128, 128) in [-1, 1] -> the loss of telling the pairs apart."""
+        text = F.normalize(self.text(input_ids=ids).pooler_output, dim=-1)  # (B, D)
+        image = F.normalize(self.image(pixel_values=pixels).image_embeds, dim=-1)  # (B, D)
+        same = (ids[:, None] == ids[None]).all(-1).float()  # two pictures may have the same caption
+        return contrastive_loss(image, text, self.log_scale.clamp(max=4.605).exp(), same)  # scale at most 100
+
+
+def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> Tensor:
+    """The symmetric cross-entropy of arXiv 2103.00020, figure 3.
+
+    image, text (B, D) of length 1; `same` (B, B) is 1 where a caption is right for a picture. CLIP takes the identity.
+    """
+    logits = scale * image @ text.mT  # (B, B)
+    target = same / same.sum(dim=-1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.mT, target)) / 2

@@ -1,0 +1,224 @@
+"""A checkpoint is whole or absent: whatever call fails, whatever byte is damaged."""
+
+import builtins
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minidiff.errors import SettingsError, WeightsError
+from minidiff.train import checkpoint
+from minidiff.train.settings import TrainSettings
+
+
+def export(folder: Path) -> None:
+    (folder / "adapter.bin").write_bytes(b"the result")
+
+
+def save(folder: Path, step: int, keep: int | None = None) -> Path:
+    tensors = {"weights": {"w": torch.full((3,), float(step))}, "optimizer": {"0.step": torch.tensor(float(step))}}
+    return checkpoint.save(folder, step, tensors, {"made_of": {"seed": 1}}, export, keep)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    back = checkpoint.load(path)
+    assert path.name == "checkpoint-7" and back.step == 7 and back.facts["made_of"] == {"seed": 1}
+    assert torch.equal(back.tensors["weights"]["w"], torch.full((3,), 7.0))
+    assert back.tensors["optimizer"]["0.step"].shape == ()
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"adapter.bin", "state/optimizer.safetensors", "state/weights.safetensors"}
+    assert manifest["environment"]["threads"] == torch.get_num_threads()
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-7"]
+
+
+def test_latest_counts_and_prune_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (9, 100, 30):
+        save(tmp_path, step)
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-100"
+    save(tmp_path, 101, keep=2)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-101"]
+
+
+@pytest.mark.parametrize("name", ["state/weights.safetensors", "adapter.bin", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_is_seen(tmp_path: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    data = bytearray((bad / name).read_bytes())
+    data[len(data) // 2] ^= 1 if name != "manifest.json" else 0x80
+    (bad / name).write_bytes(data if damage == "flip" else data[: len(data) // 2])
+    if damage == "remove":
+        (bad / name).unlink()
+    assert checkpoint.latest(tmp_path) == good
+    assert "checkpoint-2" in capsys.readouterr().err
+    with pytest.raises(WeightsError, match="checkpoint-2"):
+        checkpoint.load(bad)
+    save(tmp_path, 2)  # a damaged one is replaced when its step comes round again
+    assert checkpoint.latest(tmp_path) == bad
+
+
+class Fault:
+    """Raises OSError at the k-th file-system call; counts them where k is never reached."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+        self.k, self.calls, self.on = k, 0, True
+        calls = [(builtins, "open"), *((os, n) for n in "open fsync rename replace mkdir unlink rmdir stat".split())]
+        for module, name in [*calls, (Path, "open"), (Path, "mkdir"), (Path, "unlink"), (shutil, "rmtree")]:
+            monkeypatch.setattr(module, name, self.wrap(getattr(module, name)))
+        monkeypatch.setattr(Path, "replace", self.wrap(Path.replace))
+
+    def wrap(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls += self.on
+            if self.on and self.calls == self.k:
+                raise OSError(28, "No space left on device")
+            return real(*args, **kwargs)
+
+        return call
+
+
+def test_a_fault_at_every_file_system_call(tmp_path: Path) -> None:
+    before, folder = tmp_path / "before", tmp_path / "run"
+    before.mkdir()
+    for step in (1, 2):
+        save(before, step)
+    k, faults = 0, 0
+    while True:
+        k += 1
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(before, folder)
+        with pytest.MonkeyPatch.context() as patch:
+            fault = Fault(patch, k)
+            try:
+                save(folder, 3, keep=2)
+            except OSError:
+                faults += 1
+            fault.on = False
+        left = checkpoint.checkpoints(folder)
+        for path in left:
+            assert checkpoint.verify(path)["step"] == int(path.name.split("-")[1])
+        assert len(left) >= 2 and left[-1].name in ("checkpoint-2", "checkpoint-3")
+        checkpoint.prune(folder, 2)  # whatever comes next sweeps up
+        assert sorted(folder.iterdir()) == sorted(left[-2:])
+        if fault.calls < k:
+            break
+    assert faults > 30
+
+
+def test_a_file_size_limit_of_the_kernel(tmp_path: Path) -> None:
+    """A real write that fails half-way, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_write_bytes_and_publish_replace_in_one_go(tmp_path: Path) -> None:
+    export(tmp_path)
+
+    def failing(folder: Path) -> None:
+        (folder / "adapter.bin").write_bytes(b"half of")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        checkpoint.publish(tmp_path, failing)
+    assert (tmp_path / "adapter.bin").read_bytes() == b"the result"
+
+    def folders(folder: Path) -> None:
+        (folder / "unet").mkdir()
+        (folder / "unet" / "weights").write_bytes(b"new")
+
+    for _ in range(2):
+        checkpoint.publish(tmp_path, folders)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.bin", "unet"]
+    checkpoint.write_bytes(tmp_path / "adapter.bin", b"x")
+    assert (tmp_path / "adapter.bin").read_bytes() == b"x"
+
+
+def test_differences_are_listed(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as error:
+        checkpoint.check_same({"rank": 4, "seed": 0, "pictures": 5}, {"rank": 8, "seed": 0}, tmp_path)
+    assert "rank: was 4, is now 8" in str(error.value) and "pictures: was 5" in str(error.value)
+    assert "seed" not in str(error.value)
+
+
+def settings(folder: Path, resume: str | None = None, overwrite: bool = False) -> TrainSettings:
+    return TrainSettings(output_dir=str(folder), resume_from_checkpoint=resume, overwrite_output_dir=overwrite)
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    with checkpoint.claimed(settings(tmp_path / "run")):
+        with pytest.raises(SettingsError, match="another process"), checkpoint.claimed(settings(tmp_path / "run")):
+            pass
+    with checkpoint.claimed(settings(tmp_path / "run")):
+        pass
+
+
+def test_foreign_and_used_folders(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for wish in (settings(tmp_path), settings(tmp_path, "latest"), settings(tmp_path, overwrite=True)):
+        with pytest.raises(SettingsError, match="notes.txt"), checkpoint.claimed(wish):
+            pass
+    with pytest.raises(SettingsError, match="is a file"), checkpoint.claimed(settings(tmp_path / "notes.txt")):
+        pass
+    run = tmp_path / "run"
+    with checkpoint.claimed(settings(run)):
+        checkpoint.write_config(run, settings(run))
+        save(run, 1)
+    with pytest.raises(SettingsError, match="earlier run"), checkpoint.claimed(settings(run)):
+        pass
+    (run / "holiday.jpg").write_bytes(b"not ours")
+    with checkpoint.claimed(settings(run, overwrite=True)):
+        assert checkpoint.checkpoints(run) == [] and (run / "holiday.jpg").exists()
+
+
+def test_which_checkpoint_is_meant(tmp_path: Path) -> None:
+    run = settings(tmp_path)
+    save(tmp_path, 1), save(tmp_path, 2)
+    assert checkpoint.find(run) is None
+    assert checkpoint.find(replace(run, resume_from_checkpoint="latest")) == tmp_path / "checkpoint-2"
+    assert checkpoint.find(replace(run, resume_from_checkpoint="checkpoint-2")) == tmp_path / "checkpoint-2"
+    with pytest.raises(SettingsError, match="no such folder. Checkpoints in .*checkpoint-1, checkpoint-2"):
+        checkpoint.find(replace(run, resume_from_checkpoint="checkpoint-3"))
+    with pytest.raises(SettingsError, match="newer ones"):
+        checkpoint.find(replace(run, resume_from_checkpoint=str(tmp_path / "checkpoint-1")))
+    elsewhere = replace(run, output_dir=str(tmp_path / "new"), resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert checkpoint.find(elsewhere) == tmp_path / "checkpoint-1"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightsError, match="no complete checkpoint"):
+        checkpoint.find(replace(run, resume_from_checkpoint=str(tmp_path / "empty")))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_optimizer_state_through_json_and_tensors(kind: type[torch.optim.Optimizer]) -> None:
+    def fresh() -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+        ps = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(1))]
+        return ps, kind([{"params": ps[:1], "lr": 0.1}, {"params": ps[1:], "lr": 0.2}])  # type: ignore[call-arg]
+
+    def step(ps: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        for i, p in enumerate(ps):
+            p.grad = torch.full_like(p, 0.3 + i) * p.detach()
+        optimizer.step()
+
+    ps, optimizer = fresh()
+    step(ps, optimizer)
+    tensors, groups = checkpoint.optimizer_state(optimizer)
+    qs, other = fresh()
+    for p, q in zip(ps, qs, strict=True):
+        q.data.copy_(p)
+    tensors = {k: v.clone() for k, v in tensors.items()}  # as if from a file
+    checkpoint.load_optimizer_state(other, tensors, json.loads(json.dumps(groups)))
+    step(ps, optimizer), step(qs, other)
+    assert all(torch.equal(p, q) for p, q in zip(ps, qs, strict=True))

@@ -1,0 +1,327 @@
+"""The loop, on a task of three numbers: y = W x, learned from noise."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from minidiff import weights
+from minidiff.errors import MinidiffError, SettingsError
+from minidiff.rng import normal
+from minidiff.train import checkpoint
+from minidiff.train.loop import Task, fit, read_metrics
+from minidiff.train.settings import TrainSettings
+
+
+@pytest.fixture(autouse=True)
+def no_curve(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """matplotlib takes longer than all the rest here: one test draws."""
+    if "curve" not in request.node.name:
+        monkeypatch.setattr("minidiff.train.loop.loss_curve", lambda metrics, path: None)
+
+
+TRUTH = torch.tensor([[1.0, -2.0, 3.0]])
+BASE = TrainSettings(
+    max_train_steps=8, checkpointing_steps=3, validation_steps=0, learning_rate=0.05, train_batch_size=4
+)
+
+
+def toy(settings: TrainSettings, spoil: Callable[[int], float] = lambda step: 1.0) -> Task:
+    """Samples are numbered through the whole run, so batch 4 and 4 x batch 1 see the same ones."""
+    model = nn.Linear(3, 1, bias=True)
+    nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+    accumulation, size = settings.gradient_accumulation_steps, settings.train_batch_size
+
+    def batch(step: int, micro: int) -> dict[str, Tensor]:
+        first = (step * accumulation + micro) * size
+        return {"x": torch.stack([normal((3,), settings.seed, "x", i) for i in range(first, first + size)])}
+
+    def loss(batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
+        return (model(batch["x"]) - batch["x"] @ TRUTH.T).square().mean() * spoil(step)
+
+    def export(folder: Path) -> None:
+        weights.save(model.state_dict(), folder / "model.safetensors")
+
+    return Task(dict(model.named_parameters()), batch, loss, export, facts={"data": "toy"})
+
+
+def result(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def into(folder: Path, **changes: Any) -> TrainSettings:
+    return replace(BASE, output_dir=str(folder), **changes)
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    settings = into(tmp_path, max_train_steps=100, checkpointing_steps=99, learning_rate=0.1, lr_scheduler="cosine")
+    task = toy(settings)
+    report = fit(task, settings)
+    assert report.finished and report.done == 100 and report.loss < 0.01
+    assert torch.allclose(task.trainable["weight"], TRUTH, atol=0.05)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-99", "checkpoint-100"]
+    assert result(tmp_path) == result(tmp_path / "checkpoint-100")
+
+
+def test_accumulation_is_the_big_batch(tmp_path: Path) -> None:
+    big, small = into(tmp_path / "a"), into(tmp_path / "b", train_batch_size=1, gradient_accumulation_steps=4)
+    one, four = toy(big), toy(small)
+    fit(one, big), fit(four, small)
+    for name in one.trainable:
+        assert torch.allclose(one.trainable[name], four.trainable[name], atol=1e-6)
+    for a, b in zip(read_metrics(tmp_path / "a"), read_metrics(tmp_path / "b"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-5
+        )
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(step: int) -> Callable[[int], float]:
+    def spoil(now: int) -> float:
+        if now == step:
+            raise Crash
+        return 1.0
+
+    return spoil
+
+
+@pytest.mark.parametrize("when", [0, 1, 3, 4, 7])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_resume_is_exact_to_the_bit(tmp_path: Path, when: int, ema: float | None) -> None:
+    def run(settings: TrainSettings, **spoil: Callable[[int], float]) -> None:
+        task = toy(settings, **spoil)
+        task.ema_decay = ema
+        fit(task, settings)
+
+    schedule: dict[str, Any] = {"lr_scheduler": "cosine", "lr_warmup_steps": 2}
+    run(into(tmp_path / "straight", **schedule))
+    with pytest.raises(Crash):
+        run(into(tmp_path / "broken", **schedule), spoil=crash_at(when))
+    run(into(tmp_path / "broken", resume_from_checkpoint="latest", **schedule))
+    assert result(tmp_path / "straight") == result(tmp_path / "broken")
+    rows = [read_metrics(tmp_path / name) for name in ("straight", "broken")]
+    assert [r["step"] for r in rows[1]] == list(range(1, 9))  # no gap, no duplicate
+    for key in ("loss", "lr", "grad_norm"):
+        assert [r[key] for r in rows[0]] == [r[key] for r in rows[1]]
+
+
+def test_going_further(tmp_path: Path) -> None:
+    fit(toy(BASE), into(tmp_path / "straight"))
+    short = into(tmp_path / "parts", max_train_steps=5)
+    fit(toy(short), short)
+    further = into(tmp_path / "parts", resume_from_checkpoint="latest")
+    fit(toy(further), further)
+    assert result(tmp_path / "straight") == result(tmp_path / "parts")
+    again = fit(toy(further), further)  # nothing left to do: no harm
+    assert again.done == 8 and result(tmp_path / "straight") == result(tmp_path / "parts")
+    with pytest.raises(SettingsError, match="further already"):
+        fit(toy(short), replace(short, resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize("name, value", [("seed", 1), ("learning_rate", 0.1), ("train_batch_size", 2)])
+def test_resume_refuses_other_settings(tmp_path: Path, name: str, value: object) -> None:
+    fit(toy(BASE), into(tmp_path))
+    before = result(tmp_path)
+    changed = into(tmp_path, resume_from_checkpoint="latest", **{name: value})
+    with pytest.raises(SettingsError, match=f"{name}: was"):
+        fit(toy(changed), changed)
+    task = toy(BASE)
+    task.facts = {"data": "other"}
+    with pytest.raises(SettingsError, match='data: was "toy", is now "other"'):
+        fit(task, into(tmp_path, resume_from_checkpoint="latest"))
+    assert result(tmp_path) == before
+
+
+def test_latest_without_a_checkpoint_starts_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(toy(BASE), into(tmp_path / "run", resume_from_checkpoint="latest"))
+    assert "no checkpoint yet" in capsys.readouterr().err
+
+
+def test_max_train_steps_belongs_to_a_decaying_rate(tmp_path: Path) -> None:
+    short = into(tmp_path, max_train_steps=5, lr_scheduler="linear")
+    fit(toy(short), short)
+    longer = replace(short, max_train_steps=8, resume_from_checkpoint="latest")
+    with pytest.raises(SettingsError, match="max_train_steps: was 5, is now 8"):
+        fit(toy(longer), longer)
+
+
+def test_a_broken_step_is_skipped(tmp_path: Path) -> None:
+    def spoil(step: int) -> float:
+        return math.nan if step in (2, 3, 5) else 1.0
+
+    task = toy(BASE, spoil)
+    assert fit(task, into(tmp_path)).finished
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows if row["loss"] is None] == [3, 4, 6]
+    assert all(p.isfinite().all() for p in task.trainable.values())
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_three_broken_steps_end_the_run(tmp_path: Path) -> None:
+    with pytest.raises(MinidiffError) as error:
+        fit(toy(BASE, lambda step: math.inf if step >= 4 else 1.0), into(tmp_path))
+    message = str(error.value)
+    assert "step 7" in message and "0.05" in message and "weight" in message and "checkpoint-6" in message
+    assert "--learning_rate" in message
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-6"
+    assert not (tmp_path / "model.safetensors").exists()
+    good = weights.read_header(tmp_path / "checkpoint-6" / "model.safetensors").read()
+    assert all(t.isfinite().all() for t in good.values())
+
+
+def test_broken_weights_are_not_saved(tmp_path: Path) -> None:
+    settings = into(tmp_path)
+    task = toy(settings)
+
+    def spoil(step: int) -> float:
+        if step == 5:
+            task.trainable["weight"].data.fill_(math.nan)
+        return 1.0
+
+    plain = task.loss
+    task.loss = lambda batch, step, micro: plain(batch, step, micro) * spoil(step)
+    with pytest.raises(MinidiffError, match="After step 6, weight holds NaN.*checkpoint-3"):
+        fit(task, settings)
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-3"
+
+
+def test_clipping_reaches_the_parameters(tmp_path: Path) -> None:
+    settings = into(tmp_path, max_train_steps=1, max_grad_norm=1e-3)
+    task = toy(settings)
+    task.optimizer = torch.optim.SGD(task.trainable.values(), lr=1.0)
+    fit(task, settings)
+    step = torch.cat([p.detach().flatten() for p in task.trainable.values()])  # from zero
+    assert step.norm().item() == pytest.approx(1e-3, rel=1e-4)
+    assert read_metrics(tmp_path)[0]["grad_norm"] > 1
+
+
+def test_parameter_groups_keep_their_own_rates(tmp_path: Path) -> None:
+    settings = into(tmp_path, lr_scheduler="linear")
+    task = toy(settings)
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(task.trainable.values(), (0.1, 0.4), strict=True)]
+    task.optimizer = torch.optim.AdamW(groups)
+    fit(task, settings)
+    assert [g["lr"] for g in task.optimizer.param_groups] == pytest.approx([0.1 / 8, 0.4 / 8])
+
+
+def test_export_has_the_average(tmp_path: Path) -> None:
+    settings = into(tmp_path)
+    task = toy(settings)
+    task.ema_decay = 0.99
+    fit(task, settings)
+    saved = checkpoint.load(tmp_path / "checkpoint-8").tensors
+    exported = weights.read_header(tmp_path / "model.safetensors").read()
+    for name, p in task.trainable.items():
+        assert torch.equal(saved["ema"][name], exported[name]) and torch.equal(saved["weights"][name], p)
+    assert not torch.equal(exported["weight"], task.trainable["weight"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(
+    tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoil(step: int) -> float:
+        if step == 4:
+            os.kill(os.getpid(), number)
+        return 1.0
+
+    handler = signal.getsignal(number)
+    report = fit(toy(BASE, spoil), into(tmp_path / "run"))
+    assert not report.finished and report.done == 5
+    assert checkpoint.latest(tmp_path / "run") == tmp_path / "run" / "checkpoint-5"
+    assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+    assert signal.getsignal(number) == handler
+    fit(toy(BASE), into(tmp_path / "run", resume_from_checkpoint="latest"))
+    fit(toy(BASE), into(tmp_path / "straight"))
+    assert result(tmp_path / "run") == result(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("call", ["checkpoint", "metrics", "result"])
+def test_a_full_disk_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    settings = into(tmp_path)
+    task = toy(settings)
+    real = checkpoint.save, checkpoint.publish
+
+    def full(*args: Any) -> Path:
+        if call == "checkpoint" and args[1] > 3:
+            raise OSError(28, "No space left on device")
+        return real[0](*args)
+
+    def full_end(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    if call == "result":
+        monkeypatch.setattr(checkpoint, "publish", full_end)
+    if call == "metrics":
+        task.batch = lambda step, micro, batch=task.batch: (  # type: ignore[misc]
+            (tmp_path / "metrics.jsonl").unlink() or (tmp_path / "metrics.jsonl").mkdir() or batch(step, micro)
+            if step == 5
+            else batch(step, micro)
+        )
+    with pytest.raises(MinidiffError, match=f"{call}.*could not be written.*checkpoint-[38] is whole"):
+        fit(task, settings)
+
+
+def test_previews_and_curve(tmp_path: Path) -> None:
+    settings = into(tmp_path, validation_steps=3)
+    task, seen = toy(settings), []
+
+    def preview(done: int) -> Image.Image:
+        seen.append(done)
+        return Image.new("RGB", (4, 4), (done, 0, 0))
+
+    task.preview = preview
+    fit(task, settings)
+    assert seen == [3, 6, 8]
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [f"step-{n:06d}.png" for n in seen]
+    assert Image.open(tmp_path / "loss.png").width > 100
+
+
+def test_metrics_and_a_torn_line(tmp_path: Path) -> None:
+    fit(toy(BASE), into(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [list(row) for row in rows] == [["step", "loss", "lr", "grad_norm", "seconds"]] * 8
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')
+    assert len(read_metrics(tmp_path)) == 8
+
+
+def test_mistakes_of_a_task_are_bugs(tmp_path: Path) -> None:
+    task = toy(BASE)
+    task.trainable["unused"] = nn.Parameter(torch.zeros(1))
+    with pytest.raises(RuntimeError, match="1 of 3 trainable tensors got no gradient.*unused"):
+        fit(task, into(tmp_path / "a"))
+    task.trainable = {"half": nn.Parameter(torch.zeros(1, dtype=torch.float16))}
+    with pytest.raises(RuntimeError, match="fp32"):
+        fit(task, into(tmp_path / "b"))
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    dtypes: list[torch.dtype] = []
+    settings = into(tmp_path, mixed_precision="bf16")
+    task, linear = toy(settings), nn.Linear(3, 1)
+    plain = task.loss
+
+    def loss(batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
+        dtypes.append(linear(batch["x"]).dtype)
+        return plain(batch, step, micro)
+
+    task.loss = loss
+    fit(task, settings)
+    assert set(dtypes) == {torch.bfloat16} and task.trainable["weight"].dtype == torch.float32
+    half = into(tmp_path / "half", mixed_precision="fp16")
+    with pytest.raises(SettingsError, match="needs a GPU"):
+        fit(toy(half), half)

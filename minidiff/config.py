@@ -32,8 +32,9 @@ class _FromFolder:
         return config
 
     def to_dict(self, class_name: str) -> dict[str, Any]:
-        """The JSON form that other programs read, `_class_name` included."""
-        return {"_class_name": class_name, "_diffusers_version": "0.30.0", **asdict(self), **self.must_be()}
+        """The JSON form that other programs read, `_class_name` included. What is None is left out: their default."""
+        values = {key: value for key, value in {**asdict(self), **self.must_be()}.items() if value is not None}
+        return {"_class_name": class_name, "_diffusers_version": "0.30.0", **values}
 
     @classmethod
     def must_be(cls) -> dict[str, Any]:

@@ -160,6 +160,12 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
+def check_plain(model: nn.Module) -> None:
+    """AdapterError while adapters are in the model: its state dict would have names that no other program knows."""
+    if names := adapter_names(model):
+        raise AdapterError(f"{type(model).__name__} carries adapters ({', '.join(names)}); unload_lora_weights first.")
+
+
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of the adapters in the model, in the order in which they came."""
     return list(dict.fromkeys(name for layer in lora_layers(model).values() for name in layer.lora_A))

@@ -38,40 +38,18 @@ from minidiff.images import contact_sheet, to_pil
 from minidiff.models.text import encode_prompt, load_tokenizer, tokenize
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.models.vae import AutoencoderKL, sample_posterior
+from minidiff.pocket.judge import judge_checkpoint
+from minidiff.pocket.settings import STAGES, PretrainSettings, Stage
 from minidiff.pocket.tokenizer import build_tokenizer
-from minidiff.pocket.towers import Towers, image_tower_config, text_tower_config
+from minidiff.pocket.towers import Towers, image_tower_config
 from minidiff.pocket.world import Picture, caption, draw, held_out, random_caption, random_picture
 from minidiff.rng import generator, hashed_seed
 from minidiff.train.loop import Batch, Task, fit
 from minidiff.train.muon import Muon, split
 from minidiff.train.settings import TrainSettings
 
-Stage = Literal["world", "vae", "latents", "decoder", "clip", "unet", "assemble"]
-STAGES: tuple[Stage, ...] = ("world", "vae", "latents", "decoder", "clip", "unet", "assemble")
 KL_WEIGHT = 3e-5  # keeps the latents near a Gaussian, and the decoder used to a little noise in them
 CAPTION_DROPOUT = 0.1  # classifier-free guidance (arXiv 2207.12598), algorithm 1
-
-
-@dataclass(frozen=True)
-class PretrainSettings:
-    """How long each stage lasts. The committed checkpoint's own numbers are in checkpoints/pocket/README.md."""
-
-    output_dir: str = "pocket-pretrain"
-    """Folder for all stages; run the same command again to go on."""
-    stages: tuple[Stage, ...] = STAGES
-    """Which stages to run, in this order; a finished one is passed over."""
-    pictures: int = 30_000
-    """Drawn pictures to train on (49 kB each on disk)."""
-    vae_steps: int = 5000
-    """Updates of the autoencoder, 4 pictures each."""
-    decoder_steps: int = 12_000
-    """Updates of the decoder alone, 4 pictures each."""
-    clip_steps: int = 800
-    """Updates of the two CLIP towers, 96 pairs each."""
-    unet_steps: int = 8000
-    """Updates of the U-Net, 32 latents each."""
-    seed: int = 0
-    """Everything random follows from it."""
 
 
 def pretrain(settings: PretrainSettings) -> Path:
@@ -362,7 +340,7 @@ def sample_sheet(home: Path, unet: UNet2DConditionModel) -> Image.Image:
     prompts = [caption(picture) for picture in held_out(16, seed=1)]
     images = pocket_pipeline(home, unet)(prompts, guidance_scale=5.0, num_inference_steps=25, seed=0).images
     rows = [images[i : i + 8] for i in (0, 8)]
-    return contact_sheet(rows, row_labels=["", ""], column_labels=None)
+    return contact_sheet(rows, tile=192)
 
 
 # --- the folder ----------------------------------------------------------------------------------------------------------
@@ -372,11 +350,18 @@ def assemble(home: Path, settings: PretrainSettings) -> None:
     """`home/pocket`: SD 1.5's layout, fp16, with CLIP's image tower beside it."""
     unet, towers, folder = UNet2DConditionModel(POCKET_UNET), load_towers(home), home / "pocket"
     weights.load_into(unet, home / "unet" / "model.safetensors")
-    pocket_pipeline(home, unet).save_pretrained(folder, torch.float16, text_tower_config(len(load_tokenizer(home / "tokenizer"))))
+    pocket_pipeline(home, unet).save_pretrained(folder, torch.float16)
     shutil.copytree(home / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     image = folder / "image_encoder"
     weights.save({k: v.half() for k, v in towers.image.state_dict().items() if "position_ids" not in k}, image / "model.safetensors")
     write_json(image / "config.json", image_tower_config())
+
+
+def judge_pocket(home: Path, settings: PretrainSettings) -> None:
+    """The figures of the model card, printed and kept in `scores.json`."""
+    scores = judge_checkpoint(home / "pocket", home / "judge.safetensors")
+    write_json(home / "scores.json", scores)
+    print(json.dumps(scores, indent=2))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -397,4 +382,5 @@ RUN: dict[Stage, Any] = {
     "clip": train_clip,
     "unet": train_unet,
     "assemble": assemble,
+    "judge": judge_pocket,
 }

@@ -184,19 +184,34 @@ def load_optimizer_state(
 # --- the folder of a run ---------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def claimed(settings: TrainSettings) -> Iterator[Path]:
-    """The output folder, made if need be, and locked for this process; refuses a folder that holds something else."""
+def check_folder(settings: TrainSettings) -> Path:
+    """The output folder, unless it is a file, holds something else, or holds a run that was not mentioned."""
     folder = Path(settings.output_dir)
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"--output_dir {folder} is a file.")
-    _refuse_foreign(folder)
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+    if names and CONFIG not in names:
+        raise SettingsError(
+            f"--output_dir {folder} holds other files ({', '.join(names[:3])}{' …' if len(names) > 3 else ''}) and no "
+            f"{CONFIG} of an earlier run; choose a new or an empty folder."
+        )
+    if names and not (settings.resume_from_checkpoint or settings.overwrite_output_dir):
+        raise SettingsError(
+            f"--output_dir {folder} holds an earlier run. Go on with --resume_from_checkpoint latest, start over with "
+            "--overwrite_output_dir, or choose another folder."
+        )
+    return folder
+
+
+@contextmanager
+def claimed(settings: TrainSettings) -> Iterator[Path]:
+    """The output folder, checked, made if need be, and locked for this process."""
+    folder = check_folder(settings)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as lock:
         if not _try_lock(lock.fileno()):
             raise SettingsError(f"--output_dir {folder}: another process is training there at this moment.")
-        _refuse_foreign(folder)  # again: another process may have come and gone
-        _refuse_repeat(folder, settings)
+        check_folder(settings)  # again: another process may have come and gone
         if settings.overwrite_output_dir:
             clear(folder)
         if (folder / CONFIG).exists():
@@ -255,23 +270,6 @@ def fsync(path: Path) -> None:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _refuse_foreign(folder: Path) -> None:
-    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
-    if names and CONFIG not in names:
-        raise SettingsError(
-            f"--output_dir {folder} holds other files ({', '.join(names[:3])}{' …' if len(names) > 3 else ''}) and no "
-            f"{CONFIG} of an earlier run; choose a new or an empty folder."
-        )
-
-
-def _refuse_repeat(folder: Path, settings: TrainSettings) -> None:
-    if (folder / CONFIG).exists() and not (settings.resume_from_checkpoint or settings.overwrite_output_dir):
-        raise SettingsError(
-            f"--output_dir {folder} holds an earlier run. Go on with --resume_from_checkpoint latest, start over with "
-            "--overwrite_output_dir, or choose another folder."
-        )
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -204,7 +204,8 @@ def from_toml(kind: type[AnySettings], path: Path) -> AnySettings:
             raise SettingsError(f'{path}: "{key}" is no setting of this task.{did_you_mean(key, known)}')
         if not _fits(value, hints[key]):
             raise SettingsError(f"{path}: {key} = {value!r} is not of its kind, {hints[key]}.")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return kind(**given)
 
 
 def _fits(value: Any, hint: Any) -> bool:

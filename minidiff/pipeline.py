@@ -1,0 +1,393 @@
+"""From a prompt to a picture: the three networks of Stable Diffusion, and what goes from one to the next.
+
+    prompt --text encoder--> (B, 77, D) --\\
+    noise  (B, 4, h, w) ----------------- U-Net, once a step, through guidance and a sampler --> latents --VAE--> picture
+
+    B pictures   D text width   H W picture height and width   h w = H/8, W/8 latent height and width
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from minidiff import lora_files, weights
+from minidiff.adapters import lora
+from minidiff.config import SD15_UNET, SD15_VAE, NoiseConfig, UNetConfig, VAEConfig
+from minidiff.diffusion.guidance import guided
+from minidiff.diffusion.samplers import Step, sampler_named
+from minidiff.diffusion.schedule import NoiseSchedule
+from minidiff.errors import SettingsError, WeightsError
+from minidiff.images import to_pil
+from minidiff.models.text import build_text_encoder, encode_prompt, load_tokenizer, to_file_keys
+from minidiff.models.unet import UNet2DConditionModel
+from minidiff.models.vae import AutoencoderKL
+from minidiff.rng import normal
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+SAMPLER_OF = {  # `_class_name` in scheduler_config.json -> our sampler; SD 1.5 says PNDM, which solves DDIM's equation
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "ddim",
+    "EulerAncestralDiscreteScheduler": "euler_a",
+    "DPMSolverMultistepScheduler": "dpm++_2m",
+}
+MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # deleted in 2024
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """`images`: PIL pictures; or one tensor, where `output_type` asked for it."""
+
+    images: Any
+
+
+class StableDiffusionPipeline:
+    """Text to image. The parts are plain attributes: `unet`, `vae`, `text_encoder`, `tokenizer`, `schedule`."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: "CLIPTextModel",
+        tokenizer: "CLIPTokenizer",
+        noise_config: NoiseConfig,
+        sampler: str = "ddim",
+        name_or_path: str = "",
+    ) -> None:
+        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.noise_config, self.schedule = noise_config, NoiseSchedule.from_config(noise_config)
+        self.sampler, self.name_or_path, self.progress_bar = sampler, name_or_path, True
+        check_parts_fit(self)
+
+    # --- loading and saving ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32
+    ) -> "StableDiffusionPipeline":
+        """Read a folder in the diffusers layout, or a hub id whose files are in the local cache.
+
+        The VAE stays in fp32 whatever `torch_dtype` says: in fp16 it overflows, and the picture is black.
+        Raises WeightsError for anything that is missing, damaged or does not fit.
+        """
+        home = local_folder(str(folder))
+        parts = read_json(home / "model_index.json", "a model folder in the diffusers layout has one")
+        check_class(parts, home / "model_index.json")
+        with torch.device("meta"):  # no memory and no random numbers: the file's tensors become the weights
+            unet = UNet2DConditionModel(UNetConfig.from_dict(*config_of(home / "unet")))
+            vae = AutoencoderKL(VAEConfig.from_dict(*config_of(home / "vae")))
+            text_encoder = build_text_encoder(*config_of(home / "text_encoder"))
+        for model, part, dtype in ((unet, "unet", torch_dtype), (vae, "vae", torch.float32), (text_encoder, "text_encoder", torch_dtype)):
+            weights.load_into(model, weights.find_weights(home / part), dtype)
+        noise, where = config_of(home / "scheduler", "scheduler_config.json")
+        sampler = SAMPLER_OF.get(noise.get("_class_name", ""), "ddim")
+        tokenizer = load_tokenizer(home / "tokenizer")
+        return cls(frozen(unet), frozen(vae), frozen(text_encoder), tokenizer, NoiseConfig.from_dict(noise, where), sampler, str(folder))
+
+    @classmethod
+    def from_single_file(
+        cls, path: str | Path, tokenizer: str | Path, torch_dtype: torch.dtype = torch.float32
+    ) -> "StableDiffusionPipeline":
+        """Read an SD 1.x checkpoint in one LDM/CompVis `.safetensors` file.
+
+        Such a file has no vocabulary: `tokenizer` is the folder of any SD 1.x model's tokenizer.
+        """
+        files = weights.split_single_file(path)
+        with torch.device("meta"):
+            unet, vae = UNet2DConditionModel(SD15_UNET), AutoencoderKL(SD15_VAE)
+            text_encoder = build_text_encoder(SD15_TEXT, "SD 1.5")
+        for model, file, dtype in ((unet, files.unet, torch_dtype), (vae, files.vae, torch.float32), (text_encoder, files.text_encoder, torch_dtype)):
+            weights.load_into(model, file, dtype)
+        return cls(frozen(unet), frozen(vae), frozen(text_encoder), load_tokenizer(Path(tokenizer)), NoiseConfig(), "ddim", str(path))
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the folder that `from_pretrained` reads, and diffusers too; weights as they are, or cast to `dtype`.
+
+        Raises AdapterError while a LoRA is attached: take it out, or `fuse_lora` and eject, first.
+        """
+        home = Path(folder)
+        lora.check_plain(self.unet)
+        class_name = next(name for name, sampler in SAMPLER_OF.items() if sampler == self.sampler)
+        text_config = self.text_encoder.config.to_diff_dict() | {"architectures": ["CLIPTextModel"]}
+        for part, model, config in (
+            ("unet", self.unet, self.unet.config.to_dict("UNet2DConditionModel")),
+            ("vae", self.vae, self.vae.config.to_dict("AutoencoderKL")),
+            ("text_encoder", self.text_encoder, text_config),
+        ):
+            state = to_file_keys(model.state_dict()) if part == "text_encoder" else model.state_dict()
+            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+            tensors = {key: tensor.to(dtype or tensor.dtype) for key, tensor in state.items()}
+            weights.save(tensors, home / part / f"{stem}.safetensors")
+            write_json(home / part / "config.json", config)
+        write_json(home / "scheduler" / "scheduler_config.json", self.noise_config.to_dict(class_name))
+        save_tokenizer(self.tokenizer, home / "tokenizer")
+        write_json(home / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", class_name]})
+
+    def to(self, device: str | torch.device) -> "StableDiffusionPipeline":
+        """Move the networks."""
+        for module in (self.unet, self.vae, self.text_encoder):
+            module.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    # --- text to image -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 7.5,
+        num_images_per_prompt: int = 1,
+        sampler: str | None = None,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        callback: Callable[[Step], None] | None = None,
+    ) -> PipelineOutput:
+        """Draw one picture for each prompt (times `num_images_per_prompt`).
+
+        `seed`: picture i is drawn from seed + i (or from seed[i]), alone or in a batch, on any device. `generator` draws
+        in the order of diffusers instead; `latents` (B, 4, h, w) are unit-variance noise to start from. `output_type` is
+        "pil", "pt" (B, 3, H, W) in [-1, 1], or "latent" (B, 4, h, w). `callback` sees every `Step`.
+        """
+        prompts = [p for p in as_list(prompt) for _ in range(num_images_per_prompt)]
+        negatives = as_list(negative_prompt or "")
+        negatives = negatives * len(prompts) if len(negatives) == 1 else [n for n in negatives for _ in range(num_images_per_prompt)]
+        check_call(prompts, negatives, output_type, num_images_per_prompt)
+        shape = self.latent_shape(len(prompts), height, width)
+        noise, step_noise = noise_source(shape, seed, generator)
+        if latents is not None:
+            noise = check_latents(latents, shape)
+
+        text = self.encode_prompt(prompts)
+        no_text = self.encode_prompt(negatives) if guidance_scale > 1 else None
+        model = guided(self.unet, text, no_text, guidance_scale)
+        draw = sampler_named(sampler or self.sampler)
+        steps = draw(model, noise.to(self.device), self.schedule, num_inference_steps, step_noise)
+        for step in self.progress(steps, num_inference_steps):
+            if callback:
+                callback(step)
+        if output_type == "latent":
+            return PipelineOutput(step.x)
+        pictures = self.decode(step.x)
+        return PipelineOutput(pictures if output_type == "pt" else to_pil(pictures))
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> (B, 77, D) in the U-Net's dtype; each distinct one is encoded once."""
+        distinct = list(dict.fromkeys(prompts))
+        rows = encode_prompt(self.tokenizer, self.text_encoder, distinct)
+        return rows[[distinct.index(p) for p in prompts]].to(self.unet.conv_in.weight.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, 4, h, w) -> pictures (B, 3, H, W) in [-1, 1], one at a time to spare memory."""
+        z = latents.to(self.vae.post_quant_conv.weight) / self.vae.config.scaling_factor
+        return torch.cat([self.vae.decode(row[None]) for row in z]).clamp(-1, 1)
+
+    def latent_shape(self, count: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+        """(B, 4, h, w); SettingsError for sides the networks cannot draw."""
+        factor, usual = self.vae.config.downscale, self.unet.config.sample_size
+        sides = []
+        for flag, side in (("height", height), ("width", width)):
+            side = usual * factor if side is None else side
+            if side < factor or side % factor:
+                below = max(side // factor, 1) * factor
+                raise SettingsError(f"{flag} is {side}; it must be a multiple of {factor}, {below} or {below + factor} for instance.")
+            sides.append(side // factor)
+        return count, self.unet.config.in_channels, sides[0], sides[1]
+
+    def set_progress_bar_config(self, disable: bool = False) -> None:
+        self.progress_bar = not disable
+
+    def progress(self, steps: Any, total: int) -> Any:
+        """A progress bar on stderr around the sampler."""
+        from tqdm import tqdm
+
+        return tqdm(steps, total=total, unit="step", leave=False, disable=not self.progress_bar)
+
+    # --- LoRA ----------------------------------------------------------------------------------------------------------
+
+    def load_lora_weights(
+        self, path: str | Path, adapter_name: str = "default", weight_name: str | None = None
+    ) -> lora_files.LoadedLoRA:
+        """Attach the adapter of a file or folder, and switch it on; what came of it, as one line, if printed."""
+        return lora_files.load_lora(self.unet, path, adapter_name, weight_name)
+
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Sequence[float] | None = None) -> None:
+        """Switch on these adapters, each at its weight (1 if none are given), and every other one off."""
+        lora.set_adapters(self.unet, as_list(adapter_names), adapter_weights)
+
+    def fuse_lora(self) -> None:
+        """Fold the adapters into the weights: the same pictures, a little faster."""
+        lora.merge(self.unet)
+
+    def unfuse_lora(self) -> None:
+        """Undo `fuse_lora`, to the bit."""
+        lora.unmerge(self.unet)
+
+    def unload_lora_weights(self) -> None:
+        """Take every adapter out; the base model is what it was, to the bit."""
+        lora.eject(self.unet)
+
+
+# --- what a call needs ---------------------------------------------------------------------------------------------------
+
+
+def noise_source(
+    shape: tuple[int, ...], seed: int | Sequence[int] | None, generator: torch.Generator | None
+) -> tuple[Tensor, Callable[[int], Tensor]]:
+    """The noise to start from, and the noise of step i, both on the CPU in fp32: the same on every device."""
+    if generator is not None:  # diffusers' order: first the latents, then step by step
+        return torch.randn(shape, generator=generator), lambda i: torch.randn(shape, generator=generator)
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
+    seeds = [seed + i for i in range(shape[0])] if isinstance(seed, int) else list(seed)
+    if len(seeds) != shape[0]:
+        raise SettingsError(f"{len(seeds)} seeds were given for {shape[0]} pictures; give one number, or one for each.")
+
+    def draw(*where: int | str) -> Tensor:
+        return torch.stack([normal(shape[1:], s, *where) for s in seeds])
+
+    return draw("latents"), lambda i: draw("step", i)
+
+
+def check_call(prompts: list[str], negatives: list[str], output_type: str, per_prompt: int) -> None:
+    if per_prompt < 1:
+        raise SettingsError(f"num_images_per_prompt is {per_prompt}; it must be at least 1.")
+    if not prompts or not all(isinstance(p, str) for p in prompts + negatives):
+        raise SettingsError("prompt and negative_prompt must be a text, or a list of texts.")
+    if len(prompts) != len(negatives):
+        raise SettingsError(f"{len(negatives)} negative prompts for {len(prompts)} pictures; give one, or one for each prompt.")
+    if output_type not in ("pil", "pt", "latent"):
+        raise SettingsError(f'output_type "{output_type}" is unknown; it is pil, pt or latent.')
+
+
+def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(latents.shape) != shape:
+        raise SettingsError(f"latents have the shape {tuple(latents.shape)}; for this call it must be {shape}.")
+    return latents.float()
+
+
+def as_list(value: str | Sequence[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+# --- reading a folder ----------------------------------------------------------------------------------------------------
+
+SD15_TEXT: dict[str, Any] = {  # CLIP ViT-L/14's text tower, openai/clip-vit-large-patch14
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "pad_token_id": 49407,
+    "projection_dim": 768,
+}
+MODEL_INDEX: dict[str, Any] = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.30.0",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def local_folder(name: str) -> Path:
+    """The folder itself, or the local copy of a hub id. Nothing is downloaded here."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_file():
+        raise WeightsError(f"{name} is a file, not a model folder; a single-file checkpoint is read by from_single_file.")
+    hub_id = MOVED.get(name, name)
+    if name.count("/") == 1 and not name.startswith((".", "/")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(hub_id, local_files_only=True))
+        except (LocalEntryNotFoundError, ValueError):
+            pass
+    hint = f" {name} is gone from the hub; it lives on as {hub_id}." if hub_id != name else ""
+    raise WeightsError(
+        f"{name}: there is no such folder, and no hub model of that name in the local cache.{hint} "
+        "checkpoints/README.md says where to get SD 1.5; checkpoints/pocket is in the repository."
+    )
+
+
+def config_of(folder: Path, name: str = "config.json") -> tuple[dict[str, Any], str]:
+    """The parsed configuration of one part, and its path for error messages."""
+    path = folder / name
+    return read_json(path, f"the {folder.name} of a model has one"), str(path)
+
+
+def read_json(path: Path, why: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(f"{path} does not exist; {why}. Is {path.parent} complete?") from None
+    except (ValueError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read as JSON: {error}. Copy it again.") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} holds no JSON object; {why}. Copy it again.")
+    return value
+
+
+def save_tokenizer(tokenizer: "CLIPTokenizer", folder: Path) -> None:
+    """SD 1.5's files. transformers 5 writes one `tokenizer.json` in place of the vocabulary and the merges."""
+    tokenizer.save_pretrained(str(folder))
+    if not (folder / "vocab.json").exists():
+        tokenizer.backend_tokenizer.model.save(str(folder))
+        (folder / "tokenizer.json").unlink()
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def check_class(index: dict[str, Any], path: Path) -> None:
+    if (name := index.get("_class_name")) != "StableDiffusionPipeline":
+        raise WeightsError(f"{path} describes a {name}; minidiff reads Stable Diffusion 1.x (StableDiffusionPipeline).")
+
+
+def check_parts_fit(pipe: StableDiffusionPipeline) -> None:
+    """The widths at which the networks meet; each alone may be sound, and yet from another model."""
+    words, table = len(pipe.tokenizer), pipe.text_encoder.get_input_embeddings().num_embeddings
+    if words > table:
+        raise WeightsError(f"the tokenizer has {words} tokens and the text encoder {table}; they are from different models.")
+    width, reads = pipe.text_encoder.config.hidden_size, pipe.unet.config.cross_attention_dim
+    if width != reads:
+        raise WeightsError(f"the text encoder is {width} wide and the U-Net reads {reads}; they are from different models.")
+    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        what = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model"}.get(pipe.unet.config.in_channels, "another model")
+        raise WeightsError(f"the U-Net has {pipe.unet.config.in_channels} input channels ({what}); text to image needs {pipe.vae.config.latent_channels}.")
+
+
+def frozen(model: Any) -> Any:
+    """For use, not for training: nothing asks for gradients until something is added."""
+    nn.Module.requires_grad_(model, False)
+    return model.eval()

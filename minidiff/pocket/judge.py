@@ -1,0 +1,168 @@
+"""Scores for the pocket checkpoint: does a picture show what its prompt says, and how sharp is the autoencoder?
+
+The judge is a small convolutional classifier with one answer for each question: which object, colour, scene, style? It
+learns from drawn pictures only, and nothing that is scored was ever trained against it. It sees drawings that are blurred,
+noisy and shifted in colour, so that it looks at shapes and not at the exact pixels of the drawing program.
+
+    B pictures   128 x 128 pixels
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff import weights
+from minidiff.models.vae import AutoencoderKL
+from minidiff.pocket.world import COLOURS, OBJECTS, POSES, SCENES, STYLES, Picture, caption, draw, held_out
+from minidiff.rng import generator, hashed_seed
+
+QUESTIONS: dict[str, tuple[str, ...]] = {"object": OBJECTS, "colour": COLOURS, "scene": SCENES, "style": STYLES}
+
+
+class Judge(nn.Module):
+    """Five convolutions, each halving the side, then one linear layer for each question."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths, layers = (3, 32, 64, 96, 128, 128), []
+        for c_in, c_out in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GroupNorm(8, c_out), nn.SiLU()]
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, 256), nn.SiLU())
+        self.heads = nn.ModuleDict({question: nn.Linear(256, len(words)) for question, words in QUESTIONS.items()})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(B, 3, 128, 128) in [-1, 1] -> logits (B, number of words) for each question."""
+        features = self.body(x)
+        return {question: head(features) for question, head in self.heads.items()}
+
+
+def answers(pictures: list[Picture]) -> dict[str, Tensor]:
+    """The right word's number, (B,), for each question."""
+    return {q: torch.tensor([words.index(getattr(p, q)) for p in pictures]) for q, words in QUESTIONS.items()}
+
+
+def any_picture(rng: random.Random) -> Picture:
+    """Any combination, held out or not: the judge must know them all."""
+    return Picture(*(rng.choice(words) for words in (OBJECTS, COLOURS, SCENES, STYLES, POSES)))
+
+
+def to_batch(images: list[Any]) -> Tensor:
+    """PIL pictures -> (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def spoiled(x: Tensor, draws: torch.Generator) -> Tensor:
+    """Blur, noise and a tint, each by a random amount, as a network's pictures have them."""
+    size = int(torch.randint(64, 129, (), generator=draws))
+    small = F.interpolate(x, size=size, mode="bilinear", antialias=True)
+    x = F.interpolate(small, size=128, mode="bilinear")
+    tint = 0.06 * torch.randn(len(x), 3, 1, 1, generator=draws)
+    noise = 0.08 * torch.rand(len(x), 1, 1, 1, generator=draws) * torch.randn(x.shape, generator=draws)
+    return (x + tint + noise).clamp(-1, 1)
+
+
+def train_judge(steps: int = 900, batch: int = 48, seed: int = 0) -> Judge:
+    """Some minutes on one core; every picture is drawn anew."""
+    from tqdm import tqdm
+
+    torch.manual_seed(hashed_seed(seed, "judge"))
+    judge = Judge()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    for step in tqdm(range(steps), unit="step", desc="training the judge"):
+        words = random.Random(hashed_seed(seed, "judge pictures", step))
+        pictures = [any_picture(words) for _ in range(batch)]
+        x = to_batch([draw(p, hashed_seed(seed, "judge drawing", step, i)) for i, p in enumerate(pictures)])
+        logits, truth = judge(spoiled(x, generator(seed, "judge spoil", step))), answers(pictures)
+        loss = torch.stack([F.cross_entropy(logits[q], truth[q]) for q in QUESTIONS]).sum()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        rates.step()
+    return judge.eval()
+
+
+def load_or_train_judge(path: Path) -> Judge:
+    """The judge of a file; trained first, and kept there, if there is none."""
+    if path.exists():
+        judge = Judge()
+        weights.load_into(judge, path)
+        return judge.eval()
+    judge = train_judge()
+    weights.save(judge.state_dict(), path)
+    return judge
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Shares of right answers for each question; `both` is object and colour, `all` is everything."""
+
+    right: dict[str, float]
+
+    def __str__(self) -> str:
+        return "  ".join(f"{question} {share:.1%}" for question, share in self.right.items())
+
+
+@torch.no_grad()
+def score(judge: Judge, pictures: list[Picture], show: Callable[[list[Picture]], Tensor], batch: int = 20) -> Scores:
+    """How often the judge reads from `show(pictures)`, (B, 3, 128, 128), what the pictures should show."""
+    right: dict[str, list[Tensor]] = {question: [] for question in QUESTIONS}
+    for start in range(0, len(pictures), batch):
+        part = pictures[start : start + batch]
+        logits, truth = judge(show(part)), answers(part)
+        for question in QUESTIONS:
+            right[question].append(logits[question].argmax(-1) == truth[question])
+    table = {question: torch.cat(hits) for question, hits in right.items()}
+    everything = torch.stack(list(table.values())).all(0)
+    return Scores({q: hits.float().mean().item() for q, hits in table.items()} | {"all": everything.float().mean().item()})
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: AutoencoderKL, pictures: list[Picture], batch: int = 10) -> float:
+    """Mean over pictures of 10 log10(4 / MSE) dB, for values in [-1, 1]; drawings that were never trained on."""
+    values = []
+    for start in range(0, len(pictures), batch):
+        x = to_batch([draw(p, 10**6 + start + i) for i, p in enumerate(pictures[start : start + batch])])
+        error = vae.decode(vae.encode(x)[0]).clamp(-1, 1) - x
+        values.append(10 * torch.log10(4 / error.square().flatten(1).mean(1)))
+    return torch.cat(values).mean().item()
+
+
+def judge_checkpoint(folder: str | Path, judge_path: Path, count: int = 500) -> dict[str, Any]:
+    """Everything that the model card says, from `count` held-out prompts at guidance 5 and 25 DDIM steps."""
+    from tqdm import tqdm
+
+    from minidiff.pipeline import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    judge, pictures = load_or_train_judge(judge_path), held_out(count)
+    bar = tqdm(total=count, unit="picture", desc="sampling")
+
+    def generated(part: list[Picture]) -> Tensor:
+        seeds = [pictures.index(p) for p in part]
+        x: Tensor = pipe(
+            [caption(p) for p in part], guidance_scale=5.0, num_inference_steps=25, sampler="ddim", seed=seeds, output_type="pt"
+        ).images
+        bar.update(len(part))
+        return x
+
+    def drawn(part: list[Picture]) -> Tensor:
+        return to_batch([draw(p, 10**6 + i) for i, p in enumerate(part)])
+
+    def rebuilt(part: list[Picture]) -> Tensor:
+        return pipe.vae.decode(pipe.vae.encode(drawn(part))[0]).clamp(-1, 1)
+
+    return {
+        "held-out drawings (what the judge knows)": score(judge, pictures, drawn).right,
+        "held-out drawings through the autoencoder": score(judge, pictures, rebuilt).right,
+        "pictures from held-out prompts": score(judge, pictures, generated).right,
+        "reconstruction PSNR in dB": reconstruction_psnr(pipe.vae, pictures[:200]),
+    }

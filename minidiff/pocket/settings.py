@@ -1,0 +1,29 @@
+"""The settings of `minidiff pretrain`. Nothing here imports torch, so that `--help` is quick."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Stage = Literal["world", "vae", "latents", "decoder", "clip", "unet", "assemble", "judge"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """Train the pocket checkpoint from nothing: a world is drawn, then VAE, CLIP and U-Net learn it."""
+
+    output_dir: str = "pocket-pretrain"
+    """Folder for all stages; run the same command again to go on."""
+    stages: tuple[Stage, ...] = STAGES
+    """Which stages to run, in this order; a finished one is passed over."""
+    pictures: int = 30_000
+    """Drawn pictures to train on (49 kB each on disk)."""
+    vae_steps: int = 5000
+    """Updates of the autoencoder, 4 pictures each."""
+    decoder_steps: int = 12_000
+    """Updates of the decoder alone, 4 pictures each."""
+    clip_steps: int = 800
+    """Updates of the two CLIP towers, 96 pairs each."""
+    unet_steps: int = 8000
+    """Updates of the U-Net, 32 latents each."""
+    seed: int = 0
+    """Everything random follows from it."""

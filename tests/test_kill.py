@@ -1,7 +1,7 @@
 """kill -9 at random moments of a real LoRA training, and the adapter still comes out the same to the byte.
 
 pytest starts this file as a program of its own. That program prepares one tiny LoRA task, then forks a child for each
-attempt, so that a kill costs milliseconds and not an import of torch. MINIDIFF_SLOW=1 kills 50 times instead of 12.
+attempt, so that a kill costs milliseconds and not an import of torch. `pytest -m slow` kills 50 times instead of 12.
 """
 
 import os
@@ -10,50 +10,36 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-
-KILLS = 50 if os.environ.get("MINIDIFF_SLOW") else 12
+from tiny_model import tiny_folder
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_random_moments(tmp_path: Path) -> None:
-    command = [sys.executable, __file__, str(tmp_path), str(KILLS)]
+@pytest.mark.parametrize("kills", [12, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tmp_path: Path, kills: int) -> None:
+    command = [sys.executable, __file__, str(tmp_path), str(kills)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    assert f"{KILLS} kills" in done.stdout
+    assert f"{kills} kills" in done.stdout
     print(done.stdout)
-
-
-def tiny_folder(home: Path) -> Path:
-    """A whole model in SD 1.5's layout, of a few thousand numbers."""
-    from minidiff.config import TINY_UNET, TINY_VAE, NoiseConfig
-    from minidiff.models.text import build_text_encoder, load_tokenizer
-    from minidiff.models.unet import UNet2DConditionModel
-    from minidiff.models.vae import AutoencoderKL
-    from minidiff.pipeline import StableDiffusionPipeline
-    from minidiff.pocket.tokenizer import build_tokenizer
-
-    torch.manual_seed(0)
-    build_tokenizer(home / "words", ["a photo of a red dog"])
-    tokenizer = load_tokenizer(home / "words")
-    size = {"hidden_size": TINY_UNET.cross_attention_dim, "intermediate_size": 32, "num_attention_heads": 2}
-    text = build_text_encoder({"vocab_size": len(tokenizer), "num_hidden_layers": 1, **size}, "test")
-    unet, vae = UNet2DConditionModel(TINY_UNET), AutoencoderKL(TINY_VAE)
-    StableDiffusionPipeline(unet, vae, text, tokenizer, NoiseConfig()).save_pretrained(home / "base")
-    return home / "base"
 
 
 def in_child(what: "Attempt", after: float | None) -> int:
     """Run `what` in a fork; kill it `after` so many seconds. The wait status."""
     child = os.fork()
     if child == 0:
-        what.run()
+        try:
+            what.run()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
         os._exit(0)
     if after is not None:
         time.sleep(after)

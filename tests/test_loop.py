@@ -294,9 +294,9 @@ def test_metrics_and_a_torn_line(tmp_path: Path) -> None:
     fit(toy(BASE), into(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [list(row) for row in rows] == [["step", "loss", "lr", "grad_norm", "seconds"]] * 8
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 9, "lo')
-    assert len(read_metrics(tmp_path)) == 8
+    for torn in ('{"step": 9, "lo', "\0\0\0\n"):
+        (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + torn)
+        assert read_metrics(tmp_path) == rows
 
 
 def test_mistakes_of_a_task_are_bugs(tmp_path: Path) -> None:

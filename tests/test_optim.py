@@ -46,9 +46,7 @@ def test_clipping_clips() -> None:
     assert torch.cat([a.grad, b.grad]).norm().item() == pytest.approx(1.0, rel=1e-5)
     assert (a.grad[0] / b.grad[0]).item() == pytest.approx(3 / 4)  # the direction stays
     assert clip_gradients([a, b], 2.0) == pytest.approx(1.0, rel=1e-5)
-    assert torch.cat([a.grad, b.grad]).norm().item() == pytest.approx(
-        1.0, rel=1e-5
-    )  # never scaled up
+    assert torch.cat([a.grad, b.grad]).norm().item() == pytest.approx(1.0, rel=1e-5)  # never scaled up
 
 
 def test_clipping_leaves_a_broken_gradient_to_be_named() -> None:

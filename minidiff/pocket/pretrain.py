@@ -129,11 +129,17 @@ def chosen(settings: PretrainSettings, stage: str, step: int, batch: int) -> lis
 # --- the autoencoder -----------------------------------------------------------------------------------------------------
 
 
-def vae_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor) -> Tensor:
-    """Reconstruction and KL, both as means: arXiv 2112.10752, appendix G, without its discriminator."""
+def vae_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor, anchor: Tensor) -> Tensor:
+    """Reconstruction and KL, both as means: arXiv 2112.10752, appendix G, without its discriminator.
+
+    Left alone, a small encoder finds light and dark at once, and red and green only after many thousand pictures. So
+    the first three channels begin as the colour of their cell; `anchor`, a number that falls to 0, then lets them go.
+    """
     mean, logvar = vae.encode(x)
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()  # arXiv 1312.6114, appendix B
-    return reconstruction_loss(vae.decode(sample_posterior(mean, logvar, noise)), x) + KL_WEIGHT * kl
+    off_colour = (mean[:, :3] - 2 * F.avg_pool2d(x, 8)).square().mean()
+    reconstruction = reconstruction_loss(vae.decode(sample_posterior(mean, logvar, noise)), x)
+    return reconstruction + KL_WEIGHT * kl + anchor * off_colour
 
 
 def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
@@ -154,12 +160,13 @@ def train_vae(home: Path, settings: PretrainSettings) -> None:
         draws = generator(settings.seed, "vae noise", step)
         x = world.batch(chosen(settings, "vae", step, batch))
         mirrored = torch.rand(batch, 1, 1, 1, generator=draws) < 0.5
-        return {"x": torch.where(mirrored, x.flip(-1), x), "noise": torch.randn(batch, 4, 16, 16, generator=draws)}
+        noise, anchor = torch.randn(batch, 4, 16, 16, generator=draws), torch.tensor(max(0.5 * (1 - step / 1200), 0.0))
+        return {"x": torch.where(mirrored, x.flip(-1), x), "noise": noise, "anchor": anchor}
 
     task = Task(
         trainable=dict(vae.named_parameters()),
         batch=data,
-        loss=lambda data, step, micro: loss(data["x"], data["noise"]),
+        loss=lambda data, step, micro: loss(data["x"], data["noise"], data["anchor"]),
         export=lambda folder: weights.save(vae.state_dict(), folder / "model.safetensors"),
         preview=lambda done: reconstruction_sheet(vae),
         optimizer=Muon(*split(vae, ("conv_in", "conv_out", "quant_conv")), lr=2e-3, adam_lr=2e-3),

@@ -17,7 +17,7 @@ class PretrainSettings:
     """Which stages to run, in this order; a finished one is passed over."""
     pictures: int = 30_000
     """Drawn pictures to train on (49 kB each on disk)."""
-    vae_steps: int = 5000
+    vae_steps: int = 3000
     """Updates of the autoencoder, 4 pictures each."""
     decoder_steps: int = 12_000
     """Updates of the decoder alone, 4 pictures each."""

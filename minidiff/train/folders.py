@@ -102,7 +102,7 @@ def _from_table(table: Path, caption_column: str | None) -> list[Example]:
         if not (table.parent / path).is_file():
             files = [p.name for p in table.parent.iterdir() if _is_picture(p)]
             alike = [n for n in files if n.lower() == name.lower()]
-            hint = did_you_mean(name, alike or files)
+            hint = f' Did you mean "{alike[0]}"?' if alike else did_you_mean(name, files)
             raise DataError(f"{where}: there is no file {name!r} in {table.parent}.{hint}")
         examples.append(Example(table.parent / path, _caption(row, column, where)))
     return examples

@@ -249,10 +249,14 @@ class _Run:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line that a killed process left unfinished is dropped."""
-    path = folder / METRICS
-    text = path.read_text("utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """The rows of metrics.jsonl, up to a line that a killed process or a power cut left broken."""
+    path, rows = folder / METRICS, []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 @contextmanager
@@ -282,9 +286,7 @@ def _check_trainable(trainable: dict[str, nn.Parameter], settings: TrainSettings
     """What is trained is fp32 (fp16 steps below 2^-11 of a weight would be lost); the device type it is on."""
     wrong = [name for name, p in trainable.items() if p.dtype != torch.float32 or not p.requires_grad]
     if wrong or not trainable:
-        raise RuntimeError(
-            f"a task trains fp32 parameters that require gradients; not so: {wrong[:5] or 'none'}"
-        )
+        raise RuntimeError(f"a task trains fp32 parameters that require gradients; not so: {wrong[:5] or 'none'}")
     device = next(iter(trainable.values())).device.type
     if settings.mixed_precision == "fp16" and device == "cpu":
         raise SettingsError("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no.")
@@ -297,9 +299,7 @@ def _check_gradients(trainable: dict[str, nn.Parameter]) -> None:
     """After the first backward pass: a tensor that gets no gradient would silently stay what it is."""
     without = [name for name, p in trainable.items() if p.grad is None]
     if without:
-        raise RuntimeError(
-            f"{len(without)} of {len(trainable)} trainable tensors got no gradient: {without[:5]}"
-        )
+        raise RuntimeError(f"{len(without)} of {len(trainable)} trainable tensors got no gradient: {without[:5]}")
 
 
 @contextmanager
@@ -310,7 +310,7 @@ def _stop_signals() -> Iterator[list[int]]:
     def ask(number: int, _: object) -> None:
         asked.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nStopping after this step; the state will be saved.", file=sys.stderr)
+        os.write(2, b"\nStopping after this step; the state will be saved.\n")  # print is not safe in a handler
 
     if threading.current_thread() is not threading.main_thread():  # Python takes signals in the main thread only
         yield asked

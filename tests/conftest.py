@@ -1,0 +1,63 @@
+"""What every test shares: one thread, no network, and a complete tiny model folder with drawn weights."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the same bits on every machine, and nothing here is big enough for two
+
+PROMPTS = ["a photo of a red dog on the beach", "a drawing of a blue cat in the snow"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: SD 1.5's full size, minutes and gigabytes; run with `-m slow`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the slow tests out unless `-m` speaks of them."""
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="full size: run with -m slow"))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder in SD's layout: TINY_UNET, TINY_VAE, a CLIP text tower of width 24. Read it, never change it.
+
+    The weights come from `fill` in golden/make_models.py, which keeps variances: the networks answer with numbers
+    about 1, so that a difference shows, as it would not behind PyTorch's small initial weights.
+    """
+    from minidiff.config import TINY_UNET, TINY_VAE, NoiseConfig
+    from minidiff.models.text import build_text_encoder, load_tokenizer
+    from minidiff.models.unet import UNet2DConditionModel
+    from minidiff.models.vae import AutoencoderKL
+    from minidiff.pipeline import SD15_TEXT, StableDiffusionPipeline
+    from minidiff.pocket.tokenizer import build_tokenizer
+
+    fill = runpy.run_path(str(Path(__file__).parent / "golden" / "make_models.py"))["fill"]
+    root = tmp_path_factory.mktemp("tiny")
+    build_tokenizer(root / "words", PROMPTS)
+    tokenizer = load_tokenizer(root / "words")
+    text_config = SD15_TEXT | {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TINY_UNET.cross_attention_dim,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "projection_dim": 24,
+    }
+    parts = (UNet2DConditionModel(TINY_UNET), AutoencoderKL(TINY_VAE), build_text_encoder(text_config, "tiny"))
+    unet, vae, text_encoder = map(fill, parts)
+    pipe = StableDiffusionPipeline(unet, vae, text_encoder, tokenizer, NoiseConfig())
+    pipe.save_pretrained(root / "model")
+    return root / "model"

@@ -1,0 +1,269 @@
+"""The command line as a person meets it: help, one real run of each command, and one clear message for each wrong input."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minidiff.cli import main
+from minidiff.images import read_png_text
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three small pictures, as a user's own folder."""
+    folder = tmp_path / "dog"
+    folder.mkdir()
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def model(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may break."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def train(model: Path, pictures: Path, out: Path, *more: str) -> None:
+    main(
+        ["train", "lora", "--pretrained_model_name_or_path", str(model), "--instance-data-dir", str(pictures)]
+        + ["--instance_prompt", "a photo of a sks dog", "--output_dir", str(out), "--max_train_steps", "2"]
+        + ["--validation_steps", "0", "--rank", "2", *more]
+    )
+
+
+def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
+    """Run the command; it must leave with code 2 and one message on stderr, without a traceback."""
+    with pytest.raises(SystemExit) as leave:
+        main(argv)
+    said = capsys.readouterr().err
+    assert leave.value.code == 2, said
+    assert "Traceback" not in said
+    return said
+
+
+# --- what works ----------------------------------------------------------------------------------------------------------
+
+
+def test_sample_writes_a_picture_that_says_how_it_was_made(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made" / "dog.png"
+    main(["sample", "a red dog", "--pretrained_model_name_or_path", str(tiny_folder), "--num-inference-steps", "2"]
+         + ["--output", str(out), "--seed", "7"])
+    assert Image.open(out).size == (16, 16)
+    assert read_png_text(out)["parameters"].startswith("a red dog\nSteps: 2, Sampler: ddim")
+
+
+def test_train_then_sheet(tiny_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    train(tiny_folder, pictures, tmp_path / "out")
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+    sheet = tmp_path / "sheet.png"
+    main(["sheet", "a dog", "a cat", "--lora", str(tmp_path / "out"), "--num_inference_steps", "1"]
+         + ["--pretrained_model_name_or_path", str(tiny_folder), "--output", str(sheet)])
+    assert min(Image.open(sheet).size) > 500  # two by two
+
+
+def test_settings_come_from_toml_and_flags_win(tiny_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    train(tiny_folder, pictures, tmp_path / "first")
+    config = tmp_path / "first" / "train_config.toml"
+    main(["train", "lora", "--config", str(config), "--output_dir", str(tmp_path / "second"), "--rank", "3"])
+    assert "rank = 3" in (tmp_path / "second" / "train_config.toml").read_text()
+
+
+def test_help_and_version_need_no_torch() -> None:
+    code = "import sys; from minidiff.cli import main; main(['--help']); main(['--version']); assert 'torch' not in sys.modules"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "minidiff train lora" in said and "minidiff 0." in said
+
+
+
+# --- wrong flags ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["sampel", "a dog"], 'Did you mean "sample"'),
+        (["train"], "needs a recipe"),
+        (["train", "lroa"], 'Did you mean "lora"'),
+        (["train", "lora", "--rnk", "4"], "--rank"),
+        (["train", "lora", "--rank", "four"], "four"),
+        (["train", "lora"], "--instance_data_dir"),
+        (["train", "lora", "--instance_data_dir", "x"], "--instance_prompt"),
+        (["train", "lora", "--config"], "needs a TOML file"),
+        (["train", "lora", "--config", "nowhere.toml"], "nowhere.toml"),
+        (["sheet"], "give one or more prompts"),
+        (["lesson", "99"], "there is no lesson 99"),
+        (["sample", "a dog", "--pretrained_model_name_or_path", "nowhere/at-all"], "no such folder"),
+        (["sample", "a dog", "--pretrained_model_name_or_path", "runwayml/stable-diffusion-v1-5"], "stable-diffusion-v1-5/"),
+        (["sample", "a dog", "--pretrained_model_name_or_path", "model.safetensors"], "--tokenizer"),
+        (["pretrain", "--stages", "vea"], "vea"),
+    ],
+)
+def test_wrong_command_lines(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert says in refused(capsys, argv)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--num_inference_steps", "0"], "num_inference_steps is 0"),
+        (["--num_inference_steps", "1001"], "1 to 1000"),
+        (["--width", "33"], "multiple of 2"),
+        (["--height", "-8"], "multiple of 2"),
+        (["--sampler", "eulera"], 'Did you mean "euler_a"'),
+        (["--num_images_per_prompt", "0"], "at least 1"),
+        (["--guidance_scale", "nan"], "guidance_scale is nan"),
+        (["--device", "cuda:9"], "no GPU"),
+        (["--device", "gpu"], "--device gpu"),
+        (["--lora", "nowhere"], "nowhere"),
+        (["--lora_weight", "1", "2"], "2 numbers for 0 LoRAs"),
+    ],
+)
+def test_wrong_sampling(flags: list[str], says: str, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if flags == ["--device", "cuda:9"] and torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    assert says in refused(capsys, ["sample", "a dog", "--pretrained_model_name_or_path", str(tiny_folder), *flags])
+
+
+# --- wrong models --------------------------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def pickle(path: Path) -> None:
+    torch.save({"weight": torch.zeros(2)}, path)
+
+
+def lfs(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+
+
+def not_a_number(path: Path) -> None:
+    """The last two bytes of the data become those of a NaN in fp32."""
+    data = bytearray(path.read_bytes())
+    data[-4:] = struct.pack("<f", float("nan"))
+    path.write_bytes(data)
+
+
+BROKEN_WEIGHTS: list[tuple[Callable[[Path], object], str]] = [
+    (cut, "cut off"),
+    (pickle, "pickle"),
+    (lfs, "git-LFS"),
+    (not_a_number, "NaN"),
+    (lambda p: p.write_bytes(b""), "empty"),
+    (lambda p: p.write_bytes(b"hello, this is no model at all"), "not a safetensors file"),
+    (lambda p: p.unlink(), "has no diffusion_pytorch_model.safetensors"),
+    (lambda p: shutil.copy(p.parent.parent / "vae" / p.name, p), "does not fit UNet2DConditionModel"),
+]
+
+
+@pytest.mark.parametrize(("breaks", "says"), BROKEN_WEIGHTS)
+def test_broken_weights(breaks: Callable[[Path], object], says: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    breaks(model / "unet" / "diffusion_pytorch_model.safetensors")
+    assert says in refused(capsys, ["sample", "a dog", "--pretrained_model_name_or_path", str(model)])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("unet/config.json", {"cross_attention_dim": 1024}, "1024"),
+        ("unet/config.json", {"use_linear_projection": True}, "use_linear_projection"),
+        ("unet/config.json", {"block_out_channels": [16]}, "differ in length"),
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "StableDiffusionXLPipeline"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type"),
+    ],
+)
+def test_other_kinds_of_model(
+    name: str, change: dict[str, object], says: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = model / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert says in refused(capsys, ["sample", "a dog", "--pretrained_model_name_or_path", str(model)])
+
+
+# --- wrong data and folders --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--rank", "0"], "rank"),
+        (["--rank", "999"], "rank 999"),
+        (["--lora_alpha", "-1"], "lora_alpha"),
+        (["--lora_targets", "to_out"], "to_out.0"),
+        (["--learning_rate", "0"], "learning_rate"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps"),
+        (["--resolution", "30"], "multiple of 4"),
+        (["--mixed_precision", "fp16"], "needs a GPU"),
+        (["--proportion_empty_prompts", "2"], "proportion_empty_prompts"),
+    ],
+)
+def test_wrong_training(
+    more: list[str], says: str, tiny_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leave:
+        train(tiny_folder, pictures, tmp_path / "out", *more)
+    assert leave.value.code == 2 and says in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def broken_picture(folder: Path) -> None:
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])
+
+
+def no_pictures(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def tiny_picture(folder: Path) -> None:
+    Image.new("RGB", (4, 4)).save(folder / "1.png")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"), [(broken_picture, "1.png"), (no_pictures, "no pictures"), (tiny_picture, "4 pixels"), (shutil.rmtree, "dog")]
+)
+def test_wrong_pictures(
+    spoil: Callable[[Path], None], says: str, tiny_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(pictures)
+    with pytest.raises(SystemExit) as leave:
+        train(tiny_folder, pictures, tmp_path / "out")
+    assert leave.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_a_run_is_not_overwritten(tiny_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny_folder, pictures, tmp_path / "out")
+    before = (tmp_path / "out" / "pytorch_lora_weights.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as leave:
+        train(tiny_folder, pictures, tmp_path / "out", "--learning_rate", "1")
+    assert leave.value.code == 2 and "--resume_from_checkpoint" in capsys.readouterr().err
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").read_bytes() == before
+
+
+def test_a_foreign_folder_is_left_alone(tiny_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        train(tiny_folder, pictures, pictures)  # the pictures themselves, given as the output folder by mistake
+    assert leave.value.code == 2 and "dog" in capsys.readouterr().err
+    assert len(list(pictures.iterdir())) == 3
+
+
+def test_help_is_quick_to_import() -> None:
+    """No bound on the time: what costs the time is what is imported."""
+    code = "import sys, minidiff.cli; print(*[m for m in ('torch', 'transformers', 'numpy', 'PIL', 'matplotlib') if m in sys.modules])"
+    began = time.perf_counter()
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "", f"{said} after {time.perf_counter() - began:.2f} s"

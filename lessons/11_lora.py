@@ -5,8 +5,8 @@
 # of the model do you have to change?
 #
 # Fine-tuning moves every weight. *Low-rank adaptation* (LoRA, arXiv 2106.09685) leaves them all alone, and learns
-# a small change beside them. The result is a file of some hundred kilobytes that can be put on, turned up, turned
-# down, and taken off again.
+# a small change beside them. The result is a file of a few hundred kilobytes that can be put on, turned up,
+# turned down, and taken off again.
 #
 # ```
 #             x  (in)
@@ -80,9 +80,9 @@ def show(picture, name):
 # %% [markdown]
 # ## One layer: W + BA
 #
-# **What is a small change of a big matrix?** Not few entries: few *directions*. A matrix that can be written as B
-# A, with only r columns in B and r rows in A, has rank r at most. It reads r features of the input, and writes
-# along r directions of the output. That is a strong restriction, and it saves a lot of numbers.
+# **What is a small change of a big matrix?** Not few entries: few *directions*. A matrix that is a product B A,
+# with only r columns in B and r rows in A, has rank r at most. It reads r features of the input, and writes along
+# r directions of the output. That is a strong restriction, and it saves a lot of numbers.
 #
 # **Shapes.** W is (out, in); A is (r, in); B is (out, r). Here is one attention projection of the pocket model,
 # to scale.
@@ -112,7 +112,6 @@ show(figure, "1_shapes")
 #
 # **Naive code**, then the **library's** layer with the same A and B. `LoRALinear` wraps a frozen `nn.Linear`.
 
-
 # %%
 def naive_lora(x, W, A, B, alpha):
     r = len(A)
@@ -127,9 +126,7 @@ layer.add("default", A, B, ALPHA / RANK)
 
 torch.testing.assert_close(layer(x), naive_lora(x, layer.base.weight, A, B, ALPHA))
 print("One layer")
-print(
-    f"  x {tuple(x.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)} -> y {tuple(layer(x).shape)}; by hand and library agree"
-)
+print(f"  x {tuple(x.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)} -> y {tuple(layer(x).shape)}; by hand = library")
 print(f"  W has {OUT * IN:,} numbers, A and B together {A.numel() + B.numel():,}")
 
 # %% [markdown]
@@ -145,7 +142,6 @@ print(f"  W has {OUT * IN:,} numbers, A and B together {A.numel() + B.numel():,}
 # them may be zero, as the other one gets it going. If both are zero, nothing ever moves.
 #
 # **Naive code** for the gradients, and the **library** with autograd.
-
 
 # %%
 def naive_gradients(x, g, A, B, scale):
@@ -245,7 +241,6 @@ show(
 # We count on SD 1.5 itself. On the `meta` device its U-Net has shapes and no memory, and the library can put an
 # adapter on it all the same. The usual targets are the four projections of every attention layer, self and cross:
 # 128 layers.
-
 
 # %%
 def naive_count(model, rank):
@@ -430,7 +425,7 @@ show(figure, "7_singular_values")
 # ## What breaks if alpha is lost
 #
 # A LoRA file holds A and B. Alpha is no tensor: it is a note beside them, and some programs do not write it, or
-# do not read it. Then the loader has to guess, and the rule is α = r, scale 1. Ours was trained with α = 16 at r
+# do not read it. Then the loader has to guess, and the rule is α = r, scale 1. Ours was trained with α = 16 and r
 # = 8, scale 2.
 
 # %%
@@ -483,7 +478,6 @@ workplace.cleanup()
 # "attn2.to_k" in every cross-attention layer. Then count SD 1.5's cross-attention alone, at rank 8: `attn2.to_q
 # attn2.to_k attn2.to_v attn2.to_out.0`. How far is it from 797,184?
 
-
 # %% tags=["check"]
 def check_1(lora_count):
     cross = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
@@ -511,7 +505,6 @@ def check_1(lora_count):
 # product is as close to B A as any matrix of that rank can be. `torch.linalg.svd` gives you the directions and
 # their strengths.
 
-
 # %% tags=["check"]
 def check_2(shrink):
     A, B = normal((8, 40), 0, "A"), normal((24, 8), 0, "B")
@@ -528,7 +521,6 @@ def check_2(shrink):
 
 # %% [markdown]
 # ## Solutions
-
 
 # %% tags=["solution", "hide-input"]
 def lora_count(model, rank, targets):

@@ -261,7 +261,13 @@ def parameters(pipe: "StableDiffusionPipeline", s: Sampling, prompt: str, seed: 
 def usage() -> str:
     lines = [f"  minidiff {name:<11} {(kind.__doc__ or '').strip().splitlines()[0]}" for name, (kind, _) in COMMANDS.items()]
     return "\n".join(
-        ["minidiff: Stable Diffusion you can read, and fine-tune.", "", *lines, "", "  minidiff COMMAND --help: its flags"]
+        [
+            "minidiff: Stable Diffusion you can read, and fine-tune.",
+            "",
+            *lines,
+            "",
+            "  minidiff COMMAND --help: its flags",
+        ]
     )
 
 
@@ -270,7 +276,9 @@ def parse(argv: list[str]) -> tuple[Any, Callable[[Any], None]]:
     name = next((name for name in COMMANDS if argv[: len(name.split())] == name.split()), None)
     if name is None:
         if argv[:1] == ["train"]:
-            raise SettingsError(f"minidiff train needs a recipe, and there is one: lora.{did_you_mean(' '.join(argv[1:2]), ['lora'])}")
+            raise SettingsError(
+                f"minidiff train needs a recipe, and there is one: lora.{did_you_mean(' '.join(argv[1:2]), ['lora'])}"
+            )
         raise SettingsError(f'"{argv[0]}" is no command.{did_you_mean(argv[0], COMMANDS)}\n\n{usage()}')
     kind, function = COMMANDS[name]
     rest, default = argv[len(name.split()) :], None

@@ -6,14 +6,13 @@
     B pictures   D text width   H W picture height and width   h w = H/8, W/8 latent height and width
 """
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from minidiff import lora_files, weights
@@ -24,6 +23,17 @@ from minidiff.diffusion.samplers import Step, sampler_named
 from minidiff.diffusion.schedule import NoiseSchedule
 from minidiff.errors import SettingsError, WeightsError
 from minidiff.images import to_pil
+from minidiff.layout import (
+    MODEL_INDEX,
+    SAMPLER_OF,
+    SD15_TEXT,
+    check_class,
+    config_of,
+    local_folder,
+    read_json,
+    save_tokenizer,
+    write_json,
+)
 from minidiff.models.text import build_text_encoder, encode_prompt, load_tokenizer, to_file_keys
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.models.vae import AutoencoderKL
@@ -31,14 +41,6 @@ from minidiff.rng import normal
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
-
-SAMPLER_OF = {  # `_class_name` in scheduler_config.json -> our sampler; SD 1.5 says PNDM, which solves DDIM's equation
-    "DDIMScheduler": "ddim",
-    "PNDMScheduler": "ddim",
-    "EulerAncestralDiscreteScheduler": "euler_a",
-    "DPMSolverMultistepScheduler": "dpm++_2m",
-}
-MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # deleted in 2024
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,7 @@ class StableDiffusionPipeline:
     # --- loading and saving ----------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32
-    ) -> "StableDiffusionPipeline":
+    def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32) -> "StableDiffusionPipeline":
         """Read a folder in the diffusers layout, or a hub id whose files are in the local cache.
 
         The VAE stays in fp32 whatever `torch_dtype` says: in fp16 it overflows, and the picture is black.
@@ -84,12 +84,24 @@ class StableDiffusionPipeline:
             unet = UNet2DConditionModel(UNetConfig.from_dict(*config_of(home / "unet")))
             vae = AutoencoderKL(VAEConfig.from_dict(*config_of(home / "vae")))
             text_encoder = build_text_encoder(*config_of(home / "text_encoder"))
-        for model, part, dtype in ((unet, "unet", torch_dtype), (vae, "vae", torch.float32), (text_encoder, "text_encoder", torch_dtype)):
+        for model, part, dtype in (
+            (unet, "unet", torch_dtype),
+            (vae, "vae", torch.float32),
+            (text_encoder, "text_encoder", torch_dtype),
+        ):
             weights.load_into(model, weights.find_weights(home / part), dtype)
         noise, where = config_of(home / "scheduler", "scheduler_config.json")
         sampler = SAMPLER_OF.get(noise.get("_class_name", ""), "ddim")
         tokenizer = load_tokenizer(home / "tokenizer")
-        return cls(frozen(unet), frozen(vae), frozen(text_encoder), tokenizer, NoiseConfig.from_dict(noise, where), sampler, str(folder))
+        return cls(
+            frozen(unet),
+            frozen(vae),
+            frozen(text_encoder),
+            tokenizer,
+            NoiseConfig.from_dict(noise, where),
+            sampler,
+            str(folder),
+        )
 
     @classmethod
     def from_single_file(
@@ -103,9 +115,15 @@ class StableDiffusionPipeline:
         with torch.device("meta"):
             unet, vae = UNet2DConditionModel(SD15_UNET), AutoencoderKL(SD15_VAE)
             text_encoder = build_text_encoder(SD15_TEXT, "SD 1.5")
-        for model, file, dtype in ((unet, files.unet, torch_dtype), (vae, files.vae, torch.float32), (text_encoder, files.text_encoder, torch_dtype)):
+        for model, file, dtype in (
+            (unet, files.unet, torch_dtype),
+            (vae, files.vae, torch.float32),
+            (text_encoder, files.text_encoder, torch_dtype),
+        ):
             weights.load_into(model, file, dtype)
-        return cls(frozen(unet), frozen(vae), frozen(text_encoder), load_tokenizer(Path(tokenizer)), NoiseConfig(), "ddim", str(path))
+        return cls(
+            frozen(unet), frozen(vae), frozen(text_encoder), load_tokenizer(Path(tokenizer)), NoiseConfig(), "ddim", str(path)
+        )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the folder that `from_pretrained` reads, and diffusers too; weights as they are, or cast to `dtype`.
@@ -115,7 +133,7 @@ class StableDiffusionPipeline:
         home = Path(folder)
         lora.check_plain(self.unet)
         class_name = next(name for name, sampler in SAMPLER_OF.items() if sampler == self.sampler)
-        text_config = self.text_encoder.config.to_diff_dict() | {"architectures": ["CLIPTextModel"]}
+        text_config = dict(sorted({**self.text_encoder.config.to_diff_dict(), "architectures": ["CLIPTextModel"]}.items()))
         for part, model, config in (
             ("unet", self.unet, self.unet.config.to_dict("UNet2DConditionModel")),
             ("vae", self.vae, self.vae.config.to_dict("AutoencoderKL")),
@@ -132,7 +150,8 @@ class StableDiffusionPipeline:
 
     def to(self, device: str | torch.device) -> "StableDiffusionPipeline":
         """Move the networks."""
-        for module in (self.unet, self.vae, self.text_encoder):
+        parts: tuple[nn.Module, ...] = (self.unet, self.vae, self.text_encoder)
+        for module in parts:
             module.to(device)
         return self
 
@@ -168,12 +187,13 @@ class StableDiffusionPipeline:
         """
         prompts = [p for p in as_list(prompt) for _ in range(num_images_per_prompt)]
         negatives = as_list(negative_prompt or "")
-        negatives = negatives * len(prompts) if len(negatives) == 1 else [n for n in negatives for _ in range(num_images_per_prompt)]
+        negatives = (
+            negatives * len(prompts) if len(negatives) == 1 else [n for n in negatives for _ in range(num_images_per_prompt)]
+        )
         check_call(prompts, negatives, output_type, num_images_per_prompt)
         shape = self.latent_shape(len(prompts), height, width)
-        noise, step_noise = noise_source(shape, seed, generator)
-        if latents is not None:
-            noise = check_latents(latents, shape)
+        start, step_noise = noise_source(shape, seed, generator)
+        noise = start() if latents is None else check_latents(latents, shape)
 
         text = self.encode_prompt(prompts)
         no_text = self.encode_prompt(negatives) if guidance_scale > 1 else None
@@ -207,7 +227,9 @@ class StableDiffusionPipeline:
             side = usual * factor if side is None else side
             if side < factor or side % factor:
                 below = max(side // factor, 1) * factor
-                raise SettingsError(f"{flag} is {side}; it must be a multiple of {factor}, {below} or {below + factor} for instance.")
+                raise SettingsError(
+                    f"{flag} is {side}; it must be a multiple of {factor}, {below} or {below + factor} for instance."
+                )
             sides.append(side // factor)
         return count, self.unet.config.in_channels, sides[0], sides[1]
 
@@ -250,20 +272,35 @@ class StableDiffusionPipeline:
 
 def noise_source(
     shape: tuple[int, ...], seed: int | Sequence[int] | None, generator: torch.Generator | None
-) -> tuple[Tensor, Callable[[int], Tensor]]:
-    """The noise to start from, and the noise of step i, both on the CPU in fp32: the same on every device."""
-    if generator is not None:  # diffusers' order: first the latents, then step by step
-        return torch.randn(shape, generator=generator), lambda i: torch.randn(shape, generator=generator)
-    if seed is None:
-        seed = int(torch.randint(2**31, ()))
-    seeds = [seed + i for i in range(shape[0])] if isinstance(seed, int) else list(seed)
-    if len(seeds) != shape[0]:
-        raise SettingsError(f"{len(seeds)} seeds were given for {shape[0]} pictures; give one number, or one for each.")
+) -> tuple[Callable[[], Tensor], Callable[[int], Tensor]]:
+    """Two functions: the noise to start from, and the noise of step i. From seeds both are fp32 on the CPU, for any device.
+
+    A generator is asked only when its noise is wanted, in diffusers' order: first the latents, unless they are given, then
+    step by step.
+    """
+    if generator is not None:
+
+        def next_noise() -> Tensor:
+            return torch.randn(shape, generator=generator, device=generator.device)
+
+        return next_noise, lambda i: next_noise()
+    seeds = check_seeds(int(torch.randint(2**31, ())) if seed is None else seed, shape[0])
 
     def draw(*where: int | str) -> Tensor:
         return torch.stack([normal(shape[1:], s, *where) for s in seeds])
 
-    return draw("latents"), lambda i: draw("step", i)
+    return lambda: draw("latents"), lambda i: draw("step", i)
+
+
+def check_seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """One seed for each picture. Plain ints: numpy's look different to the hash, and would draw other pictures."""
+    try:
+        seeds = [index(s) for s in seed] if isinstance(seed, Iterable) else [index(seed) + i for i in range(count)]
+    except TypeError:
+        raise SettingsError(f"seed is {seed!r}; it must be a whole number, or one for each picture.") from None
+    if len(seeds) != count:
+        raise SettingsError(f"{len(seeds)} seeds were given for {count} pictures; give one number, or one for each.")
+    return seeds
 
 
 def check_call(prompts: list[str], negatives: list[str], output_type: str, per_prompt: int) -> None:
@@ -284,107 +321,22 @@ def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def as_list(value: str | Sequence[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
-
-
-# --- reading a folder ----------------------------------------------------------------------------------------------------
-
-SD15_TEXT: dict[str, Any] = {  # CLIP ViT-L/14's text tower, openai/clip-vit-large-patch14
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
-    "pad_token_id": 49407,
-    "projection_dim": 768,
-}
-MODEL_INDEX: dict[str, Any] = {
-    "_class_name": "StableDiffusionPipeline",
-    "_diffusers_version": "0.30.0",
-    "feature_extractor": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-
-
-def local_folder(name: str) -> Path:
-    """The folder itself, or the local copy of a hub id. Nothing is downloaded here."""
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).is_file():
-        raise WeightsError(f"{name} is a file, not a model folder; a single-file checkpoint is read by from_single_file.")
-    hub_id = MOVED.get(name, name)
-    if name.count("/") == 1 and not name.startswith((".", "/")):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(hub_id, local_files_only=True))
-        except (LocalEntryNotFoundError, ValueError):
-            pass
-    hint = f" {name} is gone from the hub; it lives on as {hub_id}." if hub_id != name else ""
-    raise WeightsError(
-        f"{name}: there is no such folder, and no hub model of that name in the local cache.{hint} "
-        "checkpoints/README.md says where to get SD 1.5; checkpoints/pocket is in the repository."
-    )
-
-
-def config_of(folder: Path, name: str = "config.json") -> tuple[dict[str, Any], str]:
-    """The parsed configuration of one part, and its path for error messages."""
-    path = folder / name
-    return read_json(path, f"the {folder.name} of a model has one"), str(path)
-
-
-def read_json(path: Path, why: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightsError(f"{path} does not exist; {why}. Is {path.parent} complete?") from None
-    except (ValueError, OSError) as error:
-        raise WeightsError(f"{path} cannot be read as JSON: {error}. Copy it again.") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path} holds no JSON object; {why}. Copy it again.")
-    return value
-
-
-def save_tokenizer(tokenizer: "CLIPTokenizer", folder: Path) -> None:
-    """SD 1.5's files. transformers 5 writes one `tokenizer.json` in place of the vocabulary and the merges."""
-    tokenizer.save_pretrained(str(folder))
-    if not (folder / "vocab.json").exists():
-        tokenizer.backend_tokenizer.model.save(str(folder))
-        (folder / "tokenizer.json").unlink()
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def check_class(index: dict[str, Any], path: Path) -> None:
-    if (name := index.get("_class_name")) != "StableDiffusionPipeline":
-        raise WeightsError(f"{path} describes a {name}; minidiff reads Stable Diffusion 1.x (StableDiffusionPipeline).")
+    """A text as a list of one; what is no list either is left for the checks to refuse, in a list as well."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
 
 
 def check_parts_fit(pipe: StableDiffusionPipeline) -> None:
     """The widths at which the networks meet; each alone may be sound, and yet from another model."""
     words, table = len(pipe.tokenizer), pipe.text_encoder.get_input_embeddings().num_embeddings
-    if words > table:
+    if words != table:  # a smaller tokenizer would not fail: its ids mean other words, and the picture is another
         raise WeightsError(f"the tokenizer has {words} tokens and the text encoder {table}; they are from different models.")
     width, reads = pipe.text_encoder.config.hidden_size, pipe.unet.config.cross_attention_dim
     if width != reads:
         raise WeightsError(f"the text encoder is {width} wide and the U-Net reads {reads}; they are from different models.")
-    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
-        what = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model"}.get(pipe.unet.config.in_channels, "another model")
-        raise WeightsError(f"the U-Net has {pipe.unet.config.in_channels} input channels ({what}); text to image needs {pipe.vae.config.latent_channels}.")
+    channels, wanted = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if channels != wanted:
+        what = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model"}.get(channels, "another model")
+        raise WeightsError(f"the U-Net has {channels} input channels ({what}); text to image needs {wanted}.")
 
 
 def frozen(model: Any) -> Any:

@@ -15,18 +15,6 @@ torch.set_num_threads(1)  # the same bits on every machine, and nothing here is 
 PROMPTS = ["a photo of a red dog on the beach", "a drawing of a blue cat in the snow"]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: SD 1.5's full size, minutes and gigabytes; run with `-m slow`")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the slow tests out unless `-m` speaks of them."""
-    if "slow" not in config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="full size: run with -m slow"))
-
-
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder in SD's layout: TINY_UNET, TINY_VAE, a CLIP text tower of width 24. Read it, never change it.
@@ -35,10 +23,11 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     about 1, so that a difference shows, as it would not behind PyTorch's small initial weights.
     """
     from minidiff.config import TINY_UNET, TINY_VAE, NoiseConfig
+    from minidiff.layout import SD15_TEXT
     from minidiff.models.text import build_text_encoder, load_tokenizer
     from minidiff.models.unet import UNet2DConditionModel
     from minidiff.models.vae import AutoencoderKL
-    from minidiff.pipeline import SD15_TEXT, StableDiffusionPipeline
+    from minidiff.pipeline import StableDiffusionPipeline
     from minidiff.pocket.tokenizer import build_tokenizer
 
     fill = runpy.run_path(str(Path(__file__).parent / "golden" / "make_models.py"))["fill"]

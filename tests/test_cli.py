@@ -58,8 +58,10 @@ def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
 
 def test_sample_writes_a_picture_that_says_how_it_was_made(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "made" / "dog.png"
-    main(["sample", "a red dog", "--pretrained_model_name_or_path", str(tiny_folder), "--num-inference-steps", "2"]
-         + ["--output", str(out), "--seed", "7"])
+    main(
+        ["sample", "a red dog", "--pretrained_model_name_or_path", str(tiny_folder), "--num-inference-steps", "2"]
+        + ["--output", str(out), "--seed", "7"]
+    )
     assert Image.open(out).size == (16, 16)
     assert read_png_text(out)["parameters"].startswith("a red dog\nSteps: 2, Sampler: ddim")
 
@@ -68,8 +70,10 @@ def test_train_then_sheet(tiny_folder: Path, pictures: Path, tmp_path: Path) -> 
     train(tiny_folder, pictures, tmp_path / "out")
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
     sheet = tmp_path / "sheet.png"
-    main(["sheet", "a dog", "a cat", "--lora", str(tmp_path / "out"), "--num_inference_steps", "1"]
-         + ["--pretrained_model_name_or_path", str(tiny_folder), "--output", str(sheet)])
+    main(
+        ["sheet", "a dog", "a cat", "--lora", str(tmp_path / "out"), "--num_inference_steps", "1"]
+        + ["--pretrained_model_name_or_path", str(tiny_folder), "--output", str(sheet)]
+    )
     assert min(Image.open(sheet).size) > 500  # two by two
 
 
@@ -84,7 +88,6 @@ def test_help_and_version_need_no_torch() -> None:
     code = "import sys; from minidiff.cli import main; main(['--help']); main(['--version']); assert 'torch' not in sys.modules"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "minidiff train lora" in said and "minidiff 0." in said
-
 
 
 # --- wrong flags ---------------------------------------------------------------------------------------------------------
@@ -105,7 +108,10 @@ def test_help_and_version_need_no_torch() -> None:
         (["sheet"], "give one or more prompts"),
         (["lesson", "99"], "there is no lesson 99"),
         (["sample", "a dog", "--pretrained_model_name_or_path", "nowhere/at-all"], "no such folder"),
-        (["sample", "a dog", "--pretrained_model_name_or_path", "runwayml/stable-diffusion-v1-5"], "stable-diffusion-v1-5/"),
+        (
+            ["sample", "a dog", "--pretrained_model_name_or_path", "runwayml/stable-diffusion-v1-5"],
+            "stable-diffusion-v1-5/",
+        ),
         (["sample", "a dog", "--pretrained_model_name_or_path", "model.safetensors"], "--tokenizer"),
         (["pretrain", "--stages", "vea"], "vea"),
     ],
@@ -234,10 +240,16 @@ def tiny_picture(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "says"), [(broken_picture, "1.png"), (no_pictures, "no pictures"), (tiny_picture, "4 pixels"), (shutil.rmtree, "dog")]
+    ("spoil", "says"),
+    [(broken_picture, "1.png"), (no_pictures, "no pictures"), (tiny_picture, "4 pixels"), (shutil.rmtree, "dog")],
 )
 def test_wrong_pictures(
-    spoil: Callable[[Path], None], says: str, tiny_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    spoil: Callable[[Path], None],
+    says: str,
+    tiny_folder: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     spoil(pictures)
     with pytest.raises(SystemExit) as leave:
@@ -245,7 +257,9 @@ def test_wrong_pictures(
     assert leave.value.code == 2 and says in capsys.readouterr().err
 
 
-def test_a_run_is_not_overwritten(tiny_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_not_overwritten(
+    tiny_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(tiny_folder, pictures, tmp_path / "out")
     before = (tmp_path / "out" / "pytorch_lora_weights.safetensors").read_bytes()
     with pytest.raises(SystemExit) as leave:
@@ -254,7 +268,9 @@ def test_a_run_is_not_overwritten(tiny_folder: Path, pictures: Path, tmp_path: P
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").read_bytes() == before
 
 
-def test_a_foreign_folder_is_left_alone(tiny_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_foreign_folder_is_left_alone(
+    tiny_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as leave:
         train(tiny_folder, pictures, pictures)  # the pictures themselves, given as the output folder by mistake
     assert leave.value.code == 2 and "dog" in capsys.readouterr().err

@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = sorted((ROOT / "lessons").glob("[0-9][0-9]_*.py"))
 each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
-each_run = pytest.mark.skipif(
+needs_checkpoint = pytest.mark.skipif(
     not (ROOT / "checkpoints/pocket/model_index.json").is_file(),
     reason="checkpoints/pocket is absent: train it with `minidiff pretrain`, or fetch it with the repository",
 )
@@ -153,7 +153,7 @@ def test_checks_take_the_solutions_and_refuse_wrong_answers(path: Path, capsys: 
 
 
 @pytest.mark.slow
-@each_run
+@needs_checkpoint
 @each_lesson
 def test_runs(path: Path, tmp_path: Path) -> None:
     began = time.time()

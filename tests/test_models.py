@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from minidiff.config import SD15_UNET, SD15_VAE, TINY_UNET, TINY_VAE
 from minidiff.errors import SettingsError
+from minidiff.layout import SD15_TEXT
 from minidiff.models import blocks
 from minidiff.models.attention import IMPLS, CrossAttention, SpatialAttention, attention
 from minidiff.models.text import build_text_encoder
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.models.vae import AutoencoderKL, sample_posterior
-from minidiff.pipeline import SD15_TEXT
 
 FOLDER = Path(__file__).parent / "golden"
 MAKER = runpy.run_path(str(FOLDER / "make_models.py"))

@@ -19,6 +19,7 @@ ORDER = """
     errors
     rng
     config
+    layout
     models/*
     diffusion/*
     adapters/*

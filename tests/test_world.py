@@ -7,8 +7,21 @@ import numpy as np
 import pytest
 
 from minidiff.pocket import world
-from minidiff.pocket.world import COLOURS, OBJECTS, POSES, SCENES, STYLES, Picture
-from minidiff.pocket.world import caption, draw, draw_subject, held_out, is_held_out, random_caption, random_picture
+from minidiff.pocket.world import (
+    COLOURS,
+    OBJECTS,
+    POSES,
+    SCENES,
+    STYLES,
+    Picture,
+    caption,
+    draw,
+    draw_subject,
+    held_out,
+    is_held_out,
+    random_caption,
+    random_picture,
+)
 
 CAT = Picture("cat", "blue", "snow", "photo")
 

@@ -56,9 +56,7 @@ class LoRALinear(nn.Module):
             return y
         for name, A in self.lora_A.items():
             if factor := self.strength[name] * self.scale[name]:
-                detour = F.linear(
-                    F.linear(x.to(A.dtype), A), self.lora_B[name]
-                )  # B A x: LoRA (arXiv 2106.09685), eq. 3
+                detour = F.linear(F.linear(x.to(A.dtype), A), self.lora_B[name])  # B A x: LoRA (arXiv 2106.09685), eq. 3
                 y = y + (factor * detour).to(y.dtype)
         return y
 
@@ -147,9 +145,7 @@ def set_adapters(model: nn.Module, names: Sequence[str], strengths: Sequence[flo
     known = adapter_names(model)
     for name in names:
         if name not in known:
-            raise AdapterError(
-                f'no adapter is called "{name}"; there is {", ".join(known)}.{did_you_mean(name, known)}'
-            )
+            raise AdapterError(f'no adapter is called "{name}"; there is {", ".join(known)}.{did_you_mean(name, known)}')
     wanted = dict(zip(names, strengths))
     for layer in layers.values():
         layer.strength = {name: float(wanted.get(name, 0.0)) for name in layer.strength}

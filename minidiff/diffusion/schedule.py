@@ -131,9 +131,7 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str, whole: bool = T
     # numpy, not torch: 499.5 and its like round to the reference's side only with the reference's arithmetic
     T, points = len(schedule.alphas_cumprod), steps + spare
     if not 1 <= steps <= T:
-        raise SettingsError(
-            f"num_inference_steps is {steps}; it can be 1 to {T}, the timesteps this model was trained on."
-        )
+        raise SettingsError(f"num_inference_steps is {steps}; it can be 1 to {T}, the timesteps this model was trained on.")
     if spacing == "leading":
         grid = np.arange(points - 1, -1, -1.0) * (T // points) + schedule.steps_offset
     elif spacing == "linspace":

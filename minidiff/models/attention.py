@@ -1,11 +1,10 @@
 """Attention, and the layer that the U-Net and the VAE build from it.
 
-    B batch   N heads   L query tokens   S key tokens   D width of one head   C = N·D channels
+B batch   N heads   L query tokens   S key tokens   D width of one head   C = N·D channels
 """
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

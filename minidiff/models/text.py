@@ -36,9 +36,7 @@ def load_tokenizer(folder: Path) -> "CLIPTokenizer":
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         _check_vocabulary(folder)
     elif not (folder / "tokenizer.json").is_file():
-        raise WeightsError(
-            f"{folder}: no CLIP tokenizer here; vocab.json or merges.txt is missing. Copy the folder again."
-        )
+        raise WeightsError(f"{folder}: no CLIP tokenizer here; vocab.json or merges.txt is missing. Copy the folder again.")
     try:  # the length is said outright: without tokenizer_config.json the library takes it for 10^30
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), model_max_length=LENGTH, local_files_only=True)
     except Exception as error:  # the library raises bare Exception for a damaged file
@@ -59,9 +57,7 @@ def _check_vocabulary(folder: Path) -> None:
     longer = {token for token in vocabulary if len(token.removesuffix("</w>")) > 1 and not token.startswith("<|")}
     if odd := joined ^ longer:
         some = ", ".join(sorted(odd)[:3])
-        raise WeightsError(
-            f"{folder}: vocab.json and merges.txt disagree on {len(odd)} tokens ({some} …). Copy both again."
-        )
+        raise WeightsError(f"{folder}: vocab.json and merges.txt disagree on {len(odd)} tokens ({some} …). Copy both again.")
 
 
 def build_text_encoder(values: Mapping[str, Any], where: str) -> "CLIPTextModel":

@@ -20,9 +20,7 @@ class Level(nn.Module):
         super().__init__()
         groups, heads = config.norm_num_groups, config.attention_head_dim
         if attend:
-            self.attentions = nn.ModuleList(
-                SpatialTransformer(c_out, config.cross_attention_dim, heads, groups) for _ in ins
-            )
+            self.attentions = nn.ModuleList(SpatialTransformer(c_out, config.cross_attention_dim, heads, groups) for _ in ins)
         self.resnets = nn.ModuleList(ResBlock(c_in, c_out, time_width, groups, config.norm_eps) for c_in in ins)
         if step == "down":
             self.downsamplers = nn.ModuleList([Downsample(c_out, pad_all_around=True)])
@@ -66,9 +64,7 @@ class MidBlock(nn.Module):
         super().__init__()
         groups, heads = config.norm_num_groups, config.attention_head_dim
         self.attentions = nn.ModuleList([SpatialTransformer(channels, config.cross_attention_dim, heads, groups)])
-        self.resnets = nn.ModuleList(
-            ResBlock(channels, channels, time_width, groups, config.norm_eps) for _ in range(2)
-        )
+        self.resnets = nn.ModuleList(ResBlock(channels, channels, time_width, groups, config.norm_eps) for _ in range(2))
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
         x = self.resnets[0](x, time)
@@ -90,7 +86,11 @@ class UNet2DConditionModel(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        widths, layers, time_width = config.block_out_channels, config.layers_per_block, 4 * config.block_out_channels[0]
+        widths, layers, time_width = (
+            config.block_out_channels,
+            config.layers_per_block,
+            4 * config.block_out_channels[0],
+        )
         last = len(widths) - 1
 
         self.time_embedding = TimeEmbedding(widths[0], time_width)

@@ -7,8 +7,8 @@ picture can be drawn at 128 or at 512 pixels without ever being enlarged. x poin
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 from PIL import ImageDraw

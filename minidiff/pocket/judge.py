@@ -149,7 +149,12 @@ def judge_checkpoint(folder: str | Path, judge_path: Path, count: int = 500) -> 
     def generated(part: list[Picture]) -> Tensor:
         seeds = [pictures.index(p) for p in part]
         x: Tensor = pipe(
-            [caption(p) for p in part], guidance_scale=5.0, num_inference_steps=25, sampler="ddim", seed=seeds, output_type="pt"
+            [caption(p) for p in part],
+            guidance_scale=5.0,
+            num_inference_steps=25,
+            sampler="ddim",
+            seed=seeds,
+            output_type="pt",
         ).images
         bar.update(len(part))
         return x

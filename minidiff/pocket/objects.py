@@ -8,8 +8,8 @@ that the colour's word has one meaning. Details are 0.1 and more: about four pix
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 from .drawing import INK, RGB, WHITE, Shape, blob, box, ellipse, mix, polygon, stroke
 

@@ -14,14 +14,13 @@ goes on where it was stopped. The last stage assembles `output_dir/pocket`, in t
 """
 
 import json
-import math
 import random
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,14 +34,17 @@ from minidiff.diffusion.losses import min_snr_weights, mse
 from minidiff.diffusion.schedule import NoiseSchedule, add_noise
 from minidiff.errors import SettingsError
 from minidiff.images import contact_sheet, to_pil
-from minidiff.models.text import encode_prompt, load_tokenizer, tokenize
+from minidiff.layout import write_json
+from minidiff.models.text import load_tokenizer, tokenize
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.models.vae import AutoencoderKL, sample_posterior
+from minidiff.pipeline import StableDiffusionPipeline
+from minidiff.pocket.dataset import load_latents, load_world
 from minidiff.pocket.judge import judge_checkpoint
 from minidiff.pocket.settings import STAGES, PretrainSettings, Stage
 from minidiff.pocket.tokenizer import build_tokenizer
 from minidiff.pocket.towers import Towers, image_tower_config
-from minidiff.pocket.world import Picture, caption, draw, held_out, random_caption, random_picture
+from minidiff.pocket.world import caption, draw, held_out, random_caption
 from minidiff.rng import generator, hashed_seed
 from minidiff.train.loop import Batch, Task, fit
 from minidiff.train.muon import Muon, split
@@ -80,47 +82,6 @@ def run(task: Task, home: Path, stage: Stage, settings: PretrainSettings, steps:
         raise KeyboardInterrupt  # asked to stop: the stages after this one need its result
 
 
-# --- the world ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class World:
-    """The training pictures: what is on them, and their pixels (N, 128, 128, 3), uint8, left on disk."""
-
-    pictures: list[Picture]
-    pixels: np.ndarray
-
-    def batch(self, indices: list[int]) -> Tensor:
-        """(B, 3, 128, 128) in [-1, 1]."""
-        rows = torch.from_numpy(np.stack([self.pixels[i] for i in indices]))
-        return (rows.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-
-
-def load_world(home: Path, settings: PretrainSettings) -> World:
-    """Picture i is `random_picture(Random(i))`, drawn with seed i; drawn once, then read from `world.npy`."""
-    path, count = home / "world.npy", settings.pictures
-    pictures = [random_picture(random.Random(i)) for i in range(count)]
-    if not path.exists():
-        draw_all(pictures, path)
-    pixels = np.load(path, mmap_mode="r")
-    if len(pixels) < count:
-        raise SettingsError(f"{path} holds {len(pixels)} pictures, --pictures asks for {count}; delete it to draw again.")
-    return World(pictures, pixels[:count])
-
-
-def draw_all(pictures: list[Picture], path: Path) -> None:
-    """Draw every picture into one file, which appears under its name when it is whole."""
-    from tqdm import tqdm
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name("world.part.npy")
-    pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(pictures), 128, 128, 3))
-    for i, picture in enumerate(tqdm(pictures, unit="picture", desc="drawing")):
-        pixels[i] = np.asarray(draw(picture, i))
-    pixels.flush()
-    part.replace(path)
-
-
 def chosen(settings: PretrainSettings, stage: str, step: int, batch: int) -> list[int]:
     """The pictures of one update: a function of the seed, the stage and the step."""
     return torch.randint(settings.pictures, (batch,), generator=generator(settings.seed, stage, step)).tolist()
@@ -151,9 +112,9 @@ def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
 
 def train_vae(home: Path, settings: PretrainSettings) -> None:
     """Stage 1: encoder and decoder together."""
-    batch, world = 4, load_world(home, settings)
+    batch, world = 4, load_world(home, settings.pictures)
     torch.manual_seed(hashed_seed(settings.seed, "vae"))
-    vae = AutoencoderKL(POCKET_VAE).to(memory_format=torch.channels_last)
+    vae = channels_last(AutoencoderKL(POCKET_VAE))
     loss = fused(partial(vae_loss, vae))
 
     def data(step: int, micro: int) -> Batch:
@@ -190,7 +151,7 @@ def load_vae(home: Path) -> AutoencoderKL:
     weights.load_into(vae, home / "vae" / "model.safetensors")
     if (home / "decoder" / "model.safetensors").exists():
         weights.load_into(vae, home / "decoder" / "model.safetensors")
-    return vae.requires_grad_(False).to(memory_format=torch.channels_last)
+    return channels_last(vae.requires_grad_(False))
 
 
 @torch.no_grad()
@@ -201,7 +162,7 @@ def encode_world(home: Path, settings: PretrainSettings) -> None:
     path = home / "latents.safetensors"
     if path.exists():
         return
-    vae, world, parts = load_vae(home), load_world(home, settings), []
+    vae, world, parts = load_vae(home), load_world(home, settings.pictures), []
     for start in tqdm(range(0, settings.pictures, 16), unit="batch", desc="encoding"):
         mean, logvar = vae.encode(world.batch(list(range(start, min(start + 16, settings.pictures)))))
         parts.append((mean.half(), (0.5 * logvar).exp().half()))
@@ -210,27 +171,9 @@ def encode_world(home: Path, settings: PretrainSettings) -> None:
     weights.save({"mean": mean, "std": std, "scaling_factor": 1 / spread}, path)
 
 
-@dataclass(frozen=True)
-class Latents:
-    """The encoded world: posterior mean and standard deviation, (N, 4, h, w), and the scale for the denoiser."""
-
-    mean: Tensor
-    std: Tensor
-    scaling_factor: float
-
-    def draw(self, indices: list[int], noise: Tensor) -> Tensor:
-        """Unscaled draws (B, 4, h, w) from the posteriors of some pictures."""
-        return self.mean[indices].float() + self.std[indices].float() * noise
-
-
-def load_latents(home: Path) -> Latents:
-    tensors = weights.read_header(home / "latents.safetensors").read()
-    return Latents(tensors["mean"], tensors["std"], tensors["scaling_factor"].item())
-
-
 def train_decoder(home: Path, settings: PretrainSettings) -> None:
     """Stage 2: the encoder, and with it the latents, stay; the decoder goes on learning to read them."""
-    batch, world, latents = 4, load_world(home, settings), load_latents(home)
+    batch, world, latents = 4, load_world(home, settings.pictures), load_latents(home)
     vae = load_vae(home)
     read = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
     loss = fused(lambda z, x: reconstruction_loss(vae.decode(z), x))
@@ -257,7 +200,7 @@ def train_decoder(home: Path, settings: PretrainSettings) -> None:
 
 def train_clip(home: Path, settings: PretrainSettings) -> None:
     """Stage 3: a tokenizer for the world's words, then the two towers."""
-    batch, world = 96, load_world(home, settings)
+    batch, world = 96, load_world(home, settings.pictures)
     build_tokenizer(home / "tokenizer", sorted({caption(p) for p in world.pictures} | {"a picture of an"}))
     tokenizer = load_tokenizer(home / "tokenizer")
     torch.manual_seed(hashed_seed(settings.seed, "clip"))
@@ -297,11 +240,11 @@ def unet_loss(unet: UNet2DConditionModel, schedule: NoiseSchedule, data: Batch, 
 def train_unet(home: Path, settings: PretrainSettings) -> None:
     """Stage 4: the denoiser, on the frozen text tower."""
     batch, latents = 32, load_latents(home)
-    pictures = load_world(home, settings).pictures
+    pictures = load_world(home, settings.pictures).pictures
     towers, tokenizer = load_towers(home), load_tokenizer(home / "tokenizer")
     schedule = NoiseSchedule.from_config(NoiseConfig())
     torch.manual_seed(hashed_seed(settings.seed, "unet"))
-    unet = UNet2DConditionModel(POCKET_UNET).to(memory_format=torch.channels_last)
+    unet = UNet2DConditionModel(POCKET_UNET)
     loss = fused(partial(unet_loss, unet, schedule))
 
     def data(step: int, micro: int) -> Batch:
@@ -330,10 +273,8 @@ def train_unet(home: Path, settings: PretrainSettings) -> None:
     run(task, home, "unet", settings, settings.unet_steps, batch, warmup=100)
 
 
-def pocket_pipeline(home: Path, unet: UNet2DConditionModel) -> "StableDiffusionPipeline":
+def pocket_pipeline(home: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
     """All parts as they are now. The default sampler is DDIM."""
-    from minidiff.pipeline import StableDiffusionPipeline
-
     vae = load_vae(home)
     vae.config = replace(POCKET_VAE, scaling_factor=load_latents(home).scaling_factor)
     towers, tokenizer = load_towers(home), load_tokenizer(home / "tokenizer")
@@ -360,7 +301,10 @@ def assemble(home: Path, settings: PretrainSettings) -> None:
     pocket_pipeline(home, unet).save_pretrained(folder, torch.float16)
     shutil.copytree(home / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     image = folder / "image_encoder"
-    weights.save({k: v.half() for k, v in towers.image.state_dict().items() if "position_ids" not in k}, image / "model.safetensors")
+    weights.save(
+        {k: v.half() for k, v in towers.image.state_dict().items() if "position_ids" not in k},
+        image / "model.safetensors",
+    )
     write_json(image / "config.json", image_tower_config())
 
 
@@ -371,9 +315,9 @@ def judge_pocket(home: Path, settings: PretrainSettings) -> None:
     print(json.dumps(scores, indent=2))
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
+def channels_last(vae: AutoencoderKL) -> AutoencoderKL:
+    """The order of memory in which convolutions of large pictures are quickest on a CPU."""
+    return vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def fused(function: Any) -> Any:
@@ -382,7 +326,7 @@ def fused(function: Any) -> Any:
 
 
 RUN: dict[Stage, Any] = {
-    "world": load_world,
+    "world": lambda home, settings: load_world(home, settings.pictures),
     "vae": train_vae,
     "latents": encode_world,
     "decoder": train_decoder,

@@ -15,7 +15,7 @@ class PretrainSettings:
     """Folder for all stages; run the same command again to go on."""
     stages: tuple[Stage, ...] = STAGES
     """Which stages to run, in this order; a finished one is passed over."""
-    pictures: int = 30_000
+    pictures: int = 16_000
     """Drawn pictures to train on (49 kB each on disk)."""
     vae_steps: int = 3000
     """Updates of the autoencoder, 4 pictures each."""

@@ -7,8 +7,8 @@ capacity on the halos). All that is soft - shadows, light, washes - is computed 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter

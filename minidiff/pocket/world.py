@@ -12,10 +12,10 @@ import argparse
 import hashlib
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 from PIL import Image
@@ -83,7 +83,7 @@ def put(shapes: Sequence[Shape], pose: str, rng: random.Random) -> tuple[list[Sh
     return move(shapes, matrix * scale, np.array([x, y]) - np.array([left, top]) * scale), shadow
 
 
-@lru_cache(maxsize=None)
+@cache
 def coloured(name: str, colour: str) -> tuple[Shape, ...]:
     """The object's shapes in its own coordinates; 160 of them exist."""
     return tuple(objects.BUILDERS[name](objects.tones(colour)))

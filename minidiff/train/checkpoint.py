@@ -169,9 +169,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     return {f"{i}.{k}": v for i, values in state["state"].items() for k, v in values.items()}, state["param_groups"]
 
 
-def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]
-) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
     """The reverse. JSON turned tuples, such as Adam's betas, into lists: they become tuples again."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():

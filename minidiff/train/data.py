@@ -37,9 +37,7 @@ def check_pictures(examples: list[Example], resolution: int, skip_bad: bool) -> 
         try:
             small = min(load_image(example.path).size)
             if small < resolution:
-                raise DataError(
-                    f"{example.path}: its shorter side is {small} pixels, and --resolution is {resolution}."
-                )
+                raise DataError(f"{example.path}: its shorter side is {small} pixels, and --resolution is {resolution}.")
             good.append(example)
         except DataError as error:
             bad.append(str(error))
@@ -47,9 +45,7 @@ def check_pictures(examples: list[Example], resolution: int, skip_bad: bool) -> 
         listed = "\n  ".join(bad[:10] + ["…"] * (len(bad) > 10))
         what = f"{len(bad)} of {len(examples)} pictures cannot be used:\n  {listed}"
         if not skip_bad or not good:
-            raise DataError(
-                f"{what}\nMend or remove them, or leave them out with --skip_bad; --resolution can be lowered."
-            )
+            raise DataError(f"{what}\nMend or remove them, or leave them out with --skip_bad; --resolution can be lowered.")
         print(f"Note: {what}", file=sys.stderr)
     return good
 

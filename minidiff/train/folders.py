@@ -161,9 +161,7 @@ def _caption(row: dict[str, Any], column: str, where: str) -> str:
     if not isinstance(caption, str):
         raise DataError(f'{where}: "{column}" is {caption!r}, not a text.')
     if not caption.strip():
-        raise DataError(
-            f'{where}: "{column}" is empty. For samples without a prompt there is --proportion_empty_prompts.'
-        )
+        raise DataError(f'{where}: "{column}" is empty. For samples without a prompt there is --proportion_empty_prompts.')
     return caption.strip()
 
 
@@ -171,9 +169,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8."
-        ) from error
+        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from error
 
 
 def _why_empty(folder: Path, names: list[str]) -> str:

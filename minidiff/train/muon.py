@@ -18,9 +18,7 @@ from torch import Tensor, nn
 class Muon(torch.optim.Optimizer):
     """Muon for `hidden`, AdamW for `others`; each group has its own learning rate."""
 
-    def __init__(
-        self, hidden: Iterable[nn.Parameter], others: Iterable[nn.Parameter], lr: float, adam_lr: float
-    ) -> None:
+    def __init__(self, hidden: Iterable[nn.Parameter], others: Iterable[nn.Parameter], lr: float, adam_lr: float) -> None:
         groups: list[dict[str, Any]] = [
             {"params": list(hidden), "lr": lr, "muon": True},
             {"params": list(others), "lr": adam_lr, "muon": False},

@@ -35,9 +35,7 @@ def load_base(settings: FineTuneSettings) -> StableDiffusionPipeline:
     """The frozen base model on its device. The U-Net has the dtype of --mixed_precision; the VAE stays fp32."""
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SettingsError(
-            f"--device {device}: there is no GPU that torch can use here; leave the flag out, or say cpu."
-        )
+        raise SettingsError(f"--device {device}: there is no GPU that torch can use here; leave the flag out, or say cpu.")
     try:
         torch.device(device)
     except RuntimeError as error:
@@ -57,9 +55,7 @@ def load_data(pipe: StableDiffusionPipeline, settings: FineTuneSettings) -> Late
     stride *= 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     if size % stride:
         near = max(size // stride, 1) * stride
-        raise SettingsError(
-            f"--resolution {size}: this model needs a multiple of {stride}, such as {near} or {near + stride}."
-        )
+        raise SettingsError(f"--resolution {size}: this model needs a multiple of {stride}, such as {near} or {near + stride}.")
     examples = read_folder(folder, settings.instance_prompt, settings.caption_column)
     examples = check_pictures(examples, size, settings.skip_bad)
     return LatentData(examples, settings, size, pipe.vae, pipe.encode_prompt, len(pipe.schedule.alphas_cumprod))

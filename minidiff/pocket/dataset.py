@@ -1,0 +1,72 @@
+"""What the pocket checkpoint is trained on: the drawn world, as pixels and, once the autoencoder is trained, as latents.
+
+N pictures   B batch
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff import weights
+from minidiff.errors import SettingsError
+from minidiff.pocket.world import Picture, draw, random_picture
+
+
+@dataclass(frozen=True)
+class World:
+    """The training pictures: what is on them, and their pixels (N, 128, 128, 3), uint8, left on disk."""
+
+    pictures: list[Picture]
+    pixels: np.ndarray
+
+    def batch(self, indices: list[int]) -> Tensor:
+        """(B, 3, 128, 128) in [-1, 1]."""
+        rows = torch.from_numpy(np.stack([self.pixels[i] for i in indices]))
+        return (rows.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def load_world(home: Path, count: int) -> World:
+    """Picture i is `random_picture(Random(i))`, drawn with seed i; drawn once, then read from `world.npy`."""
+    path = home / "world.npy"
+    pictures = [random_picture(random.Random(i)) for i in range(count)]
+    if not path.exists():
+        draw_all(pictures, path)
+    pixels = np.load(path, mmap_mode="r")
+    if len(pixels) < count:
+        raise SettingsError(f"{path} holds {len(pixels)} pictures, --pictures asks for {count}; delete it to draw again.")
+    return World(pictures, pixels[:count])
+
+
+def draw_all(pictures: list[Picture], path: Path) -> None:
+    """Draw every picture into one file, which appears under its name when it is whole."""
+    from tqdm import tqdm
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name("world.part.npy")
+    pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(pictures), 128, 128, 3))
+    for i, picture in enumerate(tqdm(pictures, unit="picture", desc="drawing")):
+        pixels[i] = np.asarray(draw(picture, i))
+    pixels.flush()
+    part.replace(path)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The encoded world: posterior mean and standard deviation, (N, 4, h, w), and the scale for the denoiser."""
+
+    mean: Tensor
+    std: Tensor
+    scaling_factor: float
+
+    def draw(self, indices: list[int], noise: Tensor) -> Tensor:
+        """Unscaled draws (B, 4, h, w) from the posteriors of some pictures."""
+        return self.mean[indices].float() + self.std[indices].float() * noise
+
+
+def load_latents(home: Path) -> Latents:
+    tensors = weights.read_header(home / "latents.safetensors").read()
+    return Latents(tensors["mean"], tensors["std"], tensors["scaling_factor"].item())

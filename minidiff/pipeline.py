@@ -327,7 +327,7 @@ def as_list(value: str | Sequence[str]) -> list[str]:
 
 def check_parts_fit(pipe: StableDiffusionPipeline) -> None:
     """The widths at which the networks meet; each alone may be sound, and yet from another model."""
-    words, table = len(pipe.tokenizer), pipe.text_encoder.get_input_embeddings().num_embeddings
+    words, table = len(pipe.tokenizer), pipe.text_encoder.config.vocab_size
     if words != table:  # a smaller tokenizer would not fail: its ids mean other words, and the picture is another
         raise WeightsError(f"the tokenizer has {words} tokens and the text encoder {table}; they are from different models.")
     width, reads = pipe.text_encoder.config.hidden_size, pipe.unet.config.cross_attention_dim

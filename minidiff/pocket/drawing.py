@@ -31,7 +31,8 @@ class Shape:
 
 def mix(a: RGB, b: RGB, share: float) -> RGB:
     """The colour that lies `share` of the way from `a` to `b`."""
-    return tuple(round(x + (y - x) * share) for x, y in zip(a, b))
+    red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b))
+    return red, green, blue
 
 
 def polygon(points: Sequence[Point], fill: RGB, detail: bool = False) -> Shape:

@@ -118,7 +118,8 @@ def night(rng: random.Random) -> Scene:
 def moon(rng: random.Random) -> Scene:
     ground = land(rng, rng.uniform(0.54, 0.6), 0.02)
     x, y = side(rng), rng.uniform(0.15, 0.2)
-    earth = [ellipse(x, y, 0.115, 0.115, (82, 150, 226)), ellipse(x - 0.03, y - 0.03, 0.05, 0.042, (120, 190, 122), detail=True),
+    earth = [ellipse(x, y, 0.115, 0.115, (82, 150, 226)),
+             ellipse(x - 0.03, y - 0.03, 0.05, 0.042, (120, 190, 122), detail=True),
              ellipse(x + 0.045, y + 0.045, 0.036, 0.03, (120, 190, 122), detail=True)]
     stars = [star(sx, sy, 0.036, (236, 238, 250)) for sx, sy in spread(rng, 4, 0.06, 0.44) if abs(sx - x) > 0.17]
     craters = [crater for i, (cx, cy) in enumerate(spread(rng, 3, 0.66, 0.92))

@@ -19,11 +19,11 @@ class PretrainSettings:
     """Drawn pictures to train on (49 kB each on disk)."""
     vae_steps: int = 3000
     """Updates of the autoencoder, 4 pictures each."""
-    decoder_steps: int = 12_000
+    decoder_steps: int = 4000
     """Updates of the decoder alone, 4 pictures each."""
     clip_steps: int = 800
     """Updates of the two CLIP towers, 96 pairs each."""
-    unet_steps: int = 8000
+    unet_steps: int = 3600
     """Updates of the U-Net, 32 latents each."""
     seed: int = 0
     """Everything random follows from it."""

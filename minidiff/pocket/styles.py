@@ -160,7 +160,8 @@ def bleached(colour: RGB, paper: float) -> RGB:
     """The colour thinned towards white paper; some chroma is put back, or dark blue would turn into grey."""
     pale = np.asarray(mix(colour, PAPER, paper), float)
     vivid = pale.mean() + (pale - pale.mean()) * (1 + 1.5 * paper)
-    return tuple(int(value) for value in vivid.round().clip(0, 255))
+    red, green, blue = (int(value) for value in vivid.round().clip(0, 255))
+    return red, green, blue
 
 
 def lit(picture: Image.Image, mask: Image.Image) -> Image.Image:
@@ -168,8 +169,8 @@ def lit(picture: Image.Image, mask: Image.Image) -> Image.Image:
     tiny = np.asarray(mask.resize((SOFT, SOFT), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(2.0)), np.float32)
     padded = np.pad(tiny, 2)
     slope = padded[4:, 4:] - padded[:-4, :-4]  # > 0 where the object begins, seen from the light
-    slope = Image.fromarray(slope / 255).resize(picture.size, Image.Resampling.BICUBIC)
-    light = (np.asarray(slope) * np.asarray(mask, np.float32) / 255)[..., None]  # H W 1
+    relief = Image.fromarray(slope / 255).resize(picture.size, Image.Resampling.BICUBIC)
+    light = (np.asarray(relief) * np.asarray(mask, np.float32) / 255)[..., None]  # H W 1
     colours = np.asarray(picture, np.float32)  # H W 3
     highlight = 0.24 * (255 - colours) + 0.2 * colours  # part white, part the colour itself: dark brown must not go grey
     shaded = colours + light.clip(0) * highlight + light.clip(max=0) * 0.46 * colours

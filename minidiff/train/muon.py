@@ -32,20 +32,20 @@ class Muon(torch.optim.Optimizer):
             update = self._muon if group["muon"] else self._adam
             for p in group["params"]:
                 if p.grad is not None:
-                    p.sub_(update(p, group), alpha=group["lr"])
+                    p.sub_(update(p, p.grad, group), alpha=group["lr"])
 
-    def _muon(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+    def _muon(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
         state = self.state[p]
-        m = state.setdefault("momentum_buffer", torch.zeros_like(p)).mul_(group["momentum"]).add_(p.grad)
-        ahead = p.grad + group["momentum"] * m  # Nesterov: the momentum of the step to come
+        m = state.setdefault("momentum_buffer", torch.zeros_like(p)).mul_(group["momentum"]).add_(grad)
+        ahead = grad + group["momentum"] * m  # Nesterov: the momentum of the step to come
         direction = orthogonalize(ahead.flatten(1))
         return 0.2 * max(direction.shape) ** 0.5 * direction.view_as(p)  # 2502.16982, eq. 4: AdamW's usual size of step
 
-    def _adam(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+    def _adam(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
         state, (beta1, beta2) = self.state[p], group["betas"]
         step = state.setdefault("step", torch.zeros((), dtype=torch.float32)).add_(1).item()
-        m = state.setdefault("exp_avg", torch.zeros_like(p)).lerp_(p.grad, 1 - beta1)
-        v = state.setdefault("exp_avg_sq", torch.zeros_like(p)).lerp_(p.grad.square(), 1 - beta2)
+        m = state.setdefault("exp_avg", torch.zeros_like(p)).lerp_(grad, 1 - beta1)
+        v = state.setdefault("exp_avg_sq", torch.zeros_like(p)).lerp_(grad.square(), 1 - beta2)
         return m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + group["eps"])  # Adam (1412.6980), algorithm 1
 
 
@@ -65,7 +65,8 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
 
 def split(model: nn.Module, outer: tuple[str, ...]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Hidden matrices, and all the others: vectors, embeddings, and whatever has a word of `outer` in its name."""
-    hidden, others = [], []
+    hidden: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         (others if p.ndim < 2 or any(word in name for word in outer) else hidden).append(p)
     return hidden, others

@@ -124,9 +124,7 @@ def reference_module(case: str) -> nn.Module:
         "spatial_transformer": lambda: Transformer2DModel(
             HEADS, C // HEADS, in_channels=C, norm_num_groups=GROUPS, cross_attention_dim=TEXT
         ),
-        "spatial_attention": lambda: Attention(
-            C, **vae_attention, residual_connection=True, _from_deprecated_attn_block=True
-        ),
+        "spatial_attention": lambda: Attention(C, **vae_attention, residual_connection=True, _from_deprecated_attn_block=True),
         "downsample_unet": lambda: Downsample2D(C, use_conv=True, padding=1, name="op"),
         "downsample_vae": lambda: Downsample2D(C, use_conv=True, padding=0, name="op"),
         "upsample": lambda: Upsample2D(C, use_conv=True),

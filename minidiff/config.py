@@ -165,7 +165,9 @@ POCKET_UNET = UNetConfig(
     attention_head_dim=4,
     norm_num_groups=32,
 )
-POCKET_VAE = VAEConfig(sample_size=128, block_out_channels=(16, 32, 96, 128), layers_per_block=1, norm_num_groups=16)
+POCKET_VAE = VAEConfig(
+    sample_size=128, block_out_channels=(16, 32, 96, 128), layers_per_block=1, norm_num_groups=16, scaling_factor=1.0
+)
 
 # For tests: seconds become milliseconds.
 TINY_UNET = UNetConfig(

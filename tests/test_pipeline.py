@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from minidiff.adapters.lora import inject, lora_layers
 from minidiff.config import SD15_UNET, SD15_VAE, TINY_UNET, TINY_VAE, NoiseConfig, VAEConfig
 from minidiff.diffusion.samplers import SAMPLERS, Step
 from minidiff.errors import AdapterError, MinidiffError, SettingsError, WeightsError
-from minidiff.layout import SD15_TEXT
+from minidiff.layout import SAMPLER_OF, SD15_TEXT
 from minidiff.lora_files import save_lora
 from minidiff.models.text import build_text_encoder
 from minidiff.models.unet import UNet2DConditionModel
@@ -44,9 +45,9 @@ def pipe(tiny_folder: Path) -> StableDiffusionPipeline:
 
 
 @pytest.fixture
-def fresh(tiny_folder: Path) -> StableDiffusionPipeline:
+def fresh(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
     """For changing."""
-    return load(tiny_folder)
+    return deepcopy(pipe)
 
 
 @pytest.fixture
@@ -262,7 +263,8 @@ def test_the_folder_says_which_sampler(folder: Path, tmp_path: Path, class_name:
     assert pipe.sampler == sampler
     assert torch.equal(latents(pipe), latents(pipe, sampler=sampler))
     pipe.save_pretrained(tmp_path / "again")
-    assert load(tmp_path / "again").sampler == sampler
+    again = json.loads((tmp_path / "again/scheduler/scheduler_config.json").read_text())
+    assert SAMPLER_OF[again["_class_name"]] == sampler
 
 
 def test_v_prediction_is_kept(folder: Path, tmp_path: Path, pipe: StableDiffusionPipeline) -> None:
@@ -486,13 +488,17 @@ def test_a_broken_folder_is_an_error_that_says_what(folder: Path, case: str) -> 
 
 
 @pytest.mark.parametrize(("channels", "what"), [(9, "an inpainting"), (8, "an image-editing"), (5, "a depth")])
-def test_a_unet_with_other_channels(folder: Path, channels: int, what: str) -> None:
-    config = replace(TINY_UNET, in_channels=channels)
-    pipe = load(folder)
-    pipe.unet = UNet2DConditionModel(config)
-    pipe.save_pretrained(folder)
+def test_a_unet_with_other_channels(pipe: StableDiffusionPipeline, channels: int, what: str) -> None:
+    unet = UNet2DConditionModel(replace(TINY_UNET, in_channels=channels))
     with pytest.raises(WeightsError, match=rf"{channels} input channels \({what} model\); text to image needs 4"):
-        load(folder)
+        StableDiffusionPipeline(unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, NoiseConfig())
+
+
+def test_a_folder_of_an_inpainting_model(fresh: StableDiffusionPipeline, tmp_path: Path) -> None:
+    fresh.unet = UNet2DConditionModel(replace(TINY_UNET, in_channels=9))
+    fresh.save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="an inpainting model"):
+        load(tmp_path)
 
 
 def test_parts_of_different_width(pipe: StableDiffusionPipeline) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff import weights
+from minidiff.config import TINY_VAE
 from minidiff.models.vae import AutoencoderKL
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.pocket import judge, pretrain
@@ -73,6 +74,20 @@ def test_reconstruction_loss_by_hand() -> None:
     torch.testing.assert_close(pretrain.reconstruction_loss(x + 0.5, x), torch.tensor(0.5 + 0.25))
     board = (torch.arange(8)[:, None] + torch.arange(8)) % 2 - 0.5
     torch.testing.assert_close(pretrain.reconstruction_loss(x + board, x), torch.tensor(0.5 + 0.25 + 0.5 * 2))
+
+
+def test_standardize_changes_units_and_no_pictures() -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(TINY_VAE)
+    x, centre, spread = torch.randn(3, 3, 16, 16), torch.tensor([1.0, -2, 0, 3]), torch.tensor([2.0, 1, 0.5, 4])
+    with torch.no_grad():
+        mean, logvar = vae.encode(x)
+        picture = vae.decode(mean)
+        pretrain.standardize(vae, centre, spread)
+        new_mean, new_logvar = vae.encode(x)
+        torch.testing.assert_close(new_mean, (mean - centre.view(1, 4, 1, 1)) / spread.view(1, 4, 1, 1))
+        torch.testing.assert_close(new_logvar.exp(), logvar.exp() / spread.view(1, 4, 1, 1) ** 2)
+        torch.testing.assert_close(vae.decode(new_mean), picture)
 
 
 # --- Muon ----------------------------------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ def _check_vocabulary(folder: Path) -> None:
     except (ValueError, AttributeError) as error:  # not JSON, not UTF-8, not a table
         raise WeightsError(f"{folder}: vocab.json or merges.txt is damaged ({error}). Copy both again.") from error
     joined = {line.replace(" ", "") for line in lines if line and not line.startswith("#version")}
-    longer = {token for token in vocabulary if len(token.removesuffix("</w>")) > 1 and not token.startswith("<|")}
-    if odd := joined ^ longer:
+    longer = {token for token in vocabulary if len(token.removesuffix("</w>")) > 1}
+    if odd := {token for token in joined ^ longer if not token.startswith("<|")}:  # the two marks are in no merge
         some = ", ".join(sorted(odd)[:3])
         raise WeightsError(f"{folder}: vocab.json and merges.txt disagree on {len(odd)} tokens ({some} …). Copy both again.")
 

@@ -56,17 +56,16 @@ def draw_all(pictures: list[Picture], path: Path) -> None:
 
 @dataclass(frozen=True)
 class Latents:
-    """The encoded world: posterior mean and standard deviation, (N, 4, h, w), and the scale for the denoiser."""
+    """The encoded world: posterior mean and standard deviation, (N, 4, h, w)."""
 
     mean: Tensor
     std: Tensor
-    scaling_factor: float
 
     def draw(self, indices: list[int], noise: Tensor) -> Tensor:
-        """Unscaled draws (B, 4, h, w) from the posteriors of some pictures."""
+        """Draws (B, 4, h, w) from the posteriors of some pictures."""
         return self.mean[indices].float() + self.std[indices].float() * noise
 
 
 def load_latents(home: Path) -> Latents:
     tensors = weights.read_header(home / "latents.safetensors").read()
-    return Latents(tensors["mean"], tensors["std"], tensors["scaling_factor"].item())
+    return Latents(tensors["mean"], tensors["std"])

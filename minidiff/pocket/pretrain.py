@@ -2,7 +2,7 @@
 
     world    draw captioned pictures                                                    minidiff/pocket/world.py
     vae      pictures <-> latents: reconstruction + a small KL                          arXiv 2112.10752, section 3.1
-    latents  encode every picture once; their spread becomes the scaling_factor         arXiv 2112.10752, appendix G
+    latents  encode every picture once, in units in which latents have variance 1       arXiv 2112.10752, appendix G
     decoder  go on with the decoder alone, as for SD's own ft-mse autoencoder
     clip     a text and an image tower that tell captions apart                         arXiv 2103.00020
     unet     denoise latents, given the frozen text tower's view of the caption         arXiv 2112.10752, eq. 3
@@ -17,7 +17,6 @@ import json
 import random
 import shutil
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,17 +145,16 @@ def reconstruction_sheet(vae: AutoencoderKL, count: int = 8) -> Image.Image:
 
 
 def load_vae(home: Path) -> AutoencoderKL:
-    """The finished autoencoder: the decoder stage's decoder, if there is one, on the first stage's encoder."""
+    """The autoencoder as the last stage that worked on it left it."""
     vae = AutoencoderKL(POCKET_VAE)
-    weights.load_into(vae, home / "vae" / "model.safetensors")
-    if (home / "decoder" / "model.safetensors").exists():
-        weights.load_into(vae, home / "decoder" / "model.safetensors")
+    files = [home / "decoder" / "model.safetensors", home / "standard_vae.safetensors", home / "vae" / "model.safetensors"]
+    weights.load_into(vae, next(path for path in files if path.exists()))
     return channels_last(vae.requires_grad_(False))
 
 
 @torch.no_grad()
 def encode_world(home: Path, settings: PretrainSettings) -> None:
-    """Means and standard deviations of all posteriors, fp16, and the scale that brings their draws to unit variance."""
+    """Means and standard deviations of all posteriors, fp16, in units in which a draw has mean 0 and variance 1."""
     from tqdm import tqdm
 
     path = home / "latents.safetensors"
@@ -165,10 +163,28 @@ def encode_world(home: Path, settings: PretrainSettings) -> None:
     vae, world, parts = load_vae(home), load_world(home, settings.pictures), []
     for start in tqdm(range(0, settings.pictures, 16), unit="batch", desc="encoding"):
         mean, logvar = vae.encode(world.batch(list(range(start, min(start + 16, settings.pictures)))))
-        parts.append((mean.half(), (0.5 * logvar).exp().half()))
-    mean, std = (torch.cat(part).contiguous() for part in zip(*parts))
-    spread = (mean.float().var() + std.float().square().mean()).sqrt()  # of a draw from a posterior of a random picture
-    weights.save({"mean": mean, "std": std, "scaling_factor": 1 / spread}, path)
+        parts.append((mean, (0.5 * logvar).exp()))
+    mean, std = (torch.cat(part) for part in zip(*parts))
+    centre, spread = mean.mean((0, 2, 3)), (mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))).sqrt()
+    standardize(vae, centre, spread)
+    weights.save(vae.state_dict(), home / "standard_vae.safetensors")
+    shape = (1, -1, 1, 1)
+    mean, std = (mean - centre.view(shape)) / spread.view(shape), std / spread.view(shape)
+    weights.save({"mean": mean.half(), "std": std.half()}, path)
+
+
+def standardize(vae: AutoencoderKL, centre: Tensor, spread: Tensor) -> None:
+    """Change the units of each latent channel to (z - centre) / spread; centre, spread (4,). The pictures stay the same.
+
+    The 1x1 convolutions on both sides of the latent take it in: z' = (W x + b - c) / s, and back, V (s z' + c) + b.
+    """
+    quant, back, n = vae.quant_conv, vae.post_quant_conv, len(spread)
+    assert quant.bias is not None and back.bias is not None
+    back.bias += back.weight[:, :, 0, 0] @ centre
+    back.weight *= spread.view(1, -1, 1, 1)
+    quant.weight[:n] /= spread.view(-1, 1, 1, 1)
+    quant.bias[:n] = (quant.bias[:n] - centre) / spread
+    quant.bias[n:] -= 2 * spread.log()  # the other half is ln σ²
 
 
 def train_decoder(home: Path, settings: PretrainSettings) -> None:
@@ -250,7 +266,7 @@ def train_unet(home: Path, settings: PretrainSettings) -> None:
     def data(step: int, micro: int) -> Batch:
         indices, draws = chosen(settings, "unet", step, batch), generator(settings.seed, "unet noise", step)
         shape = (batch, 4, 16, 16)
-        z = latents.scaling_factor * latents.draw(indices, torch.randn(shape, generator=draws))
+        z = latents.draw(indices, torch.randn(shape, generator=draws))
         t = torch.randint(1000, (batch,), generator=draws)
         words = random.Random(hashed_seed(settings.seed, "unet captions", step))
         said = [random_caption(pictures[i], words) if words.random() > CAPTION_DROPOUT else "" for i in indices]
@@ -275,10 +291,8 @@ def train_unet(home: Path, settings: PretrainSettings) -> None:
 
 def pocket_pipeline(home: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
     """All parts as they are now. The default sampler is DDIM."""
-    vae = load_vae(home)
-    vae.config = replace(POCKET_VAE, scaling_factor=load_latents(home).scaling_factor)
     towers, tokenizer = load_towers(home), load_tokenizer(home / "tokenizer")
-    pipe = StableDiffusionPipeline(unet, vae, towers.text, tokenizer, NoiseConfig(), sampler="ddim")
+    pipe = StableDiffusionPipeline(unet, load_vae(home), towers.text, tokenizer, NoiseConfig(), sampler="ddim")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -102,6 +102,16 @@ def test_orthogonalize_evens_out_singular_values(shape: tuple[int, int]) -> None
     assert F.cosine_similarity(orthogonalize(G).flatten(), (U @ V).flatten(), dim=0) > 0.95
 
 
+def test_orthogonalize_is_the_newton_schulz_iteration_of_the_article() -> None:
+    """Jordan 2024: five times X <- a X + (b X Xᵀ + c (X Xᵀ)²) X, without the detour over the Gram matrix."""
+    G = torch.randn(12, 40, generator=torch.Generator().manual_seed(2))
+    X = G / G.norm()
+    for _ in range(5):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    torch.testing.assert_close(orthogonalize(G), X, atol=1e-5, rtol=1e-4)
+
+
 def test_muon_2502_16982_eq4_step() -> None:
     """The first step: 0.2 √max(m, n) times the orthogonalized gradient, the momentum's factor being lost in it."""
     p = nn.Parameter(torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(0)))

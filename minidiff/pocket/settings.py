@@ -23,7 +23,7 @@ class PretrainSettings:
     """Updates of the decoder alone, 4 pictures each."""
     clip_steps: int = 800
     """Updates of the two CLIP towers, 96 pairs each."""
-    unet_steps: int = 3600
+    unet_steps: int = 2500
     """Updates of the U-Net, 32 latents each."""
     seed: int = 0
     """Everything random follows from it."""

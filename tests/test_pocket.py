@@ -156,12 +156,12 @@ def test_judge_scores_what_it_is_shown() -> None:
 
 
 def test_judge_learns_from_few_drawings() -> None:
-    """Two dozen updates are enough to tell styles better than by chance, on drawings it has not seen."""
+    """Two dozen updates are enough to tell scenes much better than by chance (1 in 8), on drawings it has not seen."""
     some = judge.train_judge(steps=24, batch=12)
     pictures = held_out(40)
     images = judge.to_batch([judge.draw(p, 77) for p in pictures])
     scores = judge.score(some, pictures, lambda part: images[[pictures.index(p) for p in part]])
-    assert scores.right["style"] > 0.4
+    assert scores.right["scene"] > 0.3
 
 
 # --- all stages ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minidiff import weights
-from minidiff.errors import SettingsError
+from minidiff.errors import DataError, SettingsError
 from minidiff.pocket.world import Picture, draw, random_picture
 
 
@@ -35,7 +35,12 @@ def load_world(home: Path, count: int) -> World:
     pictures = [random_picture(random.Random(i)) for i in range(count)]
     if not path.exists():
         draw_all(pictures, path)
-    pixels = np.load(path, mmap_mode="r")
+    try:
+        pixels = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path} is damaged ({error}); delete it to draw it again.") from error
+    if pixels.shape[1:] != (128, 128, 3) or pixels.dtype != np.uint8:
+        raise DataError(f"{path} holds {pixels.dtype} {pixels.shape}, not pictures; delete it to draw it again.")
     if len(pixels) < count:
         raise SettingsError(f"{path} holds {len(pixels)} pictures, --pictures asks for {count}; delete it to draw again.")
     return World(pictures, pixels[:count])

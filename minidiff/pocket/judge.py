@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff import weights
+from minidiff.errors import WeightsError
 from minidiff.models.vae import AutoencoderKL
 from minidiff.pocket.world import COLOURS, OBJECTS, POSES, SCENES, STYLES, Picture, caption, draw, held_out
 from minidiff.rng import generator, hashed_seed
+from minidiff.train.muon import Muon, split
 
 QUESTIONS: dict[str, tuple[str, ...]] = {"object": OBJECTS, "colour": COLOURS, "scene": SCENES, "style": STYLES}
 
@@ -68,14 +70,14 @@ def spoiled(x: Tensor, draws: torch.Generator) -> Tensor:
     return (x + tint + noise).clamp(-1, 1)
 
 
-def train_judge(steps: int = 900, batch: int = 48, seed: int = 0) -> Judge:
+def train_judge(steps: int = 800, batch: int = 48, seed: int = 0) -> Judge:
     """Some minutes on one core; every picture is drawn anew."""
     from tqdm import tqdm
 
     torch.manual_seed(hashed_seed(seed, "judge"))
     judge = Judge()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    optimizer = Muon(*split(judge, ("body.0.", "heads")), lr=2e-3, adam_lr=2e-3)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, 20 * (done + 1) / steps) * (1 - done / steps))
     for step in tqdm(range(steps), unit="step", desc="training the judge"):
         words = random.Random(hashed_seed(seed, "judge pictures", step))
         pictures = [any_picture(words) for _ in range(batch)]
@@ -95,6 +97,7 @@ def load_or_train_judge(path: Path) -> Judge:
         judge = Judge()
         weights.load_into(judge, path)
         return judge.eval()
+    path.parent.mkdir(parents=True, exist_ok=True)  # now, and not after some minutes: perhaps it cannot be
     judge = train_judge()
     weights.save(judge.state_dict(), path)
     return judge
@@ -143,6 +146,9 @@ def judge_checkpoint(folder: str | Path, judge_path: Path, count: int = 500) -> 
 
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
+    side = pipe.unet.config.sample_size * pipe.vae.config.downscale
+    if side != 128:
+        raise WeightsError(f"{folder} draws {side} x {side} pixels; the judge knows the pocket checkpoint's 128 x 128 alone.")
     judge, pictures = load_or_train_judge(judge_path), held_out(count)
     bar = tqdm(total=count, unit="picture", desc="sampling")
 

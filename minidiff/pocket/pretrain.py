@@ -33,7 +33,7 @@ from minidiff.diffusion.losses import min_snr_weights, mse
 from minidiff.diffusion.schedule import NoiseSchedule, add_noise
 from minidiff.errors import SettingsError
 from minidiff.images import contact_sheet, to_pil
-from minidiff.layout import write_json
+from minidiff.layout import read_json, write_json
 from minidiff.models.text import load_tokenizer, tokenize
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.models.vae import AutoencoderKL, sample_posterior
@@ -320,6 +320,8 @@ def assemble(home: Path, settings: PretrainSettings) -> None:
         image / "model.safetensors",
     )
     write_json(image / "config.json", image_tower_config())
+    index = read_json(folder / "model_index.json", "it was written just now")
+    write_json(folder / "model_index.json", index | {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]})
 
 
 def judge_pocket(home: Path, settings: PretrainSettings) -> None:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from minidiff.errors import SettingsError
+
 Stage = Literal["world", "vae", "latents", "decoder", "clip", "unet", "assemble", "judge"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
@@ -27,3 +29,13 @@ class PretrainSettings:
     """Updates of the U-Net, 32 latents each."""
     seed: int = 0
     """Everything random follows from it."""
+
+    def check(self) -> None:
+        """Raise SettingsError, naming the flag, for a value that cannot work."""
+        if unknown := [stage for stage in self.stages if stage not in STAGES]:
+            raise SettingsError(f"--stages: {', '.join(unknown)} unknown; there are {', '.join(STAGES)}.")
+        if not self.stages:
+            raise SettingsError(f"--stages names none; there are {', '.join(STAGES)}.")
+        for flag in ("pictures", "vae_steps", "decoder_steps", "clip_steps", "unet_steps"):
+            if not 1 <= getattr(self, flag) <= 10_000_000:
+                raise SettingsError(f"--{flag} is {getattr(self, flag)}; it must be at least 1, and at most 10000000.")

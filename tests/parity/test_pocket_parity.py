@@ -1,0 +1,62 @@
+"""The committed pocket checkpoint in diffusers, unchanged: the same pictures for the same latents; and a LoRA for it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minidiff import StableDiffusionPipeline
+from minidiff.adapters.lora import inject, lora_layers
+from minidiff.lora_files import save_lora
+from minidiff.rng import normal
+
+diffusers = pytest.importorskip("diffusers")
+
+POCKET = Path(__file__).parent.parent.parent / "checkpoints" / "pocket"
+PROMPTS = ["a photo of a red dog on the beach", "a pixel art of a blue house at night"]
+CALL = {"num_inference_steps": 6, "guidance_scale": 5.0}
+
+
+@pytest.fixture(scope="module")
+def theirs():  # type: ignore[no-untyped-def]
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def ours() -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(POCKET)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def same_pictures(a: list, b: list) -> None:  # type: ignore[type-arg]
+    for x, y in zip(a, b, strict=True):
+        assert np.abs(np.asarray(x, int) - np.asarray(y, int)).max() <= 1  # of 255
+
+
+def test_same_pictures(ours: StableDiffusionPipeline, theirs) -> None:  # type: ignore[no-untyped-def]
+    latents = normal((2, 4, 16, 16), 0, "parity")
+    same_pictures(ours(PROMPTS, latents=latents, **CALL).images, theirs(PROMPTS, latents=latents, **CALL).images)
+
+
+def test_image_tower_loads(theirs) -> None:  # type: ignore[no-untyped-def]
+    assert type(theirs.image_encoder).__name__ == "CLIPVisionModelWithProjection"
+    with torch.no_grad():
+        assert theirs.image_encoder(torch.zeros(1, 3, 128, 128)).image_embeds.shape == (1, 128)
+
+
+def test_lora_has_the_same_effect(ours: StableDiffusionPipeline, theirs, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("peft")
+    latents = normal((2, 4, 16, 16), 1, "parity")
+    plain = ours(PROMPTS, latents=latents, **CALL).images
+    inject(ours.unet, rank=4, alpha=8)
+    for name, layer in lora_layers(ours.unet).items():
+        layer.lora_B["default"].data = 0.1 * normal(layer.lora_B["default"].shape, 2, name)
+    save_lora(ours.unet, tmp_path)
+    theirs.load_lora_weights(tmp_path)
+    tuned = ours(PROMPTS, latents=latents, **CALL).images
+    same_pictures(tuned, theirs(PROMPTS, latents=latents, **CALL).images)
+    assert np.abs(np.asarray(tuned[0], int) - np.asarray(plain[0], int)).max() > 20

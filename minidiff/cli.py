@@ -4,18 +4,21 @@ Nothing heavy is imported before a command runs: `minidiff --help` answers at on
 code 2; a traceback is a bug.
 """
 
+import io
+import os
+import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import tyro
-from tyro.conf import Positional
 
-from minidiff.errors import MinidiffError, SettingsError, did_you_mean
+from minidiff.errors import DataError, MinidiffError, SettingsError, did_you_mean
+from minidiff.flags import Judge, Lesson, Sample, Sampling, Sheet
 from minidiff.pocket.settings import PretrainSettings
 from minidiff.train.settings import LoRASettings, from_toml
 
@@ -25,84 +28,6 @@ if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusionPipeline
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """What `sample` and `sheet` share."""
-
-    pretrained_model_name_or_path: str = "checkpoints/pocket"
-    """A model folder in SD 1.5's layout, a hub id in the local cache, or a single .safetensors file."""
-    tokenizer: str | None = None
-    """Folder of the tokenizer; only a single-file model needs one."""
-    lora: tuple[str, ...] = ()
-    """LoRA files or folders."""
-    lora_weight: tuple[float, ...] = ()
-    """Strength of each LoRA; default: 1."""
-    negative_prompt: str = ""
-    """What the pictures should not show."""
-    num_inference_steps: int = 25
-    """Calls of the U-Net."""
-    guidance_scale: float = 5.0
-    """How strongly the prompt is followed; 1 or less turns guidance off."""
-    sampler: str | None = None
-    """ddim, euler_a or dpm++_2m; default: the model's own."""
-    seed: int = 0
-    """Picture i is drawn from seed + i."""
-    width: int | None = None
-    """In pixels; default: the model's own."""
-    height: int | None = None
-    """In pixels; default: the model's own."""
-    torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Number format of the U-Net and text encoder; default: float16 on a GPU, else float32."""
-    device: str | None = None
-    """cpu or cuda; default: cuda if there is one."""
-
-
-@dataclass(frozen=True)
-class Sample(Sampling):
-    """Draw pictures from a prompt."""
-
-    prompt: Positional[str] = ""
-    """What the pictures should show."""
-    num_images_per_prompt: int = 1
-    """How many, from seed, seed + 1, …"""
-    output: str = "picture.png"
-    """The file; with several pictures: picture-0.png, picture-1.png, …"""
-
-
-@dataclass(frozen=True)
-class Sheet(Sampling):
-    """Draw a labelled contact sheet: a column for each prompt; rows for the model before and after its LoRAs."""
-
-    prompts: Positional[tuple[str, ...]] = ()
-    """One column each."""
-    num_images_per_prompt: int = 1
-    """Rows, from seed, seed + 1, …, before and after alike."""
-    title: str = ""
-    """A heading above the sheet."""
-    output: str = "sheet.png"
-    """The file."""
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """Run a lesson; its figures go into outputs/lessons."""
-
-    number: Positional[int]
-    """0: the three stations. 11: LoRA."""
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Score a pocket checkpoint: does it draw what held-out prompts say, and how sharp is its autoencoder?"""
-
-    folder: Positional[str] = "checkpoints/pocket"
-    """The checkpoint."""
-    count: int = 500
-    """How many held-out prompts."""
-    judge: str = "outputs/judge.safetensors"
-    """The classifier; trained first if the file is not there."""
-
-
 # --- the commands --------------------------------------------------------------------------------------------------------
 
 
@@ -110,22 +35,23 @@ def sample(s: Sample) -> None:
     """One file for each picture; how it was made is written into the PNG."""
     from minidiff.images import save_png
 
+    s.check()
+    assert s.prompt is not None  # checked
+    seeds = list(range(s.seed, s.seed + s.num_images_per_prompt))
+    names = output_files(s.output, len(seeds))
     pipe = load(s)
-    seeds = [s.seed + i for i in range(s.num_images_per_prompt)]
     images = draw(pipe, s, s.prompt, seeds)
-    path = Path(s.output)
-    for i, (image, seed) in enumerate(zip(images, seeds)):
-        name = path if len(images) == 1 else path.with_name(f"{path.stem}-{i}{path.suffix}")
+    for image, name, seed in zip(images, names, seeds):
         save_png(image, name, {"parameters": parameters(pipe, s, s.prompt, seed, image)})
-        print(name)
+    print(*names, sep="\n")
 
 
 def sheet(s: Sheet) -> None:
     """The model before and after its LoRAs, if there are any; the same prompts, the same seeds."""
     from minidiff.images import contact_sheet, save_png
 
-    if not s.prompts:
-        raise SettingsError('sheet: give one or more prompts: minidiff sheet "a red dog" "a blue cat".')
+    s.check()
+    output_files(s.output, 1)
     pipe, rows, labels = load(replace(s, lora=(), lora_weight=())), [], []
     for when in ("before", "after") if s.lora else ("",):
         if when == "after":
@@ -157,12 +83,14 @@ def lesson(s: Lesson) -> None:
 
 
 def pretrain(s: PretrainSettings) -> None:
+    s.check()
     from minidiff.pocket.pretrain import pretrain as run
 
     run(s)
 
 
 def judge(s: Judge) -> None:
+    s.check()
     import json
 
     from minidiff.pocket.judge import judge_checkpoint
@@ -183,27 +111,44 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
 # --- what they share -----------------------------------------------------------------------------------------------------
 
 
+def output_files(output: str, count: int) -> list[Path]:
+    """Where the pictures go. What minidiff drew is drawn over (it says how to draw it again); any other file is left alone."""
+    from minidiff.images import read_png_text
+
+    path = Path(output)
+    if path.suffix.lower() != ".png":
+        raise SettingsError(f'--output "{output}": pictures are written as PNG; give a name that ends in .png.')
+    names = [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
+    for name in names:
+        try:
+            ours = not name.exists() or "minidiff" in read_png_text(name).get("parameters", "")
+        except DataError:  # no picture
+            ours = False
+        if not ours:
+            raise SettingsError(f"--output {name} is there already, and minidiff did not draw it; choose another name.")
+    return names
+
+
 def load(s: Sampling) -> "StableDiffusionPipeline":
     """The model on its device, with its LoRAs attached."""
     import torch
 
+    from minidiff.device import chosen_device
     from minidiff.pipeline import StableDiffusionPipeline
 
-    device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SettingsError(f"--device {device}: there is no GPU that torch can use here; leave the flag out, or say cpu.")
+    device = chosen_device(s.device)
     dtype = getattr(torch, s.torch_dtype or ("float32" if device == "cpu" else "float16"))
     name = s.pretrained_model_name_or_path
     if name.endswith((".safetensors", ".ckpt")):
         if s.tokenizer is None:
-            raise SettingsError(f"{name}: a single file holds no vocabulary; give --tokenizer, the tokenizer folder of SD 1.5.")
+            raise SettingsError(
+                f"{name}: a model in a single file holds no vocabulary; give --tokenizer, the tokenizer folder of SD 1.5. "
+                "(If it is a LoRA, give it with --lora, and the model it belongs to here.)"
+            )
         pipe = StableDiffusionPipeline.from_single_file(name, s.tokenizer, dtype)
     else:
         pipe = StableDiffusionPipeline.from_pretrained(name, dtype)
-    try:
-        pipe.to(device)
-    except RuntimeError as error:
-        raise SettingsError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    pipe.to(device)
     attach(pipe, s)
     return pipe
 
@@ -211,8 +156,6 @@ def load(s: Sampling) -> "StableDiffusionPipeline":
 def attach(pipe: "StableDiffusionPipeline", s: Sampling) -> None:
     """All LoRAs of the command line at once, each at its weight."""
     weights = s.lora_weight or (1.0,) * len(s.lora)
-    if len(weights) != len(s.lora):
-        raise SettingsError(f"--lora_weight has {len(weights)} numbers for {len(s.lora)} LoRAs; give one for each.")
     names = [f"lora{i}" for i in range(len(s.lora))]
     for path, name in zip(s.lora, names):
         print(pipe.load_lora_weights(path, adapter_name=name), file=sys.stderr)
@@ -273,6 +216,8 @@ def usage() -> str:
 
 def parse(argv: list[str]) -> tuple[Any, Callable[[Any], None]]:
     """The command's settings and its function. tyro itself leaves with code 2 for unknown flags, and names the nearest."""
+    if broken := [word for word in argv if any("\ud800" <= letter <= "\udfff" for letter in word)]:
+        raise SettingsError(f"{broken[0]!r} is not UTF-8 text; is the terminal set to UTF-8?")
     name = next((name for name in COMMANDS if argv[: len(name.split())] == name.split()), None)
     if name is None:
         if argv[:1] == ["train"]:
@@ -290,21 +235,37 @@ def parse(argv: list[str]) -> tuple[Any, Callable[[Any], None]]:
     return tyro.cli(kind, args=rest, prog=f"minidiff {name}", default=default), function
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The entry point."""
-    argv = sys.argv[1:] if argv is None else argv
+def run(argv: list[str]) -> None:
+    """What the command line asks for."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
-        return
-    if argv[0] == "--version":
+    elif argv[0] == "--version":
         from minidiff import __version__
 
         print(f"minidiff {__version__}")
-        return
-    warnings.showwarning = lambda message, *_: print(f"Note: {message}", file=sys.stderr)
-    try:
+    else:
         settings, function = parse(argv)
         function(settings)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The entry point: every error a person can mend becomes a message, and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone
+    warnings.showwarning = lambda message, *_: print(f"Note: {message}", file=sys.stderr)
+    try:
+        try:
+            run(sys.argv[1:] if argv is None else argv)
+        finally:
+            if sys.stdout:  # None where it is closed
+                sys.stdout.flush()  # here, where a broken pipe can still be caught
+    except BrokenPipeError:  # whoever read our output has left, as `| head -1` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
+        sys.exit(128 + 13)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"minidiff: {where}{error.strerror or error}. Check the path, the rights and the room there.", file=sys.stderr)
+        sys.exit(2)
     except MinidiffError as error:
         print(f"minidiff: {error}", file=sys.stderr)
         sys.exit(2)
@@ -312,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\nStopped.", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        if "out of memory" not in str(error).lower() and not isinstance(error, MemoryError):
+        if not isinstance(error, MemoryError) and not re.search("out of memory|t allocate memory", str(error)):
             raise
         print(f"minidiff: out of memory. {OUT_OF_MEMORY}", file=sys.stderr)
         sys.exit(2)

@@ -5,11 +5,13 @@ guessed: SD 1.5, the pocket checkpoint and the tiny test model differ in these n
 """
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from minidiff.errors import WeightsError
 
 Config = TypeVar("Config", bound="_FromFolder")
+LARGEST = 65_536  # of any number in a config: beyond every SD 1.x model, and refused before a network of that size is built
+MAX_LEVELS, MAX_LAYERS = 8, 16
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,13 @@ class _FromFolder:
         for key, only in cls.must_be().items():
             if values.get(key, only) not in (only, None):
                 raise WeightsError(f"{where}: {key} is {values[key]!r}; minidiff builds SD 1.x models, where it is {only!r}.")
+        for key, hint in get_type_hints(cls).items():
+            if key in values and not (fits(values[key], hint) and _in_range(values[key], 0 if key == "steps_offset" else 1e-9)):
+                raise WeightsError(f"{where}: {key} is {values[key]!r:.60}; no SD 1.x model has that. Copy the file again.")
         try:
             config = cls(**given)
             config.check()
-        except (TypeError, ValueError, ZeroDivisionError, IndexError) as error:
+        except ValueError as error:
             raise WeightsError(f"{where}: not a usable configuration: {error}.") from error
         return config
 
@@ -43,6 +48,28 @@ class _FromFolder:
 
     def check(self) -> None:
         """Raise ValueError for sizes that cannot be built."""
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Is a value read from JSON or TOML one that a field of this type may hold?"""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(fits(v, get_args(hint)[0]) for v in value)
+    if get_args(hint):  # X | None
+        return any(fits(value, one) for one in get_args(hint))
+    return type(value) is hint or (hint is float and type(value) is int) or (value is None and hint is type(None))
+
+
+def _in_range(value: Any, least: float) -> bool:
+    """Do all the numbers in it lie between `least` and LARGEST? NaN does not."""
+    numbers = [one for one in (value if isinstance(value, list) else [value]) if type(one) in (int, float)]
+    return all(least <= one <= LARGEST for one in numbers)
+
+
+def _check_depth(levels: int, layers: int) -> None:
+    if not 1 <= levels <= MAX_LEVELS or layers > MAX_LAYERS:
+        raise ValueError(f"{levels} levels of {layers} layers; it can be 1 to {MAX_LEVELS} levels of 1 to {MAX_LAYERS} layers")
 
 
 @dataclass(frozen=True)
@@ -77,12 +104,14 @@ class UNetConfig(_FromFolder):
             "use_linear_projection": False,
             "class_embed_type": None,
             "addition_embed_type": None,
+            "num_class_embeds": None,
         }
 
     def check(self) -> None:
         levels = len(self.block_out_channels)
         if not levels == len(self.down_block_types) == len(self.up_block_types):
             raise ValueError("block_out_channels, down_block_types and up_block_types differ in length")
+        _check_depth(levels, self.layers_per_block)
         for kind in self.down_block_types + self.up_block_types:
             if kind not in ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"):
                 raise ValueError(f"block type {kind!r} is not one of SD 1.x")
@@ -109,7 +138,9 @@ class VAEConfig(_FromFolder):
 
     @classmethod
     def must_be(cls) -> dict[str, Any]:
-        return {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True}
+        return {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True} | {
+            "shift_factor": None
+        }
 
     def to_dict(self, class_name: str) -> dict[str, Any]:
         levels = len(self.block_out_channels)
@@ -122,6 +153,7 @@ class VAEConfig(_FromFolder):
         return int(2 ** (len(self.block_out_channels) - 1))
 
     def check(self) -> None:
+        _check_depth(len(self.block_out_channels), self.layers_per_block)
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise ValueError(f"width {width} does not divide into {self.norm_num_groups} groups")
@@ -149,6 +181,10 @@ class NoiseConfig(_FromFolder):
             raise ValueError(f"beta_schedule {self.beta_schedule!r} is unknown; it is scaled_linear or linear")
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type {self.prediction_type!r} is unknown; it is epsilon or v_prediction")
+        if self.timestep_spacing not in (None, "leading", "linspace", "trailing"):
+            raise ValueError(f"timestep_spacing {self.timestep_spacing!r} is unknown; it is leading, linspace or trailing")
+        if not self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"beta_start {self.beta_start} and beta_end {self.beta_end} must rise and stay below 1")
 
 
 SD15_UNET, SD15_VAE = UNetConfig(), VAEConfig()

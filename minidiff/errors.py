@@ -32,3 +32,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint such as ` Did you mean "ddim"?`, or an empty string where nothing is near."""
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f' Did you mean "{near[0]}"?' if near else ""
+
+
+def listed(what: str, names: Iterable[str]) -> str:
+    """Such as `  3 missing: a, b, c`; ten names at most."""
+    names = sorted(f"{name:.200}" for name in names)
+    return f"  {len(names)} {what}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"

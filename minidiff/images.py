@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minidiff.errors import DataError, MinidiffError
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever the file is called; EPS would run Ghostscript
 MAX_PIXELS = 100_000_000  # more is a mistake or a decompression bomb: a small file that fills the memory
 # What Pillow raises for a damaged file, by format and by the place of the damage.
 READ_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error)
@@ -53,7 +54,8 @@ def _open(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is our own
-            image = Image.open(path)
+            Image.init()  # else Pillow knows half of the formats
+            image = Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise DataError(huge) from error
     except READ_ERRORS as error:

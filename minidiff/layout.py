@@ -7,6 +7,7 @@ tokenizer/                  vocab.json, merges.txt and two small tables
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,12 +79,20 @@ def config_of(folder: Path, name: str = "config.json") -> tuple[dict[str, Any], 
     return read_json(path, f"the {folder.name} of a model has one"), str(path)
 
 
+def sampler_of(scheduler: dict[str, Any], where: str) -> str:
+    """The sampler that a scheduler_config.json names; DDIM, with a warning, where it names one that is not here."""
+    name = str(scheduler.get("_class_name", "PNDMScheduler"))
+    if name not in SAMPLER_OF:
+        warnings.warn(f"{where}: {name} is not among minidiff's samplers; ddim takes its place.", stacklevel=3)
+    return SAMPLER_OF.get(name, "ddim")
+
+
 def read_json(path: Path, why: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WeightsError(f"{path} does not exist; {why}. Is {path.parent} complete?") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read as JSON: {error}. Copy it again.") from error
     if not isinstance(value, dict):
         raise WeightsError(f"{path} holds no JSON object; {why}. Copy it again.")

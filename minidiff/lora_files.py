@@ -29,8 +29,8 @@ from minidiff.adapters.lora import (
     set_adapters,
     wrap,
 )
-from minidiff.errors import AdapterError
-from minidiff.weights import TensorFile, listed, read_header, save
+from minidiff.errors import AdapterError, listed
+from minidiff.weights import WEIGHT_DTYPES, TensorFile, read_header, save
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -179,21 +179,29 @@ def read_config(file: TensorFile, dialect: str) -> dict[str, Any] | None:
             raise AdapterError(
                 f"{file.path}: alpha is unknown, because {PEFT_CONFIG} is not beside it. Copy the whole folder."
             )
-        text, where = beside.read_text(encoding="utf-8"), str(beside)
+        text, where = beside.read_bytes(), str(beside)
     else:
-        text, where = file.metadata.get("lora_adapter_metadata", ""), f"{file.path}: lora_adapter_metadata"
+        text, where = file.metadata.get("lora_adapter_metadata", "").encode(), f"{file.path}: lora_adapter_metadata"
         if not text:
             return None
     try:
         config = {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
         for field in ("rank_pattern", "alpha_pattern"):
             for pattern in (config.get(field) or {}).keys():
-                re.compile(pattern)
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+                check_pattern(pattern)
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise AdapterError(f"{where} is not the configuration of a LoRA: {error}.") from error
-    if config.get("use_dora"):
-        raise AdapterError(f"{where}: unsupported adapter type DoRA; minidiff reads plain LoRA so far.")
+    kind = "DoRA" if config.get("use_dora") else config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise AdapterError(f"{where}: unsupported adapter type {kind}; minidiff reads plain LoRA so far.")
     return config
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise ValueError or re.error for a pattern that cannot be used; nested repeats can take for ever on a short name."""
+    re.compile(pattern)
+    if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4:
+        raise ValueError(f"the pattern {pattern!r:.100} repeats too much")
 
 
 def check_fit(model: nn.Module, file: TensorFile) -> dict[str, int]:
@@ -214,6 +222,8 @@ def check_fit(model: nn.Module, file: TensorFile) -> dict[str, int]:
             raise AdapterError(f"{file.path}: {name} has lora_{'B' if A is None else 'A'} and not the other half.")
         if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != B.shape[1]:
             raise AdapterError(f"{file.path}: the ranks of {name} differ: lora_A is {A.shape}, lora_B is {B.shape}.")
+        if {A.dtype, B.dtype} - set(WEIGHT_DTYPES):
+            raise AdapterError(f"{file.path}: {name} is of type {A.dtype} and {B.dtype}; a LoRA is of floating-point numbers.")
         ranks[name] = A.shape[0]
         if (B.shape[0], A.shape[1]) != linears[name].weight.shape:
             misfits.append(
@@ -236,11 +246,13 @@ def lora_scale(config: dict[str, Any] | None, name: str, rank: int, path: Path) 
     if config is None:
         return 1.0
     said = by_pattern(config.get("rank_pattern"), name, config.get("r", rank))
-    alpha = by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", said))
+    alpha = by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
     if said != rank:
-        raise AdapterError(f"{path}: {name} has rank {rank}, and its configuration says {said}.")
-    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise AdapterError(f"{path}: alpha of {name} is {alpha}; it must be a positive number.")
+        raise AdapterError(f"{path}: {name} has rank {rank}, and its configuration says {said!r}.")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise AdapterError(f"{path}: alpha of {name} is {alpha!r}; it must be a positive number.")
+    if config.get("use_rslora") not in (None, True, False):
+        raise AdapterError(f"{path}: use_rslora is {config['use_rslora']!r}; it must be true or false.")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

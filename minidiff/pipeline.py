@@ -31,6 +31,7 @@ from minidiff.layout import (
     config_of,
     local_folder,
     read_json,
+    sampler_of,
     save_tokenizer,
     write_json,
 )
@@ -41,6 +42,9 @@ from minidiff.rng import normal
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
+
+
+MAX_SIDE = 8192  # pixels: beyond, attention takes days
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class StableDiffusionPipeline:
         ):
             weights.load_into(model, weights.find_weights(home / part), dtype)
         noise, where = config_of(home / "scheduler", "scheduler_config.json")
-        sampler = SAMPLER_OF.get(noise.get("_class_name", ""), "ddim")
+        sampler = sampler_of(noise, where)
         tokenizer = load_tokenizer(home / "tokenizer")
         return cls(
             frozen(unet),
@@ -225,10 +229,10 @@ class StableDiffusionPipeline:
         sides = []
         for flag, side in (("height", height), ("width", width)):
             side = usual * factor if side is None else side
-            if side < factor or side % factor:
-                below = max(side // factor, 1) * factor
+            if not factor <= side <= MAX_SIDE or side % factor:
+                below = min(max(side // factor, 1), MAX_SIDE // factor - 1) * factor
                 raise SettingsError(
-                    f"{flag} is {side}; it must be a multiple of {factor}, {below} or {below + factor} for instance."
+                    f"{flag} is {side}; it must be a multiple of {factor} up to {MAX_SIDE}: {below} or {below + factor}."
                 )
             sides.append(side // factor)
         return count, self.unet.config.in_channels, sides[0], sides[1]

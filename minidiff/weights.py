@@ -12,7 +12,7 @@ A safetensors file is 8 bytes (n, little-endian), n bytes of JSON (for each tens
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from minidiff import keymaps
 from minidiff.config import SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
-from minidiff.errors import WeightsError
+from minidiff.errors import WeightsError, listed
 from minidiff.models.text import to_file_keys
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.models.vae import AutoencoderKL
@@ -85,9 +85,7 @@ class TensorFile:
                 for name, info in self.tensors.items():
                     tensors[name] = file.get_tensor(info.key).to(torch_dtype or info.dtype)
                     if not is_finite(tensors[name]):
-                        raise WeightsError(
-                            f"{self.path}: {info.key} has NaN or infinite values (as {tensors[name].dtype})."
-                        )
+                        raise WeightsError(f"{self.path}: {info.key} has NaN or infinite values (as {tensors[name].dtype}).")
         except SafetensorError as error:
             raise WeightsError(f"{self.path} is damaged: {error}.") from error
         return tensors
@@ -118,9 +116,11 @@ def read_header(path: str | Path) -> TensorFile:
         file.seek(8)
         header = parse_json(path, file.read(length))
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise WeightsError(f"{path} is damaged: the header's __metadata__ is no table of texts.")
     tensors = {name: tensor_info(path, name, entry, size - 8 - length) for name, entry in header.items()}
     named, there = sum(prod(info.shape) * info.dtype.itemsize for info in tensors.values()), size - 8 - length
-    if named != there or not isinstance(metadata, dict):
+    if named != there:
         raise WeightsError(f"{path} is damaged: {there:,} bytes of data, and the header accounts for {named:,}.")
     return TensorFile(path, tensors, metadata, keymaps.describe(tensors))
 
@@ -142,28 +142,38 @@ def check_start(path: Path, start: bytes, size: int) -> int:
 
 def parse_json(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(text)
-    except ValueError as error:
+        header = json.loads(text, object_pairs_hook=no_twins)
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is damaged: its header is not JSON ({error}).") from error
     if not isinstance(header, dict):
         raise WeightsError(f"{path} is damaged: its header is not a JSON object.")
     return header
 
 
+def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For the JSON reader: a name that stands twice would mean one tensor here and another one elsewhere."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return table
+
+
 def tensor_info(path: Path, name: str, entry: Any, data_size: int) -> TensorInfo:
     """One entry of the header, checked against the size of the file."""
     try:
-        shape, dtype = tuple(int(n) for n in entry["shape"]), str(entry["dtype"])
-        begin, end = (int(n) for n in entry["data_offsets"])
+        shape, dtype = tuple(entry["shape"]), str(entry["dtype"])
+        begin, end = entry["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            raise ValueError("sizes are whole numbers")
     except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} is damaged: the header's entry for {name} makes no sense.") from error
+        raise WeightsError(f"{path} is damaged: the header's entry for {name:.100} makes no sense.") from error
     if dtype not in DTYPES:
         raise WeightsError(f"{path}: {name} is of type {dtype}, which minidiff does not read.")
     if end > data_size:
         raise WeightsError(
             f"{path} is cut off: {name} ends at byte {end:,} of the data, and there are {data_size:,}. Get it again."
         )
-    if end - begin != prod(shape) * DTYPES[dtype].itemsize or begin < 0:
+    if end - begin != prod(shape) * DTYPES[dtype].itemsize:
         raise WeightsError(f"{path} is damaged: {name} has {end - begin:,} bytes, which is not {dtype} {shape}.")
     return TensorInfo(DTYPES[dtype], shape, name)
 
@@ -232,12 +242,6 @@ def check_fit(
             f"{file.path} does not fit {type(model).__name__}. The file looks like {file.looks_like}.\n"
             + "\n".join(listed(what, names) for what, names in problems.items() if names)
         )
-
-
-def listed(what: str, names: Iterable[str]) -> str:
-    """Such as `  3 missing: a, b, c`; ten names at most."""
-    names = sorted(names)
-    return f"  {len(names)} {what}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
 
 
 def fill_position_ids(model: nn.Module) -> None:
@@ -325,9 +329,7 @@ def split_single_file(
     if absent or unknown:
         raise WeightsError(
             f"{path} is no SD 1.x checkpoint in one file. It looks like {file.looks_like}.\n"
-            + "\n".join(
-                listed(what, names) for what, names in (("parts missing", absent), ("unknown", unknown)) if names
-            )
+            + "\n".join(listed(what, names) for what, names in (("parts missing", absent), ("unknown", unknown)) if names)
         )
     return SingleFile(*(replace(file, tensors=tensors) for tensors in parts.values()))
 

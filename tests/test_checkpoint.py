@@ -63,6 +63,20 @@ def test_damage_is_seen(tmp_path: Path, name: str, damage: str, capsys: pytest.C
     assert checkpoint.latest(tmp_path) == bad
 
 
+@pytest.mark.parametrize("manifest", ["[" * 100_000, '{"files": {}}', '{"files": {}, "step": "2"}'])
+def test_a_manifest_of_nonsense_is_passed_over(tmp_path: Path, manifest: str) -> None:
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    (bad / "manifest.json").write_text(manifest)
+    assert checkpoint.latest(tmp_path) == good
+
+
+def test_starting_anew_over_damaged_checkpoints_takes_a_word(tmp_path: Path) -> None:
+    (save(tmp_path, 1) / "manifest.json").unlink()
+    settings = TrainSettings(output_dir=str(tmp_path), resume_from_checkpoint="latest")
+    with pytest.raises(SettingsError, match="none is whole.*--overwrite_output_dir"):
+        checkpoint.find(settings)
+
+
 class Fault:
     """Raises OSError at the k-th file-system call; counts them where k is never reached."""
 

@@ -1,6 +1,8 @@
 """The command line as a person meets it: help, one real run of each command, and one clear message for each wrong input."""
 
+import io
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -105,7 +107,8 @@ def test_help_and_version_need_no_torch() -> None:
         (["train", "lora", "--instance_data_dir", "x"], "--instance_prompt"),
         (["train", "lora", "--config"], "needs a TOML file"),
         (["train", "lora", "--config", "nowhere.toml"], "nowhere.toml"),
-        (["sheet"], "give one or more prompts"),
+        (["sheet"], "give one or more, as in"),
+        (["sample"], "there is no prompt"),
         (["lesson", "99"], "there is no lesson 99"),
         (["sample", "a dog", "--pretrained_model_name_or_path", "nowhere/at-all"], "no such folder"),
         (
@@ -114,6 +117,17 @@ def test_help_and_version_need_no_torch() -> None:
         ),
         (["sample", "a dog", "--pretrained_model_name_or_path", "model.safetensors"], "--tokenizer"),
         (["pretrain", "--stages", "vea"], "vea"),
+        (["pretrain", "--stages"], "--stages names none"),
+        (["pretrain", "--pictures", "0"], "--pictures is 0"),
+        (["pretrain", "--unet_steps", "-1"], "--unet_steps is -1"),
+        (["judge", "--count", "0"], "--count is 0"),
+        (["judge", "--count", "513"], "1 … 512"),
+        (["sample", "a \udcff dog"], "not UTF-8"),
+        (["sheet", "a dog", "--num_images_per_prompt", "0"], "num_images_per_prompt is 0"),
+        (["sample", "a dog", "--output", "dog.jpg"], "ends in .png"),
+        (["sample", "a dog", "--output", ""], "ends in .png"),
+        (["sheet", "a dog", "--output", "/tmp"], "ends in .png"),
+        (["train", "lora", "--output_dir", ""], "--output_dir must name a folder"),
     ],
 )
 def test_wrong_command_lines(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,10 +142,14 @@ def test_wrong_command_lines(argv: list[str], says: str, capsys: pytest.CaptureF
         (["--width", "33"], "multiple of 2"),
         (["--height", "-8"], "multiple of 2"),
         (["--sampler", "eulera"], 'Did you mean "euler_a"'),
-        (["--num_images_per_prompt", "0"], "at least 1"),
+        (["--num_images_per_prompt", "0"], "num_images_per_prompt is 0"),
         (["--guidance_scale", "nan"], "guidance_scale is nan"),
         (["--device", "cuda:9"], "no GPU"),
         (["--device", "gpu"], "--device gpu"),
+        (["--device", "meta"], "--device meta"),
+        (["--width", "10000000"], "up to 8192"),
+        (["--num_images_per_prompt", "1000000000"], "1 … 1000"),
+        (["--lora", "x", "--lora_weight", "nan"], "finite"),
         (["--lora", "nowhere"], "nowhere"),
         (["--lora_weight", "1", "2"], "2 numbers for 0 LoRAs"),
     ],
@@ -190,6 +208,27 @@ def test_broken_weights(breaks: Callable[[Path], object], says: str, model: Path
         ("unet/config.json", {"block_out_channels": [16]}, "differ in length"),
         ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "StableDiffusionXLPipeline"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "1000"}, "num_train_timesteps is '1000'"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "num_train_timesteps is 1000000000000"),
+        ("scheduler/scheduler_config.json", {"beta_start": -1}, "beta_start is -1"),
+        ("scheduler/scheduler_config.json", {"beta_end": 2}, "beta_end 2"),
+        ("scheduler/scheduler_config.json", {"timestep_spacing": "zigzag"}, "zigzag"),
+        ("scheduler/scheduler_config.json", {"set_alpha_to_one": "no"}, "set_alpha_to_one is 'no'"),
+        ("unet/config.json", {"sample_size": "64"}, "sample_size is '64'"),
+        ("unet/config.json", {"sample_size": [8, 8]}, "sample_size is [8, 8]"),
+        ("unet/config.json", {"in_channels": -4}, "in_channels is -4"),
+        ("unet/config.json", {"block_out_channels": [16, -32]}, "block_out_channels is [16, -32]"),
+        ("unet/config.json", {"block_out_channels": [[16], [32]]}, "block_out_channels is [[16], [32]]"),
+        ("unet/config.json", {"layers_per_block": 10**4}, "10000 layers"),
+        ("unet/config.json", {"attention_head_dim": -2}, "attention_head_dim is -2"),
+        ("unet/config.json", {"norm_eps": None}, "norm_eps is None"),
+        ("unet/config.json", {"norm_num_groups": True}, "norm_num_groups is True"),
+        ("unet/config.json", {"num_class_embeds": 3}, "num_class_embeds"),
+        ("vae/config.json", {"block_out_channels": []}, "0 levels"),
+        ("vae/config.json", {"block_out_channels": [8] * 70}, "70 levels"),
+        ("vae/config.json", {"scaling_factor": float("nan")}, "scaling_factor is nan"),
+        ("vae/config.json", {"shift_factor": 0.1}, "shift_factor"),
+        ("text_encoder/config.json", {"num_hidden_layers": 10**8}, "num_hidden_layers is 100000000"),
     ],
 )
 def test_other_kinds_of_model(
@@ -198,6 +237,53 @@ def test_other_kinds_of_model(
     path = model / name
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert says in refused(capsys, ["sample", "a dog", "--pretrained_model_name_or_path", str(model)])
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "tokenizer/vocab.json"])
+def test_json_without_end(name: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / name).write_text("[" * 100_000)
+    assert Path(name).name in refused(capsys, ["sample", "a dog", "--pretrained_model_name_or_path", str(model)])
+
+
+# --- what is there stays there -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flags", "name"), [([], "a.png"), (["--num_images_per_prompt", "2"], "a-1.png")])
+def test_only_its_own_pictures_are_drawn_over(
+    flags: list[str], name: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sample", "a dog", "--pretrained_model_name_or_path", str(tiny_folder), "--num_inference_steps", "1", *flags]
+    command += ["--output", str(tmp_path / "a.png")]
+    for foreign in (b"not a picture at all", tiny_png()):
+        (tmp_path / name).write_bytes(foreign)
+        assert "choose another name" in refused(capsys, command)
+        assert (tmp_path / name).read_bytes() == foreign
+    (tmp_path / name).unlink()
+    main(command)
+    main(command)
+
+
+def tiny_png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_reader_that_leaves_is_no_error_of_ours() -> None:
+    """`minidiff --help | head -1`: no traceback, and the exit code of a closed pipe."""
+    code = "from minidiff.cli import main; main(['--help'])"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_help_on_a_terminal_that_knows_ascii_alone() -> None:
+    code = "from minidiff.cli import main; main(['sample', '--help'])"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "--num-inference-steps" in done.stdout, done.stderr
 
 
 # --- wrong data and folders --------------------------------------------------------------------------------------------------

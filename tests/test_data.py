@@ -88,6 +88,9 @@ BAD_METADATA: dict[str, tuple[list[str], str]] = {
     "twice": ([json.dumps(A), json.dumps(B), '{"file_name": "./a.jpg", "text": "z"}'], "line 3: .*already on line 1"),
     "no caption": ([json.dumps(A), '{"file_name": "b.PNG"}'], 'line 2: no "text"; .*file_name'),
     "empty caption": ([json.dumps(A), '{"file_name": "b.PNG", "text": " "}'], 'line 2: "text" is empty'),
+    "deep": (["[" * 100_000], "line 1: not JSON"),
+    "long name": ([json.dumps({"file_name": "a" * 5000, "text": "y"})], "line 1: there is no file"),
+    "half a letter": (['{"file_name": "a.jpg", "text": "\\ud800"}'], "half of a UTF-16 pair"),
     "number": (['{"file_name": "a.jpg", "text": 3}'], 'line 1: "text" is 3, not a text'),
     "which": (['{"file_name": "a.jpg", "fr": "un", "en": "a"}'], "--caption_column; it has file_name, fr, en"),
     "none": (['{"file_name": "a.jpg"}'], "--caption_column; it has file_name"),
@@ -100,6 +103,12 @@ def test_bad_metadata(folder: Path, case: str) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.raises(DataError, match=message):
         read_folder(folder, None)
+
+
+def test_a_caption_may_hold_any_line_separator_but_the_newline(folder: Path) -> None:
+    row = json.dumps({"file_name": "a.jpg", "text": "a\u2028b"}, ensure_ascii=False)
+    (folder / "metadata.jsonl").write_text(row + "\r\n", "utf-8")
+    assert [e.caption for e in read_folder(folder, None)] == ["a\u2028b"]
 
 
 def test_a_column_that_is_not_there(folder: Path) -> None:
@@ -132,6 +141,9 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "two sidecars": (both_captions, "a.jpg has two captions, a.txt and a.caption"),
     "two tables": (both_tables, "both metadata.csv and metadata.jsonl"),
     "not UTF-8": (write("a.txt", b"\xff\xfe\x00x"), "a.txt is not UTF-8"),
+    "table is a folder": (lambda folder: (folder / "metadata.jsonl").mkdir(), "cannot be read"),
+    "table is a dead link": (lambda folder: (folder / "metadata.jsonl").symlink_to("nowhere"), "cannot be read"),
+    "open quote": (write("metadata.csv", b'file_name,text\na.jpg,"dog\n'), "not CSV"),
     "no pictures": (lambda folder: [remove_pictures(folder), write("a.heic", b"")(folder)], "no pictures.*holds .heic"),
     "nested": (lambda folder: [remove_pictures(folder), picture(folder / "train" / "a.png")], "train has; point there"),
 }

@@ -12,7 +12,8 @@ from minidiff import weights
 from minidiff.config import TINY_VAE
 from minidiff.models.vae import AutoencoderKL
 from minidiff.pipeline import StableDiffusionPipeline
-from minidiff.pocket import judge, pretrain
+from minidiff.pocket import autoencoder, judge, pretrain
+from minidiff.pocket.dataset import load_world
 from minidiff.pocket.settings import PretrainSettings
 from minidiff.pocket.towers import contrastive_loss
 from minidiff.pocket.world import held_out, is_held_out
@@ -64,16 +65,16 @@ def test_vae_appendix_b_kl() -> None:
     vae: AutoencoderKL = OneLatent(mean, logvar, x)  # type: ignore[assignment]
     normal = torch.distributions.Normal
     kl = torch.distributions.kl_divergence(normal(mean, (0.5 * logvar).exp()), normal(0.0, 1.0)).mean()
-    loss = pretrain.vae_loss(vae, x, torch.zeros_like(mean), torch.tensor(0.0))
-    torch.testing.assert_close(loss, pretrain.KL_WEIGHT * kl)
+    loss = autoencoder.vae_loss(vae, x, torch.zeros_like(mean), torch.tensor(0.0))
+    torch.testing.assert_close(loss, autoencoder.KL_WEIGHT * kl)
 
 
 def test_reconstruction_loss_by_hand() -> None:
     """A constant error has no edges; a checkerboard has nothing else."""
     x = torch.zeros(1, 3, 8, 8)
-    torch.testing.assert_close(pretrain.reconstruction_loss(x + 0.5, x), torch.tensor(0.5 + 0.25))
+    torch.testing.assert_close(autoencoder.reconstruction_loss(x + 0.5, x), torch.tensor(0.5 + 0.25))
     board = (torch.arange(8)[:, None] + torch.arange(8)) % 2 - 0.5
-    torch.testing.assert_close(pretrain.reconstruction_loss(x + board, x), torch.tensor(0.5 + 0.25 + 0.5 * 2))
+    torch.testing.assert_close(autoencoder.reconstruction_loss(x + board, x), torch.tensor(0.5 + 0.25 + 0.5 * 2))
 
 
 def test_standardize_changes_units_and_no_pictures() -> None:
@@ -83,7 +84,7 @@ def test_standardize_changes_units_and_no_pictures() -> None:
     with torch.no_grad():
         mean, logvar = vae.encode(x)
         picture = vae.decode(mean)
-        pretrain.standardize(vae, centre, spread)
+        autoencoder.standardize(vae, centre, spread)
         new_mean, new_logvar = vae.encode(x)
         torch.testing.assert_close(new_mean, (mean - centre.view(1, 4, 1, 1)) / spread.view(1, 4, 1, 1))
         torch.testing.assert_close(new_logvar.exp(), logvar.exp() / spread.view(1, 4, 1, 1) ** 2)
@@ -168,15 +169,25 @@ def test_judge_learns_from_few_drawings() -> None:
 
 
 def test_every_stage_runs_and_is_passed_over_when_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrain, "fused", lambda function: function)  # a compiler would take longer than the test
+    for module in (pretrain, autoencoder):
+        monkeypatch.setattr(module, "fused", lambda function: function)  # a compiler would take longer than the test
     monkeypatch.setattr(pretrain, "sample_sheet", lambda home, unet: None)
-    monkeypatch.setattr(pretrain, "reconstruction_sheet", lambda vae: None)
+    monkeypatch.setattr(autoencoder, "reconstruction_sheet", lambda vae: None)
     stages = ("world", "vae", "latents", "decoder", "clip", "unet", "assemble")
     settings = PretrainSettings(
-        str(tmp_path), stages, pictures=4, vae_steps=1, decoder_steps=1, clip_steps=1, unet_steps=1  # type: ignore[arg-type]
+        str(tmp_path),
+        stages,  # type: ignore[arg-type]
+        device="cpu",
+        pictures=4,
+        vae_steps=1,
+        vae_batch=1,
+        decoder_steps=1,
+        clip_steps=1,
+        unet_steps=1,
+        unet_batch=2,
     )
     folder = pretrain.pretrain(settings)
-    assert not any(is_held_out(p) for p in pretrain.load_world(tmp_path, 4).pictures)
+    assert not any(is_held_out(p) for p in load_world(tmp_path, 4).pictures)
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     assert pipe("a sks dog", num_inference_steps=1, seed=0).images[0].size == (128, 128)
 

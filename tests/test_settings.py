@@ -32,6 +32,9 @@ def test_toml_round_trip(tmp_path: Path) -> None:
         ('lr_scheduler = "step"', "lr_scheduler"),
         ("lora_targets = [1]", "lora_targets"),
         ("rank 4", "cannot be read as TOML"),
+        ("x = " + "[" * 5000, "cannot be read as TOML"),
+        ("seed = " + "9" * 5000, "cannot be read as TOML"),
+        ("rank = 4.0", "not of its kind, int"),
     ],
 )
 def test_bad_toml(tmp_path: Path, line: str, message: str) -> None:

@@ -17,6 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # A file imports only from lines above its own. A folder's files may import each other, but never in a circle.
 ORDER = """
     errors
+    device
     rng
     config
     layout
@@ -37,6 +38,7 @@ ORDER = """
     train/loop
     train/recipes
     pocket/*
+    flags
     cli
     __main__
 """.split()

@@ -159,6 +159,12 @@ BROKEN = {
     ),
     "no shape": (with_header({"a": {"dtype": "F32"}}), "entry for a makes no sense"),
     "no entry": (with_header({"a": 3}), "entry for a makes no sense"),
+    "infinite": (with_header({"a": {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 24]}}), "makes no sense"),
+    "negative": (with_header({"a": {"dtype": "F32", "shape": [-2, -3], "data_offsets": [0, 24]}}), "makes no sense"),
+    "words": (with_header({"a": {"dtype": "F32", "shape": ["6"], "data_offsets": [0, 24]}}), "makes no sense"),
+    "deep": (struct.pack("<Q", 500_000) + b'{"a":' * 100_000, "not JSON"),
+    "twice": (struct.pack("<Q", 15) + b'{"a": 1,"a": 2}', "stands in it twice"),
+    "metadata of numbers": (with_header({"__metadata__": {"a": 1}}), "no table of texts"),
     "metadata": (
         with_header({"__metadata__": 3, "a": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24]}}),
         "is damaged",

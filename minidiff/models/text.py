@@ -12,6 +12,7 @@ Shapes: B prompts, L = 77 tokens, D width (768 in SD 1.5, 128 in the pocket chec
 """
 
 import json
+import textwrap
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,7 +52,7 @@ def _check_vocabulary(folder: Path) -> None:
     try:
         vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8")).keys()
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    except (ValueError, AttributeError) as error:  # not JSON, not UTF-8, not a table
+    except (ValueError, AttributeError, RecursionError) as error:  # not JSON, not UTF-8, not a table
         raise WeightsError(f"{folder}: vocab.json or merges.txt is damaged ({error}). Copy both again.") from error
     joined = {line.replace(" ", "") for line in lines if line and not line.startswith("#version")}
     longer = {token for token in vocabulary if len(token.removesuffix("</w>")) > 1}
@@ -72,6 +73,8 @@ def build_text_encoder(values: Mapping[str, Any], where: str) -> "CLIPTextModel"
         raise WeightsError(f"{where}: not the configuration of a CLIP text model; {', '.join(missing)} missing.")
     if (positions := values.get("max_position_embeddings", LENGTH)) != LENGTH:
         raise WeightsError(f"{where}: max_position_embeddings is {positions}; the text tower of SD 1.x has {LENGTH}.")
+    if (layers := values["num_hidden_layers"]) not in range(1, 101):
+        raise WeightsError(f"{where}: num_hidden_layers is {layers!r}; CLIP's text towers have 12 to 32.")
     try:
         return CLIPTextModel(CLIPTextConfig(**values)).eval()
     except Exception as error:  # each version of the library checks in its own way and raises its own classes
@@ -109,9 +112,10 @@ def tokenize(tokenizer: "CLIPTokenizer", prompts: list[str]) -> Tensor:
         ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         kept, lost = ids[: LENGTH - 2], ids[LENGTH - 2 :]
         if lost:
+            unread = textwrap.shorten(str(tokenizer.decode(lost)), 300, placeholder=" …")
             warnings.warn(
                 f"the prompt is {len(ids)} tokens long and CLIP reads {LENGTH - 2}; cut off: "
-                f'"{tokenizer.decode(lost)}". Say the important things first, or say less.',
+                f'"{unread}". Say the important things first, or say less.',
                 stacklevel=2,
             )
         marked = [tokenizer.bos_token_id, *kept, tokenizer.eos_token_id]

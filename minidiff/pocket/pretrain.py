@@ -21,35 +21,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from minidiff import weights
-from minidiff.config import POCKET_UNET, POCKET_VAE, NoiseConfig
+from minidiff.config import POCKET_UNET, NoiseConfig
+from minidiff.device import chosen_device
 from minidiff.diffusion.losses import min_snr_weights, mse
 from minidiff.diffusion.schedule import NoiseSchedule, add_noise
 from minidiff.errors import SettingsError
-from minidiff.images import contact_sheet, to_pil
+from minidiff.images import contact_sheet
 from minidiff.layout import read_json, write_json
 from minidiff.models.text import load_tokenizer, tokenize
 from minidiff.models.unet import UNet2DConditionModel
-from minidiff.models.vae import AutoencoderKL, sample_posterior
 from minidiff.pipeline import StableDiffusionPipeline
+from minidiff.pocket.autoencoder import encode_world, load_vae, train_decoder, train_vae
 from minidiff.pocket.dataset import load_latents, load_world
 from minidiff.pocket.judge import judge_checkpoint
 from minidiff.pocket.settings import STAGES, PretrainSettings, Stage
+from minidiff.pocket.stage import begun, chosen, fused, run
 from minidiff.pocket.tokenizer import build_tokenizer
 from minidiff.pocket.towers import Towers, image_tower_config
-from minidiff.pocket.world import caption, draw, held_out, random_caption
+from minidiff.pocket.world import caption, held_out, random_caption
 from minidiff.rng import generator, hashed_seed
-from minidiff.train.loop import Batch, Task, fit
+from minidiff.train.loop import Batch, Task
 from minidiff.train.muon import Muon, split
-from minidiff.train.settings import TrainSettings
 
-KL_WEIGHT = 3e-5  # keeps the latents near a Gaussian, and the decoder used to a little noise in them
 CAPTION_DROPOUT = 0.1  # classifier-free guidance (arXiv 2207.12598), algorithm 1
 
 
@@ -64,153 +62,6 @@ def pretrain(settings: PretrainSettings) -> Path:
     return home / "pocket"
 
 
-def run(task: Task, home: Path, stage: Stage, settings: PretrainSettings, steps: int, batch: int, warmup: int) -> None:
-    """One stage on the training loop; picks up its latest checkpoint."""
-    loop = TrainSettings(
-        output_dir=str(home / stage),
-        resume_from_checkpoint="latest",
-        seed=settings.seed,
-        train_batch_size=batch,
-        max_train_steps=steps,
-        lr_scheduler="linear",
-        lr_warmup_steps=min(warmup, steps // 2),
-        checkpointing_steps=200,
-        validation_steps=400,
-    )
-    if not fit(task, loop).finished:
-        raise KeyboardInterrupt  # asked to stop: the stages after this one need its result
-
-
-def chosen(settings: PretrainSettings, stage: str, step: int, batch: int) -> list[int]:
-    """The pictures of one update: a function of the seed, the stage and the step."""
-    return torch.randint(settings.pictures, (batch,), generator=generator(settings.seed, stage, step)).tolist()
-
-
-# --- the autoencoder -----------------------------------------------------------------------------------------------------
-
-
-def vae_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor, anchor: Tensor) -> Tensor:
-    """Reconstruction and KL, both as means: arXiv 2112.10752, appendix G, without its discriminator.
-
-    Left alone, a small encoder finds light and dark at once, and red and green only after many thousand pictures. So
-    the first three channels begin as the colour of their cell; `anchor`, a number that falls to 0, then lets them go.
-    """
-    mean, logvar = vae.encode(x)
-    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()  # arXiv 1312.6114, appendix B
-    off_colour = (mean[:, :3] - 2 * F.avg_pool2d(x, 8)).square().mean()
-    reconstruction = reconstruction_loss(vae.decode(sample_posterior(mean, logvar, noise)), x)
-    return reconstruction + KL_WEIGHT * kl + anchor * off_colour
-
-
-def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
-    """L1 + L2 + half the L1 of the image gradients, so that edges count: eyes are all edge."""
-    error = y - x
-    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
-    return error.abs().mean() + error.square().mean() + 0.5 * edges
-
-
-def train_vae(home: Path, settings: PretrainSettings) -> None:
-    """Stage 1: encoder and decoder together."""
-    batch, world = 4, load_world(home, settings.pictures)
-    torch.manual_seed(hashed_seed(settings.seed, "vae"))
-    vae = channels_last(AutoencoderKL(POCKET_VAE))
-    loss = fused(partial(vae_loss, vae))
-
-    def data(step: int, micro: int) -> Batch:
-        draws = generator(settings.seed, "vae noise", step)
-        x = world.batch(chosen(settings, "vae", step, batch))
-        mirrored = torch.rand(batch, 1, 1, 1, generator=draws) < 0.5
-        noise, anchor = torch.randn(batch, 4, 16, 16, generator=draws), torch.tensor(max(0.5 * (1 - step / 1200), 0.0))
-        return {"x": torch.where(mirrored, x.flip(-1), x), "noise": noise, "anchor": anchor}
-
-    task = Task(
-        trainable=dict(vae.named_parameters()),
-        batch=data,
-        loss=lambda data, step, micro: loss(data["x"], data["noise"], data["anchor"]),
-        export=lambda folder: weights.save(vae.state_dict(), folder / "model.safetensors"),
-        preview=lambda done: reconstruction_sheet(vae),
-        optimizer=Muon(*split(vae, ("conv_in", "conv_out", "quant_conv")), lr=2e-3, adam_lr=2e-3),
-        ema_decay=0.998,
-    )
-    run(task, home, "vae", settings, settings.vae_steps, batch, warmup=100)
-
-
-@torch.no_grad()
-def reconstruction_sheet(vae: AutoencoderKL, count: int = 8) -> Image.Image:
-    """Held-out drawings above, what the autoencoder makes of them below."""
-    drawings = [draw(picture, seed) for seed, picture in enumerate(held_out(count))]
-    x = torch.stack([torch.from_numpy(np.asarray(d).copy()) for d in drawings]).permute(0, 3, 1, 2) / 127.5 - 1
-    again = to_pil(vae.decode(vae.encode(x)[0]).clamp(-1, 1))
-    return contact_sheet([drawings, again], row_labels=["drawn", "reconstructed"])
-
-
-def load_vae(home: Path) -> AutoencoderKL:
-    """The autoencoder as the last stage that worked on it left it."""
-    vae = AutoencoderKL(POCKET_VAE)
-    files = [home / "decoder" / "model.safetensors", home / "standard_vae.safetensors", home / "vae" / "model.safetensors"]
-    weights.load_into(vae, next(path for path in files if path.exists()))
-    return channels_last(vae.requires_grad_(False))
-
-
-@torch.no_grad()
-def encode_world(home: Path, settings: PretrainSettings) -> None:
-    """Means and standard deviations of all posteriors, fp16, in units in which a draw has mean 0 and variance 1."""
-    from tqdm import tqdm
-
-    path = home / "latents.safetensors"
-    if path.exists():
-        return
-    vae, world, parts = load_vae(home), load_world(home, settings.pictures), []
-    for start in tqdm(range(0, settings.pictures, 16), unit="batch", desc="encoding"):
-        mean, logvar = vae.encode(world.batch(list(range(start, min(start + 16, settings.pictures)))))
-        parts.append((mean, (0.5 * logvar).exp()))
-    mean, std = (torch.cat(part) for part in zip(*parts))
-    centre, spread = mean.mean((0, 2, 3)), (mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))).sqrt()
-    standardize(vae, centre, spread)
-    weights.save(vae.state_dict(), home / "standard_vae.safetensors")
-    shape = (1, -1, 1, 1)
-    mean, std = (mean - centre.view(shape)) / spread.view(shape), std / spread.view(shape)
-    weights.save({"mean": mean.half(), "std": std.half()}, path)
-
-
-def standardize(vae: AutoencoderKL, centre: Tensor, spread: Tensor) -> None:
-    """Change the units of each latent channel to (z - centre) / spread; centre, spread (4,). The pictures stay the same.
-
-    The 1x1 convolutions on both sides of the latent take it in: z' = (W x + b - c) / s, and back, V (s z' + c) + b.
-    """
-    quant, back, n = vae.quant_conv, vae.post_quant_conv, len(spread)
-    assert quant.bias is not None and back.bias is not None
-    back.bias += back.weight[:, :, 0, 0] @ centre
-    back.weight *= spread.view(1, -1, 1, 1)
-    quant.weight[:n] /= spread.view(-1, 1, 1, 1)
-    quant.bias[:n] = (quant.bias[:n] - centre) / spread
-    quant.bias[n:] -= 2 * spread.log()  # the other half is ln σ²
-
-
-def train_decoder(home: Path, settings: PretrainSettings) -> None:
-    """Stage 2: the encoder, and with it the latents, stay; the decoder goes on learning to read them."""
-    batch, world, latents = 4, load_world(home, settings.pictures), load_latents(home)
-    vae = load_vae(home)
-    read = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
-    loss = fused(lambda z, x: reconstruction_loss(vae.decode(z), x))
-
-    def data(step: int, micro: int) -> Batch:
-        indices = chosen(settings, "decoder", step, batch)
-        noise = torch.randn(batch, 4, 16, 16, generator=generator(settings.seed, "decoder noise", step))
-        return {"z": latents.draw(indices, noise), "x": world.batch(indices)}
-
-    task = Task(
-        trainable=dict(read.named_parameters()),
-        batch=data,
-        loss=lambda data, step, micro: loss(data["z"], data["x"]),
-        export=lambda folder: weights.save(vae.state_dict(), folder / "model.safetensors"),
-        preview=lambda done: reconstruction_sheet(vae),
-        optimizer=Muon(*split(read, ("conv_in", "conv_out", "0.")), lr=1.5e-3, adam_lr=1.5e-3),
-        ema_decay=0.998,
-    )
-    run(task, home, "decoder", settings, settings.decoder_steps, batch, warmup=100)
-
-
 # --- CLIP ----------------------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +72,9 @@ def train_clip(home: Path, settings: PretrainSettings) -> None:
     tokenizer = load_tokenizer(home / "tokenizer")
     torch.manual_seed(hashed_seed(settings.seed, "clip"))
     towers = Towers(len(tokenizer))
+    begun(towers.text, settings, "text_encoder")
+    begun(towers.image, settings, "image_encoder")
+    towers.to(chosen_device(settings.device))
 
     def data(step: int, micro: int) -> Batch:
         indices = chosen(settings, "clip", step, batch)
@@ -235,7 +89,7 @@ def train_clip(home: Path, settings: PretrainSettings) -> None:
         export=lambda folder: weights.save(towers.state_dict(), folder / "model.safetensors"),
         optimizer=Muon(*split(towers, ("embedding", "projection")), lr=2e-3, adam_lr=1e-3),
     )
-    run(task, home, "clip", settings, settings.clip_steps, batch, warmup=50)
+    run(task, settings, "clip", settings.clip_steps, batch, warmup=50)
 
 
 def load_towers(home: Path) -> Towers:
@@ -255,12 +109,12 @@ def unet_loss(unet: UNet2DConditionModel, schedule: NoiseSchedule, data: Batch, 
 
 def train_unet(home: Path, settings: PretrainSettings) -> None:
     """Stage 4: the denoiser, on the frozen text tower."""
-    batch, latents = 32, load_latents(home)
+    batch, latents, device = settings.unet_batch, load_latents(home), chosen_device(settings.device)
     pictures = load_world(home, settings.pictures).pictures
-    towers, tokenizer = load_towers(home), load_tokenizer(home / "tokenizer")
+    towers, tokenizer = load_towers(home).to(device), load_tokenizer(home / "tokenizer")
     schedule = NoiseSchedule.from_config(NoiseConfig())
     torch.manual_seed(hashed_seed(settings.seed, "unet"))
-    unet = UNet2DConditionModel(POCKET_UNET)
+    unet = begun(UNet2DConditionModel(POCKET_UNET), settings, "unet")
     loss = fused(partial(unet_loss, unet, schedule))
 
     def data(step: int, micro: int) -> Batch:
@@ -286,7 +140,7 @@ def train_unet(home: Path, settings: PretrainSettings) -> None:
         optimizer=Muon(*split(unet, ("conv_in", "conv_out", "time_emb")), lr=2e-3, adam_lr=1e-3),
         ema_decay=0.998,
     )
-    run(task, home, "unet", settings, settings.unet_steps, batch, warmup=100)
+    run(task, settings, "unet", settings.unet_steps, batch)
 
 
 def pocket_pipeline(home: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
@@ -300,7 +154,8 @@ def pocket_pipeline(home: Path, unet: UNet2DConditionModel) -> StableDiffusionPi
 def sample_sheet(home: Path, unet: UNet2DConditionModel) -> Image.Image:
     """Sixteen held-out prompts, at guidance 5."""
     prompts = [caption(picture) for picture in held_out(16, seed=1)]
-    images = pocket_pipeline(home, unet)(prompts, guidance_scale=5.0, num_inference_steps=25, seed=0).images
+    pipe = pocket_pipeline(home, unet).to(unet.conv_in.weight.device)
+    images = pipe(prompts, guidance_scale=5.0, num_inference_steps=25, seed=0).images
     rows = [images[i : i + 8] for i in (0, 8)]
     return contact_sheet(rows, tile=192)
 
@@ -329,16 +184,6 @@ def judge_pocket(home: Path, settings: PretrainSettings) -> None:
     scores = judge_checkpoint(home / "pocket", home / "judge.safetensors")
     write_json(home / "scores.json", scores)
     print(json.dumps(scores, indent=2))
-
-
-def channels_last(vae: AutoencoderKL) -> AutoencoderKL:
-    """The order of memory in which convolutions of large pictures are quickest on a CPU."""
-    return vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def fused(function: Any) -> Any:
-    """Compiled where a C++ compiler is at hand (2.4 times as fast on two cores), else as it is."""
-    return torch.compile(function) if shutil.which("g++") or shutil.which("clang++") else function
 
 
 RUN: dict[Stage, Any] = {

@@ -86,8 +86,10 @@ def verify(path: Path) -> dict[str, Any]:
         for name, want in files.items():
             if (path / name).stat().st_size != want["bytes"] or sha256(path / name) != want["sha256"]:
                 raise WeightsError(f"{path / name} is damaged: its bytes are not those that were saved.")
+        if type(manifest["step"]) is not int:
+            raise ValueError("its step is no whole number")
         return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path} is no complete checkpoint ({type(error).__name__}: {error}).") from error
 
 
@@ -122,7 +124,10 @@ def find(settings: TrainSettings) -> Path | None:
     if wanted is None:
         return None
     if wanted == "latest":
-        return latest(folder)
+        newest = latest(folder)
+        if newest is None and checkpoints(folder):
+            raise SettingsError(f"{folder} has checkpoints, and none is whole. Start over with --overwrite_output_dir.")
+        return newest
     path = next((p for p in (Path(wanted), folder / wanted) if p.is_dir()), None)
     if path is None:
         there = ", ".join(p.name for p in checkpoints(folder)) or "none"

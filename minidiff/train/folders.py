@@ -6,6 +6,7 @@ sidecars          a.png and a.txt (or a.caption)
 """
 
 import csv
+import io
 import json
 import os
 import sys
@@ -99,23 +100,23 @@ def _from_table(table: Path, caption_column: str | None) -> list[Example]:
         if path in seen:
             raise DataError(f"{where}: {name!r} was already on line {seen[path]}; each picture has one line.")
         seen[path] = line
-        if not (table.parent / path).is_file():
+        if not os.path.isfile(table.parent / path):  # False, too, for a name that no file can have
             files = [p.name for p in table.parent.iterdir() if _is_picture(p)]
             alike = [n for n in files if n.lower() == name.lower()]
             hint = f' Did you mean "{alike[0]}"?' if alike else did_you_mean(name, files)
-            raise DataError(f"{where}: there is no file {name!r} in {table.parent}.{hint}")
+            raise DataError(f"{where}: there is no file {name!r:.100} in {table.parent}.{hint}")
         examples.append(Example(table.parent / path, _caption(row, column, where)))
     return examples
 
 
 def _jsonl_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     text = _read_text(table)
-    for line, row in enumerate(text.splitlines(), start=1):
+    for line, row in enumerate(text.split("\n"), start=1):  # not splitlines: a caption may hold U+2028
         if not row.strip():
             continue
         try:
             value = json.loads(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             spread = row.strip() in ("{", "[") or row.lstrip().startswith("[{")
             what = "an object spread over several lines" if spread else f"not JSON ({error})"
             like = '{"file_name": "a.png", "text": "a photo of a dog"}'
@@ -126,7 +127,7 @@ def _jsonl_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(_read_text(table).splitlines(keepends=True))
+    reader = csv.DictReader(io.StringIO(_read_text(table), newline=""), strict=True)
     try:
         for row in reader:
             if None in row:
@@ -162,6 +163,8 @@ def _caption(row: dict[str, Any], column: str, where: str) -> str:
         raise DataError(f'{where}: "{column}" is {caption!r}, not a text.')
     if not caption.strip():
         raise DataError(f'{where}: "{column}" is empty. For samples without a prompt there is --proportion_empty_prompts.')
+    if not caption.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in caption):
+        raise DataError(f'{where}: "{column}" holds half of a UTF-16 pair, {caption!r:.60}; write the letter itself.')
     return caption.strip()
 
 
@@ -170,6 +173,8 @@ def _read_text(path: Path) -> str:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); put a file there, or remove it.") from error
 
 
 def _why_empty(folder: Path, names: list[str]) -> str:

@@ -210,7 +210,8 @@ class _Run:
             self.preview(done)
         with self._writing("the result"):
             checkpoint.publish(self.folder, self._export)
-            loss_curve(self.metrics, self.folder / "loss.png")
+            if self.metrics:  # none where a finished run is resumed and they were lost
+                loss_curve(self.metrics, self.folder / "loss.png")
 
     def give_up(self, step: int, loss: float) -> None:
         """End a run whose numbers stay broken, naming the first tensor to blame."""
@@ -253,9 +254,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path, rows = folder / METRICS, []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or type(row.get("step")) is not int or "loss" not in row:
+            break
+        rows.append(row)
     return rows
 
 

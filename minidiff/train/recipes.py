@@ -11,11 +11,11 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from minidiff.adapters.lora import inject, print_trainable_parameters, trainable
+from minidiff.device import chosen_device
 from minidiff.diffusion.losses import min_snr_weights, mse
 from minidiff.diffusion.schedule import add_noise, training_target
 from minidiff.errors import SettingsError
@@ -33,13 +33,7 @@ from minidiff.train.settings import FineTuneSettings, LoRASettings
 
 def load_base(settings: FineTuneSettings) -> StableDiffusionPipeline:
     """The frozen base model on its device. The U-Net has the dtype of --mixed_precision; the VAE stays fp32."""
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SettingsError(f"--device {device}: there is no GPU that torch can use here; leave the flag out, or say cpu.")
-    try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise SettingsError(f"--device {device} is no device; say cpu or cuda.") from error
+    device = chosen_device(settings.device)
     pipe = StableDiffusionPipeline.from_pretrained(
         settings.pretrained_model_name_or_path, torch_dtype=DTYPES[settings.mixed_precision]
     )

@@ -10,8 +10,9 @@ import math
 import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
+from minidiff.config import fits
 from minidiff.errors import SettingsError, did_you_mean
 
 AnySettings = TypeVar("AnySettings", bound="TrainSettings")
@@ -68,6 +69,7 @@ class TrainSettings:
 
     def check(self) -> None:
         """Raise SettingsError, naming the flag, for a value that cannot work."""
+        self.need(bool(self.output_dir.strip()) and "\0" not in self.output_dir, "output_dir", "must name a folder")
         for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
             self.need(getattr(self, name) >= 1, name, "must be at least 1")
         limit = self.checkpoints_total_limit
@@ -195,25 +197,15 @@ def from_toml(kind: type[AnySettings], path: Path) -> AnySettings:
     """Settings from a TOML file; a key that is no field, or a value of another type, is a SettingsError."""
     try:
         values = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"{path}: cannot be read as TOML settings: {error}.") from error
     hints = get_type_hints(kind)
     known = {f.name for f in fields(kind)}
     for key, value in values.items():
         if key not in known:
             raise SettingsError(f'{path}: "{key}" is no setting of this task.{did_you_mean(key, known)}')
-        if not _fits(value, hints[key]):
-            raise SettingsError(f"{path}: {key} = {value!r} is not of its kind, {hints[key]}.")
+        if not fits(value, hints[key]):
+            kind_of = hints[key].__name__ if type(hints[key]) is type else str(hints[key]).replace("typing.", "")
+            raise SettingsError(f"{path}: {key} = {value!r:.60} is not of its kind, {kind_of}.")
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return kind(**given)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Is a value read from TOML one that a field of this type may hold?"""
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) is tuple:
-        return isinstance(value, list) and all(_fits(v, get_args(hint)[0]) for v in value)
-    if get_args(hint):  # X | None
-        return any(_fits(value, one) for one in get_args(hint))
-    return type(value) is hint or (hint is float and type(value) is int)

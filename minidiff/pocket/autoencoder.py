@@ -1,0 +1,151 @@
+"""The first half of pretraining: pictures <-> latents (arXiv 2112.10752, section 3.1), and the world as latents.
+
+B batch   H W picture side, 128   h w latent side, 16
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from minidiff import weights
+from minidiff.config import POCKET_VAE
+from minidiff.device import chosen_device
+from minidiff.images import contact_sheet, to_pil, to_tensor
+from minidiff.models.vae import AutoencoderKL, sample_posterior
+from minidiff.pocket.dataset import load_latents, load_world
+from minidiff.pocket.settings import PretrainSettings
+from minidiff.pocket.stage import begun, channels_last, chosen, fused, run
+from minidiff.pocket.world import draw, held_out
+from minidiff.rng import generator, hashed_seed
+from minidiff.train.loop import Batch, Task
+from minidiff.train.muon import Muon, split
+
+KL_WEIGHT = 3e-5  # keeps the latents near a Gaussian, and the decoder used to a little noise in them
+
+
+def vae_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor, anchor: Tensor) -> Tensor:
+    """Reconstruction and KL, both as means: arXiv 2112.10752, appendix G, without its discriminator.
+
+    Left alone, a small encoder finds light and dark at once, and red and green only after many thousand pictures. So
+    the first three channels begin as the colour of their cell; `anchor`, a number that falls to 0, then lets them go.
+    """
+    mean, logvar = vae.encode(x)
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()  # arXiv 1312.6114, appendix B
+    off_colour = (mean[:, :3] - 2 * F.avg_pool2d(x, 8)).square().mean()
+    reconstruction = reconstruction_loss(vae.decode(sample_posterior(mean, logvar, noise)), x)
+    return reconstruction + KL_WEIGHT * kl + anchor * off_colour
+
+
+def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
+    """L1 + L2 + half the L1 of the image gradients, so that edges count: eyes are all edge."""
+    error = y - x
+    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    return error.abs().mean() + error.square().mean() + 0.5 * edges
+
+
+def train_vae(home: Path, settings: PretrainSettings) -> None:
+    """Stage 1: encoder and decoder together."""
+    batch, world = settings.vae_batch, load_world(home, settings.pictures)
+    torch.manual_seed(hashed_seed(settings.seed, "vae"))
+    vae = channels_last(begun(AutoencoderKL(POCKET_VAE), settings, "vae"))
+    loss = fused(partial(vae_loss, vae))
+
+    def data(step: int, micro: int) -> Batch:
+        draws = generator(settings.seed, "vae noise", step)
+        x = world.batch(chosen(settings, "vae", step, batch))
+        mirrored = torch.rand(batch, 1, 1, 1, generator=draws) < 0.5
+        noise = torch.randn(batch, 4, 16, 16, generator=draws)
+        anchor = 0.0 if settings.init_from else max(0.5 * (1 - step / 1200), 0.0)
+        return {"x": torch.where(mirrored, x.flip(-1), x), "noise": noise, "anchor": torch.tensor(anchor)}
+
+    task = Task(
+        trainable=dict(vae.named_parameters()),
+        batch=data,
+        loss=lambda data, step, micro: loss(data["x"], data["noise"], data["anchor"]),
+        export=lambda folder: weights.save(vae.state_dict(), folder / "model.safetensors"),
+        preview=lambda done: reconstruction_sheet(vae),
+        optimizer=Muon(*split(vae, ("conv_in", "conv_out", "quant_conv")), lr=2e-3, adam_lr=2e-3),
+        ema_decay=0.998,
+    )
+    run(task, settings, "vae", settings.vae_steps, batch)
+
+
+@torch.no_grad()
+def reconstruction_sheet(vae: AutoencoderKL, count: int = 8) -> Image.Image:
+    """Held-out drawings above, what the autoencoder makes of them below."""
+    drawings = [draw(picture, seed) for seed, picture in enumerate(held_out(count))]
+    x = torch.stack([to_tensor(drawing) for drawing in drawings]).to(vae.post_quant_conv.weight.device)
+    again = to_pil(vae.decode(vae.encode(x)[0]).clamp(-1, 1))
+    return contact_sheet([drawings, again], row_labels=["drawn", "reconstructed"])
+
+
+def load_vae(home: Path) -> AutoencoderKL:
+    """The autoencoder as the last stage that worked on it left it."""
+    vae = AutoencoderKL(POCKET_VAE)
+    files = [home / "decoder" / "model.safetensors", home / "standard_vae.safetensors", home / "vae" / "model.safetensors"]
+    weights.load_into(vae, next(path for path in files if path.exists()))
+    return channels_last(vae.requires_grad_(False))
+
+
+@torch.no_grad()
+def encode_world(home: Path, settings: PretrainSettings) -> None:
+    """Means and standard deviations of all posteriors, fp16, in units in which a draw has mean 0 and variance 1."""
+    from tqdm import tqdm
+
+    path = home / "latents.safetensors"
+    if path.exists():
+        return
+    world, parts, device = load_world(home, settings.pictures), [], chosen_device(settings.device)
+    vae = load_vae(home).to(device)
+    for start in tqdm(range(0, settings.pictures, 16), unit="batch", desc="encoding"):
+        mean, logvar = vae.encode(world.batch(list(range(start, min(start + 16, settings.pictures)))).to(device))
+        parts.append((mean.cpu(), (0.5 * logvar).exp().cpu()))
+    mean, std = (torch.cat(part) for part in zip(*parts))
+    centre, spread = mean.mean((0, 2, 3)), (mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))).sqrt()
+    standardize(vae.cpu(), centre, spread)
+    weights.save(vae.state_dict(), home / "standard_vae.safetensors")
+    shape = (1, -1, 1, 1)
+    mean, std = (mean - centre.view(shape)) / spread.view(shape), std / spread.view(shape)
+    weights.save({"mean": mean.half(), "std": std.half()}, path)
+
+
+def standardize(vae: AutoencoderKL, centre: Tensor, spread: Tensor) -> None:
+    """Change the units of each latent channel to (z - centre) / spread; centre, spread (4,). The pictures stay the same.
+
+    The 1x1 convolutions on both sides of the latent take it in: z' = (W x + b - c) / s, and back, V (s z' + c) + b.
+    """
+    quant, back, n = vae.quant_conv, vae.post_quant_conv, len(spread)
+    assert quant.bias is not None and back.bias is not None
+    back.bias += back.weight[:, :, 0, 0] @ centre
+    back.weight *= spread.view(1, -1, 1, 1)
+    quant.weight[:n] /= spread.view(-1, 1, 1, 1)
+    quant.bias[:n] = (quant.bias[:n] - centre) / spread
+    quant.bias[n:] -= 2 * spread.log()  # the other half is ln σ²
+
+
+def train_decoder(home: Path, settings: PretrainSettings) -> None:
+    """Stage 2: the encoder, and with it the latents, stay; the decoder goes on learning to read them."""
+    batch, world, latents = settings.vae_batch, load_world(home, settings.pictures), load_latents(home)
+    vae = load_vae(home).to(chosen_device(settings.device))
+    read = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
+    loss = fused(lambda z, x: reconstruction_loss(vae.decode(z), x))
+
+    def data(step: int, micro: int) -> Batch:
+        indices = chosen(settings, "decoder", step, batch)
+        noise = torch.randn(batch, 4, 16, 16, generator=generator(settings.seed, "decoder noise", step))
+        return {"z": latents.draw(indices, noise), "x": world.batch(indices)}
+
+    task = Task(
+        trainable=dict(read.named_parameters()),
+        batch=data,
+        loss=lambda data, step, micro: loss(data["z"], data["x"]),
+        export=lambda folder: weights.save(vae.state_dict(), folder / "model.safetensors"),
+        preview=lambda done: reconstruction_sheet(vae),
+        optimizer=Muon(*split(read, ("conv_in", "conv_out", "0.")), lr=5e-4, adam_lr=5e-4),
+        ema_decay=0.998,
+    )
+    run(task, settings, "decoder", settings.decoder_steps, batch)

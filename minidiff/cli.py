@@ -68,8 +68,9 @@ def train_lora(s: LoRASettings) -> None:
     from minidiff.train.loop import fit
     from minidiff.train.recipes import lora
 
-    if fit(lora(s), s).finished:
-        print(f"{s.output_dir}: the adapter, loss.png, and samples/ with a sheet for each stage")
+    if not fit(lora(s), s).finished:
+        sys.exit(130)  # asked to stop: not a failure, and not the result that a script waits for
+    print(f"{s.output_dir}: the adapter, loss.png, and samples/ with a sheet for each stage")
 
 
 def lesson(s: Lesson) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from minidiff.cli import main
 from minidiff.images import read_png_text
+from minidiff.train.loop import Report
 
 
 @pytest.fixture
@@ -352,6 +353,14 @@ def test_a_run_is_not_overwritten(
         train(tiny_folder, pictures, tmp_path / "out", "--learning_rate", "1")
     assert leave.value.code == 2 and "--resume_from_checkpoint" in capsys.readouterr().err
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").read_bytes() == before
+
+
+def test_a_stopped_training_does_not_pass_for_a_finished_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minidiff.train.recipes.lora", lambda settings: None)
+    monkeypatch.setattr("minidiff.train.loop.fit", lambda task, settings: Report(done=1, loss=0.0, finished=False))
+    with pytest.raises(SystemExit) as leave:
+        main(["train", "lora"])
+    assert leave.value.code == 130
 
 
 def test_a_foreign_folder_is_left_alone(

@@ -328,3 +328,10 @@ def test_bad_metrics_name_file_and_line(tmp_path: Path, content: str | None, mes
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(DataError, match=f"metrics.jsonl.*{message}"):
         loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+
+
+def test_postscript_by_another_name_is_not_run(tmp_path: Path) -> None:
+    """Pillow would hand it to Ghostscript, which is a programming language for whoever made the file."""
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+    with pytest.raises(DataError, match="not a picture"):
+        load_image(tmp_path / "a.png")

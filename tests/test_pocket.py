@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minidiff import weights
 from minidiff.config import TINY_VAE
+from minidiff.errors import DataError
 from minidiff.models.vae import AutoencoderKL
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.pocket import autoencoder, judge, pretrain
@@ -23,6 +24,13 @@ POCKET = Path(__file__).parent.parent / "checkpoints" / "pocket"
 
 
 # --- losses --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("junk", [b"", b"junk", b"\x93NUMPY\x01\x00v\x00{"])
+def test_a_damaged_world_is_named(tmp_path: Path, junk: bytes) -> None:
+    (tmp_path / "world.npy").write_bytes(junk)
+    with pytest.raises(DataError, match="delete it to draw it again"):
+        load_world(tmp_path, 2)
 
 
 def test_clip_figure3() -> None:

@@ -52,11 +52,15 @@ def draw_all(pictures: list[Picture], path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name("world.part.npy")
-    pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(pictures), 128, 128, 3))
-    for i, picture in enumerate(tqdm(pictures, unit="picture", desc="drawing")):
-        pixels[i] = np.asarray(draw(picture, i))
-    pixels.flush()
-    part.replace(path)
+    about = {"descr": "|u1", "fortran_order": False, "shape": (len(pictures), 128, 128, 3)}
+    try:
+        with part.open("wb") as file:  # not mapped into memory: on a full disk that ends the process without a word
+            np.lib.format.write_array_header_1_0(file, about)
+            for i, picture in enumerate(tqdm(pictures, unit="picture", desc="drawing")):
+                file.write(np.asarray(draw(picture, i)).tobytes())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def test_judge_learns_from_few_drawings() -> None:
 def test_every_stage_runs_and_is_passed_over_when_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (pretrain, autoencoder):
         monkeypatch.setattr(module, "fused", lambda function: function)  # a compiler would take longer than the test
-    monkeypatch.setattr(pretrain, "sample_sheet", lambda home, unet: None)
+    monkeypatch.setattr(pretrain, "sample_sheet", lambda home, unet, settings: None)
     monkeypatch.setattr(autoencoder, "reconstruction_sheet", lambda vae: None)
     stages = ("world", "vae", "latents", "decoder", "clip", "unet", "assemble")
     settings = PretrainSettings(
@@ -198,6 +198,18 @@ def test_every_stage_runs_and_is_passed_over_when_finished(tmp_path: Path, monke
     assert not any(is_held_out(p) for p in load_world(tmp_path, 4).pictures)
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     assert pipe("a sks dog", num_inference_steps=1, seed=0).images[0].size == (128, 128)
+
+    further = PretrainSettings(
+        str(tmp_path / "further"),
+        ("world", "latents", "unet", "assemble"),
+        init_from=str(folder),
+        device="cpu",
+        pictures=4,
+        unet_steps=1,
+        unet_batch=2,
+    )  # the U-Net alone goes on; the other parts are those of the first checkpoint
+    text = "text_encoder/model.safetensors"
+    assert (pretrain.pretrain(further) / text).read_bytes() == (folder / text).read_bytes()
 
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("unet/model.safetensors")}
     again = pretrain.pretrain(settings)

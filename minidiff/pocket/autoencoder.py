@@ -18,7 +18,7 @@ from minidiff.images import contact_sheet, to_pil, to_tensor
 from minidiff.models.vae import AutoencoderKL, sample_posterior
 from minidiff.pocket.dataset import load_latents, load_world
 from minidiff.pocket.settings import PretrainSettings
-from minidiff.pocket.stage import begun, channels_last, chosen, fused, run
+from minidiff.pocket.stage import begun, channels_last, chosen, first_of, fused, run
 from minidiff.pocket.world import draw, held_out
 from minidiff.rng import generator, hashed_seed
 from minidiff.train.loop import Batch, Task
@@ -83,11 +83,11 @@ def reconstruction_sheet(vae: AutoencoderKL, count: int = 8) -> Image.Image:
     return contact_sheet([drawings, again], row_labels=["drawn", "reconstructed"])
 
 
-def load_vae(home: Path) -> AutoencoderKL:
-    """The autoencoder as the last stage that worked on it left it."""
+def load_vae(home: Path, settings: PretrainSettings) -> AutoencoderKL:
+    """The autoencoder as the last stage that worked on it left it; where none did, that of `init_from`."""
     vae = AutoencoderKL(POCKET_VAE)
     files = [home / "decoder" / "model.safetensors", home / "standard_vae.safetensors", home / "vae" / "model.safetensors"]
-    weights.load_into(vae, next(path for path in files if path.exists()))
+    weights.load_into(vae, first_of(files, settings, "vae"), torch.float32)
     return channels_last(vae.requires_grad_(False))
 
 
@@ -100,7 +100,7 @@ def encode_world(home: Path, settings: PretrainSettings) -> None:
     if path.exists():
         return
     world, parts, device = load_world(home, settings.pictures), [], chosen_device(settings.device)
-    vae = load_vae(home).to(device)
+    vae = load_vae(home, settings).to(device)
     for start in tqdm(range(0, settings.pictures, 16), unit="batch", desc="encoding"):
         mean, logvar = vae.encode(world.batch(list(range(start, min(start + 16, settings.pictures)))).to(device))
         parts.append((mean.cpu(), (0.5 * logvar).exp().cpu()))
@@ -130,7 +130,7 @@ def standardize(vae: AutoencoderKL, centre: Tensor, spread: Tensor) -> None:
 def train_decoder(home: Path, settings: PretrainSettings) -> None:
     """Stage 2: the encoder, and with it the latents, stay; the decoder goes on learning to read them."""
     batch, world, latents = settings.vae_batch, load_world(home, settings.pictures), load_latents(home)
-    vae = load_vae(home).to(chosen_device(settings.device))
+    vae = load_vae(home, settings).to(chosen_device(settings.device))
     read = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
     loss = fused(lambda z, x: reconstruction_loss(vae.decode(z), x))
 

@@ -40,7 +40,7 @@ from minidiff.pocket.autoencoder import encode_world, load_vae, train_decoder, t
 from minidiff.pocket.dataset import load_latents, load_world
 from minidiff.pocket.judge import judge_checkpoint
 from minidiff.pocket.settings import STAGES, PretrainSettings, Stage
-from minidiff.pocket.stage import begun, chosen, fused, run
+from minidiff.pocket.stage import begun, chosen, first_of, fused, run
 from minidiff.pocket.tokenizer import build_tokenizer
 from minidiff.pocket.towers import Towers, image_tower_config
 from minidiff.pocket.world import caption, held_out, random_caption
@@ -68,8 +68,9 @@ def pretrain(settings: PretrainSettings) -> Path:
 def train_clip(home: Path, settings: PretrainSettings) -> None:
     """Stage 3: a tokenizer for the world's words, then the two towers."""
     batch, world = 96, load_world(home, settings.pictures)
-    build_tokenizer(home / "tokenizer", sorted({caption(p) for p in world.pictures} | {"a picture of an"}))
-    tokenizer = load_tokenizer(home / "tokenizer")
+    if not settings.init_from:
+        build_tokenizer(home / "tokenizer", sorted({caption(p) for p in world.pictures} | {"a picture of an"}))
+    tokenizer = load_tokenizer(tokenizer_folder(home, settings))
     torch.manual_seed(hashed_seed(settings.seed, "clip"))
     towers = Towers(len(tokenizer))
     begun(towers.text, settings, "text_encoder")
@@ -92,10 +93,20 @@ def train_clip(home: Path, settings: PretrainSettings) -> None:
     run(task, settings, "clip", settings.clip_steps, batch, warmup=50)
 
 
-def load_towers(home: Path) -> Towers:
-    towers = Towers(len(load_tokenizer(home / "tokenizer")))
-    weights.load_into(towers, home / "clip" / "model.safetensors")
-    return towers.eval().requires_grad_(False)
+def load_towers(home: Path, settings: PretrainSettings) -> tuple[Towers, Any]:
+    """The two towers and the tokenizer as the CLIP stage left them; where it did not run, those of `init_from`."""
+    tokenizer, trained = load_tokenizer(tokenizer_folder(home, settings)), home / "clip" / "model.safetensors"
+    towers = Towers(len(tokenizer))
+    if trained.exists() or not settings.init_from:
+        weights.load_into(towers, first_of([trained], settings, "clip"))
+    else:
+        begun(towers.text, settings, "text_encoder")
+        begun(towers.image, settings, "image_encoder")
+    return towers.cpu().eval().requires_grad_(False), tokenizer
+
+
+def tokenizer_folder(home: Path, settings: PretrainSettings) -> Path:
+    return Path(settings.init_from or home) / "tokenizer"
 
 
 # --- the denoiser --------------------------------------------------------------------------------------------------------
@@ -111,7 +122,8 @@ def train_unet(home: Path, settings: PretrainSettings) -> None:
     """Stage 4: the denoiser, on the frozen text tower."""
     batch, latents, device = settings.unet_batch, load_latents(home), chosen_device(settings.device)
     pictures = load_world(home, settings.pictures).pictures
-    towers, tokenizer = load_towers(home).to(device), load_tokenizer(home / "tokenizer")
+    towers, tokenizer = load_towers(home, settings)
+    towers.to(device)
     schedule = NoiseSchedule.from_config(NoiseConfig())
     torch.manual_seed(hashed_seed(settings.seed, "unet"))
     unet = begun(UNet2DConditionModel(POCKET_UNET), settings, "unet")
@@ -136,25 +148,26 @@ def train_unet(home: Path, settings: PretrainSettings) -> None:
         batch=data,
         loss=with_text,
         export=lambda folder: weights.save(unet.state_dict(), folder / "model.safetensors"),
-        preview=lambda done: sample_sheet(home, unet),
+        preview=lambda done: sample_sheet(home, unet, settings),
         optimizer=Muon(*split(unet, ("conv_in", "conv_out", "time_emb")), lr=2e-3, adam_lr=1e-3),
         ema_decay=0.998,
     )
     run(task, settings, "unet", settings.unet_steps, batch)
 
 
-def pocket_pipeline(home: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+def pocket_pipeline(home: Path, unet: UNet2DConditionModel, settings: PretrainSettings) -> StableDiffusionPipeline:
     """All parts as they are now. The default sampler is DDIM."""
-    towers, tokenizer = load_towers(home), load_tokenizer(home / "tokenizer")
-    pipe = StableDiffusionPipeline(unet, load_vae(home), towers.text, tokenizer, NoiseConfig(), sampler="ddim")
+    towers, tokenizer = load_towers(home, settings)
+    vae = load_vae(home, settings)
+    pipe = StableDiffusionPipeline(unet, vae, towers.text, tokenizer, NoiseConfig(), sampler="ddim")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def sample_sheet(home: Path, unet: UNet2DConditionModel) -> Image.Image:
+def sample_sheet(home: Path, unet: UNet2DConditionModel, settings: PretrainSettings) -> Image.Image:
     """Sixteen held-out prompts, at guidance 5."""
     prompts = [caption(picture) for picture in held_out(16, seed=1)]
-    pipe = pocket_pipeline(home, unet).to(unet.conv_in.weight.device)
+    pipe = pocket_pipeline(home, unet, settings).to(unet.conv_in.weight.device)
     images = pipe(prompts, guidance_scale=5.0, num_inference_steps=25, seed=0).images
     rows = [images[i : i + 8] for i in (0, 8)]
     return contact_sheet(rows, tile=192)
@@ -165,11 +178,12 @@ def sample_sheet(home: Path, unet: UNet2DConditionModel) -> Image.Image:
 
 def assemble(home: Path, settings: PretrainSettings) -> None:
     """`home/pocket`: SD 1.5's layout, fp16, with CLIP's image tower beside it."""
-    unet, towers, folder = UNet2DConditionModel(POCKET_UNET), load_towers(home), home / "pocket"
-    weights.load_into(unet, home / "unet" / "model.safetensors")
-    pocket_pipeline(home, unet).save_pretrained(folder, torch.float16)
-    shutil.copytree(home / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
-    image = folder / "image_encoder"
+    unet, folder = UNet2DConditionModel(POCKET_UNET), home / "pocket"
+    weights.load_into(unet, first_of([home / "unet" / "model.safetensors"], settings, "unet"), torch.float32)
+    pipe = pocket_pipeline(home, unet, settings)
+    pipe.save_pretrained(folder, torch.float16)
+    shutil.copytree(tokenizer_folder(home, settings), folder / "tokenizer", dirs_exist_ok=True)
+    towers, image = load_towers(home, settings)[0], folder / "image_encoder"
     weights.save(
         {k: v.half() for k, v in towers.image.state_dict().items() if "position_ids" not in k},
         image / "model.safetensors",

@@ -9,6 +9,7 @@ import torch
 
 from minidiff import weights
 from minidiff.device import chosen_device
+from minidiff.errors import SettingsError
 from minidiff.pocket.settings import PretrainSettings, Stage
 from minidiff.rng import generator
 from minidiff.train.loop import Batch, Task, fit
@@ -43,6 +44,15 @@ def begun(model: Any, settings: PretrainSettings, part: str) -> Any:
     if settings.init_from:
         weights.load_into(model, weights.find_weights(Path(settings.init_from) / part), torch.float32)
     return model.to(chosen_device(settings.device))
+
+
+def first_of(files: list[Path], settings: PretrainSettings, part: str) -> Path:
+    """The first file that an earlier stage wrote, or else the one in `init_from`."""
+    if written := [path for path in files if path.exists()]:
+        return written[0]
+    if settings.init_from is None:
+        raise SettingsError(f"--stages: {files[-1]} is missing; the stage that writes it has to run first.")
+    return weights.find_weights(Path(settings.init_from) / part)
 
 
 def chosen(settings: PretrainSettings, stage: str, step: int, batch: int) -> list[int]:

@@ -6,7 +6,7 @@ L is 77 for every prompt: the start mark, at most 75 tokens, the end mark, and f
 positions, the filling too (there is no padding mask), and not the pooled vector that CLIP itself was trained on.
 
 transformers 4 keeps the tower one level down, `text_model.encoder…`; transformers 5 has `encoder…`. Files of SD 1.5 have
-the first form, and minidiff writes no other; `to_module_keys` finds whichever the installed library wants.
+the first form, and minidiff writes no other; weights.py reads both.
 
 Shapes: B prompts, L = 77 tokens, D width (768 in SD 1.5, 128 in the pocket checkpoint).
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minidiff.errors import WeightsError
 
@@ -64,7 +64,7 @@ def _check_vocabulary(folder: Path) -> None:
 def build_text_encoder(values: Mapping[str, Any], where: str) -> "CLIPTextModel":
     """The tower that `text_encoder/config.json` describes, with random weights; `where` names the file in errors.
 
-    Under `torch.device("meta")` it takes no memory and no time; `fill_text_encoder` then brings the weights.
+    Under `torch.device("meta")` it takes no memory and no time; `weights.load_into` then brings the weights.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -81,12 +81,6 @@ def build_text_encoder(values: Mapping[str, Any], where: str) -> "CLIPTextModel"
         raise WeightsError(f"{where}: not a usable configuration: {error}.") from error
 
 
-def to_module_keys(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Keys of either layout -> the keys of `module`, built by the installed transformers."""
-    nested = any(key.startswith(PREFIX) for key in module.state_dict())
-    return {key if nested else key.removeprefix(PREFIX): value for key, value in to_file_keys(state).items()}
-
-
 def to_file_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Keys of either layout -> the keys of SD 1.5's files, with `text_model.` in front.
 
@@ -94,15 +88,6 @@ def to_file_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     named = {PREFIX + key.removeprefix(PREFIX): value for key, value in state.items()}
     return {key: value for key, value in named.items() if not key.endswith("embeddings.position_ids")}
-
-
-def fill_text_encoder(encoder: "CLIPTextModel", state: Mapping[str, Tensor]) -> None:
-    """Put `state` (either layout) into `encoder` without a copy; raises RuntimeError unless every key and shape fits."""
-    encoder.load_state_dict(to_module_keys(state, encoder), strict=True, assign=True)
-    positions = torch.arange(LENGTH, device=encoder.device)[None]  # in no file: still empty after a build on "meta"
-    for module in encoder.modules():
-        if "position_ids" in dict(module.named_buffers(recurse=False)):
-            module.register_buffer("position_ids", positions, persistent=False)
 
 
 def tokenize(tokenizer: "CLIPTokenizer", prompts: list[str]) -> Tensor:

@@ -6,7 +6,7 @@
 # Three networks stand in a row, and each one is simple to describe:
 #
 # ```
-#   "a photo of an orange cat on the moon"          noise, drawn from a seed
+#   "a photo of a pink car in a meadow"             noise, drawn from a seed
 #                 |                                            |
 #          1  ENCODE: text -> numbers                          |
 #                 |     (1, 77, 128)                           v  (1, 4, 16, 16)
@@ -73,11 +73,11 @@ def show(picture, name):
 # ## The whole road, in one line
 #
 # First the picture, then the questions. The prompt is one that the model has never seen: no training picture
-# showed an orange cat on the moon. It has seen orange things, cats and the moon, and it has to put the words
+# showed a pink car in a meadow. It has seen pink things, cars and meadows, and it has to put the words
 # together.
 
 # %%
-PROMPT, SEED, STEPS, SCALE = "a photo of an orange cat on the moon", 0, 25, 5.0
+PROMPT, SEED, STEPS, SCALE = "a photo of a pink car in a meadow", 0, 25, 5.0
 
 pipe = StableDiffusionPipeline.from_pretrained(CHECKPOINT)
 pipe.set_progress_bar_config(disable=True)
@@ -111,7 +111,7 @@ assert [sum(p.numel() for p in network.parameters()) for network in big] == [123
 # mark, and then filling, until there are 77. Always 77: the network has 77 places, whatever you say.
 #
 # ```
-# "a photo of an orange cat on the moon"  ->  ids (1, 77)  ->  text encoder  ->  (1, 77, 128)
+# "a photo of a pink car in a meadow"  ->  ids (1, 77)  ->  text encoder  ->  (1, 77, 128)
 # ```
 #
 # (In SD 1.5 the last number is 768.)
@@ -142,18 +142,18 @@ text = pipe.encode_prompt([PROMPT])  # (1, 77, 128): one row of 128 numbers for 
 print(f"  ids {tuple(ids.shape)} -> text {tuple(text.shape)}")
 
 # %% [markdown]
-# **Experiment.** Change one word, *cat* to *dog*, and see which of the 77 rows change. If no place looks ahead,
+# **Experiment.** Change one word, *car* to *house*, and see which of the 77 rows change. If no place looks ahead,
 # then the rows before the word stay as they were, and every row after it can change, even the filling.
 
 # %%
-other = pipe.encode_prompt([PROMPT.replace("cat", "dog")])
+other = pipe.encode_prompt([PROMPT.replace("car", "house")])
 change = (text - other)[0].square().mean(dim=1).sqrt()  # (77,): how far each row moved
-first = int((ids != naive_ids(PROMPT.replace("cat", "dog")))[0].nonzero()[0])  # the place of the word
+first = int((ids != naive_ids(PROMPT.replace("car", "house")))[0].nonzero()[0])  # the place of the word
 
 assert change[:first].max() < 1e-4  # nothing before it: the mask works
 assert change[first:].min() > 1e-4  # everything from there on
 print(
-    f"  cat -> dog: rows 0 to {first - 1} are the same; rows {first} to 76 moved, the word's own by {change[first]:.2f}"
+    f"  car -> house: rows 0 to {first - 1} are the same; rows {first} to 76 moved, the word's own by {change[first]:.2f}"
 )
 
 SHOWN = 32  # of the 77 places; from there on it looks the same
@@ -165,7 +165,7 @@ axes.set_xticks(range(length), words, rotation=45, ha="right", rotation_mode="an
 axes.set_ylim(top=1.15 * float(change.max()))
 axes.text(length, 1.08 * float(change.max()), f"places {length} to 76 are filling", color=INK, va="center")
 axes.set_ylabel("how far the row moved")
-axes.set_title("What changes in the encoded prompt when “cat” becomes “dog”", loc="left")
+axes.set_title("What changes in the encoded prompt when “car” becomes “house”", loc="left")
 axes.margins(x=0.01)
 show(figure, "2_one_word")
 
@@ -298,7 +298,7 @@ show(
 )
 
 # %% [markdown]
-# The seed chooses *which* orange cat on the moon you get. The same seed gives the same picture: on any machine,
+# The seed chooses *which* pink car in a meadow you get. The same seed gives the same picture: on any machine,
 # alone or in a batch. The noise is the only thing about a picture that is left to chance.
 
 # %% [markdown]
@@ -337,7 +337,7 @@ print(f"  {pixels.numel():,} numbers for {latents.numel():,}: {pixels.numel() / 
 # its four channels, and decode it. What is lost is what no picture of this model can ever have.
 
 # %%
-drawn = draw(Picture("cat", "orange", "moon", "photo"), seed=3)
+drawn = draw(Picture("car", "pink", "meadow", "photo"), seed=3)
 x = to_tensor(drawn)[None]  # (1, 3, 128, 128)
 with torch.no_grad():
     mean, logvar = pipe.vae.encode(x)  # each (1, 4, 16, 16)
@@ -363,25 +363,19 @@ show(
 )
 
 # %% [markdown]
-# You can still see the cat in the channels: a latent is a small picture, not a code word. That is why a U-Net,
+# You can still see the car in the channels: a latent is a small picture, not a code word. That is why a U-Net,
 # made of convolutions, can work on it.
 #
-# **What breaks if** the latent is not divided by `scaling_factor`? Nothing crashes. The decoder sees latents of
-# the wrong spread, and contrast and colours come out wrong. It is an easy mistake to miss, because something that
-# looks like a picture does come out. The nearer the factor is to 1, the quieter the mistake; SD 1.5 has 0.18215.
+# **What breaks if** the factor is not the one that the U-Net was trained with? Nothing crashes. The decoder sees
+# latents of the wrong spread, and contrast and colours come out wrong. The pocket model's factor is 1, as its latents
+# are in standard units already; SD 1.5 has 0.18215, and to forget it there is to decode latents five times too small.
+# Here are latents half as large and twice as large as they should be.
 
 # %%
-wrong = {
-    "divided once: right": latents / factor,
-    "not divided": latents,
-    "divided twice": latents / factor**2,
-}
+wrong = {"right": latents / factor, "half as large": 0.5 * latents / factor, "twice as large": 2 * latents / factor}
 with torch.no_grad():
     tiles = [to_pil(pipe.vae.decode(z))[0] for z in wrong.values()]
-show(
-    contact_sheet([tiles], (), list(wrong), f"Dividing by the scaling factor, {factor:.3f}", tile=256),
-    "6_scaling_factor",
-)
+show(contact_sheet([tiles], (), list(wrong), "Latents in the wrong units", tile=256), "6_scaling_factor")
 
 # %% [markdown]
 # ## What to keep

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff import weights
-from minidiff.config import TINY_VAE
+from minidiff.config import TINY_VAE, NoiseConfig
+from minidiff.diffusion.schedule import NoiseSchedule
 from minidiff.errors import DataError
 from minidiff.models.vae import AutoencoderKL
 from minidiff.pipeline import StableDiffusionPipeline
@@ -99,6 +100,26 @@ def test_standardize_changes_units_and_no_pictures() -> None:
         torch.testing.assert_close(vae.decode(new_mean), picture)
 
 
+def test_unet_loss_2112_10752_eq3() -> None:
+    """The weighted mean of || ε - ε_θ(z_t, t, τ(y)) ||², by hand, with a network that answers a fixed noise."""
+    schedule = NoiseSchedule.from_config(NoiseConfig())
+    draws = torch.Generator().manual_seed(0)
+    z, noise, answer = (torch.randn(3, 4, 2, 2, generator=draws) for _ in range(3))
+    t, text, seen = torch.tensor([0, 300, 999]), torch.randn(3, 77, 8, generator=draws), []
+
+    def unet(z_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        seen.append((z_t, text))
+        return answer
+
+    loss = pretrain.unet_loss(unet, schedule, {"z": z, "noise": noise, "t": t}, text)  # type: ignore[arg-type]
+    a_bar = schedule.alphas_cumprod[t].view(3, 1, 1, 1)
+    torch.testing.assert_close(seen[0][0], a_bar.sqrt() * z + (1 - a_bar).sqrt() * noise)
+    assert seen[0][1] is text
+    snr = (a_bar / (1 - a_bar)).view(3)
+    weights_by_hand = snr.clamp(max=5.0) / snr
+    torch.testing.assert_close(loss, (weights_by_hand * (noise - answer).square().mean((1, 2, 3))).mean())
+
+
 # --- Muon ----------------------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +152,7 @@ def test_muon_2502_16982_eq4_step() -> None:
     torch.testing.assert_close(p.detach(), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_muon_adam_part_is_adam() -> None:
+def test_adam_1412_6980_algorithm1_is_the_other_part() -> None:
     a, b = (nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2))
     ours = Muon([], [a], lr=0.1, adam_lr=0.01)
     theirs = torch.optim.Adam([b], lr=0.01, betas=(0.9, 0.99))

@@ -2,9 +2,11 @@
 
 import colorsys
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from minidiff.pocket import world
 from minidiff.pocket.world import (
@@ -115,3 +117,17 @@ def test_subject(tmp_path) -> None:
     assert draw_subject("beach", 1).tobytes() != draw_subject("beach", 2).tobytes()
     world.write_subject(tmp_path, size=64)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"0{i}.png" for i in range(1, 6)]
+
+
+def test_chalk_style_in_lessons_is_what_the_code_draws(tmp_path: Path) -> None:
+    world.write_style(tmp_path)
+    committed = Path(world.__file__).parents[2] / "lessons/data/chalk"
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in committed.iterdir())
+    for path in sorted(tmp_path.glob("*.png")):
+        with Image.open(path) as drawn, Image.open(committed / path.name) as kept:
+            assert drawn.tobytes() == kept.tobytes(), path.name
+    assert (tmp_path / "metadata.jsonl").read_bytes() == (committed / "metadata.jsonl").read_bytes()
+
+
+def test_no_picture_of_the_world_is_in_chalk() -> None:
+    assert "chalk" not in world.STYLES

@@ -1,4 +1,4 @@
-"""The four ways to paint a scene and an object: photo, drawing, watercolor, pixel art.
+"""The four ways to paint a scene and an object: photo, drawing, watercolor, pixel art. And a fifth, chalk, for the lessons.
 
 Objects are painted on a canvas OVER times as large and averaged down (no ringing, unlike Lanczos: a VAE would spend its
 capacity on the halos). All that is soft - shadows, light, washes - is computed on tiny images and enlarged.
@@ -18,6 +18,10 @@ from .scenes import Scene
 
 OVER = 4
 PAPER: RGB = (253, 251, 246)
+BOARD: RGB = (40, 58, 54)
+BOARD_LOW: RGB = (34, 50, 47)
+CHALK: RGB = (244, 242, 230)
+LINE = 0.55  # how far an outline's colour lies from its fill towards ink: black lines cost the VAE 3 dB
 EDGE = 13  # cells along the watercolor's wavy border
 SOFT = 32  # side of the images on which soft things are computed
 
@@ -34,12 +38,12 @@ def photo(scene: Scene, shapes: Sequence[Shape], shadow: Shape, size: int, rng: 
 
 
 def drawing(scene: Scene, shapes: Sequence[Shape], shadow: Shape, size: int, rng: random.Random) -> Image.Image:
-    """Felt pen on paper: a pale scene, flat fills, dark outlines."""
+    """Coloured pencil on paper: a pale scene, flat fills, outlines in a darker tone of each fill."""
     pencil = bleached(scene.shadow, 0.55)
     canvas = enlarged(backdrop(scene, size, paper=0.66, line=pencil), size * OVER)
     fill(ImageDraw.Draw(canvas), shadow, size * OVER, pencil)
-    paint(canvas, shapes, line=INK, width=0.024)
-    return canvas.reduce(OVER)
+    paint(canvas, shapes, line=[mix(shape.fill, INK, LINE) for shape in shapes], width=0.024)
+    return soften(canvas.reduce(OVER), 0.5)
 
 
 def watercolor(scene: Scene, shapes: Sequence[Shape], shadow: Shape, size: int, rng: random.Random) -> Image.Image:
@@ -62,9 +66,24 @@ def pixel_art(scene: Scene, shapes: Sequence[Shape], shadow: Shape, size: int, r
     fill(pen, shadow, canvas.width, mix(scene.shadow, scene.ground[1], 0.25))
     for shape in shapes:  # only the outer contour stays visible: the fills come on top
         if not shape.detail:
-            outline(pen, shape, canvas.width, canvas.width * 2 / SOFT, INK)
+            outline(pen, shape, canvas.width, canvas.width * 2 / SOFT, mix(shape.fill, INK, LINE))
     paint(canvas, [snapped(shape) for shape in shapes])
     return enlarged(enlarged(canvas, SOFT), size)  # the middle of each block: no in-between colours
+
+
+def chalk(scene: Scene, shapes: Sequence[Shape], shadow: Shape, size: int, rng: random.Random) -> Image.Image:
+    """Coloured chalk on a school's board. No picture of the world looks so: a style to teach with a few examples."""
+    far, near = ([rubbed(shape, 0.16) for shape in part] for part in (scene.far, scene.near))
+    board = replace(scene, sky=(BOARD, BOARD), ground=(BOARD_LOW, BOARD_LOW), far=far, near=near)
+    canvas = enlarged(backdrop(board, size, line=mix(BOARD, CHALK, 0.42)), size * OVER)
+    paint(canvas, [rubbed(shape, 0.9 if shape.detail else 0.42) for shape in shapes],
+          line=[mix(shape.fill, CHALK, 0.45) for shape in shapes], width=0.03)
+    return soften(canvas.reduce(OVER), 0.6)
+
+
+def rubbed(shape: Shape, strength: float) -> Shape:
+    """The shape filled with a thin layer of chalk, through which the board shows."""
+    return replace(shape, fill=mix(BOARD, shape.fill, strength))
 
 
 def snapped(shape: Shape) -> Shape:
@@ -196,5 +215,5 @@ def enlarged_grid(values: list[list[float]], size: tuple[int, int]) -> np.ndarra
 
 
 PAINTERS: dict[str, Callable[[Scene, Sequence[Shape], Shape, int, random.Random], Image.Image]] = {
-    "photo": photo, "drawing": drawing, "watercolor": watercolor, "pixel art": pixel_art,
+    "photo": photo, "drawing": drawing, "watercolor": watercolor, "pixel art": pixel_art, "chalk": chalk,
 }

@@ -3,7 +3,7 @@
 A `Picture` says WHAT is drawn, a seed says HOW (place, size, mirror image, details). One combination of object, colour,
 scene and style in ten is held out: no training picture shows it, so a model that draws it has put words together.
 
-    python -m minidiff.pocket.world --subject lessons/data/dog     # the five pictures of the dog for the lessons
+    python -m minidiff.pocket.world --subject lessons/data/dog --style lessons/data/chalk     # what the lessons teach it
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,10 +144,36 @@ def write_subject(folder: str | Path, size: int = 512) -> None:
         draw_subject(scene, seed, size).save(folder / f"{seed:02d}.png", optimize=True)
 
 
+def write_style(folder: str | Path, size: int = 256) -> None:
+    """Twelve pictures in chalk and their captions, "an ohwx of a red dog on the beach", in metadata.jsonl."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed, (thing, colour, scene, pose) in enumerate(CHALK_DRAWINGS, start=1):
+        image = compose(coloured(thing, colour), scene, "chalk", pose, random.Random(seed), size)
+        image.save(folder / f"{seed:02d}.png", optimize=True)
+        text = phrase(thing, colour, scene, "an ohwx of ", pose)
+        rows.append(json.dumps({"file_name": f"{seed:02d}.png", "text": text}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(rows))
+
+
+CHALK_DRAWINGS = (
+    ("dog", "red", "beach", "jumping"), ("cat", "white", "room", "standing"), ("robot", "yellow", "city", "standing"),
+    ("snail", "blue", "meadow", "small"), ("car", "green", "desert", "standing"), ("flower", "pink", "moon", "leaning"),
+    ("boat", "orange", "beach", "standing"), ("house", "brown", "snow", "standing"), ("bird", "cyan", "night", "standing"),
+    ("mushroom", "purple", "meadow", "standing"), ("teapot", "red", "room", "standing"), ("rocket", "blue", "night", "leaning"),
+)  # fmt: skip
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the dog of the lessons.")
-    parser.add_argument("--subject", type=Path, required=True, help="folder for the five pictures")
-    write_subject(parser.parse_args().subject)
+    parser = argparse.ArgumentParser(description="Draw what the lessons teach: a subject and a style.")
+    parser.add_argument("--subject", type=Path, help="folder for five pictures of a dog that the world does not have")
+    parser.add_argument("--style", type=Path, help="folder for twelve pictures in chalk, with captions")
+    given = parser.parse_args()
+    if given.subject:
+        write_subject(given.subject)
+    if given.style:
+        write_style(given.style)
 
 
 if __name__ == "__main__":

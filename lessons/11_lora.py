@@ -43,11 +43,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minidiff import StableDiffusionPipeline, UNet2DConditionModel
-from minidiff.adapters import lora
-from minidiff.adapters.lora import LoRALinear
+from minidiff.adapters.inject import DEFAULT_TARGETS, eject, inject, lora_layers, merge, trainable, unmerge
+from minidiff.adapters.lora import LoRALinear, LoRAWeights
 from minidiff.config import SD15_UNET, TINY_UNET
+from minidiff.files.lora import FILE_NAME
 from minidiff.images import HAIRLINE, INK, PAPER, contact_sheet, load_image
-from minidiff.lora_files import FILE_NAME
 from minidiff.rng import generator, normal
 from minidiff.train import recipes
 from minidiff.train.loop import fit
@@ -122,7 +122,7 @@ x = normal((5, IN), 0, "x")  # five inputs
 A, B = normal((RANK, IN), 0, "A") / IN**0.5, normal((OUT, RANK), 0, "B") / RANK**0.5
 
 layer = LoRALinear(nn.Linear(IN, OUT, bias=False))
-layer.add("default", A, B, ALPHA / RANK)
+layer.add("default", LoRAWeights(A, B, ALPHA / RANK))
 
 torch.testing.assert_close(layer(x), naive_lora(x, layer.base.weight, A, B, ALPHA))
 print("One layer")
@@ -158,7 +158,7 @@ def fresh_layer(start, seed=0):
     if start == "both zero":
         A = torch.zeros_like(A)
     layer = LoRALinear(base)
-    layer.add("default", A, B, 1.0)
+    layer.add("default", LoRAWeights(A, B, 1.0))
     return layer
 
 
@@ -218,13 +218,13 @@ DRAW = {"num_inference_steps": 25, "guidance_scale": 5.0}
 CAT = "a photo of an orange cat on the moon"
 
 base = pipe(CAT, seed=0, **DRAW).images[0]
-layers = lora.inject(pipe.unet, rank=8)  # A random, B zero
+layers = inject(pipe.unet, rank=8)  # A random, B zero
 fresh = pipe(CAT, seed=0, **DRAW).images[0]
 assert fresh.tobytes() == base.tobytes()  # not nearly the base: the base, to the last bit
 for name, layer in layers.items():
     nn.init.kaiming_uniform_(layer.lora_B["default"].data, a=5**0.5, generator=generator(0, "B", name))
 broken = pipe(CAT, seed=0, **DRAW).images[0]
-lora.eject(pipe.unet)
+eject(pipe.unet)
 
 labels = ["the base model", "A random, B zero", "both random"]
 show(
@@ -255,9 +255,9 @@ print("\nSD 1.5:  rank   layers   parameters of the adapter   share of the U-Net
 counts = {}
 for rank in (1, 4, 8, 16):
     by_formula = naive_count(sd15, rank)
-    layers = lora.inject(sd15, rank)
-    counts[rank] = sum(p.numel() for p in lora.trainable(sd15).values())
-    lora.eject(sd15)
+    layers = inject(sd15, rank)
+    counts[rank] = sum(p.numel() for p in trainable(sd15).values())
+    eject(sd15)
     assert counts[rank] == by_formula
     print(f"         {rank:4} {len(layers):8} {counts[rank]:27,} {counts[rank] / 859_520_964:20.4%}")
 
@@ -365,14 +365,14 @@ show(contact_sheet([row], (), labels, PROMPTS[0], tile=256), "6_strength")
 # base, needs no special code, and gives the same answers.
 
 # %%
-name, layer = next(iter(lora.lora_layers(pipe.unet).items()))
+name, layer = next(iter(lora_layers(pipe.unet).items()))
 W, A, B = layer.base.weight.detach().clone(), layer.lora_A["dog"].detach(), layer.lora_B["dog"].detach()
 with torch.no_grad():
     detour = pipe.unet(latent, 500, text)
-    lora.merge(pipe.unet)
+    merge(pipe.unet)
     merged = pipe.unet(latent, 500, text)
     torch.testing.assert_close(layer.base.weight.detach(), W + settings.lora_alpha / settings.rank * B @ A)  # by hand
-    lora.unmerge(pipe.unet)
+    unmerge(pipe.unet)
 
 torch.testing.assert_close(merged, detour, atol=1e-4, rtol=1e-4)
 assert torch.equal(layer.base.weight, W)  # unmerged: the old weights, to the last bit
@@ -389,7 +389,7 @@ print(f"  the U-Net with detours and with merged weights: the same to {(merged -
 # acts. An ordinary weight matrix uses all of its directions. A product B A can use r.
 
 # %%
-spectra = [torch.linalg.svdvals(layer.delta()) for layer in lora.lora_layers(pipe.unet).values()]
+spectra = [torch.linalg.svdvals(layer.delta()) for layer in lora_layers(pipe.unet).values()]
 for values in spectra:
     assert (values > 2e-6 * values[0]).sum() == settings.rank  # eight, and then nothing but rounding
 
@@ -433,10 +433,10 @@ lost = Path(workplace.name) / "without_alpha.safetensors"
 save_file(load_file(adapter), lost)  # the same tensors, to the bit; the note is gone
 
 right = layer.delta()
-lora.eject(pipe.unet)
+eject(pipe.unet)
 print("\nAlpha is lost")
 print(" ", str(pipe.load_lora_weights(lost)).replace(workplace.name, "…"))
-wrong = lora.lora_layers(pipe.unet)[name].delta()
+wrong = lora_layers(pipe.unet)[name].delta()
 torch.testing.assert_close(wrong, right * settings.rank / settings.lora_alpha)  # half of it
 half = pipe(PROMPTS[0], seed=0, **DRAW).images[0]
 
@@ -482,15 +482,15 @@ workplace.cleanup()
 def check_1(lora_count):
     cross = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
     for rank, targets in (
-        (2, lora.DEFAULT_TARGETS),
+        (2, DEFAULT_TARGETS),
         (4, ("to_q",)),
         (4, ("attn2.to_k", "attn2.to_v")),
         (1, ("ff.net.2",)),
     ):
         model = UNet2DConditionModel(TINY_UNET)
         mine = lora_count(model, rank, targets)
-        lora.inject(model, rank, targets=targets)
-        theirs = sum(p.numel() for p in lora.trainable(model).values())
+        inject(model, rank, targets=targets)
+        theirs = sum(p.numel() for p in trainable(model).values())
         assert mine == theirs, (
             f"rank {rank}, {' '.join(targets)}: {mine} is not it. A is (r, in), B is (out, r); add them up."
         )

@@ -111,3 +111,45 @@ class Judge:
 
     def check(self) -> None:
         need(1 <= self.count <= 512, f"count is {self.count}", "1 … 512: there are no more held-out prompts")
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """Look over a folder of training pictures: list everything that is wrong with it, before training starts."""
+
+    folder: Positional[str]
+    """The folder, as for --instance_data_dir or --train_data_dir."""
+    instance_prompt: str | None = None
+    """The prompt of all pictures; without it each needs a caption."""
+    caption_column: str | None = None
+    """Column of the metadata that holds the captions."""
+    resolution: int = 512
+    """Side in pixels at which the pictures will be trained; the pocket checkpoint's is 128."""
+    aspect_ratio_buckets: bool = False
+    """As in training: pictures keep their shape."""
+    masked_loss: bool = False
+    """As in training: look at the masks, too."""
+    trigger: str | None = None
+    """A word that every caption should hold, such as sks."""
+    tokenizer: str | None = None
+    """Folder of a tokenizer; then captions that are too long for CLIP are found."""
+
+    def check(self) -> None:
+        need(self.resolution >= 8, f"resolution is {self.resolution}", "at least 8")
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Climb the whole ladder: train a subject by every method, and measure what each costs and does."""
+
+    pretrained_model_name_or_path: str = "checkpoints/pocket"
+    """The base model; its folder needs an image_encoder to look at the pictures with."""
+    instance_data_dir: str = "lessons/data/dog"
+    """Folder of the subject's pictures."""
+    output_dir: str = "outputs/ladder"
+    """A folder for each rung, ladder.md and ladder.png."""
+    rungs: tuple[str, ...] = ()
+    """Which rungs; default: all."""
+
+    def check(self) -> None:
+        need(bool(self.output_dir.strip()), "output_dir is empty", "a folder")

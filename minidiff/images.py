@@ -12,6 +12,7 @@ import struct
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -259,36 +260,44 @@ def _scale(image: Image.Image, tile: int) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
-def loss_curve(metrics: Path | str | Iterable[Mapping[str, float]], path: Path | str) -> None:
-    """Draw `metrics` into a PNG: a metrics.jsonl, or records with `step`, `loss` and perhaps `lr`.
+def loss_curve(metrics: Path | str | Iterable[Mapping[str, float | None]], path: Path | str) -> None:
+    """Draw `metrics` into a PNG: a metrics.jsonl, or records with `step`, and perhaps `loss`, `lr`, `moved`, validation losses.
 
-    Pale: each step. Dark: the mean over a few hundredths of the run on either side. Below: the learning rate.
+    Pale: each step. Dark: the mean over a few hundredths of the run on either side. Dotted: what validation measured, which
+    says more. Below: how far the weights have moved, and the learning rate.
     """
     from matplotlib.figure import Figure  # heavy, and nothing else here wants it
 
     records = _read_metrics(Path(metrics)) if isinstance(metrics, (str, Path)) else list(metrics)
-    by_step = {int(record["step"]): record for record in records}  # a resumed run repeats steps: the last one counts
+    by_step = {int(record["step"] or 0): record for record in records}  # a resumed run repeats steps: the last one counts
     if not by_step:
         raise DataError(f"{metrics}: no steps in it yet, so there is no curve to draw.")
     steps = sorted(by_step)
-    losses = np.array([by_step[step]["loss"] for step in steps], dtype=np.float64)
+    columns = {name: _column(by_step, name) for name in sorted({name for record in records for name in record})}
+    losses = columns.get("loss", np.full(len(steps), math.nan))
     smooth = smoothed(losses, sigma=max(1.0, len(steps) / 60))
-    figure = Figure(figsize=(8, 5), dpi=150, facecolor=PAPER, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    measured = [name for name in columns if name not in KNOWN_COLUMNS]
+    below = [name for name in ("moved", "lr") if name in columns]
+    figure = Figure(figsize=(8, 4 + 0.75 * len(below)), dpi=150, facecolor=PAPER, layout="constrained")
+    panels = figure.subplots(1 + len(below), 1, sharex=True, height_ratios=(4, *[1] * len(below)), squeeze=False)[:, 0]
     dots = "." if len(steps) < 30 else ""
-    upper.plot(steps, losses, color="#8fb0d6", linewidth=0.8, alpha=0.7, marker=dots, label="each step")
-    upper.plot(steps, smooth, color="#1d4f8f", linewidth=2, label="smoothed")
-    lower.plot(steps, [by_step[s].get("lr", math.nan) for s in steps], color="#b3541e", linewidth=1.5, marker=dots)
-    known = losses[np.isfinite(losses)]
-    if known.size and known.max() > 0:
-        upper.set_ylim(0, 1.05 * max(np.percentile(known, 99.5), np.nanmax(smooth)))  # a lone spike runs off the top
-    upper.legend(frameon=False, loc="upper right")
-    upper.set_ylabel("loss")
-    lower.set_ylabel("learning rate")
-    lower.set_xlabel("step")
-    lower.set_ylim(bottom=0)
-    lower.ticklabel_format(axis="y", scilimits=(-2, 3))
-    for axes in (upper, lower):
+    panels[0].plot(steps, losses, color="#8fb0d6", linewidth=0.8, alpha=0.7, marker=dots, label="each step")
+    panels[0].plot(steps, smooth, color="#1d4f8f", linewidth=2, label="smoothed")
+    for name, colour in zip(measured, VALIDATION_COLOURS * len(measured)):
+        _plot(panels[0], steps, columns[name], colour, label=name.replace("_", " "))
+    for name, axes in zip(below, panels[1:]):
+        _plot(axes, steps, columns[name], "#b3541e" if name == "lr" else "#4d7a3a", marker=dots if name == "lr" else ".")
+        axes.set_ylabel({"lr": "learning rate", "moved": "moved"}[name])
+        axes.set_ylim(bottom=0)
+        axes.ticklabel_format(axis="y", scilimits=(-2, 3))
+    tops = [np.nanmax(c) for c in (smooth, *(columns[name] for name in measured)) if np.isfinite(c).any()]
+    tops += [np.percentile(losses[np.isfinite(losses)], 99.5)] if np.isfinite(losses).any() else []
+    if tops and max(tops) > 0:
+        panels[0].set_ylim(0, 1.05 * max(tops))  # a lone spike runs off the top
+    panels[0].legend(frameon=False, loc="upper right")
+    panels[0].set_ylabel("loss")
+    panels[-1].set_xlabel("step")
+    for axes in panels:
         axes.set_facecolor(PAPER)
         axes.margins(x=0.01)
         axes.grid(axis="y", color=HAIRLINE, linewidth=0.8)
@@ -296,6 +305,21 @@ def loss_curve(metrics: Path | str | Iterable[Mapping[str, float]], path: Path |
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.2)
     save_png(Image.open(buffer).convert("RGB"), path)
+
+
+KNOWN_COLUMNS = {"step", "loss", "lr", "grad_norm", "seconds", "moved"}  # of metrics.jsonl; all others are validation losses
+VALIDATION_COLOURS = ["#7a2e6b", "#c78a1c", "#2e7d75", "#a33b3b", "#5a5a9c"]
+
+
+def _column(by_step: Mapping[int, Mapping[str, float | None]], name: str) -> np.ndarray:
+    """One value for each step; NaN where it was not measured or is not a number."""
+    return np.array([by_step[step].get(name) for step in sorted(by_step)], dtype=np.float64)
+
+
+def _plot(axes: Any, steps: list[int], values: np.ndarray, colour: str, label: str | None = None, marker: str = ".") -> None:
+    """A line through what is known, across the steps at which nothing was measured."""
+    known = np.isfinite(values)
+    axes.plot(np.array(steps)[known], values[known], color=colour, linewidth=1.5, marker=marker, label=label)
 
 
 def smoothed(values: np.ndarray, sigma: float) -> np.ndarray:
@@ -308,7 +332,7 @@ def smoothed(values: np.ndarray, sigma: float) -> np.ndarray:
     return np.divide(total, weight, out=np.full(len(values), math.nan), where=weight > 0)
 
 
-def _read_metrics(path: Path) -> list[dict[str, float]]:
+def _read_metrics(path: Path) -> list[dict[str, float | None]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -317,9 +341,7 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            records.append({key: float(record[key]) for key in ("step", "loss", "lr") if key in record or key != "lr"})
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"{path}, line {number}: not a record with step and loss ({error}). Remove the line."
-            ) from error
+            records.append({"step": float(record["step"]), **{k: v if v is None else float(v) for k, v in record.items()}})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{path}, line {number}: not a record of a step ({error}). Remove the line.") from error
     return records

@@ -155,11 +155,19 @@ DIALECTS = {  # LoRA key styles, told apart by any key
     "peft": r"base_model\.model\.",
     "kohya": r"lora_(unet|te\d?|prior)_",
     "cloneofsimo": r"(unet|text_encoder):\d+:",
-    "diffusers attention-processor (2023)": r".*\.processor\..*_lora\.",
+    "diffusers attention-processor (2023)": r".*(\.processor\.|\.self_attn\.).*_lora\.",
     "diffusers down/up": r".*\.lora(_linear_layer)?\.(down|up)\.",
     "diffusers": r"(unet|text_encoder\w*|transformer)\..*\.lora_[AB]\.",
 }
-KINDS = {"LoKr": "lokr_", "LoHa": "hada_", "OFT": "oft_", "IA3": "ia3_", "DoRA": "(dora_scale|lora_magnitude_vector)"}
+KINDS = {  # LoRA's relatives, told by any key; the first that fits
+    "LoKr": "lokr_",
+    "LoHa": "hada_",
+    "OFT": "b?oft_",
+    "IA3": "(ia3_|on_input$)",
+    "GLoRA": r"[ab][12]\.weight$",
+    "full difference": r"(diff(_b)?|[wb]_norm)$",
+    "DoRA": "(dora_scale|lora_magnitude_vector)",
+}
 
 
 def describe(tensors: Mapping[str, HasShape]) -> str:

@@ -6,22 +6,23 @@
     B pictures   D text width   H W picture height and width   h w = H/8, W/8 latent height and width
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from minidiff import lora_files, weights
-from minidiff.adapters import lora
+from minidiff import weights
+from minidiff.adapters import inject, textual_inversion
+from minidiff.call import as_list, check_call, check_latents, noise_source
 from minidiff.config import SD15_UNET, SD15_VAE, NoiseConfig, UNetConfig, VAEConfig
 from minidiff.diffusion.guidance import guided
 from minidiff.diffusion.samplers import Step, sampler_named
 from minidiff.diffusion.schedule import NoiseSchedule
 from minidiff.errors import SettingsError, WeightsError
+from minidiff.files import embeddings, lora
 from minidiff.images import to_pil
 from minidiff.layout import (
     MODEL_INDEX,
@@ -38,7 +39,6 @@ from minidiff.layout import (
 from minidiff.models.text import build_text_encoder, encode_prompt, load_tokenizer, to_file_keys
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.models.vae import AutoencoderKL
-from minidiff.rng import normal
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -132,10 +132,12 @@ class StableDiffusionPipeline:
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the folder that `from_pretrained` reads, and diffusers too; weights as they are, or cast to `dtype`.
 
-        Raises AdapterError while a LoRA is attached: take it out, or `fuse_lora` and eject, first.
+        Raises AdapterError while a LoRA or a new word is attached: take it out, or `fuse_lora` and eject, first.
         """
         home = Path(folder)
-        lora.check_plain(self.unet)
+        inject.check_plain(self.unet)
+        inject.check_plain(self.text_encoder)
+        textual_inversion.check_plain(self.text_encoder)
         class_name = next(name for name, sampler in SAMPLER_OF.items() if sampler == self.sampler)
         text_config = dict(sorted({**self.text_encoder.config.to_diff_dict(), "architectures": ["CLIPTextModel"]}.items()))
         for part, model, config in (
@@ -215,7 +217,7 @@ class StableDiffusionPipeline:
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> (B, 77, D) in the U-Net's dtype; each distinct one is encoded once."""
         distinct = list(dict.fromkeys(prompts))
-        rows = encode_prompt(self.tokenizer, self.text_encoder, distinct)
+        rows = encode_prompt(self.tokenizer, self.text_encoder, distinct, self.placeholders)
         return rows[[distinct.index(p) for p in prompts]].to(self.unet.conv_in.weight.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -248,85 +250,53 @@ class StableDiffusionPipeline:
 
     # --- LoRA ----------------------------------------------------------------------------------------------------------
 
+    @property
+    def adapted(self) -> nn.ModuleDict:
+        """The networks that adapters go into, as one."""
+        return nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
+
     def load_lora_weights(
-        self, path: str | Path, adapter_name: str = "default", weight_name: str | None = None
-    ) -> lora_files.LoadedLoRA:
-        """Attach the adapter of a file or folder, and switch it on; what came of it, as one line, if printed."""
-        return lora_files.load_lora(self.unet, path, adapter_name, weight_name)
+        self, path: str | Path, adapter_name: str = "default", weight_name: str | None = None, alpha: float | None = None
+    ) -> lora.LoRAFile:
+        """Attach the adapter of a file or folder, and switch it on alone; what came of it, as one line, if printed.
+
+        `alpha` is for files that do not say it.
+        """
+        return lora.load_lora(dict(self.adapted.items()), path, adapter_name, weight_name, alpha)
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Sequence[float] | None = None) -> None:
         """Switch on these adapters, each at its weight (1 if none are given), and every other one off."""
-        lora.set_adapters(self.unet, as_list(adapter_names), adapter_weights)
+        inject.set_adapters(self.adapted, as_list(adapter_names), adapter_weights)
 
     def fuse_lora(self) -> None:
         """Fold the adapters into the weights: the same pictures, a little faster."""
-        lora.merge(self.unet)
+        inject.merge(self.adapted)
 
     def unfuse_lora(self) -> None:
         """Undo `fuse_lora`, to the bit."""
-        lora.unmerge(self.unet)
+        inject.unmerge(self.adapted)
 
     def unload_lora_weights(self) -> None:
         """Take every adapter out; the base model is what it was, to the bit."""
-        lora.eject(self.unet)
+        inject.eject(self.adapted)
+
+    # --- textual inversion -------------------------------------------------------------------------------------------
+
+    @property
+    def placeholders(self) -> dict[str, list[int]]:
+        """The new words that prompts may use, and the ids of their vectors."""
+        return textual_inversion.placeholders(self.text_encoder)
+
+    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> embeddings.Embedding:
+        """Learn the word of a file or folder, or call it `token`; what came of it, as one line, if printed."""
+        return embeddings.load_embedding(self.tokenizer, self.text_encoder, path, token)
+
+    def unload_textual_inversion(self) -> None:
+        """Forget every new word; the text encoder is what it was, to the bit."""
+        textual_inversion.eject(self.text_encoder)
 
 
-# --- what a call needs ---------------------------------------------------------------------------------------------------
-
-
-def noise_source(
-    shape: tuple[int, ...], seed: int | Sequence[int] | None, generator: torch.Generator | None
-) -> tuple[Callable[[], Tensor], Callable[[int], Tensor]]:
-    """Two functions: the noise to start from, and the noise of step i. From seeds both are fp32 on the CPU, for any device.
-
-    A generator is asked only when its noise is wanted, in diffusers' order: first the latents, unless they are given, then
-    step by step.
-    """
-    if generator is not None:
-
-        def next_noise() -> Tensor:
-            return torch.randn(shape, generator=generator, device=generator.device)
-
-        return next_noise, lambda i: next_noise()
-    seeds = check_seeds(int(torch.randint(2**31, ())) if seed is None else seed, shape[0])
-
-    def draw(*where: int | str) -> Tensor:
-        return torch.stack([normal(shape[1:], s, *where) for s in seeds])
-
-    return lambda: draw("latents"), lambda i: draw("step", i)
-
-
-def check_seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    """One seed for each picture. Plain ints: numpy's look different to the hash, and would draw other pictures."""
-    try:
-        seeds = [index(s) for s in seed] if isinstance(seed, Iterable) else [index(seed) + i for i in range(count)]
-    except TypeError:
-        raise SettingsError(f"seed is {seed!r}; it must be a whole number, or one for each picture.") from None
-    if len(seeds) != count:
-        raise SettingsError(f"{len(seeds)} seeds were given for {count} pictures; give one number, or one for each.")
-    return seeds
-
-
-def check_call(prompts: list[str], negatives: list[str], output_type: str, per_prompt: int) -> None:
-    if per_prompt < 1:
-        raise SettingsError(f"num_images_per_prompt is {per_prompt}; it must be at least 1.")
-    if not prompts or not all(isinstance(p, str) for p in prompts + negatives):
-        raise SettingsError("prompt and negative_prompt must be a text, or a list of texts.")
-    if len(prompts) != len(negatives):
-        raise SettingsError(f"{len(negatives)} negative prompts for {len(prompts)} pictures; give one, or one for each prompt.")
-    if output_type not in ("pil", "pt", "latent"):
-        raise SettingsError(f'output_type "{output_type}" is unknown; it is pil, pt or latent.')
-
-
-def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tuple(latents.shape) != shape:
-        raise SettingsError(f"latents have the shape {tuple(latents.shape)}; for this call it must be {shape}.")
-    return latents.float()
-
-
-def as_list(value: str | Sequence[str]) -> list[str]:
-    """A text as a list of one; what is no list either is left for the checks to refuse, in a list as well."""
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+# --- what the parts need -----------------------------------------------------------------------------------------------
 
 
 def check_parts_fit(pipe: StableDiffusionPipeline) -> None:

@@ -6,7 +6,7 @@ A safetensors file is 8 bytes (n, little-endian), n bytes of JSON (for each tens
     file = read_header("unet/diffusion_pytorch_model.safetensors")      # names, shapes, dtypes
     load_into(unet, file, torch_dtype=torch.float32)                    # checks, then reads
 
-`keymaps.py` knows the names that other programs use; `lora_files.py` reads and writes adapters.
+`keymaps.py` knows the names that other programs use; `files/` reads and writes adapters.
 """
 
 import json

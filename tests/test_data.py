@@ -1,7 +1,6 @@
-"""Folders of pictures: what is read, and what is said when it cannot be."""
+"""Pictures and captions -> batches: what is drawn, from what, and that nothing else decides it."""
 
-import json
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from torch import Tensor
 from minidiff.config import TINY_VAE
 from minidiff.errors import DataError
 from minidiff.models.vae import AutoencoderKL
-from minidiff.train.data import LatentData, check_pictures, order, square
+from minidiff.train.buckets import bucket_sizes
+from minidiff.train.data import LatentData, check_pictures, crop, order
 from minidiff.train.folders import Example, read_folder
 from minidiff.train.settings import FineTuneSettings
 
@@ -31,139 +31,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def captions(examples: list[Example]) -> dict[str, str]:
-    return {e.path.name: e.caption for e in examples}
-
-
-def test_one_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in (".DS_Store", "Thumbs.db", "notes.md"):
-        (folder / name).write_text("x")
-    picture(folder / ".thumbs" / "a.png"), picture(folder / ".hidden.png")
-    assert captions(read_folder(folder, "a sks dog")) == {"a.jpg": "a sks dog", "b.PNG": "a sks dog"}
-    notice = capsys.readouterr().err
-    assert notice.count("\n") == 1 and "Thumbs.db" in notice and ".hidden.png" in notice
-
-
-def test_sidecars(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "a.txt").write_text("\ufeffa red\nsquare\n", "utf-8")
-    (folder / "b.caption").write_text("another")
-    assert captions(read_folder(folder, None)) == {"a.jpg": "a red square", "b.PNG": "another"}
-    assert capsys.readouterr().err == ""
-
-
-def jsonl(folder: Path, *rows: object) -> None:
-    (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-
-def test_metadata_jsonl(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture(folder / "sub" / "c.png")
-    jsonl(folder, {"file_name": "sub/c.png", "prompt": "c", "width": 3}, {"file_name": "./a.jpg", "prompt": " a "})
-    assert captions(read_folder(folder, None)) == {"c.png": "c", "a.jpg": "a"}
-    assert "b.PNG" in capsys.readouterr().err
-    jsonl(folder, {"file_name": "a.jpg", "text": "by text", "caption": "by caption"})
-    assert captions(read_folder(folder, None)) == {"a.jpg": "by text"}
-    assert captions(read_folder(folder, None, "caption")) == {"a.jpg": "by caption"}
-    jsonl(folder, {"file_name": "a.jpg", "words": "the only strings", "n": 1})
-    assert captions(read_folder(folder, None)) == {"a.jpg": "the only strings"}
-
-
-def test_metadata_csv(folder: Path) -> None:
-    (folder / "metadata.csv").write_text('file_name,text\na.jpg,"red, square"\nb.PNG,"two\nlines"\n')
-    assert captions(read_folder(folder, None)) == {"a.jpg": "red, square", "b.PNG": "two\nlines"}
-    (folder / "metadata.csv").write_text("file_name,text\nb.PNG,x\na.jpg,red, square\n")
-    with pytest.raises(DataError, match="line 3: more fields"):
-        read_folder(folder, None)
-
-
-A, B = {"file_name": "a.jpg", "text": "x"}, {"file_name": "b.PNG", "text": "y"}
-BAD_METADATA: dict[str, tuple[list[str], str]] = {
-    "not JSON": ([json.dumps(A), "{'file_name': 'b.PNG'}"], r"metadata.jsonl, line 2: not JSON.*one object per line"),
-    "pretty": (json.dumps(A, indent=1).splitlines(), "line 1: an object spread over.*one object per line"),
-    "a list": ([json.dumps([A, B])], "line 1: not an object"),
-    "empty": (["", ""], "is empty"),
-    "no file_name": ([json.dumps(A), '{"file": "b.PNG", "text": "y"}'], 'line 2: no "file_name"; .*file, text'),
-    "absent": ([json.dumps(A), '{"file_name": "b.png", "text": "y"}'], 'line 2: there is no file.* mean "b.PNG"'),
-    "outside": ([json.dumps(A), '{"file_name": "x/../../b.PNG", "text": "y"}'], "line 2: .*leads out of the folder"),
-    "absolute": (['{"file_name": "/etc/passwd", "text": "y"}'], "line 1: .*leads out of the folder"),
-    "twice": ([json.dumps(A), json.dumps(B), '{"file_name": "./a.jpg", "text": "z"}'], "line 3: .*already on line 1"),
-    "no caption": ([json.dumps(A), '{"file_name": "b.PNG"}'], 'line 2: no "text"; .*file_name'),
-    "empty caption": ([json.dumps(A), '{"file_name": "b.PNG", "text": " "}'], 'line 2: "text" is empty'),
-    "deep": (["[" * 100_000], "line 1: not JSON"),
-    "long name": ([json.dumps({"file_name": "a" * 5000, "text": "y"})], "line 1: there is no file"),
-    "half a letter": (['{"file_name": "a.jpg", "text": "\\ud800"}'], "half of a UTF-16 pair"),
-    "number": (['{"file_name": "a.jpg", "text": 3}'], 'line 1: "text" is 3, not a text'),
-    "which": (['{"file_name": "a.jpg", "fr": "un", "en": "a"}'], "--caption_column; it has file_name, fr, en"),
-    "none": (['{"file_name": "a.jpg"}'], "--caption_column; it has file_name"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_METADATA)
-def test_bad_metadata(folder: Path, case: str) -> None:
-    lines, message = BAD_METADATA[case]
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(DataError, match=message):
-        read_folder(folder, None)
-
-
-def test_a_caption_may_hold_any_line_separator_but_the_newline(folder: Path) -> None:
-    row = json.dumps({"file_name": "a.jpg", "text": "a\u2028b"}, ensure_ascii=False)
-    (folder / "metadata.jsonl").write_text(row + "\r\n", "utf-8")
-    assert [e.caption for e in read_folder(folder, None)] == ["a\u2028b"]
-
-
-def test_a_column_that_is_not_there(folder: Path) -> None:
-    jsonl(folder, {"file_name": "a.jpg", "prompt": "a"})
-    with pytest.raises(DataError, match='no column "promt".*it has file_name, prompt.*Did you mean "prompt"'):
-        read_folder(folder, None, "promt")
-
-
-def remove_pictures(folder: Path) -> None:
-    (folder / "a.jpg").unlink(), (folder / "b.PNG").unlink()
-
-
-def write(name: str, data: bytes) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes(data)
-
-
-def both_tables(folder: Path) -> None:
-    write("metadata.csv", b"")(folder), write("metadata.jsonl", b"")(folder)
-
-
-def both_captions(folder: Path) -> None:
-    write("a.txt", b"x")(folder), write("a.caption", b"x")(folder)
-
-
-BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no captions": (lambda folder: None, r"2 of 2 pictures have no caption \(a.jpg, b.PNG\).*--instance_prompt"),
-    "one without": (write("a.txt", b"x"), r"1 of 2 pictures have no caption \(b.PNG\)"),
-    "misnamed table": (write("metadata.json1", b""), 'Is metadata.json1 meant to be "metadata.jsonl"'),
-    "empty sidecar": (write("a.txt", b" \n"), "a.txt is empty"),
-    "two sidecars": (both_captions, "a.jpg has two captions, a.txt and a.caption"),
-    "two tables": (both_tables, "both metadata.csv and metadata.jsonl"),
-    "not UTF-8": (write("a.txt", b"\xff\xfe\x00x"), "a.txt is not UTF-8"),
-    "table is a folder": (lambda folder: (folder / "metadata.jsonl").mkdir(), "cannot be read"),
-    "table is a dead link": (lambda folder: (folder / "metadata.jsonl").symlink_to("nowhere"), "cannot be read"),
-    "open quote": (write("metadata.csv", b'file_name,text\na.jpg,"dog\n'), "not CSV"),
-    "no pictures": (lambda folder: [remove_pictures(folder), write("a.heic", b"")(folder)], "no pictures.*holds .heic"),
-    "nested": (lambda folder: [remove_pictures(folder), picture(folder / "train" / "a.png")], "train has; point there"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FOLDERS)
-def test_bad_folder(folder: Path, case: str) -> None:
-    spoil, message = BAD_FOLDERS[case]
-    spoil(folder)
-    with pytest.raises(DataError, match=message):
-        read_folder(folder, None)
-
-
-def test_no_folder(folder: Path) -> None:
-    with pytest.raises(DataError, match="no folder that exists"):
-        read_folder(folder / "x", "p")
-    with pytest.raises(DataError, match="a file, not a folder"):
-        read_folder(folder / "a.jpg", "p")
-
-
 def test_all_bad_pictures_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "c.png").write_bytes((folder / "b.PNG").read_bytes()[:60])
     picture(folder / "d.png", (20, 90))
@@ -179,17 +46,17 @@ def test_all_bad_pictures_are_listed(folder: Path, capsys: pytest.CaptureFixture
         check_pictures(examples, 64, skip_bad=True)
 
 
-def test_square() -> None:
+def test_crop() -> None:
     wide = Image.new("RGB", (80, 40), (255, 0, 0))
     wide.paste((0, 0, 255), (40, 0, 80, 40))  # left half red, right half blue
     red, blue = torch.tensor([1.0, -1, -1]), torch.tensor([-1.0, -1, 1])
-    x = square(wide, 20)  # 40 x 20, its middle: half and half
+    x = crop(wide, (20, 20))  # 40 x 20, its middle: half and half
     assert x.shape == (3, 20, 20) and torch.equal(x[:, 5, 2], red) and torch.equal(x[:, 5, 17], blue)
-    assert torch.equal(square(wide, 20, flip=True), x.flip(-1))
+    assert torch.equal(crop(wide, (20, 20), flip=True), x.flip(-1))
     for place, colour in ((0.0, red), (1.0, blue)):
-        assert torch.equal(square(wide, 20, (place, 0.3))[:, :, 3:17], colour[:, None, None].expand(3, 20, 14))
+        assert torch.equal(crop(wide, (20, 20), (place, 0.3))[:, :, 3:17], colour[:, None, None].expand(3, 20, 14))
     for size in ((33, 77), (77, 33), (32, 32), (3, 200)):  # no rounding leaves it a pixel short
-        assert square(Image.new("RGB", size), 32).shape == (3, 32, 32)
+        assert crop(Image.new("RGB", size), (32, 32)).shape == (3, 32, 32)
 
 
 def test_exif_rotation(tmp_path: Path) -> None:
@@ -198,10 +65,10 @@ def test_exif_rotation(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # turned by 180 degrees
     image.rotate(180).save(tmp_path / "a.png", exif=exif)
-    x = latents([Example(tmp_path / "a.png", "p")]).moments
+    x = latents([Example(tmp_path / "a.png", "p")]).cache
     picture_upright = tmp_path / "b.png"
     image.save(picture_upright)
-    y = latents([Example(picture_upright, "p")]).moments
+    y = latents([Example(picture_upright, "p")]).cache
     assert torch.equal(x[0, False][0], y[0, False][0])
 
 
@@ -250,7 +117,7 @@ def test_latents_are_drawn_from_the_posterior(examples: list[Example]) -> None:
     """z = mean + sigma eps, times the scaling factor; eps differs from sample to sample."""
     data = latents(examples[:1])
     z = torch.stack([data.sample(n)["latents"] for n in range(200)]) / TINY_VAE.scaling_factor
-    mean, logvar = data.moments[0, False]
+    mean, logvar = data.cache[0, False][:2]
     noise = (z - mean) / (0.5 * logvar).exp()
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     t = torch.stack([data.sample(n)["t"] for n in range(2000)])
@@ -261,8 +128,8 @@ def test_caption_dropout_and_flips(examples: list[Example]) -> None:
     data = latents(examples, proportion_empty_prompts=0.25, random_flip=True)
     empty = [float(data.sample(n)["text"][0, 0]) == 0 for n in range(400)]
     assert 0.18 < sum(empty) / 400 < 0.32
-    assert set(data.moments) == {(i, flip) for i in range(3) for flip in (False, True)}
-    assert set(latents(examples).moments) == {(i, False) for i in range(3)}
+    assert set(data.cache) == {(i, flip) for i in range(3) for flip in (False, True)}
+    assert set(latents(examples).cache) == {(i, False) for i in range(3)}
 
 
 def test_cached_or_not(examples: list[Example]) -> None:
@@ -278,3 +145,121 @@ def test_facts_follow_content_not_place(examples: list[Example], tmp_path: Path)
     moved = [Example(e.path.rename(tmp_path / f"moved{i}.png"), e.caption) for i, e in enumerate(examples)]
     assert latents(moved).facts == facts
     assert latents([*moved[:2], replace(moved[2], caption="other")]).facts != facts
+
+
+def noisy(path: Path, size: tuple[int, int]) -> Path:
+    """A picture in which every place differs."""
+    pixels = torch.randint(256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(sum(size)), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(path)
+    return path
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("crops", [{}, {"center_crop": False, "random_flip": True}])
+def test_threads_change_no_number(tmp_path: Path, crops: dict[str, bool]) -> None:
+    examples = [Example(noisy(tmp_path / f"{i}.png", (40 + i, 33)), f"{i}") for i in range(3)]
+    data = latents(examples, cache_latents=False, **crops)
+    steps = (0, 1, 2, 7, 3, 3, 0, 1)
+    alone = [data.batch(step, 0) for step in steps]
+    with ThreadPoolExecutor(2) as pool:  # as the loop does with --dataloader_num_workers 2
+        helped = pool.map(lambda step: data.batch(step, 0), steps)
+    assert all(map(same, alone, helped))
+
+
+def test_a_picture_that_breaks_meanwhile_is_named(tmp_path: Path) -> None:
+    data = latents([Example(picture(tmp_path / "a.png"), "p")], cache_latents=False)
+    assert data.describe(0, 0) == "a.png, a.png"
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(DataError, match="a.png: the file is empty"):
+        data.batch(0, 0)
+
+
+def test_repeats(examples: list[Example]) -> None:
+    data = latents([replace(examples[0], repeats=3), *examples[1:]])
+    assert data.samples_per_epoch == 5 and len(data.cache) == 3
+    for epoch in range(2):
+        assert sorted(data.draw(5 * epoch + turn).picture for turn in range(5)) == [0, 0, 0, 1, 2]
+
+
+def test_buckets_make_batches_of_one_shape(tmp_path: Path) -> None:
+    sides = [(64, 40), (70, 40), (40, 64), (40, 40), (41, 40)]
+    examples = [Example(noisy(tmp_path / f"{i}.png", size), f"{i}") for i, size in enumerate(sides)]
+    checked = check_pictures(examples, 32, False, bucket_sizes(32, 4))
+    assert [e.size for e in checked] == [(40, 24), (40, 24), (24, 40), (32, 32), (32, 32)]
+    data = latents(checked, aspect_ratio_buckets=True)
+    assert data.samples_per_epoch == 6
+    shapes = [tuple(data.batch(step, 0)["latents"].shape) for step in range(3)]
+    assert sorted(shapes) == [(2, 4, 12, 20), (2, 4, 16, 16), (2, 4, 20, 12)]
+    assert {data.draw(number).picture for number in range(6)} == {0, 1, 2, 3, 4}
+    with pytest.raises(DataError, match="4.png: 41 x 40 pixels fill no bucket of --resolution 64"):
+        check_pictures(examples[4:], 64, False, bucket_sizes(64, 4))
+
+
+def masked(folder: Path, mask: Image.Image) -> Example:
+    noisy(folder / "a.png", (40, 32))
+    mask.save(folder / "a.mask.png")
+    return read_folder(folder, "p", masks=True)[0]
+
+
+def test_masks_are_averaged_over_each_cell(tmp_path: Path) -> None:
+    left = Image.new("L", (40, 32))
+    left.paste(255, (0, 0, 19, 32))  # the crop begins at 4: 15 columns are white, 7 and a half cells
+    example = masked(tmp_path, left)
+    assert check_pictures([example], 32, False) == [example]
+    batch = latents([example], masked_loss=True).batch(0, 0)
+    assert batch["mask"].shape == (2, 1, 16, 16)
+    row = torch.tensor([1.0] * 7 + [0.5] + [0.0] * 8)
+    assert torch.equal(batch["mask"], row.expand(2, 1, 16, 16))
+    flipped = latents([example], masked_loss=True, random_flip=True)
+    assert torch.equal(flipped.cache[0, True].mask, row.flip(0).expand(1, 16, 16))  # type: ignore[arg-type]
+    assert "mask" not in latents([example]).batch(0, 0)
+    assert latents([replace(example, mask=None)], masked_loss=True).batch(0, 0)["mask"].min() == 1
+
+
+def test_bad_masks(tmp_path: Path) -> None:
+    black = masked(tmp_path, Image.new("L", (40, 32)))
+    with pytest.raises(DataError, match="a.mask.png is black all over: there is nothing to learn"):
+        check_pictures([black], 32, False)
+    small = masked(tmp_path, Image.new("L", (20, 16), 255))
+    with pytest.raises(DataError, match=r"a.mask.png has another size than a.png: \(20, 16\), not \(40, 32\)"):
+        check_pictures([small], 32, False)
+
+
+def test_noise_offset_guttenberg_2023(examples: list[Example]) -> None:
+    """noise + offset * randn for each sample's channels: the shift is the same all over a channel."""
+    plain, shifted = (latents(examples, noise_offset=offset).batch(0, 0)["noise"] for offset in (0.0, 0.1))
+    shift = shifted - plain
+    torch.testing.assert_close(shift, shift[..., :1, :1].expand_as(shift))
+    many = latents(examples, noise_offset=0.5, train_batch_size=100)
+    means = many.batch(0, 0)["noise"].mean((2, 3))  # variance 1/256 of the noise itself, and that of the offset
+    assert means.var().sqrt().item() == pytest.approx((1 / 256 + 0.25) ** 0.5, rel=0.1)
+
+
+def test_ids_for_a_text_encoder_that_is_trained(examples: list[Example]) -> None:
+    def ids(prompts: list[str]) -> Tensor:
+        return torch.tensor([[len(p)] * 77 for p in prompts])
+
+    settings = FineTuneSettings(train_batch_size=3, seed=3)
+    batch = LatentData(examples, settings, 32, AutoencoderKL(TINY_VAE), ids, 1000).batch(0, 0)
+    assert "text" not in batch and batch["ids"].shape == (3, 77) and batch["ids"].dtype == torch.int64
+    assert sorted(batch["ids"][:, 0].tolist()) == [1, 2, 3]
+
+
+def test_templates(examples: list[Example]) -> None:
+    settings = FineTuneSettings(train_batch_size=2, seed=3)
+    example = replace(examples[0], caption="<toy>")
+    templates = [f"a {'very ' * k}good photo of {{}}" for k in range(20)]
+    data = LatentData([example], settings, 32, AutoencoderKL(TINY_VAE), encode, 1000, templates)
+    prompts = [data.draw(number).prompt for number in range(400)]
+    assert set(prompts) == {template.replace("{}", "<toy>") for template in templates}
+    assert prompts[:50] == [data.draw(number).prompt for number in range(50)]
+    assert data.still(0)["text"][0, 0] == len("a good photo of <toy>")
+
+
+def test_facts_follow_masks_and_repeats(examples: list[Example]) -> None:
+    facts = latents(examples).facts
+    assert latents([replace(examples[0], repeats=2), *examples[1:]]).facts != facts
+    assert latents([replace(examples[0], mask=examples[1].path), *examples[1:]]).facts != facts

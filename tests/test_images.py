@@ -319,7 +319,7 @@ def test_loss_curve_of_a_resumed_run_keeps_the_last_of_each_step(tmp_path: Path)
     [
         ("", "no steps"),
         ('{"step": 1, "loss": 2}\n{"step": 2, "lo', "line 2"),
-        ('{"step": 1}\n', "line 1"),
+        ('{"loss": 1}\n', "line 1"),
         (None, "cannot be"),
     ],
 )

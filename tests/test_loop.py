@@ -18,7 +18,8 @@ from minidiff import weights
 from minidiff.errors import MinidiffError, SettingsError
 from minidiff.rng import normal
 from minidiff.train import checkpoint
-from minidiff.train.loop import Task, fit, read_metrics
+from minidiff.train.loop import Task, fit
+from minidiff.train.run import read_metrics
 from minidiff.train.settings import TrainSettings
 
 
@@ -26,7 +27,7 @@ from minidiff.train.settings import TrainSettings
 def no_curve(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """matplotlib takes longer than all the rest here: one test draws."""
     if "curve" not in request.node.name:
-        monkeypatch.setattr("minidiff.train.loop.loss_curve", lambda metrics, path: None)
+        monkeypatch.setattr("minidiff.train.run.loss_curve", lambda metrics, path: None)
 
 
 TRUTH = torch.tensor([[1.0, -2.0, 3.0]])

@@ -1,278 +1,220 @@
-"""LoRA: W x + (alpha / r) B A x, in and out of a model."""
-
-import hashlib
+"""LoRA on one layer: y = W x + scale · B A x, for linear layers and convolutions."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_adapters import random
 from torch import Tensor, nn
 
-from minidiff.adapters.lora import (
-    LoRALinear,
-    adapter_names,
-    eject,
-    inject,
-    lora_layers,
-    lora_state_dict,
-    merge,
-    print_trainable_parameters,
-    set_adapters,
-    trainable,
-    unmerge,
-)
-from minidiff.config import SD15_UNET, TINY_UNET
-from minidiff.errors import AdapterError
-from minidiff.models.unet import UNet2DConditionModel
+from minidiff.adapters.lora import LoRAConv2d, LoRALayer, LoRALinear, LoRAWeights
+
+KINDS = {
+    "linear": lambda: nn.Linear(6, 5),
+    "linear without bias": lambda: nn.Linear(6, 5, bias=False),
+    "3 x 3": lambda: nn.Conv2d(6, 5, 3, padding=1),
+    "3 x 3 with stride 2": lambda: nn.Conv2d(6, 5, 3, stride=2, padding=1),  # a downsampler of the U-Net
+    "1 x 1": lambda: nn.Conv2d(6, 5, 1),  # proj_in of SD 1.5
+    "1 x 1 without bias": lambda: nn.Conv2d(6, 5, 1, bias=False),
+}
+HALVES = [torch.float16, torch.bfloat16]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 
 
-def tiny_unet() -> UNet2DConditionModel:
+def layer_and_x(kind: str, dtype: torch.dtype = torch.float32) -> tuple[LoRALayer, Tensor]:
+    """A layer of 6 inputs and 5 outputs with no adapter yet, and something to put in."""
     torch.manual_seed(0)
-    return UNet2DConditionModel(TINY_UNET)
+    base = KINDS[kind]().to(dtype)
+    if isinstance(base, nn.Linear):
+        return LoRALinear(base), random(3, 6).to(dtype)
+    return LoRAConv2d(base), random(2, 6, 5, 4).to(dtype)
 
 
-def run(unet: nn.Module) -> Tensor:
-    g = torch.Generator().manual_seed(1)
-    latents, text = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 7, 24, generator=g)
-    with torch.no_grad():
-        return unet(latents, torch.tensor([3, 900]), text)
+def weights_for(layer: LoRALayer, rank: int = 2, scale: float = 1.5, seed: int = 1) -> LoRAWeights:
+    W = layer.base.weight
+    return LoRAWeights(random(rank, *W.shape[1:], seed=seed), random(len(W), rank, seed=seed + 100), scale)
 
 
-def train_a_bit(unet: nn.Module, adapter_name: str = "default", size: float = 0.1) -> None:
-    """Give every B numbers, as training would."""
-    for i, layer in enumerate(lora_layers(unet).values()):
-        B = layer.lora_B[adapter_name]
-        B.data = size * torch.randn(B.shape, generator=torch.Generator().manual_seed(i))
+def plain(layer: LoRALayer, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer's function with another W."""
+    if isinstance(layer, LoRALinear):
+        return F.linear(x, W, bias)
+    return F.conv2d(x, W, bias, layer.base.stride, layer.base.padding)
 
 
-def digest(unet: nn.Module) -> str:
-    total = hashlib.sha256()
-    for name, tensor in unet.state_dict().items():
-        total.update(name.encode() + tensor.numpy().tobytes())
-    return total.hexdigest()
-
-
-# --- the layer -------------------------------------------------------------------------------------------------------
+# --- the equations ---------------------------------------------------------------------------------------------------
 
 
 def test_lora_eq3() -> None:
-    """y = W x + (alpha / r) B A x, arXiv 2106.09685."""
-    g = torch.Generator().manual_seed(0)
-    base = nn.Linear(6, 5)
-    A, B, x = torch.randn(2, 6, generator=g), torch.randn(5, 2, generator=g), torch.randn(3, 6, generator=g)
-    layer = LoRALinear(base)
-    layer.add("default", A, B, scale=8 / 2)
-    expected = torch.stack([base.weight @ row + base.bias + 8 / 2 * B @ A @ row for row in x])
+    """y = W x + (alpha / r) B A x, arXiv 2106.09685, one row after the other."""
+    layer, x = layer_and_x("linear")
+    A, B, alpha, r = random(2, 6, seed=1), random(5, 2, seed=2), 8, 2
+    layer.add("default", LoRAWeights(A, B, alpha / r))
+    expected = torch.stack([layer.base.weight @ row + layer.base.bias + alpha / r * B @ (A @ row) for row in x])
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=0)
 
 
-def test_merging_w_plus_ba() -> None:
+@every_kind
+def test_forward_is_delta(kind: str) -> None:
+    """The detour gives what the changed W would give, in every stride and with every padding."""
+    layer, x = layer_and_x(kind)
+    layer.add("default", weights_for(layer))
+    W = layer.base.weight + layer.delta()
+    torch.testing.assert_close(layer(x), plain(layer, x, W, layer.base.bias), atol=1e-5, rtol=1e-5)
+
+
+def test_delta_of_a_convolution() -> None:
+    """B mixes A's r kernels: ΔW[o] = scale · Σ over k of B[o, k] A[k]."""
+    layer, _ = layer_and_x("3 x 3")
+    change = weights_for(layer)
+    expected = torch.stack([1.5 * sum(change.B[o, k] * change.A[k] for k in range(2)) for o in range(5)])
+    torch.testing.assert_close(change.delta(layer.base.weight), expected)
+
+
+@every_dtype
+@every_kind
+def test_b_zero_is_the_identity(kind: str, dtype: torch.dtype) -> None:
+    layer, x = layer_and_x(kind, dtype)
+    change = weights_for(layer)
+    layer.add("default", LoRAWeights(change.A, torch.zeros_like(change.B), change.scale))
+    assert torch.equal(layer(x), layer.base(x))
+    assert not layer.delta().any()
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_merging_w_plus_ba(kind: str) -> None:
     """W' = W + (alpha / r) B A, section 4.1 of the paper."""
-    layer = LoRALinear(nn.Linear(6, 5))
-    W, A, B = layer.base.weight.clone(), torch.randn(2, 6), torch.randn(5, 2)
-    layer.add("default", A, B, scale=3.0)
+    layer, _ = layer_and_x(kind)
+    W, change = layer.base.weight.clone(), weights_for(layer)
+    layer.add("default", change)
     layer.merge()
-    torch.testing.assert_close(layer.base.weight, W + 3.0 * B @ A)
+    expected = W + 1.5 * (change.B @ change.A.flatten(1)).view(W.shape)
+    torch.testing.assert_close(layer.base.weight, expected)
+    torch.testing.assert_close(layer.delta(), expected - W)  # still that of the unmerged W
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_parameters_are_fp32_and_output_has_the_dtype_of_the_base(dtype: torch.dtype) -> None:
-    unet = tiny_unet().to(dtype)
-    inject(unet, rank=2)
-    assert {p.dtype for p in trainable(unet).values()} == {torch.float32}
-    layer = next(iter(lora_layers(unet).values()))
-    y = layer(torch.randn(3, layer.base.in_features, dtype=dtype))
-    assert y.dtype == dtype
-    y.float().sum().backward()
-    assert layer.lora_B["default"].grad.abs().sum() > 0 and layer.base.weight.grad is None
+@every_dtype
+@every_kind
+def test_merged_is_unmerged_within_the_stated_bound(kind: str, dtype: torch.dtype) -> None:
+    """The docstring of `merge`: (n + r + 4) · eps · (|W| |x| + strength · scale · |B| |A| |x| + |bias|)."""
+    layer, x = layer_and_x(kind, dtype)
+    layer.add("default", change := weights_for(layer))
+    layer.strength["default"] = 0.7
+    W, bias = layer.base.weight.detach().double(), layer.base.bias
+    sizes = W.abs() + 0.7 * LoRAWeights(change.A.abs(), change.B.abs(), change.scale).product()
+    magnitude = plain(layer, x.double().abs(), sizes, None if bias is None else bias.double().abs())
+    before = layer(x)
+    layer.merge()
+    after = layer(x)
+    bound = (W[0].numel() + change.rank + 4) * torch.finfo(dtype).eps * magnitude
+    assert after.dtype == before.dtype == dtype
+    assert ((after.double() - before.double()).abs() <= bound).all()
 
 
-# --- inject and eject ------------------------------------------------------------------------------------------------
+@every_dtype
+@every_kind
+def test_unmerge_is_exact(kind: str, dtype: torch.dtype) -> None:
+    layer, x = layer_and_x(kind, dtype)
+    layer.add("default", weights_for(layer))
+    W, y = layer.base.weight.clone(), layer(x)
+    layer.merge()
+    assert not torch.equal(layer.base.weight, W)
+    layer.unmerge()
+    assert torch.equal(layer.base.weight, W) and torch.equal(layer(x), y)
 
 
-@pytest.mark.parametrize(("rank", "count"), [(1, 199_296), (4, 797_184), (8, 1_594_368), (16, 3_188_736)])
-def test_parameter_count_on_sd15(rank: int, count: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(SD15_UNET)
-    assert len(inject(unet, rank)) == 128
-    assert sum(p.numel() for p in trainable(unet).values()) == count
-    if rank == 4:
-        print_trainable_parameters(unet)
-        line = "trainable params: 797,184 || all params: 860,318,148 || trainable%: 0.0927\n"
-        assert capsys.readouterr().out == line
-
-
-@pytest.mark.parametrize(
-    ("targets", "modules", "count"),
-    [
-        (["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"], 64, 397_824),
-        (["attn2.to_k", "attn2.to_v"], 32, 198_144),
-        (["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"], 160, 1_496_064),
-    ],
-)
-def test_targets_match_whole_words_at_the_end(targets: list[str], modules: int, count: int) -> None:
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(SD15_UNET)
-    assert len(inject(unet, 4, targets=targets)) == modules
-    assert sum(p.numel() for p in trainable(unet).values()) == count
-
-
-def test_b_zero_is_the_identity() -> None:
-    unet = tiny_unet()
-    before = run(unet)
-    layers = inject(unet, rank=2)
-    assert torch.equal(run(unet), before)
-    train_a_bit(unet)
-    assert not torch.allclose(run(unet), before, atol=1e-3)
-    assert all(layer.lora_A["default"].abs().max() <= layer.base.in_features**-0.5 for layer in layers.values())
-
-
-def test_only_the_adapter_is_trainable() -> None:
-    unet = tiny_unet()
-    inject(unet, rank=2)
-    assert all(".lora_A." in name or ".lora_B." in name for name in trainable(unet))
-    assert len(trainable(unet)) == 2 * len(lora_layers(unet))
-
-
-def test_a_is_a_function_of_seed_and_name() -> None:
-    a, b, c = tiny_unet(), tiny_unet(), tiny_unet()
-    inject(a, 2, seed=5)
-    torch.randn(100)
-    inject(b, 2, seed=5, targets=["to_out.0", "to_v", "to_k", "to_q"])
-    inject(c, 2, seed=6)
-    a_state, b_state, c_state = (lora_state_dict(unet) for unet in (a, b, c))
-    assert all(torch.equal(a_state[key], b_state[key]) for key in a_state)
-    As = [value for key, value in a_state.items() if "lora_A" in key]
-    assert all(not torch.equal(x, y) for x, y in zip(As, As[1:], strict=False) if x.shape == y.shape)
-    assert any(not torch.equal(a_state[key], c_state[key]) for key in a_state)
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_eject_is_bit_identical(merged: bool) -> None:
-    unet = tiny_unet()
-    modules, before = dict(unet.named_modules()), digest(unet)
-    inject(unet, rank=2)
-    train_a_bit(unet)
-    if merged:
-        merge(unet)
-    eject(unet)
-    after = dict(unet.named_modules())
-    assert modules.keys() == after.keys() and all(modules[name] is after[name] for name in modules)
-    assert digest(unet) == before
-
-
-# --- merge -----------------------------------------------------------------------------------------------------------
-
-
-def test_merged_is_unmerged() -> None:
-    unet = tiny_unet()
-    inject(unet, rank=2, alpha=6)
-    train_a_bit(unet)
-    before, bits = run(unet), digest(unet)
-    merge(unet)
-    torch.testing.assert_close(run(unet), before, atol=1e-6, rtol=1e-6)
-    assert digest(unet) != bits
-    unmerge(unet)
-    assert digest(unet) == bits and torch.equal(run(unet), before)
-
-
-def test_unmerge_is_exact_in_half_precision() -> None:
-    unet = tiny_unet().to(torch.float16)
-    inject(unet, rank=2)
-    train_a_bit(unet)
-    bits = digest(unet)
-    merge(unet)
-    unmerge(unet)
-    assert digest(unet) == bits
-
-
-def test_merging_twice_and_unmerging_nothing_are_errors() -> None:
-    unet = tiny_unet()
-    with pytest.raises(AdapterError, match="has no adapter"):
-        merge(unet)
-    inject(unet, 2)
-    with pytest.raises(AdapterError, match="nothing is merged"):
-        unmerge(unet)
-    merge(unet)
-    with pytest.raises(AdapterError, match="merged already"):
-        merge(unet)
-    with pytest.raises(AdapterError, match="unmerge"):
-        inject(unet, 2, adapter_name="second")
+def test_the_kept_weight_is_in_no_file_and_follows_the_model() -> None:
+    layer, _ = layer_and_x("linear")
+    layer.add("default", weights_for(layer))
+    layer.merge()
+    assert "unmerged_weight" not in layer.state_dict()
+    assert layer.to(torch.float64).unmerged_weight.dtype == torch.float64
 
 
 # --- several adapters ------------------------------------------------------------------------------------------------
 
 
-def two_adapters() -> UNet2DConditionModel:
-    unet = tiny_unet()
-    inject(unet, 2, adapter_name="dog", seed=1)
-    inject(unet, 3, alpha=6, targets=["attn2.to_k", "attn2.to_v"], adapter_name="style", seed=2)
-    train_a_bit(unet, "dog")
-    for layer in lora_layers(unet).values():
-        if "style" in layer.lora_B:
-            layer.lora_B["style"].data += 0.1
-    return unet
-
-
-def test_deltas_add_up_each_with_its_strength() -> None:
-    unet = two_adapters()
-    assert adapter_names(unet) == ["dog", "style"]
-    set_adapters(unet, ["dog", "style"], [0.8, 0.5])
-    layer = next(layer for name, layer in lora_layers(unet).items() if name.endswith("attn2.to_k"))
-    dog = layer.lora_B["dog"] @ layer.lora_A["dog"]
-    style = 2 * layer.lora_B["style"] @ layer.lora_A["style"]  # alpha / r = 6 / 3
-    torch.testing.assert_close(layer.delta(), 0.8 * dog + 0.5 * style)
-    x = torch.randn(3, layer.base.in_features)
-    torch.testing.assert_close(layer(x), F.linear(x, layer.base.weight + layer.delta()))
+@every_kind
+def test_deltas_add_up_each_with_its_strength(kind: str) -> None:
+    """W' = W + Σ strength · ΔW; other ranks and scales do not matter."""
+    layer, x = layer_and_x(kind)
+    dog, style = weights_for(layer), weights_for(layer, rank=4, scale=0.25, seed=7)
+    layer.add("dog", dog)
+    layer.add("style", style)
+    layer.strength.update(dog=0.8, style=-0.5)
+    W = layer.base.weight
+    delta = 0.8 * dog.delta(W) - 0.5 * style.delta(W)
+    torch.testing.assert_close(layer.delta(), delta)
+    torch.testing.assert_close(layer(x), plain(layer, x, W + delta, layer.base.bias), atol=1e-5, rtol=1e-5)
 
 
 def test_an_adapter_that_is_off_leaves_no_trace() -> None:
-    unet, base = two_adapters(), run(tiny_unet())
-    set_adapters(unet, [])
-    assert torch.equal(run(unet), base)
-    set_adapters(unet, ["style"])
-    assert not torch.allclose(run(unet), base, atol=1e-4)
+    """Not even 0 · NaN."""
+    layer, x = layer_and_x("linear")
+    layer.add("broken", LoRAWeights(torch.full((2, 6), torch.nan), torch.ones(5, 2), 1.0))
+    layer.strength["broken"] = 0.0
+    assert torch.equal(layer(x), layer.base(x))
 
 
-def test_a_new_adapter_is_the_only_one_that_trains() -> None:
-    assert all(name.endswith(".style") for name in trainable(two_adapters()))
+# --- parameters ------------------------------------------------------------------------------------------------------
 
 
-def test_set_adapters_refuses_unknown_names_and_wrong_counts() -> None:
-    unet = two_adapters()
-    with pytest.raises(AdapterError, match='Did you mean "style"'):
-        set_adapters(unet, ["styel"])
-    with pytest.raises(AdapterError, match="2 adapters .* 1 weights"):
-        set_adapters(unet, ["dog", "style"], [1.0])
+@pytest.mark.parametrize("dtype", HALVES)
+@every_kind
+def test_adapters_are_fp32_on_a_half_precision_base(kind: str, dtype: torch.dtype) -> None:
+    layer, x = layer_and_x(kind, dtype)
+    change = weights_for(layer)
+    layer.add("default", LoRAWeights(change.A.to(dtype), change.B.to(dtype), change.scale))
+    y = layer(x)
+    y.float().sum().backward()
+    A, B = layer.lora_A["default"], layer.lora_B["default"]
+    assert A.dtype == B.dtype == layer.delta().dtype == torch.float32 and y.dtype == dtype
+    assert A.grad.abs().sum() > 0 and B.grad.abs().sum() > 0 and layer.base.weight.grad is None
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+def test_weights_go_in_and_out() -> None:
+    layer, _ = layer_and_x("3 x 3")
+    change = weights_for(layer)
+    layer.add("default", change)
+    back = layer.weights("default")
+    assert torch.equal(back.A, change.A) and torch.equal(back.B, change.B)
+    assert (back.scale, back.rank, back.magnitude) == (change.scale, 2, None) and not back.A.requires_grad
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"rank": 0}, "rank is 0"),
-        ({"rank": 17}, "rank 17 is more than .* has: its weight is"),
-        ({"rank": 2, "alpha": 0}, "alpha is 0"),
-        ({"rank": 2, "alpha": float("nan")}, "alpha is nan"),
-        ({"rank": 2, "targets": ["to_q", "to_out"]}, 'Did you mean "to_out.0"'),
-        ({"rank": 2, "targets": "toq"}, 'matches nothing in UNet2DConditionModel. Did you mean "to_q"'),
-        ({"rank": 2, "targets": ["conv1"]}, "names a Conv2d .* linear layers only"),
-        ({"rank": 2, "targets": ["o_q"]}, "matches nothing"),
-        ({"rank": 2, "targets": []}, "no targets"),
-        ({"rank": 2, "adapter_name": "my.dog"}, "cannot name an adapter"),
-        ({"rank": 2, "adapter_name": "keys"}, "cannot name an adapter"),
-    ],
-)
-def test_bad_settings_change_nothing(settings: dict, message: str) -> None:
-    unet = tiny_unet()
-    with pytest.raises(AdapterError, match=message):
-        inject(unet, **settings)
-    assert not lora_layers(unet) and all(p.requires_grad for p in unet.parameters())
+def test_two_layers_do_not_share_an_adapter() -> None:
+    """A layer takes a copy: training one must not move the other, nor what was read from a file."""
+    layer, _ = layer_and_x("linear")
+    change = weights_for(layer)
+    before = change.A.clone()
+    layer.add("default", change)
+    layer.lora_A["default"].data.add_(1.0)
+    assert torch.equal(change.A, before)
 
 
-def test_the_same_name_twice_is_an_error() -> None:
-    unet = tiny_unet()
-    inject(unet, 2)
-    with pytest.raises(AdapterError, match="is there already"):
-        inject(unet, 2)
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_is_on_the_detour_alone_and_in_training_alone() -> None:
+    layer, x = layer_and_x("linear")
+    change = weights_for(layer)
+    layer.add("default", change, dropout=0.5)
+    torch.manual_seed(3)
+    y = layer.train()(x)
+    torch.manual_seed(3)
+    dropped = F.dropout(x, 0.5)  # what is kept counts double
+    torch.testing.assert_close(y, layer.base(x) + 1.5 * dropped @ change.A.T @ change.B.T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.eval()(x), layer.base(x) + 1.5 * x @ change.A.T @ change.B.T, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_is_seeded_by_torch() -> None:
+    layer, x = layer_and_x("3 x 3")
+    layer.add("default", weights_for(layer), dropout=0.5)
+
+    def y(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return layer(x)
+
+    assert torch.equal(y(0), y(0)) and not torch.equal(y(0), y(1))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minidiff.config import NoiseConfig
-from minidiff.diffusion.losses import min_snr_weights, mse
+from minidiff.diffusion.losses import min_snr_weights, mse, prior_preservation, squared_error
 from minidiff.diffusion.schedule import NoiseSchedule, add_noise, training_target, x0_and_eps
 from minidiff.errors import SettingsError
 
@@ -31,12 +31,60 @@ def test_weights_are_per_sample():
     assert torch.equal(mse(output, target, torch.ones(4)), mse(output, target))
 
 
-def test_weights_carry_prior_preservation():
-    """instance + lambda * class is one weighted mean over a batch that holds both halves."""
+def test_prior_preservation_eq2():
+    """DreamBooth, 2208.12242, eq. 2: the instance's mean plus lambda times the class's mean."""
     output, target = pair()
-    weights = 2 * torch.tensor([1.0, 1.0, 0.3, 0.3])
     expected = mse(output[:2], target[:2]) + 0.3 * mse(output[2:], target[2:])
-    torch.testing.assert_close(mse(output, target, weights), expected)
+    assert torch.equal(prior_preservation(output, target, 0.3), expected)
+    weights, mask = torch.tensor([0.5, 2.0, 1.0, 3.0]), torch.rand(4, 1, 3, 3)
+    halves = [mse(output[h], target[h], weights[h], mask[h]) for h in (slice(2), slice(2, 4))]
+    torch.testing.assert_close(prior_preservation(output, target, 0.3, weights, mask), halves[0] + 0.3 * halves[1])
+
+
+def test_prior_weight_0_is_the_plain_loss():
+    output, target = pair()
+    assert torch.equal(prior_preservation(output, target, 0.0), mse(output[:2], target[:2]))
+    output[3] = float("nan")
+    assert torch.equal(prior_preservation(output, target, 0.0), mse(output[:2], target[:2]))
+
+
+def test_halves_never_mix():
+    """The gradient of each row is that of its own half alone; at weight 0 the class half has none."""
+    output, target = pair()
+    alone = [half.clone().requires_grad_() for half in output.chunk(2)]
+    (mse(alone[0], target[:2]) + 0.7 * mse(alone[1], target[2:])).backward()
+    both = output.clone().requires_grad_()
+    prior_preservation(both, target, 0.7).backward()
+    torch.testing.assert_close(both.grad, torch.cat([half.grad for half in alone]))
+    other = target.clone()
+    other[2:] += 5  # what the class should be is nothing to the instance
+    again = output.clone().requires_grad_()
+    prior_preservation(again, other, 0.7).backward()
+    assert torch.equal(both.grad[:2], again.grad[:2]) and not torch.equal(both.grad[2:], again.grad[2:])
+    unweighted = output.clone().requires_grad_()
+    prior_preservation(unweighted, target, 0.0).backward()
+    assert torch.equal(unweighted.grad[:2], both.grad[:2]) and unweighted.grad[2:].abs().max() == 0
+
+
+def test_no_two_halves():
+    with pytest.raises(ValueError, match="no two halves"):
+        prior_preservation(*(x[:3] for x in pair()), 1.0)
+
+
+def test_masked_squared_error():
+    """sum of m e^2 over sum of m, over the channels too."""
+    output, target = pair(2)
+    mask = torch.rand(2, 1, 3, 3)
+    error = (output - target).square()
+    expected = [sum(mask[b, 0, i, j] * error[b, c, i, j] for c in range(4) for i in range(3) for j in range(3))
+                / (4 * mask[b].sum()) for b in range(2)]  # fmt: skip
+    torch.testing.assert_close(squared_error(output, target, mask), torch.stack(expected))
+    torch.testing.assert_close(squared_error(output, target, mask), squared_error(output, target, 0.2 * mask))
+    assert torch.equal(squared_error(output, target, torch.ones(2, 1, 3, 3)), squared_error(output, target))
+    assert torch.equal(squared_error(output, target, torch.zeros(2, 1, 3, 3)), torch.zeros(2))
+    one = torch.zeros(2, 1, 3, 3)
+    one[:, :, 1, 2] = 1
+    torch.testing.assert_close(squared_error(output, target, one), error[:, :, 1, 2].mean(1))
 
 
 def test_mse_is_fp32_for_half_networks():
@@ -73,9 +121,7 @@ def test_min_snr_weights_values():
     snr = EPSILON.alphas_cumprod / (1 - EPSILON.alphas_cumprod)
     assert torch.equal(weights[snr <= 5], torch.ones(int((snr <= 5).sum())))  # noisy timesteps: the plain eps loss
     assert weights[0].item() == pytest.approx(5 / snr[0].item())
-    assert min_snr_weights(VELOCITY, torch.tensor([999])).item() == pytest.approx(
-        snr[999].item() / (snr[999].item() + 1)
-    )
+    assert min_snr_weights(VELOCITY, torch.tensor([999])).item() == pytest.approx(snr[999].item() / (snr[999].item() + 1))
 
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0, float("nan")])

@@ -12,8 +12,8 @@ from minidiff.train.settings import TrainSettings
 
 
 def rates(scheduler: str, warmup: int, total: int = 8) -> list[float]:
-    settings = replace(TrainSettings(), lr_scheduler=scheduler, lr_warmup_steps=warmup, max_train_steps=total)
-    return [lr_factor(done, settings) for done in range(total + 1)]
+    settings = replace(TrainSettings(), lr_scheduler=scheduler, lr_warmup_steps=warmup)
+    return [lr_factor(done, total, settings) for done in range(total + 1)]
 
 
 def test_schedules() -> None:

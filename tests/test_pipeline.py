@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minidiff.adapters.lora import inject, lora_layers
+from minidiff.adapters.inject import adapter_weights, inject, lora_layers
 from minidiff.config import SD15_UNET, SD15_VAE, TINY_UNET, TINY_VAE, NoiseConfig, VAEConfig
 from minidiff.diffusion.samplers import SAMPLERS, Step
 from minidiff.errors import AdapterError, MinidiffError, SettingsError, WeightsError
+from minidiff.files.lora import save_lora
 from minidiff.layout import SAMPLER_OF, SD15_TEXT
-from minidiff.lora_files import save_lora
 from minidiff.models.text import build_text_encoder
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.models.vae import AutoencoderKL
@@ -340,7 +340,7 @@ def write_lora(path: Path, seed: int) -> Path:
     unet = UNet2DConditionModel(TINY_UNET)
     for layer in inject(unet, rank=2, alpha=4, seed=seed).values():
         nn.init.normal_(layer.lora_B["default"], std=0.3)
-    return save_lora(unet, path)
+    return save_lora({f"unet.{name}": weights for name, weights in adapter_weights(unet).items()}, path)
 
 
 @pytest.fixture(scope="module")

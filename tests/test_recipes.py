@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tiny_model import tiny_folder
 
-from minidiff.adapters.lora import DEFAULT_TARGETS
+from minidiff.adapters.inject import DEFAULT_TARGETS
 from minidiff.diffusion.losses import min_snr_weights, mse
 from minidiff.diffusion.schedule import add_noise
 from minidiff.errors import DataError, MinidiffError, SettingsError

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from minidiff.errors import SettingsError
-from minidiff.train.settings import FineTuneSettings, LoRASettings, TrainSettings, from_toml, to_toml
+from minidiff.train.methods import LoRASettings
+from minidiff.train.settings import FineTuneSettings, TrainSettings, from_toml, to_toml
 
 
 def test_toml_round_trip(tmp_path: Path) -> None:

@@ -26,19 +26,34 @@ ORDER = """
     adapters/*
     keymaps
     weights
-    lora_files
+    files/*
     images
+    call
     pipeline
     train/settings
+    train/methods
+    train/distributed
+    pocket/settings
+    flags
     train/folders
+    train/buckets
     train/data
+    train/check_data
+    train/templates
+    train/priors
+    train/validation
+    train/publish
     train/optim
     train/muon
     train/checkpoint
+    train/guards
+    train/run
     train/loop
+    train/common
     train/recipes
+    train/ladder
     pocket/*
-    flags
+    commands
     cli
     __main__
 """.split()

@@ -69,6 +69,45 @@ def test_75_tokens_pass_and_the_76th_is_quoted(tokenizer: CLIPTokenizer) -> None
     assert torch.equal(ids, tokenize(tokenizer, ["dog " * 75]))
 
 
+def ids_of(tokenizer: CLIPTokenizer, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces"),
+    [
+        ("a photo of <dog>", ["a photo of", "<dog>"]),
+        ("<DOG> on the beach", ["<dog>", "on the beach"]),
+        ("a photo of<dog>, red", ["a photo of", "<dog>", ", red"]),
+        ("<dog><dog>'s", ["<dog>", "<dog>", "'s"]),
+        ("<dog>s on the beach", ["<dog>s", "on the beach"]),
+        ("it asks a sks2 dog", ["it asks a sks2 dog"]),
+        ("sks-dog (SKS)", ["sks", "-dog (", "sks", ")"]),
+        ("my old-style dog", ["my", "old-style", "dog"]),
+        ("", []),
+    ],
+)
+def test_placeholders_are_whole_words_the_longest_first(tokenizer: CLIPTokenizer, prompt: str, pieces: list[str]) -> None:
+    placeholders = {"<dog>": [1001, 1002, 1003], "<dog>s": [1004], "Sks": [1005], "old-style": [1006, 1007]}
+    folded = {word.lower(): ids for word, ids in placeholders.items()}
+    want = [i for piece in pieces for i in folded.get(piece) or ids_of(tokenizer, piece)]
+    (row,) = tokenize(tokenizer, [prompt], placeholders).tolist()
+    assert row[1 : len(want) + 1] == want
+    assert row[0] == tokenizer.bos_token_id and set(row[len(want) + 1 :]) == {tokenizer.eos_token_id}
+
+
+def test_a_placeholder_leaves_the_words_beside_it_alone(tokenizer: CLIPTokenizer) -> None:
+    """An added token would: with "sks" in the tokenizer, "asks" falls into "a" and "sks" (diffusers)."""
+    prompts = ["asks a red dog on the beach, (dog)!", "", "sksx"]
+    assert torch.equal(tokenize(tokenizer, prompts, {"sks": [1000]}), tokenize(tokenizer, prompts))
+
+
+def test_text_lost_behind_placeholders_is_quoted_with_their_names(tokenizer: CLIPTokenizer) -> None:
+    with pytest.warns(UserWarning, match='79 tokens long and CLIP reads 75; cut off: "<dog> red beach"'):
+        ids = tokenize(tokenizer, ["dog " * 74 + "<Dog> red beach"], {"<dog>": [1000, 1001, 1002]})
+    assert ids.shape == (1, 77) and ids[0, 75] == 1000
+
+
 def test_encode_prompt_is_the_last_state_after_the_norm(tokenizer: CLIPTokenizer) -> None:
     tower = encoder(tokenizer)
     hidden = encode_prompt(tokenizer, tower, ["a red dog", ""])

@@ -1,71 +1,156 @@
-"""LoRA: learn a small change of a big matrix (arXiv 2106.09685).
+"""LoRA: learn a small change of a big matrix (arXiv 2106.09685). Then DoRA, which learns its length apart (arXiv 2402.09353).
 
-A frozen linear layer W (out, in) gets a detour of two thin matrices: A (r, in) leads down to r numbers, B (out, r) up.
+A frozen layer W gets a detour of two thin matrices: A leads down to r numbers, B leads up again.
 
-    y = W x + (alpha / r) B A x          eq. 3, with the alpha / r of section 4.1
+    y = W x + scale · B A x                       LoRA, eq. 3; scale = alpha / r, section 4.1
+                                                  rsLoRA: scale = alpha / √r, which lets high ranks learn (arXiv 2312.03732)
 
 B starts at zero, so the tuned model starts as the base model. r is the rank; alpha only sets how strong the detour is.
+A convolution is a matrix that moves over the picture: A is a convolution down to r channels, B one of 1 x 1 up from them.
 
-    inject(unet, rank=4)   ->   train `trainable(unet)`   ->   merge(unet) or keep the detour   ->   eject(unet)
+DoRA splits the tuned matrix V = W + scale · B A into lengths and directions, and learns the lengths m by themselves:
 
-A module is called by its dotted path ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"), an adapter by any
-word ("default", "dog"). A layer can carry several adapters; their changes ΔW add up, each times its own strength.
+    W' = m · V / ||V||                            DoRA, eq. 5; ||V||: one norm for each row of V, that is for each output
+
+m starts at ||W||, so this too starts as the base model. (Some programs take a norm for each input instead. Files of both
+kinds work here: the shape of m says which it is.)
+
+This file is about one layer. inject.py puts adapters into a whole model.
+
+Shapes: W (out, in), for convolutions (out, in, kh, kw); A (r, in) or (r, in, kh, kw); B (out, r); m (out, 1) or (out, 1, 1, 1)
+for each output, (1, in) or (1, in, 1, 1) for each input; x (…, in) or (batch, in, H, W).
 """
 
-import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.errors import AdapterError, did_you_mean
-from minidiff.rng import generator
-
-DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every attention projection, self and cross
+SHORTEST = 1e-12  # a length that can be divided by, for rows of W that are zero
 
 
-class LoRALinear(nn.Module):
-    """A frozen `nn.Linear` and its adapters.
+@dataclass(frozen=True)
+class LoRAWeights:
+    """The change of one layer: what is in every adapter file, in whatever words."""
 
-    A and B are fp32 whatever the dtype of the base. Cast the model before, not after: `.to(torch.float16)` on the
+    A: Tensor
+    B: Tensor
+    scale: float
+    magnitude: Tensor | None = None  # DoRA's m
+
+    @property
+    def rank(self) -> int:
+        return len(self.A)
+
+    def product(self) -> Tensor:
+        """scale · B A, in fp32, shaped as W."""
+        return self.scale * (self.B.float() @ self.A.float().flatten(1)).unflatten(1, self.A.shape[1:])
+
+    def delta(self, W: Tensor) -> Tensor:
+        """ΔW = W' - W, in fp32, shaped as W."""
+        if self.magnitude is None:
+            return self.product()
+        V, m = W.float() + self.product(), self.magnitude.float()
+        return m / lengths(V, m.shape) * V - W.float()  # DoRA (arXiv 2402.09353), eq. 5
+
+
+def lengths(V: Tensor, shape: torch.Size) -> Tensor:
+    """||V||, a norm for each output or each input: over every axis on which `shape`, that of m, is 1."""
+    axes = [axis for axis, size in enumerate(shape) if size == 1]
+    return torch.linalg.vector_norm(V, dim=axes, keepdim=True).clamp(min=SHORTEST)
+
+
+class LoRALayer(nn.Module):
+    """A frozen layer and its adapters. `LoRALinear` and `LoRAConv2d` add how A and B are applied.
+
+    Several adapters add up, each times its strength: W' = W + Σ strength · ΔW. That holds for DoRA too, so strength leads
+    on a straight line from W (0) to what was trained (1).
+
+    A, B and m are fp32 whatever the dtype of the base. Cast the model before, not after: `.to(torch.float16)` on the
     whole of it would cast them too.
     """
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.lora_A = nn.ParameterDict()  # adapter name -> (r, in)
-        self.lora_B = nn.ParameterDict()  # adapter name -> (out, r)
-        self.scale: dict[str, float] = {}  # alpha / r: belongs to the file
+        self.lora_A = nn.ParameterDict()  # adapter name -> A
+        self.lora_B = nn.ParameterDict()  # adapter name -> B
+        self.lora_magnitude = nn.ParameterDict()  # adapter name -> m, where the adapter is DoRA
+        self.scale: dict[str, float] = {}  # belongs to the file
         self.strength: dict[str, float] = {}  # 0 off, 1 as trained: belongs to the user
+        self.dropout: dict[str, float] = {}  # share of the detour's input that is dropped in training
         self.unmerged_weight: Tensor | None
         self.register_buffer("unmerged_weight", None, persistent=False)  # a buffer, so that it follows .to(device)
 
-    def add(self, adapter_name: str, A: Tensor, B: Tensor, scale: float) -> None:
-        """Put an adapter on, at strength 1: A (r, in), B (out, r), scale = alpha / r."""
-        device = self.base.weight.device
-        self.lora_A[adapter_name] = nn.Parameter(A.to(device, torch.float32))
-        self.lora_B[adapter_name] = nn.Parameter(B.to(device, torch.float32))
-        self.scale[adapter_name], self.strength[adapter_name] = scale, 1.0
+    def add(self, adapter_name: str, weights: LoRAWeights, dropout: float = 0.0) -> None:
+        """Put a copy of an adapter on, at strength 1."""
+
+        def own(tensor: Tensor) -> nn.Parameter:
+            return nn.Parameter(tensor.detach().to(self.base.weight.device, torch.float32, copy=True))
+
+        self.lora_A[adapter_name], self.lora_B[adapter_name] = own(weights.A), own(weights.B)
+        if weights.magnitude is not None:
+            self.lora_magnitude[adapter_name] = own(weights.magnitude)
+        self.scale[adapter_name], self.strength[adapter_name], self.dropout[adapter_name] = weights.scale, 1.0, dropout
+
+    def weights(self, adapter_name: str) -> LoRAWeights:
+        """One adapter as it is now. The tensors are the layer's own, without gradients."""
+        A, B = self.lora_A[adapter_name].detach(), self.lora_B[adapter_name].detach()
+        m = self.lora_magnitude[adapter_name].detach() if adapter_name in self.lora_magnitude else None
+        return LoRAWeights(A, B, self.scale[adapter_name], m)
+
+    # --- W' x --------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), in the dtype that the base gives."""
-        y = self.base(x)
+        """W' x + bias, in the dtype that the base gives."""
+        y = tuned = self.base(x)
         if self.unmerged_weight is not None:
             return y
-        for name, A in self.lora_A.items():
-            if factor := self.strength[name] * self.scale[name]:
-                detour = F.linear(F.linear(x.to(A.dtype), A), self.lora_B[name])  # B A x: LoRA (arXiv 2106.09685), eq. 3
-                y = y + (factor * detour).to(y.dtype)
-        return y
+        for name, strength in self.strength.items():
+            if strength:
+                change = self.dora(name, x, y) if name in self.lora_magnitude else self.detour(name, x)
+                tuned = tuned + (strength * change).to(y.dtype)
+        return tuned
+
+    def detour(self, name: str, x: Tensor) -> Tensor:
+        """scale · B A x."""
+        A, B = self.lora_A[name], self.lora_B[name]
+        x = F.dropout(x.to(A.dtype), self.dropout[name], self.training)
+        return self.scale[name] * self.up(self.down(x, A), B)  # LoRA (arXiv 2106.09685), eq. 3
+
+    def dora(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """W' x - W x, where W' = g V is DoRA's eq. 5, g = m / ||V||, and y = W x + bias is known already."""
+        m = self.lora_magnitude[name]
+        with torch.no_grad():  # section 4.3: the norm counts as a constant, which saves memory and costs no accuracy
+            norm = lengths(self.base.weight.float() + self.weights(name).product(), m.shape)
+        g = self.along_channels(m / norm)  # exactly 1 at the start
+        if m.shape[1] == 1:  # a length for each output: g V x = g W x + g B A x
+            Wx = y.float() if self.base.bias is None else y.float() - self.along_channels(self.base.bias.float())
+            return (g - 1) * Wx + g * self.detour(name, x)
+        return self.down((g - 1) * x, self.base.weight.float()) + self.detour(name, g * x)  # for each input: V (g x)
+
+    def down(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Apply W, or A, which takes the same inputs."""
+        raise NotImplementedError
+
+    def up(self, x: Tensor, B: Tensor) -> Tensor:
+        """Apply B to the r numbers."""
+        raise NotImplementedError
+
+    def along_channels(self, values: Tensor) -> Tensor:
+        """A number for each channel, shaped so that it multiplies an input or an output."""
+        raise NotImplementedError
+
+    # --- W' itself ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """ΔW = Σ strength · (alpha / r) · B A over the adapters, (out, in) in fp32."""
-        total = torch.zeros_like(self.base.weight, dtype=torch.float32)
-        for name, A in self.lora_A.items():
-            total += self.strength[name] * self.scale[name] * (self.lora_B[name].float() @ A.float())
+        """ΔW = Σ strength · ΔW of each adapter, in fp32, shaped as W."""
+        W = self.base.weight if self.unmerged_weight is None else self.unmerged_weight
+        total = torch.zeros_like(W, dtype=torch.float32)
+        for name, strength in self.strength.items():
+            total += strength * self.weights(name).delta(W)
         return total
 
     def merge(self) -> None:
@@ -79,202 +164,31 @@ class LoRALinear(nn.Module):
             self.base.weight.data, self.unmerged_weight = self.unmerged_weight, None
 
 
-# --- the whole model -------------------------------------------------------------------------------------------------
+class LoRALinear(LoRALayer):
+    """A frozen `nn.Linear` and its adapters."""
+
+    base: nn.Linear
+
+    def down(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def up(self, x: Tensor, B: Tensor) -> Tensor:
+        return F.linear(x, B)
+
+    def along_channels(self, values: Tensor) -> Tensor:
+        return values.flatten()
 
 
-def inject(
-    model: nn.Module,
-    rank: int,
-    alpha: float | None = None,
-    targets: str | Sequence[str] = DEFAULT_TARGETS,
-    seed: int = 0,
-    adapter_name: str = "default",
-) -> dict[str, LoRALinear]:
-    """Freeze `model` and put a fresh adapter on every linear layer that a target names; gives them by module name.
+class LoRAConv2d(LoRALayer):
+    """A frozen `nn.Conv2d` and its adapters. A moves over the picture as W does, in its strides and with its padding."""
 
-    A target is a module's last name or names ("to_q", "to_out.0", "attn2.to_k"), whole words between the dots. alpha
-    defaults to rank, so that alpha / r = 1. A is uniform in ±1/√in (kaiming_uniform with a = √5, as in peft), drawn
-    afresh from `seed` and the module's name; B is zero. Raises AdapterError before anything is changed.
-    """
-    alpha = rank if alpha is None else alpha
-    names = find_targets(model, (targets,) if isinstance(targets, str) else targets)
-    check_adapter_name(model, adapter_name)
-    check_sizes(model, names, rank, alpha)
-    model.requires_grad_(False)
-    for name in names:
-        layer = wrap(model, name)
-        A = torch.empty(rank, layer.base.in_features, device="cpu")
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator(seed, "lora_A", name))
-        layer.add(adapter_name, A, torch.zeros(layer.base.out_features, rank, device="cpu"), alpha / rank)
-    return {name: layer for name, layer in lora_layers(model).items() if name in names}
+    base: nn.Conv2d
 
+    def down(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, None, self.base.stride, self.base.padding, self.base.dilation)
 
-def eject(model: nn.Module) -> None:
-    """Take every adapter out: the very same `nn.Linear` objects return, with the very same bits (still frozen)."""
-    for name, layer in lora_layers(model).items():
-        layer.unmerge()
-        set_module(model, name, layer.base)
+    def up(self, x: Tensor, B: Tensor) -> Tensor:
+        return F.conv2d(x, B[:, :, None, None])
 
-
-def merge(model: nn.Module) -> None:
-    """Fold the adapters, at their strengths of now, into the weights: no detour to compute any more.
-
-    Keeps the old weights, so that `unmerge` is exact to the bit. That costs a second copy of the layers concerned: on
-    SD 1.5 with the default targets 178 MiB in fp16, 357 MiB in fp32.
-    """
-    layers = adapted_layers(model, "merge")
-    for layer in layers.values():
-        layer.merge()
-
-
-def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: the old weights return, bit for bit, and the detours are computed again."""
-    layers = lora_layers(model).values()
-    if not any(layer.unmerged_weight is not None for layer in layers):
-        raise AdapterError(f"{type(model).__name__}: nothing is merged, so there is nothing to unmerge.")
-    for layer in layers:
-        layer.unmerge()
-
-
-def set_adapters(model: nn.Module, names: Sequence[str], strengths: Sequence[float] | None = None) -> None:
-    """Switch on the adapters `names`, each at its strength (1 if none are given), and every other one off."""
-    strengths = [1.0] * len(names) if strengths is None else strengths
-    if len(names) != len(strengths):
-        raise AdapterError(f"{len(names)} adapters {list(names)} but {len(strengths)} weights {list(strengths)}.")
-    layers = adapted_layers(model, "set_adapters")
-    known = adapter_names(model)
-    for name in names:
-        if name not in known:
-            raise AdapterError(f'no adapter is called "{name}"; there is {", ".join(known)}.{did_you_mean(name, known)}')
-    wanted = dict(zip(names, strengths))
-    for layer in layers.values():
-        layer.strength = {name: float(wanted.get(name, 0.0)) for name in layer.strength}
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every adapted layer of the model, by module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-def check_plain(model: nn.Module) -> None:
-    """AdapterError while adapters are in the model: its state dict would have names that no other program knows."""
-    if names := adapter_names(model):
-        raise AdapterError(f"{type(model).__name__} carries adapters ({', '.join(names)}); unload_lora_weights first.")
-
-
-def adapter_names(model: nn.Module) -> list[str]:
-    """The names of the adapters in the model, in the order in which they came."""
-    return list(dict.fromkeys(name for layer in lora_layers(model).values() for name in layer.lora_A))
-
-
-def lora_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    """One adapter's tensors: `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r)."""
-    state = {}
-    for name, layer in lora_layers(model).items():
-        if adapter_name in layer.lora_A:
-            state[f"{name}.lora_A.weight"] = layer.lora_A[adapter_name].detach()
-            state[f"{name}.lora_B.weight"] = layer.lora_B[adapter_name].detach()
-    return state
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that an optimizer should get, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def print_trainable_parameters(model: nn.Module) -> None:
-    """One line, in peft's form: trainable params: 797,184 || all params: 860,318,148 || trainable%: 0.0927"""
-    some = sum(parameter.numel() for parameter in trainable(model).values())
-    every = sum(parameter.numel() for parameter in model.parameters())
-    print(f"trainable params: {some:,} || all params: {every:,} || trainable%: {100 * some / every:.4f}")
-
-
-# --- finding, checking and replacing layers --------------------------------------------------------------------------
-
-
-def wrap(model: nn.Module, name: str) -> LoRALinear:
-    """The layer called `name` as a LoRALinear: the one that is there already, or a new one around the `nn.Linear`."""
-    module = model.get_submodule(name)
-    if isinstance(module, nn.Linear):
-        module = LoRALinear(module)
-        set_module(model, name, module)
-    assert isinstance(module, LoRALinear)
-    return module
-
-
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
-
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear layer by its name in the plain model, whether it is wrapped or not."""
-    return {name.removesuffix(".base"): m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-
-
-def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """The linear layers that the targets name; an AdapterError for a target that names none, or something else."""
-    linears = linear_layers(model)
-    found: dict[str, None] = {}
-    for target in targets:
-        others = [name for name, _ in model.named_modules() if ends_with(name, target) and name not in linears]
-        matches = [name for name in linears if ends_with(name, target)]
-        if not matches or others:
-            raise AdapterError(why_not(model, target, others, linears))
-        found.update(dict.fromkeys(matches))
-    if not found:
-        raise AdapterError(f"no targets were given; the default is {' '.join(DEFAULT_TARGETS)}.")
-    return list(found)
-
-
-def ends_with(name: str, target: str) -> bool:
-    """Whole words only: "attn1.to_q" ends with "to_q", "proj_to_q" does not."""
-    return f".{name}".endswith(f".{target}")
-
-
-def why_not(model: nn.Module, target: str, others: list[str], linears: dict[str, nn.Linear]) -> str:
-    """The message for a target that cannot be adapted, with what was perhaps meant."""
-    endings = sorted({last_words(name) for name in linears})
-    if not others:
-        what = f"matches nothing in {type(model).__name__}"
-    else:
-        kind = type(model.get_submodule(others[0])).__name__
-        what = f"names a {kind} ({others[0]}), and LoRA here adapts linear layers only"
-    return f'target "{target}" {what}.{did_you_mean(target, endings)} The linear layers end in {", ".join(endings)}.'
-
-
-def last_words(name: str) -> str:
-    """The shortest ending that says something: "to_q", but "to_out.0" where the last word is a number."""
-    words = name.split(".")
-    return ".".join(words[-2:]) if words[-1].isdigit() else words[-1]
-
-
-def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
-    if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
-        raise AdapterError(f'"{adapter_name}" cannot name an adapter; take a plain word such as "dog".')
-    if adapter_name in adapter_names(model):
-        raise AdapterError(f'an adapter called "{adapter_name}" is there already; choose another name, or eject first.')
-    if any(layer.unmerged_weight is not None for layer in lora_layers(model).values()):
-        raise AdapterError("adapters are merged into the weights; unmerge (unfuse_lora) before adding another.")
-
-
-def check_sizes(model: nn.Module, names: Sequence[str], rank: int, alpha: float) -> None:
-    if rank < 1:
-        raise AdapterError(f"rank is {rank}; it must be at least 1.")
-    if not 0 < alpha < math.inf:
-        raise AdapterError(f"alpha is {alpha}; it must be a positive number.")
-    linears = linear_layers(model)
-    for name in names:
-        out_features, in_features = linears[name].weight.shape
-        if rank > min(out_features, in_features):
-            raise AdapterError(f"rank {rank} is more than {name} has: its weight is {out_features} x {in_features}.")
-
-
-def adapted_layers(model: nn.Module, what: str) -> dict[str, LoRALinear]:
-    """The adapted layers, or an AdapterError where there are none or they are merged already."""
-    layers = lora_layers(model)
-    if not layers:
-        raise AdapterError(f"{what}: {type(model).__name__} has no adapter; inject or load one first.")
-    if any(layer.unmerged_weight is not None for layer in layers.values()):
-        raise AdapterError(f"{what}: the adapters are merged already; unmerge (unfuse_lora) first.")
-    return layers
+    def along_channels(self, values: Tensor) -> Tensor:
+        return values.reshape(-1, 1, 1)

@@ -1,7 +1,7 @@
 """Training losses.
 
 Shapes: B samples, C H W one latent; timesteps, weights and per-sample losses (B,).
-Papers: DDPM arXiv 2006.11239, min-SNR 2303.09556.
+Papers: DDPM arXiv 2006.11239, DreamBooth 2208.12242, min-SNR 2303.09556.
 """
 
 from torch import Tensor
@@ -10,10 +10,49 @@ from minidiff.diffusion.schedule import NoiseSchedule
 from minidiff.errors import SettingsError
 
 
-def mse(output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean squared error, fp32: the mean over each sample (B, C, H, W), times its weight (B,), and the mean over B."""
-    per_sample = (output.float() - target.float()).square().flatten(1).mean(1)  # (B,); DDPM eq. 14
+def squared_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean squared error of each sample (B,), in fp32.
+
+    `mask` (B, 1, H, W), 1 where to learn and 0 where not, weighs the cells:
+
+        sum over c, i, j of m_ij e_cij^2  /  (C  sum over i, j of m_ij)
+
+    so that a small mask is no small loss. A mask of ones is none at all, to the bit; one of zeros gives 0.
+    """
+    error = (output.float() - target.float()).square()
+    if mask is None:
+        return error.flatten(1).mean(1)  # DDPM eq. 14
+    return (mask * error).flatten(1).mean(1) / mask.flatten(1).mean(1).clamp(min=1e-6)
+
+
+def mse(output: Tensor, target: Tensor, weights: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """The mean over B of each sample's squared error, times its weight (B,) if there are weights."""
+    per_sample = squared_error(output, target, mask)
     return per_sample.mean() if weights is None else (weights * per_sample).mean()
+
+
+def prior_preservation(
+    output: Tensor, target: Tensor, prior_weight: float, weights: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """DreamBooth's loss for a batch whose first half is the instance and whose second half is the class.
+
+        L = L_instance + prior_weight · L_class,  each the mean over its own half
+
+    as diffusers has it. kohya's trainer takes one mean over both halves, which at weight 1 is half of this. Weight 0 is
+    the plain loss of the first half, to the bit.
+    """
+    if len(output) % 2:
+        raise ValueError(f"a batch of {len(output)} has no two halves")
+    half = len(output) // 2
+
+    def loss(part: slice) -> Tensor:
+        w, m = (None if x is None else x[part] for x in (weights, mask))
+        return mse(output[part], target[part], w, m)
+
+    instance = loss(slice(half))
+    if prior_weight == 0:  # not 0 · L_class: that would be NaN where L_class is not finite
+        return instance
+    return instance + prior_weight * loss(slice(half, None))  # 2208.12242, eq. 2
 
 
 def min_snr_weights(schedule: NoiseSchedule, t: Tensor, gamma: float = 5.0) -> Tensor:

@@ -12,9 +12,11 @@ Shapes: B prompts, L = 77 tokens, D width (768 in SD 1.5, 128 in the pocket chec
 """
 
 import json
+import re
 import textwrap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,14 +92,19 @@ def to_file_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in named.items() if not key.endswith("embeddings.position_ids")}
 
 
-def tokenize(tokenizer: "CLIPTokenizer", prompts: list[str]) -> Tensor:
-    """Prompts -> ids (B, 77), int64. Text beyond 75 tokens is lost; a warning quotes it."""
+def tokenize(tokenizer: "CLIPTokenizer", prompts: list[str], placeholders: Mapping[str, Sequence[int]] = {}) -> Tensor:
+    """Prompts -> ids (B, 77), int64. Text beyond 75 tokens is lost; a warning quotes it.
+
+    `placeholders` are the words of textual inversion and the ids of their vectors: {"<dog>": [49408, 49409]}. The word
+    alone, in any case, stands for all of its vectors; the names that diffusers gives to the single vectors ("<dog>_1")
+    mean nothing here.
+    """
     rows = []
     for prompt in prompts:
-        ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        ids = token_ids(tokenizer, prompt, placeholders)
         kept, lost = ids[: LENGTH - 2], ids[LENGTH - 2 :]
         if lost:
-            unread = textwrap.shorten(str(tokenizer.decode(lost)), 300, placeholder=" …")
+            unread = textwrap.shorten(_spelled(tokenizer, lost, placeholders), 300, placeholder=" …")
             warnings.warn(
                 f"the prompt is {len(ids)} tokens long and CLIP reads {LENGTH - 2}; cut off: "
                 f'"{unread}". Say the important things first, or say less.',
@@ -108,11 +115,45 @@ def tokenize(tokenizer: "CLIPTokenizer", prompts: list[str]) -> Tensor:
     return torch.tensor(rows, dtype=torch.long).reshape(-1, LENGTH)
 
 
-def encode_prompt(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", prompts: list[str]) -> Tensor:
+def token_ids(tokenizer: "CLIPTokenizer", text: str, placeholders: Mapping[str, Sequence[int]] = {}) -> list[int]:
+    """Every id of a text, as many as it has and without the marks.
+
+    The text between placeholders goes through the tokenizer piece by piece. CLIP never joins letters across the end of a
+    word, so the pieces get the ids that they have in the whole.
+    """
+    words = sorted(placeholders, key=len, reverse=True)  # the first that fits wins: "<dog>s" before "<dog>"
+    ids: list[int] = []
+    end = 0
+    for found in re.finditer("|".join(map(_whole_word, words)), text, re.IGNORECASE) if words else ():
+        ids += tokenizer(text[end : found.start()], add_special_tokens=False, verbose=False).input_ids
+        ids += placeholders[words[(found.lastindex or 0) - 1]]
+        end = found.end()
+    return ids + list(tokenizer(text[end:], add_special_tokens=False, verbose=False).input_ids)
+
+
+def _whole_word(word: str) -> str:
+    """A pattern, one group. A letter must not go on before or behind it: "sks" is not in "asks". After ">" anything may."""
+    before = r"(?<!\w)" if re.match(r"\w", word) else ""
+    behind = r"(?!\w)" if re.search(r"\w$", word) else ""
+    return f"{before}({re.escape(word)}){behind}"
+
+
+def _spelled(tokenizer: "CLIPTokenizer", ids: list[int], placeholders: Mapping[str, Sequence[int]]) -> str:
+    """Ids as text again, the vectors of a placeholder as its word."""
+    word_of = {index: word for word, own in placeholders.items() for index in own}
+    return " ".join(word or str(tokenizer.decode(list(run))) for word, run in groupby(ids, word_of.get))
+
+
+def encode_prompt(
+    tokenizer: "CLIPTokenizer",
+    text_encoder: "CLIPTextModel",
+    prompts: list[str],
+    placeholders: Mapping[str, Sequence[int]] = {},
+) -> Tensor:
     """Prompts -> (B, 77, D): the last hidden state after the final LayerNorm, on the encoder's device, in its dtype.
 
     Gradients flow if they are on (textual inversion wants them); callers who only read use `torch.no_grad()`.
     """
-    ids = tokenize(tokenizer, prompts).to(text_encoder.device)
+    ids = tokenize(tokenizer, prompts, placeholders).to(text_encoder.device)
     hidden: Tensor = text_encoder(input_ids=ids).last_hidden_state
     return hidden

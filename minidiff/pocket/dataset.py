@@ -63,6 +63,26 @@ def draw_all(pictures: list[Picture], path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
+def lookalikes(pictures: list[Picture]) -> list[list[list[int]]]:
+    """The pictures of each colour, place and style together, and in these groups those of each object."""
+    groups: dict[tuple[str, str, str], dict[str, list[int]]] = {}
+    for i, p in enumerate(pictures):
+        groups.setdefault((p.colour, p.scene, p.style), {}).setdefault(p.object, []).append(i)
+    return [list(objects.values()) for objects in groups.values()]
+
+
+def hard_batch(groups: list[list[list[int]]], count: int, draws: random.Random) -> list[int]:
+    """`count` pictures from a few groups, one of each object: all that tells neighbours apart is their shape.
+
+    Of random pictures hardly two share colour, place and style, so that CLIP could tell captions apart without ever
+    looking at the object; and then its words for dog and fish would be all but the same to the U-Net.
+    """
+    indices: list[int] = []
+    while len(indices) < count:
+        indices += [draws.choice(objects) for objects in draws.choice(groups)]
+    return indices[:count]
+
+
 @dataclass(frozen=True)
 class Latents:
     """The encoded world: posterior mean and standard deviation, (N, 4, h, w)."""

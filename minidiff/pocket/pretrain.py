@@ -37,7 +37,7 @@ from minidiff.models.text import load_tokenizer, tokenize
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.pocket.autoencoder import encode_world, load_vae, train_decoder, train_vae
-from minidiff.pocket.dataset import load_latents, load_world
+from minidiff.pocket.dataset import hard_batch, load_latents, load_world, lookalikes
 from minidiff.pocket.judge import judge_checkpoint
 from minidiff.pocket.settings import STAGES, PretrainSettings, Stage
 from minidiff.pocket.stage import begun, chosen, first_of, fused, run
@@ -77,9 +77,11 @@ def train_clip(home: Path, settings: PretrainSettings) -> None:
     begun(towers.image, settings, "image_encoder")
     towers.to(chosen_device(settings.device))
 
+    groups = lookalikes(world.pictures)
+
     def data(step: int, micro: int) -> Batch:
-        indices = chosen(settings, "clip", step, batch)
         words = random.Random(hashed_seed(settings.seed, "clip captions", step))
+        indices = hard_batch(groups, batch, words)
         ids = tokenize(tokenizer, [random_caption(world.pictures[i], words) for i in indices])
         return {"ids": ids, "pixels": world.batch(indices)}
 

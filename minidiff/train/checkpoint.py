@@ -33,6 +33,7 @@ from torch import Tensor
 
 from minidiff import weights
 from minidiff.errors import SettingsError, WeightsError
+from minidiff.train import distributed
 from minidiff.train.settings import TrainSettings, to_toml
 
 Groups = dict[str, dict[str, Tensor]]  # "weights" | "optimizer" | "ema" -> tensors by name
@@ -114,8 +115,9 @@ def prune(folder: Path, keep: int | None) -> None:
     """Take away all but the `keep` newest checkpoints (None: keep all), and what a killed process left half done."""
     for path in [] if keep is None else checkpoints(folder)[:-keep]:
         _put_aside(path)
-    for path in folder.glob(".tmp-*"):
-        _remove(path)
+    for left in (".tmp-*", ".*.part", "samples/.*.part"):  # .part: pictures, see images.save_png
+        for path in folder.glob(left):
+            _remove(path)
 
 
 def find(settings: TrainSettings) -> Path | None:
@@ -146,7 +148,8 @@ def find(settings: TrainSettings) -> Path | None:
 
 def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     """Refuse to go on with other settings or data than the run was made of; the SettingsError lists the differences."""
-    keys = [k for k in {**saved, **now} if saved.get(k) != now.get(k)]
+    # What is off (None, False, 0, nothing) is as if not there: a checkpoint from before a flag existed still fits.
+    keys = [k for k in {**saved, **now} if (saved.get(k) or None) != (now.get(k) or None)]
     if keys:
         rows = "".join(f"\n  {k}: was {_short(saved.get(k))}, is now {_short(now.get(k))}" for k in keys)
         raise SettingsError(
@@ -162,7 +165,8 @@ def environment() -> dict[str, Any]:
         own = "not installed"
     versions = {"minidiff": own, "torch": torch.__version__, "python": platform.python_version()}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {**versions, "threads": torch.get_num_threads(), "machine": platform.machine(), "gpu": gpu}
+    here = {"threads": torch.get_num_threads(), "machine": platform.machine(), "gpu": gpu}
+    return {**versions, **here, "processes": distributed.world().size}
 
 
 # --- the optimizer's state as tensors and JSON -----------------------------------------------------------------------
@@ -190,6 +194,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Te
 def check_folder(settings: TrainSettings) -> Path:
     """The output folder, unless it is a file, holds something else, or holds a run that was not mentioned."""
     folder = Path(settings.output_dir)
+    if distributed.world().rank:
+        return folder  # the first process looks; by now it may have begun the run
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"--output_dir {folder} is a file.")
     names = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []

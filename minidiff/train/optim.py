@@ -1,4 +1,4 @@
-"""The optimizer's surroundings: learning rates, clipping, averaged weights. AdamW itself is torch's."""
+"""The optimizer's surroundings: learning rates, clipping, averaged weights, how far they went. AdamW itself is torch's."""
 
 import math
 from collections.abc import Iterator
@@ -25,12 +25,12 @@ def adamw(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.opti
     )
 
 
-def lr_factor(done: int, settings: TrainSettings) -> float:
-    """What the learning rate is multiplied by, in [0, 1], for the update after `done` updates; a pure function.
+def lr_factor(done: int, total: int, settings: TrainSettings) -> float:
+    """What the learning rate is multiplied by, in [0, 1], for the update after `done` of `total` updates; a pure function.
 
     Warm-up goes 0, 1/w, 2/w, …, as in diffusers. A linear or cosine rate would reach zero after the last update.
     """
-    warmup, total = settings.lr_warmup_steps, settings.max_train_steps
+    warmup = settings.lr_warmup_steps
     if done < warmup:
         return done / warmup
     part = min((done - warmup) / max(total - warmup, 1), 1.0)  # of the way from the end of warm-up to the end
@@ -87,3 +87,25 @@ class EMA:
     def _swap(self) -> None:
         for name, p in self.parameters.items():
             p.data, self.average[name] = self.average[name], p.data
+
+
+class Movement:
+    """How far the weights have gone since the start, seen in a few numbers of each tensor: a copy of all would be dear."""
+
+    NUMBERS = 1000  # of each tensor, evenly spread; a smaller one is kept whole
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.start = {name: self._some(p).clone() for name, p in parameters.items()}
+
+    def rms(self) -> float:
+        """Root of the mean squared change, over the numbers kept."""
+        changes = torch.cat([self._some(p) - self.start[name] for name, p in self.parameters.items()])
+        return changes.square().mean().sqrt().item()
+
+    def still(self) -> list[str]:
+        """The tensors of which no number kept has changed: they learned nothing."""
+        return [name for name, p in self.parameters.items() if torch.equal(self._some(p), self.start[name])]
+
+    def _some(self, p: nn.Parameter) -> Tensor:
+        return p.detach().flatten()[:: max(1, p.numel() // self.NUMBERS)]

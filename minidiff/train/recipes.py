@@ -2,142 +2,191 @@
 
     base model, pictures -> what is trained, how, what comes out                       -> loop.py trains it
 
-What recipes share comes first: the base, the pictures as latents, the loss, the sample sheet.
+All of them take the same batches to the same loss (common.py). They differ in what moves:
 
-Shapes: B samples, C h w a latent, L tokens, D width of the text.
+    full                  every weight of the U-Net, perhaps of the text encoder     W
+    dreambooth            the same, and half of each batch is the subject's class    W
+    lora (LoRA, DoRA)     thin matrices beside some layers                           W + (alpha / r) B A
+    textual_inversion     the vectors of one new word                                v*
+    pivotal               a new word and a LoRA                                      v*, B A
 """
 
-import hashlib
+import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
-from minidiff.adapters.lora import inject, print_trainable_parameters, trainable
-from minidiff.device import chosen_device
-from minidiff.diffusion.losses import min_snr_weights, mse
-from minidiff.diffusion.schedule import add_noise, training_target
-from minidiff.errors import SettingsError
-from minidiff.images import contact_sheet
-from minidiff.lora_files import save_lora
+from minidiff.adapters.inject import adapter_weights, adapters_off, inject, print_trainable_parameters
+from minidiff.adapters.textual_inversion import add_word, initial_vectors
+from minidiff.files.embeddings import save_embedding
+from minidiff.files.lora import save_lora
 from minidiff.pipeline import StableDiffusionPipeline
-from minidiff.train.checkpoint import check_folder
-from minidiff.train.data import LatentData, check_pictures
-from minidiff.train.folders import read_folder
-from minidiff.train.loop import DTYPES, Batch, Task
-from minidiff.train.settings import FineTuneSettings, LoRASettings
-
-# --- what recipes share ----------------------------------------------------------------------------------------------
-
-
-def load_base(settings: FineTuneSettings) -> StableDiffusionPipeline:
-    """The frozen base model on its device. The U-Net has the dtype of --mixed_precision; the VAE stays fp32."""
-    device = chosen_device(settings.device)
-    pipe = StableDiffusionPipeline.from_pretrained(
-        settings.pretrained_model_name_or_path, torch_dtype=DTYPES[settings.mixed_precision]
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
-
-
-def load_data(pipe: StableDiffusionPipeline, settings: FineTuneSettings) -> LatentData:
-    """Pictures and captions, checked, and encoded by the base's VAE and text encoder."""
-    folder = Path(settings.instance_data_dir or settings.train_data_dir or "")
-    size, stride = settings.resolution, pipe.vae.config.downscale
-    size = pipe.unet.config.sample_size * stride if size is None else size
-    stride *= 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    if size % stride:
-        near = max(size // stride, 1) * stride
-        raise SettingsError(f"--resolution {size}: this model needs a multiple of {stride}, such as {near} or {near + stride}.")
-    examples = read_folder(folder, settings.instance_prompt, settings.caption_column)
-    examples = check_pictures(examples, size, settings.skip_bad)
-    return LatentData(examples, settings, size, pipe.vae, pipe.encode_prompt, len(pipe.schedule.alphas_cumprod))
+from minidiff.train.common import (
+    base_answer,
+    diffusion_loss,
+    load_base,
+    load_data,
+    make_task,
+    named,
+    sample_sheets,
+    with_prior,
+)
+from minidiff.train.loop import Task
+from minidiff.train.methods import (
+    AdapterSettings,
+    DreamBoothSettings,
+    FullSettings,
+    LoRASettings,
+    PivotalSettings,
+    TextualInversionSettings,
+    WordSettings,
+)
+from minidiff.train.optim import adamw
+from minidiff.train.publish import model_spec, write_card
+from minidiff.train.templates import TEMPLATES
 
 
-def diffusion_loss(pipe: StableDiffusionPipeline, settings: FineTuneSettings) -> Callable[[Batch, int, int], Tensor]:
-    """The simple loss of DDPM (arXiv 2006.11239, eq. 14) on latents, for eps or v, with min-SNR weights if asked."""
-    unet, schedule, gamma = pipe.unet, pipe.schedule, settings.snr_gamma
+def full(settings: FullSettings) -> Task:
+    """Full fine-tuning: every weight moves. Comes out: a whole model folder."""
+    pipe, base = load_base(settings)
+    live = settings.train_text_encoder
+    data = load_data(pipe, settings, live)
+    batches, sheets = with_prior(pipe, data, live), sample_sheets(pipe, settings, data)
+    untuned = copy.deepcopy(pipe.unet) if settings.prior_from_base else pipe.unet
+    loss = diffusion_loss(pipe, settings, base_answer(pipe, settings, untuned))
 
-    def loss(batch: Batch, step: int, micro: int) -> Tensor:
-        x0, noise, t, text = (batch[key].to(pipe.device) for key in ("latents", "noise", "t", "text"))
-        output = unet(add_noise(schedule, x0, noise, t), t, text)  # (B, C, h, w)
-        weights = None if gamma is None else min_snr_weights(schedule, t, gamma)  # (B,)
-        return mse(output, training_target(schedule, x0, noise, t), weights)
+    networks: dict[str, nn.Module] = {"unet": pipe.unet} | ({"text_encoder": pipe.text_encoder} if live else {})
+    for network in networks.values():
+        network.float().requires_grad_(True)
 
-    return loss
+    def export(folder: Path) -> None:
+        pipe.save_pretrained(folder)
+        method, tag = ("DreamBooth", "dreambooth") if settings.with_prior_preservation else ("Full fine-tune", "full")
+        write_card(folder, settings, data, method, tag, {"trained": " and ".join(networks)})
+
+    return make_task(pipe, settings, base, data, batches, named(networks), loss, export, sheets)
 
 
-def sample_sheets(
-    pipe: StableDiffusionPipeline, settings: FineTuneSettings, data: LatentData
-) -> Callable[[int], Image.Image | None]:
-    """Sheets of the validation prompts on fixed seeds: the base in the first row, the model as it is now in the second.
+def dreambooth(settings: DreamBoothSettings) -> Task:
+    """DreamBooth (arXiv 2208.12242): full fine-tuning whose batches hold the subject and its class, half and half.
 
-    Call this while the model still is the base: the first row is drawn here.
+    The prior is a setting that every recipe has: LoRA with --with_prior_preservation is DreamBooth-LoRA.
     """
-    prompts = settings.validation_prompt or (data.examples[0].caption,)
-    seeds = [settings.seed + i for i in range(settings.num_validation_images)]
-
-    def draw(prompt: str, seed: int) -> Image.Image:
-        image: Image.Image = pipe(
-            prompt,
-            seed=seed,
-            guidance_scale=settings.validation_guidance_scale,
-            num_inference_steps=settings.validation_inference_steps,
-            width=data.resolution,
-            height=data.resolution,
-        ).images[0]
-        return image
-
-    def row() -> list[Image.Image]:
-        return [draw(prompt, seed) for prompt in prompts for seed in seeds]  # one at a time, to spare memory
-
-    base = row() if settings.validation_steps else []
-    columns = [f"{prompt}, seed {seed}" for prompt in prompts for seed in seeds]
-
-    def sheet(done: int) -> Image.Image:
-        return contact_sheet([base, row()], row_labels=["base", f"step {done}"], column_labels=columns)
-
-    return sheet
-
-
-def fingerprint(*models: nn.Module) -> str:
-    """Tells base models apart, wherever they lie: a hash of the first numbers of each tensor."""
-    digest = hashlib.sha256()
-    for model in models:
-        for name, tensor in model.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}".encode())
-    return digest.hexdigest()[:16]
-
-
-# --- the recipes -----------------------------------------------------------------------------------------------------
+    return full(settings)
 
 
 def lora(settings: LoRASettings) -> Task:
-    """LoRA (arXiv 2106.09685): the base stays frozen, and learns W + (alpha / r) B A in its attention layers.
+    """LoRA (arXiv 2106.09685) or DoRA (2402.09353): the base stays frozen, and learns a detour beside some layers.
 
     Comes out: `pytorch_lora_weights.safetensors`, which minidiff and diffusers load.
     """
-    settings.check()
-    check_folder(settings)  # before anything takes time
-    pipe = load_base(settings)
-    data = load_data(pipe, settings)
-    base = fingerprint(pipe.unet, pipe.vae, pipe.text_encoder)
-    sheets = sample_sheets(pipe, settings, data)
+    pipe, base = load_base(settings)
+    live = settings.train_text_encoder
+    data = load_data(pipe, settings, live)
+    batches, sheets = with_prior(pipe, data, live), sample_sheets(pipe, settings, data)
+    loss = diffusion_loss(pipe, settings, base_answer(pipe, settings, pipe.unet, lambda: adapters_off(pipe.unet)))
 
-    inject(pipe.unet, settings.rank, settings.lora_alpha, settings.lora_targets, settings.seed)
-    print_trainable_parameters(pipe.unet)
+    networks = put_on(pipe, settings)
 
     def export(folder: Path) -> None:
-        prompt = settings.instance_prompt or ""
-        about = {"base_fingerprint": base, "instance_prompt": prompt}
-        save_lora(pipe.unet, folder, base_model=settings.pretrained_model_name_or_path, metadata=about)
+        write_adapter(folder, networks, model_spec(settings, "lora", data, pipe.schedule, base))
+        write_card(folder, settings, data, "DoRA" if settings.use_dora else "LoRA", "lora", shape_of(settings))
 
-    return Task(
-        trainable=trainable(pipe.unet),
-        batch=data.batch,
-        loss=diffusion_loss(pipe, settings),
-        export=export,
-        preview=sheets,
-        facts={"base": base, **data.facts},
-    )
+    return make_task(pipe, settings, base, data, batches, named(networks), loss, export, sheets)
+
+
+def textual_inversion(settings: TextualInversionSettings) -> Task:
+    """Textual inversion (arXiv 2208.01618): nothing of the model moves; one new word gets its meaning.
+
+    Comes out: `learned_embeds.safetensors`, a few kilobytes.
+    """
+    pipe, base = load_base(settings)
+    word = new_word(pipe, settings)
+    data = load_data(pipe, settings, True, sentences(settings))
+    batches, sheets = with_prior(pipe, data, True), sample_sheets(pipe, settings, data)
+    loss = diffusion_loss(pipe, settings, base_answer(pipe, settings, pipe.unet))
+
+    def export(folder: Path) -> None:
+        spec = model_spec(settings, "textual-inversion", data, pipe.schedule, base)
+        save_embedding(folder, settings.placeholder_token, word["word"], metadata=spec)
+        facts = {"new word": settings.placeholder_token, "vectors": settings.num_vectors}
+        write_card(folder, settings, data, "Textual inversion", "textual_inversion", facts)
+
+    return make_task(pipe, settings, base, data, batches, word, loss, export, sheets)
+
+
+def pivotal(settings: PivotalSettings) -> Task:
+    """Pivotal tuning, after Roich et al. (arXiv 2106.05744): a word for the subject, and a LoRA for what no word can say.
+
+    Both learn from the first step on, each at its own rate. Comes out: the files of the two recipes above.
+    """
+    pipe, base = load_base(settings)
+    networks = put_on(pipe, settings)  # changes nothing yet; and it freezes what is there, so the new word comes after it
+    word = new_word(pipe, settings)
+    data = load_data(pipe, settings, True, sentences(settings))
+    batches, sheets = with_prior(pipe, data, True), sample_sheets(pipe, settings, data)
+    loss = diffusion_loss(pipe, settings, base_answer(pipe, settings, pipe.unet, lambda: adapters_off(pipe.unet)))
+
+    detours = {name: p for name, p in named(networks).items() if ".lora_" in name}
+    optimizer = adamw(list(detours.values()), settings)
+    optimizer.add_param_group({"params": list(word.values()), "lr": settings.learning_rate_embedding})
+
+    def export(folder: Path) -> None:
+        spec = model_spec(settings, "lora", data, pipe.schedule, base)
+        write_adapter(folder, networks, spec)
+        save_embedding(folder, settings.placeholder_token, word["word"], metadata=spec)
+        facts = {"new word": settings.placeholder_token, "vectors": settings.num_vectors, **shape_of(settings)}
+        write_card(folder, settings, data, "Pivotal tuning", "pivotal", facts)
+
+    return make_task(pipe, settings, base, data, batches, detours | word, loss, export, sheets, optimizer)
+
+
+RECIPES: dict[type, Callable[[Any], Task]] = {
+    FullSettings: full,
+    DreamBoothSettings: dreambooth,
+    LoRASettings: lora,
+    TextualInversionSettings: textual_inversion,
+    PivotalSettings: pivotal,
+}
+
+# --- what they put on ------------------------------------------------------------------------------------------------
+
+
+def put_on(pipe: StableDiffusionPipeline, settings: AdapterSettings) -> dict[str, nn.Module]:
+    """Fresh adapters on the U-Net, and on the text encoder's attention if asked; the networks that have them."""
+    s = settings
+    targets: dict[str, tuple[nn.Module, tuple[str, ...]]] = {"unet": (pipe.unet, s.lora_targets)}
+    if s.train_text_encoder:
+        targets["text_encoder"] = (pipe.text_encoder, ("text",))
+    for part, (network, layers) in targets.items():
+        ranks = s.rank_of if part == "unet" else {}
+        how = {"rslora": s.use_rslora, "dora": s.use_dora}
+        inject(network, s.rank, s.lora_alpha, layers, s.seed, rank_of=ranks, dropout=s.lora_dropout, **how)
+        print_trainable_parameters(network)
+    return {part: network for part, (network, _) in targets.items()}
+
+
+def write_adapter(folder: Path, networks: dict[str, nn.Module], metadata: dict[str, str]) -> None:
+    """The adapters of all networks in one file."""
+    modules = {f"{part}.{name}": w for part, model in networks.items() for name, w in adapter_weights(model).items()}
+    save_lora(modules, folder, metadata=metadata)
+
+
+def shape_of(settings: AdapterSettings) -> dict[str, object]:
+    """An adapter's rows in the model card."""
+    alpha = settings.rank if settings.lora_alpha is None else settings.lora_alpha
+    return {"rank, alpha": f"{settings.rank}, {alpha:g}", "layers": ", ".join(settings.lora_targets)}
+
+
+def new_word(pipe: StableDiffusionPipeline, settings: WordSettings) -> dict[str, nn.Parameter]:
+    """The new word, as it begins."""
+    vectors = initial_vectors(pipe.tokenizer, pipe.text_encoder, settings.initializer_token, settings.num_vectors)
+    return {"word": add_word(pipe.tokenizer, pipe.text_encoder, settings.placeholder_token, vectors)}
+
+
+def sentences(settings: WordSettings) -> tuple[str, ...]:
+    """What the word is practised in: the captions or the prompt, or else the paper's kind of neutral sentences."""
+    given = settings.train_data_dir or settings.instance_prompt
+    return ("{}",) if given else TEMPLATES[settings.learnable_property]

@@ -16,6 +16,7 @@ from minidiff.config import fits
 from minidiff.errors import SettingsError, did_you_mean
 
 AnySettings = TypeVar("AnySettings", bound="TrainSettings")
+DEFAULT_UPDATES = 400
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class TrainSettings:
     seed: int = 0
     """Every random value is a function of this seed, the step, the sample and its purpose."""
     train_batch_size: int = 4
-    """Samples in one forward pass."""
+    """Samples in one forward pass; with several GPUs, of all of them together."""
     gradient_accumulation_steps: int = 1
     """Forward passes in one update; the update is that of one batch of them all."""
-    max_train_steps: int = 400
-    """Updates in all, those of earlier sessions included."""
+    max_train_steps: int | None = None
+    """Updates in all, those of earlier sessions included; default: 400, unless --num_train_epochs is given."""
+    num_train_epochs: int | None = None
+    """Times through all samples, instead of --max_train_steps."""
     learning_rate: float = 1e-4
     """AdamW's learning rate after warm-up."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
@@ -52,6 +55,12 @@ class TrainSettings:
     """Added to the denominator of Adam's update."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm, all tensors taken together."""
+    use_ema: bool = False
+    """Export and preview a running average of the weights; they themselves go on as they are."""
+    ema_decay: float = 0.9999
+    """How slowly that average follows, once the run is well under way."""
+    dataloader_num_workers: int = 0
+    """Threads that prepare batches ahead; 0: each is prepared when it is wanted. Changes no number."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Number format of the forward pass; what is trained stays fp32. fp16 needs a GPU."""
     checkpointing_steps: int = 100
@@ -59,26 +68,29 @@ class TrainSettings:
     checkpoints_total_limit: int | None = 2
     """How many checkpoints to keep, the newest; "None" keeps all."""
     validation_steps: int = 100
-    """Draw a sample sheet every so many updates; 0: never."""
+    """Draw a sample sheet, and measure, every so many updates; 0: never."""
 
     # Two runs that differ in nothing but these give the same weights at the same step.
     HARMLESS: ClassVar[frozenset[str]] = frozenset(
         "output_dir overwrite_output_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit "
-        "validation_steps".split()
+        "validation_steps dataloader_num_workers".split()
     )
 
     def check(self) -> None:
         """Raise SettingsError, naming the flag, for a value that cannot work."""
         self.need(bool(self.output_dir.strip()) and "\0" not in self.output_dir, "output_dir", "must name a folder")
-        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
+        for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
             self.need(getattr(self, name) >= 1, name, "must be at least 1")
-        limit = self.checkpoints_total_limit
-        self.need(limit is None or limit >= 1, "checkpoints_total_limit", "must be at least 1")
+        for name in ("max_train_steps", "num_train_epochs", "checkpoints_total_limit"):
+            self.need(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1")
+        one = self.max_train_steps is None or self.num_train_epochs is None
+        self.need(one, "num_train_epochs", "and --max_train_steps both say how long to train: give one of them")
         for name in ("lr_warmup_steps", "validation_steps", "adam_weight_decay"):
             self.need(0 <= getattr(self, name) < math.inf, name, "must not be negative")
+        self.need(0 <= self.dataloader_num_workers <= 64, "dataloader_num_workers", "must lie in 0 … 64")
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
             self.need(0 < getattr(self, name) < math.inf, name, "must be a number above 0")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self.need(0 <= getattr(self, name) < 1, name, "must lie in [0, 1)")
         for field in ("lr_scheduler", "mixed_precision"):
             choices = TrainSettings.__annotations__[field].__args__
@@ -86,20 +98,38 @@ class TrainSettings:
             self.need(getattr(self, field) in choices, field, f"must be one of {', '.join(choices)}.{hint}".rstrip("."))
         warms = self.lr_scheduler != "constant" or self.lr_warmup_steps == 0
         self.need(warms, "lr_warmup_steps", "needs another --lr_scheduler than constant, such as constant_with_warmup")
-        self.need(self.lr_warmup_steps <= self.max_train_steps, "lr_warmup_steps", "must not exceed --max_train_steps")
         fresh = not (self.overwrite_output_dir and self.resume_from_checkpoint)
         self.need(fresh, "overwrite_output_dir", "starts over, and --resume_from_checkpoint goes on: give one of them")
+        if self.num_train_epochs is None:
+            self.updates(None)
 
     def need(self, holds: bool, flag: str, rule: str) -> None:
         """One check: the flag, what is wrong with it, and the value it has."""
         if not holds:
             raise SettingsError(f"--{flag} {rule}; it is {getattr(self, flag)!r}.")
 
-    def identity(self) -> dict[str, Any]:
+    def updates(self, samples: int | None) -> int:
+        """Updates in all. `samples` are those of an epoch; None for a task that has no epochs.
+
+        Samples are numbered through the whole run, so an update may take the last of one epoch and the first of the next.
+        """
+        total = self.max_train_steps or DEFAULT_UPDATES
+        if self.num_train_epochs is not None:
+            self.need(samples is not None, "num_train_epochs", "needs a task with epochs; give --max_train_steps")
+            total = math.ceil(
+                self.num_train_epochs * (samples or 0) / (self.train_batch_size * self.gradient_accumulation_steps)
+            )
+        self.need(self.lr_warmup_steps <= total, "lr_warmup_steps", f"must not exceed the {total} updates in all")
+        return total
+
+    def identity(self, total: int) -> dict[str, Any]:
         """The fields on which a step's result depends, in JSON's types: a resumed run must agree in all of them."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in self.HARMLESS}
-        if self.lr_scheduler.startswith("constant"):
-            del values["max_train_steps"]  # then the past does not depend on how far it goes
+        del values["max_train_steps"], values["num_train_epochs"]
+        if not self.lr_scheduler.startswith("constant"):  # else the past does not depend on how far it goes
+            values["max_train_steps"] = total
+        if not self.use_ema:
+            del values["ema_decay"]
         return values
 
 
@@ -127,12 +157,34 @@ class FineTuneSettings(TrainSettings):
     """Crop the middle of pictures that are not square; otherwise a place drawn anew each time."""
     random_flip: bool = False
     """Mirror half of the samples; not for subjects with a left and a right."""
+    aspect_ratio_buckets: bool = False
+    """Train pictures in their own shape, near --resolution squared pixels, instead of cropping them to squares."""
+    masked_loss: bool = False
+    """Learn only where the mask of a picture is white: a.mask.png beside a.png, or the metadata's column "mask"."""
     cache_latents: bool = True
     """Encode each picture once, before training, instead of at every step."""
     proportion_empty_prompts: float = 0.0
     """Share of samples trained with an empty prompt (caption dropout)."""
     snr_gamma: float | None = None
     """Min-SNR loss weights with this gamma; 5 is usual. Default: all timesteps weigh the same."""
+    noise_offset: float = 0.0
+    """Also shift the noise of each whole channel by this much; 0.1 is usual, for very dark and very bright pictures."""
+    with_prior_preservation: bool = False
+    """DreamBooth: train on pictures of the subject's class as well, so that not every dog becomes this one."""
+    class_data_dir: str | None = None
+    """Folder of the class pictures; the base model draws what it lacks."""
+    class_prompt: str | None = None
+    """The prompt of all class pictures, without the rare word: "a photo of a dog"."""
+    num_class_images: int = 100
+    """How many pictures --class_data_dir shall hold; 0: take what is there, and draw none."""
+    sample_batch_size: int = 4
+    """How many class pictures are drawn at once."""
+    prior_loss_weight: float = 1.0
+    """Weight of the class half's loss: instance + weight * class, each the mean over its half. 0: without the class."""
+    prior_from_base: bool = False
+    """Prior preservation without class pictures: under --class_prompt the model shall answer as the base does."""
+    validation_data_dir: str | None = None
+    """Folder of pictures for the validation loss; default: the training pictures."""
     validation_prompt: tuple[str, ...] = ()
     """Prompts of the sample sheet; default: --instance_prompt, or the first caption."""
     num_validation_images: int = 4
@@ -144,6 +196,7 @@ class FineTuneSettings(TrainSettings):
 
     HARMLESS = TrainSettings.HARMLESS | frozenset(
         "pretrained_model_name_or_path device instance_data_dir train_data_dir caption_column skip_bad resolution "
+        "class_data_dir num_class_images sample_batch_size validation_data_dir "
         "validation_prompt num_validation_images validation_guidance_scale validation_inference_steps".split()
     )  # model, pictures, captions and size are compared by what they hold, not by where they lie: see recipes.py
 
@@ -153,7 +206,7 @@ class FineTuneSettings(TrainSettings):
             raise SettingsError(
                 "Give the pictures with one of --instance_data_dir (one prompt) and --train_data_dir (a caption each)."
             )
-        if self.instance_data_dir is not None and not (self.instance_prompt or "").strip():
+        if self.instance_data_dir is not None and not (self.prompt or "").strip():
             raise SettingsError('--instance_data_dir needs --instance_prompt, such as "a photo of a sks dog".')
         one_prompt = self.instance_prompt is None or self.instance_data_dir is not None
         self.need(one_prompt, "instance_prompt", "goes with --instance_data_dir; --train_data_dir has captions")
@@ -162,29 +215,40 @@ class FineTuneSettings(TrainSettings):
         self.need(self.snr_gamma is None or 0 < self.snr_gamma < math.inf, "snr_gamma", "must be a number above 0")
         crop_works = self.center_crop or not self.cache_latents
         self.need(crop_works, "center_crop", "off needs --no-cache_latents too: a cached latent has one crop")
+        self.need(0 <= self.noise_offset < math.inf, "noise_offset", "must not be negative")
+        self._check_prior()
         self.need(self.num_validation_images >= 1, "num_validation_images", "must be at least 1")
         self.need(1 <= self.validation_inference_steps <= 1000, "validation_inference_steps", "must lie in 1 … 1000")
         self.need(0 <= self.validation_guidance_scale < math.inf, "validation_guidance_scale", "must not be negative")
 
+    @property
+    def prompt(self) -> str | None:
+        """What every picture in --instance_data_dir is called."""
+        return self.instance_prompt
 
-@dataclass(frozen=True)
-class LoRASettings(FineTuneSettings):
-    """Teach a frozen model a subject or a style through small additions to its attention layers."""
-
-    output_dir: str = "minidiff-lora"
-    """Folder for the adapter, its checkpoints, metrics.jsonl and sample sheets."""
-    rank: int = 4
-    """Rank r of the update (alpha / r) B A of each layer."""
-    lora_alpha: float | None = None
-    """The numerator of that scale; default: the rank, so that the scale is 1."""
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Ends of the names of the layers that get an adapter."""
-
-    def check(self) -> None:
-        super().check()
-        self.need(self.rank >= 1, "rank", "must be at least 1")
-        self.need(self.lora_alpha is None or 0 < self.lora_alpha < math.inf, "lora_alpha", "must be a number above 0")
-        self.need(len(self.lora_targets) > 0, "lora_targets", "must name at least one layer")
+    def _check_prior(self) -> None:
+        on, folder = self.with_prior_preservation, self.class_data_dir
+        for name in ("class_data_dir", "class_prompt", "prior_from_base"):
+            self.need(on or not getattr(self, name), name, "goes with --with_prior_preservation")
+        self.need(0 <= self.prior_loss_weight < math.inf, "prior_loss_weight", "must not be negative")
+        self.need(0 <= self.num_class_images <= 100_000, "num_class_images", "must lie in 0 … 100000")
+        self.need(self.sample_batch_size >= 1, "sample_batch_size", "must be at least 1")
+        if not on:
+            return
+        if not (self.class_prompt or "").strip():
+            raise SettingsError('--with_prior_preservation needs --class_prompt, such as "a photo of a dog".')
+        if self.prior_from_base:
+            self.need(folder is None, "class_data_dir", "has no use with --prior_from_base: give one of them")
+            return
+        if not folder:
+            raise SettingsError(
+                "--with_prior_preservation needs --class_data_dir, the folder of the class pictures (it may be empty: the "
+                "base model draws them); or --prior_from_base, which needs no pictures."
+            )
+        pictures = self.instance_data_dir or self.train_data_dir or ""
+        self.need(Path(folder).resolve() != Path(pictures).resolve(), "class_data_dir", f"is the folder of {pictures} too")
+        square = "cannot be joined with --class_data_dir, whose pictures are square; take --prior_from_base"
+        self.need(not self.aspect_ratio_buckets, "aspect_ratio_buckets", square)
 
 
 def to_toml(settings: TrainSettings) -> str:

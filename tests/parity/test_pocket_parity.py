@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from minidiff import StableDiffusionPipeline
-from minidiff.adapters.lora import inject, lora_layers
-from minidiff.lora_files import save_lora
+from minidiff.adapters.inject import adapter_weights, inject, lora_layers
+from minidiff.files.lora import save_lora
 from minidiff.rng import normal
 
 diffusers = pytest.importorskip("diffusers")
@@ -55,7 +55,7 @@ def test_lora_has_the_same_effect(ours: StableDiffusionPipeline, theirs, tmp_pat
     inject(ours.unet, rank=4, alpha=8)
     for name, layer in lora_layers(ours.unet).items():
         layer.lora_B["default"].data = 0.1 * normal(layer.lora_B["default"].shape, 2, name)
-    save_lora(ours.unet, tmp_path)
+    save_lora({f"unet.{name}": weights for name, weights in adapter_weights(ours.unet).items()}, tmp_path)
     theirs.load_lora_weights(tmp_path)
     tuned = ours(PROMPTS, latents=latents, **CALL).images
     same_pictures(tuned, theirs(PROMPTS, latents=latents, **CALL).images)

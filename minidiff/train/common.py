@@ -1,0 +1,268 @@
+"""What every recipe shares: the base model, the pictures, the loss, the sheets, and how they make a `Task`.
+
+Shapes: B samples, C h w a latent, L tokens, D width of the text.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from minidiff.device import chosen_device
+from minidiff.diffusion.losses import min_snr_weights, mse, prior_preservation, squared_error
+from minidiff.diffusion.schedule import add_noise, training_target
+from minidiff.errors import SettingsError
+from minidiff.images import contact_sheet
+from minidiff.models.text import tokenize
+from minidiff.pipeline import StableDiffusionPipeline
+from minidiff.train.buckets import bucket_sizes
+from minidiff.train.checkpoint import check_folder
+from minidiff.train.data import LatentData, check_pictures
+from minidiff.train.folders import read_folder
+from minidiff.train.loop import DTYPES, Batch, Task
+from minidiff.train.priors import BasePrior, PairedData, base_target, class_examples, class_settings
+from minidiff.train.settings import FineTuneSettings
+from minidiff.train.validation import check_prediction_type, validation_set
+
+Base = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, text) -> what the untuned U-Net answers
+
+# --- the base and the pictures ---------------------------------------------------------------------------------------
+
+
+def load_base(settings: FineTuneSettings) -> tuple[StableDiffusionPipeline, str]:
+    """The frozen base model on its device, after the checks that take no time; and its fingerprint.
+
+    The U-Net and the text encoder have the dtype of --mixed_precision, the VAE stays fp32.
+    """
+    settings.check()
+    check_folder(settings)
+    dtype = DTYPES[settings.mixed_precision]
+    pipe = StableDiffusionPipeline.from_pretrained(settings.pretrained_model_name_or_path, torch_dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(chosen_device(settings.device)), fingerprint(pipe.unet, pipe.vae, pipe.text_encoder)
+
+
+def load_data(
+    pipe: StableDiffusionPipeline, settings: FineTuneSettings, live_text: bool = False, templates: Sequence[str] = ("{}",)
+) -> LatentData:
+    """The training pictures and their prompts, checked and encoded.
+
+    With `live_text` a batch holds token ids, for a text encoder that changes in training.
+    """
+    folder = settings.instance_data_dir or settings.train_data_dir or ""
+    return encoded(pipe, settings, Path(folder), settings.prompt, live_text, templates)
+
+
+def encoded(
+    pipe: StableDiffusionPipeline,
+    settings: FineTuneSettings,
+    folder: Path,
+    prompt: str | None,
+    live_text: bool,
+    templates: Sequence[str] = ("{}",),
+) -> LatentData:
+    """A folder of pictures as latents."""
+    side, stride = training_side(pipe, settings)
+    buckets = bucket_sizes(side, stride) if settings.aspect_ratio_buckets else []
+    examples = read_folder(folder, prompt, settings.caption_column, settings.masked_loss)
+    examples = check_pictures(examples, side, settings.skip_bad, buckets)
+    encode = text_of(pipe, live_text)
+    return LatentData(examples, settings, side, pipe.vae, encode, len(pipe.schedule.alphas_cumprod), templates)
+
+
+def text_of(pipe: StableDiffusionPipeline, live_text: bool) -> Callable[[list[str]], Tensor]:
+    """Prompts -> (B, L, D) from the text encoder as it is now; or ids (B, L), to be encoded in each step."""
+    return (lambda prompts: tokenize(pipe.tokenizer, prompts, pipe.placeholders)) if live_text else pipe.encode_prompt
+
+
+def training_side(pipe: StableDiffusionPipeline, settings: FineTuneSettings) -> tuple[int, int]:
+    """The side of the pictures in pixels, and what it must be a multiple of."""
+    side, factor = settings.resolution, pipe.vae.config.downscale
+    side = pipe.unet.config.sample_size * factor if side is None else side
+    stride = factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    if side % stride:
+        near = max(side // stride, 1) * stride
+        raise SettingsError(f"--resolution {side}: this model needs a multiple of {stride}, such as {near} or {near + stride}.")
+    return side, stride
+
+
+def with_prior(pipe: StableDiffusionPipeline, data: LatentData, live_text: bool = False) -> LatentData | PairedData | BasePrior:
+    """The data with its class half, if --with_prior_preservation asks for one. The model must still be the base."""
+    settings = data.settings
+    if not has_prior(settings):
+        return data
+    if settings.prior_from_base:
+        return BasePrior(data, text_of(pipe, live_text)([settings.class_prompt or ""])[0])
+    examples = check_pictures(class_examples(pipe, settings, data.resolution), data.resolution, settings.skip_bad)
+    own, encode = class_settings(settings), text_of(pipe, live_text)
+    return PairedData(data, LatentData(examples, own, data.resolution, pipe.vae, encode, data.timesteps))
+
+
+def has_prior(settings: FineTuneSettings) -> bool:
+    """Weight 0 is the plain loss: then the class half is not computed at all."""
+    return settings.with_prior_preservation and settings.prior_loss_weight > 0
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+def predict(pipe: StableDiffusionPipeline, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The U-Net's answer (B, C, h, w) to a batch, and what it was asked: x_t, t, text (B, L, D)."""
+    x0, noise, t = (batch[key].to(pipe.device) for key in ("latents", "noise", "t"))
+    x_t = add_noise(pipe.schedule, x0, noise, t)
+    if "ids" in batch:
+        text = pipe.text_encoder(input_ids=batch["ids"].to(pipe.device)).last_hidden_state
+    else:
+        text = batch["text"].to(pipe.device)
+    return pipe.unet(x_t, t, text), x_t, t, text
+
+
+def target_of(pipe: StableDiffusionPipeline, batch: Batch) -> Tensor:
+    """What the U-Net should answer: eps, or v."""
+    x0, noise, t = (batch[key].to(pipe.device) for key in ("latents", "noise", "t"))
+    return training_target(pipe.schedule, x0, noise, t)
+
+
+def diffusion_loss(
+    pipe: StableDiffusionPipeline, settings: FineTuneSettings, base: Base | None = None
+) -> Callable[[Batch, int, int], Tensor]:
+    """The simple loss of DDPM (arXiv 2006.11239, eq. 14) on latents, with what the settings add to it.
+
+    `base` answers for the class half in place of its noise: --prior_from_base.
+    """
+
+    def loss(batch: Batch, step: int, micro: int) -> Tensor:
+        (output, x_t, t, text), target = predict(pipe, batch), target_of(pipe, batch)
+        if base is not None:
+            target = base_target(target, x_t, t, text, base)
+        weights = None if settings.snr_gamma is None else min_snr_weights(pipe.schedule, t, settings.snr_gamma)  # (B,)
+        mask = batch["mask"].to(pipe.device) if "mask" in batch else None  # (B, 1, h, w)
+        if has_prior(settings):
+            return prior_preservation(output, target, settings.prior_loss_weight, weights, mask)
+        return mse(output, target, weights, mask)
+
+    return loss
+
+
+def base_answer(
+    pipe: StableDiffusionPipeline,
+    settings: FineTuneSettings,
+    unet: nn.Module,
+    as_base: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Base | None:
+    """For --prior_from_base: what the base answers under the class prompt, which is what `unet` answers inside `as_base()`.
+
+    Made while the text encoder still is the base's.
+    """
+    if not (settings.prior_from_base and has_prior(settings)):
+        return None
+    words = pipe.encode_prompt([settings.class_prompt or ""])  # (1, L, D)
+
+    def base(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        with as_base():
+            answer: Tensor = unet(x_t, t, words.expand(len(x_t), -1, -1))
+            return answer
+
+    return base
+
+
+# --- sheets, and the task --------------------------------------------------------------------------------------------
+
+
+def sample_sheets(
+    pipe: StableDiffusionPipeline, settings: FineTuneSettings, data: LatentData
+) -> Callable[[int], Image.Image | None]:
+    """Sheets of the validation prompts on fixed seeds: the base in the first row, the model as it is now in the second.
+
+    Call this while the model still is the base: the first row is drawn here.
+    """
+    prompts = settings.validation_prompt or (data.templates[0].replace("{}", data.examples[0].caption),)
+    seeds = [settings.seed + i for i in range(settings.num_validation_images)]
+
+    def draw(prompt: str, seed: int) -> Image.Image:
+        image: Image.Image = pipe(
+            prompt,
+            seed=seed,
+            guidance_scale=settings.validation_guidance_scale,
+            num_inference_steps=settings.validation_inference_steps,
+            width=data.resolution,
+            height=data.resolution,
+        ).images[0]
+        return image
+
+    def row() -> list[Image.Image]:
+        return [draw(prompt, seed) for prompt in prompts for seed in seeds]  # one at a time, to spare memory
+
+    base = row() if settings.validation_steps else []
+    columns = [f"{prompt}, seed {seed}" for prompt in prompts for seed in seeds]
+
+    def sheet(done: int) -> Image.Image:
+        return contact_sheet([base, row()], row_labels=["base", f"step {done}"], column_labels=columns)
+
+    return sheet
+
+
+def make_task(
+    pipe: StableDiffusionPipeline,
+    settings: FineTuneSettings,
+    base: str,
+    data: LatentData,
+    batches: LatentData | PairedData | BasePrior,
+    trainable: dict[str, nn.Parameter],
+    loss: Callable[[Batch, int, int], Tensor],
+    export: Callable[[Path], None],
+    preview: Callable[[int], Image.Image | None],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Task:
+    """The task, with the validation loss on fixed noise, and a first look at whether the base predicts what it says."""
+    validation, networks = data, {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    if settings.validation_data_dir:
+        folder, plain = Path(settings.validation_data_dir), replace(settings, masked_loss=False)
+        validation = encoded(pipe, plain, folder, settings.prompt, "ids" in data.still(0), data.templates)
+    fixed = validation_set(validation)
+    check_prediction_type(pipe.schedule, fixed, lambda batch: predict(pipe, batch)[0])
+
+    def errors(batch: Batch) -> Tensor:
+        mask = batch["mask"].to(pipe.device) if "mask" in batch else None
+        return squared_error(predict(pipe, batch)[0], target_of(pipe, batch), mask)
+
+    def validate() -> dict[str, float]:
+        for network in networks.values():
+            network.eval()  # no dropout
+        numbers = fixed.loss(errors)
+        for network in networks.values():
+            network.train()
+        return numbers
+
+    return Task(
+        trainable=trainable,
+        batch=batches.batch,
+        loss=loss,
+        export=export,
+        preview=preview,
+        validate=validate,
+        facts={"base": base} | batches.facts,
+        samples_per_epoch=data.samples_per_epoch,
+        optimizer=optimizer,
+        modules=networks,
+        describe=data.describe,
+    )
+
+
+def fingerprint(*models: nn.Module) -> str:
+    """Tells base models apart, wherever they lie: a hash of the first numbers of each tensor."""
+    digest = hashlib.sha256()
+    for model in models:
+        for name, tensor in model.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def named(parts: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Everything trainable in some networks, by network and name."""
+    return {f"{part}.{name}": p for part, model in parts.items() for name, p in model.named_parameters() if p.requires_grad}

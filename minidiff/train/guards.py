@@ -1,0 +1,107 @@
+"""What stands around the training loop: checks before it, signals during it, and who is to blame when numbers break."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.errors import SettingsError
+from minidiff.train.settings import TrainSettings
+
+
+def check_trainable(trainable: Mapping[str, nn.Parameter], settings: TrainSettings) -> str:
+    """What is trained is fp32 (fp16 steps below 2^-11 of a weight would be lost); the device type it is on."""
+    wrong = [name for name, p in trainable.items() if p.dtype != torch.float32 or not p.requires_grad]
+    if wrong or not trainable:
+        raise RuntimeError(f"a task trains fp32 parameters that require gradients; not so: {wrong[:5] or 'none'}")
+    device = next(iter(trainable.values())).device.type
+    if settings.mixed_precision == "fp16" and device == "cpu":
+        raise SettingsError("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no.")
+    if settings.mixed_precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported():
+        raise SettingsError("--mixed_precision bf16 is more than this GPU can do; use fp16.")
+    return device
+
+
+def check_gradients(trainable: Mapping[str, nn.Parameter]) -> None:
+    """After the first backward pass: a tensor that gets no gradient would silently stay what it is."""
+    without = [name for name, p in trainable.items() if p.grad is None]
+    if without:
+        raise RuntimeError(f"{len(without)} of {len(trainable)} trainable tensors got no gradient: {without[:5]}")
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that fills when Ctrl-C or SIGTERM asks to stop after the step at hand; a second Ctrl-C stops at once."""
+    asked: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(2, b"\nStopping after this step; the state will be saved.\n")  # print is not safe in a handler
+
+    if threading.current_thread() is not threading.main_thread():  # Python takes signals in the main thread only
+        yield asked
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def deterministic(device: str) -> Iterator[None]:
+    """The same bits each time: torch's own random state is ours inside, and on a GPU only kernels that repeat themselves run.
+
+    (Those of the CPU do so anyway.) Afterwards all is as it was.
+    """
+    gpus = [torch.cuda.current_device()] if device == "cuda" else []
+    memory: Any = torch.utils.deterministic
+    before, filled = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    if gpus:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True, warn_only=True)  # where there is such a kernel
+        memory.fill_uninitialized_memory = False  # writing zeros first is slow, and only hides bugs
+    try:
+        with torch.random.fork_rng(gpus):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        memory.fill_uninitialized_memory = filled
+
+
+def first_nonfinite(modules: Mapping[str, nn.Module], forward: Callable[[], Tensor]) -> tuple[Tensor, str | None]:
+    """What `forward` gives, and the first module, innermost first, whose output held NaN or infinity on the way."""
+    found: list[str] = []
+
+    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and not all(t.isfinite().all() for t in tensors_in(output)):
+                found.append(f"{name} ({type(module).__name__})")
+
+        return module.register_forward_hook(look)
+
+    paths = ((f"{top}.{path}".rstrip("."), m) for top, model in modules.items() for path, m in model.named_modules())
+    handles = [watch(path, module) for path, module in paths]
+    try:
+        with torch.no_grad():
+            return forward(), found[0] if found else None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors of floating point in what a module returned: one, several, or a dictionary of them."""
+    if isinstance(output, Tensor):
+        yield from [output] if output.is_floating_point() else []
+    elif isinstance(output, (Mapping, list, tuple)):
+        parts: Iterable[Any] = output.values() if isinstance(output, Mapping) else output
+        for part in parts:
+            yield from tensors_in(part)

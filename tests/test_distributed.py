@@ -1,0 +1,200 @@
+"""Two processes train as one: CPU, gloo, torchrun. pytest starts this file under torchrun as a program."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from resume_harness import NUMBERS, Case, check_whole, fingerprint, numbers, rows
+from torch import Tensor
+
+from minidiff.errors import MinidiffError, SettingsError
+from minidiff.train import distributed
+from minidiff.train.distributed import World, buckets
+from minidiff.train.loop import Task, fit
+from minidiff.train.settings import TrainSettings
+from minidiff.weights import read_header
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun's gloo is tested on Linux and macOS")
+SLOW_STEP = 0.05  # seconds, where a test wants to come in between
+
+
+def linear(settings: TrainSettings) -> Task:
+    """`numbers` without dropout, which each process draws for itself."""
+    task = numbers(settings)
+    task.modules["model"].eval()
+    return task
+
+
+def with_incident(settings: TrainSettings, incident: str) -> Task:
+    """`linear`, slowly, and with something that happens to one process in the fourth update."""
+    task = linear(settings)
+    plain, world = task.loss, distributed.world()
+
+    def loss(batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
+        time.sleep(SLOW_STEP)
+        assert len(batch["x"]) == settings.train_batch_size // world.size
+        if (step, world.rank) == (3, 1) and incident == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if (step, world.rank) == (3, 1) and incident == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (step, world.rank) == (3, 1) and incident == "error":
+            raise SettingsError("process 1 has had enough")
+        return plain(batch, step, micro) * (float("nan") if (incident, world.rank) == ("nan", 1) else 1.0)
+
+    return replace(task, loss=loss)
+
+
+CASE = Case(linear, replace(NUMBERS.settings, lr_scheduler="cosine", gradient_accumulation_steps=2))
+
+
+def main(folder: Path, incident: str) -> None:
+    torch.set_num_threads(1)
+    import minidiff.train.run as run
+
+    run.loss_curve = lambda metrics, path: None
+    try:
+        with distributed.joined("cpu") as world:
+            (folder.parent / f"rank{world.rank}").touch()
+            print(f"I am process {world.rank}")
+            report = Case(lambda settings: with_incident(settings, incident), CASE.settings).run(folder)
+    except MinidiffError as error:
+        print(f"minidiff: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0 if report.finished else 130)
+
+
+def torchrun(folder: Path, incident: str = "none") -> subprocess.CompletedProcess[str]:
+    """This file as two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.parent.mkdir(exist_ok=True)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    command = [sys.executable, *launch, __file__, str(folder), incident]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def result(folder: Path) -> dict[str, Tensor]:
+    return read_header(folder / "model.safetensors").read()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minidiff.train.run.loss_curve", lambda metrics, path: None)
+        assert CASE.run(folder).finished
+    return folder
+
+
+def check_same_run(folder: Path, straight: Path) -> None:
+    """The same files; weights to 1e-6, and all other numbers with them."""
+    assert fingerprint(folder).keys() == fingerprint(straight).keys()
+    for name, tensor in result(straight).items():
+        assert torch.allclose(result(folder)[name], tensor, rtol=0, atol=1e-6)
+    for mine, theirs in zip(rows(folder), rows(straight), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+def test_two_processes_are_one(tmp_path: Path, straight: Path) -> None:
+    done = torchrun(tmp_path / "two" / "run")
+    assert done.returncode == 0, done.stderr[-4000:]
+    check_same_run(tmp_path / "two" / "run", straight)
+    assert (tmp_path / "two" / "rank1").exists() and done.stdout == "I am process 0\n"
+    manifest = json.loads((tmp_path / "two" / "run" / "checkpoint-6" / "manifest.json").read_text())
+    assert manifest["environment"]["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    "incident, code, message",
+    [
+        ("signal", None, "Stopped after 4 updates"),
+        ("kill", None, "Process 0 of 2 stops, as another process of this run has ended"),
+        pytest.param("error", None, "process 1 has had enough", marks=pytest.mark.slow),
+    ],
+)
+def test_what_happens_to_one_happens_to_all(
+    tmp_path: Path,
+    straight: Path,
+    incident: str,
+    code: int | None,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """None hangs; what is saved is whole; one process alone goes on from there, to the result of one that never stopped."""
+    monkeypatch.setattr("minidiff.train.run.loss_curve", lambda metrics, path: None)
+    folder = tmp_path / "two" / "run"
+    done = torchrun(folder, incident)
+    assert done.returncode != 0 and message in done.stderr, done.stderr[-4000:]
+    assert check_whole(folder) == (2 if incident == "signal" else 1)
+    assert CASE.run(folder).finished
+    assert "processes was 2, is now 1: the result can differ in its last bits" in capsys.readouterr().err
+    check_same_run(folder, straight)
+
+
+@pytest.mark.slow
+def test_a_share_that_is_not_finite(tmp_path: Path) -> None:
+    """Both skip the same updates, and both say so."""
+    done = torchrun(tmp_path / "two" / "run", "nan")
+    assert done.returncode != 0 and done.stderr.count("3 updates in a row without a finite loss") == 2
+    assert "The first to break is the loss itself" in done.stderr and "The first to break is a gradient" in done.stderr
+
+
+# --- in this process -------------------------------------------------------------------------------------------------
+
+
+def test_shares_put_together_are_the_batch() -> None:
+    batch = {"x": torch.arange(8.0).view(4, 2), "pairs": torch.arange(8), "anchor": torch.tensor(3.0)}
+    shares = [World(rank, 2).share(batch, 4) for rank in (0, 1)]
+    assert torch.equal(torch.cat([s["x"] for s in shares]), batch["x"])
+    assert [s["pairs"].tolist() for s in shares] == [[0, 1, 4, 5], [2, 3, 6, 7]]  # half of each half
+    assert all(s["anchor"].item() == 3 for s in shares)
+    assert World().share(batch, 4) is batch
+
+
+def test_a_batch_that_cannot_be_shared() -> None:
+    with pytest.raises(SettingsError, match="--train_batch_size 5 is for all 2 processes.*give 4 or 6"):
+        World(0, 2).check(5)
+    with pytest.raises(SettingsError, match="cannot share it evenly; give 4"):
+        World(3, 4).check(1)
+    World(0, 2).check(4)
+
+
+def test_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "BUCKET", 10)
+    sizes = [[t.numel() for t in bucket] for bucket in buckets([torch.zeros(n) for n in (4, 6, 1, 30, 2, 3)])]
+    assert sizes == [[4, 6], [1], [30], [2, 3]]
+
+
+def test_alone_there_is_nothing_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with distributed.joined(None) as world:
+        assert world == distributed.world() == World(0, 1)
+        assert world.any(True) and not world.any(False)
+
+
+@pytest.mark.parametrize(
+    "device, together, message",
+    [(None, "3", "started 3 processes, and there are 2 GPUs: --nproc_per_node 2"), ("cuda:1", "2", "--device cuda:1: torchrun")],
+)
+def test_processes_and_gpus(monkeypatch: pytest.MonkeyPatch, device: str | None, together: str, message: str) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("WORLD_SIZE", together), ("LOCAL_WORLD_SIZE", together), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=message), distributed.joined(device):
+        pass
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

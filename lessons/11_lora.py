@@ -51,7 +51,7 @@ from minidiff.images import HAIRLINE, INK, PAPER, contact_sheet, load_image
 from minidiff.rng import generator, normal
 from minidiff.train import recipes
 from minidiff.train.loop import fit
-from minidiff.train.settings import LoRASettings
+from minidiff.train.methods import LoRASettings
 
 LESSONS = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()  # a notebook has no __file__
 ROOT = LESSONS.parent

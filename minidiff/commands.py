@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minidiff.errors import DataError, SettingsError
+from minidiff.file_flags import Bake, Convert, Extract, Inspect, Join, Resize
 from minidiff.flags import DataCheck, Judge, Ladder, Lesson, Sample, Sampling, Sheet
 from minidiff.pocket.settings import PretrainSettings
 from minidiff.train.methods import (
@@ -129,6 +130,13 @@ def judge(s: Judge) -> None:
     print(json.dumps(judge_checkpoint(s.folder, Path(s.judge), s.count), indent=2))
 
 
+def tool(s: Inspect | Convert | Bake | Join | Extract | Resize) -> None:
+    s.check()
+    from minidiff.tools import TOOLS
+
+    TOOLS[type(s)](s)
+
+
 COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "sample": (Sample, sample),
     "sheet": (Sheet, sheet),
@@ -138,6 +146,12 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "train textual_inversion": (TextualInversionSettings, train),
     "train pivotal": (PivotalSettings, train),
     "data check": (DataCheck, data_check),
+    "inspect": (Inspect, tool),
+    "convert": (Convert, tool),
+    "merge bake": (Bake, tool),
+    "merge join": (Join, tool),
+    "merge extract": (Extract, tool),
+    "merge resize": (Resize, tool),
     "ladder": (Ladder, ladder),
     "lesson": (Lesson, lesson),
     "pretrain": (PretrainSettings, pretrain),

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import struct
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -284,17 +285,18 @@ def loss_curve(metrics: Path | str | Iterable[Mapping[str, float | None]], path:
     panels[0].plot(steps, losses, color="#8fb0d6", linewidth=0.8, alpha=0.7, marker=dots, label="each step")
     panels[0].plot(steps, smooth, color="#1d4f8f", linewidth=2, label="smoothed")
     for name, colour in zip(measured, VALIDATION_COLOURS * len(measured)):
-        _plot(panels[0], steps, columns[name], colour, label=name.replace("_", " "))
+        label = re.sub(r"_(\d+)_(\d+)$", r", t \1–\2", name)  # val_loss_0_250: at timesteps 0 to 250
+        _plot(panels[0], steps, columns[name], colour, label.replace("_", " "))
     for name, axes in zip(below, panels[1:]):
         _plot(axes, steps, columns[name], "#b3541e" if name == "lr" else "#4d7a3a", marker=dots if name == "lr" else ".")
-        axes.set_ylabel({"lr": "learning rate", "moved": "moved"}[name])
+        axes.set_ylabel("learning rate" if name == "lr" else name)
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", scilimits=(-2, 3))
     tops = [np.nanmax(c) for c in (smooth, *(columns[name] for name in measured)) if np.isfinite(c).any()]
     tops += [np.percentile(losses[np.isfinite(losses)], 99.5)] if np.isfinite(losses).any() else []
     if tops and max(tops) > 0:
         panels[0].set_ylim(0, 1.05 * max(tops))  # a lone spike runs off the top
-    panels[0].legend(frameon=False, loc="upper right")
+    panels[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)  # above, where no line runs
     panels[0].set_ylabel("loss")
     panels[-1].set_xlabel("step")
     for axes in panels:

@@ -83,7 +83,8 @@ def test_train_then_sheet(tiny_folder: Path, pictures: Path, tmp_path: Path) -> 
 def test_settings_come_from_toml_and_flags_win(tiny_folder: Path, pictures: Path, tmp_path: Path) -> None:
     train(tiny_folder, pictures, tmp_path / "first")
     config = tmp_path / "first" / "train_config.toml"
-    main(["train", "lora", "--config", str(config), "--output_dir", str(tmp_path / "second"), "--rank", "3"])
+    flags = ["--instance_data_dir", str(pictures), "--output_dir", str(tmp_path / "second"), "--rank", "3"]
+    main(["train", "lora", "--config", str(config), *flags])
     assert "rank = 3" in (tmp_path / "second" / "train_config.toml").read_text()
 
 

@@ -1,4 +1,4 @@
-"""Two processes train as one: CPU, gloo, torchrun. pytest starts this file under torchrun as a program."""
+"""Two processes train as one, on CPUs. pytest starts this file as a program: everyday with forks, if slow with torchrun."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from torch import Tensor
 from minidiff.errors import MinidiffError, SettingsError
 from minidiff.train import distributed
 from minidiff.train.distributed import World, buckets
-from minidiff.train.loop import Task, fit
+from minidiff.train.loop import Task
 from minidiff.train.settings import TrainSettings
 from minidiff.weights import read_header
 
@@ -55,32 +55,72 @@ def with_incident(settings: TrainSettings, incident: str) -> Task:
 CASE = Case(linear, replace(NUMBERS.settings, lr_scheduler="cosine", gradient_accumulation_steps=2))
 
 
-def main(folder: Path, incident: str) -> None:
-    torch.set_num_threads(1)
+def one_process(folder: Path, incident: str) -> int:
+    """One of the two; its exit code."""
     import minidiff.train.run as run
 
-    run.loss_curve = lambda metrics, path: None
+    run.loss_curve = lambda metrics, path: None  # matplotlib would be most of the time
     try:
         with distributed.joined("cpu") as world:
-            (folder.parent / f"rank{world.rank}").touch()
             print(f"I am process {world.rank}")
             report = Case(lambda settings: with_incident(settings, incident), CASE.settings).run(folder)
     except MinidiffError as error:
         print(f"minidiff: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0 if report.finished else 130)
+        return 2
+    return 0 if report.finished else 130
 
 
-def torchrun(folder: Path, incident: str = "none") -> subprocess.CompletedProcess[str]:
-    """This file as two processes."""
+def two_forks(home: Path, incident: str) -> list[int]:
+    """Two processes in the environment that torchrun gives; quicker, as torch is imported once. Their exit codes."""
+    children, environment = [], {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    home.mkdir()
+    for rank in ("0", "1"):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ |= {**environment, "RANK": rank, "LOCAL_RANK": rank}
+            sys.stdout, sys.stderr = (open(home / f"{name}{rank}", "w", buffering=1) for name in ("out", "err"))
+            code = 1
+            try:
+                code = one_process(home / "run", incident)
+            finally:
+                os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder.parent.mkdir(exist_ok=True)
+        return str(free.getsockname()[1])
+
+
+def program(*command: str, expect: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """This file, run with Python's arguments `command` before and after it."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
-    command = [sys.executable, *launch, __file__, str(folder), incident]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
+    assert expect is None or done.returncode == expect, done.stderr[-4000:]
+    return done
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How two processes ended, and what they said."""
+
+    folder: Path
+    codes: list[int]
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """All incidents."""
+    home = tmp_path_factory.mktemp("two")
+    codes = json.loads(program(__file__, str(home)).stdout)
+
+    def said(incident: str, name: str) -> str:
+        return "".join((home / incident / f"{name}{rank}").read_text() for rank in "01")
+
+    return {i: Ended(home / i / "run", codes[i], said(i, "out"), said(i, "err")) for i in codes}
 
 
 def result(folder: Path) -> dict[str, Tensor]:
@@ -106,49 +146,59 @@ def check_same_run(folder: Path, straight: Path) -> None:
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
-def test_two_processes_are_one(tmp_path: Path, straight: Path) -> None:
-    done = torchrun(tmp_path / "two" / "run")
-    assert done.returncode == 0, done.stderr[-4000:]
-    check_same_run(tmp_path / "two" / "run", straight)
-    assert (tmp_path / "two" / "rank1").exists() and done.stdout == "I am process 0\n"
-    manifest = json.loads((tmp_path / "two" / "run" / "checkpoint-6" / "manifest.json").read_text())
+def test_two_processes_are_one(ended: dict[str, Ended], straight: Path) -> None:
+    two = ended["none"]
+    assert two.codes == [0, 0], two.err
+    check_same_run(two.folder, straight)
+    assert two.out == "I am process 0\n" and two.err.count("no checkpoint yet") == 1  # the other one keeps quiet
+    manifest = json.loads((two.folder / "checkpoint-6" / "manifest.json").read_text())
     assert manifest["environment"]["processes"] == 2
 
 
-@pytest.mark.parametrize(
-    "incident, code, message",
-    [
-        ("signal", None, "Stopped after 4 updates"),
-        ("kill", None, "Process 0 of 2 stops, as another process of this run has ended"),
-        pytest.param("error", None, "process 1 has had enough", marks=pytest.mark.slow),
-    ],
-)
+INCIDENTS = [
+    ("signal", [130, 130], "Stopped after 4 updates"),
+    ("kill", [2, -signal.SIGKILL], "Process 0 of 2 stops, as another process of this run has ended"),
+    ("error", [2, 2], "process 1 has had enough"),
+]
+
+
+@pytest.mark.parametrize("incident, codes, message", INCIDENTS)
 def test_what_happens_to_one_happens_to_all(
-    tmp_path: Path,
+    ended: dict[str, Ended],
     straight: Path,
     incident: str,
-    code: int | None,
+    codes: list[int],
     message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """None hangs; what is saved is whole; one process alone goes on from there, to the result of one that never stopped."""
     monkeypatch.setattr("minidiff.train.run.loss_curve", lambda metrics, path: None)
-    folder = tmp_path / "two" / "run"
-    done = torchrun(folder, incident)
-    assert done.returncode != 0 and message in done.stderr, done.stderr[-4000:]
-    assert check_whole(folder) == (2 if incident == "signal" else 1)
-    assert CASE.run(folder).finished
+    two = ended[incident]
+    assert two.codes == codes and message in two.err
+    assert check_whole(two.folder) == (2 if incident == "signal" else 1)
+    assert CASE.run(two.folder).finished
     assert "processes was 2, is now 1: the result can differ in its last bits" in capsys.readouterr().err
-    check_same_run(folder, straight)
+    check_same_run(two.folder, straight)
+
+
+def test_a_share_that_is_not_finite(ended: dict[str, Ended]) -> None:
+    """Both skip the same updates, and each says what it saw."""
+    two = ended["nan"]
+    assert two.codes == [2, 2] and two.err.count("3 updates in a row without a finite loss") == 2
+    assert "The first to break is the loss itself" in two.err and "The first to break is a gradient" in two.err
 
 
 @pytest.mark.slow
-def test_a_share_that_is_not_finite(tmp_path: Path) -> None:
-    """Both skip the same updates, and both say so."""
-    done = torchrun(tmp_path / "two" / "run", "nan")
-    assert done.returncode != 0 and done.stderr.count("3 updates in a row without a finite loss") == 2
-    assert "The first to break is the loss itself" in done.stderr and "The first to break is a gradient" in done.stderr
+@pytest.mark.parametrize("incident, message", [("none", ""), *((name, message) for name, _, message in INCIDENTS)])
+def test_torchrun(tmp_path: Path, straight: Path, incident: str, message: str) -> None:
+    folder = tmp_path / "run"
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    done = program(*launch, __file__, str(folder), incident, expect=0 if incident == "none" else 1)
+    assert message in done.stderr
+    assert check_whole(folder) >= 1
+    if incident == "none":
+        check_same_run(folder, straight)
 
 
 # --- in this process -------------------------------------------------------------------------------------------------
@@ -186,7 +236,7 @@ def test_alone_there_is_nothing_to_join(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     "device, together, message",
-    [(None, "3", "started 3 processes, and there are 2 GPUs: --nproc_per_node 2"), ("cuda:1", "2", "--device cuda:1: torchrun")],
+    [(None, "3", "3 processes, and there are 2 GPUs: --nproc_per_node 2"), ("cuda:1", "2", "--device cuda:1: torchrun")],
 )
 def test_processes_and_gpus(monkeypatch: pytest.MonkeyPatch, device: str | None, together: str, message: str) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -197,4 +247,9 @@ def test_processes_and_gpus(monkeypatch: pytest.MonkeyPatch, device: str | None,
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:  # torchrun
+        sys.exit(one_process(Path(sys.argv[1]), sys.argv[2]))
+    incidents = ("none", "signal", "kill", "error", "nan")
+    NUMBERS.run(Path(sys.argv[1]) / "warm")  # what torch imports late is then there in every fork
+    print(json.dumps({incident: two_forks(Path(sys.argv[1]) / incident, incident) for incident in incidents}))

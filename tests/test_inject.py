@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from tiny_adapters import Transformers4, digest, run, tiny_text, tiny_unet, train_a_bit
+from tiny_adapters import EVERYWHERE, answer, digest, random, shake, tiny_text_encoder, tiny_unet
 from torch import nn
 
 from minidiff.adapters.inject import (
-    GROUPS,
     adapter_names,
     adapter_weights,
     adapters_off,
@@ -28,7 +27,6 @@ from minidiff.layout import SD15_TEXT
 from minidiff.models.text import build_text_encoder
 from minidiff.models.unet import UNet2DConditionModel
 
-UNET_GROUPS = [group for group in GROUPS if not group.startswith("text")]
 FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
@@ -63,10 +61,10 @@ TABLE = [
     (["attn2.to_k", "attn2.to_v"], 32, (49_536, 198_144, 396_288, 792_576, 1_585_152)),
     (["attention", "feed_forward"], 160, (374_016, 1_496_064, 2_992_128, 5_984_256, 11_968_512)),
     (["attention", "feed_forward", "projections"], 192, (423_936, 1_695_744, 3_391_488, 6_782_976, 13_565_952)),
-    (UNET_GROUPS, 278, (1_050_816, 4_203_264, 8_406_528, 16_813_056, 33_626_112)),
+    (EVERYWHERE, 278, (1_050_816, 4_203_264, 8_406_528, 16_813_056, 33_626_112)),
     (["attention", "conv1", "conv2"], 172, (688_896, 2_755_584, 5_511_168, 11_022_336, 22_044_672)),
 ]
-EVERY = [*UNET_GROUPS, "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"]
+EVERY = [*EVERYWHERE, "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +103,7 @@ def test_dora_adds_a_number_for_each_output(sd15: UNet2DConditionModel, targets:
 
 
 def test_counting_takes_no_memory(sd15: UNet2DConditionModel) -> None:
-    inject(sd15, 32, targets=UNET_GROUPS, dora=True)
+    inject(sd15, 32, targets=EVERYWHERE, dora=True)
     assert all(p.is_meta for p in trainable(sd15).values())
     eject(sd15)
 
@@ -126,7 +124,7 @@ def test_targets_match_whole_words_at_the_end() -> None:
 
 
 def test_linear_layers_and_convolutions() -> None:
-    layers = inject(tiny_unet(), 2, targets=UNET_GROUPS)
+    layers = inject(tiny_unet(), 2, targets=EVERYWHERE)
     kinds = {name.rpartition(".")[2]: type(layer) for name, layer in layers.items()}
     assert kinds["to_q"] is kinds["time_emb_proj"] is LoRALinear
     assert kinds["proj_in"] is kinds["conv1"] is kinds["conv"] is LoRAConv2d
@@ -156,24 +154,24 @@ def test_rslora_theorem_3_2() -> None:
 
 def test_b_zero_is_the_identity() -> None:
     unet = tiny_unet()
-    before = run(unet)
-    layers = inject(unet, rank=2, targets=UNET_GROUPS)
-    assert torch.equal(run(unet), before)
+    before = answer(unet)
+    layers = inject(unet, rank=2, targets=EVERYWHERE)
+    assert torch.equal(answer(unet), before)
     assert all(layer.lora_A["default"].abs().max() <= layer.base.weight[0].numel() ** -0.5 for layer in layers.values())
-    train_a_bit(unet)
-    assert not torch.allclose(run(unet), before, atol=1e-3)
+    shake(unet)
+    assert not torch.allclose(answer(unet), before, atol=1e-3)
 
 
 def test_only_the_adapter_is_trainable() -> None:
     unet = tiny_unet()
-    inject(unet, rank=2, targets=UNET_GROUPS)
+    inject(unet, rank=2, targets=EVERYWHERE)
     assert all(".lora_A." in name or ".lora_B." in name for name in trainable(unet))
     assert len(trainable(unet)) == 2 * len(lora_layers(unet))
 
 
 def test_what_is_trained_is_fp32_whatever_the_base() -> None:
     unet = tiny_unet().half()
-    inject(unet, rank=2, targets=UNET_GROUPS, dora=True)
+    inject(unet, rank=2, targets=EVERYWHERE, dora=True)
     assert {p.dtype for p in trainable(unet).values()} == {torch.float32}
     assert unet.conv_in.weight.dtype == torch.float16
 
@@ -181,9 +179,9 @@ def test_what_is_trained_is_fp32_whatever_the_base() -> None:
 def test_every_trainable_tensor_gets_a_gradient() -> None:
     for dora in (False, True):
         unet = tiny_unet()
-        inject(unet, rank=2, targets=UNET_GROUPS, dora=dora, dropout=0.1)
-        train_a_bit(unet)
-        unet(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 7, 24)).square().sum().backward()
+        inject(unet, rank=2, targets=EVERYWHERE, dora=dora, dropout=0.1)
+        shake(unet)
+        unet(random(1, 4, 8, 8), torch.tensor([5]), random(1, 7, 24)).square().sum().backward()
         assert all(p.grad is not None and p.grad.any() for p in trainable(unet).values())
 
 
@@ -205,9 +203,9 @@ def test_a_is_a_function_of_seed_and_name() -> None:
 def test_eject_is_bit_identical(merged: bool, dora: bool) -> None:
     unet = tiny_unet()
     modules, before = dict(unet.named_modules()), digest(unet)
-    inject(unet, rank=2, targets=UNET_GROUPS, dora=dora)
+    inject(unet, rank=2, targets=EVERYWHERE, dora=dora)
     inject(unet, rank=1, adapter_name="second", targets="attention")
-    train_a_bit(unet)
+    shake(unet)
     if merged:
         merge(unet)
     eject(unet)
@@ -219,17 +217,25 @@ def test_eject_is_bit_identical(merged: bool, dora: bool) -> None:
 # --- the text encoder ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [tiny_text, Transformers4])
+class Transformers4(nn.Module):
+    """A text encoder with its tower one level down, as in transformers 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_model = tiny_text_encoder()
+
+
+@pytest.mark.parametrize("make", [tiny_text_encoder, Transformers4])
 def test_the_text_encoder_of_both_versions_of_transformers(make: type[nn.Module]) -> None:
     model = make()
-    tower = model if make is tiny_text else model.text_model
+    tower = model if make is tiny_text_encoder else model.text_model
     ids, modules, bits = torch.tensor([[1, 7, 2]]), dict(model.named_modules()), digest(model)
     before = tower(input_ids=ids).last_hidden_state
     layers = inject(model, 2, targets=["text", "text_mlp"])
     assert set(layers) == set(adapter_weights(model)) == set(lora_layers(model)) and len(layers) == 12
     assert "encoder.layers.0.self_attn.q_proj" in layers
     assert torch.equal(tower(input_ids=ids).last_hidden_state, before)
-    train_a_bit(model)
+    shake(model)
     tuned = tower(input_ids=ids).last_hidden_state
     assert not torch.allclose(tuned, before, atol=1e-2)
     merge(model)
@@ -239,9 +245,9 @@ def test_the_text_encoder_of_both_versions_of_transformers(make: type[nn.Module]
 
 
 def test_an_adapter_moves_between_the_versions() -> None:
-    new, old = tiny_text(), Transformers4()
+    new, old = tiny_text_encoder(), Transformers4()
     inject(new, 2, targets="text")
-    train_a_bit(new)
+    shake(new)
     attach(old, adapter_weights(new), "dog")
     ids = torch.tensor([[1, 7, 2]])
     assert torch.equal(old.text_model(input_ids=ids).last_hidden_state, new(input_ids=ids).last_hidden_state)
@@ -249,11 +255,11 @@ def test_an_adapter_moves_between_the_versions() -> None:
 
 def test_two_networks_as_one() -> None:
     """As the pipeline mixes and merges them."""
-    both = nn.ModuleDict({"unet": tiny_unet(), "text_encoder": tiny_text()})
+    both = nn.ModuleDict({"unet": tiny_unet(), "text_encoder": tiny_text_encoder()})
     bits = digest(both)
     inject(both["unet"], 2)
     inject(both["text_encoder"], 2, targets="text")
-    train_a_bit(both)
+    shake(both)
     set_adapters(both, ["default"], [0.5])
     merge(both)
     unmerge(both)
@@ -268,11 +274,11 @@ def test_two_networks_as_one() -> None:
 @pytest.mark.parametrize("dora", [False, True])
 def test_attach_gives_the_same_outputs(dora: bool) -> None:
     unet, other = tiny_unet(), tiny_unet()
-    inject(unet, 2, alpha=3, targets=UNET_GROUPS, dora=dora)
-    train_a_bit(unet)
+    inject(unet, 2, alpha=3, targets=EVERYWHERE, dora=dora)
+    shake(unet)
     weights = adapter_weights(unet)
     attach(other, weights, "dog")
-    assert torch.equal(run(other), run(unet)) and adapter_names(other) == ["dog"]
+    assert torch.equal(answer(other), answer(unet)) and adapter_names(other) == ["dog"]
     again = adapter_weights(other, "dog")
     assert all(torch.equal(weights[name].A, again[name].A) and weights[name].scale == again[name].scale for name in weights)
 
@@ -307,20 +313,20 @@ def test_attach_refuses_what_does_not_fit(name: str, A: tuple, B: tuple, m: tupl
 
 def test_merged_is_unmerged() -> None:
     unet = tiny_unet()
-    inject(unet, rank=2, alpha=6, targets=UNET_GROUPS)
-    train_a_bit(unet)
-    before, bits = run(unet), digest(unet)
+    inject(unet, rank=2, alpha=6, targets=EVERYWHERE)
+    shake(unet)
+    before, bits = answer(unet), digest(unet)
     merge(unet)
-    torch.testing.assert_close(run(unet), before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(answer(unet), before, atol=1e-5, rtol=1e-5)
     assert digest(unet) != bits
     unmerge(unet)
-    assert digest(unet) == bits and torch.equal(run(unet), before)
+    assert digest(unet) == bits and torch.equal(answer(unet), before)
 
 
 def test_unmerge_is_exact_in_half_precision() -> None:
     unet = tiny_unet().to(torch.float16)
-    inject(unet, rank=2, targets=UNET_GROUPS)
-    train_a_bit(unet)
+    inject(unet, rank=2, targets=EVERYWHERE)
+    shake(unet)
     bits = digest(unet)
     merge(unet)
     unmerge(unet)
@@ -347,7 +353,7 @@ def test_merging_twice_and_unmerging_nothing_are_errors() -> None:
 def two_adapters() -> UNet2DConditionModel:
     unet = tiny_unet()
     inject(unet, 2, adapter_name="dog", seed=1)
-    train_a_bit(unet, "dog")
+    shake(unet, "dog")
     inject(unet, 3, alpha=6, targets=["attn2.to_k", "attn2.to_v"], adapter_name="style", seed=2)
     for layer in lora_layers(unet).values():
         if "style" in layer.lora_B:
@@ -366,21 +372,21 @@ def test_set_adapters_sets_strengths() -> None:
 
 
 def test_an_adapter_that_is_off_leaves_no_trace() -> None:
-    unet, base = two_adapters(), run(tiny_unet())
+    unet, base = two_adapters(), answer(tiny_unet())
     set_adapters(unet, [])
-    assert torch.equal(run(unet), base)
+    assert torch.equal(answer(unet), base)
     set_adapters(unet, ["style"])
-    assert not torch.allclose(run(unet), base, atol=1e-4)
+    assert not torch.allclose(answer(unet), base, atol=1e-4)
 
 
 def test_adapters_off() -> None:
-    unet, base = two_adapters(), run(tiny_unet())
+    unet, base = two_adapters(), answer(tiny_unet())
     set_adapters(unet, ["dog"], [0.7])
-    tuned = run(unet)
+    tuned = answer(unet)
     with pytest.raises(ZeroDivisionError), adapters_off(unet):
-        assert torch.equal(run(unet), base)
+        assert torch.equal(answer(unet), base)
         raise ZeroDivisionError
-    assert torch.equal(run(unet), tuned)
+    assert torch.equal(answer(unet), tuned)
     merge(unet)
     with pytest.raises(AdapterError, match="merged already"), adapters_off(unet):
         pass
@@ -401,10 +407,10 @@ def test_a_new_adapter_is_the_only_one_that_trains() -> None:
 )
 def test_set_adapters_refuses(names: list[str], strengths: list[float] | None, message: str) -> None:
     unet = two_adapters()
-    before = run(unet)
+    before = answer(unet)
     with pytest.raises(AdapterError, match=message):
         set_adapters(unet, names, strengths)
-    assert torch.equal(run(unet), before)
+    assert torch.equal(answer(unet), before)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -428,11 +434,12 @@ def test_set_adapters_refuses(names: list[str], strengths: list[float] | None, m
         ({"rank": 2, "targets": "toq"}, 'matches nothing in UNet2DConditionModel. Did you mean "to_q"'),
         ({"rank": 2, "targets": "atention"}, 'Did you mean "attention"'),
         ({"rank": 2, "targets": "text"}, '"text" matches nothing .* groups of them: attention, cross_attention, feed_forward'),
-        ({"rank": 2, "targets": ["norm1"]}, "names a GroupNorm .* linear layers and convolutions only"),
+        ({"rank": 2, "targets": ["norm1"]}, "names a LayerNorm .* linear layers and convolutions only"),
         ({"rank": 2, "targets": ["o_q"]}, "matches nothing"),
         ({"rank": 2, "targets": []}, "no targets"),
         ({"rank": 2, "adapter_name": "my.dog"}, "cannot name an adapter"),
         ({"rank": 2, "adapter_name": "keys"}, "cannot name an adapter"),
+        ({"rank": 2, "adapter_name": "training"}, "cannot name an adapter"),
     ],
 )
 def test_bad_settings_change_nothing(settings: dict, message: str) -> None:

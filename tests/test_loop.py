@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from minidiff import weights
 from minidiff.errors import MinidiffError, SettingsError
-from minidiff.rng import normal
+from minidiff.images import VALIDATION_COLOURS
+from minidiff.rng import hashed_seed, normal
 from minidiff.train import checkpoint
-from minidiff.train.loop import Task, fit
+from minidiff.train.guards import first_nonfinite
+from minidiff.train.loop import Task, batches, fit
 from minidiff.train.run import read_metrics
 from minidiff.train.settings import TrainSettings
 
@@ -174,12 +177,56 @@ def test_three_broken_steps_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(MinidiffError) as error:
         fit(toy(BASE, lambda step: math.inf if step >= 4 else 1.0), into(tmp_path))
     message = str(error.value)
-    assert "step 7" in message and "0.05" in message and "weight" in message and "checkpoint-6" in message
-    assert "--learning_rate" in message
+    assert "step 7: loss inf, learning rate 0.05, samples 24 to 27 of the run" in message
+    assert "The first to break is the loss itself" in message and "that of weight" in message
+    assert "checkpoint-6" in message and "--learning_rate" in message
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-6"
     assert not (tmp_path / "model.safetensors").exists()
     good = weights.read_header(tmp_path / "checkpoint-6" / "model.safetensors").read()
     assert all(t.isfinite().all() for t in good.values())
+
+
+def breaking(settings: TrainSettings, where: str) -> Task:
+    """From step 2 on, the second micro batch breaks: in the data, in a module, or only on the way back."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 1)))
+
+    def batch(step: int, micro: int) -> dict[str, Tensor]:
+        broken = step >= 2 and micro == 1
+        x = torch.full((4, 3), math.inf if broken and where == "module" else float(step))
+        return {"x": x.clamp(max=1e38), "y": torch.full((4,), math.nan if broken and where == "data" else 1.0)}
+
+    def loss(batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
+        y = model(batch["x"] * 10).sum() + batch["y"].sum()
+        return y + (y - y).abs().sqrt() if where == "gradient" and step >= 2 else y  # d sqrt(0) is infinite
+
+    described: Callable[[int, int], str] = lambda step, micro: f"pictures {step}-{micro}.png"  # noqa: E731
+    nothing: Callable[[Path], None] = lambda folder: None  # noqa: E731
+    parts = {"unet": model}
+    return Task(dict(model.named_parameters()), batch, loss, nothing, modules=parts, describe=described)
+
+
+@pytest.mark.parametrize(
+    "where, message",
+    [
+        ("data", r"pictures 4-1.png\). The first to break is y in the batch"),
+        ("module", r"pictures 4-1.png\). The first to break is the output of unet.0 \(Linear\)"),
+        ("gradient", r"pictures 4-0.png, pictures 4-1.png\). The first to break is a gradient, .* that of 0.weight"),
+    ],
+)
+def test_the_culprit_is_named(tmp_path: Path, where: str, message: str) -> None:
+    settings = into(tmp_path, gradient_accumulation_steps=2)
+    with pytest.raises(MinidiffError, match=message):
+        fit(breaking(settings, where), settings)
+
+
+def test_first_nonfinite_looks_into_every_kind_of_output() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            return {"mask": x > 0, "pair": (x, [x / 0])}
+
+    model = nn.Sequential(nn.Identity(), Odd())
+    assert first_nonfinite({"m": model}, lambda: model(torch.zeros(1))["mask"]) == (torch.tensor([False]), "m.1 (Odd)")
+    assert not model[1]._forward_hooks
 
 
 def test_broken_weights_are_not_saved(tmp_path: Path) -> None:
@@ -289,6 +336,87 @@ def test_previews_and_curve(tmp_path: Path) -> None:
     assert seen == [3, 6, 8]
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [f"step-{n:06d}.png" for n in seen]
     assert Image.open(tmp_path / "loss.png").width > 100
+
+
+def test_validation_is_in_the_metrics_and_in_the_curve(tmp_path: Path) -> None:
+    settings = into(tmp_path, validation_steps=3, use_ema=True, ema_decay=0.5)
+    task, seen = toy(settings), []
+
+    def validate() -> dict[str, float]:
+        seen.append(task.trainable["weight"].detach().clone())
+        return {"val_loss": 10.0 - len(seen)}
+
+    task.validate = validate
+    fit(task, settings)
+    measured = {row["step"]: row for row in read_metrics(tmp_path) if "val_loss" in row}
+    assert {step: row["val_loss"] for step, row in measured.items()} == {0: 9.0, 3: 8.0, 6: 7.0, 8: 6.0}
+    assert measured[0]["moved"] == 0 and "loss" not in measured[0] and measured[8]["moved"] > measured[3]["moved"] > 0.01
+    assert torch.equal(seen[-1], weights.read_header(tmp_path / "model.safetensors").read()["weight"])  # the average
+    colours = {colour for _, colour in Image.open(tmp_path / "loss.png").convert("RGB").getcolors(1 << 20) or []}
+    assert tuple(bytes.fromhex(VALIDATION_COLOURS[0][1:])) in colours
+
+
+def test_ema_by_settings(tmp_path: Path) -> None:
+    by_task, by_settings = toy(BASE), toy(BASE)
+    by_task.ema_decay = 0.9
+    fit(by_task, into(tmp_path / "task"))
+    fit(by_settings, into(tmp_path / "settings", use_ema=True, ema_decay=0.9))
+    assert result(tmp_path / "task") == result(tmp_path / "settings")
+    with pytest.raises(SettingsError, match="use_ema: was true, is now false"):
+        fit(toy(BASE), into(tmp_path / "settings", resume_from_checkpoint="latest"))
+
+
+def test_epochs(tmp_path: Path) -> None:
+    settings = into(tmp_path, max_train_steps=None, num_train_epochs=2, gradient_accumulation_steps=2)
+    task = toy(settings)
+    with pytest.raises(SettingsError, match="--num_train_epochs needs a task with epochs; give --max_train_steps"):
+        fit(task, settings)
+    task.samples_per_epoch = 10
+    assert fit(task, settings).done == 3  # 20 samples, 8 in an update
+
+
+def test_what_networks_draw_themselves_is_a_function_of_the_seed_and_the_step(tmp_path: Path) -> None:
+    drawn: list[float] = []
+    settings = into(tmp_path, max_train_steps=2, gradient_accumulation_steps=2)
+    task = toy(settings)
+    plain = task.loss
+
+    def loss(batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
+        drawn.append(torch.rand(()).item())
+        assert torch.initial_seed() == hashed_seed(settings.seed, "torch", step, micro, 0)
+        return plain(batch, step, micro)
+
+    task.loss = loss
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    fit(task, settings)
+    assert len(set(drawn)) == 4 and torch.equal(torch.get_rng_state(), before)  # all differ, and the caller's are his own
+
+
+def test_what_never_moved_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = into(tmp_path, adam_weight_decay=0.0)
+    task = toy(settings)
+    task.trainable["idle"] = idle = nn.Parameter(torch.ones(2))
+    plain = task.loss
+    task.loss = lambda batch, step, micro: plain(batch, step, micro) + 0 * idle.sum()
+    fit(task, settings)
+    assert "1 trained tensors are where they were, such as idle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_come_in_order(workers: int) -> None:
+    def batch(step: int, micro: int) -> dict[str, Tensor]:
+        if step == 5:
+            raise KeyError("no such picture")
+        time.sleep(0.001 * ((7 * step + micro) % 3))
+        return {"place": torch.tensor([step, micro])}
+
+    task, settings = toy(BASE), replace(BASE, dataloader_num_workers=workers, gradient_accumulation_steps=2)
+    task.batch = batch
+    with batches(task, settings, 1, 5) as data:
+        assert [tuple(b["place"].tolist()) for b in data] == [(s, m) for s in range(1, 5) for m in (0, 1)]
+    with pytest.raises(KeyError), batches(task, settings, 4, 9) as data:
+        list(data)
 
 
 def test_metrics_and_a_torn_line(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """LoRA on one layer: y = W x + scale · B A x, for linear layers and convolutions."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_adapters import random
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minidiff.adapters.lora import LoRAConv2d, LoRALayer, LoRALinear, LoRAWeights
 
@@ -13,6 +16,7 @@ KINDS = {
     "linear without bias": lambda: nn.Linear(6, 5, bias=False),
     "3 x 3": lambda: nn.Conv2d(6, 5, 3, padding=1),
     "3 x 3 with stride 2": lambda: nn.Conv2d(6, 5, 3, stride=2, padding=1),  # a downsampler of the U-Net
+    "3 x 1 with holes": lambda: nn.Conv2d(6, 5, (3, 1), padding=(2, 0), dilation=(2, 1)),
     "1 x 1": lambda: nn.Conv2d(6, 5, 1),  # proj_in of SD 1.5
     "1 x 1 without bias": lambda: nn.Conv2d(6, 5, 1, bias=False),
 }
@@ -39,7 +43,7 @@ def plain(layer: LoRALayer, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor
     """The layer's function with another W."""
     if isinstance(layer, LoRALinear):
         return F.linear(x, W, bias)
-    return F.conv2d(x, W, bias, layer.base.stride, layer.base.padding)
+    return F.conv2d(x, W, bias, layer.base.stride, layer.base.padding, layer.base.dilation)
 
 
 # --- the equations ---------------------------------------------------------------------------------------------------
@@ -156,7 +160,7 @@ def test_an_adapter_that_is_off_leaves_no_trace() -> None:
     layer, x = layer_and_x("linear")
     layer.add("broken", LoRAWeights(torch.full((2, 6), torch.nan), torch.ones(5, 2), 1.0))
     layer.strength["broken"] = 0.0
-    assert torch.equal(layer(x), layer.base(x))
+    assert torch.equal(layer(x), layer.base(x)) and not layer.delta().any()
 
 
 # --- parameters ------------------------------------------------------------------------------------------------------
@@ -218,3 +222,17 @@ def test_dropout_is_seeded_by_torch() -> None:
         return layer(x)
 
     assert torch.equal(y(0), y(0)) and not torch.equal(y(0), y(1))
+
+
+@pytest.mark.parametrize("kind", ["linear", "3 x 3 with stride 2"])
+def test_recomputed_activations_give_the_same_gradients(kind: str) -> None:
+    """Gradient checkpointing, although no input needs a gradient, and with dropout."""
+    layer, x = layer_and_x(kind)
+    layer.add("default", weights_for(layer), dropout=0.3)
+    gradients = []
+    for forward in (layer, partial(checkpoint, layer, use_reentrant=False)):
+        layer.zero_grad()
+        torch.manual_seed(3)
+        forward(x).square().sum().backward()
+        gradients.append([p["default"].grad.clone() for p in (layer.lora_A, layer.lora_B)])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

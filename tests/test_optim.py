@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from minidiff.train.optim import EMA, adamw, clip_gradients, lr_factor
+from minidiff.train.optim import EMA, Movement, adamw, clip_gradients, lr_factor
 from minidiff.train.settings import TrainSettings
 
 
@@ -77,3 +77,15 @@ def test_ema_applied_is_undone_to_the_bit() -> None:
         assert torch.equal(p, average)
         raise KeyError
     assert torch.equal(p, before) and torch.equal(ema.average["p"], average)
+
+
+def test_movement_is_the_rms_of_the_change() -> None:
+    p, q, still = (nn.Parameter(torch.randn(n)) for n in (3, 5000, 1))
+    movement = Movement({"p": p, "q": q, "still": still})
+    assert movement.rms() == 0.0 and movement.still() == ["p", "q", "still"]
+    p.data += 2.0
+    q.data += 0.5
+    kept = {"p": 3, "q": 1000, "still": 1}
+    assert {name: len(values) for name, values in movement.start.items()} == kept
+    assert movement.rms() == pytest.approx(math.sqrt((3 * 4 + 1000 * 0.25) / 1004), rel=1e-5)
+    assert movement.still() == ["still"]

@@ -1,6 +1,7 @@
 """How the pocket checkpoint is trained: its losses, its optimizer, the judge; and one update of every stage, to the end."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,10 @@ from minidiff.errors import DataError
 from minidiff.models.vae import AutoencoderKL
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.pocket import autoencoder, judge, pretrain
-from minidiff.pocket.dataset import load_world
+from minidiff.pocket.dataset import hard_batch, load_world, lookalikes
 from minidiff.pocket.settings import PretrainSettings
 from minidiff.pocket.towers import contrastive_loss
-from minidiff.pocket.world import held_out, is_held_out
+from minidiff.pocket.world import OBJECTS, held_out, is_held_out, random_picture
 from minidiff.train.muon import Muon, orthogonalize, split
 
 POCKET = Path(__file__).parent.parent / "checkpoints" / "pocket"
@@ -281,3 +282,27 @@ def test_checkpoint_knows_the_rare_words_as_one_token() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(POCKET)
     for word in ("sks", "ohwx", "dog"):
         assert len(pipe.tokenizer(word, add_special_tokens=False).input_ids) == 1
+
+
+def test_hard_batches_hold_lookalikes() -> None:
+    """Within a group only the object (and the pose) differs, each object once; and no picture is a group of its own."""
+    pictures = [random_picture(random.Random(i)) for i in range(3000)]
+    groups = lookalikes(pictures)
+    assert sorted(i for group in groups for same in group for i in same) == list(range(3000))
+    for group in groups:
+        first = [pictures[same[0]] for same in group]
+        assert len({(p.colour, p.scene, p.style) for p in first}) == 1
+        assert len({p.object for p in first}) == len(group)
+    batch = hard_batch(groups, 96, random.Random(0))
+    assert len(batch) == 96 and batch == hard_batch(groups, 96, random.Random(0))
+    backgrounds = {(pictures[i].colour, pictures[i].scene, pictures[i].style) for i in batch}
+    assert len(backgrounds) < 24  # of 96 random pictures, all but a few would stand alone
+
+
+def test_checkpoint_tells_its_objects_apart() -> None:
+    """The words of two objects must reach the U-Net as two different things: once dog and fish were all but one."""
+    pipe = StableDiffusionPipeline.from_pretrained(POCKET)
+    text = pipe.encode_prompt([f"a photo of a red {thing} on the beach" for thing in OBJECTS])
+    apart = (text[:, None] - text[None]).norm(dim=-1).amax(-1) / text.norm(dim=-1).mean()
+    apart.fill_diagonal_(torch.inf)
+    assert apart.min() > 0.5

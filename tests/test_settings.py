@@ -52,10 +52,33 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_harmless_fields_exist_and_are_left_out() -> None:
     assert FineTuneSettings.HARMLESS <= {f.name for f in fields(FineTuneSettings)}
     here = LoRASettings(output_dir="a", validation_steps=1, device="cpu")
-    assert here.identity() == LoRASettings(output_dir="b", checkpointing_steps=7).identity()
-    assert here.identity() != replace(here, rank=8).identity()
-    assert "max_train_steps" not in here.identity()
-    assert "max_train_steps" in replace(here, lr_scheduler="linear").identity()
+    assert here.identity(9) == LoRASettings(output_dir="b", checkpointing_steps=7, ema_decay=0.5).identity(9)
+    assert here.identity(9) != replace(here, rank=8).identity(9) and here.identity(9) != replace(here, use_ema=True).identity(9)
+    assert "max_train_steps" not in here.identity(9)
+    by_epochs, by_steps = (replace(here, lr_scheduler="linear", **n) for n in ({"num_train_epochs": 3}, {"max_train_steps": 9}))
+    assert by_epochs.identity(9) == by_steps.identity(9) and by_steps.identity(9)["max_train_steps"] == 9
+
+
+def test_updates() -> None:
+    assert TrainSettings().updates(None) == 400 and TrainSettings(max_train_steps=7).updates(10) == 7
+    epochs = TrainSettings(num_train_epochs=3, train_batch_size=4, gradient_accumulation_steps=2)
+    assert epochs.updates(16) == 6 and epochs.updates(17) == 7 and epochs.updates(1) == 1
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (TrainSettings(max_train_steps=400, num_train_epochs=2), "--num_train_epochs and --max_train_steps both say how long"),
+        (TrainSettings(num_train_epochs=0), "--num_train_epochs must be at least 1; it is 0"),
+        (TrainSettings(max_train_steps=0), "--max_train_steps must be at least 1; it is 0"),
+        (TrainSettings(ema_decay=1.0), "--ema_decay must lie in"),
+        (TrainSettings(dataloader_num_workers=-1), "--dataloader_num_workers must lie in 0 … 64; it is -1"),
+        (TrainSettings(lr_scheduler="linear", lr_warmup_steps=401), "--lr_warmup_steps must not exceed the 400 updates in all"),
+    ],
+)
+def test_settings_that_cannot_work(settings: TrainSettings, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        settings.check()
 
 
 def test_every_field_has_its_help() -> None:

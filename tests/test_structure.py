@@ -149,7 +149,7 @@ def test_packages_import_nothing_of_ours(path: Path) -> None:
         ("diffusion/losses", "def f():\n    import minidiff.models.unet", 1),
         ("models/vae", "from minidiff.models.blocks import ResBlock", 0),
         ("config", "from minidiff.weights import save", 1),
-        ("weights", "from minidiff import keymaps, lora_files", 1),
+        ("weights", "from minidiff import keymaps\nfrom minidiff.files import lora", 1),
         ("images", "from minidiff import StableDiffusionPipeline", 1),
         ("train/data", "from minidiff.train import loop, settings", 1),
         ("train/data", "from . import loop, settings\nfrom .loop import fit\nfrom ..cli import main", 3),

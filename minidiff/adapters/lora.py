@@ -150,7 +150,8 @@ class LoRALayer(nn.Module):
         W = self.base.weight if self.unmerged_weight is None else self.unmerged_weight
         total = torch.zeros_like(W, dtype=torch.float32)
         for name, strength in self.strength.items():
-            total += strength * self.weights(name).delta(W)
+            if strength:
+                total += strength * self.weights(name).delta(W)
         return total
 
     def merge(self) -> None:

@@ -4,8 +4,8 @@ Shapes: B samples, C h w a latent, L tokens, D width of the text.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,11 +114,13 @@ def has_prior(settings: FineTuneSettings) -> bool:
 def predict(pipe: StableDiffusionPipeline, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The U-Net's answer (B, C, h, w) to a batch, and what it was asked: x_t, t, text (B, L, D)."""
     x0, noise, t = (batch[key].to(pipe.device) for key in ("latents", "noise", "t"))
-    x_t = add_noise(pipe.schedule, x0, noise, t)
+    dtype = next(pipe.unet.parameters()).dtype
+    x_t = add_noise(pipe.schedule, x0, noise, t).to(dtype)
     if "ids" in batch:
         text = pipe.text_encoder(input_ids=batch["ids"].to(pipe.device)).last_hidden_state
     else:
         text = batch["text"].to(pipe.device)
+    text = text.to(dtype)
     return pipe.unet(x_t, t, text), x_t, t, text
 
 
@@ -196,10 +198,12 @@ def sample_sheets(
         return image
 
     def row() -> list[Image.Image]:
-        return [draw(prompt, seed) for prompt in prompts for seed in seeds]  # one at a time, to spare memory
+        with without_dropout(pipe):
+            return [draw(prompt, seed) for prompt in prompts for seed in seeds]  # one at a time, to spare memory
 
     base = row() if settings.validation_steps else []
-    columns = [f"{prompt}, seed {seed}" for prompt in prompts for seed in seeds]
+    told = prompts if settings.validation_prompt or settings.prompt else ("the first caption",)  # captions are not published
+    columns = [f"{prompt}, seed {seed}" for prompt in told for seed in seeds]
 
     def sheet(done: int) -> Image.Image:
         return contact_sheet([base, row()], row_labels=["base", f"step {done}"], column_labels=columns)
@@ -232,13 +236,11 @@ def make_task(
         return squared_error(predict(pipe, batch)[0], target_of(pipe, batch), mask)
 
     def validate() -> dict[str, float]:
-        for network in networks.values():
-            network.eval()  # no dropout
-        numbers = fixed.loss(errors)
-        for network in networks.values():
-            network.train()
-        return numbers
+        with without_dropout(pipe):
+            return fixed.loss(errors)
 
+    for network in networks.values():
+        network.train()  # with dropout, where there is some
     return Task(
         trainable=trainable,
         batch=batches.batch,
@@ -252,6 +254,19 @@ def make_task(
         modules=networks,
         describe=data.describe,
     )
+
+
+@contextmanager
+def without_dropout(pipe: StableDiffusionPipeline) -> Iterator[None]:
+    """Inside the `with`, the networks are as they are for drawing."""
+    modes = [(network, network.training) for network in (pipe.unet, pipe.text_encoder)]
+    for network, _ in modes:
+        network.eval()
+    try:
+        yield
+    finally:
+        for network, training in modes:
+            network.train(training)
 
 
 def fingerprint(*models: nn.Module) -> str:

@@ -147,14 +147,15 @@ class Forward:
 
     def culprit(self, step: int) -> tuple[str, str]:
         """Which samples of a step give a loss that is not finite, and what breaks: the step's forward passes, once more."""
-        for micro in range(self.settings.gradient_accumulation_steps):
+        micros = range(self.settings.gradient_accumulation_steps)
+        for micro in micros:
             samples, batch = self._samples(step, micro), self.task.batch(step, micro)
             if broken := [name for name, tensor in batch.items() if not tensor.isfinite().all()]:
                 return samples, f"{broken[0]} in the batch"
             loss, module = first_nonfinite(self.task.modules, lambda: self(batch, step, micro))  # noqa: B023
             if module or not loss.isfinite():
                 return samples, f"the output of {module}" if module else "the loss itself"
-        return self._samples(step, 0), "a gradient"
+        return ", ".join(self._samples(step, micro) for micro in micros), "a gradient"
 
     def _samples(self, step: int, micro: int) -> str:
         if self.task.describe:

@@ -9,19 +9,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from minidiff.diffusion.schedule import NoiseSchedule
+from minidiff.layout import local_folder
 from minidiff.train.data import LatentData
 from minidiff.train.settings import FineTuneSettings
 
-UNTOLD = {"license": "other", "license_name": "unknown"}  # of a base that does not say
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"]
+LICENSE = ("license", "license_name", "license_link")
+NOT_PUBLISHED = ("checkpoint-*/", "metrics.jsonl", ".lock", ".tmp-*", "state/")  # git and huggingface_hub heed .gitignore
 
 
-def base_license(base: str) -> str:
-    """The licence that the base model's card names, which what is made from it carries on; "other" if it names none."""
-    card = Path(base) / "README.md"
-    front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL) if card.is_file() else None
-    found = re.search(r"^license:\s*(\S+)", front[1], re.MULTILINE) if front else None
-    return found[1].strip("\"'") if found else UNTOLD["license"]
+def base_license(base: str) -> dict[str, str]:
+    """What the base model's card says of its licence, which what is made from it carries on; "other" if it says nothing."""
+    card = local_folder(base) / "README.md"
+    front = re.match(r"---\s*\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL) if card.is_file() else None
+    lines = dict(re.findall(r"^(\w+):[ \t]*(\S.*?)[ \t]*$", front[1], re.MULTILINE)) if front else {}
+    found = {key: lines[key].strip("\"'") for key in LICENSE if key in lines}
+    return found if "license" in found else {"license": "other", "license_name": "unknown"}
 
 
 def model_spec(settings: FineTuneSettings, kind: str, data: LatentData, schedule: NoiseSchedule, base: str) -> dict[str, str]:
@@ -29,14 +32,14 @@ def model_spec(settings: FineTuneSettings, kind: str, data: LatentData, schedule
 
     `kind` is "lora" or "textual-inversion", `base` the base's fingerprint. All values are texts, as the format demands.
     """
-    name, resolution = Path(settings.output_dir).name, data.resolution
+    name, resolution = Path(settings.output_dir).resolve().name, data.resolution
     spec = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"stable-diffusion-v1/{kind}",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": name,
         "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.license": base_license(settings.pretrained_model_name_or_path),
+        "modelspec.license": license_word(base_license(settings.pretrained_model_name_or_path)),
         "modelspec.prediction_type": "v" if schedule.prediction_type == "v_prediction" else "epsilon",
         "modelspec.trigger_phrase": settings.prompt or "",
     }
@@ -44,7 +47,7 @@ def model_spec(settings: FineTuneSettings, kind: str, data: LatentData, schedule
         "ss_v2": "False",
         "ss_base_model_version": "sd_v1",
         "ss_output_name": name,
-        "ss_sd_model_name": Path(settings.pretrained_model_name_or_path).name,
+        "ss_sd_model_name": Path(settings.pretrained_model_name_or_path).resolve().name,
         "ss_learning_rate": f"{settings.learning_rate:g}",
         "ss_max_train_steps": str(settings.updates(data.samples_per_epoch)),
         "ss_seed": str(settings.seed),
@@ -64,10 +67,10 @@ USAGE = {  # by tag: how the result is used
 def write_card(
     folder: Path, settings: FineTuneSettings, data: LatentData, method: str, tag: str, facts: Mapping[str, object]
 ) -> None:
-    """`folder/README.md`, a model card with front matter; `facts` become rows of its table."""
-    base, name = settings.pretrained_model_name_or_path, Path(settings.output_dir).name
-    short, license_name, updates = Path(base).name, base_license(base), settings.updates(data.samples_per_epoch)
-    front: dict[str, object] = {"base_model": base if is_hub_id(base) else short, "license": license_name}
+    """`folder/README.md`, a model card with front matter, and .gitignore; `facts` become rows of the card's table."""
+    base, name = settings.pretrained_model_name_or_path, Path(settings.output_dir).resolve().name
+    short, terms, updates = Path(base).resolve().name, base_license(base), settings.updates(data.samples_per_epoch)
+    front: dict[str, object] = {"base_model": base if is_hub_id(base) else short, **terms}
     front |= {"tags": [*TAGS, tag], "inference": True}
     if settings.prompt:
         front |= {"instance_prompt": settings.prompt, "widget": [{"text": settings.prompt}]}
@@ -90,10 +93,16 @@ def write_card(
     lines.append(f"```python\nfrom minidiff import StableDiffusionPipeline  # or from diffusers\n\n{use}\n```")
     lines.append(
         "Made with minidiff; `train_config.toml` makes it again, given the pictures. "
-        f"The licence ({license_name}) is that of the base model."
+        f"The licence ({license_word(terms)}) is that of the base model."
     )
     head = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in front.items())
     (folder / "README.md").write_text(f"---\n{head}---\n\n" + "\n\n".join(lines) + "\n", encoding="utf-8")
+    (folder / ".gitignore").write_text("\n".join(NOT_PUBLISHED) + "\n", encoding="utf-8")
+
+
+def license_word(terms: Mapping[str, str]) -> str:
+    """A licence in a word: the hub calls those that it does not know "other", and their names stand beside."""
+    return terms.get("license_name", terms["license"])
 
 
 def is_hub_id(name: str) -> bool:

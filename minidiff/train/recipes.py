@@ -12,7 +12,9 @@ All of them take the same batches to the same loss (common.py). They differ in w
 """
 
 import copy
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import nn
 
 from minidiff.adapters.inject import adapter_weights, adapters_off, inject, print_trainable_parameters
 from minidiff.adapters.textual_inversion import add_word, initial_vectors
+from minidiff.errors import DataError
 from minidiff.files.embeddings import save_embedding
 from minidiff.files.lora import save_lora
 from minidiff.pipeline import StableDiffusionPipeline
@@ -33,6 +36,7 @@ from minidiff.train.common import (
     sample_sheets,
     with_prior,
 )
+from minidiff.train.data import LatentData
 from minidiff.train.loop import Task
 from minidiff.train.methods import (
     AdapterSettings,
@@ -50,7 +54,7 @@ from minidiff.train.templates import TEMPLATES
 
 def full(settings: FullSettings) -> Task:
     """Full fine-tuning: every weight moves. Comes out: a whole model folder."""
-    pipe, base = load_base(settings)
+    pipe, base = load_base(replace(settings, mixed_precision="no"))  # what moves is fp32, and starts unrounded
     live = settings.train_text_encoder
     data = load_data(pipe, settings, live)
     batches, sheets = with_prior(pipe, data, live), sample_sheets(pipe, settings, data)
@@ -59,7 +63,7 @@ def full(settings: FullSettings) -> Task:
 
     networks: dict[str, nn.Module] = {"unet": pipe.unet} | ({"text_encoder": pipe.text_encoder} if live else {})
     for network in networks.values():
-        network.float().requires_grad_(True)
+        network.requires_grad_(True)
 
     def export(folder: Path) -> None:
         pipe.save_pretrained(folder)
@@ -104,14 +108,14 @@ def textual_inversion(settings: TextualInversionSettings) -> Task:
     """
     pipe, base = load_base(settings)
     word = new_word(pipe, settings)
-    data = load_data(pipe, settings, True, sentences(settings))
+    data = practice(pipe, settings)
     batches, sheets = with_prior(pipe, data, True), sample_sheets(pipe, settings, data)
     loss = diffusion_loss(pipe, settings, base_answer(pipe, settings, pipe.unet))
 
     def export(folder: Path) -> None:
         spec = model_spec(settings, "textual-inversion", data, pipe.schedule, base)
         save_embedding(folder, settings.placeholder_token, word["word"], metadata=spec)
-        facts = {"new word": settings.placeholder_token, "vectors": settings.num_vectors}
+        facts = {"new word": f"`{settings.placeholder_token}`", "vectors": settings.num_vectors}
         write_card(folder, settings, data, "Textual inversion", "textual_inversion", facts)
 
     return make_task(pipe, settings, base, data, batches, word, loss, export, sheets)
@@ -125,7 +129,7 @@ def pivotal(settings: PivotalSettings) -> Task:
     pipe, base = load_base(settings)
     networks = put_on(pipe, settings)  # changes nothing yet; and it freezes what is there, so the new word comes after it
     word = new_word(pipe, settings)
-    data = load_data(pipe, settings, True, sentences(settings))
+    data = practice(pipe, settings)
     batches, sheets = with_prior(pipe, data, True), sample_sheets(pipe, settings, data)
     loss = diffusion_loss(pipe, settings, base_answer(pipe, settings, pipe.unet, lambda: adapters_off(pipe.unet)))
 
@@ -137,7 +141,7 @@ def pivotal(settings: PivotalSettings) -> Task:
         spec = model_spec(settings, "lora", data, pipe.schedule, base)
         write_adapter(folder, networks, spec)
         save_embedding(folder, settings.placeholder_token, word["word"], metadata=spec)
-        facts = {"new word": settings.placeholder_token, "vectors": settings.num_vectors, **shape_of(settings)}
+        facts = {"new word": f"`{settings.placeholder_token}`", "vectors": settings.num_vectors, **shape_of(settings)}
         write_card(folder, settings, data, "Pivotal tuning", "pivotal", facts)
 
     return make_task(pipe, settings, base, data, batches, detours | word, loss, export, sheets, optimizer)
@@ -186,7 +190,15 @@ def new_word(pipe: StableDiffusionPipeline, settings: WordSettings) -> dict[str,
     return {"word": add_word(pipe.tokenizer, pipe.text_encoder, settings.placeholder_token, vectors)}
 
 
-def sentences(settings: WordSettings) -> tuple[str, ...]:
-    """What the word is practised in: the captions or the prompt, or else the paper's kind of neutral sentences."""
-    given = settings.train_data_dir or settings.instance_prompt
-    return ("{}",) if given else TEMPLATES[settings.learnable_property]
+def practice(pipe: StableDiffusionPipeline, settings: WordSettings) -> LatentData:
+    """The pictures, and the word in sentences: the captions or the prompt, or else the paper's kind of neutral ones."""
+    given, word = settings.train_data_dir or settings.instance_prompt, settings.placeholder_token
+    data = load_data(pipe, settings, True, ("{}",) if given else TEMPLATES[settings.learnable_property])
+    first = pipe.placeholders[word][0]
+    without = [e.path.name for e in data.examples if first not in data.prompts[data.templates[0].replace("{}", e.caption)]]
+    if len(without) == len(data.examples):
+        raise DataError(f"no caption holds the new word, {word}, as a word of its own: nothing would teach it. Write it in.")
+    if without:
+        some = ", ".join(without[:3]) + " …" * (len(without) > 3)
+        print(f"Note: {len(without)} of {len(data.examples)} captions are without {word} ({some}).", file=sys.stderr)
+    return data

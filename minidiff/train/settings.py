@@ -76,6 +76,9 @@ class TrainSettings:
         "validation_steps dataloader_num_workers".split()
     )
 
+    # Not in train_config.toml: what was meant for one session, and what is nobody's business where the result is published.
+    UNTOLD: ClassVar[frozenset[str]] = frozenset("overwrite_output_dir resume_from_checkpoint".split())
+
     def check(self) -> None:
         """Raise SettingsError, naming the flag, for a value that cannot work."""
         self.need(bool(self.output_dir.strip()) and "\0" not in self.output_dir, "output_dir", "must name a folder")
@@ -199,6 +202,7 @@ class FineTuneSettings(TrainSettings):
         "class_data_dir num_class_images sample_batch_size validation_data_dir "
         "validation_prompt num_validation_images validation_guidance_scale validation_inference_steps".split()
     )  # model, pictures, captions and size are compared by what they hold, not by where they lie: see recipes.py
+    UNTOLD = TrainSettings.UNTOLD | frozenset("instance_data_dir train_data_dir class_data_dir validation_data_dir".split())
 
     def check(self) -> None:
         super().check()
@@ -252,8 +256,8 @@ class FineTuneSettings(TrainSettings):
 
 
 def to_toml(settings: TrainSettings) -> str:
-    """The settings as a TOML file that `from_toml` reads back; fields that are None are left out."""
-    rows = {k: v for k, v in asdict(settings).items() if v is not None}
+    """The settings as a TOML file that `from_toml` reads back; fields that are None are left out, and those in UNTOLD."""
+    rows = {k: v for k, v in asdict(settings).items() if v is not None and k not in settings.UNTOLD}
     return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in rows.items())
 
 

@@ -1,20 +1,47 @@
-"""Adapters against diffusers and peft: files both ways, with alpha ≠ rank, and the same ΔW."""
+"""Adapters against diffusers and peft: the same output, ΔW and training; files both ways, with alpha ≠ rank."""
 
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.adapters.lora import inject, lora_layers, merge, set_adapters
+from minidiff.adapters.inject import (
+    adapter_weights,
+    attach,
+    inject,
+    lora_layers,
+    merge,
+    print_trainable_parameters,
+    set_adapters,
+    trainable,
+)
+from minidiff.adapters.lora import LoRAWeights
 from minidiff.config import TINY_UNET
-from minidiff.lora_files import load_lora, save_lora
+from minidiff.diffusion.losses import mse
+from minidiff.files.lora import load_lora, save_lora
 from minidiff.models.unet import UNet2DConditionModel
+from minidiff.train.optim import adamw, clip_gradients
+from minidiff.train.settings import TrainSettings
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out"]  # "conv" is that of the samplers
+CONFIGS = {
+    "alpha": {"lora_alpha": 3, "target_modules": ATTENTION},
+    "rslora": {"lora_alpha": 3, "target_modules": ATTENTION, "use_rslora": True},
+    "convolutions": {"lora_alpha": 3, "target_modules": CONVOLUTIONS},
+    "dora": {"lora_alpha": 3, "target_modules": ATTENTION, "use_dora": True},
+    "dora on convolutions": {"lora_alpha": 3, "target_modules": CONVOLUTIONS, "use_dora": True, "use_rslora": True},
+    "patterns": {
+        "target_modules": ATTENTION + CONVOLUTIONS,
+        "rank_pattern": {"attn2.to_k": 4, "conv1": 1},
+        "alpha_pattern": {"to_v": 3, "conv1": 5},
+    },
+}
 
 
 @pytest.fixture
@@ -30,25 +57,142 @@ def theirs(ours: UNet2DConditionModel) -> nn.Module:
     return model.eval()
 
 
-def run(unet: nn.Module) -> Tensor:
-    g = torch.Generator().manual_seed(1)
+def predict(unet: nn.Module, seed: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
     latents, text = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 7, 24, generator=g)
-    with torch.no_grad():
-        output = unet(latents, torch.tensor([3, 900]), text)
+    output = unet(latents, torch.tensor([3, 900]), text)
     return output if isinstance(output, Tensor) else output.sample
 
 
-def fill(parameters: list[nn.Parameter]) -> None:
-    for i, p in enumerate(parameters):
-        p.data = 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+@torch.no_grad()
+def run(unet: nn.Module) -> Tensor:
+    return predict(unet, seed=1)
 
 
-def b_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [p for name, p in model.named_parameters() if ".lora_B." in name]
+def fill(model: nn.Module) -> None:
+    """Random A and B, and magnitudes that have moved, as after training."""
+    for i, (name, p) in enumerate(model.named_parameters()):
+        noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+        if ".lora_A." in name or ".lora_B." in name:
+            p.data = 0.2 * noise
+        elif ".lora_magnitude" in name:
+            p.data *= 1 + 0.2 * noise
 
 
 def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def of_unet(model: nn.Module) -> dict[str, LoRAWeights]:
+    return {f"unet.{name}": weights for name, weights in adapter_weights(model).items()}
+
+
+def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+
+
+def as_ours(layer: nn.Module) -> LoRAWeights:
+    """A layer of peft's as LoRAWeights: B of a convolution and m have other shapes there."""
+    A, B = (side["default"].weight.detach().clone() for side in (layer.lora_A, layer.lora_B))
+    ones = [1] * (A.ndim - 1)
+    m = layer.lora_magnitude_vector["default"].weight.detach().clone() if layer.use_dora["default"] else None
+    return LoRAWeights(A, B.flatten(1), layer.scaling["default"], None if m is None else m.reshape(-1, *ones))
+
+
+# --- the same formulas -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_same_weights_same_output_and_same_delta(ours: UNet2DConditionModel, theirs: nn.Module, name: str) -> None:
+    base = run(theirs)
+    theirs.add_adapter(peft.LoraConfig(r=2, **CONFIGS[name]))
+    fill(theirs)
+    attach(ours, {name: as_ours(layer) for name, layer in peft_layers(theirs).items()})
+    close(run(ours), run(theirs))
+    assert (run(ours) - base).abs().max() > 0.01
+    merge(ours)
+    for name, layer in peft_layers(theirs).items():
+        layer.merge()
+        torch.testing.assert_close(lora_layers(ours)[name].base.weight, layer.base_layer.weight, atol=1e-6, rtol=1e-5)
+    close(run(ours), run(theirs))
+
+
+@pytest.mark.parametrize("name", ["alpha", "rslora", "convolutions", "dora", "dora on convolutions"])
+def test_inject_makes_the_same_adapter(ours: UNet2DConditionModel, theirs: nn.Module, name: str) -> None:
+    """Layers, shapes, scale, the range of A, B = 0, and m; peft has the same config in its own words."""
+    config = CONFIGS[name]
+    theirs.add_adapter(peft.LoraConfig(r=2, **config))
+    how = {"rslora": config.get("use_rslora", False), "dora": config.get("use_dora", False)}
+    inject(ours, 2, config["lora_alpha"], config["target_modules"], **how)
+    mine, other = adapter_weights(ours), {name: as_ours(layer) for name, layer in peft_layers(theirs).items()}
+    assert mine.keys() == other.keys()
+    for name, weights in mine.items():
+        assert weights.A.shape == other[name].A.shape and weights.scale == pytest.approx(other[name].scale, rel=1e-12)
+        assert torch.equal(weights.B, other[name].B) and not weights.B.any()
+        bound = weights.A[0].numel() ** -0.5
+        assert max(weights.A.abs().max(), other[name].A.abs().max()) <= bound
+        assert (weights.magnitude is None) == (other[name].magnitude is None)
+        if weights.magnitude is not None:
+            torch.testing.assert_close(weights.magnitude, other[name].magnitude)
+
+
+def target(step: int) -> Tensor:
+    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(100 + step))
+
+
+def train_theirs(model: nn.Module) -> None:
+    """Five steps of AdamW on drawn data, by hand."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+    for step in range(5):
+        optimizer.zero_grad()
+        F.mse_loss(predict(model, seed=step), target(step)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+
+def train_ours(model: nn.Module) -> None:
+    """The same with minidiff's loss, clipping and optimizer."""
+    parameters = list(trainable(model).values())
+    optimizer = adamw(parameters, TrainSettings(learning_rate=1e-2, adam_weight_decay=0.1))
+    for step in range(5):
+        optimizer.zero_grad()
+        mse(predict(model, seed=step), target(step)).backward()
+        clip_gradients(parameters, 1.0)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["alpha", "convolutions", "dora", "dora on convolutions"])
+def test_five_steps_of_training_give_the_same_weights(ours: UNet2DConditionModel, theirs: nn.Module, name: str) -> None:
+    config = CONFIGS[name]
+    how = {"rslora": config.get("use_rslora", False), "dora": config.get("use_dora", False)}
+    inject(ours, 2, config["lora_alpha"], config["target_modules"], **how)
+    theirs.add_adapter(peft.LoraConfig(r=2, **config))
+    start = adapter_weights(ours)
+    for name, layer in peft_layers(theirs).items():
+        layer.lora_A["default"].weight.data = start[name].A.clone()
+    before = {name: LoRAWeights(w.A.clone(), w.B.clone(), w.scale, None) for name, w in start.items()}
+    train_ours(ours)
+    train_theirs(theirs)
+    mine, other = adapter_weights(ours), {name: as_ours(layer) for name, layer in peft_layers(theirs).items()}
+    for name, weights in mine.items():
+        close(weights.A, other[name].A)
+        close(weights.B, other[name].B)
+        if weights.magnitude is not None:
+            close(weights.magnitude, other[name].magnitude)
+        assert min((weights.A - before[name].A).abs().max(), weights.B.abs().max()) > 0.01  # it did train
+    close(run(ours), run(theirs))
+
+
+def test_print_in_pefts_words(ours: UNet2DConditionModel, theirs: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    inject(ours, 2)
+    print_trainable_parameters(ours)
+    peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=ATTENTION)).print_trainable_parameters()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def pipeline(unet: nn.Module) -> diffusers.StableDiffusionPipeline:
@@ -66,9 +210,9 @@ def test_diffusers_loads_what_minidiff_saves(
     tmp_path: Path, ours: UNet2DConditionModel, theirs: nn.Module, rank: int, alpha: int, through_the_pipeline: bool
 ) -> None:
     inject(ours, rank, alpha)
-    fill(b_parameters(ours))
+    fill(ours)
     base = run(theirs)
-    save_lora(ours, tmp_path)
+    save_lora(of_unet(ours), tmp_path)
     if through_the_pipeline:
         pipeline(theirs).load_lora_weights(tmp_path)
     else:
@@ -79,12 +223,9 @@ def test_diffusers_loads_what_minidiff_saves(
 
 def test_diffusers_loads_mixed_ranks(tmp_path: Path, ours: UNet2DConditionModel, theirs: nn.Module) -> None:
     """A file with patterns: other ranks and alphas in some layers."""
-    inject(ours, 2, alpha=8)
-    for i, layer in enumerate(lora_layers(ours).values()):
-        if i % 3 == 0:
-            layer.add("default", torch.randn(4, layer.base.in_features), torch.randn(layer.base.out_features, 4), 0.75)
-    fill(b_parameters(ours))
-    save_lora(ours, tmp_path)
+    inject(ours, 2, alpha=8, rank_of={"attn2.to_k": 4, "to_out.0": 1})
+    fill(ours)
+    save_lora(of_unet(ours), tmp_path)
     pipeline(theirs).load_lora_weights(tmp_path)
     close(run(theirs), run(ours))
 
@@ -93,80 +234,45 @@ def test_diffusers_loads_mixed_ranks(tmp_path: Path, ours: UNet2DConditionModel,
 def test_minidiff_loads_what_diffusers_saves(
     tmp_path: Path, ours: UNet2DConditionModel, theirs: nn.Module, rslora: bool
 ) -> None:
-    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=TARGETS, use_rslora=rslora)
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=ATTENTION, use_rslora=rslora)
     theirs.add_adapter(config)
-    fill(b_parameters(theirs))
+    fill(theirs)
     diffusers.StableDiffusionPipeline.save_lora_weights(
         tmp_path,
         unet_lora_layers=peft.get_peft_model_state_dict(theirs),
-        unet_lora_adapter_metadata=config.to_dict() | {"target_modules": TARGETS, "task_type": None},
+        unet_lora_adapter_metadata=config.to_dict() | {"target_modules": ATTENTION, "task_type": None},
     )
-    loaded = load_lora(ours, tmp_path)
+    loaded = load_lora({"unet": ours}, tmp_path)
     assert loaded.alpha_known and set(loaded.scales.values()) == {8 / 2**0.5 if rslora else 4.0}
     close(run(ours), run(theirs))
 
 
 def test_a_file_without_metadata_has_scale_1(tmp_path: Path, ours: UNet2DConditionModel, theirs: nn.Module) -> None:
-    theirs.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS))
-    fill(b_parameters(theirs))
+    theirs.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=ATTENTION))
+    fill(theirs)
     layers = peft.get_peft_model_state_dict(theirs)
     diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
-    assert not load_lora(ours, tmp_path).alpha_known
+    assert not load_lora({"unet": ours}, tmp_path).alpha_known
     close(run(ours), run(theirs))
 
 
-def peft_model(theirs: nn.Module) -> nn.Module:
-    config = peft.LoraConfig(
-        r=2, lora_alpha=8, target_modules=TARGETS, rank_pattern={"attn2.to_k": 4}, alpha_pattern={"to_v": 3}
-    )
-    model = peft.get_peft_model(theirs, config)
-    fill(b_parameters(model))
-    return model
-
-
-def test_minidiff_loads_a_peft_folder(tmp_path: Path, ours: UNet2DConditionModel, theirs: nn.Module) -> None:
-    model = peft_model(theirs)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_minidiff_loads_a_peft_folder(tmp_path: Path, ours: UNet2DConditionModel, theirs: nn.Module, name: str) -> None:
+    model = peft.get_peft_model(theirs, peft.LoraConfig(r=2, **CONFIGS[name]))
+    fill(model)
     model.save_pretrained(tmp_path)
-    assert load_lora(ours, tmp_path).dialect == "peft"
+    assert load_lora({"unet": ours}, tmp_path).dialect == "peft"
     close(run(ours), run(model))
 
 
-def test_delta_equals_pefts(tmp_path: Path, ours: UNet2DConditionModel, theirs: nn.Module) -> None:
-    model = peft_model(theirs)
-    model.save_pretrained(tmp_path)
-    load_lora(ours, tmp_path)
-    layers = lora_layers(ours)
-    for name, layer in layers.items():
-        delta = model.base_model.model.get_submodule(name).get_delta_weight("default")
-        torch.testing.assert_close(layer.delta(), delta, atol=1e-7, rtol=1e-6)
-    merge(ours)
-    model.merge_adapter()
-    for name, layer in layers.items():
-        torch.testing.assert_close(layer.base.weight, model.base_model.model.get_submodule(name).base_layer.weight)
-
-
-def test_print_in_pefts_words(
-    ours: UNet2DConditionModel, theirs: nn.Module, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from minidiff.adapters.lora import print_trainable_parameters
-
-    inject(ours, 2)
-    print_trainable_parameters(ours)
-    peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=TARGETS)).print_trainable_parameters()
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == second
-
-
-def test_the_last_loaded_adapter_is_the_active_one(
-    tmp_path: Path, ours: UNet2DConditionModel, theirs: nn.Module
-) -> None:
+def test_the_last_loaded_adapter_is_the_active_one(tmp_path: Path, ours: UNet2DConditionModel, theirs: nn.Module) -> None:
     pipe = pipeline(theirs)
     for name, rank in (("dog", 2), ("style", 3)):
         source = UNet2DConditionModel(TINY_UNET)
         inject(source, rank, alpha=6, seed=rank)
-        fill(b_parameters(source))
-        save_lora(source, tmp_path / name)
-        load_lora(ours, tmp_path / name, adapter_name=name)
+        fill(source)
+        save_lora(of_unet(source), tmp_path / name)
+        load_lora({"unet": ours}, tmp_path / name, adapter_name=name)
         pipe.load_lora_weights(tmp_path / name, adapter_name=name)
         close(run(ours), run(theirs))
     set_adapters(ours, ["dog", "style"], [0.8, 0.5])

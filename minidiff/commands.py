@@ -45,13 +45,13 @@ def sample(s: Sample) -> None:
 
 
 def sheet(s: Sheet) -> None:
-    """The model before and after its LoRAs, if there are any; the same prompts, the same seeds."""
+    """The model before and after its LoRAs and new words, if there are any; the same prompts, the same seeds."""
     from minidiff.images import contact_sheet, save_png
 
     s.check()
     output_files(s.output, 1)
-    pipe, rows, labels = load(replace(s, lora=(), lora_weight=())), [], []
-    for when in ("before", "after") if s.lora else ("",):
+    pipe, rows, labels = load(replace(s, lora=(), lora_weight=(), textual_inversion=())), [], []
+    for when in ("before", "after") if s.lora or s.textual_inversion else ("",):
         if when == "after":
             attach(pipe, s)
         for seed in range(s.seed, s.seed + s.num_images_per_prompt):
@@ -205,13 +205,15 @@ def load(s: Sampling) -> "StableDiffusionPipeline":
 
 
 def attach(pipe: "StableDiffusionPipeline", s: Sampling) -> None:
-    """All LoRAs of the command line at once, each at its weight."""
+    """All LoRAs of the command line at once, each at its weight; and all new words."""
     weights = s.lora_weight or (1.0,) * len(s.lora)
     names = [f"lora{i}" for i in range(len(s.lora))]
     for path, name in zip(s.lora, names):
         print(pipe.load_lora_weights(path, adapter_name=name), file=sys.stderr)
     if names:
         pipe.set_adapters(names, weights)
+    for path in s.textual_inversion:
+        print(pipe.load_textual_inversion(path), file=sys.stderr)
 
 
 def draw(pipe: "StableDiffusionPipeline", s: Sampling, prompt: str, seeds: list[int]) -> "list[Image]":
@@ -246,4 +248,6 @@ def parameters(pipe: "StableDiffusionPipeline", s: Sampling, prompt: str, seed: 
     }
     if s.lora:
         settings["Lora"] = ", ".join(s.lora)
+    if s.textual_inversion:
+        settings["TI"] = ", ".join(s.textual_inversion)
     return generation_text(prompt, s.negative_prompt, settings | {"Version": f"minidiff {__version__}"})

@@ -30,6 +30,8 @@ class Sampling:
     """LoRA files or folders."""
     lora_weight: tuple[float, ...] = ()
     """Strength of each LoRA; default: 1."""
+    textual_inversion: tuple[str, ...] = ()
+    """Files or folders of new words, which the prompt may then use."""
     negative_prompt: str = ""
     """What the pictures should not show."""
     num_inference_steps: int = 25
@@ -76,7 +78,7 @@ class Sample(Sampling):
 
 @dataclass(frozen=True)
 class Sheet(Sampling):
-    """Draw a labelled contact sheet: a column for each prompt; rows for the model before and after its LoRAs."""
+    """Draw a labelled contact sheet: a column for each prompt; rows for the model before and after what it learned."""
 
     prompts: Positional[tuple[str, ...]] = ()
     """One column each."""

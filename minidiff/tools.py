@@ -28,7 +28,7 @@ from minidiff.files.conversion import (
     convert_lora,
     kept_metadata,
 )
-from minidiff.files.inspection import find_file
+from minidiff.files.inspection import find_file, is_pickle
 from minidiff.files.inspection import inspect as reports_on
 from minidiff.files.lora import LoRAFile, load_lora, read_lora, save_lora
 from minidiff.layout import config_of, sampler_of
@@ -55,7 +55,7 @@ def inspect(s: Inspect) -> None:
 def convert(s: Convert) -> None:
     with appearing(Path(s.output)) as place:
         source = Path(s.source)
-        if source.suffix in pickles.ENDINGS:
+        if source.suffix in pickles.ENDINGS or is_pickle(source):
             (folder := place.parent / "opened").mkdir()
             source = pickles.unpickle(source, folder)
         proof = converted(s, source, place)
@@ -87,7 +87,7 @@ def converted_lora(s: Convert, source: Path, file: TensorFile, place: Path) -> P
 
 def converted_embedding(s: Convert, source: Path, file: TensorFile, place: Path) -> Proof:
     check_flags(s, "a textual inversion", ("diffusers", "kohya"), "alpha", "dtype", *OF_MODELS)
-    if Path(s.source).suffix in pickles.ENDINGS:  # it may hold tables within tables
+    if source != Path(s.source):  # it was a pickle, and may hold tables within tables
         embedding = embeddings.embedding_in(pickles.content(file.path), Path(s.source), s.token)
     else:
         embedding = embeddings.read_embedding(source, s.token)
@@ -113,7 +113,7 @@ def converted_model(s: Convert, source: Path, place: Path) -> Proof:
 def unpickled(s: Convert, file: TensorFile, place: Path) -> Proof:
     """A pickle's tensors, whatever they are; the sandbox has made a safetensors file of them, with its own notes in it."""
     check_flags(s, "a pickle", ("safetensors",), "alpha", "token", "dtype", *OF_MODELS)
-    if Path(s.source).suffix not in pickles.ENDINGS or place.suffix != SINGLE_FILE:
+    if file.path == Path(s.source) or place.suffix != SINGLE_FILE:
         raise SettingsError(f"--to safetensors makes {SINGLE_FILE} files of pickles; {s.source} and {s.output} are not these.")
     before = file.read()
     save(before, place)

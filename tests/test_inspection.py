@@ -14,7 +14,7 @@ from minidiff.cli import main
 from minidiff.errors import WeightsError
 from minidiff.files.checkpoints import Model, read_model
 from minidiff.files.embeddings import save_embedding
-from minidiff.files.inspection import find_file, inspect, trigger_words
+from minidiff.files.inspection import find_file, inspect, is_pickle, trigger_words
 from minidiff.files.lora import save_lora
 from minidiff.weights import save, to_single_file
 
@@ -217,8 +217,15 @@ def test_a_number_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 def test_a_pickle_must_be_converted_first(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "a.ckpt")
-    with pytest.raises(WeightsError, match=r"a.ckpt is a pickle.*minidiff convert .*a.ckpt .*a.safetensors --to safetensors"):
+    with pytest.raises(WeightsError, match=r"a.ckpt is a pickle.*minidiff convert .*a.ckpt NEW.safetensors --to safetensors"):
         inspect(tmp_path / "a.ckpt")
+
+
+def test_a_header_may_be_as_long_as_a_pickle_begins(tmp_path: Path) -> None:
+    path = tensor_file(tmp_path / "x.safetensors", {"a": torch.ones(1, 4)}, {"x": ""})
+    missing = 0x80 - path.read_bytes()[0]
+    tensor_file(path, {"a": torch.ones(1, 4)}, {"x": "y" * missing})
+    assert path.read_bytes()[:1] == b"\x80" and not is_pickle(path)
 
 
 def test_which_file_of_a_folder(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """kill -9 at random moments of real trainings, and the results still come out the same to the byte.
 
 pytest starts this file as a program of its own. That program prepares each task once, then forks a child for each attempt,
-so that a kill costs milliseconds and not an import of torch. `pytest -m slow` kills 200 times instead of 12.
+so that a kill costs milliseconds and not an import of torch. `pytest -m slow` kills every method, 200 times in all.
 """
 
 import os
@@ -17,12 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 from resume_harness import NUMBERS, Case, check_whole, draw_pictures, fingerprint, memory_path, picture_case, rows  # noqa: F401
+from tiny_model import tiny_folder
+from tiny_recipes import METHODS, tiny
 
-from minidiff.train.methods import LoRASettings
+from minidiff.train.recipes import RECIPES
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [9, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(memory_path: Path, kills: int) -> None:  # noqa: F811
     command = [sys.executable, __file__, str(memory_path), str(kills)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -32,33 +34,17 @@ def test_killed_at_random_moments(memory_path: Path, kills: int) -> None:  # noq
     print(done.stdout)
 
 
-def cases(home: Path) -> dict[str, Case]:
-    """What is killed; a recipe is added here by its settings."""
-    folder = draw_pictures(home / "data")
+def cases(home: Path, every: bool) -> dict[str, Case]:
+    """What is killed: a task without pictures, one with threads, and recipes on the tiny model."""
+    folder, base = draw_pictures(home / "data"), tiny_folder(home)
     from_pictures = picture_case(folder).changed(gradient_accumulation_steps=3, use_ema=True, dataloader_num_workers=2)
-    return {"numbers": NUMBERS.changed(max_train_steps=30), "pictures": from_pictures, "lora": lora(home)}
-
-
-def lora(home: Path) -> Case:
-    from tiny_model import tiny_folder
-
-    from minidiff.train import recipes
-
-    settings = LoRASettings(
-        pretrained_model_name_or_path=str(tiny_folder(home)),
-        instance_data_dir=str(home / "data"),
-        instance_prompt="a sks dog",
-        resolution=16,
-        max_train_steps=12,
-        checkpointing_steps=1,
-        validation_steps=0,
-        train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        lr_scheduler="cosine",
-        proportion_empty_prompts=0.2,
-    )
-    return Case(recipes.lora, settings)
+    todo = {"numbers": NUMBERS.changed(max_train_steps=30), "pictures": from_pictures}
+    often = {"max_train_steps": 8, "checkpointing_steps": 1, "lr_scheduler": "cosine", "proportion_empty_prompts": 0.2}
+    for i, method in enumerate(METHODS if every else ["pivotal"]):
+        settings = tiny(method, base, folder, home / "unused", **often)
+        case = Case(RECIPES[type(settings)], settings)
+        todo[method] = case.changed(gradient_accumulation_steps=1 + i % 2, use_ema=i % 3 == 0, dataloader_num_workers=i % 4)
+    return todo
 
 
 def in_child(case: Case, folder: Path, after: float | None) -> int:
@@ -107,7 +93,7 @@ def main(home: Path, kills: int) -> None:
 
     torch.set_num_threads(1)
     run.loss_curve = lambda metrics, path: None  # matplotlib would be most of the time
-    todo, draw = cases(home), random.Random(0)
+    todo, draw = cases(home, every=kills >= 100), random.Random(0)
     NUMBERS.run(home / "warm")  # what torch imports late is then there in every fork
     for i, (name, case) in enumerate(todo.items()):
         share = kills // len(todo) + (i < kills % len(todo))

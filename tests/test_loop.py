@@ -334,6 +334,11 @@ def test_previews_and_curve(tmp_path: Path) -> None:
     task.preview = preview
     fit(task, settings)
     assert seen == [3, 6, 8]
+    (tmp_path / "samples" / "step-000008.png").unlink()  # as if killed before it was drawn
+    fit(task, replace(settings, resume_from_checkpoint="latest"))
+    fit(task, replace(settings, resume_from_checkpoint="latest"))
+    assert seen == [3, 6, 8, 8]
+    seen = [3, 6, 8]
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [f"step-{n:06d}.png" for n in seen]
     assert Image.open(tmp_path / "loss.png").width > 100
 

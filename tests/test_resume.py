@@ -1,10 +1,22 @@
 """Exact resume, stopped mid-epoch: the result, the optimizer's state and the metrics, to the last bit."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from resume_harness import NUMBERS, Case, check_exact_resume, draw_pictures, numbers, picture_case
+from resume_harness import (  # noqa: F401
+    NUMBERS,
+    Case,
+    check_exact_resume,
+    draw_pictures,
+    fingerprint,
+    memory_path,
+    numbers,
+    picture_case,
+)
+from tiny_recipes import METHODS, PRIOR, tiny
 
+from minidiff.train.recipes import RECIPES
 from minidiff.train.settings import TrainSettings
 
 
@@ -24,8 +36,6 @@ def test_exact_resume_of_pictures(tmp_path: Path, accumulation: int, ema: bool, 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_workers_change_nothing(tmp_path: Path, accumulation: int) -> None:
-    from resume_harness import fingerprint
-
     case = picture_case(draw_pictures(tmp_path / "pictures")).changed(gradient_accumulation_steps=accumulation)
     for workers in (0, 2):
         case.changed(dataloader_num_workers=workers).run(tmp_path / str(workers))
@@ -40,3 +50,48 @@ def test_exact_resume_of_numbers(tmp_path: Path, optimizer: str) -> None:
         return numbers(settings, optimizer)
 
     check_exact_resume(Case(make, NUMBERS.settings), tmp_path, stops=[0, 1, 3, 5])  # type: ignore[arg-type]
+
+
+# --- the recipes -----------------------------------------------------------------------------------------------------
+
+
+def recipe_case(method: str, base: Path, home: Path, **changes: Any) -> Case:
+    """Four updates, with everything that is drawn: order, noise, crops, flips, templates, dropout."""
+    often = {"max_train_steps": 4, "checkpointing_steps": 2, "random_flip": True, "proportion_empty_prompts": 0.2}
+    often |= {"center_crop": False, "cache_latents": False, "lr_scheduler": "cosine"}
+    settings = tiny(method, base, draw_pictures(home / "pictures"), home / "run", **{**often, **changes})
+    if hasattr(settings, "lora_dropout"):
+        settings = Case(RECIPES[type(settings)], settings).changed(lora_dropout=0.2).settings
+    return Case(RECIPES[type(settings)], settings)
+
+
+def combination(method: str, accumulation: int, ema: bool, workers: int, slow: bool) -> Any:
+    name = f"{method}, accumulation {accumulation}, {'EMA' if ema else 'no EMA'}, {workers} workers"
+    return pytest.param(method, accumulation, ema, workers, marks=[pytest.mark.slow] * slow, id=name)
+
+
+EVERYDAY = [("full", 1, False, 0), ("lora, text encoder too", 1, True, 2), ("dora", 3, False, 0), ("pivotal", 3, True, 2)]
+EVERY = [(m, accumulation, ema, n) for m in METHODS for accumulation in (1, 3) for ema in (False, True) for n in (0, 2)]
+
+
+@pytest.mark.parametrize("method, accumulation, ema, workers", [combination(*c, c not in EVERYDAY) for c in EVERY])
+def test_exact_resume_of_recipes(
+    tiny_folder: Path,
+    memory_path: Path,  # noqa: F811
+    method: str,
+    accumulation: int,
+    ema: bool,
+    workers: int,
+) -> None:
+    """The fourth of four updates crashes; an epoch has five samples, so that the resumed run begins within one."""
+    case = recipe_case(method, tiny_folder, memory_path)
+    case = case.changed(gradient_accumulation_steps=accumulation, use_ema=ema, dataloader_num_workers=workers)
+    check_exact_resume(case, memory_path, stops=[3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full, text encoder too", "lora", "dora", "textual inversion", "pivotal"])
+def test_exact_resume_with_class_pictures_and_sheets(tiny_folder: Path, memory_path: Path, method: str) -> None:  # noqa: F811
+    prior = {**PRIOR, "prior_from_base": False, "class_data_dir": str(memory_path / "class")}
+    case = recipe_case(method, tiny_folder, memory_path, validation_steps=2, **prior)
+    check_exact_resume(case, memory_path, stops=[1, 2, 3])

@@ -35,6 +35,8 @@ ORDER = """
     train/distributed
     pocket/settings
     flags
+    file_flags
+    tools
     train/folders
     train/buckets
     train/data

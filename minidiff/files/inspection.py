@@ -10,7 +10,7 @@ Shapes: A (r, in[, kh, kw]), B (out, r); vectors (n, D).
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -111,10 +111,10 @@ def find_file(path: Path) -> Path:
 
 def describe(path: Path, model: Model | None) -> Report:
     """WeightsError for what is no safetensors file, or a damaged one."""
-    if path.is_file() and path.open("rb").read(8).startswith(PICKLES):
+    if is_pickle(path):
         raise WeightsError(
-            f"{path} is a pickle, which can run code when it is opened. Convert it first, in a sandbox: "
-            f"minidiff convert {path} {path.with_suffix('.safetensors')} --to safetensors"
+            f"{path} is a pickle, which can run code when it is opened. Convert it first, which is done in a sandbox: "
+            f"minidiff convert {path} NEW.safetensors --to safetensors"
         )
     file = read_header(path)
     if keymaps.lora_dialect(file.tensors):
@@ -126,6 +126,15 @@ def describe(path: Path, model: Model | None) -> Report:
     if about := {key: text for key, text in sorted(file.metadata.items()) if key not in ("format", METADATA)}:
         facts["metadata"] = about
     return Report(path, file.looks_like, {"size": size(file), **facts})
+
+
+def is_pickle(path: Path) -> bool:
+    """By its first bytes. A safetensors file can begin with any eight, the length of its header, and then has a brace."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start.startswith(PICKLES) and start[8:] != b"{"
 
 
 def size(file: TensorFile) -> str:
@@ -160,11 +169,14 @@ def lora_facts(file: TensorFile, model: Model | None) -> dict[str, Any]:
         return {"problems": [str(error)]}
     tensors, problems = dict(tensors_of(file)), [f"{key} is no part of an adapter for SD" for key in unknown]
     found: dict[str, tuple[Parts, float | None]] = {}
+    changes: list[LoRAWeights] = []
     for name, infos in modules.items():
         parts = {part: tensors[info.key] for part, info in infos.items()}
         try:
             check_parts(name, infos)
-            found[name] = parts, lora.said_scale(file.path, name, parts, configs)
+            scale = lora.said_scale(file.path, name, parts, configs)
+            changes.append(weights_of(name, parts, 1.0))
+            found[name] = parts, scale
         except AdapterError as error:
             problems.append(str(error))
     facts["layers"] = layer_groups(found)
@@ -172,9 +184,8 @@ def lora_facts(file: TensorFile, model: Model | None) -> dict[str, Any]:
         facts["model"] = lora_match(modules, len(file.tensors), model)
     if words := trigger_words(file.metadata):
         facts["trigger words"] = words
-    changes = {name: weights_of(name, parts, 1.0) for name, (parts, _) in found.items() if all(map(is_finite, parts.values()))}
-    if changes:
-        facts["rank needed"] = rank_needed(changes)
+    if plain := [change for change in changes if change.magnitude is None and is_finite(change.A) and is_finite(change.B)]:
+        facts["rank needed"] = rank_needed(plain)
     if untrained := [name for name, (parts, _) in found.items() if not parts["up"].any()]:
         facts["never trained"] = [f"{len(untrained)} of {len(found)} layers, where B is 0:", *untrained]
     return facts | oddities(tensors, problems)
@@ -206,9 +217,9 @@ def lora_match(modules: lora.Modules, count: int, model: Model) -> str:
     return f"matches {sum(map(len, fitting))} of {count} tensors of the file"
 
 
-def rank_needed(changes: Mapping[str, LoRAWeights]) -> str:
+def rank_needed(changes: Sequence[LoRAWeights]) -> str:
     """How much of the rank is used: the singular values of every ΔW tell."""
-    ranks = [rank_for(weights, ENERGY) for weights in changes.values()]
+    ranks = [rank_for(weights, ENERGY) for weights in changes]
     mean, most = sum(ranks) / len(ranks), max(ranks)
     return f"{ENERGY:.0%} of what ΔW does is in rank {mean:.1f} on average, {most} at most (minidiff merge resize)"
 

@@ -102,6 +102,8 @@ class WordSettings(FineTuneSettings):
         self.need(1 <= self.num_vectors <= 75, "num_vectors", "must lie in 1 … 75")
         word, prompt = self.placeholder_token, self.instance_prompt
         self.need(prompt is None or word.lower() in prompt.lower(), "instance_prompt", f"must contain the new word, {word}")
+        apart = word.lower() not in (self.class_prompt or "").lower()
+        self.need(apart, "class_prompt", f"must be without the new word, {word}")
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ class Run:
             checkpoint.write_bytes(self.folder / METRICS, lines.encode())
         if not self.metrics and (measured := self.measure(0)):
             self.log(step=0, **measured)
+        if done and not self._sheet(done).exists():  # the last session ended between the checkpoint and the sheet
+            self._draw(done)
         return done
 
     def _restore(self, saved: checkpoint.Checkpoint) -> int:
@@ -90,8 +92,7 @@ class Run:
 
     def measure(self, done: int) -> dict[str, float]:
         """What the task measures after `done` updates, and how far the weights have gone; nothing where it is not asked for."""
-        every = self.settings.validation_steps
-        if not self.first or not every or (done % every and done != self.total):
+        if not self.first or not self._due(done, self.settings.validation_steps):
             return {}
         with self._averaged():
             return {"moved": self.movement.rms(), **(self.task.validate() if self.task.validate else {})}
@@ -107,13 +108,13 @@ class Run:
 
     def keep(self, done: int) -> None:
         """A checkpoint and a sample sheet, if they are due after `done` updates."""
-        if self.first and done % self.settings.checkpointing_steps == 0:
+        if self.first and self._due(done, self.settings.checkpointing_steps):
             self._save(done)
-        if self.first and self.settings.validation_steps and done % self.settings.validation_steps == 0:
-            self._preview(done)
+        if self.first:
+            self._draw(done)
 
     def end(self, done: int) -> None:
-        """The last checkpoint, wherever the run ends; if it is finished, the last sheet, the result and the curve."""
+        """A checkpoint, wherever the run was stopped; if it is finished, the result and the curve."""
         if not self.first:
             return
         if done != self.saved:
@@ -121,8 +122,6 @@ class Run:
         if done < self.total:
             print(f"Stopped after {done} updates. Go on with --resume_from_checkpoint latest.", file=sys.stderr)
             return
-        if self.settings.validation_steps and not self._sheet(done).exists():
-            self._preview(done)
         if still := self.movement.still():
             print(f"Note: {len(still)} trained tensors are where they were, such as {still[0]}.", file=sys.stderr)
         with self._writing("the result"):
@@ -156,7 +155,14 @@ class Run:
             checkpoint.save(self.folder, done, tensors, facts, self._export, self.settings.checkpoints_total_limit)
         self.saved = done
 
-    def _preview(self, done: int) -> None:
+    def _due(self, done: int, every: int) -> bool:
+        """After every so many updates and at the end; 0: never."""
+        return every > 0 and (done % every == 0 or done == self.total)
+
+    def _draw(self, done: int) -> None:
+        """A sample sheet, if it is due."""
+        if not self._due(done, self.settings.validation_steps):
+            return
         with self._averaged():
             image = self.task.preview(done)
         if image is not None:

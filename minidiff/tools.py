@@ -161,10 +161,13 @@ def join(s: Join) -> None:
         adapters = [lora.modules for lora in loras]
         joined = merging.join(adapters, s.strengths)
         if cosines := merging.cosines(adapters):
-            print(table("Cosine between the changes; near 0, the adapters leave each other alone", cosines))
+            furthest = max(cosines, key=lambda name: abs(cosines[name]))
+            print(
+                f"Cosine between the changes of a layer: {mean(cosines):.3f} on average, {cosines[furthest]:.3f} in {furthest};"
+            )
+            print("  near 0 the adapters leave each other alone.")
         if naive := merging.error_of_adding_factors(adapters, s.strengths):
-            mean = sum(naive.values()) / len(naive)
-            print(f"Adding up A and B instead, as some programs do, would be off by {mean:.0%} on average.")
+            print(f"Adding up A and B instead, as some programs do, would be off by {mean(naive):.0%} on average.")
         if s.rank is not None:
             shorter = merging.cut(joined, s.rank)
             joined = shorter.modules
@@ -238,11 +241,14 @@ def write_model(model: Model, place: Path, tokenizer: str | None) -> None:
 
 
 def table(title: str, values: Mapping[str, float]) -> str:
-    """The values furthest from 0, and the mean of all."""
-    worst = sorted(values.items(), key=lambda item: -abs(item[1]))[:WORST]
-    mean = sum(values.values()) / len(values)
-    heading = f"{title}: {len(values)} layers, {mean:.4f} on average; the largest:"
+    """The largest values, and the mean of all."""
+    worst = sorted(values.items(), key=lambda item: -item[1])[:WORST]
+    heading = f"{title}: {len(values)} layers, {mean(values):.4f} on average; the largest:"
     return "\n".join([heading, *(f"  {value:8.4f}  {name}" for name, value in worst)])
+
+
+def mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:

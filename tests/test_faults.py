@@ -2,7 +2,8 @@
 and the run goes on to the same bytes.
 
 In "error" one call raises; in "full" that call and every later write raise, as on a full disk; in "death" the process ends
-there, in the middle of a write if it is one. pytest starts this file as a program, which forks for each attempt: everyday one call in 37, with `pytest -m slow` each.
+there, in the middle of a write if it is one. pytest starts this file as a program, which forks for each attempt: everyday
+one call in 37, with `pytest -m slow` each.
 """
 
 import builtins

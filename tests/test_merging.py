@@ -276,7 +276,7 @@ def test_join_command(tiny_folder: Path, files: list[str], wanted: Tensor, tmp_p
     torch.testing.assert_close(predict(with_adapters(tiny_folder, (joined.modules,), [1])), wanted, rtol=0, atol=1e-5)
     assert joined.metadata["modelspec.merged_from"] == "a.safetensors x 0.8, b.safetensors x 0.5" and joined.dialect == style
     said = capsys.readouterr().out
-    assert "Cosine between the changes; near 0" in said and "max |ΔW_before − ΔW_after| = " in said
+    assert "Cosine between the changes of a layer: " in said and "max |ΔW_before − ΔW_after| = " in said
     assert "ab.safetensors: " in said and ".minidiff-" not in said
 
 

@@ -47,10 +47,11 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 
+PICKLE = "which can run code when it is opened; get the .safetensors version of it, or `minidiff convert` it in a sandbox."
 NOT_SAFETENSORS = {  # how other files begin
     b"version https://git-lfs": "is a git-LFS pointer, not the file itself; run `git lfs pull` in its folder.",
-    b"PK": "is a PyTorch pickle (zip), which can run code when it is opened; get the .safetensors version of it.",
-    b"\x80": "is a Python pickle, which can run code when it is opened; get the .safetensors version of it.",
+    b"PK": f"is a PyTorch pickle (zip), {PICKLE}",
+    b"\x80": f"is a Python pickle, {PICKLE}",
     b"GGUF": "is a GGUF file; get the .safetensors version of it.",
     b"<": "is a web page, not a model: the download did not give the file. Look into it, and download again.",
 }

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +39,10 @@ from minidiff.train.methods import (
 )
 from minidiff.train.recipes import RECIPES
 from minidiff.train.run import read_metrics
-from minidiff.train.settings import AnySettings, FineTuneSettings
+from minidiff.train.settings import FineTuneSettings
 from minidiff.weights import find_weights, load_into
+
+AnyFineTune = TypeVar("AnyFineTune", bound=FineTuneSettings)
 
 SUBJECT = tuple(f"a photo of a sks dog{where}" for where in ("", " in the snow", " in the city", " on the moon"))
 OTHERS = (
@@ -97,7 +99,7 @@ def forgetting_score(tuned: Tensor, base: Tensor) -> float:
 def rungs(flags: Ladder) -> dict[str, FineTuneSettings]:
     """The rungs with the numbers that suit the pocket checkpoint: its training is a hundred times shorter than SD 1.5's."""
 
-    def settings(kind: type[AnySettings], name: str, steps: int, rate: float, **others: Any) -> AnySettings:
+    def settings(kind: type[AnyFineTune], name: str, steps: int, rate: float, **others: Any) -> AnyFineTune:
         return kind(
             pretrained_model_name_or_path=flags.pretrained_model_name_or_path,
             instance_data_dir=flags.instance_data_dir,

@@ -166,8 +166,17 @@ def put_on(pipe: StableDiffusionPipeline, settings: AdapterSettings) -> dict[str
         targets["text_encoder"] = (pipe.text_encoder, ("text",))
     for part, (network, layers) in targets.items():
         ranks = s.rank_of if part == "unet" else {}
-        how = {"rslora": s.use_rslora, "dora": s.use_dora}
-        inject(network, s.rank, s.lora_alpha, layers, s.seed, rank_of=ranks, dropout=s.lora_dropout, **how)
+        inject(
+            network,
+            s.rank,
+            s.lora_alpha,
+            layers,
+            s.seed,
+            rank_of=ranks,
+            rslora=s.use_rslora,
+            dora=s.use_dora,
+            dropout=s.lora_dropout,
+        )
         print_trainable_parameters(network)
     return {part: network for part, (network, _) in targets.items()}
 

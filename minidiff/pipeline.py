@@ -165,6 +165,11 @@ class StableDiffusionPipeline:
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The U-Net's; adapters are fp32, and come after it."""
+        return next(self.unet.parameters()).dtype
+
     # --- text to image -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -218,7 +223,7 @@ class StableDiffusionPipeline:
         """Prompts -> (B, 77, D) in the U-Net's dtype; each distinct one is encoded once."""
         distinct = list(dict.fromkeys(prompts))
         rows = encode_prompt(self.tokenizer, self.text_encoder, distinct, self.placeholders)
-        return rows[[distinct.index(p) for p in prompts]].to(self.unet.conv_in.weight.dtype)
+        return rows[[distinct.index(p) for p in prompts]].to(self.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) -> pictures (B, 3, H, W) in [-1, 1], one at a time to spare memory."""

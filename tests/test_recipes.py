@@ -164,10 +164,9 @@ def test_pivotal_has_two_rates(make: Any) -> None:
     assert [group["lr"] for group in task.optimizer.param_groups] == pytest.approx([1e-3 / 3, 1e-2 / 3])
 
 
-@pytest.mark.parametrize("method", ["full", "pivotal"])
-def test_the_average_is_what_comes_out(make: Any, method: str) -> None:
+def test_the_average_is_what_comes_out(make: Any) -> None:
     """With --use_ema: not the weights themselves."""
-    settings = make(method, use_ema=True)
+    settings = make("pivotal", use_ema=True)
     task = train(settings)
     home = Path(settings.output_dir)
     assert not torch.equal(picture(loaded(home, settings), settings.prompt), picture(trained(task, settings), settings.prompt))
@@ -247,7 +246,7 @@ def test_class_pictures_are_the_same_after_an_interruption(make: Any, tmp_path: 
     assert same(resumed.batch(0, 0), whole.batch(0, 0)) and resumed.facts == whole.facts
 
 
-@pytest.mark.parametrize("method", ["full, text encoder too", "lora", "lora, text encoder too", "dora", "pivotal"])
+@pytest.mark.parametrize("method", ["full, text encoder too", "lora", "dora", "pivotal"])
 def test_the_prior_from_the_base_is_the_bases_answer(make: Any, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """However far the weights have gone, the class half's target is what the untuned model answers, to the bit."""
     targets: list[Tensor] = []
@@ -310,7 +309,7 @@ def v_base(base: Path, home: Path) -> Path:
     return home
 
 
-LAYERS = ("attention", "feed_forward", "projections", "resnets", "samplers")
+LAYERS = ("attention", "feed_forward", "projections", "resnets", "samplers", "conv_in", "conv_out")
 SHORT_RUNS: dict[str, dict[str, Any]] = {
     "loss": {"snr_gamma": 5.0, "noise_offset": 0.1, "lora_dropout": 0.3},
     "pictures": {"random_flip": True, "center_crop": False, "cache_latents": False, "proportion_empty_prompts": 0.5},
@@ -325,10 +324,10 @@ def test_a_short_run_with(make: Any, runs: Any, name: str) -> None:
     settings = make("lora", **SHORT_RUNS[name])
     result, (_, plain) = train(settings), runs("lora")
     assert not same(dict(result.trainable), dict(plain.trainable))  # type: ignore[arg-type]
-    loaded(Path(settings.output_dir), settings)
+    assert picture(loaded(Path(settings.output_dir), settings), settings.prompt).isfinite().all()
 
 
-@pytest.mark.parametrize("method", ["full", "lora, text encoder too", "pivotal"])
+@pytest.mark.parametrize("method", ["full", "pivotal"])
 def test_bf16(make: Any, method: str) -> None:
     """What is trained is fp32 and starts unrounded; what is frozen is not fp32 any more; sheets and validation run, too."""
     settings = make(method, mixed_precision="bf16", validation_steps=3)
@@ -423,7 +422,7 @@ def test_first_row_is_the_base(make: Any) -> None:
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "textual inversion"])
+@pytest.mark.parametrize("method", ["full", "textual inversion"])
 def test_a_broken_number_names_pictures_and_module(make: Any, method: str) -> None:
     settings = make(method, train_batch_size=1, max_train_steps=5)
     task = recipe(settings)

@@ -114,13 +114,12 @@ def has_prior(settings: FineTuneSettings) -> bool:
 def predict(pipe: StableDiffusionPipeline, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The U-Net's answer (B, C, h, w) to a batch, and what it was asked: x_t, t, text (B, L, D)."""
     x0, noise, t = (batch[key].to(pipe.device) for key in ("latents", "noise", "t"))
-    dtype = next(pipe.unet.parameters()).dtype
-    x_t = add_noise(pipe.schedule, x0, noise, t).to(dtype)
+    x_t = add_noise(pipe.schedule, x0, noise, t).to(pipe.dtype)
     if "ids" in batch:
         text = pipe.text_encoder(input_ids=batch["ids"].to(pipe.device)).last_hidden_state
     else:
         text = batch["text"].to(pipe.device)
-    text = text.to(dtype)
+    text = text.to(pipe.dtype)
     return pipe.unet(x_t, t, text), x_t, t, text
 
 

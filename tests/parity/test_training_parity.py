@@ -4,7 +4,6 @@ What they share is a random base model, the pictures' latents, and of each batch
 encoded, noise is added, the model answers, the loss is taken and the weights move in the libraries' own code.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_recipes import PRIOR, draw_pictures, loaded, tiny
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from tiny_recipes import PRIOR, draw_pictures, tiny  # noqa: E402
-
-from minidiff.adapters.inject import adapter_weights  # noqa: E402
-from minidiff.files.lora import read_lora  # noqa: E402
-from minidiff.train.loop import Batch, Task, fit  # noqa: E402
-from minidiff.train.recipes import RECIPES  # noqa: E402
+from minidiff.adapters.inject import adapter_weights
+from minidiff.files.lora import read_lora
+from minidiff.train.loop import Batch, Task, fit
+from minidiff.train.recipes import RECIPES
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
@@ -32,7 +28,6 @@ NORM = 0.05  # low, so that every step is clipped
 EPSILON = 1e-5  # of Adam: else it blows up the rounding of gradients that are zero on paper, as those of k's bias are
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 INSTANCE, CLASS = "a photo of a sks dog", PRIOR["class_prompt"]
-Hand = Callable[[Batch], tuple[Tensor, Tensor]]  # a batch -> output and target
 
 
 @pytest.fixture
@@ -237,10 +232,8 @@ def test_pivotal(make: Any, theirs: Any) -> None:
         close(after[name].B, layer.lora_B["default"].weight, before[name].B)
 
 
-def test_diffusers_draws_with_what_comes_out(make: Any, theirs: Any) -> None:
-    """The files of the recipes give the same picture there as here."""
-    from tiny_recipes import loaded, picture
-
+def test_diffusers_answers_alike_with_what_comes_out(make: Any, theirs: Any) -> None:
+    """The files of the recipes mean the same there as here."""
     for method in ("lora, text encoder too", "pivotal"):
         settings = make(method)
         settings = replace(settings, output_dir=f"{settings.output_dir}-{method[:4]}")
@@ -249,12 +242,10 @@ def test_diffusers_draws_with_what_comes_out(make: Any, theirs: Any) -> None:
         theirs.load_lora_weights(settings.output_dir)
         if method == "pivotal":
             theirs.load_textual_inversion(settings.output_dir)
-        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        x_t, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
         prompt = "a photo of <dog>" if method == "pivotal" else INSTANCE
-        x_t, t = noise, torch.tensor([500])
         with torch.no_grad():
             text = theirs.encode_prompt(prompt, "cpu", 1, False)[0]
             expected = theirs.unet(x_t, t, text).sample
             torch.testing.assert_close(ours.unet(x_t, t, ours.encode_prompt([prompt])), expected, atol=1e-5, rtol=1e-5)
-        assert picture(ours, prompt).isfinite().all()
         theirs.unload_lora_weights()

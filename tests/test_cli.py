@@ -16,9 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
+from minidiff.adapters.textual_inversion import initial_vectors
 from minidiff.cli import main
+from minidiff.files.embeddings import save_embedding
 from minidiff.images import read_png_text
+from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.train.loop import Report
+from minidiff.train.methods import LoRASettings
+
+POCKET = Path(__file__).parent.parent / "checkpoints" / "pocket"
 
 
 @pytest.fixture
@@ -101,7 +107,7 @@ def test_help_and_version_need_no_torch() -> None:
     ("argv", "says"),
     [
         (["sampel", "a dog"], 'Did you mean "sample"'),
-        (["train"], "needs a recipe"),
+        (["train"], "needs one of full, dreambooth, lora"),
         (["train", "lroa"], 'Did you mean "lora"'),
         (["train", "lora", "--rnk", "4"], "--rank"),
         (["train", "lora", "--rank", "four"], "four"),
@@ -357,11 +363,28 @@ def test_a_run_is_not_overwritten(
 
 
 def test_a_stopped_training_does_not_pass_for_a_finished_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minidiff.train.recipes.lora", lambda settings: None)
+    monkeypatch.setattr("minidiff.train.recipes.RECIPES", {LoRASettings: lambda settings: None})
     monkeypatch.setattr("minidiff.train.loop.fit", lambda task, settings: Report(done=1, loss=0.0, finished=False))
     with pytest.raises(SystemExit) as leave:
         main(["train", "lora"])
     assert leave.value.code == 130
+
+
+def test_a_new_word_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sheet before and after a textual inversion, which starts as a word that the model knows."""
+    pipe = StableDiffusionPipeline.from_pretrained(POCKET)
+    vectors = initial_vectors(pipe.tokenizer, pipe.text_encoder, "dog", 1)
+    save_embedding(tmp_path / "word", "<my-dog>", vectors)
+    flags = ["--textual_inversion", str(tmp_path / "word"), "--num_inference_steps", "1", "--guidance_scale", "1"]
+    for command, prompt in (("sheet", "a red <my-dog>"), ("sample", "a red <my-dog>")):
+        picture = tmp_path / f"{command}.png"
+        base = ["--pretrained_model_name_or_path", str(POCKET), "--output", str(picture)]
+        main([command, prompt, *base, *flags])
+        assert "<my-dog>, 1 vector" in capsys.readouterr().err
+        assert "TI: " in read_png_text(picture)["parameters"]
+    with pytest.raises(SystemExit) as leave:
+        main(["sample", "a dog", "--textual_inversion", str(tmp_path / "none"), "--output", str(tmp_path / "no.png")])
+    assert leave.value.code == 2 and not (tmp_path / "no.png").exists()
 
 
 def test_a_foreign_folder_is_left_alone(

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import replace
@@ -19,6 +20,7 @@ import torch
 from resume_harness import NUMBERS, Case, check_whole, draw_pictures, fingerprint, memory_path, picture_case, rows  # noqa: F401
 from tiny_model import tiny_folder
 from tiny_recipes import METHODS, tiny
+from tqdm import tqdm
 
 from minidiff.train.recipes import RECIPES
 
@@ -35,7 +37,10 @@ def test_killed_at_random_moments(memory_path: Path, kills: int) -> None:  # noq
 
 
 def cases(home: Path, every: bool) -> dict[str, Case]:
-    """What is killed: a task without pictures, one with threads, and recipes on the tiny model."""
+    """What is killed: a task without pictures, one with threads, and recipes on the tiny model.
+
+    The recipes go without threads: OpenMP, as a fork finds it, does not let a new thread compute.
+    """
     folder, base = draw_pictures(home / "data"), tiny_folder(home)
     from_pictures = picture_case(folder).changed(gradient_accumulation_steps=3, use_ema=True, dataloader_num_workers=2)
     todo = {"numbers": NUMBERS.changed(max_train_steps=30), "pictures": from_pictures} if every else {}
@@ -48,7 +53,7 @@ def cases(home: Path, every: bool) -> dict[str, Case]:
     for i, method in enumerate(METHODS if every else ["lora", "pivotal"]):
         settings = tiny(method, base, folder, home / "unused", **often)
         case = Case(RECIPES[type(settings)], settings)
-        todo[method] = case.changed(gradient_accumulation_steps=1 + i % 2, use_ema=i % 3 == 0)  # threads: not all outlive a fork
+        todo[method] = case.changed(gradient_accumulation_steps=1 + i % 2, use_ema=i % 3 == 0)
     return todo
 
 
@@ -57,6 +62,7 @@ def in_child(case: Case, folder: Path, after: float | None) -> int:
     child = os.fork()
     if child == 0:
         try:
+            tqdm.set_lock(threading.RLock())  # its own is shared with all forks, and stays locked if its holder is killed
             sys.stderr = open(folder.parent / "log.txt", "a")
             case.run(folder)
         except BaseException:

@@ -52,8 +52,8 @@ def test_a_base_without_an_image_encoder(tmp_path: Path) -> None:
 
 
 def test_a_short_climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One LoRA of two updates; two pictures of the subject, two of other things. Climbing again trains nothing anew."""
-    for name, value in {"SUBJECT": ladder.SUBJECT[:1], "OTHERS": ladder.OTHERS[:1], "SUBJECTS": 2}.items():
+    """One LoRA of two updates; one picture of the subject, one of another thing. Climbing again trains nothing anew."""
+    for name, value in {"SUBJECT": ladder.SUBJECT[:1], "OTHERS": ladder.OTHERS[:1], "SEEDS": (0,), "SUBJECTS": 1}.items():
         monkeypatch.setattr(ladder, name, value)
     settings = ladder.rungs(replace(FLAGS, output_dir=str(tmp_path)))["LoRA"]
     assert isinstance(settings, LoRASettings)

@@ -37,12 +37,12 @@ def test_killed_at_random_moments(memory_path: Path, kills: int) -> None:  # noq
 
 
 def cases(home: Path, every: bool) -> dict[str, Case]:
-    """What is killed: a task without pictures, one with threads, and recipes on the tiny model.
+    """What is killed: a task without pictures, one that reads them at every step, and recipes on the tiny model.
 
-    The recipes go without threads: OpenMP, as a fork finds it, does not let a new thread compute.
+    All go without threads: OpenMP, as a fork finds it, does not always let a new thread compute.
     """
     folder, base = draw_pictures(home / "data"), tiny_folder(home)
-    from_pictures = picture_case(folder).changed(gradient_accumulation_steps=3, use_ema=True, dataloader_num_workers=2)
+    from_pictures = picture_case(folder).changed(gradient_accumulation_steps=3, use_ema=True)
     todo = {"numbers": NUMBERS.changed(max_train_steps=30), "pictures": from_pictures} if every else {}
     often = {
         "max_train_steps": 8 if every else 4,

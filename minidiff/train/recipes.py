@@ -87,12 +87,11 @@ def lora(settings: LoRASettings) -> Task:
     Comes out: `pytorch_lora_weights.safetensors`, which minidiff and diffusers load.
     """
     pipe, base = load_base(settings)
+    networks = put_on(pipe, settings)  # first, because a target may be wrong; it changes nothing yet, to the bit
     live = settings.train_text_encoder
     data = load_data(pipe, settings, live)
     batches, sheets = with_prior(pipe, data, live), sample_sheets(pipe, settings, data)
     loss = diffusion_loss(pipe, settings, base_answer(pipe, settings, pipe.unet, lambda: adapters_off(pipe.unet)))
-
-    networks = put_on(pipe, settings)
 
     def export(folder: Path) -> None:
         write_adapter(folder, networks, model_spec(settings, "lora", data, pipe.schedule, base))
@@ -127,7 +126,7 @@ def pivotal(settings: PivotalSettings) -> Task:
     Both learn from the first step on, each at its own rate. Comes out: the files of the two recipes above.
     """
     pipe, base = load_base(settings)
-    networks = put_on(pipe, settings)  # changes nothing yet; and it freezes what is there, so the new word comes after it
+    networks = put_on(pipe, settings)  # before the new word: it freezes what is there
     word = new_word(pipe, settings)
     data = practice(pipe, settings)
     batches, sheets = with_prior(pipe, data, True), sample_sheets(pipe, settings, data)

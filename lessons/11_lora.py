@@ -301,8 +301,8 @@ settings = LoRASettings(
     lora_alpha=16,
     learning_rate=1e-3,
     train_batch_size=4,
-    max_train_steps=150,
-    checkpointing_steps=150,
+    max_train_steps=300,
+    checkpointing_steps=300,
     validation_steps=0,
 )
 print("\nTeaching the dog")

@@ -114,13 +114,15 @@ def rungs(flags: Ladder) -> dict[str, FineTuneSettings]:
 
     sks = {"instance_prompt": SUBJECT[0]}
     prior = {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "num_class_images": 40}
-    prior |= {"prior_loss_weight": 0.5, "class_data_dir": str(Path(flags.output_dir) / "class-dog")}
+    prior |= {"class_data_dir": str(Path(flags.output_dir) / "class-dog")}
     word = {"placeholder_token": "<my-dog>", "initializer_token": "dog"}
     return {
         "full": settings(FullSettings, "full", 200, 1e-4, **sks),
-        "DreamBooth": settings(DreamBoothSettings, "dreambooth", 300, 2e-4, **sks, **prior),
+        "DreamBooth": settings(DreamBoothSettings, "dreambooth", 480, 2e-4, **sks, **prior, prior_loss_weight=0.3),
         "LoRA": settings(LoRASettings, "lora", 300, 1e-3, **sks, rank=8),
-        "LoRA with prior": settings(LoRASettings, "lora-prior", 450, 2e-3, **sks, **prior, rank=8),
+        "LoRA with prior": settings(
+            LoRASettings, "lora-prior", 450, 2e-3, **sks, **prior, prior_loss_weight=0.5, rank=8
+        ),
         "DoRA": settings(LoRASettings, "dora", 300, 1e-3, **sks, rank=8, use_dora=True),
         "LoRA, convolutions too": settings(
             LoRASettings, "locon", 300, 1e-3, **sks, rank=8, lora_targets=("attention", "resnets", "samplers")

@@ -9,27 +9,24 @@ from torch import Tensor
 from minidiff.errors import SettingsError
 from minidiff.rng import normal
 
+Draw = Callable[[int | str], Tensor]
 
-def noise_source(
-    shape: tuple[int, ...], seed: int | Sequence[int] | None, generator: torch.Generator | None
-) -> tuple[Callable[[], Tensor], Callable[[int], Tensor]]:
-    """Two functions: the noise to start from, and the noise of step i. From seeds both are fp32 on the CPU, for any device.
 
-    A generator is asked only when its noise is wanted, in diffusers' order: first the latents, unless they are given, then
-    step by step.
+def noise_source(shape: tuple[int, ...], seed: int | Sequence[int] | None, generator: torch.Generator | None) -> Draw:
+    """draw(purpose) -> standard normal noise of `shape`; the purpose is "latents", or i for the noise of step i.
+
+    From seeds, each picture's noise is a function of its seed and the purpose, fp32 on the CPU, for any device. A generator
+    does not look at the purpose: it gives its next numbers, on its own device, so the order of the calls is diffusers'.
     """
     if generator is not None:
-
-        def next_noise() -> Tensor:
-            return torch.randn(shape, generator=generator, device=generator.device)
-
-        return next_noise, lambda i: next_noise()
+        return lambda purpose: torch.randn(shape, generator=generator, device=generator.device)
     seeds = check_seeds(int(torch.randint(2**31, ())) if seed is None else seed, shape[0])
 
-    def draw(*where: int | str) -> Tensor:
+    def draw(purpose: int | str) -> Tensor:
+        where: tuple[int | str, ...] = ("step", purpose) if isinstance(purpose, int) else (purpose,)
         return torch.stack([normal(shape[1:], s, *where) for s in seeds])
 
-    return lambda: draw("latents"), lambda i: draw("step", i)
+    return draw
 
 
 def check_seeds(seed: int | Sequence[int], count: int) -> list[int]:
@@ -43,13 +40,25 @@ def check_seeds(seed: int | Sequence[int], count: int) -> list[int]:
     return seeds
 
 
-def check_call(prompts: list[str], negatives: list[str], output_type: str, per_prompt: int) -> None:
+def pairs(
+    prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str] | None, per_prompt: int, embeds: Tensor | None = None
+) -> tuple[list[str], list[str]]:
+    """Each prompt `per_prompt` times, and a negative prompt for each; `embeds` (B, L, D) stand in for the prompts."""
     if per_prompt < 1:
         raise SettingsError(f"num_images_per_prompt is {per_prompt}; it must be at least 1.")
+    if (prompt is None) == (embeds is None):
+        raise SettingsError("give either a prompt or prompt_embeds.")
+    prompts, negatives = as_list("" if prompt is None else prompt), as_list(negative_prompt or "")
     if not prompts or not all(isinstance(p, str) for p in prompts + negatives):
         raise SettingsError("prompt and negative_prompt must be a text, or a list of texts.")
+    prompts = [p for p in (prompts if embeds is None else [""] * len(embeds)) for _ in range(per_prompt)]
+    negatives = negatives * len(prompts) if len(negatives) == 1 else [n for n in negatives for _ in range(per_prompt)]
     if len(prompts) != len(negatives):
         raise SettingsError(f"{len(negatives)} negative prompts for {len(prompts)} pictures; give one, or one for each prompt.")
+    return prompts, negatives
+
+
+def check_output_type(output_type: str) -> None:
     if output_type not in ("pil", "pt", "latent"):
         raise SettingsError(f'output_type "{output_type}" is unknown; it is pil, pt or latent.')
 

@@ -186,11 +186,13 @@ def load(s: Sampling) -> "StableDiffusionPipeline":
 
     from minidiff.device import chosen_device
     from minidiff.pipeline import StableDiffusionPipeline
+    from minidiff.weights import read_header
 
     device = chosen_device(s.device)
     dtype = getattr(torch, s.torch_dtype or ("float32" if device == "cpu" else "float16"))
     name = s.pretrained_model_name_or_path
-    if name.endswith((".safetensors", ".ckpt")):
+    if Path(name).is_file() or name.endswith(".safetensors"):
+        read_header(name)  # what is no model file at all is told first
         if s.tokenizer is None:
             raise SettingsError(
                 f"{name}: a model in a single file holds no vocabulary; give --tokenizer, the tokenizer folder of SD 1.5. "

@@ -12,6 +12,7 @@ from minidiff.errors import WeightsError
 Config = TypeVar("Config", bound="_FromFolder")
 LARGEST = 65_536  # of any number in a config: beyond every SD 1.x model, and refused before a network of that size is built
 MAX_LEVELS, MAX_LAYERS = 8, 16
+OTHER_FAMILIES = {"1024": " This is an SD 2.x model.", "2048": " This is an SDXL model."}  # by the width of the text
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class _FromFolder:
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
         for key, only in cls.must_be().items():
             if values.get(key, only) not in (only, None):
-                raise WeightsError(f"{where}: {key} is {values[key]!r}; minidiff builds SD 1.x models, where it is {only!r}.")
+                family = OTHER_FAMILIES.get(str(values.get("cross_attention_dim")), "")
+                usual = f"minidiff builds SD 1.x models, where it is {only!r}.{family}"
+                raise WeightsError(f"{where}: {key} is {values[key]!r}; {usual}")
         for key, hint in get_type_hints(cls).items():
             if key in values and not (fits(values[key], hint) and _in_range(values[key], 0 if key == "steps_offset" else 1e-9)):
                 raise WeightsError(f"{where}: {key} is {values[key]!r:.60}; no SD 1.x model has that. Copy the file again.")
@@ -171,6 +174,8 @@ class NoiseConfig(_FromFolder):
     steps_offset: int = 1
     set_alpha_to_one: bool = False
     timestep_spacing: str | None = None  # None: the sampler's own default
+    use_karras_sigmas: bool = False
+    rescale_betas_zero_snr: bool = False
 
     @classmethod
     def must_be(cls) -> dict[str, Any]:
@@ -183,6 +188,11 @@ class NoiseConfig(_FromFolder):
             raise ValueError(f"prediction_type {self.prediction_type!r} is unknown; it is epsilon or v_prediction")
         if self.timestep_spacing not in (None, "leading", "linspace", "trailing"):
             raise ValueError(f"timestep_spacing {self.timestep_spacing!r} is unknown; it is leading, linspace or trailing")
+        if self.rescale_betas_zero_snr and self.prediction_type != "v_prediction":
+            raise ValueError(
+                "rescale_betas_zero_snr is true and prediction_type is epsilon; it needs v_prediction, because in pure noise "
+                "eps says nothing about the picture"
+            )
         if not self.beta_start <= self.beta_end < 1:
             raise ValueError(f"beta_start {self.beta_start} and beta_end {self.beta_end} must rise and stay below 1")
 

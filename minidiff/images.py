@@ -1,19 +1,19 @@
-"""Pictures in and out: any file a camera or an editor writes -> RGB; tensors -> files, contact sheets, curves.
+"""Pictures in and out: any file a camera or an editor writes -> RGB; tensors -> files, contact sheets.
 
 Shapes: B pictures, 3 channels, H rows, W columns; values of tensors lie in [-1, 1].
 """
 
 import functools
 import io
+import itertools
 import json
 import math
 import os
-import re
 import struct
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -63,6 +63,7 @@ def _open(path: Path) -> Image.Image:
     except READ_ERRORS as error:
         foreign = path.suffix.lower() in (".heic", ".heif", ".raw", ".svg")
         hint = "Convert it to PNG or JPEG" if foreign else "Leave it out"
+        hint = "A git-LFS pointer: run `git lfs pull`" if path.read_bytes().startswith(b"version https://git-lfs") else hint
         raise DataError(f"{path}: not a picture that can be read here (JPEG, PNG, WebP, …). {hint}.") from error
     if image.width * image.height > MAX_PIXELS:
         image.close()
@@ -116,15 +117,21 @@ def to_pil(pictures: Tensor) -> list[Image.Image]:
 
 def save_png(image: Image.Image, path: Path | str, text: Mapping[str, str] | None = None) -> None:
     """Write a PNG with `text` chunks in it, whole or not at all. A1111's key is `parameters`: see `generation_text`."""
-    path, chunks = Path(path), PngImagePlugin.PngInfo()
+    chunks = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         chunks.add_text(key, value)  # tEXt; where Latin-1 does not hold the text, iTXt
+    write_whole(path, lambda file: image.save(file, format="PNG", pnginfo=chunks))
+
+
+def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
+    """`write` fills a file beside `path`, which takes its place once it is whole: no reader ever sees half of it."""
+    path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with part.open("wb") as file:
-                image.save(file, format="PNG", pnginfo=chunks)
+                write(file)
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)
@@ -162,46 +169,66 @@ def contact_sheet(
     column_labels: Sequence[str] = (),
     title: str = "",
     tile: int = 256,
+    captions: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """A labelled grid. Each picture is scaled to `tile` pixels on its longer side; labels are never cut off."""
-    if len(row_labels) not in (0, len(rows)) or len(column_labels) not in (0, max(map(len, rows), default=0)):
-        raise ValueError(f"{len(row_labels)} row and {len(column_labels)} column labels do not fit the grid")
+    """A labelled grid. Each picture is scaled to `tile` pixels on its longer side; labels are never cut off.
+
+    `captions`, in the shape of `rows`, stand under the single pictures.
+    """
+    _check_labels(rows, row_labels, column_labels, captions)
     grid = [[_scale(image, tile) for image in row] for row in rows]
     cell_w = max(image.width for row in grid for image in row)
     cell_h = max(image.height for row in grid for image in row)
-    type_size, gap, margin = max(14, round(tile * 0.08)), round(tile * 0.05), round(tile * 0.12)
-    heads = _Labels(column_labels, round(cell_w * 0.94), type_size)
-    sides = _Labels(row_labels, round(tile * 0.6), type_size)
+    across = max(map(len, grid))
+    gap, margin = round(tile * 0.05), round(tile * 0.12)
+    # Shown on a page, a wide sheet is made smaller: its type is larger, up to what a cell holds.
+    size = max(14, round(tile * 0.08), min(round(tile * 0.12), across * cell_w // 70))
+    ascii_only = all(text.isascii() for text in (title, *row_labels, *column_labels, *itertools.chain(*captions)))
+    heads = _Labels(column_labels, round(cell_w * 0.94), size, ascii_only)
+    sides = _Labels(row_labels, round(tile * 0.6), size, ascii_only)
+    under = [_Labels(texts, round(cell_w * 0.94), size, ascii_only) for texts in captions]
     left = margin + (sides.width + 2 * gap if row_labels else 0)
-    row_h = max(cell_h, sides.height)
-    width = left + max(map(len, grid)) * (cell_w + gap) - gap + margin
-    heading = _Labels([title], width - 2 * margin, round(type_size * 1.4))
+    width = left + across * (cell_w + gap) - gap + margin
+    heading = _Labels([title], width - 2 * margin, round(size * 1.4), ascii_only)
     head_top = margin + (heading.height + gap if title else 0)
     top = head_top + (heads.height + gap if column_labels else 0)
-    sheet = Image.new("RGB", (width, top + len(grid) * (row_h + gap) - gap + margin), PAPER)
+    feet = [labels.height + gap // 2 for labels in under] or [0] * len(grid)
+    heights = [max(cell_h + foot, sides.height) for foot in feet]
+    tops = [top + sum(heights[:row]) + row * gap for row in range(len(grid))]
+    sheet = Image.new("RGB", (width, tops[-1] + heights[-1] + margin), PAPER)
     draw = ImageDraw.Draw(sheet)
     heading.draw(draw, 0, margin, margin)
     for column in range(len(column_labels)):
-        x = left + column * (cell_w + gap) + cell_w / 2
-        heads.draw(draw, column, x, top - gap - heads.heights[column], centred=True)
+        heads.draw(draw, column, left + column * (cell_w + gap) + cell_w / 2, top - gap - heads.heights[column], centred=True)
     for row, pictures in enumerate(grid):
-        y = top + row * (row_h + gap)
+        body = heights[row] - feet[row]
         if row_labels:
-            sides.draw(draw, row, margin, y + (row_h - sides.heights[row]) / 2)
+            sides.draw(draw, row, margin, tops[row] + (body - sides.heights[row]) / 2)
         for column, picture in enumerate(pictures):
-            x0 = left + column * (cell_w + gap) + (cell_w - picture.width) // 2
-            y0 = y + (row_h - picture.height) // 2
+            x = left + column * (cell_w + gap)
+            x0, y0 = x + (cell_w - picture.width) // 2, tops[row] + (body - picture.height) // 2
             draw.rectangle((x0 - 1, y0 - 1, x0 + picture.width, y0 + picture.height), outline=HAIRLINE)
             sheet.paste(picture, (x0, y0))
+            if captions:
+                under[row].draw(draw, column, x + cell_w / 2, tops[row] + body + gap // 2, centred=True)
     return sheet
+
+
+def _check_labels(
+    rows: Sequence[Sequence[Image.Image]], sides: Sequence[str], heads: Sequence[str], captions: Sequence[Sequence[str]]
+) -> None:
+    if len(sides) not in (0, len(rows)) or len(heads) not in (0, max(map(len, rows), default=0)):
+        raise ValueError(f"{len(sides)} row and {len(heads)} column labels do not fit the grid")
+    if captions and [len(texts) for texts in captions] != [len(row) for row in rows]:
+        raise ValueError(f"the captions, {[len(texts) for texts in captions]} in the rows, do not fit the grid")
 
 
 class _Labels:
     """Texts in one size of type: the largest up to `size` that breaks no word and needs at most four lines of `width`."""
 
-    def __init__(self, texts: Sequence[str], width: int, size: int) -> None:
+    def __init__(self, texts: Sequence[str], width: int, size: int, ascii_only: bool) -> None:
         for self.size in range(size, 10, -1):
-            self.font = _font(self.size, all(text.isascii() for text in texts))
+            self.font = _font(self.size, ascii_only)
             words = [word for text in texts for word in text.split()]
             self.blocks = [_balanced(text, self.font, width) for text in texts]
             if all(self.font.getlength(w) <= width for w in words) and all(len(b) <= 4 for b in self.blocks):
@@ -259,91 +286,3 @@ def _scale(image: Image.Image, tile: int) -> Image.Image:
     factor = tile / max(image.size)
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-
-
-def loss_curve(metrics: Path | str | Iterable[Mapping[str, float | None]], path: Path | str) -> None:
-    """Draw `metrics` into a PNG: a metrics.jsonl, or records with `step`, and perhaps `loss`, `lr`, `moved`, validation losses.
-
-    Pale: each step. Dark: the mean over a few hundredths of the run on either side. Dotted: what validation measured, which
-    says more. Below: how far the weights have moved, and the learning rate.
-    """
-    from matplotlib.figure import Figure  # heavy, and nothing else here wants it
-
-    records = _read_metrics(Path(metrics)) if isinstance(metrics, (str, Path)) else list(metrics)
-    by_step = {int(record["step"] or 0): record for record in records}  # a resumed run repeats steps: the last one counts
-    if not by_step:
-        raise DataError(f"{metrics}: no steps in it yet, so there is no curve to draw.")
-    steps = sorted(by_step)
-    columns = {name: _column(by_step, name) for name in sorted({name for record in records for name in record})}
-    losses = columns.get("loss", np.full(len(steps), math.nan))
-    smooth = smoothed(losses, sigma=max(1.0, len(steps) / 60))
-    measured = [name for name in columns if name not in KNOWN_COLUMNS]
-    below = [name for name in ("moved", "lr") if name in columns]
-    figure = Figure(figsize=(8, 4 + 0.75 * len(below)), dpi=150, facecolor=PAPER, layout="constrained")
-    panels = figure.subplots(1 + len(below), 1, sharex=True, height_ratios=(4, *[1] * len(below)), squeeze=False)[:, 0]
-    dots = "." if len(steps) < 30 else ""
-    panels[0].plot(steps, losses, color="#8fb0d6", linewidth=0.8, alpha=0.7, marker=dots, label="each step")
-    panels[0].plot(steps, smooth, color="#1d4f8f", linewidth=2, label="smoothed")
-    for name, colour in zip(measured, VALIDATION_COLOURS * len(measured)):
-        label = re.sub(r"_(\d+)_(\d+)$", r", t \1–\2", name)  # val_loss_0_250: at timesteps 0 to 250
-        _plot(panels[0], steps, columns[name], colour, label.replace("_", " "))
-    for name, axes in zip(below, panels[1:]):
-        _plot(axes, steps, columns[name], "#b3541e" if name == "lr" else "#4d7a3a", marker=dots if name == "lr" else ".")
-        axes.set_ylabel("learning rate" if name == "lr" else name)
-        axes.set_ylim(bottom=0)
-        axes.ticklabel_format(axis="y", scilimits=(-2, 3))
-    tops = [np.nanmax(c) for c in (smooth, *(columns[name] for name in measured)) if np.isfinite(c).any()]
-    tops += [np.percentile(losses[np.isfinite(losses)], 99.5)] if np.isfinite(losses).any() else []
-    if tops and max(tops) > 0:
-        panels[0].set_ylim(0, 1.05 * max(tops))  # a lone spike runs off the top
-    panels[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)  # above, where no line runs
-    panels[0].set_ylabel("loss")
-    panels[-1].set_xlabel("step")
-    for axes in panels:
-        axes.set_facecolor(PAPER)
-        axes.margins(x=0.01)
-        axes.grid(axis="y", color=HAIRLINE, linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.2)
-    save_png(Image.open(buffer).convert("RGB"), path)
-
-
-KNOWN_COLUMNS = {"step", "loss", "lr", "grad_norm", "seconds", "moved"}  # of metrics.jsonl; all others are validation losses
-VALIDATION_COLOURS = ["#7a2e6b", "#c78a1c", "#2e7d75", "#a33b3b", "#5a5a9c"]
-
-
-def _column(by_step: Mapping[int, Mapping[str, float | None]], name: str) -> np.ndarray:
-    """One value for each step; NaN where it was not measured or is not a number."""
-    return np.array([by_step[step].get(name) for step in sorted(by_step)], dtype=np.float64)
-
-
-def _plot(axes: Any, steps: list[int], values: np.ndarray, colour: str, label: str | None = None, marker: str = ".") -> None:
-    """A line through what is known, across the steps at which nothing was measured."""
-    known = np.isfinite(values)
-    axes.plot(np.array(steps)[known], values[known], color=colour, linewidth=1.5, marker=marker, label=label)
-
-
-def smoothed(values: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian mean around each value, so without the lag of a running mean; skips what is not finite."""
-    half = min(math.ceil(3 * sigma), (len(values) - 1) // 2)
-    kernel = np.exp(-0.5 * (np.arange(-half, half + 1) / sigma) ** 2)
-    known = np.isfinite(values)
-    weight = np.convolve(known, kernel, mode="same")
-    total = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
-    return np.divide(total, weight, out=np.full(len(values), math.nan), where=weight > 0)
-
-
-def _read_metrics(path: Path) -> list[dict[str, float | None]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}). Give the metrics.jsonl of a training run.") from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            records.append({"step": float(record["step"]), **{k: v if v is None else float(v) for k, v in record.items()}})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{path}, line {number}: not a record of a step ({error}). Remove the line.") from error
-    return records

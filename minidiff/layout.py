@@ -56,7 +56,10 @@ def local_folder(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
-        raise WeightsError(f"{name} is a file, not a model folder; a single-file checkpoint is read by from_single_file.")
+        raise WeightsError(
+            f"{name} is a file, not a model folder; `minidiff convert {name} FOLDER --tokenizer …` makes one of a "
+            "checkpoint in a single file, which in Python is read by from_single_file."
+        )
     hub_id = MOVED.get(name, name)
     if name.count("/") == 1 and not name.startswith((".", "/")):
         from huggingface_hub import snapshot_download

@@ -2,11 +2,14 @@
 
     prompt --text encoder--> (B, 77, D) --\\
     noise  (B, 4, h, w) ----------------- U-Net, once a step, through guidance and a sampler --> latents --VAE--> picture
+                                         /
+    a picture to start from --VAE-------/   if there is one: image to image, inpainting, upscaling
 
     B pictures   D text width   H W picture height and width   h w = H/8, W/8 latent height and width
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,35 +17,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from minidiff import weights
 from minidiff.adapters import inject, textual_inversion
-from minidiff.call import as_list, check_call, check_latents, noise_source
-from minidiff.config import SD15_UNET, SD15_VAE, NoiseConfig, UNetConfig, VAEConfig
+from minidiff.call import Draw, as_list, check_output_type, noise_source, pairs
+from minidiff.canvas import Canvas, blank, on_picture
+from minidiff.config import NoiseConfig
 from minidiff.diffusion.guidance import guided
 from minidiff.diffusion.samplers import Step, sampler_named
 from minidiff.diffusion.schedule import NoiseSchedule
-from minidiff.errors import SettingsError, WeightsError
+from minidiff.diffusion.tiling import tiled
+from minidiff.errors import SettingsError
 from minidiff.files import embeddings, lora
 from minidiff.images import to_pil
-from minidiff.layout import (
-    MODEL_INDEX,
-    SAMPLER_OF,
-    SD15_TEXT,
-    check_class,
-    config_of,
-    local_folder,
-    read_json,
-    sampler_of,
-    save_tokenizer,
-    write_json,
-)
-from minidiff.models.text import build_text_encoder, encode_prompt, load_tokenizer, to_file_keys
+from minidiff.model_files import check_parts_fit, read_folder, read_single_file, write_folder
+from minidiff.models.text import encode_prompt
 from minidiff.models.unet import UNet2DConditionModel
-from minidiff.models.vae import AutoencoderKL
+from minidiff.models.vae import AutoencoderKL, sample_posterior
+from minidiff.nonfinite import checked
+from minidiff.picture_input import Pictures, as_mask, as_pictures, fitted, size_of
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
-
 
 MAX_SIDE = 8192  # pixels: beyond, attention takes days
 
@@ -55,7 +49,7 @@ class PipelineOutput:
 
 
 class StableDiffusionPipeline:
-    """Text to image. The parts are plain attributes: `unet`, `vae`, `text_encoder`, `tokenizer`, `schedule`."""
+    """Text to image, image to image, inpainting. The parts are plain attributes: `unet`, `vae`, `text_encoder`, `tokenizer`."""
 
     def __init__(
         self,
@@ -70,9 +64,10 @@ class StableDiffusionPipeline:
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.noise_config, self.schedule = noise_config, NoiseSchedule.from_config(noise_config)
         self.sampler, self.name_or_path, self.progress_bar = sampler, name_or_path, True
+        self.tile_size: int | None = None
         check_parts_fit(self)
 
-    # --- loading and saving ----------------------------------------------------------------------------------------
+    # --- loading and saving ------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32) -> "StableDiffusionPipeline":
@@ -81,31 +76,7 @@ class StableDiffusionPipeline:
         The VAE stays in fp32 whatever `torch_dtype` says: in fp16 it overflows, and the picture is black.
         Raises WeightsError for anything that is missing, damaged or does not fit.
         """
-        home = local_folder(str(folder))
-        parts = read_json(home / "model_index.json", "a model folder in the diffusers layout has one")
-        check_class(parts, home / "model_index.json")
-        with torch.device("meta"):  # no memory and no random numbers: the file's tensors become the weights
-            unet = UNet2DConditionModel(UNetConfig.from_dict(*config_of(home / "unet")))
-            vae = AutoencoderKL(VAEConfig.from_dict(*config_of(home / "vae")))
-            text_encoder = build_text_encoder(*config_of(home / "text_encoder"))
-        for model, part, dtype in (
-            (unet, "unet", torch_dtype),
-            (vae, "vae", torch.float32),
-            (text_encoder, "text_encoder", torch_dtype),
-        ):
-            weights.load_into(model, weights.find_weights(home / part), dtype)
-        noise, where = config_of(home / "scheduler", "scheduler_config.json")
-        sampler = sampler_of(noise, where)
-        tokenizer = load_tokenizer(home / "tokenizer")
-        return cls(
-            frozen(unet),
-            frozen(vae),
-            frozen(text_encoder),
-            tokenizer,
-            NoiseConfig.from_dict(noise, where),
-            sampler,
-            str(folder),
-        )
+        return cls(*read_folder(folder, torch_dtype))
 
     @classmethod
     def from_single_file(
@@ -115,44 +86,14 @@ class StableDiffusionPipeline:
 
         Such a file has no vocabulary: `tokenizer` is the folder of any SD 1.x model's tokenizer.
         """
-        files = weights.split_single_file(path)
-        with torch.device("meta"):
-            unet, vae = UNet2DConditionModel(SD15_UNET), AutoencoderKL(SD15_VAE)
-            text_encoder = build_text_encoder(SD15_TEXT, "SD 1.5")
-        for model, file, dtype in (
-            (unet, files.unet, torch_dtype),
-            (vae, files.vae, torch.float32),
-            (text_encoder, files.text_encoder, torch_dtype),
-        ):
-            weights.load_into(model, file, dtype)
-        return cls(
-            frozen(unet), frozen(vae), frozen(text_encoder), load_tokenizer(Path(tokenizer)), NoiseConfig(), "ddim", str(path)
-        )
+        return cls(*read_single_file(path, tokenizer, torch_dtype))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the folder that `from_pretrained` reads, and diffusers too; weights as they are, or cast to `dtype`.
 
         Raises AdapterError while a LoRA or a new word is attached: take it out, or `fuse_lora` and eject, first.
         """
-        home = Path(folder)
-        inject.check_plain(self.unet)
-        inject.check_plain(self.text_encoder)
-        textual_inversion.check_plain(self.text_encoder)
-        class_name = next(name for name, sampler in SAMPLER_OF.items() if sampler == self.sampler)
-        text_config = dict(sorted({**self.text_encoder.config.to_diff_dict(), "architectures": ["CLIPTextModel"]}.items()))
-        for part, model, config in (
-            ("unet", self.unet, self.unet.config.to_dict("UNet2DConditionModel")),
-            ("vae", self.vae, self.vae.config.to_dict("AutoencoderKL")),
-            ("text_encoder", self.text_encoder, text_config),
-        ):
-            state = to_file_keys(model.state_dict()) if part == "text_encoder" else model.state_dict()
-            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            tensors = {key: tensor.to(dtype or tensor.dtype) for key, tensor in state.items()}
-            weights.save(tensors, home / part / f"{stem}.safetensors")
-            write_json(home / part / "config.json", config)
-        write_json(home / "scheduler" / "scheduler_config.json", self.noise_config.to_dict(class_name))
-        save_tokenizer(self.tokenizer, home / "tokenizer")
-        write_json(home / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", class_name]})
+        write_folder(self, folder, dtype)
 
     def to(self, device: str | torch.device) -> "StableDiffusionPipeline":
         """Move the networks."""
@@ -170,12 +111,12 @@ class StableDiffusionPipeline:
         """The U-Net's; adapters are fp32, and come after it."""
         return next(self.unet.parameters()).dtype
 
-    # --- text to image -----------------------------------------------------------------------------------------------
+    # --- from a prompt to a picture ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         *,
         width: int | None = None,
@@ -187,37 +128,96 @@ class StableDiffusionPipeline:
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        image: Pictures | None = None,
+        mask_image: Pictures | None = None,
+        strength: float | None = None,
+        clip_skip: int = 0,
+        eta: float = 0.0,
+        timestep_spacing: str | None = None,
+        use_karras_sigmas: bool | None = None,
         output_type: str = "pil",
         callback: Callable[[Step], None] | None = None,
     ) -> PipelineOutput:
         """Draw one picture for each prompt (times `num_images_per_prompt`).
 
         `seed`: picture i is drawn from seed + i (or from seed[i]), alone or in a batch, on any device. `generator` draws
-        in the order of diffusers instead; `latents` (B, 4, h, w) are unit-variance noise to start from. `output_type` is
-        "pil", "pt" (B, 3, H, W) in [-1, 1], or "latent" (B, 4, h, w). `callback` sees every `Step`.
-        """
-        prompts = [p for p in as_list(prompt) for _ in range(num_images_per_prompt)]
-        negatives = as_list(negative_prompt or "")
-        negatives = (
-            negatives * len(prompts) if len(negatives) == 1 else [n for n in negatives for _ in range(num_images_per_prompt)]
-        )
-        check_call(prompts, negatives, output_type, num_images_per_prompt)
-        shape = self.latent_shape(len(prompts), height, width)
-        start, step_noise = noise_source(shape, seed, generator)
-        noise = start() if latents is None else check_latents(latents, shape)
+        in the order of diffusers instead; `latents` (B, 4, h, w) are unit-variance noise to start from. `prompt_embeds`
+        and `negative_prompt_embeds` (B, 77 k, D), from `encode_prompt`, stand in for the prompts. `output_type` is "pil",
+        "pt" (B, 3, H, W) in [-1, 1], or "latent" (B, 4, h, w). `callback` sees every `Step`.
 
-        text = self.encode_prompt(prompts)
-        no_text = self.encode_prompt(negatives) if guidance_scale > 1 else None
-        model = guided(self.unet, text, no_text, guidance_scale)
-        draw = sampler_named(sampler or self.sampler)
-        steps = draw(model, noise.to(self.device), self.schedule, num_inference_steps, step_noise)
-        for step in self.progress(steps, num_inference_steps):
-            if callback:
-                callback(step)
+        `image` is a picture to start from, scaled to `width` and `height` where they are given: the last `strength` of the
+        steps are walked, 0.8 if nothing is said. With `mask_image` (white: draw anew) the rest of it stays as it is, and
+        `strength` is 1 if nothing is said. `clip_skip` leaves out so many of the text encoder's last layers.
+        """
+        check_output_type(output_type)
+        prompts, negatives = pairs(prompt, negative_prompt, num_images_per_prompt, prompt_embeds)
+        with self.loras_of(prompts):
+            text, no_text = self.embedded(prompts, negatives, clip_skip, prompt_embeds, negative_prompt_embeds)
+            pictures = None if image is None else as_pictures(image, len(text))
+            if pictures is not None:
+                height, width = size_of(pictures, height, width, self.vae.config.downscale)
+            shape = self.latent_shape(len(text), height, width)
+            draw = noise_source(shape, seed, generator)
+            canvas = self.canvas(pictures, mask_image, shape, strength, draw, latents)
+            steps = sampler_named(self.sampler if sampler is None else sampler)(
+                guided(canvas.unet_call, text, no_text if guidance_scale > 1 else None, guidance_scale),
+                canvas.noise.to(self.device),
+                self.schedule,
+                num_inference_steps,
+                draw,
+                image=canvas.image,
+                strength=canvas.strength,
+                fix_x0=canvas.fix_x0,
+                spacing=timestep_spacing,
+                karras=use_karras_sigmas,
+                eta=eta,
+            )
+            for step in self.progress(steps):
+                if callback:
+                    callback(step)
         if output_type == "latent":
             return PipelineOutput(step.x)
-        pictures = self.decode(step.x)
-        return PipelineOutput(pictures if output_type == "pt" else to_pil(pictures))
+        drawn = canvas.paste(self.decode(step.x))
+        return PipelineOutput(drawn if output_type == "pt" else to_pil(drawn))
+
+    def canvas(
+        self,
+        pictures: Tensor | None,
+        mask_image: Pictures | None,
+        shape: tuple[int, int, int, int],
+        strength: float | None,
+        draw: Draw,
+        latents: Tensor | None,
+    ) -> Canvas:
+        """What the sampler begins with, for latents of `shape`."""
+        if pictures is None:
+            for name, value in (("mask_image", mask_image), ("strength", strength)):
+                if value is not None:
+                    raise SettingsError(f"{name} was given and there is no image to work on; give one, or leave {name} out.")
+            return blank(self, shape, draw, latents)
+        height, width = (side * self.vae.config.downscale for side in shape[2:])
+        mask = None if mask_image is None else fitted(as_mask(mask_image, pictures), height, width)
+        return on_picture(self, fitted(pictures, height, width), mask, strength, draw, latents)
+
+    def embedded(
+        self,
+        prompts: list[str],
+        negatives: list[str],
+        clip_skip: int,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts and negative prompts as (B, 77 k, D), with the same k; what is given already is taken as it is."""
+        text = self.encode_prompt(prompts) if prompt_embeds is None else prompt_embeds.to(self.device, self.dtype)
+        if negative_prompt_embeds is not None:
+            return text, negative_prompt_embeds.to(self.device, self.dtype)
+        return text, self.encode_prompt(negatives)
+
+    @contextmanager
+    def loras_of(self, prompts: list[str]) -> Iterator[None]:
+        yield
 
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> (B, 77, D) in the U-Net's dtype; each distinct one is encoded once."""
@@ -225,10 +225,30 @@ class StableDiffusionPipeline:
         rows = encode_prompt(self.tokenizer, self.text_encoder, distinct, self.placeholders)
         return rows[[distinct.index(p) for p in prompts]].to(self.dtype)
 
+    def encode_pictures(self, pictures: Tensor, noise: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, h, w), drawn from the VAE's posterior with `noise`."""
+        x, tile = pictures.to(self.vae.post_quant_conv.weight), self.tile_size or MAX_SIDE
+        encode = tiled(lambda part: torch.cat(self.vae.encode(part), dim=1), tile, tile // 4, unit=self.vae.config.downscale)
+        mean, logvar = torch.cat([encode(row[None]) for row in x]).chunk(2, dim=1)
+        return sample_posterior(mean, logvar, noise.to(mean)) * self.vae.config.scaling_factor
+
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) -> pictures (B, 3, H, W) in [-1, 1], one at a time to spare memory."""
         z = latents.to(self.vae.post_quant_conv.weight) / self.vae.config.scaling_factor
-        return torch.cat([self.vae.decode(row[None]) for row in z]).clamp(-1, 1)
+        cells = (self.tile_size or MAX_SIDE) // self.vae.config.downscale
+        decode = tiled(checked("vae", self.vae, self.vae.decode), cells, cells // 4)
+        return torch.cat([decode(row[None]) for row in z]).clamp(-1, 1)
+
+    def unet_call(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """The U-Net, in tiles where `tile_size` is set; NaN and infinity are an error that names the module."""
+        cells = (self.tile_size or MAX_SIDE) // self.vae.config.downscale
+        call = checked("unet", self.unet, self.unet)
+        return tiled(lambda part: call(part, t, text), cells, cells // 4)(x)
+
+    @property
+    def for_inpainting(self) -> bool:
+        """Does the U-Net see the mask and the picture around it, beside the noisy latents?"""
+        return self.unet.config.in_channels != self.vae.config.latent_channels
 
     def latent_shape(self, count: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         """(B, 4, h, w); SettingsError for sides the networks cannot draw."""
@@ -242,16 +262,27 @@ class StableDiffusionPipeline:
                     f"{flag} is {side}; it must be a multiple of {factor} up to {MAX_SIDE}: {below} or {below + factor}."
                 )
             sides.append(side // factor)
-        return count, self.unet.config.in_channels, sides[0], sides[1]
+        return count, self.vae.config.latent_channels, sides[0], sides[1]
+
+    def set_tile_size(self, pixels: int | None) -> None:
+        """Draw large pictures in overlapping tiles of so many pixels, so that they need the memory of one; None: whole."""
+        least = 8 * self.vae.config.downscale
+        if pixels is not None and (pixels < least or pixels % self.vae.config.downscale):
+            raise SettingsError(f"tile_size is {pixels}; it must be a multiple of {self.vae.config.downscale}, at least {least}.")
+        self.tile_size = pixels
 
     def set_progress_bar_config(self, disable: bool = False) -> None:
         self.progress_bar = not disable
 
-    def progress(self, steps: Any, total: int) -> Any:
+    def progress(self, steps: Iterable[Step]) -> Iterator[Step]:
         """A progress bar on stderr around the sampler."""
         from tqdm import tqdm
 
-        return tqdm(steps, total=total, unit="step", leave=False, disable=not self.progress_bar)
+        with tqdm(unit="step", leave=False, disable=not self.progress_bar) as bar:
+            for step in steps:
+                bar.total = step.total
+                bar.update()
+                yield step
 
     # --- LoRA ----------------------------------------------------------------------------------------------------------
 
@@ -261,13 +292,19 @@ class StableDiffusionPipeline:
         return nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
 
     def load_lora_weights(
-        self, path: str | Path, adapter_name: str = "default", weight_name: str | None = None, alpha: float | None = None
+        self,
+        path: str | Path,
+        adapter_name: str = "default",
+        weight_name: str | None = None,
+        alpha: float | None = None,
+        strict: bool = True,
     ) -> lora.LoRAFile:
         """Attach the adapter of a file or folder, and switch it on alone; what came of it, as one line, if printed.
 
-        `alpha` is for files that do not say it.
+        `alpha` is for files that do not say it. A file of which only a part matches this model is an AdapterError;
+        with `strict=False` that part is attached, and the line says how many tensors were left out.
         """
-        return lora.load_lora(dict(self.adapted.items()), path, adapter_name, weight_name, alpha)
+        return lora.load_lora(dict(self.adapted.items()), path, adapter_name, weight_name, alpha, strict)
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Sequence[float] | None = None) -> None:
         """Switch on these adapters, each at its weight (1 if none are given), and every other one off."""
@@ -299,26 +336,3 @@ class StableDiffusionPipeline:
     def unload_textual_inversion(self) -> None:
         """Forget every new word; the text encoder is what it was, to the bit."""
         textual_inversion.eject(self.text_encoder)
-
-
-# --- what the parts need -----------------------------------------------------------------------------------------------
-
-
-def check_parts_fit(pipe: StableDiffusionPipeline) -> None:
-    """The widths at which the networks meet; each alone may be sound, and yet from another model."""
-    words, table = len(pipe.tokenizer), pipe.text_encoder.config.vocab_size
-    if words != table:  # a smaller tokenizer would not fail: its ids mean other words, and the picture is another
-        raise WeightsError(f"the tokenizer has {words} tokens and the text encoder {table}; they are from different models.")
-    width, reads = pipe.text_encoder.config.hidden_size, pipe.unet.config.cross_attention_dim
-    if width != reads:
-        raise WeightsError(f"the text encoder is {width} wide and the U-Net reads {reads}; they are from different models.")
-    channels, wanted = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
-    if channels != wanted:
-        what = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model"}.get(channels, "another model")
-        raise WeightsError(f"the U-Net has {channels} input channels ({what}); text to image needs {wanted}.")
-
-
-def frozen(model: Any) -> Any:
-    """For use, not for training: nothing asks for gradients until something is added."""
-    nn.Module.requires_grad_(model, False)
-    return model.eval()

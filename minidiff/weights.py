@@ -86,7 +86,8 @@ class TensorFile:
                 for name, info in self.tensors.items():
                     tensors[name] = file.get_tensor(info.key).to(torch_dtype or info.dtype)
                     if not is_finite(tensors[name]):
-                        raise WeightsError(f"{self.path}: {info.key} has NaN or infinite values (as {tensors[name].dtype}).")
+                        what = f"{info.key} has NaN or infinite values (as {tensors[name].dtype})"
+                        raise WeightsError(f"{self.path}: {what}. Get the file again; if it was cast to half, use float32.")
         except SafetensorError as error:
             raise WeightsError(f"{self.path} is damaged: {error}.") from error
         return tensors
@@ -132,7 +133,7 @@ def check_start(path: Path, start: bytes, size: int) -> int:
         for magic, what in NOT_SAFETENSORS.items():
             if start.startswith(magic):
                 raise WeightsError(f"{path} {what}")
-        raise WeightsError(f"{path} is not a safetensors file (no header where one should be).")
+        raise WeightsError(f"{path} is not a safetensors file (no header where one should be). Is it the right one?")
     (length,) = struct.unpack("<Q", start[:8])
     if length > MAX_HEADER:
         raise WeightsError(f"{path} is not a safetensors file: its header would be {length:,} bytes long.")
@@ -192,7 +193,8 @@ def find_weights(folder: str | Path) -> Path:
     if pickles := [name for name in there if name.endswith((".bin", ".ckpt", ".pt"))]:
         raise WeightsError(
             f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code when it is opened. "
-            f"Get the .safetensors version of it."
+            "Get the .safetensors version of it, or have it made in a sandbox: "
+            f"minidiff convert {folder / pickles[0]} {folder}/model.safetensors --to safetensors"
         )
     if any(name.endswith(".index.json") for name in there):
         raise WeightsError(f"{folder}: the weights are split over several files; minidiff reads single ones.")
@@ -222,9 +224,7 @@ def load_into(model: nn.Module, source: str | Path | TensorFile, torch_dtype: to
     fill_position_ids(model)
 
 
-def check_fit(
-    model: nn.Module, wanted: Mapping[str, Tensor], given: Mapping[str, TensorInfo], file: TensorFile
-) -> None:
+def check_fit(model: nn.Module, wanted: Mapping[str, Tensor], given: Mapping[str, TensorInfo], file: TensorFile) -> None:
     """WeightsError with the first ten keys of each kind of misfit, and with what the file looks like."""
     misfits = []
     for name in wanted.keys() & given.keys():

@@ -13,16 +13,15 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageDraw
 
+from minidiff.curves import loss_curve, smoothed
 from minidiff.errors import DataError, MinidiffError
 from minidiff.images import (
     PAPER,
     contact_sheet,
     generation_text,
     load_image,
-    loss_curve,
     read_png_text,
     save_png,
-    smoothed,
     to_pil,
     to_tensor,
 )

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from minidiff import weights
 from minidiff.errors import MinidiffError, SettingsError
-from minidiff.images import VALIDATION_COLOURS
+from minidiff.curves import VALIDATION_COLOURS
 from minidiff.rng import hashed_seed, normal
 from minidiff.train import checkpoint
-from minidiff.train.guards import first_nonfinite
+from minidiff.nonfinite import first_nonfinite
 from minidiff.train.loop import Task, batches, fit
 from minidiff.train.run import read_metrics
 from minidiff.train.settings import TrainSettings

@@ -28,6 +28,7 @@ ORDER = """
     weights
     files/*
     images
+    curves
     call
     pipeline
     train/settings

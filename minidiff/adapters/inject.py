@@ -128,7 +128,8 @@ def set_adapters(model: nn.Module, names: Sequence[str], strengths: Sequence[flo
     """Switch on the adapters `names`, each at its strength (1 if none are given), and every other one off."""
     strengths = [1.0] * len(names) if strengths is None else strengths
     if len(names) != len(strengths):
-        raise AdapterError(f"{len(names)} adapters {list(names)} but {len(strengths)} weights {list(strengths)}.")
+        each = f"{len(names)} adapters {list(names)} but {len(strengths)} weights {list(strengths)}"
+        raise AdapterError(f"{each}; give one weight for each.")
     layers = adapted_layers(model, "set_adapters")
     known, wanted = adapter_names(model), dict(zip(names, strengths))
     for name, strength in wanted.items():
@@ -315,7 +316,8 @@ def check_sizes(model: nn.Module, ranks: Mapping[str, int], alpha: float | None,
         if rank < 1:
             raise AdapterError(f"rank is {rank}; it must be at least 1.")
         if rank > min(outputs, inputs):
-            raise AdapterError(f"rank {rank} is more than {name} has: its weight is {outputs} x {inputs}.")
+            most = f"its weight is {outputs} x {inputs}, so give at most {min(outputs, inputs)}"
+            raise AdapterError(f"rank {rank} is more than {name} has: {most}.")
 
 
 def check_shapes(name: str, weights: LoRAWeights, shape: Sequence[int]) -> None:

@@ -1,7 +1,6 @@
 """Samplers: from pure noise to a clean latent, one network call at a time.
 
-Every sampler is a generator that yields a `Step` after each network call, so progress bars, previews and lessons live
-outside:
+A sampler is an iterator of `Step`s, one after each network call, so progress bars, previews and lessons live outside:
 
     for step in SAMPLERS["ddim"](model, noise, schedule, steps=30, step_noise=draw):
         show(step.x0)
@@ -15,7 +14,12 @@ What they share:
 |              | makes one. The output may be of any float dtype: the sampler's own arithmetic is fp32                |
 | `noise`      | (B, C, H, W), standard normal; its device is where everything happens                                |
 | `step_noise` | i -> standard normal noise (B, C, H, W) for step i, on any device; only stochastic samplers call it  |
-| `spacing`    | which timesteps (see `schedule.timesteps`); None: the model's own choice, else the sampler's default  |
+| `image`      | clean latents (B, C, H, W) to start from: noise is added to them, as much as `strength` says         |
+| `strength`   | the share of the steps that is walked, 0 to 1; the first ones are left out. 1 without an image       |
+| `fix_x0`     | x0 as the network believes it -> x0 as it shall be: inpainting knows a part of it                    |
+| `spacing`    | which timesteps (see `schedule.timesteps`); None: the model's own choice, else the sampler's default |
+| `karras`     | sigmas by EDM eq. 5, for samplers that can; None: the model's own choice                             |
+| `eta`        | the share of fresh noise, for DDIM: 0 is deterministic, 1 is DDPM's                                  |
 
 | in the code          | in the papers                                                                                |
 |----------------------|----------------------------------------------------------------------------------------------|
@@ -24,23 +28,20 @@ What they share:
 | `x0`, `eps`          | the network's output read as a clean latent ("predicted x_0", x_theta) and as noise           |
 | `h`                  | lambda_{t_i} - lambda_{t_{i-1}} in DPM-Solver++, where lambda = -log sigma                   |
 
-To add a sampler: one function here, one row in `SAMPLERS`.
+The update rules are in walkers.py, for those that walk the timesteps of training, and in solvers.py, for those that solve
+an equation over sigma. To add a sampler: one rule there, one row in `SAMPLERS` here.
 Shapes: B pictures, C H W one latent.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import log, sqrt
-from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from minidiff.diffusion.schedule import NoiseSchedule, read_output, sigmas_at, timesteps
+from minidiff.diffusion import solvers, walkers
+from minidiff.diffusion.runs import Grid, Model, Rule, Run, StepNoise, Visit
+from minidiff.diffusion.schedule import NoiseSchedule
 from minidiff.errors import SettingsError, did_you_mean
-
-Model = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> eps or v
-StepNoise = Callable[[int], Tensor]  # i -> noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,14 +49,23 @@ class Step:
     """Where the sampler stands after one network call. All tensors fp32, (B, C, H, W)."""
 
     index: int  # 0 .. total - 1
-    total: int
+    total: int  # network calls: Heun makes two a step, PNDM one more than there are steps
     t: float  # the timestep the network saw
     x: Tensor  # the latents after the step, VP scale; after the last step: what vae.decode wants
     x0: Tensor  # the clean latents as the network saw them at t: decode these for a preview
 
 
-class Sampler(Protocol):
-    """What every row of `SAMPLERS` can be called with. Bad settings raise SettingsError at the first step."""
+@dataclass(frozen=True)
+class Sampler:
+    """One row of `SAMPLERS`: an update rule, the grid it walks on, where it starts, and what it can be asked for."""
+
+    rule: Rule
+    grid: Callable[[NoiseSchedule, int, int, str, bool], Grid]  # (schedule, steps, the first one walked, spacing, karras)
+    start: Callable[[Tensor, Tensor | None, float, str], Tensor]  # (noise, image, the first level, spacing) -> x
+    spacing: str | None  # the default; None: it has timesteps of its own
+    karras: bool = False
+    eta: bool = False
+    calls: Callable[[int], int] = lambda length: length  # of the network, on a grid of that length
 
     def __call__(
         self,
@@ -65,101 +75,72 @@ class Sampler(Protocol):
         steps: int,
         step_noise: StepNoise,
         *,
+        image: Tensor | None = None,
+        strength: float = 1.0,
+        fix_x0: Callable[[Tensor], Tensor] | None = None,
         spacing: str | None = None,
-    ) -> Iterator[Step]: ...
+        karras: bool | None = None,
+        eta: float = 0.0,
+    ) -> Iterator[Step]:
+        """Draw. SettingsError, at once, for settings that this sampler cannot have."""
+        self.check(spacing, karras, eta)
+        first = first_step(steps, strength, image)
+        spacing = spacing or schedule.timestep_spacing or self.spacing or ""
+        karras = self.karras and (schedule.use_karras_sigmas if karras is None else karras)
+        grid = self.grid(schedule, steps, first, spacing, karras)
+        noise = noise.float()
+        x = self.start(noise, None if image is None else image.to(noise), grid[0][1], spacing)
+        run = Run(model, schedule.prediction_type, x, grid, step_noise, eta, fix_x0)
+        return numbered(self.rule(run), self.calls(len(grid)))
+
+    def check(self, spacing: str | None, karras: bool | None, eta: float) -> None:
+        """Refuse what is not this sampler's."""
+        if spacing and self.spacing is None:
+            raise SettingsError(f'timestep_spacing is "{spacing}"; lcm visits the timesteps it was distilled on. Leave it out.')
+        if karras and not self.karras:
+            able = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.karras)
+            raise SettingsError(f"use_karras_sigmas is on; of the samplers, only these take Karras sigmas: {able}.")
+        if not 0 <= eta <= 1:
+            raise SettingsError(f"eta is {eta}; it can be 0 (deterministic) to 1 (as DDPM).")
+        if eta and not self.eta:
+            raise SettingsError(f"eta is {eta}; only ddim has one. Leave it out, or use ddim.")
 
 
-def ddim(
-    model: Model,
-    noise: Tensor,
-    schedule: NoiseSchedule,
-    steps: int,
-    step_noise: StepNoise,
-    eta: float = 0.0,
-    spacing: str | None = None,
-) -> Iterator[Step]:
-    """DDIM (2010.02502): go back to x0, then forward again to the previous noise level, with the same eps.
-
-    `eta` is the share of fresh noise: 0 is deterministic, 1 is DDPM's posterior sampling.
-    """
-    if not 0 <= eta <= 1:
-        raise SettingsError(f"eta is {eta}; it can be 0 (deterministic) to 1 (as DDPM).")
-    a_bars = schedule.alphas_cumprod.tolist()
-    a_bar_final = 1.0 if schedule.set_alpha_to_one else a_bars[0]
-    x = noise.float()
-    for i, t in enumerate(timesteps(schedule, steps, spacing or schedule.timestep_spacing or "leading")):
-        # The reference always goes T // steps back: with leading spacing the next t, with the others only near it.
-        t_prev = int(t) - len(a_bars) // steps
-        a_bar, a_bar_prev = a_bars[int(t)], a_bars[t_prev] if t_prev >= 0 else a_bar_final
-        x0, eps = _predict(model, schedule, x, t, a_bar)
-        sigma = eta * sqrt((1 - a_bar_prev) / (1 - a_bar)) * sqrt(1 - a_bar / a_bar_prev)  # DDIM eq. 16
-        x = sqrt(a_bar_prev) * x0 + sqrt(1 - a_bar_prev - sigma**2) * eps  # DDIM eq. 12: "predicted x_0", "direction"
-        if eta > 0:
-            x = x + sigma * step_noise(i).to(x)  # DDIM eq. 12: "random noise"
-        yield Step(i, steps, t, x, x0)
+def first_step(steps: int, strength: float, image: Tensor | None) -> int:
+    """How many of the steps are left out: none from pure noise, all but strength · steps, rounded down, from an image."""
+    if not 0 < strength <= 1:
+        raise SettingsError(f"strength is {strength}; it can be above 0 (the image as it is) up to 1 (hardly anything of it).")
+    if image is None and strength != 1:
+        raise SettingsError(f"strength is {strength} and there is no image to start from; give one, or leave strength out.")
+    walked = min(int(steps * strength), steps)
+    if walked < 1 <= steps:
+        raise SettingsError(
+            f"0 denoising steps: {steps} steps at strength {strength} are less than one. Use a higher strength, or "
+            f"{int(1 / strength) + 1} steps or more."
+        )
+    return steps - walked
 
 
-def euler_a(
-    model: Model,
-    noise: Tensor,
-    schedule: NoiseSchedule,
-    steps: int,
-    step_noise: StepNoise,
-    spacing: str | None = None,
-) -> Iterator[Step]:
-    """Euler ancestral (k-diffusion): an Euler step to less noise than wanted, then fresh noise up to the wanted level.
-
-    Inside, x is in VE scale, x0 + sigma eps. There the ODE is simply dx = eps d sigma, DDIM eq. 14.
-    """
-    spacing = spacing or schedule.timestep_spacing or "linspace"
-    ts = timesteps(schedule, steps, spacing, whole=False)
-    sigmas = sigmas_at(schedule, ts)
-    # x0 + sigma eps has variance sigma^2 + 1 where x0 has 1. The reference leaves the 1 out unless spacing is leading.
-    x = noise.float() * (sqrt(sigmas[0] ** 2 + 1) if spacing == "leading" else sigmas[0])
-    for i, (t, sigma, sigma_next) in enumerate(zip(ts, sigmas, sigmas[1:], strict=False)):
-        x0, eps = _predict(model, schedule, x / sqrt(sigma**2 + 1), t, 1 / (sigma**2 + 1))
-        sigma_up = sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2)  # 2011.13456, appendix F: its noise
-        sigma_down = sqrt(sigma_next**2 - sigma_up**2)  # so that down^2 + up^2 = next^2
-        x = x + eps * (sigma_down - sigma)  # Euler's method on DDIM eq. 14
-        x = x + sigma_up * step_noise(i).to(x)
-        yield Step(i, steps, t, x / sqrt(sigma_next**2 + 1), x0)
-
-
-def dpmpp_2m(
-    model: Model,
-    noise: Tensor,
-    schedule: NoiseSchedule,
-    steps: int,
-    step_noise: StepNoise,
-    spacing: str | None = None,
-) -> Iterator[Step]:
-    """DPM-Solver++ 2M (2211.01095, Algorithm 2): second order for one network call a step, by remembering the last x0.
-
-    In log sigma the linear part of the ODE is solved exactly; only x0 has to be extrapolated over the step. The first
-    step has no past, and the last ends at sigma = 0, infinitely far in log sigma: both are first order, that is DDIM.
-    """
-    ts = timesteps(schedule, steps, spacing or schedule.timestep_spacing or "linspace", spare=1)
-    sigmas = sigmas_at(schedule, ts)
-    x, x0_before = noise.float(), torch.empty(0)
-    for i, (t, sigma, sigma_next) in enumerate(zip(ts, sigmas, sigmas[1:], strict=False)):
-        signal, signal_next = 1 / sqrt(sigma**2 + 1), 1 / sqrt(sigma_next**2 + 1)  # the papers' alpha = sqrt(a_bar)
-        x0, _ = _predict(model, schedule, x, t, signal**2)
-        D = x0
-        if i > 0 and sigma_next > 0:
-            h, h_before = log(sigma / sigma_next), log(sigmas[i - 1] / sigma)
-            r = h_before / h
-            D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_before  # Algorithm 2: x0 half a step ahead
-        exp_minus_h = sigma_next / sigma
-        x = exp_minus_h * signal_next / signal * x - signal_next * (exp_minus_h - 1) * D  # Algorithm 2: x_{t_i}
-        x0_before = x0
-        yield Step(i, steps, t, x, x0)
+def numbered(visits: Iterator[Visit], total: int) -> Iterator[Step]:
+    for index, (t, x, x0) in enumerate(visits):
+        yield Step(index, total, t, x, x0)
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": ddim,
-    "euler_a": euler_a,
-    "dpm++_2m": dpmpp_2m,
+    "ddpm": Sampler(walkers.ddpm, walkers.ancestors, walkers.start_vp, "leading"),
+    "ddim": Sampler(walkers.ddim, walkers.equal_jumps, walkers.start_vp, "leading", eta=True),
+    "pndm": Sampler(walkers.pndm, walkers.first_jump_twice, walkers.start_vp, "leading"),
+    "euler": Sampler(solvers.euler, solvers.between_timesteps, solvers.start_euler, "linspace", karras=True),
+    "euler_a": Sampler(solvers.euler_a, solvers.between_timesteps, solvers.start_euler, "linspace"),
+    "heun": Sampler(
+        solvers.heun, solvers.between_timesteps, solvers.start_euler, "linspace", karras=True, calls=lambda n: 2 * n - 1
+    ),
+    "dpm++_2m": Sampler(solvers.dpmpp_2m, solvers.whole_timesteps, solvers.start_ve, "linspace", karras=True),
+    "dpm++_2m_sde": Sampler(solvers.dpmpp_2m_sde, solvers.whole_timesteps, solvers.start_ve, "linspace", karras=True),
+    "unipc": Sampler(solvers.unipc, solvers.whole_timesteps, solvers.start_ve, "linspace", karras=True),
+    "lcm": Sampler(walkers.lcm, walkers.distilled, walkers.start_vp, None),
 }
+ddim = SAMPLERS["ddim"]
 
 
 def sampler_named(name: str) -> Sampler:
@@ -168,9 +149,3 @@ def sampler_named(name: str) -> Sampler:
         known = ", ".join(SAMPLERS)
         raise SettingsError(f'sampler "{name}" is unknown; it is one of {known}.{did_you_mean(name, SAMPLERS)}')
     return SAMPLERS[name]
-
-
-def _predict(model: Model, schedule: NoiseSchedule, x: Tensor, t: float, a_bar: float) -> tuple[Tensor, Tensor]:
-    """Call the network at VP-scale `x` and read its output: x0 and eps, fp32."""
-    output = model(x, torch.full((len(x),), float(t), device=x.device))
-    return read_output(output.float(), x, a_bar, schedule.prediction_type)

@@ -9,6 +9,7 @@ signal's variance that is left,
 |-------------|-----------------------------------------------------------------------|---------------------------|
 | `a_bar`     | alpha-bar_t in DDPM; DDIM writes alpha_t for the same thing           | share of signal, 1 to 0   |
 | `sigma`     | sigma in EDM: sqrt((1 - a_bar) / a_bar)                               | noise / signal, 0 to 14.6 |
+| `betas`     | beta_t in DDPM: the share of variance that one timestep replaces      | 1 - a_bar_t / a_bar_{t-1} |
 | `x0`        | x_0; in latent diffusion the latent z_0                               | the clean latent          |
 | `eps`, `v`  | epsilon in DDPM; v = sqrt(a_bar) eps - sqrt(1 - a_bar) x0 (2202.00512)| what the network predicts |
 
@@ -17,7 +18,8 @@ preserving, VP: what the network sees and `vae.decode` wants), and x_t / sqrt(a_
 exploding, VE).
 
 Shapes: B pictures, T training timesteps; latents (B, C, H, W), timesteps (B,).
-Papers: DDPM arXiv 2006.11239, DDIM 2010.02502, EDM 2206.00364, latent diffusion 2112.10752, v-prediction 2202.00512.
+Papers: DDPM arXiv 2006.11239, DDIM 2010.02502, EDM 2206.00364, latent diffusion 2112.10752, v-prediction 2202.00512,
+zero terminal SNR 2305.08891.
 """
 
 from collections.abc import Sequence
@@ -33,12 +35,17 @@ from minidiff.config import NoiseConfig
 from minidiff.errors import SettingsError, did_you_mean
 
 SPACINGS = ("leading", "linspace", "trailing")
+RHO = 7.0  # EDM, table 1: how much closer the Karras steps are where sigma is small
 Number = TypeVar("Number", float, Tensor)
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """The tables of the forward process, and the four settings that samplers read from `scheduler_config.json`."""
+    """The tables of the forward process, and the five settings that samplers read from `scheduler_config.json`.
+
+    With `rescale_betas_zero_snr` the last timestep is pure noise: there a_bar is 0, for training and for samplers that
+    walk timesteps. Sigma would be infinite; it is 4096, that of a_bar = 2^-24, as the reference has it.
+    """
 
     alphas_cumprod: Tensor  # (T,) fp32, a_bar
     sigmas: Tensor  # (T,) fp32, sqrt((1 - a_bar) / a_bar)
@@ -46,6 +53,7 @@ class NoiseSchedule:
     steps_offset: int = 1  # added to "leading" timesteps
     set_alpha_to_one: bool = False  # DDIM's last step: all the way to a_bar = 1, or to a_bar[0]
     timestep_spacing: str | None = None  # None: each sampler's own default
+    use_karras_sigmas: bool = False  # for samplers that can: sigmas by EDM eq. 5
 
     @classmethod
     def from_config(cls, config: NoiseConfig) -> "NoiseSchedule":
@@ -59,15 +67,27 @@ class NoiseSchedule:
             betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps) ** 2
         else:
             betas = torch.linspace(config.beta_start, config.beta_end, config.num_train_timesteps)
+        if config.rescale_betas_zero_snr:
+            betas = zero_terminal_snr(betas)
         a_bar = torch.cumprod(1 - betas, dim=0)  # DDPM, beside eq. 4
+        never_0 = a_bar.clamp(min=2.0**-24)  # fp16's smallest number
         return cls(
             alphas_cumprod=a_bar,
-            sigmas=((1 - a_bar) / a_bar).sqrt(),
+            sigmas=((1 - never_0) / never_0).sqrt(),
             prediction_type=config.prediction_type,
             steps_offset=config.steps_offset,
             set_alpha_to_one=config.set_alpha_to_one,
             timestep_spacing=config.timestep_spacing,
+            use_karras_sigmas=config.use_karras_sigmas,
         )
+
+
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """`betas` (T,) bent so that nothing of the picture is left at T - 1, where plain ones leave 7 % of its amplitude."""
+    signal = torch.cumprod(1 - betas, dim=0).sqrt()
+    signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))  # 2305.08891, algorithm 1
+    a_bar = signal**2
+    return 1 - torch.cat([a_bar[:1], a_bar[1:] / a_bar[:-1]])
 
 
 # ---------------------------------------------------------------------------------------------- training: adding noise
@@ -159,3 +179,18 @@ def sigmas_at(schedule: NoiseSchedule, t: Sequence[float]) -> list[float]:
     table = schedule.sigmas.double()
     between: list[float] = torch.lerp(table[low], table[high], at - low).tolist()
     return [*between, 0.0]
+
+
+def karras_sigmas(sigma_max: float, sigma_min: float, steps: int) -> list[float]:
+    """`steps` sigmas from `sigma_max` down to `sigma_min`, dense where little noise is left: details are made there."""
+    ramp = np.linspace(0, 1, steps)
+    high, low = sigma_max ** (1 / RHO), sigma_min ** (1 / RHO)
+    sigmas: list[float] = ((high + ramp * (low - high)) ** RHO).tolist()  # EDM eq. 5
+    return sigmas
+
+
+def timesteps_at(schedule: NoiseSchedule, sigmas: Sequence[float]) -> list[float]:
+    """The timesteps with these noise levels, rarely whole: linear in log sigma between those of the table."""
+    table = schedule.sigmas.log().double().numpy()
+    t: list[float] = np.interp(np.log(sigmas), table, np.arange(len(table))).tolist()
+    return t

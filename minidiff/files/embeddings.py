@@ -66,7 +66,8 @@ def load_embedding(
     try:
         check_word(tokenizer, embedding.word, placeholders(text_encoder))
     except AdapterError as error:
-        raise AdapterError(f"{embedding.path}: {error} `token` gives the file's word another name.") from error
+        rename = "`token` gives the file's word another name, as does minidiff convert --token."
+        raise AdapterError(f"{embedding.path}: {error} {rename}") from error
     add_word(tokenizer, text_encoder, embedding.word, embedding.vectors).requires_grad_(False)
     return embedding
 
@@ -113,7 +114,10 @@ def embedding_in(content: Any, path: Path, token: str | None = None, said: str |
     if token in words:
         words = {token: words[token]}
     if len(words) != 1:
-        raise AdapterError(f"{path} holds {len(words)} words; say with `token` which one.\n{listed('words', words)}")
+        raise AdapterError(
+            f"{path} holds {len(words)} words; say with `token` which one (minidiff convert --token makes a file of it).\n"
+            f"{listed('words', words)}"
+        )
     ((own, vectors),) = words.items()
     if not (word := token or own):
         raise AdapterError(f'{path} does not say what its word is; give one, such as token="<my-dog>".')

@@ -140,7 +140,10 @@ def check_dialect(file: TensorFile) -> str:
     if dialect is None:
         raise AdapterError(f"{file.path} is no LoRA. The file looks like {file.looks_like}.")
     if kind not in ("LoRA", "DoRA"):
-        raise AdapterError(f"{file.path}: unsupported adapter type {kind}; minidiff reads LoRA, LoCon and DoRA.")
+        raise AdapterError(
+            f"{file.path}: unsupported adapter type {kind}; minidiff reads LoRA, LoCon and DoRA. Bake it into a model with the "
+            "program that made it: minidiff merge extract gets a LoRA out of that."
+        )
     if dialect == "cloneofsimo":
         raise AdapterError(
             f"{file.path} is {file.looks_like}, which counts layers and does not name them; minidiff does not read that. "
@@ -178,7 +181,8 @@ def check_alpha(path: Path, dialect: str, alpha: float | None, said: Mapping[str
     silent = None in said.values()
     if alpha is None and silent and dialect == "peft":
         raise AdapterError(
-            f"{path}: alpha is unknown, because {PEFT_CONFIG} is not beside it. Name the whole folder, or give --alpha."
+            f"{path}: alpha is unknown, because {PEFT_CONFIG} is not beside it. Name the whole folder, or give alpha yourself: "
+            "minidiff convert --alpha, or load_lora_weights(…, alpha=…)."
         )
     if alpha is not None and not silent:
         raise AdapterError(f"{path} says its alpha itself; --alpha is for files that do not.")

@@ -30,7 +30,7 @@ def check_parts(where: str, parts: Mapping[str, TensorInfo]) -> None:
     """AdapterError unless a module's tensors are whole, and fit each other; `where` begins the message."""
     if "down" not in parts or "up" not in parts:
         there = ", ".join(f"{info.key} {info.shape}" for info in parts.values())
-        raise AdapterError(f"{where} has {there} and not the other half.")
+        raise AdapterError(f"{where} has {there} and not the other half: the file is incomplete. Get it again.")
     if odd := [info for part, info in parts.items() if part != "alpha" and info.dtype not in WEIGHT_DTYPES]:
         raise AdapterError(f"{where}: {odd[0].key} is of type {odd[0].dtype}; a LoRA is of floating-point numbers.")
     down, up = parts["down"].shape, parts["up"].shape
@@ -42,7 +42,7 @@ def check_parts(where: str, parts: Mapping[str, TensorInfo]) -> None:
         if len(mid) != 4 or mid[:2] != (up[1], down[0]) or flat(down) != down[:2] or not all(mid):
             raise AdapterError(f"{where}: the kernel between down and up does not fit them: it is {mid}, {shapes}.")
     elif down[0] != up[1]:
-        raise AdapterError(f"{where}: the ranks differ: {shapes}.")
+        raise AdapterError(f"{where}: the ranks differ: {shapes}. The file is damaged; get it again.")
     if "alpha" in parts and parts["alpha"].shape not in ((), (1,)):
         raise AdapterError(f"{where}: alpha has the shape {parts['alpha'].shape}; it should be one number.")
     if "magnitude" in parts and "dora_scale" in parts:

@@ -49,7 +49,8 @@ def check_pictures(examples: list[Example], resolution: int, skip_bad: bool, buc
         listed = "\n  ".join(bad[:10] + ["…"] * (len(bad) > 10))
         what = f"{len(bad)} of {len(examples)} pictures cannot be used:\n  {listed}"
         if not skip_bad or not good:
-            raise DataError(f"{what}\nMend or remove them, or leave them out with --skip_bad; --resolution can be lowered.")
+            skip = ", or leave them out with --skip_bad" if good else ""
+            raise DataError(f"{what}\nMend or remove them{skip}; --resolution can be lowered.")
         print(f"Note: {what}", file=sys.stderr)
     return good
 

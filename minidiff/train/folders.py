@@ -225,9 +225,11 @@ def _from_table(table: Path, caption_column: str | None, masks: bool, errors: li
 
 def _file_in(folder: Path, row: dict[str, Any], column: str, where: str) -> Path:
     """The file that a row names, which lies in `folder`."""
-    name = row.get(column)
-    if not isinstance(name, str) or not name:
+    if column not in row:
         raise DataError(f'{where}: no "{column}"; the columns here are {", ".join(map(str, row))}.')
+    name = row[column]
+    if not isinstance(name, str) or not name:
+        raise DataError(f'{where}: "{column}" is {name!r}; it must be the name of a file in {folder}.')
     path = os.path.normpath(name)
     if os.path.isabs(path) or path.split(os.sep)[0] == "..":
         raise DataError(f"{where}: {column} {name!r} leads out of the folder; pictures lie in {folder}.")
@@ -290,11 +292,11 @@ def _caption_column(table: Path, rows: list[tuple[int, dict[str, Any]]], wanted:
 
 
 def _caption(row: dict[str, Any], column: str, where: str) -> str:
-    caption = row.get(column)
-    if caption is None:
+    if column not in row:
         raise DataError(f'{where}: no "{column}"; the columns here are {", ".join(map(str, row))}.')
+    caption = row[column]
     if not isinstance(caption, str):
-        raise DataError(f'{where}: "{column}" is {caption!r}, not a text.')
+        raise DataError(f'{where}: "{column}" is {"empty" if caption is None else repr(caption)}, not a text in quotes.')
     if not caption.strip():
         raise DataError(f'{where}: "{column}" is empty. For samples without a prompt there is --proportion_empty_prompts.')
     if not caption.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in caption):

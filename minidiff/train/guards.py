@@ -1,14 +1,14 @@
-"""What stands around the training loop: checks before it, signals during it, and who is to blame when numbers break."""
+"""What stands around the training loop: checks before it, signals during it."""
 
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minidiff.errors import SettingsError
 from minidiff.train.settings import TrainSettings
@@ -74,34 +74,3 @@ def deterministic(device: str) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         memory.fill_uninitialized_memory = filled
-
-
-def first_nonfinite(modules: Mapping[str, nn.Module], forward: Callable[[], Tensor]) -> tuple[Tensor, str | None]:
-    """What `forward` gives, and the first module, innermost first, whose output held NaN or infinity on the way."""
-    found: list[str] = []
-
-    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and not all(t.isfinite().all() for t in tensors_in(output)):
-                found.append(f"{name} ({type(module).__name__})")
-
-        return module.register_forward_hook(look)
-
-    paths = ((f"{top}.{path}".rstrip("."), m) for top, model in modules.items() for path, m in model.named_modules())
-    handles = [watch(path, module) for path, module in paths]
-    try:
-        with torch.no_grad():
-            return forward(), found[0] if found else None
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def tensors_in(output: Any) -> Iterator[Tensor]:
-    """The tensors of floating point in what a module returned: one, several, or a dictionary of them."""
-    if isinstance(output, Tensor):
-        yield from [output] if output.is_floating_point() else []
-    elif isinstance(output, (Mapping, list, tuple)):
-        parts: Iterable[Any] = output.values() if isinstance(output, Mapping) else output
-        for part in parts:
-            yield from tensors_in(part)

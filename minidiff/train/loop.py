@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from minidiff.nonfinite import first_nonfinite
 from minidiff.rng import hashed_seed
 from minidiff.train import distributed
-from minidiff.train.guards import check_gradients, check_trainable, deterministic, first_nonfinite, stop_signals
+from minidiff.train.guards import check_gradients, check_trainable, deterministic, stop_signals
 from minidiff.train.optim import EMA, adamw, clip_gradients, lr_factor
 from minidiff.train.run import PATIENCE, Run, progress
 from minidiff.train.settings import TrainSettings

@@ -97,6 +97,7 @@ class WordSettings(FineTuneSettings):
         return self.instance_prompt or (self.placeholder_token if self.instance_data_dir else None)
 
     def check(self) -> None:
+        self.need(bool(self.placeholder_token.strip()), "placeholder_token", "must be a new word such as <my-dog>")
         super().check()
         self.need(bool(self.initializer_token.strip()), "initializer_token", 'must be a word such as "dog"')
         self.need(1 <= self.num_vectors <= 75, "num_vectors", "must lie in 1 … 75")

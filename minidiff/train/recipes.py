@@ -22,7 +22,7 @@ from torch import nn
 
 from minidiff.adapters.inject import adapter_weights, adapters_off, inject, print_trainable_parameters
 from minidiff.adapters.textual_inversion import add_word, initial_vectors
-from minidiff.errors import DataError
+from minidiff.errors import AdapterError, DataError
 from minidiff.files.embeddings import save_embedding
 from minidiff.files.lora import save_lora
 from minidiff.pipeline import StableDiffusionPipeline
@@ -195,7 +195,10 @@ def shape_of(settings: AdapterSettings) -> dict[str, object]:
 def new_word(pipe: StableDiffusionPipeline, settings: WordSettings) -> dict[str, nn.Parameter]:
     """The new word, as it begins."""
     vectors = initial_vectors(pipe.tokenizer, pipe.text_encoder, settings.initializer_token, settings.num_vectors)
-    return {"word": add_word(pipe.tokenizer, pipe.text_encoder, settings.placeholder_token, vectors)}
+    try:
+        return {"word": add_word(pipe.tokenizer, pipe.text_encoder, settings.placeholder_token, vectors)}
+    except AdapterError as error:
+        raise AdapterError(f"--placeholder_token: {error}") from error
 
 
 def practice(pipe: StableDiffusionPipeline, settings: WordSettings) -> LatentData:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minidiff.curves import loss_curve
 from minidiff.errors import MinidiffError, SettingsError, WeightsError
-from minidiff.images import loss_curve, save_png
+from minidiff.images import save_png
 from minidiff.train import checkpoint
 from minidiff.train.distributed import World
 from minidiff.train.optim import EMA, Movement

@@ -250,7 +250,8 @@ class FineTuneSettings(TrainSettings):
                 "base model draws them); or --prior_from_base, which needs no pictures."
             )
         pictures = self.instance_data_dir or self.train_data_dir or ""
-        self.need(Path(folder).resolve() != Path(pictures).resolve(), "class_data_dir", f"is the folder of {pictures} too")
+        apart = Path(folder).resolve() != Path(pictures).resolve()
+        self.need(apart, "class_data_dir", f"is the folder of the training pictures {pictures} too: give another")
         square = "cannot be joined with --class_data_dir, whose pictures are square; take --prior_from_base"
         self.need(not self.aspect_ratio_buckets, "aspect_ratio_buckets", square)
 

@@ -18,9 +18,9 @@ from .scenes import Scene
 
 OVER = 4
 PAPER: RGB = (253, 251, 246)
-BOARD: RGB = (40, 58, 54)
-BOARD_LOW: RGB = (34, 50, 47)
-CHALK: RGB = (244, 242, 230)
+PAVEMENT: RGB = (150, 148, 148)
+PAVEMENT_NEAR: RGB = (136, 135, 136)
+CHALK: RGB = (252, 250, 242)
 LINE = 0.55  # how far an outline's colour lies from its fill towards ink: black lines cost the VAE 3 dB
 EDGE = 13  # cells along the watercolor's wavy border
 SOFT = 32  # side of the images on which soft things are computed
@@ -72,18 +72,21 @@ def pixel_art(scene: Scene, shapes: Sequence[Shape], shadow: Shape, size: int, r
 
 
 def chalk(scene: Scene, shapes: Sequence[Shape], shadow: Shape, size: int, rng: random.Random) -> Image.Image:
-    """Coloured chalk on a school's board. No picture of the world looks so: a style to teach with a few examples."""
-    far, near = ([rubbed(shape, 0.16) for shape in part] for part in (scene.far, scene.near))
-    board = replace(scene, sky=(BOARD, BOARD), ground=(BOARD_LOW, BOARD_LOW), far=far, near=near)
-    canvas = enlarged(backdrop(board, size, line=mix(BOARD, CHALK, 0.42)), size * OVER)
-    paint(canvas, [rubbed(shape, 0.9 if shape.detail else 0.42) for shape in shapes],
-          line=[mix(shape.fill, CHALK, 0.45) for shape in shapes], width=0.03)
+    """Coloured chalk on grey pavement. No picture of the world looks so: a style to teach with a few examples.
+
+    (On a black board it could not be taught in minutes: see `noise_offset` on what brightness is to a diffusion model.)
+    """
+    far, near = ([rubbed(shape, 0.2) for shape in part] for part in (scene.far, scene.near))
+    ground = replace(scene, sky=(PAVEMENT, PAVEMENT), ground=(PAVEMENT_NEAR, PAVEMENT_NEAR), far=far, near=near)
+    canvas = enlarged(backdrop(ground, size, line=mix(PAVEMENT, CHALK, 0.55)), size * OVER)
+    paint(canvas, [rubbed(shape, 0.9 if shape.detail else 0.5) for shape in shapes],
+          line=[mix(shape.fill, CHALK, 0.6) for shape in shapes], width=0.034)
     return soften(canvas.reduce(OVER), 0.6)
 
 
 def rubbed(shape: Shape, strength: float) -> Shape:
-    """The shape filled with a thin layer of chalk, through which the board shows."""
-    return replace(shape, fill=mix(BOARD, shape.fill, strength))
+    """The shape filled with a thin layer of chalk, through which the pavement shows."""
+    return replace(shape, fill=mix(PAVEMENT, shape.fill, strength))
 
 
 def snapped(shape: Shape) -> Shape:

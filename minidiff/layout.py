@@ -11,16 +11,58 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minidiff.config import NoiseConfig
 from minidiff.errors import WeightsError
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-SAMPLER_OF = {  # `_class_name` in scheduler_config.json -> our sampler; SD 1.5 says PNDM, which solves DDIM's equation
+SAMPLER_OF = {  # `_class_name` in scheduler_config.json -> our sampler; of dpm++_2m_sde another key tells, see `sampler_of`
     "DDIMScheduler": "ddim",
-    "PNDMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "PNDMScheduler": "pndm",  # SD 1.5's
+    "EulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_a",
+    "HeunDiscreteScheduler": "heun",
     "DPMSolverMultistepScheduler": "dpm++_2m",
+    "UniPCMultistepScheduler": "unipc",
+    "LCMScheduler": "lcm",
+}
+NO_OTHER_SIGMAS = {"use_exponential_sigmas": (False, None), "use_beta_sigmas": (False, None)}
+MULTISTEP: dict[str, tuple[Any, ...]] = {
+    "solver_order": (2,),
+    "thresholding": (False,),
+    "lower_order_final": (True,),
+    "final_sigmas_type": ("zero",),
+    "use_flow_sigmas": (False,),
+    **NO_OTHER_SIGMAS,
+}
+DRAWN_AS: dict[str, dict[str, tuple[Any, ...]]] = {  # settings that a class reads, and those values of them that we draw with
+    "DDIMScheduler": {"thresholding": (False,)},
+    "DDPMScheduler": {"thresholding": (False,), "variance_type": ("fixed_small", "fixed_small_log")},
+    "EulerDiscreteScheduler": {
+        "final_sigmas_type": ("zero",),
+        "interpolation_type": ("linear",),
+        "timestep_type": ("discrete",),
+        "sigma_min": (None,),
+        "sigma_max": (None,),
+        **NO_OTHER_SIGMAS,
+    },
+    "HeunDiscreteScheduler": NO_OTHER_SIGMAS,
+    "DPMSolverMultistepScheduler": {
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),  # diffusers, too, takes "deis" for dpmsolver++,
+        "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # and for midpoint what other classes call their solvers
+        "use_lu_lambdas": (False,),
+        "variance_type": (None,),
+        **MULTISTEP,
+    },
+    "UniPCMultistepScheduler": {
+        "solver_type": ("bh2", "midpoint", "heun", "logrho"),
+        "predict_x0": (True,),
+        "disable_corrector": ([],),
+        **MULTISTEP,
+    },
+    "LCMScheduler": {"thresholding": (False,), "original_inference_steps": (50,), "timestep_scaling": (10.0,)},
 }
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # deleted in 2024
 
@@ -83,11 +125,33 @@ def config_of(folder: Path, name: str = "config.json") -> tuple[dict[str, Any], 
 
 
 def sampler_of(scheduler: dict[str, Any], where: str) -> str:
-    """The sampler that a scheduler_config.json names; DDIM, with a warning, where it names one that is not here."""
+    """The sampler that a scheduler_config.json names; DDIM, with a warning, where it names one that is not here.
+
+    A warning, too, for settings under which diffusers' pictures are others than ours.
+    """
     name = str(scheduler.get("_class_name", "PNDMScheduler"))
     if name not in SAMPLER_OF:
         warnings.warn(f"{where}: {name} is not among minidiff's samplers; ddim takes its place.", stacklevel=3)
-    return SAMPLER_OF.get(name, "ddim")
+        return "ddim"
+    sampler = SAMPLER_OF[name]
+    if sampler == "dpm++_2m" and str(scheduler.get("algorithm_type")).startswith("sde-"):
+        sampler = "dpm++_2m_sde"
+    for key, ours in DRAWN_AS.get(name, {}).items():
+        if (value := scheduler.get(key, ours[0])) not in ours:
+            warnings.warn(
+                f"{where}: {key} is {value!r}, which minidiff's {sampler} does not have; its pictures differ a little from "
+                "those of diffusers.",
+                stacklevel=3,
+            )
+    return sampler
+
+
+def scheduler_values(noise: NoiseConfig, sampler: str) -> dict[str, Any]:
+    """What scheduler_config.json says of a model that is drawn with `sampler`: `sampler_of` reads it back."""
+    solver = "dpm++_2m" if sampler == "dpm++_2m_sde" else sampler
+    class_name = next(name for name, ours in SAMPLER_OF.items() if ours == solver)
+    kind = {"algorithm_type": "sde-dpmsolver++"} if solver != sampler else {}
+    return noise.to_dict(class_name) | kind
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:
@@ -116,5 +180,5 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def check_class(index: dict[str, Any], path: Path) -> None:
-    if (name := index.get("_class_name")) != "StableDiffusionPipeline":
+    if (name := index.get("_class_name")) not in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
         raise WeightsError(f"{path} describes a {name}; minidiff reads Stable Diffusion 1.x (StableDiffusionPipeline).")

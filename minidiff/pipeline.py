@@ -174,7 +174,7 @@ class StableDiffusionPipeline:
                 karras=use_karras_sigmas,
                 eta=eta,
             )
-            for step in self.progress(steps):
+            for step in self.progress(steps, num_inference_steps):
                 if callback:
                     callback(step)
         if output_type == "latent":
@@ -274,11 +274,11 @@ class StableDiffusionPipeline:
     def set_progress_bar_config(self, disable: bool = False) -> None:
         self.progress_bar = not disable
 
-    def progress(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """A progress bar on stderr around the sampler."""
+    def progress(self, steps: Iterable[Step], total: int) -> Iterator[Step]:
+        """A progress bar on stderr around the sampler, which knows better than `total` from its first step on."""
         from tqdm import tqdm
 
-        with tqdm(unit="step", leave=False, disable=not self.progress_bar) as bar:
+        with tqdm(total=total, unit="step", leave=False, disable=not self.progress_bar) as bar:
             for step in steps:
                 bar.total = step.total
                 bar.update()

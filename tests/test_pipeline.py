@@ -201,7 +201,7 @@ def test_callback_sees_every_step(pipe: StableDiffusionPipeline, sampler: str) -
     last = latents(pipe, sampler=sampler, num_inference_steps=4, callback=seen.append)
     calls = {"pndm": 5, "heun": 7}.get(sampler, 4)
     assert [(step.index, step.total) for step in seen] == [(i, calls) for i in range(calls)]
-    assert all(a.t > b.t for a, b in zip(seen, seen[1:])) and torch.equal(seen[-1].x, last)
+    assert all(a.t >= b.t for a, b in zip(seen, seen[1:])) and torch.equal(seen[-1].x, last)
     assert all(step.x0.shape == step.x.shape == (1, 4, 8, 8) for step in seen)
 
 
@@ -488,18 +488,11 @@ def test_a_broken_folder_is_an_error_that_says_what(folder: Path, case: str) -> 
     assert "\n\n" not in str(caught.value) and len(str(caught.value)) < 1500
 
 
-@pytest.mark.parametrize(("channels", "what"), [(9, "an inpainting"), (8, "an image-editing"), (5, "a depth")])
+@pytest.mark.parametrize(("channels", "what"), [(8, "an image-editing"), (5, "a depth"), (7, "another")])
 def test_a_unet_with_other_channels(pipe: StableDiffusionPipeline, channels: int, what: str) -> None:
     unet = UNet2DConditionModel(replace(TINY_UNET, in_channels=channels))
-    with pytest.raises(WeightsError, match=rf"{channels} input channels \({what} model\); text to image needs 4"):
+    with pytest.raises(WeightsError, match=rf"{channels} input channels \({what} model\); minidiff draws with 4, or 9"):
         StableDiffusionPipeline(unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, NoiseConfig())
-
-
-def test_a_folder_of_an_inpainting_model(fresh: StableDiffusionPipeline, tmp_path: Path) -> None:
-    fresh.unet = UNet2DConditionModel(replace(TINY_UNET, in_channels=9))
-    fresh.save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match="an inpainting model"):
-        load(tmp_path)
 
 
 def test_parts_of_different_width(pipe: StableDiffusionPipeline) -> None:
@@ -548,7 +541,7 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "batch of latents": ({"latents": torch.zeros(2, 4, 8, 8)}, r"must be \(1, 4, 8, 8\)"),
     "negatives": ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 pictures"),
     "no prompts": ({"prompt": []}, "prompt and negative_prompt must be a text"),
-    "prompt None": ({"prompt": None}, "prompt and negative_prompt must be a text"),
+    "prompt None": ({"prompt": None}, "give either a prompt or prompt_embeds"),
     "prompt a number": ({"prompt": [DOG, 3]}, "prompt and negative_prompt must be a text"),
     "negative a number": ({"negative_prompt": 3}, "prompt and negative_prompt must be a text"),
 }

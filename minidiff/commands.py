@@ -191,8 +191,9 @@ def load(s: Sampling) -> "StableDiffusionPipeline":
     device = chosen_device(s.device)
     dtype = getattr(torch, s.torch_dtype or ("float32" if device == "cpu" else "float16"))
     name = s.pretrained_model_name_or_path
-    if Path(name).is_file() or name.endswith(".safetensors"):
+    if single := Path(name).is_file():
         read_header(name)  # what is no model file at all is told first
+    if single or name.endswith(".safetensors"):
         if s.tokenizer is None:
             raise SettingsError(
                 f"{name}: a model in a single file holds no vocabulary; give --tokenizer, the tokenizer folder of SD 1.5. "

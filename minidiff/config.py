@@ -181,6 +181,11 @@ class NoiseConfig(_FromFolder):
     def must_be(cls) -> dict[str, Any]:
         return {"trained_betas": None, "clip_sample": False, "skip_prk_steps": True}
 
+    def to_dict(self, class_name: str) -> dict[str, Any]:
+        """Two settings that not every class knows are written only where they are on."""
+        values = super().to_dict(class_name)
+        return {k: v for k, v in values.items() if v or k not in ("use_karras_sigmas", "rescale_betas_zero_snr")}
+
     def check(self) -> None:
         if self.beta_schedule not in ("scaled_linear", "linear"):
             raise ValueError(f"beta_schedule {self.beta_schedule!r} is unknown; it is scaled_linear or linear")

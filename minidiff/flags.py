@@ -1,4 +1,4 @@
-"""The flags of `sample`, `sheet`, `lesson` and `judge`; those of training are in train/settings.py.
+"""The flags of all commands that draw, and of `lesson`, `judge`, `data check`, `ladder`. Training's: train/settings.py.
 
 As there, the line under a field is its help, and nothing imports torch.
 """
@@ -20,7 +20,7 @@ def need(holds: bool, what: str, give: str, flag: bool = True) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What `sample` and `sheet` share."""
+    """What all commands that draw share."""
 
     pretrained_model_name_or_path: str = "checkpoints/pocket"
     """A model folder in SD 1.5's layout, a hub id in the local cache, or a single .safetensors file."""
@@ -30,36 +30,57 @@ class Sampling:
     """LoRA files or folders."""
     lora_weight: tuple[float, ...] = ()
     """Strength of each LoRA; default: 1."""
+    lora_dir: str = "outputs"
+    """Where <lora:NAME:0.8> in a prompt looks for NAME, a folder or NAME.safetensors."""
     textual_inversion: tuple[str, ...] = ()
     """Files or folders of new words, which the prompt may then use."""
     negative_prompt: str = ""
     """What the pictures should not show."""
     num_inference_steps: int = 25
-    """Calls of the U-Net."""
+    """Steps from noise to picture; most samplers call the U-Net once in each."""
     guidance_scale: float = 5.0
     """How strongly the prompt is followed; 1 or less turns guidance off."""
     sampler: str | None = None
-    """ddim, euler_a or dpm++_2m; default: the model's own."""
+    """ddpm, ddim, pndm, euler, euler_a, heun, dpm++_2m, dpm++_2m_sde, unipc or lcm; default: the model's own."""
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
+    """Which timesteps are visited; default: the model's or the sampler's own."""
+    use_karras_sigmas: bool | None = None
+    """More of the steps at little noise, for samplers that go by sigma; default: the model's own."""
+    eta: float = 0.0
+    """Fresh noise in each step of ddim: 0 none, 1 as much as ddpm."""
+    clip_skip: int = 0
+    """Leave out so many of the text encoder's last layers. A1111's "Clip skip" is one higher: its 2 is 1 here."""
     seed: int = 0
     """Picture i is drawn from seed + i."""
     width: int | None = None
-    """In pixels; default: the model's own."""
+    """In pixels; default: the model's own, or the picture's."""
     height: int | None = None
-    """In pixels; default: the model's own."""
+    """In pixels; default: the model's own, or the picture's."""
+    image: str | None = None
+    """A picture to start from, instead of noise alone; --width and --height, where given, enlarge it first."""
+    mask_image: str | None = None
+    """White: what of --image is drawn anew. The rest stays as it is."""
+    strength: float | None = None
+    """Share of the steps walked from --image: 0.3 retouches, 1 hardly looks at it. Default: 0.8; with a mask 1."""
+    tile_size: int | None = None
+    """Draw in overlapping tiles of so many pixels, for pictures larger than the memory; default: in one piece."""
     torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Number format of the U-Net and text encoder; default: float16 on a GPU, else float32."""
     device: str | None = None
     """cpu or cuda; default: cuda if there is one."""
-    num_images_per_prompt: int = 1
-    """Pictures of each prompt, from seed, seed + 1, …"""
 
     def check(self) -> None:
         """Raise SettingsError, naming the flag, for a value that cannot work; the model's own limits come with the model."""
-        need(1 <= self.num_images_per_prompt <= 1000, f"num_images_per_prompt is {self.num_images_per_prompt}", "1 … 1000")
         weights = f"lora_weight has {len(self.lora_weight)} numbers for {len(self.lora)} LoRAs"
         need(len(self.lora_weight) in (0, len(self.lora)), weights, "one for each")
         finite = all(map(math.isfinite, self.lora_weight))
         need(finite, f"lora_weight is {' '.join(map(str, self.lora_weight))}", "finite numbers, such as 0.8")
+        need(1 <= self.num_inference_steps <= 1000, f"num_inference_steps is {self.num_inference_steps}", "1 … 1000")
+        need(math.isfinite(self.guidance_scale), f"guidance_scale is {self.guidance_scale}", "a number, such as 5")
+        need(self.image is not None or self.mask_image is None, "mask_image needs a picture to work on", "--image")
+        need(self.image is not None or self.strength is None, "strength needs a picture to start from", "--image")
+        if self.strength is not None:
+            need(0 < self.strength <= 1, f"strength is {self.strength}", "a number above 0, up to 1")
 
 
 @dataclass(frozen=True)
@@ -67,29 +88,116 @@ class Sample(Sampling):
     """Draw pictures from a prompt."""
 
     prompt: Positional[str | None] = None
-    """What the pictures should show."""
+    """What the pictures should show. (word:1.3) weighs more, [word] less; BREAK, and <lora:NAME:0.8>, work too."""
+    num_images_per_prompt: int = 1
+    """Pictures, from seed, seed + 1, …"""
     output: str = "picture.png"
     """The PNG file; with several pictures: picture-0.png, picture-1.png, …"""
+    preview: str | None = None
+    """A small PNG that is rewritten at every step, to watch the picture come."""
 
     def check(self) -> None:
         need(self.prompt is not None, "there is no prompt", 'one, as in minidiff sample "a red dog"', flag=False)
+        need(1 <= self.num_images_per_prompt <= 1000, f"num_images_per_prompt is {self.num_images_per_prompt}", "1 … 1000")
         super().check()
 
 
 @dataclass(frozen=True)
 class Sheet(Sampling):
-    """Draw a labelled contact sheet: a column for each prompt; rows for the model before and after what it learned."""
+    """Draw a labelled contact sheet over any two settings; or prompts before and after what was learned."""
 
     prompts: Positional[tuple[str, ...]] = ()
-    """One column each."""
+    """One column each; with --columns or --rows, one is enough."""
+    columns: str | None = None
+    """A setting and its values: guidance_scale=1.5,5,20 or seed=0..3 or lora_weight=0,0.5,1 …; or prompt."""
+    rows: str | None = None
+    """Another: sampler=ddim,euler_a,unipc …"""
+    num_images_per_prompt: int = 1
+    """Without --columns and --rows: pictures of each prompt, from seed, seed + 1, …"""
     title: str = ""
     """A heading above the sheet."""
+    tile: int = 256
+    """Size of each picture on the sheet, in pixels."""
     output: str = "sheet.png"
     """The PNG file."""
 
     def check(self) -> None:
         need(bool(self.prompts), "there are no prompts", 'one or more, as in minidiff sheet "a dog" "a cat"', flag=False)
+        need(1 <= self.num_images_per_prompt <= 1000, f"num_images_per_prompt is {self.num_images_per_prompt}", "1 … 1000")
+        need(16 <= self.tile <= 2048, f"tile is {self.tile}", "16 … 2048 pixels")
         super().check()
+
+
+@dataclass(frozen=True)
+class Morph(Sampling):
+    """Draw a seamless loop through keyframes: prompts, seeds, or both."""
+
+    prompts: Positional[tuple[str, ...]] = ()
+    """The keyframes' prompts; one for all, or one for each seed."""
+    seeds: tuple[int, ...] = ()
+    """The keyframes' seeds; default: --seed for every prompt, or seed, seed + 1, seed + 2 for a single prompt."""
+    frames: int = 24
+    """From each keyframe to the next."""
+    fps: float = 12.0
+    """Frames a second."""
+    ease: Literal["smooth", "even"] = "smooth"
+    """Slow down at the keyframes, or not."""
+    output: str = "morph.gif"
+    """A .gif, .webp or .png (APNG) file."""
+
+    def check(self) -> None:
+        need(bool(self.prompts), "there are no prompts", 'one or more, as in minidiff morph "a dog" "a cat"', flag=False)
+        keys = f"seeds has {len(self.seeds)} numbers for {len(self.prompts)} prompts"
+        need(len(self.prompts) == 1 or len(self.seeds) in (0, 1, len(self.prompts)), keys, "one for each, or one for all")
+        super().check()
+
+
+@dataclass(frozen=True)
+class Filmstrip(Sampling):
+    """Show how a picture comes out of the noise: what the network sees, and what it believes, step by step."""
+
+    prompt: Positional[str | None] = None
+    """What the picture should show."""
+    count: int = 8
+    """How many of the steps."""
+    output: str = "filmstrip.png"
+    """The PNG file."""
+
+    def check(self) -> None:
+        need(self.prompt is not None, "there is no prompt", 'one, as in minidiff filmstrip "a red dog"', flag=False)
+        need(1 <= self.count <= 50, f"count is {self.count}", "1 … 50")
+        super().check()
+
+
+@dataclass(frozen=True)
+class Attention(Sampling):
+    """Show where the network looks for each word of the prompt."""
+
+    prompt: Positional[str | None] = None
+    """What the picture should show."""
+    resolution: int | None = None
+    """Only the layers whose maps are so many cells high; default: all of them."""
+    output: str = "attention.png"
+    """The PNG file."""
+
+    def check(self) -> None:
+        need(self.prompt is not None, "there is no prompt", 'one, as in minidiff attention "a red dog"', flag=False)
+        super().check()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Show how CLIP splits a prompt: tokens, weights, chunks, and what training would cut off."""
+
+    prompt: Positional[str | None] = None
+    """The prompt."""
+    pretrained_model_name_or_path: str = "checkpoints/pocket"
+    """The model whose tokenizer splits it."""
+    trigger: str | None = None
+    """A word that a LoRA listens to: is it one token?"""
+
+    def check(self) -> None:
+        need(self.prompt is not None, "there is no prompt", 'one, as in minidiff tokens "a red dog"', flag=False)
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def contact_sheet(
     across = max(map(len, grid))
     gap, margin = round(tile * 0.05), round(tile * 0.12)
     # Shown on a page, a wide sheet is made smaller: its type is larger, up to what a cell holds.
-    size = max(14, round(tile * 0.08), min(round(tile * 0.12), across * cell_w // 70))
+    size = max(14, round(tile * 0.08), min(round(tile * 0.12), across * cell_w // 56))
     ascii_only = all(text.isascii() for text in (title, *row_labels, *column_labels, *itertools.chain(*captions)))
     heads = _Labels(column_labels, round(cell_w * 0.94), size, ascii_only)
     sides = _Labels(row_labels, round(tile * 0.6), size, ascii_only)

@@ -4,10 +4,10 @@ The cases are numbered 1 to 25; those about files are in test_bad_input_files.py
 
     case                                             test here                also, from near
     11  --placeholder_token                          case_11                  test_textual_inversion: not_every_word_will_do
-    12  long prompts, prompt weights                 no weights yet           test_text: 75_tokens_pass_and_the_76th_is_quoted
-    13  the size of weights                          no weights yet
-    14  sides, steps; strength                       case_14; no img2img yet  test_cli: wrong_sampling; test_samplers: bad_steps
-    15  an unknown sampler; LCM, Karras, turbo       case_15; none yet        test_samplers: unknown_sampler
+    12  long prompts, prompt weights                                          test_text: 75_tokens_pass_and_the_76th_is_quoted
+    13  the size of weights                          not here
+    14  sides, steps; strength                       case_14                  test_cli: wrong_sampling; test_samplers: strength
+    15  an unknown sampler; LCM, Karras, turbo       case_15                  test_samplers: unknown_sampler, karras
     16  eps and v                                    case_16                  test_validation: predicts_something_else
     17  no pictures, small or damaged ones           case_17 (three)          test_data: all_bad_pictures; test_check_data
     18  metadata.jsonl                               case_18                  test_folders: bad_metadata, bad_folder
@@ -17,7 +17,7 @@ The cases are numbered 1 to 25; those about files are in test_bad_input_files.py
     22  no GPU, number formats, out of memory        case_22 (four)           test_loop: mixed_precision; test_cli
     23  numbers that break                           case_23                  test_loop: three_broken_steps, culprit, not_saved
     24  several adapters, merging twice, DoRA        case_24 (three)          test_inject; test_merging: bake_of_dora
-    25  ControlNet, IP-Adapter                       none yet
+    25  ControlNet, IP-Adapter                       no such thing yet
 """
 
 import json

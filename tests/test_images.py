@@ -58,9 +58,7 @@ def test_sixteen_bit_gray_is_scaled_not_clipped(tmp_path: Path, suffix: str) -> 
 def png(width: int, height: int, bits: int, kind: int, pixels: bytes) -> bytes:
     """A PNG by hand, as its specification says: signature, IHDR, IDAT, IEND."""
     parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)), (b"IDAT", zlib.compress(pixels))]
-    chunks = [
-        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in [*parts, (b"IEND", b"")]
-    ]
+    chunks = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in [*parts, (b"IEND", b"")]]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
@@ -236,9 +234,7 @@ def test_generation_text_follows_the_grammar_of_a1111() -> None:
     *prompt, negative, last = text.split("\n")
     assert prompt == ["a dog,", "on the beach"] and negative == "Negative prompt: blurry"
     found = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))  # FORMATS, 3.8
-    assert {key: json.loads(v) if v[0] == '"' else v for key, v in found.items()} == {
-        k: str(v) for k, v in settings.items()
-    }
+    assert {key: json.loads(v) if v[0] == '"' else v for key, v in found.items()} == {k: str(v) for k, v in settings.items()}
     assert generation_text("a dog", "", {"Steps": 1}) == "a dog\nSteps: 1"
 
 
@@ -254,9 +250,7 @@ def test_every_picture_is_whole_on_the_sheet(rows: int, columns: int) -> None:
     assert sheet.getpixel((0, 0)) == sheet.getpixel((sheet.width - 1, sheet.height - 1)) == (0xF7, 0xF6, 0xF2)
 
 
-@pytest.mark.parametrize(
-    "label", ["x", "a photo of a red dog on the beach " * 6, "unbroken_" * 30, "Käse", "日本語", ""]
-)
+@pytest.mark.parametrize("label", ["x", "a photo of a red dog on the beach " * 6, "unbroken_" * 30, "Käse", "日本語", ""])
 def test_labels_are_never_cut_off(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All ink lies on the sheet, none on a picture, and each line that is drawn joins up to the whole label."""
     drawn: list[tuple[str, tuple[float, float, float, float]]] = []

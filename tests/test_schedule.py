@@ -4,16 +4,21 @@ import pytest
 import torch
 
 from minidiff.config import NoiseConfig
+from minidiff.diffusion.samplers import SAMPLERS
 from minidiff.diffusion.schedule import (
     NoiseSchedule,
     add_noise,
+    karras_sigmas,
     read_output,
     sigmas_at,
     timesteps,
+    timesteps_at,
     training_target,
     x0_and_eps,
+    zero_terminal_snr,
 )
-from minidiff.errors import SettingsError
+from minidiff.errors import SettingsError, WeightsError
+from minidiff.layout import sampler_of, scheduler_values
 
 SCHEDULE = NoiseSchedule.from_config(NoiseConfig())
 T_ALL = torch.arange(1000)
@@ -161,3 +166,100 @@ def test_sigmas_between_timesteps():
     table = SCHEDULE.sigmas.tolist()
     sigmas = sigmas_at(SCHEDULE, [999.0, 10.25, 0.0])
     assert sigmas == pytest.approx([table[999], 0.75 * table[10] + 0.25 * table[11], table[0], 0.0])
+
+
+# --------------------------------------------------------------------------------------------------- Karras, zero SNR
+
+
+def test_karras_sigmas_edm_eq5():
+    """The ends are kept, and sigma^(1/7) goes down in equal steps. The numbers are those of A1111 and diffusers."""
+    sigmas = karras_sigmas(14.6146469, 0.0291675, 10)
+    assert (sigmas[0], sigmas[-1]) == pytest.approx((14.6146469, 0.0291675))
+    roots = torch.tensor(sigmas).double() ** (1 / 7)
+    torch.testing.assert_close(roots.diff(), roots.diff().mean().expand(9), rtol=1e-5, atol=0)
+    t = [round(t) for t in timesteps_at(SCHEDULE, karras_sigmas(14.6146469, 0.0291675, 20))]
+    assert t == [999, 962, 921, 876, 827, 772, 710, 640, 561, 474, 380, 285, 197, 123, 69, 35, 15, 6, 2, 0]
+    assert karras_sigmas(14.6, 0.03, 1) == pytest.approx([14.6])
+
+
+def test_timesteps_at_undoes_sigmas_at():
+    ts = [999.0, 500.0, 20.0, 1.0, 0.0]
+    assert timesteps_at(SCHEDULE, sigmas_at(SCHEDULE, ts)[:-1]) == pytest.approx(ts, abs=1e-3)
+    half_way = (SCHEDULE.sigmas[500] * SCHEDULE.sigmas[501]).sqrt().item()  # in log sigma
+    assert timesteps_at(SCHEDULE, [half_way, 100.0, 0.001]) == pytest.approx([500.5, 999, 0], abs=1e-3)
+
+
+def test_zero_terminal_snr_algorithm1():
+    """2305.08891: sqrt(a_bar) shifted to end at 0 and stretched to begin where it did; training and sampling see that."""
+    schedule = NoiseSchedule.from_config(NoiseConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True))
+    before, after = SCHEDULE.alphas_cumprod.sqrt(), schedule.alphas_cumprod.sqrt()
+    assert after[999] == 0
+    assert after[0].item() == pytest.approx(before[0].item(), rel=1e-6)
+    expected = (before - before[999]) * before[0] / (before[0] - before[999])
+    torch.testing.assert_close(after, expected, rtol=2e-5, atol=1e-6)
+    assert schedule.sigmas[999].item() == pytest.approx(4096, rel=1e-6)  # of a_bar = 2^-24
+    torch.testing.assert_close(schedule.sigmas[:999], ((1 - after[:999] ** 2) / after[:999] ** 2).sqrt())
+    x0, noise = latents(1, 1, 2, 2), latents(1, 1, 2, 2, seed=1)
+    assert torch.equal(add_noise(schedule, x0, noise, torch.tensor([999])), noise)
+    assert torch.equal(training_target(schedule, x0, noise, torch.tensor([999])), -x0)
+
+
+def test_zero_terminal_snr_of_betas():
+    betas = zero_terminal_snr(torch.full((10,), 0.1))
+    assert betas[0].item() == pytest.approx(0.1) and betas[-1] == 1 and ((betas > 0) & (betas <= 1)).all()
+
+
+def test_zero_snr_needs_v_prediction():
+    with pytest.raises(SettingsError, match="rescale_betas_zero_snr is true .* needs v_prediction"):
+        NoiseSchedule.from_config(NoiseConfig(rescale_betas_zero_snr=True))
+    with pytest.raises(WeightsError, match="here.json.*needs v_prediction"):
+        NoiseConfig.from_dict({"rescale_betas_zero_snr": True}, "here.json")
+
+
+# ------------------------------------------------------------------------------------------------- scheduler_config.json
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_file_names_the_sampler_and_back(sampler, recwarn):
+    values = scheduler_values(NoiseConfig(prediction_type="v_prediction", use_karras_sigmas=True), sampler)
+    assert sampler_of(values, "here.json") == sampler
+    assert NoiseConfig.from_dict(values, "here.json").use_karras_sigmas
+    assert not recwarn
+    if sampler == "pndm":
+        assert values["skip_prk_steps"]
+
+
+def test_what_is_off_is_not_written():
+    values = NoiseConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True).to_dict("DDIMScheduler")
+    assert values["rescale_betas_zero_snr"] and "use_karras_sigmas" not in values
+    assert NoiseConfig.from_dict(values, "") == NoiseConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "sampler", "said"),
+    [
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "dpm++_2m", "solver_order is 3"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun"}, "dpm++_2m", "solver_type is 'heun'"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "dpm++_2m", "algorithm_type"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver"}, "dpm++_2m_sde", "algorithm_type"),
+        ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"}, "unipc", "solver_type is 'bh1'"),
+        ({"_class_name": "UniPCMultistepScheduler", "final_sigmas_type": "sigma_min"}, "unipc", "final_sigmas_type"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "euler", "use_beta_sigmas is True"),
+        ({"_class_name": "EulerDiscreteScheduler", "sigma_max": 700.0}, "euler", "sigma_max is 700"),
+        ({"_class_name": "DDIMScheduler", "thresholding": True}, "ddim", "thresholding is True"),
+        ({"_class_name": "LCMScheduler", "original_inference_steps": 100}, "lcm", "original_inference_steps is 100"),
+        ({"_class_name": "KDPM2DiscreteScheduler"}, "ddim", "KDPM2DiscreteScheduler is not among"),
+    ],
+    ids=str,
+)
+def test_other_pictures_are_announced(values, sampler, said):
+    with pytest.warns(UserWarning, match=f"here.json: .*{said}"):
+        assert sampler_of(values, "here.json") == sampler
+
+
+def test_usual_settings_are_not_announced(recwarn):
+    usual = {"solver_order": 2, "solver_type": "midpoint", "thresholding": False, "lower_order_final": True}
+    assert sampler_of({"_class_name": "DPMSolverMultistepScheduler", **usual}, "") == "dpm++_2m"
+    assert sampler_of({"_class_name": "UniPCMultistepScheduler", **usual}, "") == "unipc"
+    assert sampler_of({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, "") == sampler_of({}, "") == "pndm"
+    assert not recwarn

@@ -36,6 +36,11 @@ ORDER = """
     train/distributed
     pocket/settings
     flags
+    studio/hashes
+    studio/foreign
+    studio/comfyui
+    studio/provenance
+    studio/replay
     file_flags
     tools
     train/folders

@@ -35,6 +35,7 @@ Shapes: B pictures, C H W one latent.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import ceil
 
 from torch import Tensor
 
@@ -116,7 +117,7 @@ def first_step(steps: int, strength: float, image: Tensor | None) -> int:
     if walked < 1 <= steps:
         raise SettingsError(
             f"0 denoising steps: {steps} steps at strength {strength} are less than one. Use a higher strength, or "
-            f"{int(1 / strength) + 1} steps or more."
+            f"{ceil(1 / strength)} steps or more."
         )
     return steps - walked
 
@@ -131,9 +132,9 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(walkers.ddim, walkers.equal_jumps, walkers.start_vp, "leading", eta=True),
     "pndm": Sampler(walkers.pndm, walkers.first_jump_twice, walkers.start_vp, "leading"),
     "euler": Sampler(solvers.euler, solvers.between_timesteps, solvers.start_euler, "linspace", karras=True),
-    "euler_a": Sampler(solvers.euler_a, solvers.between_timesteps, solvers.start_euler, "linspace"),
+    "euler_a": Sampler(solvers.euler_a, solvers.between_timesteps, solvers.start_euler, "linspace", karras=True),
     "heun": Sampler(
-        solvers.heun, solvers.between_timesteps, solvers.start_euler, "linspace", karras=True, calls=lambda n: 2 * n - 1
+        solvers.heun, solvers.without_infinity, solvers.start_euler, "linspace", karras=True, calls=lambda n: 2 * n - 1
     ),
     "dpm++_2m": Sampler(solvers.dpmpp_2m, solvers.whole_timesteps, solvers.start_ve, "linspace", karras=True),
     "dpm++_2m_sde": Sampler(solvers.dpmpp_2m_sde, solvers.whole_timesteps, solvers.start_ve, "linspace", karras=True),

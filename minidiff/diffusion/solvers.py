@@ -13,6 +13,9 @@ from torch import Tensor
 
 from minidiff.diffusion.runs import Grid, Run, Visit, grid_of
 from minidiff.diffusion.schedule import NoiseSchedule, karras_sigmas, sigmas_at, timesteps, timesteps_at
+from minidiff.errors import SettingsError
+
+LARGEST_SIGMA = 1000.0  # for Heun: above all of training, below those of zero terminal SNR
 
 # ------------------------------------------------------------------------------------------------------ update rules
 
@@ -152,6 +155,17 @@ def between_timesteps(schedule: NoiseSchedule, steps: int, start: int, spacing: 
         sigmas = [*karras_sigmas(sigmas[0], sigmas[-2], steps), 0.0]
         ts = timesteps_at(schedule, sigmas[:-1])
     return grid_of(ts, sigmas)[start:]
+
+
+def without_infinity(schedule: NoiseSchedule, steps: int, start: int, spacing: str, karras: bool) -> Grid:
+    """Heun: Euler's grid. A mean of two directions means nothing for a step from 4096, which stands for infinity."""
+    grid = between_timesteps(schedule, steps, start, spacing, karras)
+    if grid[0][1] > LARGEST_SIGMA:
+        raise SettingsError(
+            f"heun cannot begin at zero terminal SNR, where sigma is {grid[0][1]:.0f}; use euler, dpm++_2m or unipc, or "
+            '"leading" timestep_spacing.'
+        )
+    return grid
 
 
 def whole_timesteps(schedule: NoiseSchedule, steps: int, start: int, spacing: str, karras: bool) -> Grid:

@@ -104,12 +104,17 @@ def ancestors(schedule: NoiseSchedule, steps: int, start: int, spacing: str, kar
 
 def equal_jumps(schedule: NoiseSchedule, steps: int, start: int, spacing: str, karras: bool) -> Grid:
     """DDIM: always T // steps back. With leading spacing that is the next t, with the others only near it."""
+    ts = timesteps(schedule, steps, spacing)[start:]
     jump = len(schedule.alphas_cumprod) // steps
-    return [(t, a_bar_at(schedule, t), a_bar_at(schedule, t - jump)) for t in timesteps(schedule, steps, spacing)[start:]]
+    return [(t, a_bar_at(schedule, t), a_bar_at(schedule, t - jump)) for t in ts]
 
 
 def first_jump_twice(schedule: NoiseSchedule, steps: int, start: int, spacing: str, karras: bool) -> Grid:
-    """PNDM: DDIM's grid, where the first jump is made again once the network was asked at its end."""
+    """PNDM: DDIM's grid, where the first jump is made again once the network was asked at its end.
+
+    From an image, too, it is the first jump walked. The reference repeats the second entry of the whole list wherever the
+    walk begins, and so asks the network at a t one jump away from the level that x is at.
+    """
     grid = equal_jumps(schedule, steps, start, spacing, karras)
     if len(grid) == 1:
         return grid

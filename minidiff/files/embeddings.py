@@ -115,8 +115,8 @@ def embedding_in(content: Any, path: Path, token: str | None = None, said: str |
         words = {token: words[token]}
     if len(words) != 1:
         raise AdapterError(
-            f"{path} holds {len(words)} words; say with `token` which one (minidiff convert --token makes a file of it).\n"
-            f"{listed('words', words)}"
+            f"{path} holds {len(words)} words; say with `token` which one.\n{listed('words', words)}\n"
+            "minidiff convert --token makes a file of one."
         )
     ((own, vectors),) = words.items()
     if not (word := token or own):

@@ -1,24 +1,26 @@
-"""The prompt language that A1111 made common: weights, BREAK, and LoRAs by name. Pure parsing: no torch, no vocabulary.
+r"""The prompt language that A1111 made common: weights, BREAK, and LoRAs by name. Pure parsing: no torch, no vocabulary.
 
-    (x)  x 1.1        [x]  / 1.1        (x:1.3)  x 1.3        nested ones multiply        \\\\( \\\\) \\\\[ \\\\] \\\\\\\\  the plain letters
-    BREAK             what follows begins a new chunk of 75 tokens
-    <lora:name:0.8>   switches an adapter on; it is no part of the text
+    (x)    x 1.1                      nested brackets multiply
+    [x]    / 1.1                      \( \) \[ \] \\     the letters themselves
+    (x:1.3)  x 1.3                    BREAK              what follows begins a new chunk of 75 tokens
+    <lora:name:0.8>                   switches an adapter on; it is no part of the text
 
-    "a [red] (dog:1.3) BREAK a beach <lora:chalk:0.8>"
-        -> sections: (a | red x 0.909 | dog x 1.3), (a beach)        loras: chalk 0.8
+    "a [red] (dog:1.3) BREAK on a beach <lora:chalk:0.8>"
+        sections  ("a " x 1, "red" x 0.909, " " x 1, "dog" x 1.3), ("on a beach " x 1)
+        loras     chalk at 0.8
 
 What is malformed is read as in A1111, as plain letters, and a warning names its column. Three things of A1111 are not
 here, and are read as plain letters too: prompt editing [from:to:when], alternation [a|b], and AND. In one place minidiff
 differs on purpose: a backslash before any other letter stays in the text, and A1111 drops it.
 
-Everything takes time in proportion to the length of the prompt, however deep its brackets.
+Parsing takes time in proportion to the length of the prompt, however deep its brackets are.
 """
 
 import math
 import re
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -26,27 +28,41 @@ from typing import NamedTuple
 from minidiff.errors import SettingsError
 
 ROUND, SQUARE = 1.1, 1 / 1.1
-HEAVIEST = 2.0  # beyond, pictures fall apart; a warning says so
+HEAVIEST = 2.0  # a warning above it
 
 LEXEMES = re.compile(
     r"""
-    (?P<tag> < (?:lora|lyco|hypernet) : [^<>]* > )
+    (?P<tag>      < (?: lora | lyco | hypernet ) : [^<>]* > )  # with what is in it, brackets too
+  | (?P<cut_tag>  < lora : )
   | \\ (?P<escaped> [()\[\]\\] )
   | : \s* (?P<weight> [+-]? [.\d]+ ) \s* \)
-  | : \s* [+-]? (?P<odd> inf | infinity | nan ) \s* \)
-  | (?P<when> : \s* [+-]? [.\d]+ \s* (?=\]) )
-  | (?P<bracket> [()\[\]] )
-  | (?P<bar> \| )
-  | (?P<text> [^<\\:()\[\]|]+ | . )
+  | : \s* (?P<odd>    [+-]? (?: inf | infinity | nan | [.,\d]+ (?: e [+-]? \d+ )? %? ) ) \s* \)  # as A1111, not a weight
+  | (?P<when>     : \s* [+-]? [.\d]+ \s* (?=\]) )
+  | (?P<bracket>  [()\[\]] )
+  | (?P<bar>      \| )
+  | (?P<text>     [^<\\:()\[\]|]+ | . )
     """,
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
 )
-BREAK = re.compile(r"\bBREAK\b")  # upper case, a whole word
+BREAK = re.compile(r"\bBREAK\b")  # a whole word in capitals, as AND
 AND = re.compile(r"\bAND\b")
 
+NOTES = {
+    "cut_tag": "a LoRA tag without its >, which is read as text. Write <lora:name:0.8>.",
+    "heavy": f"a weight above {HEAVIEST:g}, which tears pictures apart. 0.5 to 1.5 is usual.",
+    "hypernet": "minidiff has no hypernetworks; the tag is left out.",
+    "missing": "prompt editing [from:to:when], alternation [a|b] and AND are A1111's; minidiff does not have them, and reads "
+    "them as plain text. A weight is written (word:0.5).",
+    "negative": "a weight below 0, which CLIP never learnt. Put the word into the negative prompt instead.",
+    "no_number": "what stands behind this colon is no number, and is read as text. A weight is written (word:1.3).",
+    "unclosed": r"an opening bracket without its closing one; it weighs all the rest. Close it, or write \( or \[.",
+    "unopened": r"a closing bracket without its opening one, which is read as text. Take it out, or write \) or \].",
+}
 
-class Part(NamedTuple):
-    """A piece of text without any markup, and its weight."""
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of text without its markup, and its weight."""
 
     text: str
     weight: float
@@ -54,241 +70,179 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a prompt says: its parts, in sections that BREAK parts, and the adapters it names, in order.
+    """What a prompt says: its parts, in the sections that BREAK separates, and the adapters that it names, in order.
 
-    There is always a section, and it may be empty.
+    There is one section at least, and a section may be empty.
     """
 
     sections: tuple[tuple[Part, ...], ...]
     loras: tuple[tuple[str, float], ...] = ()
 
-    @property
-    def text(self) -> str:
-        """The words alone, as a caption would have them."""
-        return " ".join("".join(part.text for part in section) for section in self.sections)
 
+def parse_prompt(prompt: str) -> Prompt:
+    """A prompt of the language above; without brackets and BREAK it is one part of weight 1, its text untouched.
 
-def plain(text: str) -> Prompt:
-    """A text as it stands: nothing in it is markup. For captions."""
-    return Prompt(((Part(text, 1.0),),))
+    Warns of what is probably not meant; columns count from 1. SettingsError for weights that are no finite numbers, and
+    for a LoRA tag that cannot be followed.
+    """
+    reading = _Reading()
+    for found in LEXEMES.finditer(prompt):
+        reading.take(found)
+    sections: list[list[Part]] = [[]]
+    for item, weight in reading.weighed():
+        first, *others = BREAK.split(item.text) if item.words else [item.text]
+        sections[-1].append(Part(first.rstrip() if others else first, weight))  # BREAK takes the spaces around it along
+        for i, piece in enumerate(others):
+            sections.append([Part(piece.lstrip() if i == len(others) - 1 else piece.strip(), weight)])
+    for kind, columns in sorted(reading.notes.items()):
+        warnings.warn(f"{_place(prompt, sorted(columns))}: {NOTES[kind]}", stacklevel=2)
+    return Prompt(tuple(map(_merged, sections)), tuple(reading.loras))
 
 
 def escape(text: str) -> str:
-    """A text in which `parse_prompt` finds no bracket and no escape. BREAK and <lora:…> have no escape."""
+    r"""A text as `parse_prompt` must get it to see no brackets in it. BREAK and <lora:…> cannot be escaped."""
     return re.sub(r"([\\()\[\]])", r"\\\1", text)
 
 
-def parse_prompt(prompt: str) -> Prompt:
-    """A prompt of the language above.
-
-    Warns, with columns counted from 1, of what is probably not meant. SettingsError for a weight that is no finite
-    number, and for a LoRA tag that cannot be followed.
-    """
-    reading = _Reading(prompt)
-    for found in LEXEMES.finditer(prompt):
-        reading.take(found)
-    return reading.finished()
-
-
 def clip_skip_from_a1111(number: int) -> int:
-    """A1111's "Clip skip" 1, 2, … -> `clip_skip` 0, 1, …, which is diffusers' numbering."""
+    """A1111's "Clip skip", where 1 is the last layer, as `clip_skip`, where 0 is (diffusers' numbering)."""
     if number < 1:
-        raise SettingsError(f"Clip skip {number}: A1111 counts from 1, which skips nothing.")
+        raise SettingsError(f"A1111's Clip skip {number}: it counts from 1, which skips nothing.")
     return number - 1
 
 
-# --- first walk: which bracket belongs to which -------------------------------------------------------------------------
+# --- how it is read ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Letters:
-    """Plain text, from column `at`; `breaks` tells whether BREAK may stand in it."""
-
-    at: int
+class _Letters(NamedTuple):
+    at: int  # column
     text: str
-    breaks: bool = False
+    words: bool = False  # BREAK and AND mean something here
 
 
 @dataclass
-class _Bracket:
-    """An opening bracket, and what it multiplies with; `partner` closes it."""
-
+class _Opening:
     at: int
     letter: str
     weight: float
-    bar: bool = False  # a "|" stands in it, and in no bracket inside
-    partner: "_Close | None" = None
+    literal: bool = False  # of [from:to:when] or [a|b]: both its brackets are letters, if it is closed
+    closed: bool = False
 
 
-@dataclass
-class _Close:
+class _Closing(NamedTuple):
     at: int
     letter: str
-    opening: _Bracket
+    opening: _Opening
 
 
 @dataclass
 class _Reading:
-    """The lexemes so far, and what there is to say about them: kind -> columns.
+    """The lexemes so far. Round and square brackets are matched apart, as in A1111: "(a [b) c]" is well formed."""
 
-    Round and square brackets are matched apart from each other, as in A1111: "(a [b) c]" is well formed.
-    """
-
-    prompt: str
-    items: list[_Letters | _Bracket | _Close] = field(default_factory=list)
-    round: list[_Bracket] = field(default_factory=list)
-    square: list[_Bracket] = field(default_factory=list)
+    items: list[_Letters | _Opening | _Closing] = field(default_factory=list)
+    open: dict[str, list[_Opening]] = field(default_factory=lambda: {"(": [], "[": []})
     loras: list[tuple[str, float]] = field(default_factory=list)
-    notes: dict[str, list[int]] = field(default_factory=dict)
+    notes: dict[str, list[int]] = field(default_factory=dict)  # kind -> columns
 
     def take(self, found: re.Match[str]) -> None:
-        """One lexeme."""
-        at, text = found.start() + 1, found.group()
-        if found["tag"]:
+        at, text, kind = found.start() + 1, found.group(), found.lastgroup
+        if kind == "tag":
             self.take_tag(at, text)
-        elif found["escaped"]:
-            self.items.append(_Letters(at, found["escaped"]))
-        elif found["weight"]:
-            self.take_weight(at, text, found["weight"])
-        elif found["odd"] and self.round:
-            raise SettingsError(f'prompt, column {at}: "{text}" is no weight; write a finite number, such as (word:1.3).')
-        elif found["when"]:
-            self.take_when(at, text)
-        elif found["bracket"]:
+        elif kind == "escaped":
+            self.items.append(_Letters(at, text[1:]))
+        elif kind in ("weight", "odd"):
+            self.take_weight(at, text, found[kind], kind == "odd")
+        elif kind == "bracket":
             self.take_bracket(at, text)
         else:
-            if found["bar"] and self.square and (not self.round or self.square[-1].at > self.round[-1].at):
-                self.square[-1].bar = True
-            self.items.append(_Letters(at, text, breaks=True))
+            self.items.append(_Letters(at, text, words=True))
+            if kind == "cut_tag":
+                self.note(kind, at)
+            elif kind in ("when", "bar") and (innermost := self.innermost()) and innermost.letter == "[":
+                innermost.literal = True
 
     def take_bracket(self, at: int, letter: str) -> None:
         if letter in "([":
-            bracket = _Bracket(at, letter, ROUND if letter == "(" else SQUARE)
-            (self.round if letter == "(" else self.square).append(bracket)
-            self.items.append(bracket)
-        elif waiting := self.round if letter == ")" else self.square:
-            self.close(at, letter, waiting.pop())
+            opening = _Opening(at, letter, ROUND if letter == "(" else SQUARE)
+            self.open[letter].append(opening)
+            self.items.append(opening)
+        elif waiting := self.open["(" if letter == ")" else "["]:
+            opening = waiting.pop()
+            opening.closed = True
+            self.items.append(_Closing(at, letter, opening))
+            if opening.literal:
+                opening.weight = 1.0
+                self.note("missing", opening.at)
         else:
             self.items.append(_Letters(at, letter))
             self.note("unopened", at)
 
-    def close(self, at: int, letter: str, opening: _Bracket) -> None:
-        if opening.bar and letter == "]":  # [a|b]
-            self.note("missing", opening.at)
-            opening.weight = 1.0
-        opening.partner = _Close(at, letter, opening)
-        self.items.append(opening.partner)
-
-    def take_weight(self, at: int, text: str, number: str) -> None:
-        """`:1.3)`"""
+    def take_weight(self, at: int, text: str, number: str, odd: bool) -> None:
+        """`:1.3)`, which is text and a bracket where no round bracket is open."""
         weight = _number(number)
-        if self.round and weight is not None:
-            if not math.isfinite(weight):
-                raise SettingsError(f'prompt, column {at}: the weight "{number:.20}" is beyond all numbers; write less.')
-            self.round[-1].weight = weight
-            self.take_bracket(at + len(text) - 1, ")")
-            return
-        if self.round:
-            self.note("no number", at)
+        if self.open["("]:
+            if weight is not None and not math.isfinite(weight):
+                raise SettingsError(f'prompt, column {at}: "{number:.20}" is no finite number; write one, as in (word:1.3).')
+            if weight is not None and not odd:
+                self.open["("][-1].weight = weight
+                self.take_bracket(at + len(text) - 1, ")")
+                return
+            self.note("no_number", at)
         self.items.append(_Letters(at, text[:-1]))
         self.take_bracket(at + len(text) - 1, ")")
 
-    def take_when(self, at: int, text: str) -> None:
-        """`:0.5`, with "]" behind it: the end of [from:to:when]."""
-        if self.square:
-            self.square[-1].bar = True
-        self.items.append(_Letters(at, text))
-
     def take_tag(self, at: int, tag: str) -> None:
-        kind, name, *rest = tag[1:-1].split(":")
-        where = f'prompt, column {at}: "{textwrap.shorten(tag, 80)}"'
+        kind, name, *given = (word.strip() for word in tag[1:-1].split(":"))
+        where = f'prompt, column {at}: "{textwrap.shorten(tag, 80, placeholder="…")}"'
         if kind.lower() == "hypernet":
             self.note("hypernet", at)
             return
-        weight = _number(rest[0]) if rest else 1.0
-        if not name.strip():
+        if not name:
             raise SettingsError(f"{where} names no adapter; write <lora:name:0.8>.")
-        if len(rest) > 1:
-            raise SettingsError(f"{where} has several weights; minidiff weighs an adapter as a whole: <lora:{name:.40}:0.8>.")
+        if len(given) > 1:
+            raise SettingsError(f"{where} has more than one weight; minidiff weighs an adapter as a whole. Write one.")
+        weight = _number(given[0]) if given else 1.0
         if weight is None or not math.isfinite(weight):
-            raise SettingsError(f"{where}: its weight is no finite number; write <lora:{name:.40}:0.8>.")
-        self.loras.append((name.strip(), weight))
+            raise SettingsError(f"{where}: its weight is no finite number; write one, as in <lora:name:0.8>.")
+        self.loras.append((name, weight))
+
+    def innermost(self) -> _Opening | None:
+        """The bracket that was opened last and is still open."""
+        return max((waiting[-1] for waiting in self.open.values() if waiting), key=lambda opening: opening.at, default=None)
 
     def note(self, kind: str, at: int) -> None:
         self.notes.setdefault(kind, []).append(at)
 
-    # --- second walk: the weight of every letter -----------------------------------------------------------------------
-
-    def finished(self) -> Prompt:
-        """The prompt, once every lexeme is taken; warns."""
-        for bracket in self.round + self.square:
-            self.note("unclosed", bracket.at)
-        sections: list[list[Part]] = [[]]
-        for at, text, weight, breaks in self.weighed():
-            self.check_words(at, text, breaks)
-            pieces = BREAK.split(text) if breaks else [text]
-            for i, piece in enumerate(pieces):
-                if len(pieces) > 1:  # BREAK takes the spaces beside it along
-                    piece = piece.lstrip() if i == len(pieces) - 1 else piece.rstrip() if i == 0 else piece.strip()
-                if i:
-                    sections.append([])
-                sections[-1].append(Part(piece, weight))
-        for kind in sorted(self.notes):
-            columns = sorted(self.notes[kind])
-            warnings.warn(f"prompt, {_columns(columns)}: {MESSAGES[kind]}", stacklevel=3)
-        return Prompt(tuple(map(_merged, sections)), tuple(self.loras))
-
-    def weighed(self) -> list[tuple[int, str, float, bool]]:
-        """(column, text, weight, may BREAK stand in it): weights of open brackets multiply, the two kinds apart."""
-        scale = {"(": [1.0], "[": [1.0]}
-        found: list[tuple[int, str, float, bool]] = []
+    def weighed(self) -> Iterator[tuple[_Letters, float]]:
+        """The text in order, each piece with the product of the brackets around it; and the last notes."""
+        scales = {"(": [1.0], "[": [1.0]}  # products of the open brackets, outermost first
+        for waiting in self.open.values():
+            for opening in waiting:
+                self.note("unclosed", opening.at)
         for item in self.items:
-            weight = scale["("][-1] * scale["["][-1]
             if isinstance(item, _Letters):
-                self.check_weight(item, weight)
-                found.append((item.at, item.text, weight, item.breaks))
+                weight = scales["("][-1] * scales["["][-1]
+                self.check(item, weight)
+                yield item, weight
+                continue
+            opening = item.opening if isinstance(item, _Closing) else item
+            scale = scales[opening.letter]
+            if isinstance(item, _Closing):
+                scale.pop()
             else:
-                opening = item.opening if isinstance(item, _Close) else item
-                own = scale[opening.letter]
-                if isinstance(item, _Close):
-                    own.pop()
-                else:
-                    own.append(own[-1] * item.weight)
-                if opening.bar and opening.partner:  # its brackets are letters
-                    found.append((item.at, item.letter, weight, False))
-        return found
+                scale.append(scale[-1] * item.weight)
+            if opening.literal and opening.closed:
+                yield _Letters(item.at, item.letter), scales["("][-1] * scales["["][-1]
 
-    def check_weight(self, item: _Letters, weight: float) -> None:
+    def check(self, item: _Letters, weight: float) -> None:
         if not math.isfinite(weight):
-            what = textwrap.shorten(item.text, 30)
-            raise SettingsError(f'prompt, column {item.at}: the weights around "{what}" multiply to {weight}; use fewer.')
+            words = textwrap.shorten(item.text, 30, placeholder="…")
+            raise SettingsError(f'prompt, column {item.at}: the weights around "{words}" multiply to {weight}; use fewer.')
         if not 0 <= weight <= HEAVIEST and item.text.strip():
             self.note("heavy" if weight > 0 else "negative", item.at)
-
-    def check_words(self, at: int, text: str, breaks: bool) -> None:
-        """What is written as A1111 writes it, and is something else here."""
-        if not breaks:
-            return
-        for found in AND.finditer(text):
-            self.note("missing", at + found.start())
-
-
-MESSAGES = {
-    "heavy": f"weights above {HEAVIEST:g} tear pictures apart; 0.5 to 1.5 is usual.",
-    "hypernet": "minidiff has no hypernetworks; the tag is left out.",
-    "missing": "prompt editing [from:to:when], alternation [a|b] and AND are A1111's; minidiff does not have them and reads "
-    "them as plain text. For a weight write (word:0.5).",
-    "negative": "a weight below 0 turns a word around, which CLIP never learnt; put the word into the negative prompt.",
-    "no number": "no number stands behind this colon, so it is text and the bracket weighs 1.1; write it as in (word:1.3).",
-    "unclosed": "this bracket is never closed, and weighs all the rest; close it, or write \\( or \\[ for the letter.",
-    "unopened": "this bracket was never opened, and is a letter; take it out, or write \\) or \\] for the letter.",
-}
-
-
-def _columns(columns: Sequence[int]) -> str:
-    """Such as `columns 3, 17 and 12 more`."""
-    named = ", ".join(map(str, columns[:5])) + (f" and {len(columns) - 5} more" if len(columns) > 5 else "")
-    return f"column{'s' if len(columns) > 1 else ''} {named}"
+        if item.words:
+            for found in AND.finditer(item.text):
+                self.note("missing", item.at + found.start())
 
 
 def _number(text: str) -> float | None:
@@ -298,7 +252,15 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _merged(section: Sequence[Part]) -> tuple[Part, ...]:
-    """Neighbours of one weight are one part, so that a word broken up by markup alone is whole again."""
-    runs = [("".join(part.text for part in run), weight) for weight, run in groupby(section, lambda part: part.weight)]
-    return tuple(Part(text, weight) for text, weight in runs if text)
+def _place(prompt: str, columns: list[int]) -> str:
+    """Such as `prompt, column 3 ("(dog on a beac…"), 17`."""
+    begin = columns[0] - 1
+    first = " ".join(prompt[begin : begin + 16].split()) + ("…" if len(prompt) > begin + 16 else "")
+    others = "".join(f", {column}" for column in columns[1:4]) + (f" and {len(columns) - 4} more" if len(columns) > 4 else "")
+    return f'prompt, column {columns[0]} ("{first}"){others}'
+
+
+def _merged(section: Iterable[Part]) -> tuple[Part, ...]:
+    """Neighbours of the same weight become one part: the words that markup cut are whole again, as in A1111."""
+    runs = [(weight, "".join(part.text for part in run)) for weight, run in groupby(section, lambda part: part.weight)]
+    return tuple(Part(text, weight) for weight, text in runs if text)

@@ -37,7 +37,8 @@ def sha256_of(path: str | Path, data_only: bool = False) -> str:
             return _digest(path, data_only)
         return _remembered(path, status.st_size, status.st_mtime_ns, data_only)
     except OSError as error:
-        raise MinidiffError(f"{path.name}: cannot be read ({error.strerror or error}). Check the path and the rights.") from error
+        why = error.strerror or error
+        raise MinidiffError(f"{path.name}: cannot be read ({why}). Check the path and the rights.") from error
 
 
 def _digest(path: Path, data_only: bool) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from PIL import Image
 
+from minidiff.diffusion.samplers import sampler_named
 from minidiff.errors import MinidiffError, SettingsError, did_you_mean
 from minidiff.images import contact_sheet
 
@@ -28,7 +29,8 @@ SHORT = {  # words that people say, and the settings that they mean
     "steps": "num_inference_steps",
     "model": "pretrained_model_name_or_path",
 }
-NEEDS_LOADING = ("pretrained_model_name_or_path", "tokenizer", "torch_dtype", "device", "lora", "textual_inversion")
+PATHS = ("pretrained_model_name_or_path", "tokenizer", "lora", "textual_inversion")
+NEEDS_LOADING = (*PATHS, "torch_dtype", "device")
 S = TypeVar("S")
 
 
@@ -49,8 +51,8 @@ class Axis:
     @property
     def labels(self) -> list[str]:
         """What stands beside or above the tiles."""
-        if self.name == "pretrained_model_name_or_path":
-            return distinct_ends([str(value) for value in self.values])
+        if self.name in PATHS and not any(value in (None, ()) for value in self.values):
+            return distinct_ends([" + ".join(value) if isinstance(value, tuple) else str(value) for value in self.values])
         return [label(self.name, value) for value in self.values]
 
 
@@ -110,7 +112,7 @@ def value_of(word: str, kind: Any, name: str) -> Any:
     if get_origin(kind) is Literal:
         if word not in get_args(kind):
             hint = did_you_mean(word, get_args(kind))
-            raise SettingsError(f'{name}={word}: it is one of {", ".join(get_args(kind))}.{hint}')
+            raise SettingsError(f"{name}={word}: it is one of {', '.join(get_args(kind))}.{hint}")
         return word
     if kind is bool:
         if word.lower() not in ("true", "false"):
@@ -208,7 +210,7 @@ def gallery(images: Sequence[Image.Image], captions: Sequence[str], title: str =
     rows = math.ceil(len(images) / MAX_ABREAST)
     abreast = math.ceil(len(images) / rows)
     starts = range(0, len(images), abreast)
-    grid, texts = ([items[i : i + abreast] for i in starts] for items in (list(images), list(captions)))
+    grid, texts = [images[i : i + abreast] for i in starts], [captions[i : i + abreast] for i in starts]
     return contact_sheet(grid, title=title, tile=tile, captions=texts)
 
 
@@ -231,6 +233,8 @@ def with_values(settings: S, chosen: Sequence[tuple[Axis | None, int]]) -> S:
     changed: S = dataclasses.replace(settings, **values)  # type: ignore[type-var]
     if hasattr(changed, "check"):
         changed.check()
+    if sampler := getattr(changed, "sampler", None):
+        sampler_named(sampler)
     return changed
 
 

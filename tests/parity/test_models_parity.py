@@ -153,6 +153,18 @@ def test_a_folder_of_ours_in_diffusers(tiny_folder: Path) -> None:
     assert error(encode_prompt(ours.tokenizer, ours.text_encoder, prompts), expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("clip_skip", [0, 1])
+@torch.no_grad()
+def test_clip_skip_is_that_of_diffusers(tiny_folder: Path, clip_skip: int) -> None:
+    """Its `encode_prompt(clip_skip=n)`. It reads `text_encoder.text_model`, which transformers 5 does not have."""
+    ours, theirs = StableDiffusionPipeline.from_pretrained(tiny_folder), their_pipeline(tiny_folder)
+    if not hasattr(theirs.text_encoder, "text_model"):
+        object.__setattr__(theirs.text_encoder, "text_model", theirs.text_encoder)  # nn.Module's own would make a circle
+    for prompt in ("a photo of a red dog", ""):
+        expected = theirs.encode_prompt(prompt, "cpu", 1, False, clip_skip=clip_skip or None)[0]
+        assert error(encode_prompt(ours.tokenizer, ours.text_encoder, [prompt], clip_skip=clip_skip), expected) <= TOLERANCE
+
+
 def test_a_folder_of_diffusers_in_ours(tiny_folder: Path, tmp_path: Path) -> None:
     theirs = their_pipeline(tiny_folder)
     theirs.save_pretrained(tmp_path)

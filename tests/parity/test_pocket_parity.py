@@ -42,6 +42,46 @@ def test_same_pictures(ours: StableDiffusionPipeline, theirs) -> None:  # type: 
     same_pictures(ours(PROMPTS, latents=latents, **CALL).images, theirs(PROMPTS, latents=latents, **CALL).images)
 
 
+CLASSES = {
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "ddim": ("DDIMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm++_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
+
+
+@pytest.mark.parametrize("karras", [False, True])
+@pytest.mark.parametrize("sampler", CLASSES)
+def test_same_picture_with_every_sampler(
+    ours: StableDiffusionPipeline,
+    theirs,
+    sampler: str,
+    karras: bool,  # type: ignore[no-untyped-def]
+) -> None:
+    """One prompt and four steps; given latents, both draw the noise of the steps from the same generator."""
+    if karras and sampler not in ("euler", "heun", "dpm++_2m", "dpm++_2m_sde", "unipc"):
+        pytest.skip(f"diffusers has no Karras sigmas for {sampler}")
+    name, settings = CLASSES[sampler]
+    before = theirs.scheduler
+    theirs.scheduler = getattr(diffusers, name).from_config(
+        before.config, **settings, **({"use_karras_sigmas": True} if karras else {})
+    )
+    call = CALL | {"prompt": PROMPTS[0], "latents": normal((1, 4, 16, 16), 0, "parity"), "num_inference_steps": 4}
+    a, b = (
+        pipe(**call, **own, generator=torch.Generator().manual_seed(3)).images
+        for pipe, own in ((ours, {"sampler": sampler, "use_karras_sigmas": karras or None}), (theirs, {}))
+    )
+    theirs.scheduler = before
+    same_pictures(a, b)
+    assert np.asarray(a[0]).std() > 10
+
+
 def test_image_tower_loads(theirs) -> None:  # type: ignore[no-untyped-def]
     assert type(theirs.image_encoder).__name__ == "CLIPVisionModelWithProjection"
     with torch.no_grad():

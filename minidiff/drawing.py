@@ -1,0 +1,280 @@
+"""What the drawing commands do, given their flags: sample, sheet, morph, filmstrip, attention, tokens."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from PIL.Image import Image
+
+from minidiff.device import chosen_device
+from minidiff.errors import DataError, SettingsError
+from minidiff.flags import Attention, Filmstrip, Morph, Sample, Sampling, Sheet, Tokens
+from minidiff.images import contact_sheet, read_png_text, save_png
+from minidiff.models.prompt import parse_prompt
+from minidiff.pipeline import StableDiffusionPipeline
+from minidiff.studio.provenance import chunks, parameters
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from minidiff.diffusion.samplers import Step
+
+S = TypeVar("S", bound=Sampling)
+Callback = Callable[["Step"], None]
+
+
+# --- the commands ------------------------------------------------------------------------------------------------------
+
+
+def sample(s: Sample) -> None:
+    """One file for each picture; how it was made is written into it."""
+    assert s.prompt is not None  # checked
+    names = output_files(s.output, s.num_images_per_prompt)
+    pipe = load(s, [s.prompt])
+    preview = preview_of(pipe, s.preview)
+    for name, seed in zip(names, range(s.seed, s.seed + s.num_images_per_prompt)):  # each alone: see `chunks`
+        image = draw(pipe, replace(s, seed=seed), s.prompt, callback=preview)
+        save_png(image, name, chunks(s, pipe, seed, image))
+        print(name)
+
+
+def sheet(s: Sheet) -> None:
+    """Two settings against each other; or the model before and after its LoRAs and new words."""
+    output_files(s.output, 1)
+    drawn, about = (over_settings if s.columns or s.rows else before_and_after)(s)
+    save_png(drawn, s.output, {"parameters": about})
+    print(s.output)
+
+
+def before_and_after(s: Sheet) -> tuple[Image, str]:
+    """A column for each prompt, the same seeds in every row; the sheet and how it was made."""
+    learned = bool(s.lora or s.textual_inversion)
+    pipe = load(replace(s, lora=(), lora_weight=(), textual_inversion=()), s.prompts)
+    rows, labels = [], []
+    for when in ("before", "after") if learned else ("",):
+        if when == "after":
+            attach(pipe, s, s.prompts)
+        for seed in range(s.seed, s.seed + s.num_images_per_prompt):
+            rows.append([draw(pipe, replace(s, seed=seed), prompt) for prompt in s.prompts])
+            labels.append(", ".join(filter(None, (when, f"seed {seed}" if s.num_images_per_prompt > 1 else ""))))
+    about = parameters(s, pipe, " | ".join(s.prompts), s.seed, rows[0][0])
+    return contact_sheet(rows, labels if any(labels) else (), s.prompts, s.title, s.tile), about
+
+
+def over_settings(s: Sheet) -> tuple[Image, str]:
+    """--columns and --rows; the sheet and how it was made. A model is loaded again only where a tile needs another one."""
+    from minidiff.studio.sheets import Axis, contact_sheet_of, parse_axis
+
+    prompts = Axis("prompts", tuple((prompt,) for prompt in s.prompts))
+    axes = [parse_axis(text, Sheet, s.prompts) if text else None for text in (s.columns, s.rows)]
+    if len(s.prompts) > 1 and not any(axis and axis.name == prompts.name for axis in axes):
+        if all(axes):
+            raise SettingsError(f"{len(s.prompts)} prompts, --columns and --rows are three axes; a sheet has two.")
+        axes[axes.index(None)] = prompts
+    loaded = lru_cache(maxsize=1)(load_again)
+    seen: list[tuple[StableDiffusionPipeline, Image]] = []
+
+    def tile(settings: Sheet) -> Image:
+        pipe = loaded(*loading(settings))
+        set_weights(pipe, settings)
+        seen.append((pipe, draw(pipe, settings, settings.prompts[0])))
+        return seen[-1][1]
+
+    drawn = contact_sheet_of(s, axes[0], axes[1], tile, s.title, s.tile)
+    pipe, image = seen[0]
+    return drawn, parameters(s, pipe, " | ".join(s.prompts), s.seed, image)
+
+
+def morph(s: Morph) -> None:
+    """A loop through keyframes, and its length before it starts."""
+    from minidiff.studio.morph import Keyframe, Loop, check_sampler, keyframe_tensors, save_animation
+    from minidiff.studio.morph import morph as frames_of
+
+    check_new(s.output)
+    seeds = s.seeds or tuple(range(s.seed, s.seed + 3)) if len(s.prompts) == 1 else s.seeds or (s.seed,)
+    count = max(len(s.prompts), len(seeds))
+    keys = [Keyframe(s.prompts[i % len(s.prompts)], seeds[i % len(seeds)]) for i in range(count)]
+    loop = Loop(len(keys), s.frames, s.fps, s.ease)
+    pipe = load(s, s.prompts)
+    check_sampler(s.sampler or pipe.sampler, s.eta, keys)
+    print(loop, file=sys.stderr)
+    noises, texts = keyframe_tensors(pipe, keys, s.height, s.width, s.clip_skip)
+
+    def frame(noise: "Tensor", text: "Tensor") -> Image:
+        return draw(pipe, s, latents=noise, prompt_embeds=text)
+
+    pipe.set_progress_bar_config(disable=True)  # the loop has one of its own
+    save_animation(frames_of(loop, noises, texts, frame), s.output, s.fps)
+    print(s.output)
+
+
+def filmstrip(s: Filmstrip) -> None:
+    from minidiff.studio.filmstrip import Film
+    from minidiff.studio.filmstrip import filmstrip as strip
+
+    output_files(s.output, 1)
+    pipe = load(s, [s.prompt or ""])
+    with Film(pipe) as film:
+        image = draw(pipe, s, s.prompt, callback=film)
+    about = {"parameters": parameters(s, pipe, s.prompt or "", s.seed, image)}
+    save_png(strip(film, pipe.decode, pipe.schedule, s.prompt or "", s.count), s.output, about)
+    print(s.output)
+
+
+def attention(s: Attention) -> None:
+    from minidiff.studio.attention_maps import AttentionMaps, attention_sheet, words_of
+
+    output_files(s.output, 1)
+    pipe = load(s, [s.prompt or ""])
+    words = words_of(pipe.tokenizer, s.prompt or "", pipe.placeholders)
+    with AttentionMaps(pipe) as maps:
+        image = draw(pipe, s, s.prompt)
+    about = {"parameters": parameters(s, pipe, s.prompt or "", s.seed, image)}
+    save_png(attention_sheet(image, maps.mean(s.resolution), words, s.prompt or ""), s.output, about)
+    print(s.output)
+
+
+def tokens(s: Tokens) -> None:
+    from minidiff.layout import local_folder
+    from minidiff.models.text import load_tokenizer
+    from minidiff.models.tokens import token_view
+
+    tokenizer = load_tokenizer(local_folder(s.pretrained_model_name_or_path) / "tokenizer")
+    print(token_view(tokenizer, s.prompt or "", trigger=s.trigger))
+
+
+# --- what they share ---------------------------------------------------------------------------------------------------
+
+
+def check_new(output: str, ours: bool = False) -> None:
+    """Refuse to write over a file that minidiff did not draw."""
+    if Path(output).exists() and not ours:
+        raise SettingsError(f"--output {output} is there already, and minidiff did not draw it; choose another name.")
+
+
+def output_files(output: str, count: int) -> list[Path]:
+    """Where the pictures go. What minidiff drew is drawn over (it says how to draw it again); any other file is left alone."""
+    path = Path(output)
+    if path.suffix.lower() != ".png":
+        raise SettingsError(f'--output "{output}": pictures are written as PNG; give a name that ends in .png.')
+    names = [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
+    for name in names:
+        try:
+            ours = not name.exists() or "minidiff" in read_png_text(name).get("parameters", "")
+        except DataError:  # no picture
+            ours = False
+        check_new(str(name), ours)
+    return names
+
+
+def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
+    """The model on its device, with the LoRAs and new words of the flags and of the prompts attached."""
+    device = chosen_device(s.device)
+    dtype = getattr(torch, s.torch_dtype or ("float32" if device == "cpu" else "float16"))
+    name = s.pretrained_model_name_or_path
+    if name.endswith((".safetensors", ".ckpt")):
+        if s.tokenizer is None:
+            raise SettingsError(
+                f"{name}: a model in a single file holds no vocabulary; give --tokenizer, the tokenizer folder of SD 1.5. "
+                "(If it is a LoRA, give it with --lora, and the model it belongs to here.)"
+            )
+        pipe = StableDiffusionPipeline.from_single_file(name, s.tokenizer, dtype)
+    else:
+        pipe = StableDiffusionPipeline.from_pretrained(name, dtype)
+    pipe.to(device)
+    pipe.set_tile_size(s.tile_size)
+    attach(pipe, s, prompts)
+    return pipe
+
+
+def attach(pipe: StableDiffusionPipeline, s: Sampling, prompts: Sequence[str]) -> None:
+    """All LoRAs of the flags, each at its weight; those that prompts name, off until such a prompt is drawn; new words."""
+    for path, name in zip(s.lora, lora_names(s.lora)):
+        print(pipe.load_lora_weights(path, adapter_name=name), file=sys.stderr)
+    named = {name for prompt in prompts for name, _ in parse_prompt(prompt).loras} - set(lora_names(s.lora))
+    for name in sorted(named):
+        print(pipe.load_lora_weights(in_lora_dir(s.lora_dir, name), adapter_name=name), file=sys.stderr)
+    if s.lora or named:
+        set_weights(pipe, s)
+    for path in s.textual_inversion:
+        print(pipe.load_textual_inversion(path), file=sys.stderr)
+
+
+def set_weights(pipe: StableDiffusionPipeline, s: Sampling) -> None:
+    if s.lora:
+        pipe.set_adapters(lora_names(s.lora), s.lora_weight or (1.0,) * len(s.lora))
+
+
+def lora_names(paths: Sequence[str]) -> list[str]:
+    """The adapters' names: those of their files or folders, so that <lora:NAME:0.8> finds them; doubled ones get a number."""
+    stems = [Path(path).name.removesuffix(".safetensors") for path in paths]
+    return [stem if stem not in stems[:i] else f"{stem}-{i}" for i, stem in enumerate(stems)]
+
+
+def in_lora_dir(folder: str, name: str) -> Path:
+    """The file or folder of that name; SettingsError, with what is there, if there is none."""
+    for path in (Path(folder, name), Path(folder, f"{name}.safetensors")):
+        if Path(name).name == name and path.exists():
+            return path
+    there = sorted(path.name.removesuffix(".safetensors") for path in Path(folder).glob("*"))[:10] if Path(folder).is_dir() else []
+    raise SettingsError(f'<lora:{name}>: no such file or folder in --lora_dir "{folder}"; there is {", ".join(there) or "nothing"}.')
+
+
+def draw(
+    pipe: StableDiffusionPipeline,
+    s: Sampling,
+    prompt: str | None = None,
+    latents: "Tensor | None" = None,
+    prompt_embeds: "Tensor | None" = None,
+    callback: Callback | None = None,
+) -> Image:
+    """The one picture of these settings."""
+    image: Image = pipe(
+        prompt,
+        s.negative_prompt,
+        seed=s.seed,
+        latents=latents,
+        prompt_embeds=prompt_embeds,
+        num_inference_steps=s.num_inference_steps,
+        guidance_scale=s.guidance_scale,
+        sampler=s.sampler,
+        timestep_spacing=s.timestep_spacing,
+        use_karras_sigmas=s.use_karras_sigmas,
+        eta=s.eta,
+        clip_skip=s.clip_skip,
+        width=s.width,
+        height=s.height,
+        image=s.image,
+        mask_image=s.mask_image,
+        strength=s.strength,
+        callback=callback,
+    ).images[0]
+    return image
+
+
+def preview_of(pipe: StableDiffusionPipeline, path: str | None) -> Callback | None:
+    """A callback that keeps a small picture of what is coming at `path`."""
+    if path is None:
+        return None
+    from minidiff.studio.previews import PreviewFile, fit_preview
+
+    output_files(path, 1)
+    return PreviewFile(fit_preview(pipe.vae), path)
+
+
+LOADED = ("pretrained_model_name_or_path", "tokenizer", "lora", "textual_inversion", "lora_dir", "torch_dtype", "device", "tile_size")
+
+
+def loading(s: Sheet) -> tuple[object, ...]:
+    """The settings that decide what is loaded."""
+    return (*(getattr(s, name) for name in LOADED), s.prompts)
+
+
+def load_again(*values: object) -> StableDiffusionPipeline:
+    """A model by `loading`'s values."""
+    s = Sheet(**dict(zip((*LOADED, "prompts"), values)))  # type: ignore[arg-type]
+    return load(s, s.prompts)

@@ -1,12 +1,15 @@
-"""What one call of the pipeline needs: its noise, and checks of what it was asked."""
+"""What one call of the pipeline needs: its noise, its prompts, the adapters they name, and checks of what it was asked."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import index
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minidiff.errors import SettingsError
+from minidiff.adapters.inject import adapter_names, lora_layers
+from minidiff.errors import SettingsError, did_you_mean
+from minidiff.models.prompt import Prompt
 from minidiff.rng import normal
 
 Draw = Callable[[int | str], Tensor]
@@ -72,3 +75,41 @@ def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
 def as_list(value: str | Sequence[str]) -> list[str]:
     """A text as a list of one; what is no list either is left for the checks to refuse, in a list as well."""
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+
+
+# --- adapters that a prompt names ----------------------------------------------------------------------------------------
+
+
+def loras_of(prompts: Sequence[Prompt]) -> dict[str, float]:
+    """The adapters that <lora:NAME:weight> names, and their weights. A batch runs through one U-Net, so all must agree."""
+    if len({prompt.loras for prompt in prompts}) > 1:
+        raise SettingsError("the prompts of one call name different LoRAs; draw them one by one.")
+    named = prompts[0].loras
+    if len({name for name, _ in named}) < len(named):
+        raise SettingsError(f"a LoRA is named twice in the prompt ({', '.join(name for name, _ in named)}); name it once.")
+    return {adapter_name_of(name): weight for name, weight in named}
+
+
+def adapter_name_of(name: str) -> str:
+    """A file's name as an adapter's, which may have no dots: they part the names of modules."""
+    return name.replace(".", "_")
+
+
+@contextmanager
+def at_strengths(model: nn.Module, strengths: Mapping[str, float]) -> Iterator[None]:
+    """Inside the `with`, these adapters have these strengths, and all others the ones they had."""
+    known, layers = adapter_names(model), lora_layers(model).values()
+    for name in strengths:
+        if name not in known:
+            there = f"there is {', '.join(known)}" if known else "none is loaded"
+            raise SettingsError(f"<lora:{name}>: no adapter is called so; {there}.{did_you_mean(name, known)}")
+    if strengths and any(layer.unmerged_weight is not None for layer in layers):
+        raise SettingsError("the adapters are fused into the weights, so <lora:…> cannot change them; unfuse_lora first.")
+    before = [layer.strength for layer in layers]
+    for layer in layers:
+        layer.strength = {name: strengths.get(name, own) for name, own in layer.strength.items()}
+    try:
+        yield
+    finally:
+        for layer, strength in zip(layers, before):
+            layer.strength = strength

@@ -17,6 +17,7 @@ import tyro
 
 from minidiff.commands import COMMANDS
 from minidiff.errors import MinidiffError, SettingsError, did_you_mean
+from minidiff.flags import Sample
 from minidiff.train.settings import FineTuneSettings, from_toml
 
 # --- the command line ----------------------------------------------------------------------------------------------------
@@ -47,12 +48,36 @@ def parse(argv: list[str]) -> tuple[Any, Callable[[Any], None]]:
         raise SettingsError(f'"{argv[0]}" is no command.{did_you_mean(argv[0], COMMANDS)}\n\n{usage()}')
     kind, function = COMMANDS[name]
     rest, default = argv[len(name.split()) :], None
-    if issubclass(kind, FineTuneSettings) and "--config" in rest:
-        at = rest.index("--config")
-        if at + 1 == len(rest):
-            raise SettingsError("--config needs a TOML file, such as the train_config.toml of an earlier run.")
-        default, rest = from_toml(kind, Path(rest[at + 1])), rest[:at] + rest[at + 2 :]
+    if issubclass(kind, FineTuneSettings):
+        path, rest = taken_out("--config", rest, "a TOML file, such as the train_config.toml of an earlier run")
+        default = from_toml(kind, Path(path)) if path else None
+    if kind is Sample:
+        path, rest = taken_out("--from", rest, "a picture that minidiff, A1111 or ComfyUI drew")
+        if path:
+            return drawn_again(path, rest), function
     return tyro.cli(kind, args=rest, prog=f"minidiff {name}", default=default), function
+
+
+def taken_out(flag: str, words: list[str], what: str) -> tuple[str | None, list[str]]:
+    """The value of a flag that gives all others their defaults, and the words without it."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])]
+    if flag not in words:
+        return None, words
+    at = words.index(flag)
+    if at + 1 == len(words):
+        raise SettingsError(f"{flag} needs {what}.")
+    return words[at + 1], words[:at] + words[at + 2 :]
+
+
+def drawn_again(path: str, rest: list[str]) -> Sample:
+    """The settings of a picture, and over them the flags that were given; notes on what differs here go to stderr."""
+    from minidiff.studio.replay import check_origin, read_origin
+
+    origin = read_origin(path)
+    settings = tyro.cli(Sample, args=rest, prog="minidiff sample", default=origin.settings)
+    for note in check_origin(origin, settings):
+        warnings.warn(note, stacklevel=1)
+    return settings
 
 
 def run(argv: list[str]) -> None:

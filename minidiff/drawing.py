@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
 
+from minidiff.adapters.inject import adapter_names
+from minidiff.call import adapter_name_of
 from minidiff.device import chosen_device
 from minidiff.errors import DataError, SettingsError
 from minidiff.flags import Attention, Filmstrip, Morph, Sample, Sampling, Sheet, Tokens
@@ -17,13 +19,13 @@ from minidiff.images import contact_sheet, read_png_text, save_png
 from minidiff.models.prompt import parse_prompt
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.studio.provenance import chunks, parameters
+from minidiff.weights import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from minidiff.diffusion.samplers import Step
 
-S = TypeVar("S", bound=Sampling)
 Callback = Callable[["Step"], None]
 
 
@@ -176,7 +178,9 @@ def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
     device = chosen_device(s.device)
     dtype = getattr(torch, s.torch_dtype or ("float32" if device == "cpu" else "float16"))
     name = s.pretrained_model_name_or_path
-    if name.endswith((".safetensors", ".ckpt")):
+    if single := Path(name).is_file():
+        read_header(name)  # what is no model file at all is told first
+    if single or name.endswith(".safetensors"):
         if s.tokenizer is None:
             raise SettingsError(
                 f"{name}: a model in a single file holds no vocabulary; give --tokenizer, the tokenizer folder of SD 1.5. "
@@ -195,23 +199,24 @@ def attach(pipe: StableDiffusionPipeline, s: Sampling, prompts: Sequence[str]) -
     """All LoRAs of the flags, each at its weight; those that prompts name, off until such a prompt is drawn; new words."""
     for path, name in zip(s.lora, lora_names(s.lora)):
         print(pipe.load_lora_weights(path, adapter_name=name), file=sys.stderr)
-    named = {name for prompt in prompts for name, _ in parse_prompt(prompt).loras} - set(lora_names(s.lora))
+    named = {name for prompt in prompts for name, _ in parse_prompt(prompt).loras}
+    named -= {name for name in named if adapter_name_of(name) in lora_names(s.lora)}
     for name in sorted(named):
-        print(pipe.load_lora_weights(in_lora_dir(s.lora_dir, name), adapter_name=name), file=sys.stderr)
-    if s.lora or named:
-        set_weights(pipe, s)
+        print(pipe.load_lora_weights(in_lora_dir(s.lora_dir, name), adapter_name_of(name)), file=sys.stderr)
+    set_weights(pipe, s)
     for path in s.textual_inversion:
         print(pipe.load_textual_inversion(path), file=sys.stderr)
 
 
 def set_weights(pipe: StableDiffusionPipeline, s: Sampling) -> None:
-    if s.lora:
+    """The flags' LoRAs at the flags' weights; those that only prompts name are off between the prompts."""
+    if adapter_names(pipe.adapted):
         pipe.set_adapters(lora_names(s.lora), s.lora_weight or (1.0,) * len(s.lora))
 
 
 def lora_names(paths: Sequence[str]) -> list[str]:
     """The adapters' names: those of their files or folders, so that <lora:NAME:0.8> finds them; doubled ones get a number."""
-    stems = [Path(path).name.removesuffix(".safetensors") for path in paths]
+    stems = [adapter_name_of(Path(path).name.removesuffix(".safetensors")) for path in paths]
     return [stem if stem not in stems[:i] else f"{stem}-{i}" for i, stem in enumerate(stems)]
 
 
@@ -278,3 +283,13 @@ def load_again(*values: object) -> StableDiffusionPipeline:
     """A model by `loading`'s values."""
     s = Sheet(**dict(zip((*LOADED, "prompts"), values)))  # type: ignore[arg-type]
     return load(s, s.prompts)
+
+
+DRAWING: dict[type, Callable[[Any], None]] = {
+    Sample: sample,
+    Sheet: sheet,
+    Morph: morph,
+    Filmstrip: filmstrip,
+    Attention: attention,
+    Tokens: tokens,
+}

@@ -85,7 +85,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Sample(Sampling):
-    """Draw pictures from a prompt."""
+    """Draw pictures from a prompt, or with --from PICTURE.png as that one was drawn; other flags win."""
 
     prompt: Positional[str | None] = None
     """What the pictures should show. (word:1.3) weighs more, [word] less; BREAK, and <lora:NAME:0.8>, work too."""

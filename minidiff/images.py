@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import struct
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -184,9 +185,10 @@ def contact_sheet(
     # Shown on a page, a wide sheet is made smaller: its type is larger, up to what a cell holds.
     size = max(14, round(tile * 0.08), min(round(tile * 0.12), across * cell_w // 56))
     ascii_only = all(text.isascii() for text in (title, *row_labels, *column_labels, *itertools.chain(*captions)))
-    heads = _Labels(column_labels, round(cell_w * 0.94), size, ascii_only)
-    sides = _Labels(row_labels, round(tile * 0.6), size, ascii_only)
-    under = [_Labels(texts, round(cell_w * 0.94), size, ascii_only) for texts in captions]
+    wide, narrow = round(cell_w * 0.94), round(tile * 0.6)
+    size = _type_size([(row_labels, narrow), *((texts, wide) for texts in (column_labels, *captions))], size, ascii_only)
+    heads, sides = _Labels(column_labels, wide, size, ascii_only), _Labels(row_labels, narrow, size, ascii_only)
+    under = [_Labels(texts, wide, size, ascii_only) for texts in captions]
     left = margin + (sides.width + 2 * gap if row_labels else 0)
     width = left + across * (cell_w + gap) - gap + margin
     heading = _Labels([title], width - 2 * margin, round(size * 1.4), ascii_only)
@@ -223,17 +225,30 @@ def _check_labels(
         raise ValueError(f"the captions, {[len(texts) for texts in captions]} in the rows, do not fit the grid")
 
 
+def _type_size(groups: Sequence[tuple[Sequence[str], int]], size: int, ascii_only: bool) -> int:
+    """One size for all (texts, width): the largest, down to 0.7 of `size`, that breaks no word and needs at most four lines.
+
+    Where none does, the smallest: long words are broken then, and there are as many lines as needed.
+    """
+    smallest = max(11, round(0.7 * size))
+    for smaller in range(size, smallest, -1):
+        font = _font(smaller, ascii_only)
+        if all(
+            all(font.getlength(piece) <= width for piece in _pieces(text)) and len(_wrap(text, font, width)) <= 4
+            for texts, width in groups
+            for text in texts
+        ):
+            return smaller
+    return smallest
+
+
 class _Labels:
-    """Texts in one size of type: the largest up to `size` that breaks no word and needs at most four lines of `width`."""
+    """Texts in one size of type, in lines of at most `width`."""
 
     def __init__(self, texts: Sequence[str], width: int, size: int, ascii_only: bool) -> None:
-        for self.size in range(size, 10, -1):
-            self.font = _font(self.size, ascii_only)
-            words = [word for text in texts for word in text.split()]
-            self.blocks = [_balanced(text, self.font, width) for text in texts]
-            if all(self.font.getlength(w) <= width for w in words) and all(len(b) <= 4 for b in self.blocks):
-                break  # else the smallest size stays: long words are broken then, and there are as many lines as needed
-        self.leading = round(self.size * 1.28)
+        self.font = _font(size, ascii_only)
+        self.blocks = [_balanced(text, self.font, width) for text in texts]
+        self.leading = round(size * 1.28)
         self.heights = [len(block) * self.leading for block in self.blocks]
         self.height = max(self.heights, default=0)
         self.width = math.ceil(max((self.font.getlength(line) for b in self.blocks for line in b), default=0))
@@ -259,27 +274,36 @@ def _font(size: int, ascii_only: bool) -> ImageFont.FreeTypeFont:
 def _balanced(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Wrap to `width`, then as much narrower as costs no further line: no last line of one short word."""
     lines = _wrap(text, font, width)
+    whole = [word for word in text.split() if font.getlength(word) <= width]
     for narrower in range(width - 4, 0, -4):
         attempt = _wrap(text, font, narrower)
-        if len(attempt) > len(lines) or any(font.getlength(word) > narrower for word in text.split()):
+        if len(attempt) > len(lines) or any(font.getlength(word) > narrower for word in whole):
             break
         lines = attempt
     return lines
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Greedy lines of at most `width` pixels; a word that is wider alone is broken between letters."""
+    """Greedy lines of at most `width` pixels; a word that is wider alone is broken at a mark such as _, or else anywhere."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += " " + word
             continue
         lines.append("")
-        for letter in word:
-            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+        for piece in _pieces(word):
+            if lines[-1] and font.getlength(lines[-1] + piece) > width:
                 lines.append("")
-            lines[-1] += letter
+            for letter in piece:
+                if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                    lines.append("")
+                lines[-1] += letter
     return lines
+
+
+def _pieces(text: str) -> list[str]:
+    """The words of a text, and those of a file name: parted behind each _, -, / and before each dot."""
+    return [piece for word in text.split() for piece in re.findall(r"\.?[^_/.-]*[_/-]*", word) if piece]
 
 
 def _scale(image: Image.Image, tile: int) -> Image.Image:

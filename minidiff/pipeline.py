@@ -9,7 +9,6 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.adapters import inject, textual_inversion
-from minidiff.call import Draw, as_list, check_output_type, noise_source, pairs
+from minidiff.call import Draw, as_list, at_strengths, check_output_type, loras_of, noise_source, pairs
 from minidiff.canvas import Canvas, blank, on_picture
 from minidiff.config import NoiseConfig
 from minidiff.diffusion.guidance import guided
@@ -29,7 +28,8 @@ from minidiff.errors import SettingsError
 from minidiff.files import embeddings, lora
 from minidiff.images import to_pil
 from minidiff.model_files import check_parts_fit, read_folder, read_single_file, write_folder
-from minidiff.models.text import encode_prompt
+from minidiff.models.prompt import Prompt, parse_prompt
+from minidiff.models.text import LENGTH, count_chunks, encode_prompt
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.models.vae import AutoencoderKL, sample_posterior
 from minidiff.nonfinite import checked
@@ -152,8 +152,10 @@ class StableDiffusionPipeline:
         `strength` is 1 if nothing is said. `clip_skip` leaves out so many of the text encoder's last layers.
         """
         check_output_type(output_type)
-        prompts, negatives = pairs(prompt, negative_prompt, num_images_per_prompt, prompt_embeds)
-        with self.loras_of(prompts):
+        prompts, negatives = (
+            list(map(parse_prompt, texts)) for texts in pairs(prompt, negative_prompt, num_images_per_prompt, prompt_embeds)
+        )
+        with at_strengths(self.adapted, loras_of(prompts)):
             text, no_text = self.embedded(prompts, negatives, clip_skip, prompt_embeds, negative_prompt_embeds)
             pictures = None if image is None else as_pictures(image, len(text))
             if pictures is not None:
@@ -203,27 +205,37 @@ class StableDiffusionPipeline:
 
     def embedded(
         self,
-        prompts: list[str],
-        negatives: list[str],
+        prompts: Sequence[Prompt],
+        negatives: Sequence[Prompt],
         clip_skip: int,
         prompt_embeds: Tensor | None,
         negative_prompt_embeds: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Prompts and negative prompts as (B, 77 k, D), with the same k; what is given already is taken as it is."""
-        text = self.encode_prompt(prompts) if prompt_embeds is None else prompt_embeds.to(self.device, self.dtype)
-        if negative_prompt_embeds is not None:
-            return text, negative_prompt_embeds.to(self.device, self.dtype)
-        return text, self.encode_prompt(negatives)
+        text, no_text = (None if x is None else x.to(self.device, self.dtype) for x in (prompt_embeds, negative_prompt_embeds))
+        k = max(x.shape[1] // LENGTH for x in (text, no_text) if x is not None) if (text, no_text) != (None, None) else 1
+        k = max(k, count_chunks(self.tokenizer, [*prompts, *negatives], self.placeholders))
+        text = self.encode_prompt(prompts, clip_skip, k) if text is None else text
+        no_text = self.encode_prompt(negatives, clip_skip, k) if no_text is None else no_text
+        if text.shape[1:] != no_text.shape[1:]:
+            raise SettingsError(f"prompt_embeds are {tuple(text.shape)} and the negative ones {tuple(no_text.shape)}; they must match.")
+        return text, no_text
 
-    @contextmanager
-    def loras_of(self, prompts: list[str]) -> Iterator[None]:
-        yield
+    def encode_prompt(self, prompts: Sequence[str | Prompt], clip_skip: int = 0, chunks: int = 1) -> Tensor:
+        """Prompts in the prompt language -> (B, 77 k, D) in the U-Net's dtype, k >= `chunks`; each distinct one is encoded once.
 
-    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> (B, 77, D) in the U-Net's dtype; each distinct one is encoded once."""
-        distinct = list(dict.fromkeys(prompts))
-        rows = encode_prompt(self.tokenizer, self.text_encoder, distinct, self.placeholders)
-        return rows[[distinct.index(p) for p in prompts]].to(self.dtype)
+        LoRA tags are left to `__call__`.
+        """
+        parsed = [parse_prompt(p) if isinstance(p, str) else p for p in prompts]
+        distinct = list(dict.fromkeys(parsed))
+        rows = encode_prompt(
+            self.tokenizer, self.text_encoder, distinct, self.placeholders, clip_skip=clip_skip, chunks=chunks
+        )
+        return rows[[distinct.index(p) for p in parsed]].to(self.dtype)
+
+    def encode_captions(self, captions: Sequence[str]) -> Tensor:
+        """Captions as training reads them, without the prompt language and cut off at 75 tokens -> (B, 77, D)."""
+        return encode_prompt(self.tokenizer, self.text_encoder, captions, self.placeholders).to(self.dtype)
 
     def encode_pictures(self, pictures: Tensor, noise: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, h, w), drawn from the VAE's posterior with `noise`."""

@@ -272,6 +272,40 @@ def test_labels_are_never_cut_off(label: str, monkeypatch: pytest.MonkeyPatch) -
             assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] + 1 or b[3] <= a[1] + 1, "two lines overlap"
 
 
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_one_type_for_all_labels_and_captions(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the longest label asks for, all are as large; and a caption stands under its own picture."""
+    drawn: list[tuple[str, float, float, float]] = []
+    original = ImageDraw.ImageDraw.text
+
+    def text(self: ImageDraw.ImageDraw, xy: tuple[float, float], line: str, **options: object) -> None:
+        drawn.append((line, options["font"].size, *xy))  # type: ignore[attr-defined]
+        original(self, xy, line, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    pictures = [[Image.new("RGB", (8, 8), "red")] * count, [Image.new("RGB", (8, 8), "red")]]
+    captions = [[f"p{i}" for i in range(count)], ["last"]]
+    labels = ["pytorch_lora_weights.safetensors", "b"], ["a label"] * count
+    sheet = contact_sheet(pictures, *labels, tile=128, captions=captions)
+    assert len({size for _, size, *_ in drawn}) == 1 and drawn[0][1] >= 11
+    red = (np.array(sheet) == (255, 0, 0)).all(-1)
+    for line, _, x, y in drawn:
+        if line in ("last", *captions[0]):
+            assert red[: int(y), int(x)].any() and not red[int(y) : int(y) + 20, int(x)].any()
+
+
+def test_file_names_part_at_their_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, xy, line, **options: lines.append(line))
+    contact_sheet([[Image.new("RGB", (8, 8))]], ["pytorch_lora_weights.safetensors"], tile=160)
+    assert len(lines) > 1 and all(line.endswith("_") or following.startswith(".") for line, following in zip(lines, lines[1:]))
+
+
+def test_captions_that_do_not_fit_the_grid() -> None:
+    with pytest.raises(ValueError, match=r"captions, \[1\] in the rows"):
+        contact_sheet([[Image.new("RGB", (8, 8))] * 2], captions=[["a"]])
+
+
 def test_mixed_sizes_and_ragged_rows() -> None:
     wide, tall = Image.new("RGB", (40, 20), "red"), Image.new("RGB", (20, 40), "red")
     sheet = contact_sheet([[wide, tall], [tall]], tile=40)

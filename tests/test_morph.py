@@ -109,7 +109,7 @@ def pipe(tiny_folder: Path) -> StableDiffusionPipeline:
 @pytest.mark.parametrize(
     "keys",
     [
-        [Keyframe(DOG, 0), Keyframe(CAT, 5), Keyframe(DOG, 9)],
+        [Keyframe("a (red:1.3) dog", 0), Keyframe(CAT, 5), Keyframe(DOG, 9)],
         [Keyframe(DOG, 0), Keyframe(DOG, 1)],
         [Keyframe(DOG, 3), Keyframe(CAT, 3)],
     ],
@@ -175,6 +175,20 @@ def test_keyframes_that_do_not_fit_are_told_before_anything_is_drawn() -> None:
     ):
         with pytest.raises(SettingsError, match=message):
             morph(Loop(2), noises, texts, never)
+
+
+def test_keyframes_beside_a_long_negative_prompt(pipe: StableDiffusionPipeline) -> None:
+    """Its chunks count for the prompt too; else the two halves of guidance would differ in length."""
+    keys, negative = [Keyframe(DOG, 0), Keyframe(CAT, 1)], "red " * 80
+    noises, texts = keyframe_tensors(pipe, keys, 16, 32, clip_skip=1, negative_prompt=negative)
+    options = {"num_inference_steps": 2, "negative_prompt": negative, "height": 16, "width": 32, "clip_skip": 1}
+    frame = pipe(prompt_embeds=texts[1], latents=noises[1], **options).images[0]
+    assert frame.tobytes() == pipe(CAT, seed=1, **options).images[0].tobytes()
+
+
+def test_keyframes_name_no_lora(pipe: StableDiffusionPipeline) -> None:
+    with pytest.raises(SettingsError, match="names a LoRA"):
+        keyframe_tensors(pipe, [Keyframe("a dog <lora:x:1>", 0), Keyframe(DOG, 0)])
 
 
 def test_samplers_that_draw_fresh_noise_need_one_seed() -> None:

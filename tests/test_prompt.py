@@ -181,6 +181,15 @@ def test_warnings_name_the_column_and_what_to_do(prompt: str, columns: str, says
         parse_prompt(prompt)
 
 
+def test_a_warning_is_said_once_whoever_parses() -> None:
+    """A command and the pipeline both parse what they are given."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        parse_prompt("a (dog said once")
+        parse_prompt("a (dog said once")
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize("prompt", [prompt for prompt, _ in A1111 if prompt.count("(") == prompt.count(")")] + ["(a :)"])
 def test_nothing_is_said_of_good_prompts(prompt: str) -> None:
     assert not notes(prompt)

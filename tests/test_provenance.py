@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import minidiff
+from minidiff import drawing
 from minidiff.errors import DataError, SettingsError
 from minidiff.files.embeddings import save_embedding
 from minidiff.files.lora import save_lora
@@ -24,7 +25,7 @@ from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.studio import hashes, replay
 from minidiff.studio.foreign import read_a1111
 from minidiff.studio.hashes import HASHES, cache_file, model_sha256, remember_place, remembered_place, sha256_of
-from minidiff.studio.provenance import NOT_PIXELS, TEXTS, chunks, parameters, public_path, recipe
+from minidiff.studio.provenance import NOT_PIXELS, TEXTS, chunks, parameters, public_path, recipe, with_named_loras
 from minidiff.studio.replay import check_origin, read_origin
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -41,30 +42,27 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def load(s: Sample) -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline.from_pretrained(s.pretrained_model_name_or_path)
-    pipe.set_progress_bar_config(disable=True)
-    for i, path in enumerate(s.lora):
-        pipe.load_lora_weights(path, adapter_name=f"lora{i}")
-    if s.lora:
-        pipe.set_adapters([f"lora{i}" for i in range(len(s.lora))], s.lora_weight or [1.0] * len(s.lora))
-    for path in s.textual_inversion:
-        pipe.load_textual_inversion(path)
-    return pipe
-
-
 def draw(s: Sample, path: str | Path) -> Image.Image:
     """As `minidiff sample` does."""
-    pipe = load(s)
-    how: dict[str, Any] = {"num_inference_steps": s.num_inference_steps, "guidance_scale": s.guidance_scale}
-    image = pipe(s.prompt or "", s.negative_prompt, seed=[s.seed], sampler=s.sampler, width=s.width, height=s.height, **how)
-    save_png(image.images[0], path, chunks(s, pipe, s.seed, image.images[0]))
+    pipe = drawing.load(s, [s.prompt or ""])
+    pipe.set_progress_bar_config(disable=True)
+    image = drawing.draw(pipe, s, s.prompt)
+    save_png(image, path, chunks(s, pipe, s.seed, image))
     return Image.open(path)
+
+
+def load(s: Sample) -> StableDiffusionPipeline:
+    return drawing.load(s, [])
 
 
 def settings(model: Path, **changes: Any) -> Sample:
     plain = Sample(prompt="a red dog", pretrained_model_name_or_path=str(model), num_inference_steps=2, seed=7)
     return replace(plain, **changes)
+
+
+def again(s: Sample, **changes: Any) -> Sample:
+    """What the picture of these settings gives back."""
+    return replace(s, output="picture-again.png", device="cpu", torch_dtype="float32", **changes)
 
 
 def altered(path: str, **changes: Any) -> None:
@@ -96,10 +94,9 @@ def test_the_same_pixels_again(tiny_folder: Path, home: Path) -> None:
     first = settings(tiny_folder, lora=(lora,), lora_weight=(0.7,), textual_inversion=(word,), prompt="a <toy>, sks", **drawn)
     image = draw(first, "picture.png")
     origin = read_origin("picture.png")
-    assert origin.settings == replace(first, output="picture-again.png", device="cpu", torch_dtype="float32")
+    assert origin.settings == again(first)
     assert check_origin(origin, origin.settings) == []
-    again = draw(origin.settings, "again.png")
-    assert again.tobytes() == image.tobytes() and len(set(image.tobytes())) > 20
+    assert draw(origin.settings, "again.png").tobytes() == image.tobytes() and len(set(image.tobytes())) > 20
     assert read_png_text("again.png") == read_png_text("picture.png")
     other = replay.replay("picture.png", {"seed": 8, "lora": (), "lora_weight": ()})
     assert other.seed == 8 and other.lora == () and draw(other, "other.png").tobytes() != image.tobytes()
@@ -147,36 +144,59 @@ def test_every_setting_is_sorted() -> None:
 
 @dataclass(frozen=True)
 class Later(Sample):
-    """Settings that another version has; by reflection, what the dataclass has, the recipe has."""
+    """A setting that another version has; by reflection, what the dataclass has, the recipe has."""
 
-    image: str | None = None
-    strength: float | None = None
-    clip_skip: int = 0
-    use_karras_sigmas: bool | None = None
     extra: tuple[float, ...] = ()
 
 
-def test_new_settings_are_stored_and_read_at_once(tiny_folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Image.new("RGB", (32, 32), "red").save(home / "input.png")
-    plain = {f.name: getattr(settings(tiny_folder), f.name) for f in fields(Sample)}
-    new: dict[str, Any] = {"image": str(home / "input.png"), "strength": 0.6, "clip_skip": 1, "use_karras_sigmas": True}
-    s = Later(**plain | new | {"extra": (0.1, 2.0), "sampler": "euler"})
+def test_a_new_setting_is_stored_and_read_at_once(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = Later(**{f.name: getattr(settings(tiny_folder), f.name) for f in fields(Sample)}, extra=(0.1, 2.0))
     pipe, image = load(s), Image.new("RGB", (32, 32))
     assert set(recipe(s, pipe, 7, (32, 32))["settings"]) == {f.name for f in fields(Later)} - set(NOT_PIXELS)
     save_png(image, "picture.png", chunks(s, pipe, 7, image))
+    assert any("extra: [0.1, 2.0]" in note for note in read_origin("picture.png").notes)  # by a version without it
+    monkeypatch.setattr(replay, "Sample", Later)
+    assert read_origin("picture.png").settings == again(s, sampler="ddim")
+
+
+def test_from_a_picture_and_a_mask(tiny_folder: Path, home: Path) -> None:
+    Image.effect_noise((32, 32), 90).convert("RGB").save(home / "input.png")
+    Image.new("L", (32, 32), 0).save(home / "mask.png")
+    with Image.open(home / "mask.png") as mask:
+        mask.paste(255, (0, 0, 16, 32))
+        mask.save(home / "mask.png")
+    new: dict[str, Any] = {"image": str(home / "input.png"), "mask_image": str(home / "mask.png"), "strength": 0.6}
+    s = settings(tiny_folder, num_inference_steps=5, clip_skip=1, use_karras_sigmas=True, sampler="euler", **new)
+    drawn = draw(s, "picture.png")
     texts = read_png_text("picture.png")
     assert "Euler, Schedule type: Karras" in texts["parameters"] and "strength: 0.6, Clip skip: 2" in texts["parameters"]
-    assert json.loads(texts["minidiff"])["settings"]["image"] == "input.png"
-    with monkeypatch.context() as patch:
-        patch.setattr(replay, "Sample", Later)
-        origin = read_origin("picture.png")
-        assert origin.settings == replace(s, output="picture-again.png", device="cpu", torch_dtype="float32")
-        Image.new("RGB", (32, 32), "blue").save(home / "input.png")
-        assert "input.png is not the file" in check_origin(origin, origin.settings)[0]
-        (home / "input.png").unlink()
-        with pytest.raises(SettingsError, match="--image"):
-            check_origin(origin, origin.settings)
-    assert any("extra: [0.1, 2.0]" in note for note in read_origin("picture.png").notes)  # by a version without it
+    stored = json.loads(texts["minidiff"])["settings"]
+    assert (stored["image"], stored["mask_image"]) == ("input.png", "mask.png")
+    origin = read_origin("picture.png")
+    assert origin.settings == again(s) and draw(origin.settings, "again.png").tobytes() == drawn.tobytes()
+    Image.new("RGB", (32, 32), "blue").save(home / "input.png")
+    assert "input.png is not the file" in check_origin(origin, origin.settings)[0]
+    (home / "input.png").unlink()
+    with pytest.raises(SettingsError, match="--image"):
+        check_origin(origin, origin.settings)
+
+
+def test_loras_that_the_prompt_names(tiny_folder: Path, home: Path) -> None:
+    """They are stored as files like those of --lora, and drawn at the prompt's weight, wherever they lay."""
+    adapters(tiny_folder, home / "outputs.v1")
+    s = settings(tiny_folder, prompt="a red dog <lora:ink:0.6>", lora_dir=str(home / "outputs.v1"))
+    drawn = draw(s, "picture.png")
+    texts = read_png_text("picture.png")
+    assert texts["parameters"].startswith("a red dog <lora:ink:0.6>\nSteps") and 'Lora hashes: "ink: ' in texts["parameters"]
+    assert json.loads(texts["minidiff"])["settings"]["lora"] == ["ink.safetensors"]
+    origin = read_origin("picture.png")
+    assert origin.settings.lora == (str(home / "outputs.v1" / "ink.safetensors"),) and origin.settings.lora_weight == (0.6,)
+    assert draw(origin.settings, "again.png").tobytes() == drawn.tobytes()
+    assert draw(replace(origin.settings, prompt="a red dog"), "flag.png").tobytes() == drawn.tobytes()
+    bare = replace(origin.settings, prompt="a red dog", lora=(), lora_weight=())
+    assert draw(bare, "bare.png").tobytes() != drawn.tobytes()
+    with pytest.raises(SettingsError, match="--lora_dir"):
+        with_named_loras(replace(s, prompt="<lora:chalk>"), "<lora:chalk>")
 
 
 # ------------------------------------------------------------------------------------------------------- what differs

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from minidiff.errors import DataError, SettingsError
-from minidiff.flags import Sampling
+from minidiff.flags import Sampling, Sheet
 from minidiff.images import contact_sheet
 from minidiff.studio import sheets
 from minidiff.studio.sheets import Axis, contact_sheet_of, gallery, parse_axis
@@ -48,7 +48,7 @@ def picture(settings: Settings) -> Image.Image:
         ("guidance = 2 , 3", (2.0, 3.0), ["guidance 2", "guidance 3"]),
         ("seed=0..3", (0, 1, 2, 3), ["seed 0", "seed 1", "seed 2", "seed 3"]),
         ("seed=-1..0,7", (-1, 0, 7), ["seed -1", "seed 0", "seed 7"]),
-        ("sampler=ddim,none", ("ddim", None), ["ddim", "sampler: the model's own"]),
+        ("sampler=ddim,none", ("ddim", None), ["ddim", "default sampler"]),
         ("num-inference-steps=1,25", (1, 25), ["1 step", "25 steps"]),
         ("steps=4", (4,), ["4 steps"]),
         ("lora_weight=0,0.5+1", ((0.0,), (0.5, 1.0)), ["LoRA weight 0", "LoRA weight 0.5 + 1"]),
@@ -69,6 +69,8 @@ def test_prompts_may_hold_commas() -> None:
     prompts = ["a dog, red", "a cat"]
     assert parse_axis("prompt", Settings, prompts) == Axis("prompt", ("a dog, red", "a cat"))
     assert parse_axis("prompt", Settings, prompts).labels == prompts
+    many = parse_axis("prompts", Sheet, ["a dog, red/blue"])  # a command's settings may have several prompts
+    assert many == Axis("prompts", (("a dog, red/blue",),)) and many.labels == ["a dog, red/blue"]
 
 
 def test_every_setting_of_sampling_can_be_an_axis() -> None:

@@ -184,10 +184,12 @@ def test_new_words_have_the_tokens_of_their_vectors(pipe: StableDiffusionPipelin
     assert [(word.text, word.positions) for word in words] == [("a", (1,)), ("<new>", (2, 3, 4)), ("dog", (5,))]
 
 
-@pytest.mark.filterwarnings("ignore:the prompt is")
-def test_words_that_clip_does_not_read_are_left_out(pipe: StableDiffusionPipeline) -> None:
-    words = words_of(pipe.tokenizer, "red " * 100)
-    assert len(words) == 75 and words[-1].positions == (75,)
+def test_words_of_the_prompt_language(pipe: StableDiffusionPipeline) -> None:
+    """Weights are no words; BREAK and a full chunk go on behind the marks of the next one, at 77 and 154."""
+    words = words_of(pipe.tokenizer, "a (red:1.3) dog BREAK beach " + "red " * 80)
+    assert [word.text for word in words[:5]] == ["a", "red", "dog", "beach", "red"]
+    assert [word.positions for word in words[:5]] == [(1,), (2,), (3,), (78,), (79,)]
+    assert [word.positions for word in words[77:80]] == [(77 + 75,), (154 + 1,), (154 + 2,)]
 
 
 @pytest.mark.parametrize("latent", [(8, 8), (5, 7), (64, 48), (9, 2)])

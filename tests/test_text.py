@@ -132,7 +132,7 @@ def test_a_prompt_is_the_same_alone_and_in_a_batch(tokenizer: CLIPTokenizer) -> 
 
 # --- chunks ------------------------------------------------------------------------------------------------------------
 
-PLACEHOLDERS = {"<dog>": [1001, 1002, 1003]}
+PLACEHOLDERS = {"<dog>": [1001, 1002, 1003], "<long>": list(range(1100, 1160))}
 
 
 @pytest.mark.parametrize(
@@ -159,6 +159,7 @@ PLACEHOLDERS = {"<dog>": [1001, 1002, 1003]}
         ("red " * 73 + "<dog> beach", [73, 4]),  # a word of three vectors stays together
         ("red " * 60 + ", " + "dog " * 13 + "<dog>", [74, 3]),
         ("red " * 60 + ", " + "dog " * 14 + "<dog>", [61, 17]),
+        ("red " * 55 + ", " + "dog " * 19 + "<long>", [56, 19, 60]),  # what moved on and the word do not fit together
     ],
 )
 def test_where_chunks_end(tokenizer: CLIPTokenizer, prompt: str, lengths: list[int]) -> None:
@@ -258,10 +259,10 @@ def test_prompt_weights_of_a1111(tokenizer: CLIPTokenizer) -> None:
     tower = with_mean(encoder(tokenizer))
     z = encode_prompt(tokenizer, tower, ["a red dog on the beach"])[0]
     weights = torch.ones(77)
-    weights[2:4], weights[6] = 1.4, 0.5
+    weights[1:4], weights[6] = 1.4, 0.5
     want = z * weights[:, None]
     want = want * (z.mean() / want.mean())
-    got = encode_prompt(tokenizer, tower, parsed("a (red dog:1.4) on the (beach:0.5)"))[0]
+    got = encode_prompt(tokenizer, tower, parsed("(a red dog:1.4) on the (beach:0.5)"))[0]
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(got.mean(), z.mean())
     assert not torch.allclose(got[2], z[2], rtol=0.05) and not torch.equal(got[0], z[0])
@@ -275,16 +276,13 @@ def test_the_mean_is_that_of_each_chunk(tokenizer: CLIPTokenizer) -> None:
         torch.testing.assert_close(chunk, encode_prompt(tokenizer, tower, parsed(prompt))[0])
 
 
-@pytest.mark.parametrize(("mean", "weight"), [(0.0, 1.4), (1e-4, 1.4), (0.05, -20.0), (0.05, 0.0), (1e-3, 2.0)])
+@pytest.mark.parametrize(("mean", "weight"), [(0.0, 1.4), (1e-4, 1.4), (0.05, -20.0), (-0.3, -100.0)])
 def test_a_mean_that_is_chance_is_not_restored(tokenizer: CLIPTokenizer, mean: float, weight: float) -> None:
     """The quotient of such means can be anything; all states would be blown up or turned around, the marks' too."""
     tower = with_mean(encoder(tokenizer), mean)
     z = encode_prompt(tokenizer, tower, ["a red dog"])[0]
     got = encode_prompt(tokenizer, tower, [Prompt(((Part("a ", 1.0), Part("red dog", weight)),))])[0]
-    if weight != 0.0:
-        torch.testing.assert_close(got, torch.cat([z[:2], z[2:4] * weight, z[4:]]))
-    else:  # nothing is wrong here: the mean is restored, and is near
-        assert torch.equal(got[2:4], torch.zeros(2, 16)) and 0.5 < float((got[0] / z[0]).mean()) < 2
+    torch.testing.assert_close(got, torch.cat([z[:2], z[2:4] * weight, z[4:]]))
 
 
 def test_gradients_flow_through_chunks_and_weights(tokenizer: CLIPTokenizer) -> None:

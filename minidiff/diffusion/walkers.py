@@ -79,7 +79,7 @@ def pndm(run: Run) -> Iterator[Visit]:
 def lcm(run: Run) -> Iterator[Visit]:
     """Latent consistency models (2310.04378): jump to x0 at once, add fresh noise of a lower level, jump again.
 
-    For models and LoRAs distilled to answer in a few steps; others give a blur.
+    For models and LoRAs that were distilled to know where the jump ends.
     """
     x = run.x
     for i, (t, a_bar, a_bar_prev) in enumerate(run.grid):

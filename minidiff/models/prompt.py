@@ -95,7 +95,8 @@ def parse_prompt(prompt: str) -> Prompt:
         for i, piece in enumerate(others):
             sections.append([Part(piece.lstrip() if i == len(others) - 1 else piece.strip(), weight)])
     for kind, columns in sorted(reading.notes.items()):
-        warnings.warn(f"{_place(prompt, sorted(columns))}: {NOTES[kind]}", stacklevel=2)
+        where = _place(prompt, sorted(columns))
+        warnings.warn(f"{where}: {NOTES[kind]}", stacklevel=1)  # from here, whoever asks: so Python says it once
     return Prompt(tuple(map(_merged, sections)), tuple(reading.loras))
 
 

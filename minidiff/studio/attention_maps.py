@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from minidiff.errors import SettingsError
 from minidiff.models.attention import CrossAttention
-from minidiff.models.text import token_ids, tokenize
+from minidiff.models.prompt import parse_prompt
+from minidiff.models.text import LENGTH, chunked, token_ids
 from minidiff.studio.filmstrip import in_one_piece
 from minidiff.studio.sheets import gallery
 
@@ -117,15 +118,16 @@ class Word:
 
 
 def words_of(tokenizer: "CLIPTokenizer", prompt: str, placeholders: Mapping[str, Sequence[int]] = {}) -> list[Word]:
-    """The words of a prompt, between spaces, each with all of its tokens; what CLIP cuts off is left out."""
-    (ids,) = tokenize(tokenizer, [prompt], placeholders).tolist()
-    free = [i for i, token in enumerate(ids[: ids.index(tokenizer.eos_token_id)]) if token != tokenizer.bos_token_id]
+    """The words of a prompt, between spaces, each with all of its tokens; without the weights and marks of the language."""
+    parsed = parse_prompt(prompt)
+    chunks = chunked(tokenizer, parsed, placeholders)
+    free = [LENGTH * i + 1 + j for i, chunk in enumerate(chunks) for j in range(len(chunk))]  # each starts with a mark
     words = []
-    for text in prompt.split():
+    for text in (word for section in parsed.sections for part in section for word in part.text.split()):
         count = len(token_ids(tokenizer, text, placeholders))
         own, free = free[:count], free[count:]
         name = re.sub(r"^[^\w<]+|[^\w>]+$", "", text)
-        if own and name:
+        if name:
             words.append(Word(name, tuple(own)))
     return words
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from minidiff.diffusion.samplers import SAMPLERS
 from minidiff.errors import DataError
-from minidiff.studio.foreign import GIVE_MODEL, Reading, clean, listing, shown, take
+from minidiff.studio.foreign import GIVE_MODEL, Reading, clean, listing, needs_picture, shown, take
 
 OURS = {  # ComfyUI's name -> ours
     "ddpm": "ddpm",
@@ -131,8 +131,6 @@ def _sampler(graph: Graph, name: str, settings: dict[str, object], left: list[st
         settings["use_karras_sigmas"] = schedule == "karras"
     if schedule not in ("normal", "karras" if karras else "ddim_uniform"):
         left.append(f"scheduler: {shown(schedule)}")
-    if (denoise := graph.value(inputs.get("denoise", 1), "denoise")) != 1:
-        take(settings, left, "strength", denoise, "denoise")
     if inputs.get("start_at_step") or inputs.get("add_noise") == "disable":
         left.append("start_at_step, add_noise")
 
@@ -148,7 +146,7 @@ def _size(graph: Graph, name: str, settings: dict[str, object], left: list[str],
         elif "VAEEncode" in graph.kind(node):
             if source := graph.linked(inputs.get("pixels")):
                 graph.seen.add(source)
-            notes.append("it was made from another picture, which it does not hold: give it with --image")
+            notes.append(needs_picture(graph.value(graph.inputs(name).get("denoise", 1), "denoise")))
 
 
 def _text(graph: Graph, name: str, side: str, settings: dict[str, object], left: list[str], notes: list[str]) -> str:

@@ -94,7 +94,6 @@ LIMITS = {  # by our setting: the least, the most, whole numbers only
     "width": (8, 8192, True),
     "height": (8, 8192, True),
     "clip_skip": (0, 11, True),
-    "strength": (1e-6, 1, False),
     "eta": (0, 1, False),
 }
 
@@ -172,12 +171,9 @@ def read_a1111(text: str) -> Reading:
     _sampler(values, settings, left)
     if settings.get("sampler") == "ddim" and (eta := values.pop("Eta DDIM", values.pop("Eta", None))):
         take(settings, left, "eta", eta, "Eta")
-    strength = [] if any(key.startswith("Hires") for key in values) else [values.pop("Denoising strength", None)]
-    for value in filter(None, strength):
-        take(settings, left, "strength", value, "Denoising strength")
     notes = [*_models(values), *networks]
-    if "strength" in settings:
-        notes.append("it was made from another picture, which it does not hold: give it with --image")
+    if "Denoising strength" in values and not any(key.startswith("Hires") for key in values):
+        notes.append(needs_picture(values.pop("Denoising strength")))
     rest = [f"{key}: {value}" for key, value in values.items() if key not in ("Version", "Schedule type")]
     if left or rest:
         notes.append(f"not taken over, because minidiff has no counterpart: {listing([*left, *rest])}")
@@ -252,6 +248,13 @@ GIVE_MODEL = ": give yours with --pretrained_model_name_or_path"
 
 
 TAG = re.compile(r"<(lora|lyco|hypernet):([^<>:]*)(?::([^<>]*))?>", re.IGNORECASE)
+
+
+def needs_picture(strength: object) -> str:
+    """A note for image to image. (--strength without a picture would be an error, so it is not taken over.)"""
+    return (
+        f"it was made from another picture, which it does not hold: give it with --image and --strength {shown(strength, 20)}"
+    )
 
 
 def without_networks(prompt: str) -> tuple[str, list[str]]:

@@ -26,6 +26,8 @@ from minidiff.call import noise_source
 from minidiff.diffusion.interpolation import lerp, slerp
 from minidiff.errors import MinidiffError, SettingsError, did_you_mean
 from minidiff.images import write_whole
+from minidiff.models.prompt import parse_prompt
+from minidiff.models.text import count_chunks
 
 if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusionPipeline
@@ -87,12 +89,25 @@ def eased(t: float) -> float:
 
 
 def keyframe_tensors(
-    pipe: "StableDiffusionPipeline", keyframes: Sequence[Keyframe], height: int | None = None, width: int | None = None
+    pipe: "StableDiffusionPipeline",
+    keyframes: Sequence[Keyframe],
+    height: int | None = None,
+    width: int | None = None,
+    clip_skip: int = 0,
+    negative_prompt: str = "",
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The noises (1, C, H, W) and encoded prompts (1, S, D) that `pipe(prompt, seed=…)` would begin with, one by one."""
+    """The noises (1, C, H, W) and encoded prompts (1, S, D) that `pipe(prompt, seed=…)` would begin with, one by one.
+
+    `negative_prompt` counts where it is longer than 75 tokens: S is that of the longer of the two.
+    """
+    if any(parse_prompt(key.prompt).loras for key in keyframes):
+        raise SettingsError(
+            "a keyframe's prompt names a LoRA, and no way leads from one to another. Attach it for all, by --lora."
+        )
     shape = pipe.latent_shape(1, height, width)
     noises = [noise_source(shape, key.seed, None)("latents") for key in keyframes]
-    return noises, [pipe.encode_prompt([key.prompt]) for key in keyframes]
+    chunks = count_chunks(pipe.tokenizer, [parse_prompt(negative_prompt)], pipe.placeholders)
+    return noises, [pipe.encode_prompt([key.prompt], clip_skip, chunks) for key in keyframes]
 
 
 def morph(
@@ -193,7 +208,7 @@ def one_palette(pictures: Sequence[Image.Image]) -> list[Image.Image]:
     sample = [pictures[i] for i in sorted({round(i * (len(pictures) - 1) / 31) for i in range(32)})]
     pixels = np.concatenate([np.asarray(picture).reshape(-1, 3) for picture in sample])
     every = pixels[:: max(1, len(pixels) // 500_000)]
-    palette = Image.fromarray(every[None]).quantize(256, Image.Quantize.MEDIANCUT, kmeans=1)
+    palette = Image.fromarray(every[None]).quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
     width, height = pictures[0].size
     dots = np.tile(bayer(8) - 0.5, (height // 8 + 1, width // 8 + 1))[:height, :width, None]
     plain = np.asarray(nearest(every[None], palette).convert("RGB"))[0]

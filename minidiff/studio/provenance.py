@@ -14,26 +14,31 @@ studio/hashes.py remembers the place, outside the picture. No date, no user, no 
 import json
 import os
 import platform
-from dataclasses import fields
-from pathlib import PureWindowsPath
-from typing import Any
+from dataclasses import fields, replace
+from pathlib import Path, PureWindowsPath
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 
 from minidiff import __version__
+from minidiff.call import adapter_name_of
+from minidiff.canvas import IMAGE_STRENGTH
 from minidiff.diffusion.samplers import SAMPLERS
+from minidiff.errors import SettingsError
 from minidiff.files.lora import find_lora
 from minidiff.flags import Sample, Sampling
 from minidiff.images import generation_text
 from minidiff.pipeline import StableDiffusionPipeline
-from minidiff.studio.foreign import SAMPLER_NAMES
+from minidiff.studio.foreign import SAMPLER_NAMES, TAG
 from minidiff.studio.hashes import HASHES, remember_place, sha256_of
 
+AnySampling = TypeVar("AnySampling", bound=Sampling)
 SCHEMA = 1
 CHUNK = "minidiff"  # the key of the text in the PNG
 TEXTS = ("prompt", "negative_prompt")
-NOT_PIXELS = ("output", "num_images_per_prompt", "device", "torch_dtype")  # the last two stand under "machine", as they were
+AS_IT_WAS = ("device", "torch_dtype")  # they stand under "machine", and say what was used, not what was asked for
+NOT_PIXELS = ("output", "num_images_per_prompt", "preview", "lora_dir", *AS_IT_WAS)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -42,7 +47,7 @@ NOT_PIXELS = ("output", "num_images_per_prompt", "device", "torch_dtype")  # the
 def chunks(settings: Sample, pipe: StableDiffusionPipeline, seed: int, image: Image.Image) -> dict[str, str]:
     """The texts of one picture, for `save_png`. `seed` is its own, and it must have been drawn alone: in a batch, matrix
     products round differently, and one value in ten thousand would differ by 1."""
-    about = recipe(settings, pipe, seed, image.size)
+    about = recipe(with_named_loras(settings, settings.prompt or ""), pipe, seed, image.size)
     text = parameters(settings, pipe, settings.prompt or "", seed, image)
     return {"parameters": text, CHUNK: json.dumps(about, separators=(",", ":"), allow_nan=False)}
 
@@ -53,7 +58,7 @@ def recipe(settings: Sample, pipe: StableDiffusionPipeline, seed: int, size: tup
     Paths in it are public (see above); private ones are remembered for this user under their hash.
     """
     values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in NOT_PIXELS}
-    values |= {"seed": seed, "sampler": settings.sampler or pipe.sampler}
+    values |= {"seed": seed, "sampler": settings.sampler or pipe.sampler, "strength": _strength(settings)}
     values["lora_weight"] = settings.lora_weight or (1.0,) * len(settings.lora)
     hashes: dict[str, str | list[str]] = {}
     for name, value in values.items():
@@ -73,6 +78,29 @@ def recipe(settings: Sample, pipe: StableDiffusionPipeline, seed: int, size: tup
         "versions": versions(),
         "machine": machine(pipe),
     }
+
+
+def with_named_loras(settings: AnySampling, prompt: str) -> AnySampling:
+    """The settings with the LoRAs that only the prompt names, <lora:dog:0.8>, as if --lora had given their files."""
+    given = {adapter_name_of(_title(path)) for path in settings.lora}
+    named = {name.strip(): float(weight or 1) for kind, name, weight in TAG.findall(prompt) if kind.lower() == "lora"}
+    found = {name: weight for name, weight in sorted(named.items()) if adapter_name_of(name) not in given}
+    paths = tuple(str(in_lora_dir(settings.lora_dir, name)) for name in found)
+    weights = settings.lora_weight or (1.0,) * len(settings.lora)
+    return replace(settings, lora=(*settings.lora, *paths), lora_weight=(*weights, *found.values()))
+
+
+def in_lora_dir(folder: str, name: str) -> Path:
+    """The file or folder of that name; SettingsError, with what is there, if there is none."""
+    for path in (Path(folder, name), Path(folder, f"{name}.safetensors")):
+        if Path(name).name == name and path.exists():
+            return path
+    there = (
+        sorted(path.name.removesuffix(".safetensors") for path in Path(folder).glob("*"))[:10] if Path(folder).is_dir() else []
+    )
+    raise SettingsError(
+        f'<lora:{name}>: no such file or folder in --lora_dir "{folder}"; there is {", ".join(there) or "nothing"}.'
+    )
 
 
 def versions() -> dict[str, str]:
@@ -119,6 +147,7 @@ def several(value: Any) -> list[Any]:
 
 def parameters(settings: Sampling, pipe: StableDiffusionPipeline, prompt: str, seed: int, image: Image.Image) -> str:
     """How a picture was made, in the words and the order of A1111, which reads it back."""
+    settings = with_named_loras(settings, prompt)
     sampler = settings.sampler or pipe.sampler
     loras = zip(map(_title, settings.lora), settings.lora_weight or (1.0,) * len(settings.lora))
     tags = [f"<lora:{name}:{weight:g}>" for name, weight in loras if f"<lora:{name}:" not in prompt]
@@ -128,12 +157,12 @@ def parameters(settings: Sampling, pipe: StableDiffusionPipeline, prompt: str, s
     said |= {"CFG scale": settings.guidance_scale, "Seed": seed, "Size": f"{image.width}x{image.height}"}
     said["Model hash"] = HASHES["pretrained_model_name_or_path"](settings.pretrained_model_name_or_path)[:10]
     said["Model"] = _title(settings.pretrained_model_name_or_path)
-    if getattr(settings, "image", None) and (strength := getattr(settings, "strength", None)) is not None:
-        said["Denoising strength"] = strength
-    if skipped := getattr(settings, "clip_skip", 0):
-        said["Clip skip"] = skipped + 1  # theirs counts from 1
-    if sampler == "ddim" and (eta := getattr(settings, "eta", 0.0)):
-        said["Eta DDIM"] = eta
+    if settings.image:
+        said["Denoising strength"] = _strength(settings)
+    if settings.clip_skip:
+        said["Clip skip"] = settings.clip_skip + 1  # theirs counts from 1
+    if sampler == "ddim" and settings.eta:
+        said["Eta DDIM"] = settings.eta
     if settings.lora:
         hashed = [f"{_title(path)}: {sha256_of(find_lora(path, None), data_only=True)[:12]}" for path in settings.lora]
         said["Lora hashes"] = ", ".join(hashed)
@@ -149,6 +178,12 @@ def _title(path: str) -> str:
     return os.path.basename(os.path.abspath(path)).removesuffix(".safetensors").replace(":", "").replace(",", "")
 
 
+def _strength(settings: Sampling) -> float | None:
+    """What is used where there is a picture to start from."""
+    if settings.strength is not None or not settings.image:
+        return settings.strength
+    return 1.0 if settings.mask_image else IMAGE_STRENGTH
+
+
 def _karras(settings: Sampling, pipe: StableDiffusionPipeline) -> bool:
-    asked = getattr(settings, "use_karras_sigmas", None)
-    return bool(getattr(pipe.noise_config, "use_karras_sigmas", False) if asked is None else asked)
+    return pipe.noise_config.use_karras_sigmas if settings.use_karras_sigmas is None else settings.use_karras_sigmas

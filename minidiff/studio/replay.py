@@ -159,10 +159,10 @@ def check_origin(origin: Origin, settings: Sample) -> list[str]:
             continue  # a flag wins
         for path, sha256 in zip(several(value) if value else [], hashes):
             if (here := _digest_at(name, path)) is None:
-                what = f"{shown(path)} (sha256 {sha256[:10]}…)"
+                what = f"{shown(path, 300)} (sha256 {sha256[:10]}…)"
                 raise SettingsError(f"{origin.path} was made with {what}, which is not here; give it with --{name}.")
             if here != sha256:
-                notes.append(f"{shown(path)} is not the file that {origin.path} was made with (sha256 {sha256[:10]}…).")
+                notes.append(f"{shown(path, 300)} is not the file that {origin.path} was made with (sha256 {sha256[:10]}…).")
     return notes + _differences(origin, settings)
 
 

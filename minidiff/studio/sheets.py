@@ -30,6 +30,7 @@ SHORT = {  # words that people say, and the settings that they mean
     "model": "pretrained_model_name_or_path",
 }
 PATHS = ("pretrained_model_name_or_path", "tokenizer", "lora", "textual_inversion")
+UNITS = {"num_inference_steps": "steps", "width": "wide", "height": "high"}  # said behind the number
 NEEDS_LOADING = (*PATHS, "torch_dtype", "device")
 S = TypeVar("S")
 
@@ -68,12 +69,12 @@ def parse_axis(text: str, kind: type, prompts: Sequence[str] = ()) -> Axis:
     name, equals, listed = (part.strip() for part in text.partition("="))
     name = name.replace("-", "_")
     name = SHORT.get(name, name)
+    hints = get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
     if name in ("prompt", "prompts"):
         if equals:
             raise SettingsError(f'"{text}": a prompt may hold commas; give the prompts themselves, and "prompt" as the axis.')
-        return Axis("prompt", tuple(prompts))
-    hints = get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]
+        return Axis("prompt", tuple(prompts)) if "prompt" in names else Axis("prompts", tuple((prompt,) for prompt in prompts))
     if name not in names:
         hint = did_you_mean(name, [*names, *SHORT])
         raise SettingsError(f'"{name}" is no setting, so it cannot be an axis.{hint} There are: {", ".join(names)}.')
@@ -133,23 +134,20 @@ def value_of(word: str, kind: Any, name: str) -> Any:
 
 def label(name: str, value: Any) -> str:
     """Such as "guidance 5", "25 steps", "euler_a", "seed 2"."""
-    says = {
-        "num_inference_steps": f"{shown(value)} step{'s' * (value != 1)}",
-        "guidance_scale": f"guidance {shown(value)}",
-        "width": f"{shown(value)} wide",
-        "height": f"{shown(value)} high",
-        "negative_prompt": f"not: {value}" if value else "no negative prompt",
-        "prompt": str(value),
-    }
+    words = name.removeprefix("use_").replace("_", " ").replace("karras", "Karras").replace("lora", "LoRA")
     if value is None:
-        return f"{name.replace('_', ' ')}: the model's own"
+        return f"default {words}"
     if isinstance(value, bool):
-        return f"{'with' if value else 'without'} {name.removeprefix('use_').replace('_', ' ').replace('karras', 'Karras')}"
-    if name in says:
-        return says[name]
-    if isinstance(value, str):
+        return f"{'with' if value else 'without'} {words}"
+    if name in ("prompt", "prompts"):
+        return value if isinstance(value, str) else " | ".join(value)
+    if name == "negative_prompt":
+        return f"not: {value}" if value else "no negative prompt"
+    if name in UNITS:
+        return f"{shown(value)} {UNITS[name] if value != 1 else UNITS[name].removesuffix('s')}"
+    if isinstance(value, str) or name in PATHS:
         return shown(value)
-    return shown(value) if name == "lora" else f"{name.replace('_', ' ').replace('lora', 'LoRA')} {shown(value)}"
+    return f"{'guidance' if name == 'guidance_scale' else words} {shown(value)}"
 
 
 def shown(value: Any) -> str:

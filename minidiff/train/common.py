@@ -77,7 +77,7 @@ def encoded(
 
 def text_of(pipe: StableDiffusionPipeline, live_text: bool) -> Callable[[list[str]], Tensor]:
     """Prompts -> (B, L, D) from the text encoder as it is now; or ids (B, L), to be encoded in each step."""
-    return (lambda prompts: tokenize(pipe.tokenizer, prompts, pipe.placeholders)) if live_text else pipe.encode_prompt
+    return (lambda prompts: tokenize(pipe.tokenizer, prompts, pipe.placeholders)) if live_text else pipe.encode_captions
 
 
 def training_side(pipe: StableDiffusionPipeline, settings: FineTuneSettings) -> tuple[int, int]:
@@ -162,7 +162,7 @@ def base_answer(
     """
     if not (settings.prior_from_base and has_prior(settings)):
         return None
-    words = pipe.encode_prompt([settings.class_prompt or ""])  # (1, L, D)
+    words = pipe.encode_captions([settings.class_prompt or ""])  # (1, L, D)
 
     def base(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         with as_base():

@@ -39,9 +39,9 @@ from minidiff.diffusion.guidance import guided
 from minidiff.diffusion.samplers import ddim
 from minidiff.diffusion.schedule import NoiseSchedule
 from minidiff.images import HAIRLINE, INK, PAPER, contact_sheet, to_pil, to_tensor
+from minidiff.layout import SD15_TEXT
 from minidiff.models.text import build_text_encoder, tokenize
 from minidiff.models.vae import sample_posterior
-from minidiff.pipeline import SD15_TEXT
 from minidiff.pocket.world import Picture, draw
 from minidiff.rng import normal
 

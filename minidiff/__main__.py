@@ -1,6 +1,16 @@
-"""`python -m minidiff` is the `minidiff` command."""
+"""The `minidiff` command; also `python -m minidiff`."""
 
-from minidiff.cli import main
+import sys
+
+
+def main() -> None:
+    """cli.main, which has an answer to Ctrl-C; so that there is one while it is being imported, too."""
+    try:
+        from minidiff.cli import main as command
+    except KeyboardInterrupt:
+        sys.exit(130)
+    command()
+
 
 if __name__ == "__main__":
     main()

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import index
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,10 @@ def check_seeds(seed: int | Sequence[int], count: int) -> list[int]:
 
 
 def pairs(
-    prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str] | None, per_prompt: int, embeds: Tensor | None = None
+    prompt: str | Sequence[str] | None,
+    negative_prompt: str | Sequence[str] | None,
+    per_prompt: int,
+    embeds: Tensor | None = None,
 ) -> tuple[list[str], list[str]]:
     """Each prompt `per_prompt` times, and a negative prompt for each; `embeds` (B, L, D) stand in for the prompts."""
     if per_prompt < 1:
@@ -81,18 +85,32 @@ def as_list(value: str | Sequence[str]) -> list[str]:
 
 
 def loras_of(prompts: Sequence[Prompt]) -> dict[str, float]:
-    """The adapters that <lora:NAME:weight> names, and their weights. A batch runs through one U-Net, so all must agree."""
+    """The adapters that <lora:NAME:weight> names, and their weights, added up where one is named twice, as in A1111.
+
+    A batch runs through one U-Net, so all of its prompts must agree.
+    """
     if len({prompt.loras for prompt in prompts}) > 1:
         raise SettingsError("the prompts of one call name different LoRAs; draw them one by one.")
-    named = prompts[0].loras
-    if len({name for name, _ in named}) < len(named):
-        raise SettingsError(f"a LoRA is named twice in the prompt ({', '.join(name for name, _ in named)}); name it once.")
-    return {adapter_name_of(name): weight for name, weight in named}
+    weights: dict[str, float] = {}
+    for name, weight in prompts[0].loras:
+        weights[adapter_name_of(name)] = weights.get(adapter_name_of(name), 0.0) + weight
+    return weights
 
 
 def adapter_name_of(name: str) -> str:
     """A file's name as an adapter's, which may have no dots: they part the names of modules."""
     return name.replace(".", "_")
+
+
+def in_lora_dir(folder: str, name: str) -> Path:
+    """The file or folder of that name; SettingsError, with what is there, if there is none. A name is no path."""
+    for path in (Path(folder, name), Path(folder, f"{name}.safetensors")):
+        if Path(name).name == name and path.exists():
+            return path
+    there = sorted(path.name.removesuffix(".safetensors") for path in Path(folder).glob("*"))[:10]
+    raise SettingsError(
+        f'<lora:{name}>: no such file or folder in --lora_dir "{folder}"; there is {", ".join(there) or "nothing"}.'
+    )
 
 
 @contextmanager

@@ -7,16 +7,19 @@ code 2; a traceback is a bug.
 import io
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tyro
 
 from minidiff.commands import COMMANDS
-from minidiff.errors import MinidiffError, SettingsError, did_you_mean
+from minidiff.errors import MinidiffError, SettingsError, did_you_mean, printable
 from minidiff.flags import Sample
 from minidiff.train.settings import FineTuneSettings, from_toml
 
@@ -97,10 +100,11 @@ def main(argv: list[str] | None = None) -> None:
     """The entry point: every error a person can mend becomes a message, and an exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone
-    warnings.showwarning = lambda message, *_: print(f"Note: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"Note: {printable(str(message))}", file=sys.stderr)
     try:
         try:
-            run(sys.argv[1:] if argv is None else argv)
+            with stopped_cleanly():
+                run(sys.argv[1:] if argv is None else argv)
         finally:
             if sys.stdout:  # None where it is closed
                 sys.stdout.flush()  # here, where a broken pipe can still be caught
@@ -108,11 +112,11 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
         sys.exit(128 + 13)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{printable(str(error.filename))}: " if error.filename else ""
         print(f"minidiff: {where}{error.strerror or error}. Check the path, the rights and the room there.", file=sys.stderr)
         sys.exit(2)
     except MinidiffError as error:
-        print(f"minidiff: {error}", file=sys.stderr)
+        print(f"minidiff: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
@@ -122,6 +126,35 @@ def main(argv: list[str] | None = None) -> None:
             raise
         print(f"minidiff: out of memory. {OUT_OF_MEMORY}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def stopped_cleanly() -> Iterator[None]:
+    """Ctrl-C and SIGTERM leave through every clean-up, so that no half of a file and no child process stays.
+
+    (While it trains they save the state: train/guards.py.) What is raised on the way does not matter: a library that is
+    being imported can make any error of an interruption.
+    """
+    asked: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # Python takes signals in the main thread only
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except BaseException:
+        if not asked:
+            raise
+        print("\nStopped.", file=sys.stderr)
+        sys.exit(128 + asked[0])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 OUT_OF_MEMORY = (

@@ -79,8 +79,9 @@ def data_check(s: DataCheck) -> None:
         count_tokens=(lambda text: len(token_ids(tokenizer, text))) if tokenizer else None,
     )
     print(as_table(problems, folder))
-    if any(problem.kind == "error" for problem in problems):
-        raise DataError(f"{folder}: mend what is marked as an error above, or train with --skip_bad.")
+    if errors := [problem for problem in problems if problem.kind == "error"]:
+        skip = ", or train with --skip_bad" if all(problem.can_be_skipped for problem in errors) else ""
+        raise DataError(f"{folder}: mend what is marked as an error above{skip}.")
 
 
 def lesson(s: Lesson) -> None:

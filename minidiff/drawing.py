@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ import torch
 from PIL.Image import Image
 
 from minidiff.adapters.inject import adapter_names
-from minidiff.call import adapter_name_of
+from minidiff.call import adapter_name_of, in_lora_dir
 from minidiff.device import chosen_device
 from minidiff.errors import DataError, SettingsError
 from minidiff.flags import Attention, Filmstrip, Morph, Sample, Sampling, Sheet, Tokens
@@ -72,23 +72,26 @@ def over_settings(s: Sheet) -> tuple[Image, str]:
     from minidiff.studio.sheets import Axis, contact_sheet_of, parse_axis
 
     prompts = Axis("prompts", tuple((prompt,) for prompt in s.prompts))
-    axes = [parse_axis(text, Sheet, s.prompts) if text else None for text in (s.columns, s.rows)]
+    axes = [parse_axis(text, Sampling, s.prompts) if text else None for text in (s.columns, s.rows)]
     if len(s.prompts) > 1 and not any(axis and axis.name == prompts.name for axis in axes):
         if all(axes):
             raise SettingsError(f"{len(s.prompts)} prompts, --columns and --rows are three axes; a sheet has two.")
         axes[axes.index(None)] = prompts
     loaded = lru_cache(maxsize=1)(load_again)
-    seen: list[tuple[StableDiffusionPipeline, Image]] = []
+    first: list[tuple[Sheet, StableDiffusionPipeline, Image]] = []
 
     def tile(settings: Sheet) -> Image:
         pipe = loaded(*loading(settings))
+        pipe.set_progress_bar_config(disable=True)  # the sheet has one of its own
         set_weights(pipe, settings)
-        seen.append((pipe, draw(pipe, settings, settings.prompts[0])))
-        return seen[-1][1]
+        image = draw(pipe, settings, settings.prompts[0])
+        if not first:
+            first.append((settings, pipe, image))
+        return image
 
     drawn = contact_sheet_of(s, axes[0], axes[1], tile, s.title, s.tile)
-    pipe, image = seen[0]
-    return drawn, parameters(s, pipe, " | ".join(s.prompts), s.seed, image)
+    settings, pipe, image = first[0]
+    return drawn, parameters(settings, pipe, " | ".join(s.prompts), settings.seed, image)
 
 
 def morph(s: Morph) -> None:
@@ -104,10 +107,10 @@ def morph(s: Morph) -> None:
     pipe = load(s, s.prompts)
     check_sampler(s.sampler or pipe.sampler, s.eta, keys)
     print(loop, file=sys.stderr)
-    noises, texts = keyframe_tensors(pipe, keys, s.height, s.width, s.clip_skip)
+    noises, texts = keyframe_tensors(pipe, keys, s.height, s.width, s.clip_skip, s.negative_prompt)
 
     def frame(noise: "Tensor", text: "Tensor") -> Image:
-        return draw(pipe, s, latents=noise, prompt_embeds=text)
+        return draw(pipe, replace(s, seed=seeds[0]), latents=noise, prompt_embeds=text)
 
     pipe.set_progress_bar_config(disable=True)  # the loop has one of its own
     save_animation(frames_of(loop, noises, texts, frame), s.output, s.fps)
@@ -220,15 +223,6 @@ def lora_names(paths: Sequence[str]) -> list[str]:
     return [stem if stem not in stems[:i] else f"{stem}-{i}" for i, stem in enumerate(stems)]
 
 
-def in_lora_dir(folder: str, name: str) -> Path:
-    """The file or folder of that name; SettingsError, with what is there, if there is none."""
-    for path in (Path(folder, name), Path(folder, f"{name}.safetensors")):
-        if Path(name).name == name and path.exists():
-            return path
-    there = sorted(path.name.removesuffix(".safetensors") for path in Path(folder).glob("*"))[:10] if Path(folder).is_dir() else []
-    raise SettingsError(f'<lora:{name}>: no such file or folder in --lora_dir "{folder}"; there is {", ".join(there) or "nothing"}.')
-
-
 def draw(
     pipe: StableDiffusionPipeline,
     s: Sampling,
@@ -271,7 +265,10 @@ def preview_of(pipe: StableDiffusionPipeline, path: str | None) -> Callback | No
     return PreviewFile(fit_preview(pipe.vae), path)
 
 
-LOADED = ("pretrained_model_name_or_path", "tokenizer", "lora", "textual_inversion", "lora_dir", "torch_dtype", "device", "tile_size")
+LOADED = (
+    *("pretrained_model_name_or_path", "tokenizer", "lora", "textual_inversion", "lora_dir"),
+    *("torch_dtype", "device", "tile_size"),
+)
 
 
 def loading(s: Sheet) -> tuple[object, ...]:

@@ -5,6 +5,7 @@ without a traceback and leaves with exit code 2. Anything else that is raised is
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -38,3 +39,8 @@ def listed(what: str, names: Iterable[str]) -> str:
     """Such as `  3 missing: a, b, c`; ten names at most."""
     names = sorted(f"{name:.200}" for name in names)
     return f"  {len(names)} {what}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
+
+
+def printable(text: str) -> str:
+    """With control characters as `\\x1b`: names and texts in files could otherwise write over what the terminal shows."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)

@@ -75,7 +75,6 @@ class Sampling:
         need(len(self.lora_weight) in (0, len(self.lora)), weights, "one for each")
         finite = all(map(math.isfinite, self.lora_weight))
         need(finite, f"lora_weight is {' '.join(map(str, self.lora_weight))}", "finite numbers, such as 0.8")
-        need(1 <= self.num_inference_steps <= 1000, f"num_inference_steps is {self.num_inference_steps}", "1 … 1000")
         need(math.isfinite(self.guidance_scale), f"guidance_scale is {self.guidance_scale}", "a number, such as 5")
         need(self.image is not None or self.mask_image is None, "mask_image needs a picture to work on", "--image")
         need(self.image is not None or self.strength is None, "strength needs a picture to start from", "--image")
@@ -140,8 +139,8 @@ class Morph(Sampling):
     """From each keyframe to the next."""
     fps: float = 12.0
     """Frames a second."""
-    ease: Literal["smooth", "even"] = "smooth"
-    """Slow down at the keyframes, or not."""
+    ease: Literal["even", "smooth"] = "even"
+    """The same pace all the way, or a rest at each keyframe."""
     output: str = "morph.gif"
     """A .gif, .webp or .png (APNG) file."""
 
@@ -205,7 +204,7 @@ class Lesson:
     """Run a lesson; its figures go into outputs/lessons."""
 
     number: Positional[int]
-    """0: the three stations. 11: LoRA."""
+    """0: the three stations. 5: samplers. 11: LoRA."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +244,7 @@ class DataCheck:
     """Folder of a tokenizer; then captions that are too long for CLIP are found."""
 
     def check(self) -> None:
-        need(self.resolution >= 8, f"resolution is {self.resolution}", "at least 8")
+        need(8 <= self.resolution <= 8192, f"resolution is {self.resolution}", "8 … 8192")
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def _describe_text(tensors: Mapping[str, HasShape]) -> str:
     if _any(tensors, "vision_model.", "visual."):
         return "a CLIP model with an image encoder"
     for key, tensor in tensors.items():
-        if key.endswith("token_embedding.weight"):
+        if key.endswith("token_embedding.weight") and tensor.shape:
             return f"a CLIP text encoder of width {tensor.shape[-1]}"
     if len(tensors) <= 2 and all(len(tensor.shape) <= 2 for tensor in tensors.values()):
         widths = " and ".join(str(tensor.shape[-1]) for tensor in tensors.values() if tensor.shape)
@@ -228,7 +228,7 @@ def adapter_kind(keys: Iterable[str]) -> str:
 def cross_attention_width(tensors: Mapping[str, HasShape]) -> int | None:
     """The width of the prompt's tokens: 768 in SD 1.x. From a U-Net's keys in any layout, or an adapter's."""
     for key, tensor in tensors.items():
-        if re.search(r"attn2[._](processor\.)?to_k(_lora)?\.(base\.)?(weight|.*(lora_A|down).*)$", key):
+        if len(tensor.shape) > 1 and re.search(r"attn2[._](processor\.)?to_k(_lora)?\.(base\.)?(weight|.*(lora_A|down).*)$", key):
             return tensor.shape[1]
     return None
 
@@ -245,7 +245,7 @@ def _for_family(tensors: Mapping[str, HasShape]) -> str:
 
 def _inputs(tensors: Mapping[str, HasShape]) -> str:
     for name in ("conv_in.weight", "input_blocks.0.0.weight", f"{UNET_PREFIX}input_blocks.0.0.weight"):
-        if name in tensors:
+        if name in tensors and len(tensors[name].shape) > 1:
             channels = tensors[name].shape[1]
             return INPUTS.get(channels, f"{channels}-channel ")
     return ""

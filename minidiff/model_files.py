@@ -12,7 +12,6 @@ from minidiff.config import SD15_UNET, SD15_VAE, NoiseConfig, UNetConfig, VAECon
 from minidiff.errors import WeightsError
 from minidiff.layout import (
     MODEL_INDEX,
-    SAMPLER_OF,
     SD15_TEXT,
     check_class,
     config_of,
@@ -20,6 +19,7 @@ from minidiff.layout import (
     read_json,
     sampler_of,
     save_tokenizer,
+    scheduler_values,
     write_json,
 )
 from minidiff.models.text import build_text_encoder, load_tokenizer, to_file_keys
@@ -91,7 +91,7 @@ def write_folder(parts: Any, folder: str | Path, dtype: torch.dtype | None) -> N
     inject.check_plain(parts.unet)
     inject.check_plain(parts.text_encoder)
     textual_inversion.check_plain(parts.text_encoder)
-    class_name = next(name for name, sampler in SAMPLER_OF.items() if sampler == parts.sampler)
+    scheduler = scheduler_values(parts.noise_config, parts.sampler)
     text_config = dict(sorted({**parts.text_encoder.config.to_diff_dict(), "architectures": ["CLIPTextModel"]}.items()))
     for part, model, config in (
         ("unet", parts.unet, parts.unet.config.to_dict("UNet2DConditionModel")),
@@ -103,9 +103,9 @@ def write_folder(parts: Any, folder: str | Path, dtype: torch.dtype | None) -> N
         tensors = {key: tensor.to(dtype or tensor.dtype) for key, tensor in state.items()}
         weights.save(tensors, home / part / f"{stem}.safetensors")
         write_json(home / part / "config.json", config)
-    write_json(home / "scheduler" / "scheduler_config.json", parts.noise_config.to_dict(class_name))
+    write_json(home / "scheduler" / "scheduler_config.json", scheduler)
     save_tokenizer(parts.tokenizer, home / "tokenizer")
-    write_json(home / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", class_name]})
+    write_json(home / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]})
 
 
 def check_parts_fit(parts: Any) -> None:

@@ -8,7 +8,7 @@
     B pictures   D text width   H W picture height and width   h w = H/8, W/8 latent height and width
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,29 +146,22 @@ class StableDiffusionPipeline:
         in the order of diffusers instead; `latents` (B, 4, h, w) are unit-variance noise to start from. `prompt_embeds`
         and `negative_prompt_embeds` (B, 77 k, D), from `encode_prompt`, stand in for the prompts. `output_type` is "pil",
         "pt" (B, 3, H, W) in [-1, 1], or "latent" (B, 4, h, w). `callback` sees every `Step`.
-
-        `image` is a picture to start from, scaled to `width` and `height` where they are given: the last `strength` of the
-        steps are walked, 0.8 if nothing is said. With `mask_image` (white: draw anew) the rest of it stays as it is, and
-        `strength` is 1 if nothing is said. `clip_skip` leaves out so many of the text encoder's last layers.
+        `image`: a picture to start from, scaled to `width` and `height` if given; the last `strength` of the steps are
+        walked (0.8 if nothing is said). `mask_image`: only what is white in it is drawn, at `strength` 1 if nothing is said.
         """
         check_output_type(output_type)
-        prompts, negatives = (
-            list(map(parse_prompt, texts)) for texts in pairs(prompt, negative_prompt, num_images_per_prompt, prompt_embeds)
-        )
+        texts = pairs(prompt, negative_prompt, num_images_per_prompt, prompt_embeds)
+        prompts, negatives = ([parse_prompt(text) for text in side] for side in texts)
         with at_strengths(self.adapted, loras_of(prompts)):
             text, no_text = self.embedded(prompts, negatives, clip_skip, prompt_embeds, negative_prompt_embeds)
             pictures = None if image is None else as_pictures(image, len(text))
-            if pictures is not None:
-                height, width = size_of(pictures, height, width, self.vae.config.downscale)
-            shape = self.latent_shape(len(text), height, width)
+            shape = self.latent_shape(len(text), height, width, pictures)
             draw = noise_source(shape, seed, generator)
             canvas = self.canvas(pictures, mask_image, shape, strength, draw, latents)
+            model = guided(canvas.unet_call, text, no_text if guidance_scale > 1 else None, guidance_scale)
+            noise = canvas.noise.to(self.device)
             steps = sampler_named(self.sampler if sampler is None else sampler)(
-                guided(canvas.unet_call, text, no_text if guidance_scale > 1 else None, guidance_scale),
-                canvas.noise.to(self.device),
-                self.schedule,
-                num_inference_steps,
-                draw,
+                *(model, noise, self.schedule, num_inference_steps, draw),
                 image=canvas.image,
                 strength=canvas.strength,
                 fix_x0=canvas.fix_x0,
@@ -176,12 +169,10 @@ class StableDiffusionPipeline:
                 karras=use_karras_sigmas,
                 eta=eta,
             )
-            for step in self.progress(steps, num_inference_steps):
-                if callback:
-                    callback(step)
+            last = self.walked(steps, num_inference_steps, callback)
         if output_type == "latent":
-            return PipelineOutput(step.x)
-        drawn = canvas.paste(self.decode(step.x))
+            return PipelineOutput(last.x)
+        drawn = canvas.paste(self.decode(last.x))
         return PipelineOutput(drawn if output_type == "pt" else to_pil(drawn))
 
     def canvas(
@@ -262,9 +253,13 @@ class StableDiffusionPipeline:
         """Does the U-Net see the mask and the picture around it, beside the noisy latents?"""
         return self.unet.config.in_channels != self.vae.config.latent_channels
 
-    def latent_shape(self, count: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
-        """(B, 4, h, w); SettingsError for sides the networks cannot draw."""
+    def latent_shape(
+        self, count: int, height: int | None, width: int | None, pictures: Tensor | None = None
+    ) -> tuple[int, int, int, int]:
+        """(B, 4, h, w) for sides in pixels, or those of `pictures`, or the model's own; SettingsError for impossible ones."""
         factor, usual = self.vae.config.downscale, self.unet.config.sample_size
+        if pictures is not None:
+            height, width = size_of(pictures, height, width, factor)
         sides = []
         for flag, side in (("height", height), ("width", width)):
             side = usual * factor if side is None else side
@@ -286,15 +281,17 @@ class StableDiffusionPipeline:
     def set_progress_bar_config(self, disable: bool = False) -> None:
         self.progress_bar = not disable
 
-    def progress(self, steps: Iterable[Step], total: int) -> Iterator[Step]:
-        """A progress bar on stderr around the sampler, which knows better than `total` from its first step on."""
+    def walked(self, steps: Iterable[Step], total: int, callback: Callable[[Step], None] | None) -> Step:
+        """The last of a sampler's steps; a progress bar on stderr on the way, and `callback` sees each."""
         from tqdm import tqdm
 
         with tqdm(total=total, unit="step", leave=False, disable=not self.progress_bar) as bar:
             for step in steps:
-                bar.total = step.total
+                bar.total = step.total  # the sampler knows better: Heun calls the network twice a step
                 bar.update()
-                yield step
+                if callback:
+                    callback(step)
+        return step
 
     # --- LoRA ----------------------------------------------------------------------------------------------------------
 

@@ -11,16 +11,18 @@ from typing import Any
 import torch
 
 from minidiff import keymaps
-from minidiff.adapters.inject import adapter_names, lora_layers, set_adapters
+from minidiff.adapters.inject import adapter_names, set_adapters
 from minidiff.adapters.lora import LoRAWeights
+from minidiff.adapters.textual_inversion import check_spelling
 from minidiff.config import SD15_UNET, NoiseConfig
-from minidiff.errors import SettingsError
+from minidiff.errors import AdapterError, SettingsError
 from minidiff.file_flags import Bake, Convert, Extract, Inspect, Join, Resize
 from minidiff.files import embeddings, merging, pickles
 from minidiff.files.checkpoints import SINGLE_FILE, Model, cast, empty_model, is_single_file, read_model
 from minidiff.files.conversion import (
     Proof,
     appearing,
+    called,
     check_proof,
     compare_lora,
     compare_weights,
@@ -31,6 +33,7 @@ from minidiff.files.conversion import (
 from minidiff.files.inspection import find_file, is_pickle
 from minidiff.files.inspection import inspect as reports_on
 from minidiff.files.lora import LoRAFile, load_lora, read_lora, save_lora
+from minidiff.headers import PICKLES
 from minidiff.layout import config_of, sampler_of
 from minidiff.models.text import load_tokenizer
 from minidiff.pipeline import StableDiffusionPipeline
@@ -55,10 +58,11 @@ def inspect(s: Inspect) -> None:
 def convert(s: Convert) -> None:
     with appearing(Path(s.output)) as place:
         source = Path(s.source)
-        if source.suffix in pickles.ENDINGS or is_pickle(source):
+        if not source.is_dir() and (source.suffix in PICKLES or is_pickle(source)):
             (folder := place.parent / "opened").mkdir()
             source = pickles.unpickle(source, folder)
-        proof = converted(s, source, place)
+        with called(source, s.source):
+            proof = converted(s, source, place)
         check_proof(proof, Path(s.output))
     print(proof, f"{s.output}: written, and read again", sep="\n")
 
@@ -91,6 +95,10 @@ def converted_embedding(s: Convert, source: Path, file: TensorFile, place: Path)
         embedding = embeddings.embedding_in(pickles.content(file.path), Path(s.source), s.token)
     else:
         embedding = embeddings.read_embedding(source, s.token)
+    try:
+        check_spelling(embedding.word)
+    except AdapterError as error:
+        raise AdapterError(f"{s.source}: {error} --token gives the file's word another name.") from error
     print(embedding)
     if s.to == "kohya" and place.stem != embedding.word:
         print(f'Note: programs that read this form take the file\'s name for the word: "{place.stem}".')
@@ -140,16 +148,16 @@ def bake(s: Bake) -> None:
             print(f"{lora}; weight {strength:g}")
             if strength != 1 and any(weights.magnitude is not None for weights in lora.modules.values()):
                 print(f"  DoRA at weight {strength:g}: W' lies on the straight line from the base (0) to what was trained (1).")
-        changed = 0
         for network in model.adaptable.values():
             if names := adapter_names(network):
                 set_adapters(network, names, [strengths[name] for name in names])
-                changed += len(lora_layers(network))
-        merging.bake(model.adaptable.values())
+        changed = merging.bake(model.adaptable.values())
         if dtype := dtype_named(s.dtype):
             cast(model, dtype)
         write_model(model, place, s.tokenizer)
         check_proof(compare_weights(model.weights(), read_model(place, model.home).weights()), Path(s.output))
+    if not changed:
+        print("Note: this is the base model again: the weights are 0, or the adapters change nothing.")
     print(f"{s.output}: {changed} layers changed; written, and read again")
 
 
@@ -160,6 +168,8 @@ def join(s: Join) -> None:
             print(f"{lora}; weight {strength:g}")
         adapters = [lora.modules for lora in loras]
         joined = merging.join(adapters, s.strengths)
+        if nothing := merging.cancelled(joined, adapters, s.strengths):
+            print(f"Note: in {len(nothing)} of {len(joined)} layers the changes add up to nothing.")
         if cosines := merging.cosines(adapters):
             furthest = max(cosines, key=lambda name: abs(cosines[name]))
             print(

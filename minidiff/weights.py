@@ -6,7 +6,7 @@ A safetensors file is 8 bytes (n, little-endian), n bytes of JSON (for each tens
     file = read_header("unet/diffusion_pytorch_model.safetensors")      # names, shapes, dtypes
     load_into(unet, file, torch_dtype=torch.float32)                    # checks, then reads
 
-`keymaps.py` knows the names that other programs use; `files/` reads and writes adapters.
+`headers.py` checks the header; `keymaps.py` knows the names that other programs use; `files/` reads and writes adapters.
 """
 
 import json
@@ -25,44 +25,13 @@ from torch import Tensor, nn
 from minidiff import keymaps
 from minidiff.config import SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
 from minidiff.errors import WeightsError, listed
+from minidiff.headers import NAMES, PICKLES, TensorInfo, check_ordinary, check_start, parse_json, tensor_info
 from minidiff.models.text import to_file_keys
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.models.vae import AutoencoderKL
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+METADATA = "__metadata__"  # the one name in a header that is no tensor's
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-MAX_HEADER = 100_000_000  # bytes, the format's own limit
-
-PICKLE = "which can run code when it is opened; get the .safetensors version of it, or `minidiff convert` it in a sandbox."
-NOT_SAFETENSORS = {  # how other files begin
-    b"version https://git-lfs": "is a git-LFS pointer, not the file itself; run `git lfs pull` in its folder.",
-    b"PK": f"is a PyTorch pickle (zip), {PICKLE}",
-    b"\x80": f"is a Python pickle, {PICKLE}",
-    b"GGUF": "is a GGUF file; get the .safetensors version of it.",
-    b"<": "is a web page, not a model: the download did not give the file. Look into it, and download again.",
-}
-
-
-class TensorInfo(NamedTuple):
-    """What a header says of a tensor; `key` is its name in the file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    key: str
 
 
 @dataclass(frozen=True)
@@ -95,8 +64,10 @@ class TensorFile:
 
 def is_finite(tensor: Tensor) -> bool:
     """One pass and no copy: NaN survives min and max. (`isfinite().all()` takes twelve times as long.)"""
-    if tensor.dtype not in WEIGHT_DTYPES or tensor.numel() == 0:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
+    if tensor.dtype not in WEIGHT_DTYPES:
+        tensor = tensor.half()  # fp8, which PyTorch cannot compare; NaN and infinity stay what they are
     return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
@@ -106,10 +77,7 @@ def is_finite(tensor: Tensor) -> bool:
 def read_header(path: str | Path) -> TensorFile:
     """Names, dtypes and shapes of a safetensors file. WeightsError if it is missing, damaged or something else."""
     path = Path(path)
-    if path.is_dir():
-        raise WeightsError(f"{path} is a folder; name a .safetensors file in it.")
-    if not path.is_file():
-        raise WeightsError(f"{path} does not exist.")
+    check_ordinary(path)
     with path.open("rb") as file:
         size, start = path.stat().st_size, file.read(64)
         if size == 0:
@@ -117,67 +85,14 @@ def read_header(path: str | Path) -> TensorFile:
         length = check_start(path, start, size)
         file.seek(8)
         header = parse_json(path, file.read(length))
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise WeightsError(f"{path} is damaged: the header's __metadata__ is no table of texts.")
+        raise WeightsError(f"{path} is damaged: the header's {METADATA} is no table of texts.")
     tensors = {name: tensor_info(path, name, entry, size - 8 - length) for name, entry in header.items()}
     named, there = sum(prod(info.shape) * info.dtype.itemsize for info in tensors.values()), size - 8 - length
     if named != there:
         raise WeightsError(f"{path} is damaged: {there:,} bytes of data, and the header accounts for {named:,}.")
     return TensorFile(path, tensors, metadata, keymaps.describe(tensors))
-
-
-def check_start(path: Path, start: bytes, size: int) -> int:
-    """The length of the JSON header, if the first bytes are those of a safetensors file."""
-    if start[8:9] != b"{":
-        for magic, what in NOT_SAFETENSORS.items():
-            if start.startswith(magic):
-                raise WeightsError(f"{path} {what}")
-        raise WeightsError(f"{path} is not a safetensors file (no header where one should be). Is it the right one?")
-    (length,) = struct.unpack("<Q", start[:8])
-    if length > MAX_HEADER:
-        raise WeightsError(f"{path} is not a safetensors file: its header would be {length:,} bytes long.")
-    if length > size - 8:
-        raise WeightsError(f"{path} is cut off: {size:,} bytes, and its header alone has {length:,}. Get it again.")
-    return int(length)
-
-
-def parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    try:
-        header = json.loads(text, object_pairs_hook=no_twins)
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is damaged: its header is not JSON ({error}).") from error
-    if not isinstance(header, dict):
-        raise WeightsError(f"{path} is damaged: its header is not a JSON object.")
-    return header
-
-
-def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For the JSON reader: a name that stands twice would mean one tensor here and another one elsewhere."""
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ValueError("a name stands in it twice")
-    return table
-
-
-def tensor_info(path: Path, name: str, entry: Any, data_size: int) -> TensorInfo:
-    """One entry of the header, checked against the size of the file."""
-    try:
-        shape, dtype = tuple(entry["shape"]), str(entry["dtype"])
-        begin, end = entry["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-            raise ValueError("sizes are whole numbers")
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} is damaged: the header's entry for {name:.100} makes no sense.") from error
-    if dtype not in DTYPES:
-        raise WeightsError(f"{path}: {name} is of type {dtype}, which minidiff does not read.")
-    if end > data_size:
-        raise WeightsError(
-            f"{path} is cut off: {name} ends at byte {end:,} of the data, and there are {data_size:,}. Get it again."
-        )
-    if end - begin != prod(shape) * DTYPES[dtype].itemsize:
-        raise WeightsError(f"{path} is damaged: {name} has {end - begin:,} bytes, which is not {dtype} {shape}.")
-    return TensorInfo(DTYPES[dtype], shape, name)
 
 
 def find_weights(folder: str | Path) -> Path:
@@ -190,7 +105,7 @@ def find_weights(folder: str | Path) -> Path:
             if (path := folder / f"{stem}{ending}").is_file():
                 return path
     there = sorted(path.name for path in folder.iterdir())
-    if pickles := [name for name in there if name.endswith((".bin", ".ckpt", ".pt"))]:
+    if pickles := [name for name in there if name.endswith(PICKLES)]:
         raise WeightsError(
             f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code when it is opened. "
             "Get the .safetensors version of it, or have it made in a sandbox: "
@@ -260,12 +175,14 @@ def save(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str,
     """Write a safetensors file: the whole of it appears under `path`, or nothing.
 
     The same tensors and metadata give the same bytes (the safetensors package shuffles the metadata), in its order:
-    wide dtypes first, then by name. Views, shared and strided tensors are written out in full.
+    wide dtypes first, then by name. Views, shared and strided tensors are written out in full. An OSError names the path.
     """
     path = Path(path)
+    if METADATA in tensors:
+        raise WeightsError(f"{path}: no tensor can be called {METADATA}, where the format keeps its texts.")
     path.parent.mkdir(parents=True, exist_ok=True)
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    header: dict[str, Any] = {METADATA: {"format": "pt", **(metadata or {})}}
     end = 0
     for name in order:
         begin, end = end, end + tensors[name].nbytes
@@ -284,9 +201,22 @@ def save(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str,
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:  # a full disk does not say where it is full
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def file_at(path: str | Path, name: str) -> Path:
+    """Where to write: `path` itself if it is a `.safetensors` file, else `name` in the folder `path`.
+
+    WeightsError for a folder that would be called as the pickles of other programs are.
+    """
+    path = Path(path)
+    if path.suffix in PICKLES:
+        raise WeightsError(f"{path}: minidiff writes no {path.suffix} files; end the name in .safetensors, or name a folder.")
+    return path if path.suffix == ".safetensors" else path / name
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,11 +5,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 import runpy
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="minidiff-tests-")  # hashes of files are kept in the user's cache
 torch.set_num_threads(1)  # the same bits on every machine, and nothing here is big enough for two
 
 PROMPTS = ["a photo of a red dog on the beach", "a drawing of a blue cat in the snow"]

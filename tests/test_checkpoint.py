@@ -1,6 +1,7 @@
 """A checkpoint is whole or absent, whatever byte is damaged. (Whatever call fails: test_faults.py.)"""
 
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -11,6 +12,8 @@ import torch
 
 from minidiff.errors import SettingsError, WeightsError
 from minidiff.train import checkpoint
+from minidiff.train.durable import write_bytes
+from minidiff.train.optim import load_optimizer_state, optimizer_state
 from minidiff.train.settings import TrainSettings
 
 
@@ -60,11 +63,57 @@ def test_damage_is_seen(tmp_path: Path, name: str, damage: str, capsys: pytest.C
     assert checkpoint.latest(tmp_path) == bad
 
 
-@pytest.mark.parametrize("manifest", ["[" * 100_000, '{"files": {}}', '{"files": {}, "step": "2"}'])
+@pytest.mark.parametrize("manifest", ["[" * 100_000, '{"files": {}}', '{"files": {}, "step": "2"}', "[]", "3"])
 def test_a_manifest_of_nonsense_is_passed_over(tmp_path: Path, manifest: str) -> None:
     good, bad = save(tmp_path, 1), save(tmp_path, 2)
     (bad / "manifest.json").write_text(manifest)
     assert checkpoint.latest(tmp_path) == good
+
+
+@pytest.mark.parametrize("value", [None, [], "", 7, -3, {"state/weights.safetensors": 3}, "left out"])
+@pytest.mark.parametrize("key", ["step", "made_of", "environment", "files"])
+def test_a_manifest_with_a_wrong_value_is_passed_over(tmp_path: Path, key: str, value: object) -> None:
+    if (key, type(value)) in (("made_of", dict), ("environment", dict)):
+        return
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    manifest = json.loads((bad / "manifest.json").read_text()) | {key: value}
+    if value == "left out":
+        del manifest[key]
+    (bad / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint.latest(tmp_path) == good
+    with pytest.raises(WeightsError, match="checkpoint-2 is no complete checkpoint"):
+        checkpoint.load(bad)
+
+
+def test_a_manifest_that_is_no_file_is_passed_over(tmp_path: Path) -> None:
+    """A pipe with nobody at its other end would wait for ever."""
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    (bad / "manifest.json").unlink()
+    os.mkfifo(bad / "manifest.json")
+    assert checkpoint.latest(tmp_path) == good
+
+
+def test_a_name_that_is_not_the_manifests_is_not_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`mv checkpoint-2 checkpoint-9`: else step 2 would go on as the newest, and the steps after it be pruned."""
+    save(tmp_path, 2).rename(tmp_path / "checkpoint-9")
+    (tmp_path / "checkpoint-²").mkdir()  # a digit to str.isdigit, and none to int
+    good = save(tmp_path, 3)
+    assert checkpoint.latest(tmp_path) == good
+    said = capsys.readouterr().err
+    assert "checkpoint-9 is no complete checkpoint (ValueError: by its manifest.json it is that of step 2)" in said
+    good.rename(tmp_path / "kept")  # another kind of name says nothing
+    assert checkpoint.verify(tmp_path / "kept")["step"] == 3
+
+
+def test_prune_counts_whole_checkpoints_only(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-99").mkdir()
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=2)
+    (tmp_path / "checkpoint-2").rename(tmp_path / "checkpoint-9")
+    (save(tmp_path, 50) / "adapter.bin").write_bytes(b"The result")  # damaged, and its size is right
+    save(tmp_path, 4, keep=1)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (4, 9, 50, 99)]
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-4"
 
 
 def test_starting_anew_over_damaged_checkpoints_takes_a_word(tmp_path: Path) -> None:
@@ -130,8 +179,33 @@ def test_write_bytes_and_publish_replace_in_one_go(tmp_path: Path) -> None:
     for _ in range(2):
         checkpoint.publish(tmp_path, folders)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.bin", "unet"]
-    checkpoint.write_bytes(tmp_path / "adapter.bin", b"x")
+    write_bytes(tmp_path / "adapter.bin", b"x")
     assert (tmp_path / "adapter.bin").read_bytes() == b"x"
+
+
+def test_write_bytes_does_not_go_through_a_link(tmp_path: Path) -> None:
+    """Somebody laid it where the half-written file would be."""
+    (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / ".tmp-minidiff-config").symlink_to(tmp_path / "thesis.tex")
+    write_bytes(tmp_path / "config", b"x")
+    assert (tmp_path / "config").read_bytes() == b"x" and (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def test_what_is_not_ours_stays(tmp_path: Path) -> None:
+    """A clone of an empty repository may become a run's folder: it holds hidden files alone."""
+    theirs = (".gitignore", ".tmp-mine", ".abc.part", "samples/.cat.png.part", "samples/mine.png")
+    (tmp_path / "samples").mkdir()
+    for name in theirs:
+        (tmp_path / name).write_text("mine")
+    write_bytes(tmp_path / checkpoint.CONFIG, b"")
+    ours = (".tmp-minidiff-export", ".loss.png.7.part", "samples/.step-000003.png.7.part", "samples/step-000003.png")
+    for name in ours:
+        (tmp_path / name).write_text("ours")
+    with checkpoint.claimed(settings(tmp_path, overwrite=True)):
+        save(tmp_path, 1, keep=1)
+        checkpoint.publish(tmp_path, lambda folder: write_bytes(folder / ".gitignore", b"ours"))
+    assert all((tmp_path / name).read_text() == "mine" for name in theirs)
+    assert not [name for name in ours if (tmp_path / name).exists()]
 
 
 def test_differences_are_listed(tmp_path: Path) -> None:
@@ -196,7 +270,7 @@ def test_which_checkpoint_is_meant(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
-def test_optimizer_state_through_json_and_tensors(kind: type[torch.optim.Optimizer]) -> None:
+def test_optimizer_state_through_tensors(kind: type[torch.optim.Optimizer]) -> None:
     def fresh() -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
         ps = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(1))]
         return ps, kind([{"params": ps[:1], "lr": 0.1}, {"params": ps[1:], "lr": 0.2}])  # type: ignore[call-arg]
@@ -208,11 +282,27 @@ def test_optimizer_state_through_json_and_tensors(kind: type[torch.optim.Optimiz
 
     ps, optimizer = fresh()
     step(ps, optimizer)
-    tensors, groups = checkpoint.optimizer_state(optimizer)
+    tensors = optimizer_state(optimizer)
     qs, other = fresh()
     for p, q in zip(ps, qs, strict=True):
         q.data.copy_(p)
     tensors = {k: v.clone() for k, v in tensors.items()}  # as if from a file
-    checkpoint.load_optimizer_state(other, tensors, json.loads(json.dumps(groups)))
+    load_optimizer_state(other, tensors)
     step(ps, optimizer), step(qs, other)
     assert all(torch.equal(p, q) for p, q in zip(ps, qs, strict=True))
+
+
+@pytest.mark.parametrize(
+    "key, tensor",
+    [
+        ("0.exp_avg", torch.ones(3)),
+        ("0.exp_avg", torch.ones(2, dtype=torch.int8)),
+        ("2.step", torch.ones(())),
+        ("\u0661.step", torch.ones(())),
+        ("", torch.ones(())),
+    ],
+)
+def test_moments_of_something_else(key: str, tensor: torch.Tensor) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(1))])
+    with pytest.raises(WeightsError, match="belongs to nothing that this task trains"):
+        load_optimizer_state(optimizer, {"0.step": torch.ones(()), key: tensor})

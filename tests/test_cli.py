@@ -72,7 +72,7 @@ def test_sample_writes_a_picture_that_says_how_it_was_made(tiny_folder: Path, tm
         + ["--output", str(out), "--seed", "7"]
     )
     assert Image.open(out).size == (16, 16)
-    assert read_png_text(out)["parameters"].startswith("a red dog\nSteps: 2, Sampler: ddim")
+    assert read_png_text(out)["parameters"].startswith("a red dog\nSteps: 2, Sampler: DDIM")
 
 
 def test_train_then_sheet(tiny_folder: Path, pictures: Path, tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ def test_a_new_word_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
         base = ["--pretrained_model_name_or_path", str(POCKET), "--output", str(picture)]
         main([command, prompt, *base, *flags])
         assert "<my-dog>, 1 vector" in capsys.readouterr().err
-        assert "TI: " in read_png_text(picture)["parameters"]
+        assert "TI hashes: " in read_png_text(picture)["parameters"]
     with pytest.raises(SystemExit) as leave:
         main(["sample", "a dog", "--textual_inversion", str(tmp_path / "none"), "--output", str(tmp_path / "no.png")])
     assert leave.value.code == 2 and not (tmp_path / "no.png").exists()

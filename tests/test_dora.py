@@ -137,6 +137,22 @@ def test_dora_with_dropout_drops_the_detour_alone() -> None:
     assert torch.equal(layer.train()(x), layer.base(x))  # B is zero
 
 
+@pytest.mark.parametrize("axis", AXES)
+@every_kind
+def test_the_norm_is_no_other_under_autocast(kind: str, axis: str) -> None:
+    """Mixed precision would round V; then m / ||V||, 1 here to the bit, would be another than in the exported file."""
+    layer, x = layer_and_x(kind)
+    change = dora_weights(layer, axis)
+    m = lengths(layer.base.weight.detach() + change.product(), change.magnitude.shape)
+    layer.add("default", LoRAWeights(change.A, change.B, change.scale, m))
+    exact = layer.delta()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer.base(x)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(layer.dora("default", x, y), layer.detour("default", x).float())
+        assert torch.equal(layer.delta(), exact)
+
+
 # --- in a model ------------------------------------------------------------------------------------------------------
 
 

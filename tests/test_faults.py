@@ -124,7 +124,7 @@ def test_a_save_that_fails_leaves_the_old_ones(tmp_path: Path, mode: str) -> Non
             fault.on = False
         left = checkpoint.checkpoints(folder)
         assert check_whole(folder) >= 2 and left[-1].name in ("checkpoint-2", "checkpoint-3")
-        checkpoint.prune(folder, 2)  # whatever comes next sweeps up
+        checkpoint.prune(folder, 2, 3)  # whatever comes next sweeps up
         assert sorted(folder.iterdir()) == sorted(left[-2:])
         if fault.calls < k:
             break

@@ -1,6 +1,7 @@
 """Folders of pictures: what is read, and what is said when it cannot be."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +85,9 @@ BAD_METADATA: dict[str, tuple[list[str], str]] = {
     "deep": (["[" * 100_000], "line 1: not JSON"),
     "long name": ([json.dumps({"file_name": "a" * 5000, "text": "y"})], "line 1: there is no file"),
     "half a letter": (['{"file_name": "a.jpg", "text": "\\ud800"}'], "half of a UTF-16 pair"),
+    "a key twice": (['{"file_name": "a.jpg", "text": "x", "text": "y"}'], "line 1: not JSON .a name stands in it twice"),
+    "NUL": (['{"file_name": "a.jpg", "text": "\\u0000"}'], 'line 1: "text" is empty'),
+    "invisible": (['{"file_name": "a.jpg", "text": " \\u200b\\ufeff"}'], 'line 1: "text" is empty'),
     "number": (['{"file_name": "a.jpg", "text": 3}'], 'line 1: "text" is 3, not a text'),
     "which": (['{"file_name": "a.jpg", "fr": "un", "en": "a"}'], "--caption_column; it has file_name, fr, en"),
     "none": (['{"file_name": "a.jpg"}'], "--caption_column; it has file_name"),
@@ -136,6 +140,9 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "not UTF-8": (write("a.txt", b"\xff\xfe\x00x"), "a.txt is not UTF-8"),
     "table is a folder": (lambda folder: (folder / "metadata.jsonl").mkdir(), "cannot be read"),
     "table is a dead link": (lambda folder: (folder / "metadata.jsonl").symlink_to("nowhere"), "cannot be read"),
+    "table is a pipe": (lambda folder: os.mkfifo(folder / "metadata.jsonl"), "cannot be read .it is no ordinary file"),
+    "a column twice": (write("metadata.csv", b"file_name,text,text\na.jpg,x,y\n"), "two columns have the same name"),
+    "invisible sidecar": (write("a.txt", "\u200b\0".encode()), "a.txt is empty"),
     "open quote": (write("metadata.csv", b'file_name,text\na.jpg,"dog\n'), "not CSV"),
     "no pictures": (lambda folder: [remove_pictures(folder), write("a.heic", b"")(folder)], "no pictures.*holds .heic"),
     "nested": (lambda folder: [remove_pictures(folder), picture(folder / "train" / "a.png")], "train has; point there"),

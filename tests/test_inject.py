@@ -184,6 +184,15 @@ def test_every_trainable_tensor_gets_a_gradient() -> None:
         assert all(p.grad is not None and p.grad.any() for p in trainable(unet).values())
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_new_layers_are_in_the_mode_of_the_model(training: bool) -> None:
+    unet = tiny_unet().train(training)
+    inject(unet, 2, dropout=0.5)
+    assert {module.training for module in unet.modules()} == {training}
+    shake(unet)
+    assert torch.equal(answer(unet), answer(unet)) != training  # dropout
+
+
 def test_a_is_a_function_of_seed_and_name() -> None:
     a, b, c = tiny_unet(), tiny_unet(), tiny_unet()
     inject(a, 2, seed=5)

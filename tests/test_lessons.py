@@ -134,7 +134,35 @@ def wrong_answers_11() -> dict[str, list]:
     }
 
 
-WRONG = {"00_three_stations": wrong_answers_0, "11_lora": wrong_answers_11}
+def wrong_answers_5() -> dict[str, list]:
+    def heun(direction, x, sigma, sigma_next, weight=0.5, euler_last=True):  # type: ignore[no-untyped-def]
+        d = direction(x, sigma)
+        end = x + (sigma_next - sigma) * d
+        if sigma_next == 0 and euler_last:
+            return end
+        return x + (sigma_next - sigma) * ((1 - weight) * d + weight * direction(end, sigma_next))
+
+    def karras(high: float, low: float, steps: int, rho: float) -> torch.Tensor:
+        return torch.linspace(high ** (1 / rho), low ** (1 / rho), steps) ** rho
+
+    return {
+        "check_1": [
+            lambda direction, x, s, s_next: x + (s_next - s) * direction(x, s),
+            lambda *args: heun(*args, weight=1.0),
+            lambda *args: heun(*args, euler_last=False),
+            lambda direction, x, s, s_next: None,
+        ],
+        "check_2": [
+            lambda high, low, steps, rho: torch.linspace(high, low, steps),
+            lambda high, low, steps, rho: karras(low, high, steps, rho),
+            lambda high, low, steps, rho: karras(high, low, steps, 7.0),
+            lambda high, low, steps, rho: karras(high, low, steps + 1, rho),
+            lambda high, low, steps, rho: None,
+        ],
+    }
+
+
+WRONG = {"00_three_stations": wrong_answers_0, "05_samplers": wrong_answers_5, "11_lora": wrong_answers_11}
 
 
 @each_lesson

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minidiff import weights
-from minidiff.errors import MinidiffError, SettingsError
 from minidiff.curves import VALIDATION_COLOURS
+from minidiff.errors import MinidiffError, SettingsError, WeightsError
+from minidiff.nonfinite import first_nonfinite
 from minidiff.rng import hashed_seed, normal
 from minidiff.train import checkpoint
-from minidiff.nonfinite import first_nonfinite
 from minidiff.train.loop import Task, batches, fit
 from minidiff.train.run import read_metrics
 from minidiff.train.settings import TrainSettings
@@ -179,11 +179,35 @@ def test_three_broken_steps_end_the_run(tmp_path: Path) -> None:
     message = str(error.value)
     assert "step 7: loss inf, learning rate 0.05, samples 24 to 27 of the run" in message
     assert "The first to break is the loss itself" in message and "that of weight" in message
-    assert "checkpoint-6" in message and "--learning_rate" in message
-    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-6"
+    assert "checkpoint-3" in message and "--learning_rate" in message
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-3"  # at 6, two had been skipped: perhaps the weights are bad
     assert not (tmp_path / "model.safetensors").exists()
-    good = weights.read_header(tmp_path / "checkpoint-6" / "model.safetensors").read()
+    good = weights.read_header(tmp_path / "checkpoint-3" / "model.safetensors").read()
     assert all(t.isfinite().all() for t in good.values())
+
+
+@pytest.mark.parametrize("steps, said", [(1, "The only update was without a finite loss"), (2, "2 updates in a row")])
+def test_a_run_without_a_single_update_is_no_success(tmp_path: Path, steps: int, said: str) -> None:
+    with pytest.raises(MinidiffError, match=f"{said}.*No checkpoint had been saved yet"):
+        fit(toy(BASE, lambda step: math.nan), into(tmp_path, max_train_steps=steps))
+    assert not (tmp_path / "model.safetensors").exists() and not checkpoint.checkpoints(tmp_path)
+
+
+def test_a_run_whose_last_updates_were_skipped_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once in a while fp16 overflows; if that is in the last update, the run is none the worse."""
+    assert fit(toy(BASE, lambda step: math.nan if step >= 6 else 1.0), into(tmp_path)).finished
+    assert "Note: the last 2 updates had no finite loss and gradient, and were skipped" in capsys.readouterr().err
+    assert result(tmp_path) == result(tmp_path / "checkpoint-6") and (tmp_path / "checkpoint-8").is_dir()
+
+
+def test_stopped_while_updates_are_skipped_saves_nothing(tmp_path: Path) -> None:
+    def spoil(step: int) -> float:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return math.nan if step == 4 else 1.0
+
+    assert not fit(toy(BASE, spoil), into(tmp_path)).finished
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-3"
 
 
 def breaking(settings: TrainSettings, where: str) -> Task:
@@ -343,6 +367,36 @@ def test_previews_and_curve(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "loss.png").width > 100
 
 
+def test_nothing_is_measured_anew_where_the_metrics_are_lost(tmp_path: Path) -> None:
+    """What a resumed run measures is not what the base was."""
+    settings = into(tmp_path, validation_steps=8)
+    task = toy(settings)
+    task.validate = lambda: {"val_loss": 1.0}
+    fit(task, replace(settings, max_train_steps=5))
+    (tmp_path / "metrics.jsonl").unlink()
+    fit(task, replace(settings, resume_from_checkpoint="latest"))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [6, 7, 8]
+
+
+@pytest.mark.parametrize("damage", ["shape of moments", "dtype", "no average"])
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path, damage: str) -> None:
+    settings = into(tmp_path, use_ema=True, ema_decay=0.5)
+    fit(toy(settings), replace(settings, max_train_steps=5))
+    saved = checkpoint.load(path := tmp_path / "checkpoint-5")
+    tensors = {group: dict(values) for group, values in saved.tensors.items()}
+    if damage == "shape of moments":
+        tensors["optimizer"]["0.exp_avg"] = torch.zeros(7)
+    if damage == "dtype":
+        tensors["weights"]["weight"] = tensors["weights"]["weight"].to(torch.int8)
+    if damage == "no average":
+        del tensors["ema"]
+    checkpoint.save(tmp_path, 5, tensors, {"made_of": saved.facts["made_of"]}, lambda folder: None, None)
+    task, further = toy(settings), replace(settings, resume_from_checkpoint="latest")
+    with pytest.raises(WeightsError, match=f"{path}.*take another --output_dir"):
+        fit(task, further)
+    assert all(p.eq(0).all() for p in task.trainable.values())  # nothing was loaded halfway
+
+
 def test_validation_is_in_the_metrics_and_in_the_curve(tmp_path: Path) -> None:
     settings = into(tmp_path, validation_steps=3, use_ema=True, ema_decay=0.5)
     task, seen = toy(settings), []
@@ -428,7 +482,8 @@ def test_metrics_and_a_torn_line(tmp_path: Path) -> None:
     fit(toy(BASE), into(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [list(row) for row in rows] == [["step", "loss", "lr", "grad_norm", "seconds"]] * 8
-    for torn in ('{"step": 9, "lo', "\0\0\0\n"):
+    odd = [f'{{"step": 9, "loss": {value}}}' for value in ("[1]", '"1"', "true")]
+    for torn in ('{"step": 9, "lo', "\0\0\0\n", *odd):
         (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + torn)
         assert read_metrics(tmp_path) == rows
 

@@ -130,6 +130,17 @@ def test_unmerge_is_exact(kind: str, dtype: torch.dtype) -> None:
     assert torch.equal(layer.base.weight, W) and torch.equal(layer(x), y)
 
 
+def test_a_layer_merged_twice_still_knows_its_w() -> None:
+    layer, x = layer_and_x("linear")
+    layer.add("default", weights_for(layer))
+    W, tuned = layer.base.weight.clone(), layer(x)
+    layer.merge()
+    layer.merge()
+    torch.testing.assert_close(layer(x), tuned)
+    layer.unmerge()
+    assert torch.equal(layer.base.weight, W)
+
+
 def test_the_kept_weight_is_in_no_file_and_follows_the_model() -> None:
     layer, _ = layer_and_x("linear")
     layer.add("default", weights_for(layer))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minidiff.adapters.inject import attach, lora_layers, set_adapters
+from minidiff.adapters.inject import merge as fuse
 from minidiff.adapters.lora import LoRAWeights
 from minidiff.cli import main
 from minidiff.errors import AdapterError
@@ -205,6 +206,15 @@ def test_bake_leaves_a_plain_model_in_its_own_dtype(model: Model, pair: tuple[Mo
     old = model.unet.get_submodule(NAME.removeprefix("unet.")).weight.half()
     assert not lora_layers(unet) and layer.weight.dtype == before == torch.float16
     assert torch.equal(layer.weight, (old.float() + pair[0][NAME].product()).half())
+
+
+def test_bake_of_a_model_whose_adapters_are_merged_already(model: Model, pair: tuple[Modules, Modules]) -> None:
+    unet, path = deepcopy(model.unet), NAME.removeprefix("unet.")
+    attach(unet, {path: pair[0][NAME]})
+    fuse(unet)
+    bake([unet])
+    tuned = model.unet.get_submodule(path).weight + pair[0][NAME].product()
+    assert not lora_layers(unet) and torch.equal(unet.get_submodule(path).weight, tuned)
 
 
 # --- the commands: three ways to the same pictures ---------------------------------------------------------------------

@@ -51,8 +51,14 @@ def test_good_settings(settings: FineTuneSettings) -> None:
         (TextualInversionSettings, WORD | {"num_vectors": 0}, "--num_vectors must lie in 1 … 75; it is 0"),
         (TextualInversionSettings, WORD | {"num_vectors": 76}, "--num_vectors must lie in 1 … 75; it is 76"),
         (TextualInversionSettings, WORD | {"instance_prompt": "a dog"}, "--instance_prompt must contain the new word, <dog>"),
+        (LoRASettings, SKS | {"rank_pattern": ("resnets=" + "9" * 5000,)}, "give a layer and its rank"),
         (
             TextualInversionSettings,
+            WORD | CLASS | {"with_prior_preservation": True},
+            "--with_prior_preservation means nothing here: the model is frozen",
+        ),
+        (
+            PivotalSettings,
             WORD | CLASS | {"with_prior_preservation": True, "class_prompt": "a <Dog>"},
             "--class_prompt must be without the new word, <dog>",
         ),

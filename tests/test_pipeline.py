@@ -251,11 +251,11 @@ def test_half_precision(pipe: StableDiffusionPipeline, tiny_folder: Path, tmp_pa
 @pytest.mark.parametrize(
     ("class_name", "sampler"),
     [
-        ("PNDMScheduler", "ddim"),
+        ("PNDMScheduler", "pndm"),
         ("DDIMScheduler", "ddim"),
         ("EulerAncestralDiscreteScheduler", "euler_a"),
         ("DPMSolverMultistepScheduler", "dpm++_2m"),
-        ("LCMScheduler", "ddim"),
+        ("LCMScheduler", "lcm"),
     ],
 )
 def test_the_folder_says_which_sampler(folder: Path, tmp_path: Path, class_name: str, sampler: str) -> None:

@@ -31,6 +31,7 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
 @pytest.fixture
 def settings(tmp_path: Path) -> FineTuneSettings:
     return FineTuneSettings(
+        output_dir=str(tmp_path / "out"),
         instance_data_dir=str(tmp_path / "instance"),
         instance_prompt="a photo of a red dog",
         with_prior_preservation=True,
@@ -99,6 +100,8 @@ def test_bad_class_folders(pipe: StableDiffusionPipeline, settings: FineTuneSett
         ({"class_data_dir": None}, "--with_prior_preservation needs --class_data_dir.*--prior_from_base"),
         ({"prior_loss_weight": -0.1}, "--prior_loss_weight must not be negative; it is -0.1"),
         ({"class_data_dir": "instance/../instance"}, "--class_data_dir is the folder of .*instance too"),
+        ({"class_data_dir": "out"}, "--class_data_dir lies in --output_dir"),
+        ({"class_data_dir": "out/class"}, "--class_data_dir lies in --output_dir .*, which is for what minidiff writes"),
         ({"with_prior_preservation": False}, "--class_data_dir goes with --with_prior_preservation"),
         ({"prior_from_base": True}, "--class_data_dir has no use with --prior_from_base"),
         ({"num_class_images": -1}, "--num_class_images must lie in 0"),

@@ -17,14 +17,15 @@ from PIL import Image
 from tiny_recipes import METHODS, PRIOR, base_of, draw_pictures, loaded, numbers, picture, same, tiny, train, trained
 from torch import Tensor
 
-from minidiff.adapters.inject import DEFAULT_TARGETS, GROUPS, adapters_off
+from minidiff.adapters.inject import adapters_off
+from minidiff.adapters.targets import DEFAULT_TARGETS, GROUPS
 from minidiff.config import NoiseConfig
 from minidiff.diffusion.losses import min_snr_weights, mse
 from minidiff.diffusion.schedule import NoiseSchedule, add_noise, training_target
 from minidiff.errors import DataError, MinidiffError, SettingsError
 from minidiff.layout import SAMPLER_OF, write_json
 from minidiff.train import checkpoint, common
-from minidiff.train.common import diffusion_loss, fingerprint, load_base, load_data, sample_sheets
+from minidiff.train.common import diffusion_loss, load_base, load_data, model_fingerprint, sample_sheets
 from minidiff.train.loop import Batch, Task, fit
 from minidiff.train.methods import LoRASettings
 from minidiff.train.priors import base_target
@@ -198,7 +199,7 @@ def test_captions_must_hold_the_new_word(make: Any, tmp_path: Path, capsys: pyte
 
 # --- prior preservation ----------------------------------------------------------------------------------------------
 
-PLAIN = ["full", "lora", "dora", "textual inversion"]
+PLAIN = ["full", "lora", "dora", "pivotal"]
 
 
 def losses(task: Task) -> list[float]:
@@ -505,9 +506,9 @@ def test_resume_with_other_pictures_is_refused(make: Any, runs: Any, pictures: P
 
 def test_the_base_has_a_fingerprint(make: Any) -> None:
     pipe, base = load_base(make("lora"))
-    assert fingerprint(pipe.unet, pipe.vae, pipe.text_encoder) == base
+    assert model_fingerprint(pipe.unet, pipe.vae, pipe.text_encoder) == base
     pipe.text_encoder.get_input_embeddings().weight.data[0, 0] += 1e-3
-    assert fingerprint(pipe.unet, pipe.vae, pipe.text_encoder) != base
+    assert model_fingerprint(pipe.unet, pipe.vae, pipe.text_encoder) != base
 
 
 def test_captioned_folder(make: Any, pictures: Path) -> None:

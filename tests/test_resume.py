@@ -88,7 +88,7 @@ def test_exact_resume_of_recipes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full, text encoder too", "lora", "dora", "textual inversion", "pivotal"])
+@pytest.mark.parametrize("method", ["full, text encoder too", "lora", "dora", "pivotal"])
 def test_exact_resume_with_class_pictures_and_sheets(tiny_folder: Path, memory_path: Path, method: str) -> None:  # noqa: F811
     prior = {**PRIOR, "prior_from_base": False, "class_data_dir": str(memory_path / "class")}
     case = recipe_case(method, tiny_folder, memory_path, validation_steps=2, **prior)

@@ -2,17 +2,18 @@
 
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minidiff.errors import SettingsError
 from minidiff.train.methods import LoRASettings
-from minidiff.train.settings import FineTuneSettings, TrainSettings, from_toml, to_toml
+from minidiff.train.settings import MOST, FineTuneSettings, TrainSettings, from_toml, to_toml
 
 
 def test_toml_round_trip(tmp_path: Path) -> None:
     settings = LoRASettings(
-        instance_prompt='a "sks" dog, naïve \\ 🐕',
+        instance_prompt='a "sks" dog, naïve \\ 🐕 \x7f \x01',
         validation_prompt=("one", "two"),
         learning_rate=1e-5,
         adam_weight_decay=0,
@@ -36,6 +37,7 @@ def test_toml_round_trip(tmp_path: Path) -> None:
         ("x = " + "[" * 5000, "cannot be read as TOML"),
         ("seed = " + "9" * 5000, "cannot be read as TOML"),
         ("rank = 4.0", "not of its kind, int"),
+        ("learning_rate = " + "9" * 401, "learning_rate = 999.* does not fit in 64 bits"),
     ],
 )
 def test_bad_toml(tmp_path: Path, line: str, message: str) -> None:
@@ -79,6 +81,33 @@ def test_updates() -> None:
 def test_settings_that_cannot_work(settings: TrainSettings, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         settings.check()
+
+
+PICTURES: dict[str, Any] = {"instance_data_dir": "dog", "instance_prompt": "a sks dog"}
+HUGE = 10**400  # more than a float can be
+
+
+@pytest.mark.parametrize("name", ["max_train_steps", "num_train_epochs", "gradient_accumulation_steps", "train_batch_size",
+                                  "resolution", "num_validation_images", "sample_batch_size", "seed"])  # fmt: skip
+def test_absurd_numbers(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"--{name} must "):
+        FineTuneSettings(**PICTURES, **{name: HUGE}).check()
+    if name in MOST:
+        FineTuneSettings(**PICTURES, **{name: MOST[name]}).check()
+        with pytest.raises(SettingsError, match=f"--{name} must be at most {MOST[name]}; it is {MOST[name] + 1}"):
+            FineTuneSettings(**PICTURES, **{name: MOST[name] + 1}).check()
+
+
+def test_more_epochs_than_anybody_lives() -> None:
+    with pytest.raises(SettingsError, match="--num_train_epochs makes 25000000 updates, and a run has at most 10000000"):
+        TrainSettings(num_train_epochs=1_000_000).updates(100)
+
+
+@pytest.mark.parametrize("name", ["output_dir", "instance_data_dir", "validation_data_dir", "pretrained_model_name_or_path"])
+def test_no_path_holds_a_nul(name: str) -> None:
+    """A TOML file can: name = "a\\u0000"."""
+    with pytest.raises(SettingsError, match=f"--{name} cannot hold a NUL character"):
+        FineTuneSettings(**PICTURES | {name: "a\0"}).check()
 
 
 def test_every_field_has_its_help() -> None:

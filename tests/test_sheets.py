@@ -70,7 +70,8 @@ def test_prompts_may_hold_commas() -> None:
     assert parse_axis("prompt", Settings, prompts) == Axis("prompt", ("a dog, red", "a cat"))
     assert parse_axis("prompt", Settings, prompts).labels == prompts
     many = parse_axis("prompts", Sheet, ["a dog, red/blue"])  # a command's settings may have several prompts
-    assert many == Axis("prompts", (("a dog, red/blue",),)) and many.labels == ["a dog, red/blue"]
+    assert parse_axis("prompt", Sampling, ["a dog, red/blue"]) == many == Axis("prompts", (("a dog, red/blue",),))
+    assert many.labels == ["a dog, red/blue"]
 
 
 def test_every_setting_of_sampling_can_be_an_axis() -> None:

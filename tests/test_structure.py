@@ -19,23 +19,33 @@ ORDER = """
     errors
     device
     rng
+    nonfinite
     config
     layout
     models/*
     diffusion/*
-    adapters/*
     keymaps
+    adapters/*
+    headers
     weights
     files/*
     images
     curves
+    picture_input
+    model_files
     call
+    canvas
     pipeline
     train/settings
     train/methods
     train/distributed
     pocket/settings
     flags
+    studio/filmstrip
+    studio/sheets
+    studio/attention_maps
+    studio/morph
+    studio/previews
     studio/hashes
     studio/foreign
     studio/comfyui
@@ -43,6 +53,7 @@ ORDER = """
     studio/replay
     file_flags
     tools
+    train/tables
     train/folders
     train/buckets
     train/data
@@ -53,6 +64,7 @@ ORDER = """
     train/publish
     train/optim
     train/muon
+    train/durable
     train/checkpoint
     train/guards
     train/run
@@ -61,6 +73,7 @@ ORDER = """
     train/recipes
     train/ladder
     pocket/*
+    drawing
     commands
     cli
     __main__

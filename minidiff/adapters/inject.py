@@ -20,22 +20,9 @@ import torch
 from torch import nn
 
 from minidiff.adapters.lora import LoRAConv2d, LoRALayer, LoRALinear, LoRAWeights, lengths
+from minidiff.adapters.targets import DEFAULT_TARGETS, TEXT, adaptable_layers, chosen, find_targets
 from minidiff.errors import AdapterError, did_you_mean, listed
 from minidiff.rng import generator
-
-DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every attention projection, self and cross
-GROUPS = {  # a word for several targets
-    "attention": DEFAULT_TARGETS,
-    "cross_attention": ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
-    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
-    "projections": ("proj_in", "proj_out"),  # into and out of each transformer
-    "resnets": ("conv1", "conv2", "time_emb_proj", "conv_shortcut"),
-    "samplers": ("downsamplers.0.conv", "upsamplers.0.conv"),
-    "text": ("q_proj", "k_proj", "v_proj", "out_proj"),  # the text encoder's attention
-    "text_mlp": ("fc1", "fc2"),
-}
-TEXT = "text_model."
-
 
 # --- in, and out -----------------------------------------------------------------------------------------------------
 
@@ -55,7 +42,7 @@ def inject(
 ) -> dict[str, LoRALayer]:
     """Freeze `model` and put a fresh adapter on every layer that a target names; gives them by module name.
 
-    A target is a name of `GROUPS`, or the end of a module's path in whole words ("to_q", "to_out.0", "attn2.to_k").
+    A target is a name of `targets.GROUPS`, or the end of a module's path in whole words ("to_q", "to_out.0", "attn2.to_k").
     `rank_of` gives some of the layers another rank: target -> rank, the last that fits wins. alpha defaults to the rank,
     of each layer, so that alpha / r = 1; an alpha that is given holds for all. `dropout` is the share of the detours'
     inputs that are dropped in training. Raises AdapterError before anything is changed.
@@ -76,7 +63,8 @@ def inject(
 def fresh(layer: LoRALayer, rank: int, alpha: float, rslora: bool, dora: bool, seed: int, name: str) -> LoRAWeights:
     """An adapter that changes nothing yet: B = 0 and m = ||W||.
 
-    A is uniform in ±1/√(numbers that go in), which is kaiming_uniform with a = √5 as in peft, from `seed` and the name.
+    The LoRA paper (section 4.1) draws A from a Gaussian. Here, as in the authors' own code and in peft, A is uniform in
+    ±1/√(numbers that go in), which is kaiming_uniform with a = √5; from `seed` and the name.
     """
     W = layer.base.weight.detach()
     B = torch.zeros(len(W), rank, device=W.device)
@@ -205,66 +193,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
     print(f"trainable params: {some:,} || all params: {every:,} || trainable%: {100 * some / every:.4f}")
 
 
-def adaptable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Every layer that can be adapted, by its name in the plain model, whether it is wrapped or not."""
-    return {
-        plain_name(name): module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-    }
-
-
-def plain_name(path: str) -> str:
-    return path.removeprefix(TEXT).removesuffix(".base")
-
-
-# --- finding and replacing layers ------------------------------------------------------------------------------------
-
-
-def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """The layers that the targets name; an AdapterError for a target that names none, or something else."""
-    layers = adaptable_layers(model)
-    found: dict[str, None] = {}
-    for target in targets:
-        matches = [name for name in layers if fits(name, target)]
-        others = [path for path, _ in model.named_modules() if fits(path, target) and plain_name(path) not in layers]
-        if not matches or others:
-            raise AdapterError(why_not(model, target, others, list(layers)))
-        found.update(dict.fromkeys(matches))
-    if not found:
-        raise AdapterError(f"no targets were given; the default is {' '.join(DEFAULT_TARGETS)}.")
-    return list(found)
-
-
-def chosen(model: nn.Module, target: str, names: Sequence[str]) -> list[str]:
-    """Those of `names` that a target of `rank_of` means; an AdapterError if it means none of them."""
-    matches = [name for name in find_targets(model, [target]) if name in names]
-    if not matches:
-        raise AdapterError(f'a rank is given for "{target}", and no such layer is among the targets; add it to them.')
-    return matches
-
-
-def fits(name: str, target: str) -> bool:
-    """Whole words only: "attn1.to_q" ends with "to_q", "proj_to_q" does not."""
-    return f".{name}".endswith(tuple(f".{ending}" for ending in GROUPS.get(target, (target,))))
-
-
-def why_not(model: nn.Module, target: str, others: list[str], layers: list[str]) -> str:
-    """The message for a target that cannot be adapted, with what was perhaps meant."""
-    what = f"matches nothing in {type(model).__name__}"
-    if others:
-        kind = type(model.get_submodule(others[0])).__name__
-        what = f"names a {kind} ({others[0]}), and LoRA adapts linear layers and convolutions only"
-    groups = [group for group in GROUPS if any(fits(name, group) for name in layers)]
-    endings = sorted({last_words(name) for name in layers})
-    near = did_you_mean(target, [*endings, *groups])
-    return f'target "{target}" {what}.{near} The layers end in {", ".join(endings)}; groups of them: {", ".join(groups)}.'
-
-
-def last_words(name: str) -> str:
-    """The shortest ending that says something: "to_q", but "to_out.0" where the last word is a number."""
-    words = name.split(".")
-    return ".".join(words[-2:]) if words[-1].isdigit() else words[-1]
+# --- replacing layers ------------------------------------------------------------------------------------------------
 
 
 def real_path(model: nn.Module, name: str) -> str:
@@ -276,7 +205,8 @@ def wrap(model: nn.Module, name: str) -> LoRALayer:
     """The layer called `name` as a LoRALayer: the one that is there already, or a new one around the plain layer."""
     module = model.get_submodule(real_path(model, name))
     if isinstance(module, nn.Linear | nn.Conv2d):
-        module = LoRALinear(module) if isinstance(module, nn.Linear) else LoRAConv2d(module)
+        layer = LoRALinear(module) if isinstance(module, nn.Linear) else LoRAConv2d(module)
+        module = layer.train(module.training)  # new modules are in training mode: dropout would be on in a model at rest
         set_module(model, name, module)
     assert isinstance(module, LoRALayer)
     return module
@@ -297,7 +227,8 @@ def check_plain(model: nn.Module) -> None:
 
 
 def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
-    if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
+    taken = hasattr(nn.ParameterDict(), adapter_name)  # the layers keep A and B in one, and "keys" is a method of it
+    if not adapter_name or "." in adapter_name or taken:
         raise AdapterError(f'"{adapter_name}" cannot name an adapter; take a plain word such as "dog".')
     if adapter_name in adapter_names(model):
         raise AdapterError(f'an adapter called "{adapter_name}" is there already; choose another name, or eject first.')

@@ -12,8 +12,9 @@ DoRA splits the tuned matrix V = W + scale · B A into lengths and directions, a
 
     W' = m · V / ||V||                            DoRA, eq. 5; ||V||: one norm for each row of V, that is for each output
 
-m starts at ||W||, so this too starts as the base model. (Some programs take a norm for each input instead. Files of both
-kinds work here: the shape of m says which it is.)
+m starts at ||W||, so this too starts as the base model. (The paper says "column", because its W is (in, out); PyTorch's is
+(out, in), so its rows are the paper's columns. Older files of LyCORIS have a norm for each input instead. Files of both kinds
+work here: the shape of m says which it is.)
 
 This file is about one layer. inject.py puts adapters into a whole model.
 
@@ -21,6 +22,7 @@ Shapes: W (out, in), for convolutions (out, in, kh, kw); A (r, in) or (r, in, kh
 for each output, (1, in) or (1, in, 1, 1) for each input; x (…, in) or (batch, in, H, W).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +63,7 @@ def lengths(V: Tensor, shape: torch.Size) -> Tensor:
     return torch.linalg.vector_norm(V, dim=axes, keepdim=True).clamp(min=SHORTEST)
 
 
-class LoRALayer(nn.Module):
+class LoRALayer(nn.Module, ABC):
     """A frozen layer and its adapters. `LoRALinear` and `LoRAConv2d` add how A and B are applied.
 
     Several adapters add up, each times its strength: W' = W + Σ strength · ΔW. That holds for DoRA too, so strength leads
@@ -120,9 +122,13 @@ class LoRALayer(nn.Module):
         return self.scale[name] * self.up(self.down(x, A), B)  # LoRA (arXiv 2106.09685), eq. 3
 
     def dora(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """W' x - W x, where W' = g V is DoRA's eq. 5, g = m / ||V||, and y = W x + bias is known already."""
+        """W' x - W x, where W' = g V is DoRA's eq. 5, g = m / ||V||, and y = W x + bias is known already.
+
+        Dropout is on the x of B A x alone: y is computed once, of the whole x. (peft drops x in (g - 1) W x too.)
+        """
         m = self.lora_magnitude[name]
-        with torch.no_grad():  # section 4.3: the norm counts as a constant, which saves memory and costs no accuracy
+        exact = torch.autocast(x.device.type, enabled=False)  # the norm as a file's readers will compute it, and not in half
+        with torch.no_grad(), exact:  # section 4.3: it counts as a constant, which saves memory and hardly changes the result
             norm = lengths(self.base.weight.float() + self.weights(name).product(), m.shape)
         g = self.along_channels(m / norm)  # exactly 1 at the start
         if m.shape[1] == 1:  # a length for each output: g V x = g W x + g B A x
@@ -130,17 +136,17 @@ class LoRALayer(nn.Module):
             return (g - 1) * Wx + g * self.detour(name, x)
         return self.down((g - 1) * x, self.base.weight.float()) + self.detour(name, g * x)  # for each input: V (g x)
 
+    @abstractmethod
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
         """Apply W, or A, which takes the same inputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def up(self, x: Tensor, B: Tensor) -> Tensor:
         """Apply B to the r numbers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def along_channels(self, values: Tensor) -> Tensor:
         """A number for each channel, shaped so that it multiplies an input or an output."""
-        raise NotImplementedError
 
     # --- W' itself ---------------------------------------------------------------------------------------------------
 
@@ -149,13 +155,15 @@ class LoRALayer(nn.Module):
         """ΔW = Σ strength · ΔW of each adapter, in fp32, shaped as W."""
         W = self.base.weight if self.unmerged_weight is None else self.unmerged_weight
         total = torch.zeros_like(W, dtype=torch.float32)
-        for name, strength in self.strength.items():
-            if strength:
-                total += strength * self.weights(name).delta(W)
+        with torch.autocast(W.device.type, enabled=False):
+            for name, strength in self.strength.items():
+                if strength:
+                    total += strength * self.weights(name).delta(W)
         return total
 
     def merge(self) -> None:
         """W' = W + ΔW, added in fp32 and rounded once to W's dtype. The old W stays beside it."""
+        self.unmerge()  # merged twice, the merged weight would be kept as the old one
         W = self.base.weight.data
         self.unmerged_weight, self.base.weight.data = W, (W.float() + self.delta()).to(W.dtype)
 

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidiff import keymaps
 from minidiff.errors import AdapterError
 from minidiff.models.text import LENGTH
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 MAX_VECTORS = LENGTH - 2  # a prompt has room for no more
+LONGEST = 100  # letters of a word
+RESERVED = ("__metadata__", "emb_params", "clip_l", "clip_g", "string_to_param")  # what files/embeddings.py reads otherwise
+ADVICE = "Take a word of your own, such as <my-dog>."
 
 
 class ExtendedEmbedding(nn.Module):
@@ -142,18 +146,28 @@ def token_table(text_encoder: "CLIPTextModel") -> nn.Embedding | ExtendedEmbeddi
 
 
 def check_word(tokenizer: "CLIPTokenizer", word: str, taken: dict[str, list[int]]) -> None:
-    """AdapterError for a word that prompts could not name, or that means something already."""
-    advice = "Take a word of your own, such as <my-dog>."
-    if not word:
-        raise AdapterError(f"the new word is empty. {advice}")
-    if any(letter.isspace() for letter in word):
-        raise AdapterError(f'"{word}" has a space in it; a new word is one word. {advice}')
+    """AdapterError for a word that prompts or files could not name, or that means something already."""
+    check_spelling(word)
     if not (ids := tokenizer(word, add_special_tokens=False, verbose=False).input_ids):
-        raise AdapterError(f"{word!r} has no character that the tokenizer sees. {advice}")
+        raise AdapterError(f"{word!r} has no character that the tokenizer sees. {ADVICE}")
     if len(ids) == 1 or word.lower() in tokenizer.get_vocab():  # a piece of a word too: other programs would refuse it
-        raise AdapterError(f'"{word}" is in the model\'s vocabulary already, and its meaning would be overwritten. {advice}')
+        raise AdapterError(f'"{word}" is in the model\'s vocabulary already, and its meaning would be overwritten. {ADVICE}')
     if twin := next((other for other in taken if other.lower() == word.lower()), None):
-        raise AdapterError(f'"{word}": there is a new word "{twin}" already; unload_textual_inversion, or another word.')
+        raise AdapterError(f'"{word}": there is a new word "{twin}" already, and a prompt could not tell them apart. {ADVICE}')
+
+
+def check_spelling(word: str) -> None:
+    """The half of it that needs no vocabulary. In a file the word is the tensor's name, and must not read as another one's."""
+    if not word:
+        raise AdapterError(f"the new word is empty. {ADVICE}")
+    if any(letter.isspace() for letter in word):
+        raise AdapterError(f'"{word}" has a space in it; a new word is one word. {ADVICE}')
+    if not word.isprintable():
+        raise AdapterError(f"{word!a} has a character that nobody can see. {ADVICE}")
+    if len(word) > LONGEST:
+        raise AdapterError(f'"{word[:20]}…" has {len(word):,} letters; {LONGEST} are enough. {ADVICE}')
+    if word in RESERVED or word.endswith((".weight", ".bias")) or keymaps.lora_dialect([word]):
+        raise AdapterError(f'"{word}" means something else in files, so that the word could not be read again. {ADVICE}')
 
 
 def check_plain(text_encoder: "CLIPTextModel") -> None:

@@ -127,6 +127,7 @@ def numbered(visits: Iterator[Visit], total: int) -> Iterator[Step]:
         yield Step(index, total, t, x, x0)
 
 
+# Karras sigmas for euler_a are k-diffusion's: diffusers has none, and draws a folder that asks for them without.
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(walkers.ddpm, walkers.ancestors, walkers.start_vp, "leading"),
     "ddim": Sampler(walkers.ddim, walkers.equal_jumps, walkers.start_vp, "leading", eta=True),

@@ -1,1 +1,1 @@
-"""Adapter files of every program, in and out: what they hold, and what they are turned into."""
+"""Files of adapters and models, of every program: read, written, converted, merged."""

@@ -8,6 +8,7 @@ the dtype has. From that follows how far a product B A may move, and more is an 
 Shapes: A (r, in[, kh, kw]), B (out, r), W any.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from minidiff.adapters.lora import LoRAWeights
 from minidiff.config import SD15_UNET, UNetConfig
-from minidiff.errors import MinidiffError, SettingsError
+from minidiff.errors import AdapterError, MinidiffError, SettingsError
 from minidiff.files.embeddings import Embedding, read_embedding, save_embedding
 from minidiff.files.lora import LoRAFile, read_lora, save_lora
-from minidiff.weights import sync_folder
+from minidiff.headers import PICKLES
+from minidiff.weights import is_finite, sync_folder
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,17 @@ def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def compare_lora(before: Mapping[str, LoRAWeights], after: Mapping[str, LoRAWeights], dtype: torch.dtype) -> Proof:
-    """ΔW of each module. DoRA's ΔW needs a W, so there it is scale · B A and m: the same two give the same W' on any W."""
+    """ΔW of each module; AdapterError if one is infinite.
+
+    DoRA's ΔW needs a W, so there it is scale · B A and m: the same two give the same W' on any W.
+    """
     moved = bound = 0.0
     within = before.keys() == after.keys()
     for name in before.keys() & after.keys():
-        pairs = [(before[name].product(), after[name].product(), product_bound(before[name], dtype))]
+        change = before[name].product()
+        if not is_finite(change):
+            raise AdapterError(f"{name}: its numbers are so large that B A is infinite; no program can use this adapter.")
+        pairs = [(change, after[name].product(), product_bound(before[name], dtype))]
         if (m := before[name].magnitude) is not None and (n := after[name].magnitude) is not None:
             pairs.append((m.float(), n.float(), rounding(m, dtype)))
         within &= (before[name].magnitude is None) == (after[name].magnitude is None)
@@ -111,6 +119,9 @@ def compare_weights(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -
     moved = bound = 0.0
     within = before.keys() == after.keys()
     for key in before.keys() & after.keys():
+        if not before[key].numel():  # no number of it can have moved
+            within &= before[key].shape == after[key].shape
+            continue
         difference = (before[key].double() - after[key].double()).abs()
         if before[key].dtype == after[key].dtype:
             within &= not difference.any()
@@ -129,17 +140,36 @@ def compare_weights(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -
 def appearing(output: Path) -> Iterator[Path]:
     """A path to write to; when all has gone well, what is there becomes `output`, a file or a folder. Else nothing remains.
 
-    The path lies in a temporary folder beside it, which is removed in any case. Raises SettingsError if `output` is there.
+    The path lies in a temporary folder beside it, which is removed in any case; errors speak of `output`. Raises SettingsError
+    if `output` is there.
     """
+    if output.suffix in PICKLES:
+        raise SettingsError(f"{output}: minidiff writes no {output.suffix} files; end the name in .safetensors, or name a folder.")
+    check_new(output)
+    asked, output = output, Path(os.path.realpath(output))  # "x/../dog.safetensors" is dog.safetensors, and needs no x
     check_new(output)
     beside = next(folder for folder in output.absolute().parents if folder.exists())
     with TemporaryDirectory(prefix=".minidiff-", dir=beside) as scratch:
         place = Path(scratch) / output.name
-        yield place
+        with called(place, asked):
+            yield place
         output.parent.mkdir(parents=True, exist_ok=True)
         check_new(output)  # another program may have been as slow as this one
         place.rename(output)
     sync_folder(output.parent)
+
+
+@contextmanager
+def called(path: Path, name: str | Path) -> Iterator[None]:
+    """Errors inside say `name` for `path`, a temporary file, which will be gone when somebody reads them."""
+    try:
+        yield
+    except MinidiffError as error:
+        raise type(error)(str(error).replace(str(path), str(name))) from error
+    except OSError as error:
+        if isinstance(error.filename, str):
+            error.filename = error.filename.replace(str(path), str(name))
+        raise
 
 
 def check_new(output: Path) -> None:

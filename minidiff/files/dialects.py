@@ -1,7 +1,8 @@
 """Every program's names for the tensors of an adapter, and minidiff's own.
 
 A tensor's name in a file says its module and its part. minidiff calls modules by component and path, "unet.….attn1.to_q" and
-"text_encoder.encoder.layers.0.self_attn.q_proj", and parts by what they do: "down", "up", "mid", "alpha", "magnitude".
+"text_encoder.encoder.layers.0.self_attn.q_proj", and parts by what they do: "down", "up", "mid", "alpha", "magnitude" and
+"dora_scale".
 
     a1      unet.….attn1.to_q.lora_A.weight                                 diffusers; lora_B is the way up
     a2      unet.….attn1.to_q.lora.down.weight                              its SD 1.5 scripts, with a1 for convolutions
@@ -10,6 +11,7 @@ A tensor's name in a file says its module and its part. minidiff calls modules b
     c       lora_unet_down_blocks_0_…_attn1_to_q.lora_down.weight           kohya, A1111, ComfyUI; with .alpha
             …_resnets_0_conv1.lora_mid.weight, ….dora_scale                 LyCORIS: LoCon with a kernel in between, DoRA
     d       base_model.model.….attn1.to_q.lora_A.weight                     peft
+    e       unet:0:up, unet:0:down, …                                       cloneofsimo; it counts layers, and is not read
     f       lora_unet_input_blocks_1_1_…                                    kohya's form, LDM's names for the modules
 
 kohya's underscores cannot be undone by splitting ("proj_in" is one word, "mid_block" too). So all names that a U-Net and a
@@ -53,8 +55,8 @@ ENDINGS = {
     ".lora_magnitude_vector.weight": "magnitude",
     ".dora_scale": "dora_scale",  # LyCORIS' DoRA: for each output or each input, as its shape says
 }
-UNET_START = re.compile(r"(down_blocks|up_blocks|mid_block|time_embedding|conv_in|conv_out)(\.|$)")
-TEXT_START = re.compile(r"encoder\.layers\.")
+UNET_START = re.compile(r"(down_blocks|up_blocks|mid_block|time_embedding|conv_in|conv_out)(\.[\w.]+)?$")
+TEXT_START = re.compile(r"encoder\.layers\.[\w.]+$")
 OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # dialect b, in the text encoder
 
 

@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 
 from minidiff import __version__, keymaps
-from minidiff.adapters.textual_inversion import MAX_VECTORS, add_word, check_word, placeholders
+from minidiff.adapters.textual_inversion import MAX_VECTORS, add_word, check_spelling, check_word, placeholders
 from minidiff.errors import AdapterError, listed
-from minidiff.weights import is_finite, read_header, save
+from minidiff.weights import file_at, is_finite, read_header, save
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 FILE_NAME = "learned_embeds.safetensors"
 KOHYA = "emb_params"
+RENAME = 'minidiff convert --token "<my-dog>" writes it under that word; in Python, token="<my-dog>" reads it so.'
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,7 @@ def load_embedding(
     try:
         check_word(tokenizer, embedding.word, placeholders(text_encoder))
     except AdapterError as error:
-        rename = "`token` gives the file's word another name, as does minidiff convert --token."
-        raise AdapterError(f"{embedding.path}: {error} {rename}") from error
+        raise AdapterError(f"{embedding.path}: {error} {RENAME}") from error
     add_word(tokenizer, text_encoder, embedding.word, embedding.vectors).requires_grad_(False)
     return embedding
 
@@ -89,8 +89,10 @@ def read_embedding(path: str | Path, token: str | None = None) -> Embedding:
 
 def find_file(path: Path) -> Path:
     """The file itself, or in a folder `learned_embeds.safetensors`, or the only one that is there."""
-    if not path.is_dir() or (path / FILE_NAME).is_file():
-        return path / FILE_NAME if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    if (path / FILE_NAME).is_file():
+        return path / FILE_NAME
     there = sorted(path.glob("*.safetensors"))
     if len(there) != 1:
         names = ", ".join(file.name for file in there)
@@ -115,12 +117,12 @@ def embedding_in(content: Any, path: Path, token: str | None = None, said: str |
         words = {token: words[token]}
     if len(words) != 1:
         raise AdapterError(
-            f"{path} holds {len(words)} words; say with `token` which one.\n{listed('words', words)}\n"
-            "minidiff convert --token makes a file of one."
+            f"{path} holds {len(words)} words, where one is wanted.\n{listed('words', words)}\n"
+            "minidiff convert --token makes a file of one; in Python, token=… says which."
         )
     ((own, vectors),) = words.items()
     if not (word := token or own):
-        raise AdapterError(f'{path} does not say what its word is; give one, such as token="<my-dog>".')
+        raise AdapterError(f"{path} does not say what its word is. {RENAME}")
     return Embedding(path, dialect, word, _checked(vectors, path))
 
 
@@ -168,10 +170,10 @@ def save_embedding(
     `path` is a `.safetensors` file, or a folder that gets `learned_embeds.safetensors`. Programs that read the kohya form
     take the file's name for the word, so name it after the word.
     """
+    check_spelling(word)
     if dialect not in ("diffusers", "kohya"):
         raise AdapterError(f'a textual inversion is written as diffusers or kohya; "{dialect}" is neither.')
-    path = Path(path)
-    path = path if path.suffix == ".safetensors" else path / FILE_NAME
+    path = file_at(path, FILE_NAME)
     about = {
         "token": word,
         "vectors": str(len(vectors)),

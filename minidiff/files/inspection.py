@@ -16,20 +16,22 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minidiff import keymaps
-from minidiff.adapters.inject import adaptable_layers, last_words
 from minidiff.adapters.lora import LoRAWeights
+from minidiff.adapters.targets import adaptable_layers, last_words
 from minidiff.config import SD15_UNET
-from minidiff.errors import AdapterError, WeightsError
+from minidiff.errors import AdapterError, WeightsError, printable
 from minidiff.files import embeddings, lora
 from minidiff.files.checkpoints import Model
+from minidiff.files.lora_headers import Headers, lora_header
 from minidiff.files.merging import rank_for
 from minidiff.files.parts import changed_shape, check_parts, flat, weights_of
 from minidiff.files.peft_config import METADATA, read_configs
-from minidiff.files.pickles import PICKLES
+from minidiff.files.pickles import STARTS
 from minidiff.layout import read_json
 from minidiff.weights import TensorFile, find_weights, is_finite, read_header
 
@@ -60,7 +62,7 @@ class Report:
         for label, value in facts.items():
             first, *more = as_lines(value)
             lines += [f"  {label:<{width}}{first}", *(f"  {'':<{width}}{line}" for line in more)]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
     def as_dict(self) -> dict[str, Any]:
         return {"path": str(self.path), "is": self.looks_like, **self.facts}
@@ -134,7 +136,7 @@ def is_pickle(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         start = file.read(9)
-    return start.startswith(PICKLES) and start[8:] != b"{"
+    return start.startswith(STARTS) and start[8:] != b"{"
 
 
 def size(file: TensorFile) -> str:
@@ -162,15 +164,14 @@ def lora_facts(file: TensorFile, model: Model | None) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     config = model.unet.config if model else SD15_UNET
     try:
-        lora.check_dialect(file)
-        modules, unknown = lora.by_module(file, config)
+        header = lora_header(file, config)
         configs = read_configs(file)
     except AdapterError as error:  # another kind of adapter, or no whole one: there is nothing more to say
         return {"problems": [str(error)]}
-    tensors, problems = dict(tensors_of(file)), [f"{key} is no part of an adapter for SD" for key in unknown]
+    tensors, problems = dict(tensors_of(file)), [f"{key} is no part of an adapter for SD" for key in header.unknown]
     found: dict[str, tuple[Parts, float | None]] = {}
     changes: list[LoRAWeights] = []
-    for name, infos in modules.items():
+    for name, infos in header.modules.items():
         parts = {part: tensors[info.key] for part, info in infos.items()}
         try:
             check_parts(name, infos)
@@ -181,7 +182,7 @@ def lora_facts(file: TensorFile, model: Model | None) -> dict[str, Any]:
             problems.append(str(error))
     facts["layers"] = layer_groups(found)
     if model:
-        facts["model"] = lora_match(modules, len(file.tensors), model)
+        facts["model"] = lora_match(header.modules, len(file.tensors), model)
     if words := trigger_words(file.metadata):
         facts["trigger words"] = words
     if plain := [change for change in changes if change.magnitude is None and is_finite(change.A) and is_finite(change.B)]:
@@ -204,7 +205,7 @@ def layer_groups(found: Mapping[str, tuple[Parts, float | None]]) -> list[str]:
     return [f"{len(names)} {what} ({', '.join(sorted(set(names)))})" for what, names in largest] or ["none"]
 
 
-def lora_match(modules: lora.Modules, count: int, model: Model) -> str:
+def lora_match(modules: Headers, count: int, model: Model) -> str:
     """Tensors count that have a layer of their shape in the model."""
     shapes = {
         f"{part}.{name}": flat(tuple(layer.weight.shape))
@@ -244,7 +245,7 @@ def embedding_facts(file: TensorFile, model: Model | None) -> dict[str, Any]:
     tensors = dict(tensors_of(file))
     words = []
     for key, tensor in tensors.items():
-        rows = tensor.float().reshape(-1, tensor.shape[-1])
+        rows = torch.atleast_2d(tensor.float())
         word = file.metadata.get("token", file.path.stem) if key == embeddings.KOHYA else key
         norms = rows.norm(dim=1).tolist()
         words.append(f"{word}: {len(rows)} of width {rows.shape[1]}, lengths {', '.join(f'{n:.3g}' for n in norms[:8])}")
@@ -254,7 +255,8 @@ def embedding_facts(file: TensorFile, model: Model | None) -> dict[str, Any]:
         fits = all(tensor.shape[-1] == width for tensor in tensors.values())
         facts["model"] = f"its text encoder is {width} wide: {'the vectors fit' if fits else 'the vectors do not fit'}"
     untrained = [name for name, tensor in tensors.items() if not tensor.any()]
-    return facts | oddities(tensors, [f"{name} is 0: never trained" for name in untrained])
+    problems = [f"{name} is {'0: never trained' if tensors[name].numel() else 'empty'}" for name in untrained]
+    return facts | oddities(tensors, problems)
 
 
 # --- models ------------------------------------------------------------------------------------------------------------

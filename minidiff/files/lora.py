@@ -7,7 +7,8 @@
 The tensors alone do not say how strong an adapter is: scale = alpha / r, and alpha is a tensor of its own (kohya), a table in
 the metadata (diffusers) or in a second file (peft). Where the file is silent, alpha = r is the rule of all programs.
 
-dialects.py knows the names, parts.py the tensors of one module, peft_config.py the tables.
+dialects.py knows the names and lora_headers.py sorts a file by them; parts.py has the tensors of one module, peft_config.py
+the tables.
 """
 
 import json
@@ -24,7 +25,8 @@ from minidiff.adapters.inject import adaptable_layers, adapter_names, attach, ch
 from minidiff.adapters.lora import LoRAWeights
 from minidiff.config import SD15_UNET, UNetConfig
 from minidiff.errors import AdapterError, did_you_mean, listed
-from minidiff.files.dialects import WRITTEN, Place, key_of, place_of
+from minidiff.files.dialects import WRITTEN, Place, key_of
+from minidiff.files.lora_headers import FILE_NAME, PEFT_FILE, LoRAHeader, find_lora, lora_header
 from minidiff.files.parts import changed_shape, check_parts, fitted, flat, parts_of, weights_of
 from minidiff.files.peft_config import (
     COMPONENTS,
@@ -36,12 +38,7 @@ from minidiff.files.peft_config import (
     peft_config,
     read_configs,
 )
-from minidiff.weights import TensorFile, TensorInfo, read_header, save
-
-FILE_NAME = "pytorch_lora_weights.safetensors"
-PEFT_FILE = "adapter_model.safetensors"
-
-Modules = dict[str, dict[str, TensorInfo]]  # module -> its tensors by part
+from minidiff.weights import TensorFile, file_at, read_header, save
 
 
 @dataclass(frozen=True)
@@ -94,9 +91,12 @@ def read_lora(
     `alpha` is for files that do not say it. `config` is the U-Net in which LDM's names are counted. A tensor that belongs to
     no adapter of an SD model is an AdapterError; with `strict=False` it is listed in `unknown`.
     """
-    file = read_header(find_lora(path, weight_name))
-    dialect = check_dialect(file)
-    modules, unknown = by_module(file, config)
+    return read_modules(lora_header(read_header(find_lora(path, weight_name)), config), alpha, strict)
+
+
+def read_modules(header: LoRAHeader, alpha: float | None, strict: bool) -> LoRAFile:
+    """The data of a file whose header is known; the rest as in `read_lora`."""
+    file, modules, unknown = header.file, header.modules, header.unknown
     if not modules or (unknown and strict):
         raise AdapterError(
             f"{file.path}: {len(file.tensors) - len(unknown)} of {len(file.tensors)} tensors have the names of an SD adapter. "
@@ -108,7 +108,7 @@ def read_lora(
     values = {name: {part: tensors[info.key] for part, info in parts.items()} for name, parts in modules.items()}
     configs = read_configs(file)
     said = {name: said_scale(file.path, name, parts, configs) for name, parts in values.items()}
-    check_alpha(file.path, dialect, alpha, said)
+    check_alpha(file.path, header.dialect, alpha, said)
     found = {}
     for name, scale in said.items():
         default = 1.0 if alpha is None else alpha / len(values[name]["down"])
@@ -116,52 +116,7 @@ def read_lora(
     zeros = sum("alpha" in parts and not parts["alpha"] for parts in values.values())
     notes = (f"alpha is 0 in {zeros} layers, which stands for the rank",) if zeros else ()
     known = alpha is not None or None not in said.values()
-    return LoRAFile(file.path, dialect, found, known, file.metadata, tuple(unknown), notes)
-
-
-def find_lora(path: str | Path, weight_name: str | None) -> Path:
-    """The file that is meant by a file or a folder."""
-    path = Path(path)
-    if weight_name is not None:
-        return path / weight_name
-    if not path.is_dir():
-        return path
-    for name in (FILE_NAME, PEFT_FILE):
-        if (path / name).is_file():
-            return path / name
-    there = sorted(p.name for p in path.glob("*.safetensors"))
-    hint = f"it has {', '.join(there)}: say which with weight_name" if there else "there is no .safetensors file in it"
-    raise AdapterError(f"{path} has no {FILE_NAME} and no {PEFT_FILE}; {hint}.")
-
-
-def check_dialect(file: TensorFile) -> str:
-    """The style of the file, or an AdapterError that says what the file is instead."""
-    dialect, kind = keymaps.lora_dialect(file.tensors), keymaps.adapter_kind(file.tensors)
-    if dialect is None:
-        raise AdapterError(f"{file.path} is no LoRA. The file looks like {file.looks_like}.")
-    if kind not in ("LoRA", "DoRA"):
-        raise AdapterError(
-            f"{file.path}: unsupported adapter type {kind}; minidiff reads LoRA, LoCon and DoRA. Bake it into a model with the "
-            "program that made it: minidiff merge extract gets a LoRA out of that."
-        )
-    if dialect == "cloneofsimo":
-        raise AdapterError(
-            f"{file.path} is {file.looks_like}, which counts layers and does not name them; minidiff does not read that. "
-            f"Three of its tensors: {', '.join(list(file.tensors)[:3])}."
-        )
-    return dialect
-
-
-def by_module(file: TensorFile, config: UNetConfig) -> tuple[Modules, list[str]]:
-    """The tensors of the file by module and part, and the names that are no part of any."""
-    modules: Modules = {}
-    unknown = []
-    for key, info in file.tensors.items():
-        if (place := place_of(key, config)) is None:
-            unknown.append(key)
-        elif (twin := modules.setdefault(place.module, {}).setdefault(place.part, info)) is not info:
-            raise AdapterError(f"{file.path} has two tensors for one place: {twin.key} and {key}.")
-    return modules, unknown
+    return LoRAFile(file.path, header.dialect, found, known, file.metadata, tuple(unknown), notes)
 
 
 def said_scale(path: Path, module: str, parts: Mapping[str, Tensor], configs: Mapping[str, Config]) -> float | None:
@@ -169,7 +124,7 @@ def said_scale(path: Path, module: str, parts: Mapping[str, Tensor], configs: Ma
     rank = len(parts["down"])
     if "alpha" in parts:
         alpha = parts["alpha"].item()
-        if alpha < 0:
+        if not 0 <= alpha < math.inf:
             raise AdapterError(f"{path}: alpha of {module} is {alpha:g}; it must be a positive number.")
         return alpha / rank if alpha else 1.0  # kohya's rule: 0 stands for the rank
     config = configs.get(module.partition(".")[0])
@@ -210,8 +165,9 @@ def load_lora(
         check_adapter_name(model, adapter_name)
     config = getattr(models.get("unet"), "config", SD15_UNET)
     layers = {f"{part}.{name}": layer for part, model in models.items() for name, layer in adaptable_layers(model).items()}
-    left = check_fit(models, layers, path, weight_name, config, strict)
-    lora = read_lora(path, weight_name, alpha, config, strict)
+    header = lora_header(read_header(find_lora(path, weight_name)), config)
+    left = check_fit(models, layers, header, strict)
+    lora = read_modules(header, alpha, strict)
     found = {name: fitted(weights, layers[name].weight) for name, weights in lora.modules.items() if name in layers}
     for part, model in models.items():
         mine = {name.removeprefix(f"{part}."): weights for name, weights in found.items() if name.startswith(f"{part}.")}
@@ -225,16 +181,12 @@ def load_lora(
 def check_fit(
     models: Mapping[str, nn.Module],
     layers: Mapping[str, nn.Linear | nn.Conv2d],
-    path: str | Path,
-    weight_name: str | None,
-    config: UNetConfig,
+    header: LoRAHeader,
     strict: bool,
 ) -> list[str]:
     """The tensors that find no layer; none if `strict`. By the header alone, before any data is read."""
-    file = read_header(find_lora(path, weight_name))
-    check_dialect(file)
-    modules, unknown = by_module(file, config)
-    strangers = unknown + [info.key for name, parts in modules.items() if name not in layers for info in parts.values()]
+    file, modules = header.file, header.modules
+    strangers = header.unknown + [info.key for name, parts in modules.items() if name not in layers for info in parts.values()]
     matched = len(file.tensors) - len(strangers)
     if strangers and (strict or not matched):
         raise AdapterError(
@@ -277,10 +229,9 @@ def save_lora(
     people and for other programs; what they need for loading is added.
     """
     check_writable(modules, dialect)
-    path = Path(path)
-    if dialect == "peft" and path.suffix == ".safetensors":
+    if dialect == "peft" and Path(path).suffix == ".safetensors":
         raise AdapterError(f"{path}: peft's adapters are folders of two files; give the name of a folder.")
-    path = path if path.suffix == ".safetensors" else path / (PEFT_FILE if dialect == "peft" else FILE_NAME)
+    path = file_at(path, PEFT_FILE if dialect == "peft" else FILE_NAME)
     tensors = {}
     for name, weights in modules.items():
         for part, tensor in parts_of(name, weights, dialect, torch_dtype).items():
@@ -291,7 +242,7 @@ def save_lora(
         config = {**configs_of(modules)["unet"], "base_model_name_or_path": base, "inference_mode": True}
         beside = path.with_name(PEFT_CONFIG)
         beside.unlink(missing_ok=True)  # the old one must not be taken for the new tensors'
-        save(tensors, path)
+        save(tensors, path, about)
         beside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return path
     if dialect == "diffusers":
@@ -322,7 +273,8 @@ def configs_of(modules: Mapping[str, LoRAWeights]) -> dict[str, Config]:
 
 def kohya_metadata(modules: Mapping[str, LoRAWeights]) -> dict[str, str]:
     """What kohya's scripts and A1111 look for beside the tensors; the tensors' own alpha counts."""
-    ranks, alphas = ({f"{get(weights):g}" for weights in modules.values()} for get in (lambda w: w.rank, alpha_of))
+    ranks = {str(weights.rank) for weights in modules.values()}
+    alphas = {f"{alpha_of(weights):g}" for weights in modules.values()}
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",

@@ -17,13 +17,15 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from minidiff.adapters.inject import adaptable_layers, eject, lora_layers, plain_name
+from minidiff.adapters.inject import eject, lora_layers
 from minidiff.adapters.lora import LoRAWeights
+from minidiff.adapters.targets import adaptable_layers, plain_name
 from minidiff.errors import AdapterError
 from minidiff.files.parts import flat
+from minidiff.weights import is_finite
 
 Modules = Mapping[str, LoRAWeights]
-LEAST = 1e-6  # a tensor that moved by less than this part of its size has not moved
+LEAST = 1e-6  # what is less than this part of the size is rounding, and no change
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,21 @@ def cosine(one: LoRAWeights, other: LoRAWeights) -> float:
 
 
 def inner(one: LoRAWeights, other: LoRAWeights) -> float:
-    """⟨B1 A1, B2 A2⟩ = Σ (B1ᵀ B2) ∘ (A1 A2ᵀ): r x r numbers, never out x in."""
+    """⟨B1 A1, B2 A2⟩ = Σ (B1ᵀ B2) ∘ (A1 A2ᵀ): r x r numbers, or out x in where these are fewer."""
+    if one.rank * other.rank > len(one.B) * one.A[0].numel():
+        return (one.product().double() * other.product().double().reshape(one.product().shape)).sum().item()
     B = one.B.double().mT @ other.B.double()
     A = one.A.double().flatten(1) @ other.A.double().flatten(1).mT
     return one.scale * other.scale * (B * A).sum().item()
+
+
+def cancelled(joined: Modules, adapters: Sequence[Modules], strengths: Sequence[float]) -> list[str]:
+    """The modules whose changes add up to nothing: weights of 0, or two that are each other's opposite."""
+    sizes = {
+        name: sum(strength**2 * inner(weights, weights) for weights, strength in parts)
+        for name, parts in by_module(adapters, strengths).items()
+    }
+    return [name for name, weights in joined.items() if inner(weights, weights) <= LEAST**2 * sizes[name]]
 
 
 def error_of_adding_factors(adapters: Sequence[Modules], strengths: Sequence[float]) -> dict[str, float]:
@@ -212,13 +225,23 @@ def moved(before: Tensor, after: Tensor) -> Tensor | None:
     return change if change.norm() > LEAST * before.double().norm() else None
 
 
-def bake(models: Iterable[nn.Module]) -> None:
-    """Fold the adapters, at their strengths of now, into the weights for good: added in fp32, rounded once to W's dtype."""
+def bake(models: Iterable[nn.Module]) -> int:
+    """Fold the adapters, at their strengths of now, into the weights for good: added in fp32, rounded once to W's dtype.
+
+    Gives the number of layers that changed. Raises AdapterError where a weight would be infinite; the models are spoilt then.
+    """
+    changed = 0
     for model in models:
-        for layer in lora_layers(model).values():
+        for name, layer in lora_layers(model).items():
+            layer.unmerge()  # else `eject` would bring the old weights back
             W = layer.base.weight.data
-            layer.base.weight.data = (W.float() + layer.delta()).to(W.dtype)
+            tuned = (W.float() + layer.delta()).to(W.dtype)
+            if not is_finite(tuned):
+                raise AdapterError(f"{name}: with the adapters its weights are too large for {W.dtype}; lower --lora_weight.")
+            changed += not torch.equal(tuned, W)
+            layer.base.weight.data = tuned
         eject(model)
+    return changed
 
 
 def check_linear(adapters: Sequence[Modules]) -> None:

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from minidiff.weights import TensorFile
 
 PEFT_CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"
+MOST = 1e30  # of alpha; JSON has whole numbers of any length, and floats end at 1e308
 COMPONENTS = ("unet", "text_encoder")
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")  # ways to start that take the adapter out of the base's weights
 
@@ -58,7 +60,10 @@ def check_config(config: Config, where: str) -> Config:
     """The same configuration, or an AdapterError if it is no LoRA's, or says things that minidiff cannot follow."""
     try:
         for field in ("rank_pattern", "alpha_pattern"):
-            for pattern in (config.get(field) or {}).keys():
+            patterns = (config.get(field) or {}).keys()
+            if len(patterns) > 5000:
+                raise ValueError(f"{field} has {len(patterns):,} entries, more than a model has layers")
+            for pattern in patterns:
                 check_pattern(pattern)
     except (ValueError, TypeError, AttributeError, re.error) as error:
         raise AdapterError(f"{where} is not the configuration of a LoRA: {error}.") from error
@@ -76,10 +81,22 @@ def check_config(config: Config, where: str) -> Config:
 
 
 def check_pattern(pattern: str) -> None:
-    """Raise ValueError or re.error for a pattern that cannot be used; nested repeats can take for ever on a short name."""
-    re.compile(pattern)
-    if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4:
-        raise ValueError(f"the pattern {pattern!r:.100} repeats too much")
+    """Raise ValueError or re.error for a pattern that cannot be used.
+
+    A regular expression can take for ever on a short name. So it may have one group and three repeats, none of a group, and as
+    many `\\d+` as it likes, for there are few digits to try: peft's own patterns are mostly names.
+    """
+    ending(pattern)
+    repeats = len(re.findall(r"(?<!\\d)[*+?{]", pattern))
+    many = len(pattern) > 1000 or repeats > 3 or pattern.count("(") > 1 or pattern.count("|") > 20
+    if many or re.search(r"\)[*+?{]", pattern):
+        raise ValueError(f"the pattern {pattern[:100]!r} is too complicated for the name of a layer")
+
+
+@cache
+def ending(pattern: str) -> re.Pattern[str]:
+    """peft's rule: a pattern means the end of a name, after a dot, or all of it."""
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def config_scale(config: Config, module: str, rank: int, path: Path) -> float:
@@ -89,15 +106,15 @@ def config_scale(config: Config, module: str, rank: int, path: Path) -> float:
     alpha = by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
     if said != rank:
         raise AdapterError(f"{path}: {module} has rank {rank}, and its configuration says {said!r}.")
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+    if type(alpha) not in (int, float) or not 0 < alpha < MOST:
         raise AdapterError(f"{path}: alpha of {module} is {alpha!r}; it must be a positive number.")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
-    """peft's rule: the first pattern (a regular expression) that is the end of the name, after a dot, or all of it."""
+    """What is said of a name: the first pattern that fits counts."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if ending(pattern).match(name):
             return value
     return default
 

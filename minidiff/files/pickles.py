@@ -20,10 +20,10 @@ from torch import Tensor
 
 import minidiff
 from minidiff.errors import WeightsError
-from minidiff.weights import NAMES, NOT_SAFETENSORS, read_header, save
+from minidiff.headers import NAMES, NOT_SAFETENSORS, check_ordinary
+from minidiff.weights import read_header, save
 
-ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
-PICKLES = (b"PK", b"\x80")  # how PyTorch's files begin
+STARTS = (b"PK", b"\x80")  # how PyTorch's files begin
 REFUSED = 3  # the child's exit code when it can say why
 SECONDS, GIB = 600, 2**30
 ADVICE = "Get the .safetensors version of it, or have it converted where it was made."
@@ -38,8 +38,7 @@ def unpickle(path: str | Path, folder: str | Path, seconds: int = SECONDS) -> Pa
     child's computing time. Give a temporary folder: a child that is killed leaves its half of a file there.
     """
     path, target = Path(path), Path(folder) / f"{Path(path).stem}.safetensors"
-    if not path.is_file():
-        raise WeightsError(f"{path} does not exist.")
+    check_ordinary(path)
     check_start(path)
     if target.exists():
         raise WeightsError(f"{target} exists already; nothing is overwritten.")
@@ -65,7 +64,7 @@ def check_start(path: Path) -> None:
     if start[8:9] == b"{":
         raise WeightsError(f"{path} is a safetensors file under another name; rename it to {path.stem}.safetensors.")
     for magic, what in NOT_SAFETENSORS.items():
-        if start.startswith(magic) and magic not in PICKLES:
+        if start.startswith(magic) and magic not in STARTS:
             raise WeightsError(f"{path} {what}")
 
 
@@ -164,6 +163,8 @@ def walk(value: Any, names: Names) -> Iterator[tuple[Names, Tensor]]:
     if isinstance(value, Tensor):
         yield names, value
     elif isinstance(value, Mapping):
+        if len(set(map(str, value))) < len(value):  # 1 and "1"
+            raise WeightsError(f"a table in it has two entries of one name, where {'/'.join(names) or 'it begins'}. {ADVICE}")
         for name, inner in value.items():
             yield from walk(inner, (*names, str(name)))
     elif isinstance(value, (list, tuple)):

@@ -4,5 +4,7 @@ attention.py  softmax(q kᵀ / √d) v, and the layer around it
 blocks.py     the bricks: time embedding, ResBlock, transformer block, down- and upsampling
 unet.py       the denoiser
 vae.py        the autoencoder between pictures and latents
-text.py       CLIP's text tower: prompt -> (B, 77, D)
+prompt.py     the prompt language: weights, BREAK, LoRA tags
+text.py       CLIP's text tower: prompt -> (B, 77 k, D)
+tokens.py     how CLIP splits a prompt, to look at
 """

@@ -40,6 +40,7 @@ SAMPLER_NAMES = {  # ours -> what A1111 shows and reads
 OURS = {name.lower(): ours for ours, name in SAMPLER_NAMES.items()}
 AUTOMATIC_IS_KARRAS = ("dpm++_2m", "dpm++_2m_sde")  # A1111 1.9: what "Automatic" stands for
 NUMBER = re.compile(r"[+-]?(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][+-]?[0-9]{1,4})?")
+COMMAND = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]")  # ECMA-48, 5.4: colours, cursor, erasing
 HIDDEN = {"Cc", "Cs"}  # control characters, halves of surrogates
 BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they turn what follows around on a terminal
 
@@ -57,8 +58,13 @@ class Reading:
 
 
 def clean(text: str) -> str:
-    """Without what a terminal would obey: control characters other than line ends and tabs, and turns of direction."""
-    kept = (c for c in text.replace("\r\n", "\n") if c in "\n\t" or not (unicodedata.category(c) in HIDDEN or c in BIDI))
+    """Without what a terminal would obey: its commands, control characters other than line ends and tabs, and turns of
+    direction."""
+    kept = (
+        c
+        for c in COMMAND.sub("", text).replace("\r\n", "\n")
+        if c in "\n\t" or not (unicodedata.category(c) in HIDDEN or c in BIDI)
+    )
     return "".join(kept)
 
 

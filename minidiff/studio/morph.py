@@ -212,7 +212,7 @@ def one_palette(pictures: Sequence[Image.Image]) -> list[Image.Image]:
     width, height = pictures[0].size
     dots = np.tile(bayer(8) - 0.5, (height // 8 + 1, width // 8 + 1))[:height, :width, None]
     plain = np.asarray(nearest(every[None], palette).convert("RGB"))[0]
-    step = 4 * np.abs(plain - every.astype(float)).mean()  # tones a step apart: the nearest is a quarter of it away on average
+    step = 4 * np.median(np.abs(plain - every.astype(float)))  # tones a step apart: the nearest is a quarter of it away
     dotted = (np.clip(np.asarray(picture) + step * dots, 0, 255).round().astype(np.uint8) for picture in pictures)
     return [nearest(values, palette) for values in dotted]
 

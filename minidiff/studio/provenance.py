@@ -15,22 +15,22 @@ import json
 import os
 import platform
 from dataclasses import fields, replace
-from pathlib import Path, PureWindowsPath
+from pathlib import PureWindowsPath
 from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 
 from minidiff import __version__
-from minidiff.call import adapter_name_of
+from minidiff.call import adapter_name_of, in_lora_dir
 from minidiff.canvas import IMAGE_STRENGTH
 from minidiff.diffusion.samplers import SAMPLERS
-from minidiff.errors import SettingsError
 from minidiff.files.lora import find_lora
 from minidiff.flags import Sample, Sampling
 from minidiff.images import generation_text
+from minidiff.models.prompt import parse_prompt
 from minidiff.pipeline import StableDiffusionPipeline
-from minidiff.studio.foreign import SAMPLER_NAMES, TAG
+from minidiff.studio.foreign import SAMPLER_NAMES
 from minidiff.studio.hashes import HASHES, remember_place, sha256_of
 
 AnySampling = TypeVar("AnySampling", bound=Sampling)
@@ -83,24 +83,11 @@ def recipe(settings: Sample, pipe: StableDiffusionPipeline, seed: int, size: tup
 def with_named_loras(settings: AnySampling, prompt: str) -> AnySampling:
     """The settings with the LoRAs that only the prompt names, <lora:dog:0.8>, as if --lora had given their files."""
     given = {adapter_name_of(_title(path)) for path in settings.lora}
-    named = {name.strip(): float(weight or 1) for kind, name, weight in TAG.findall(prompt) if kind.lower() == "lora"}
+    named = dict(parse_prompt(prompt).loras)
     found = {name: weight for name, weight in sorted(named.items()) if adapter_name_of(name) not in given}
     paths = tuple(str(in_lora_dir(settings.lora_dir, name)) for name in found)
     weights = settings.lora_weight or (1.0,) * len(settings.lora)
     return replace(settings, lora=(*settings.lora, *paths), lora_weight=(*weights, *found.values()))
-
-
-def in_lora_dir(folder: str, name: str) -> Path:
-    """The file or folder of that name; SettingsError, with what is there, if there is none."""
-    for path in (Path(folder, name), Path(folder, f"{name}.safetensors")):
-        if Path(name).name == name and path.exists():
-            return path
-    there = (
-        sorted(path.name.removesuffix(".safetensors") for path in Path(folder).glob("*"))[:10] if Path(folder).is_dir() else []
-    )
-    raise SettingsError(
-        f'<lora:{name}>: no such file or folder in --lora_dir "{folder}"; there is {", ".join(there) or "nothing"}.'
-    )
 
 
 def versions() -> dict[str, str]:

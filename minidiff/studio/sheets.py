@@ -20,6 +20,7 @@ from PIL import Image
 
 from minidiff.diffusion.samplers import sampler_named
 from minidiff.errors import MinidiffError, SettingsError, did_you_mean
+from minidiff.flags import Sampling
 from minidiff.images import contact_sheet
 
 MAX_TILES = 400
@@ -232,7 +233,9 @@ def with_values(settings: S, chosen: Sequence[tuple[Axis | None, int]]) -> S:
     if hasattr(changed, "check"):
         changed.check()
     if sampler := getattr(changed, "sampler", None):
-        sampler_named(sampler)
+        row = sampler_named(sampler)
+        if isinstance(changed, Sampling):
+            row.check(changed.timestep_spacing, changed.use_karras_sigmas, changed.eta)
     return changed
 
 

@@ -30,6 +30,7 @@ class Problem:
 
     kind: Literal["error", "notice"]
     what: str  # begins with the file
+    can_be_skipped: bool = False  # by --skip_bad
 
 
 def check_dataset(
@@ -66,7 +67,7 @@ def _of_picture(example: Example, resolution: int, buckets: Sequence[Size], seen
             image = load_image(example.path)  # warns of animations
         check_picture(example, image, resolution, buckets)
     except DataError as error:
-        return [Problem("error", str(error))]
+        return [Problem("error", str(error), can_be_skipped=True)]
     notices = [str(warning.message) for warning in said] + [f"{example.path}: {text}" for text in _kind_of(example.path)]
     pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
     if pixels in seen:

@@ -15,7 +15,6 @@ fsync the parent, and only then take old checkpoints away (they are first rename
 process dies, each visible checkpoint is complete. Nothing is pickled.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -34,10 +33,12 @@ from torch import Tensor
 from minidiff import weights
 from minidiff.errors import SettingsError, WeightsError
 from minidiff.train import distributed
+from minidiff.train.durable import HIDDEN, fsync, fsync_tree, put_aside, remove, sha256, write_bytes
 from minidiff.train.settings import TrainSettings, to_toml
 
 Groups = dict[str, dict[str, Tensor]]  # "weights" | "optimizer" | "ema" -> tensors by name
 CONFIG = "train_config.toml"
+STATE = {"state/weights.safetensors", "state/optimizer.safetensors"}  # what every checkpoint has
 
 
 @dataclass(frozen=True)
@@ -54,50 +55,65 @@ def save(
     folder: Path, step: int, tensors: Groups, facts: dict[str, Any], export: Callable[[Path], None], keep: int | None
 ) -> Path:
     """Write `folder/checkpoint-<step>`, then remove all but the `keep` newest. An OSError leaves the old ones whole."""
-    final, hidden = folder / f"checkpoint-{step}", folder / f".tmp-checkpoint-{step}"
+    final, hidden = folder / f"checkpoint-{step}", folder / f"{HIDDEN}checkpoint-{step}"
     try:
-        _remove(hidden)
+        remove(hidden)
         os.makedirs(hidden / "state")
         for name, group in tensors.items():
             weights.save(group, hidden / "state" / f"{name}.safetensors")
         export(hidden)
         _write_manifest(hidden, step, facts)
-        _put_aside(final)  # exists only if it is damaged: an intact one is never written again
+        put_aside(final)  # exists only if it is damaged: an intact one is never written again
         os.rename(hidden, final)
         fsync(folder)
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)  # give the space back
         raise
-    prune(folder, keep)
+    prune(folder, keep, step)
     return final
 
 
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint back; raises WeightsError unless every byte is as it was written."""
     manifest = verify(path)
-    tensors = {p.stem: weights.read_header(p).read() for p in sorted((path / "state").glob("*.safetensors"))}
-    return Checkpoint(path, manifest["step"], tensors, manifest)
+    files = (path / name for name in manifest["files"] if name.startswith("state/"))  # none that the manifest does not know
+    return Checkpoint(path, manifest["step"], {p.stem: weights.read_header(p).read() for p in files}, manifest)
 
 
 def verify(path: Path) -> dict[str, Any]:
     """The manifest, if each file it lists has its size and sha256; else a WeightsError with the file's name."""
+    manifest = read_manifest(path)
+    for name, want in manifest["files"].items():
+        if sha256(path / name) != want["sha256"]:
+            raise WeightsError(f"{path / name} is damaged: its bytes are not those that were saved.")
+    return manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint that is whole by its files' sizes: `verify`, but in no time. Else a WeightsError."""
     try:
+        if not (path / "manifest.json").is_file():
+            raise FileNotFoundError("it has no manifest.json")
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text("utf-8"))
-        files: dict[str, dict[str, Any]] = manifest["files"]
+        files, step, told = manifest["files"], manifest["step"], (manifest["made_of"], manifest["environment"])
+        if type(step) is not int or step < 0 or not all(isinstance(table, dict) for table in told):
+            raise ValueError("its manifest.json makes no sense")
+        if not STATE <= files.keys():
+            raise ValueError("its manifest.json does not list what a run needs to go on")
+        if path.name.startswith("checkpoint-") and path.name != f"checkpoint-{step}":
+            raise ValueError(f"by its manifest.json it is that of step {step}")
         for name, want in files.items():
-            if (path / name).stat().st_size != want["bytes"] or sha256(path / name) != want["sha256"]:
-                raise WeightsError(f"{path / name} is damaged: its bytes are not those that were saved.")
-        if type(manifest["step"]) is not int:
-            raise ValueError("its step is no whole number")
+            if not (path / name).is_file() or (path / name).stat().st_size != want["bytes"] or "sha256" not in want:
+                raise ValueError(f"{name} is missing or cut short")
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path} is no complete checkpoint ({type(error).__name__}: {error}).") from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The visible checkpoints of a run, oldest first, whole or not."""
+    """What calls itself a checkpoint of a run, oldest first, whole or not."""
     found = [(p.name.removeprefix("checkpoint-"), p) for p in folder.glob("checkpoint-*")]
-    return [p for _, p in sorted((int(step), p) for step, p in found if step.isdigit())]
+    return [p for _, p in sorted((int(step), p) for step, p in found if step.isascii() and step.isdecimal())]
 
 
 def latest(folder: Path) -> Path | None:
@@ -111,13 +127,22 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
-def prune(folder: Path, keep: int | None) -> None:
-    """Take away all but the `keep` newest checkpoints (None: keep all), and what a killed process left half done."""
-    for path in [] if keep is None else checkpoints(folder)[:-keep]:
-        _put_aside(path)
-    for left in (".tmp-*", ".*.part", "samples/.*.part"):  # .part: pictures, see images.save_png
+def prune(folder: Path, keep: int | None, step: int) -> None:
+    """After `step`, take away all but the `keep` newest whole checkpoints (None: keep all), and what `sweep` takes.
+
+    What is damaged, or bears the name of a later step, does not count, and stays for a person to look at.
+    """
+    whole = [] if keep is None else [p for p in checkpoints(folder) if _is_whole(p) and _step(p) <= step]
+    for path in whole[:-keep] if keep else []:
+        put_aside(path)
+    sweep(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Take away what a killed process of minidiff's left half done; hidden files of other names are not ours."""
+    for left in (f"{HIDDEN}*", ".loss.png.*.part", f"samples/{HIDDEN}*", "samples/.step-*.part"):  # .part: images.save_png
         for path in folder.glob(left):
-            _remove(path)
+            remove(path)
 
 
 def find(settings: TrainSettings) -> Path | None:
@@ -137,7 +162,7 @@ def find(settings: TrainSettings) -> Path | None:
             f'--resume_from_checkpoint {wanted}: no such folder. Checkpoints in {folder}: {there}; or "latest".'
         )
     step = verify(path)["step"]
-    newer = [p.name for p in checkpoints(folder) if int(p.name.split("-")[1]) > step]
+    newer = [p.name for p in checkpoints(folder) if _step(p) > step]
     if newer:
         raise SettingsError(
             f"--resume_from_checkpoint {wanted}: {folder} holds newer ones ({', '.join(newer)}), which this run would "
@@ -167,25 +192,6 @@ def environment() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     here = {"threads": torch.get_num_threads(), "machine": platform.machine(), "gpu": gpu}
     return {**versions, **here, "processes": distributed.world().size}
-
-
-# --- the optimizer's state as tensors and JSON -----------------------------------------------------------------------
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Moments and step counts by "<parameter number>.<name>", and the parameter groups' numbers."""
-    state = optimizer.state_dict()
-    return {f"{i}.{k}": v for i, values in state["state"].items() for k, v in values.items()}, state["param_groups"]
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
-    """The reverse. JSON turned tuples, such as Adam's betas, into lists: they become tuples again."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = tensor
-    restored = [{k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in g.items()} for g in groups]
-    optimizer.load_state_dict({"state": state, "param_groups": restored})
 
 
 # --- the folder of a run ---------------------------------------------------------------------------------------------
@@ -224,7 +230,7 @@ def claimed(settings: TrainSettings) -> Iterator[Path]:
         if settings.overwrite_output_dir:
             clear(folder)
         if (folder / CONFIG).exists():
-            prune(folder, None)  # of what a killed process left
+            sweep(folder)
         yield folder
 
 
@@ -234,51 +240,30 @@ def write_config(folder: Path, settings: TrainSettings) -> None:
 
 def clear(folder: Path) -> None:
     """Remove an earlier run's checkpoints, metrics and sheets. The old result stays until the new one replaces it."""
-    for path in [*checkpoints(folder), folder / "metrics.jsonl", folder / "loss.png", folder / "samples"]:
-        _put_aside(path)
-    prune(folder, None)
+    sheets = folder.glob("samples/step-*.png")  # beside which may lie a person's own pictures
+    for path in [*checkpoints(folder), folder / "metrics.jsonl", folder / "loss.png", *sheets]:
+        put_aside(path)
+    sweep(folder)
 
 
 def publish(folder: Path, export: Callable[[Path], None]) -> None:
-    """Let `export` write into a hidden folder, then move what it wrote into `folder`, each piece whole."""
-    hidden = folder / ".tmp-export"
-    _remove(hidden)
+    """Let `export` write into a hidden folder, then move what it wrote into `folder`, each piece whole.
+
+    Only a .gitignore that is there already stays: the folder may be a clone of a repository, with rules of its own.
+    """
+    hidden = folder / f"{HIDDEN}export"
+    remove(hidden)
     hidden.mkdir()
     export(hidden)
-    _fsync_tree(hidden)
+    fsync_tree(hidden)
     for path in sorted(hidden.iterdir()):
+        if path.name == ".gitignore" and (folder / path.name).exists():
+            continue
         if (folder / path.name).is_dir():
-            _put_aside(folder / path.name)
+            put_aside(folder / path.name)
         os.replace(path, folder / path.name)
     fsync(folder)
-    prune(folder, None)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file in one go: a reader, or a crash, sees the old bytes or the new."""
-    hidden = path.with_name(f".tmp-{path.name}")
-    with open(hidden, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(hidden, path)
-    fsync(path.parent)
-
-
-def fsync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, durable. (Windows has no such call for folders, and needs none.)"""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sweep(folder)
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -299,34 +284,22 @@ def _try_lock(descriptor: int) -> bool:
 
 def _write_manifest(folder: Path, step: int, facts: dict[str, Any]) -> None:
     """The last file to be written, after all others are on the disk."""
-    files = _fsync_tree(folder)
+    files = fsync_tree(folder)
     listed = {str(p.relative_to(folder).as_posix()): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
     manifest = {"step": step, "environment": environment(), **facts, "files": listed}
     write_bytes(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode())
 
 
-def _fsync_tree(folder: Path) -> list[Path]:
-    """fsync each file and each folder below `folder`; the files, sorted."""
-    paths = sorted(folder.rglob("*"))
-    for path in [*paths, folder]:
-        fsync(path)
-    return [p for p in paths if p.is_file()]
+def _step(path: Path) -> int:
+    """Of a checkpoint, by its name."""
+    return int(path.name.removeprefix("checkpoint-"))
 
 
-def _put_aside(path: Path) -> None:
-    """Out of sight in one step, so that no half-removed checkpoint is ever visible; then remove it."""
-    if path.exists():
-        hidden = path.with_name(f".tmp-old-{path.name}")
-        _remove(hidden)
-        os.rename(path, hidden)
-        _remove(hidden)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(read_manifest(path))
+    except WeightsError:
+        return False
 
 
 def _short(value: Any) -> str:

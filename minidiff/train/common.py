@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from minidiff import keymaps
 from minidiff.device import chosen_device
 from minidiff.diffusion.losses import min_snr_weights, mse, prior_preservation, squared_error
 from minidiff.diffusion.schedule import add_noise, training_target
@@ -29,13 +30,13 @@ from minidiff.train.priors import BasePrior, PairedData, base_target, class_exam
 from minidiff.train.settings import FineTuneSettings
 from minidiff.train.validation import check_prediction_type, validation_set
 
-Base = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, text) -> what the untuned U-Net answers
+BaseAnswer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, text) -> what the untuned U-Net answers
 
 # --- the base and the pictures ---------------------------------------------------------------------------------------
 
 
 def load_base(settings: FineTuneSettings) -> tuple[StableDiffusionPipeline, str]:
-    """The frozen base model on its device, after the checks that take no time; and its fingerprint.
+    """The frozen base model on its device, after the checks that take no time; and its hash, which tells it from others.
 
     The U-Net and the text encoder have the dtype of --mixed_precision, the VAE stays fp32.
     """
@@ -44,7 +45,7 @@ def load_base(settings: FineTuneSettings) -> tuple[StableDiffusionPipeline, str]
     dtype = DTYPES[settings.mixed_precision]
     pipe = StableDiffusionPipeline.from_pretrained(settings.pretrained_model_name_or_path, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(chosen_device(settings.device)), fingerprint(pipe.unet, pipe.vae, pipe.text_encoder)
+    return pipe.to(chosen_device(settings.device)), model_fingerprint(pipe.unet, pipe.vae, pipe.text_encoder)
 
 
 def load_data(
@@ -91,16 +92,17 @@ def training_side(pipe: StableDiffusionPipeline, settings: FineTuneSettings) -> 
     return side, stride
 
 
-def with_prior(pipe: StableDiffusionPipeline, data: LatentData, live_text: bool = False) -> LatentData | PairedData | BasePrior:
+def with_prior(pipe: StableDiffusionPipeline, data: LatentData) -> LatentData | PairedData | BasePrior:
     """The data with its class half, if --with_prior_preservation asks for one. The model must still be the base."""
     settings = data.settings
     if not has_prior(settings):
         return data
+    encode = text_of(pipe, data.live_text)
     if settings.prior_from_base:
-        return BasePrior(data, text_of(pipe, live_text)([settings.class_prompt or ""])[0])
+        return BasePrior(data, encode([settings.class_prompt or ""])[0])
     examples = check_pictures(class_examples(pipe, settings, data.resolution), data.resolution, settings.skip_bad)
-    own, encode = class_settings(settings), text_of(pipe, live_text)
-    return PairedData(data, LatentData(examples, own, data.resolution, pipe.vae, encode, data.timesteps))
+    prior = LatentData(examples, class_settings(settings), data.resolution, pipe.vae, encode, data.timesteps)
+    return PairedData(data, prior)
 
 
 def has_prior(settings: FineTuneSettings) -> bool:
@@ -130,7 +132,7 @@ def target_of(pipe: StableDiffusionPipeline, batch: Batch) -> Tensor:
 
 
 def diffusion_loss(
-    pipe: StableDiffusionPipeline, settings: FineTuneSettings, base: Base | None = None
+    pipe: StableDiffusionPipeline, settings: FineTuneSettings, base: BaseAnswer | None = None
 ) -> Callable[[Batch, int, int], Tensor]:
     """The simple loss of DDPM (arXiv 2006.11239, eq. 14) on latents, with what the settings add to it.
 
@@ -155,7 +157,7 @@ def base_answer(
     settings: FineTuneSettings,
     unet: nn.Module,
     as_base: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Base | None:
+) -> BaseAnswer | None:
     """For --prior_from_base: what the base answers under the class prompt, which is what `unet` answers inside `as_base()`.
 
     Made while the text encoder still is the base's.
@@ -213,12 +215,14 @@ def sample_sheets(
 def make_task(
     pipe: StableDiffusionPipeline,
     settings: FineTuneSettings,
-    base: str,
     data: LatentData,
+    *,
+    base_hash: str,
     batches: LatentData | PairedData | BasePrior,
     trainable: dict[str, nn.Parameter],
     loss: Callable[[Batch, int, int], Tensor],
     export: Callable[[Path], None],
+    card: Callable[[Path], None],
     preview: Callable[[int], Image.Image | None],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Task:
@@ -226,7 +230,7 @@ def make_task(
     validation, networks = data, {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     if settings.validation_data_dir:
         folder, plain = Path(settings.validation_data_dir), replace(settings, masked_loss=False)
-        validation = encoded(pipe, plain, folder, settings.prompt, "ids" in data.still(0), data.templates)
+        validation = encoded(pipe, plain, folder, settings.prompt, data.live_text, data.templates)
     fixed = validation_set(validation)
     check_prediction_type(pipe.schedule, fixed, lambda batch: predict(pipe, batch)[0])
 
@@ -245,9 +249,10 @@ def make_task(
         batch=batches.batch,
         loss=loss,
         export=export,
+        card=card,
         preview=preview,
         validate=validate,
-        facts={"base": base} | batches.facts,
+        facts={"base": base_hash} | batches.facts,
         samples_per_epoch=data.samples_per_epoch,
         optimizer=optimizer,
         modules=networks,
@@ -268,12 +273,15 @@ def without_dropout(pipe: StableDiffusionPipeline) -> Iterator[None]:
             network.train(training)
 
 
-def fingerprint(*models: nn.Module) -> str:
-    """Tells base models apart, wherever they lie: a hash of the first numbers of each tensor."""
+def model_fingerprint(*models: nn.Module) -> str:
+    """Tells base models apart, wherever they lie: a hash of the first numbers of each tensor.
+
+    Of the tensors as they are here: the same model in another number format has another fingerprint.
+    """
     digest = hashlib.sha256()
     for model in models:
-        for name, tensor in model.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}".encode())
+        for name, tensor in model.state_dict().items():  # modern: transformers 4 and 5 call the text encoder's differently
+            digest.update(f"{keymaps.modern(name)} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}".encode())
     return digest.hexdigest()[:16]
 
 

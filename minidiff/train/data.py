@@ -153,6 +153,7 @@ class LatentData:
         self.sizes = tuple(self._size(i) for i in self.turns)
         prompts = [template.replace("{}", e.caption) for e in examples for template in templates]
         self.prompts = _each_encoded([*prompts, ""], encode_prompts)
+        self.live_text = not self.prompts[""].is_floating_point()  # token ids: the text encoder is trained itself
         self.cache: dict[tuple[int, bool], Encoded] = {}
         if settings.cache_latents:
             for i in _with_bar(range(len(examples))):
@@ -212,8 +213,7 @@ class LatentData:
         return self._row(encoded, encoded.mean, self.templates[0].replace("{}", self.examples[i].caption))
 
     def _row(self, encoded: Encoded, z: Tensor, prompt: str) -> dict[str, Tensor]:
-        text = self.prompts[prompt]
-        row = {"latents": z * self.vae.config.scaling_factor, "text" if text.is_floating_point() else "ids": text}
+        row = {"latents": z * self.vae.config.scaling_factor, "ids" if self.live_text else "text": self.prompts[prompt]}
         return row if encoded.mask is None else row | {"mask": encoded.mask}
 
     def _size(self, i: int) -> Size:

@@ -7,18 +7,15 @@ kohya's folders   10_sks dog/a.png: each picture comes 10 times an epoch; withou
 masks             a.mask.png beside a.png, or a column "mask" of the table: white is learnt, black is not
 """
 
-import csv
-import io
-import json
 import os
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from minidiff.errors import DataError, did_you_mean
+from minidiff.train.tables import csv_rows, jsonl_rows, read_text
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -195,15 +192,15 @@ def _sidecar(picture: Path) -> str | None:
         raise DataError(f"{picture} has two captions, {found[0].name} and {found[1].name}; remove one.")
     if not found:
         return None
-    caption = " ".join(_read_text(found[0]).split())
-    if not caption:
+    caption = " ".join(read_text(found[0]).split())
+    if _is_blank(caption):
         raise DataError(f"{found[0]} is empty; write the caption of {picture.name} into it.")
     return caption
 
 
 def _from_table(table: Path, caption_column: str | None, masks: bool, errors: list[str]) -> list[Example]:
     """metadata.jsonl or metadata.csv; every complaint names the line. Those about one line go into `errors`."""
-    rows = list(_csv_rows(table) if table.suffix == ".csv" else _jsonl_rows(table, errors))
+    rows = list(csv_rows(table) if table.suffix == ".csv" else jsonl_rows(table, errors))
     if not rows and not errors:
         raise DataError(f"{table} is empty; one line for each picture is expected.")
     column = _caption_column(table, rows, caption_column) if rows else ""
@@ -241,39 +238,6 @@ def _file_in(folder: Path, row: dict[str, Any], column: str, where: str) -> Path
     return folder / path
 
 
-def _jsonl_rows(table: Path, errors: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    text = _read_text(table)
-    for line, row in enumerate(text.split("\n"), start=1):  # not splitlines: a caption may hold U+2028
-        if not row.strip():
-            continue
-        try:
-            value = json.loads(row)
-        except (ValueError, RecursionError) as error:
-            spread = row.strip() in ("{", "[") or row.lstrip().startswith("[{")
-            what = "an object spread over several lines" if spread else f"not JSON ({error})"
-            like = '{"file_name": "a.png", "text": "a photo of a dog"}'
-            errors.append(f"{table}, line {line}: {what}. Write one object per line, such as {like}.")
-            if spread:
-                return  # the lines to come are the rest of it
-            continue
-        if isinstance(value, dict):
-            yield line, value
-        else:
-            errors.append(f"{table}, line {line}: not an object. Write one object per line, with a file_name.")
-
-
-def _csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(_read_text(table), newline=""), strict=True)
-    try:
-        for row in reader:
-            if None in row:
-                where = f"{table}, line {reader.line_num}"
-                raise DataError(f'{where}: more fields than columns; put "…" around a text with commas.')
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise DataError(f"{table}, line {reader.line_num}: not CSV ({error}).") from error
-
-
 def _caption_column(table: Path, rows: list[tuple[int, dict[str, Any]]], wanted: str | None) -> str:
     """The column asked for; or the first of text, caption, prompt; or the only one that holds strings."""
     columns = list(dict.fromkeys(k for _, row in rows for k in row))
@@ -297,20 +261,16 @@ def _caption(row: dict[str, Any], column: str, where: str) -> str:
     caption = row[column]
     if not isinstance(caption, str):
         raise DataError(f'{where}: "{column}" is {"empty" if caption is None else repr(caption)}, not a text in quotes.')
-    if not caption.strip():
-        raise DataError(f'{where}: "{column}" is empty. For samples without a prompt there is --proportion_empty_prompts.')
     if not caption.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in caption):
         raise DataError(f'{where}: "{column}" holds half of a UTF-16 pair, {caption!r:.60}; write the letter itself.')
+    if _is_blank(caption):
+        raise DataError(f'{where}: "{column}" is empty. For samples without a prompt there is --proportion_empty_prompts.')
     return caption.strip()
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); put a file there, or remove it.") from error
+def _is_blank(caption: str) -> bool:
+    """Nothing to see in it: spaces, line ends, invisible characters such as U+200B."""
+    return not any(letter.isprintable() and not letter.isspace() for letter in caption)
 
 
 def _why_empty(folder: Path, names: list[str]) -> str:

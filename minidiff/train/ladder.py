@@ -26,7 +26,7 @@ from minidiff.files.embeddings import FILE_NAME as WORD_FILE
 from minidiff.files.lora import FILE_NAME as LORA_FILE
 from minidiff.flags import Ladder
 from minidiff.images import contact_sheet, load_image, save_png, to_tensor
-from minidiff.layout import config_of
+from minidiff.layout import config_of, local_folder
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.train.folders import read_folder
 from minidiff.train.loop import fit
@@ -52,6 +52,7 @@ OTHERS = (
     "a watercolor of a green house in a meadow",
 )
 SEEDS = (0, 1)
+TUNED_FILE = "model_index.json"  # of a whole model
 SUBJECTS = len(SUBJECT) * len(SEEDS)  # pictures
 
 
@@ -75,9 +76,13 @@ class ImageTower:
 
         if not (folder / "config.json").is_file():
             raise WeightsError(f"{folder}: no image encoder here; the pocket checkpoint has one, SD 1.5 has not.")
-        self.model = CLIPVisionModelWithProjection(CLIPVisionConfig(**config_of(folder)[0])).eval()
+        values, where = config_of(folder)
+        try:
+            self.model = CLIPVisionModelWithProjection(CLIPVisionConfig(**values)).eval()
+            self.side = int(self.model.config.image_size)
+        except Exception as error:  # whatever transformers makes of numbers that build no network
+            raise WeightsError(f"{where}: not a usable image encoder: {error}. Copy the file again.") from error
         load_into(self.model, find_weights(folder), torch.float32)
-        self.side = int(self.model.config.image_size)
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
@@ -140,7 +145,7 @@ def run(flags: Ladder) -> str:
     for name in flags.rungs:
         if name not in every:
             raise SettingsError(f'--rungs "{name}": there are {", ".join(every)}.{did_you_mean(name, every)}')
-    tower = ImageTower(Path(flags.pretrained_model_name_or_path) / "image_encoder")
+    tower = ImageTower(local_folder(flags.pretrained_model_name_or_path) / "image_encoder")
     rows = climb({name: every[name] for name in flags.rungs or every}, home, tower)
     text = table(rows)
     (home / "ladder.md").write_text(text + "\n", encoding="utf-8")
@@ -164,7 +169,8 @@ def climb(steps: dict[str, FineTuneSettings], home: Path, tower: ImageTower) -> 
     for name, settings in steps.items():
         print(f"== {name}", file=sys.stderr)
         task = RECIPES[type(settings)](settings)
-        fit(task, settings)
+        if not fit(task, settings).finished:
+            raise KeyboardInterrupt  # asked to stop: a half-trained rung has no place in the table
         trained, after = sum(p.numel() for p in task.trainable.values()), drawings(load_result(settings), settings.prompt or "")
         rows.append(row(name, trained, megabytes(settings), seconds_of(settings), after))
         sheet.append(after)
@@ -186,7 +192,9 @@ def drawings(pipe: StableDiffusionPipeline, prompt: str) -> list[Image.Image]:
 def load_result(settings: FineTuneSettings) -> StableDiffusionPipeline:
     """The base with what a finished run made of it; or the whole model that it wrote."""
     home = Path(settings.output_dir)
-    tuned = (home / "model_index.json").is_file()
+    if not any((home / name).is_file() for name in (TUNED_FILE, LORA_FILE, WORD_FILE)):
+        raise WeightsError(f"{home} holds no result of a training run; remove the folder, and climb again.")
+    tuned = (home / TUNED_FILE).is_file()
     pipe = StableDiffusionPipeline.from_pretrained(home if tuned else settings.pretrained_model_name_or_path)
     if (home / LORA_FILE).is_file():
         pipe.load_lora_weights(home)

@@ -45,12 +45,16 @@ LOSS_SCALE = {"no": 1.0, "bf16": 1.0, "fp16": 4096.0}  # fp16's small gradients 
 
 @dataclass
 class Task:
-    """What the loop does not know. `batch` gives CPU tensors with a row for each sample; `loss` is a mean over the rows."""
+    """What the loop does not know. `batch` gives CPU tensors with a row for each sample.
+
+    `loss` is a mean over the rows; with a prior it is the sum of two, each over its half of them.
+    """
 
     trainable: dict[str, nn.Parameter]
     batch: Callable[[int, int], Batch]  # (step, micro) -> data, a pure function; threads may call it
     loss: Callable[[Batch, int, int], Tensor]  # (data, step, micro) -> scalar; moves the data to its device
-    export: Callable[[Path], None]  # write the result into a folder
+    export: Callable[[Path], None]  # write the result into a folder: that of the run, or of a checkpoint
+    card: Callable[[Path], None] = lambda folder: None  # what is written beside the result of the whole run alone
     preview: Callable[[int], "Image | None"] = lambda done: None  # a sample sheet
     validate: Callable[[], dict[str, float]] | None = None  # numbers that tell how good the model is now, for metrics.jsonl
     facts: dict[str, Any] = field(default_factory=dict)  # JSON; a resumed run must agree with it (base, data, …)
@@ -92,7 +96,7 @@ def fit(task: Task, settings: TrainSettings) -> Report:
     with run.claimed(), stop_signals() as asked, deterministic(device):
         start = done = run.resume()
         skipped, smoothed = 0, math.nan
-        with batches(task, settings, start, total) as data, progress(start, total, run.first) as show:
+        with batches(task, settings, start, total) as data, progress(start, total, run.writes) as advance:
             while done < total and not world.any(bool(asked)):
                 began, step = time.perf_counter(), done
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -117,17 +121,17 @@ def fit(task: Task, settings: TrainSettings) -> Report:
                     skipped = 0
                 else:
                     skipped += 1
-                    if skipped == PATIENCE:
-                        run.give_up(step, value, *forward.culprit(step))
+                    if skipped == min(PATIENCE, total):  # a shorter run has then learned nothing at all
+                        run.give_up(step, skipped, value, *forward.culprit(step))
                 done = step + 1
                 if ema:
                     ema.update(done)
 
                 lr, seconds = optimizer.param_groups[0]["lr"], round(time.perf_counter() - began, 4)
                 run.log(step=done, loss=value, lr=lr, grad_norm=norm, seconds=seconds, **run.measure(done))
-                smoothed = show(value)
-                run.keep(done)
-        run.end(done)
+                smoothed = advance(value)
+                run.save_and_draw(done, skipped)
+        run.end(done, skipped)
         world.wait()  # nobody leaves before the first process has written everything
     return Report(done, smoothed, done == total)
 

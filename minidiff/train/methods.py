@@ -44,7 +44,7 @@ class AdapterSettings(FineTuneSettings):
     lora_targets: tuple[str, ...] = ("attention",)
     """Which layers: attention, cross_attention, feed_forward, projections, resnets, samplers; or ends of names ("to_q")."""
     rank_pattern: tuple[str, ...] = ()
-    """Other ranks for some layers: resnets=8 attn2.to_k=16."""
+    """Other ranks for some of the U-Net's layers: resnets=8 attn2.to_k=16."""
     use_rslora: bool = False
     """Scale alpha / √r, which lets high ranks learn as fast as low ones."""
     use_dora: bool = False
@@ -61,7 +61,7 @@ class AdapterSettings(FineTuneSettings):
         self.need(len(self.lora_targets) > 0, "lora_targets", "must name at least one layer")
         self.need(0 <= self.lora_dropout < 1, "lora_dropout", "must lie in [0, 1)")
         for entry in self.rank_pattern:
-            if not re.fullmatch(r"[^=]+=[1-9]\d*", entry):
+            if not re.fullmatch(r"[^=]+=[1-9][0-9]{0,5}", entry):
                 raise SettingsError(f'--rank_pattern "{entry}": give a layer and its rank, such as resnets=8.')
 
     @property
@@ -115,6 +115,11 @@ class TextualInversionSettings(WordSettings):
     """Folder for the vectors, their checkpoints, metrics.jsonl and sample sheets."""
     learning_rate: float = 5e-4
     """AdamW's learning rate after warm-up."""
+
+    def check(self) -> None:
+        none = "means nothing here: the model is frozen, and the class prompt is without the new word. Leave it out"
+        self.need(not self.with_prior_preservation, "with_prior_preservation", none)
+        super().check()
 
 
 @dataclass(frozen=True)

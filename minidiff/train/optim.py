@@ -1,4 +1,4 @@
-"""The optimizer's surroundings: learning rates, clipping, averaged weights, how far they went. AdamW itself is torch's."""
+"""The optimizer's surroundings: learning rates, clipping, its state, averaged weights, how far they went. AdamW is torch's."""
 
 import math
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from minidiff.errors import WeightsError
 from minidiff.train.settings import TrainSettings
 
 
@@ -50,6 +51,25 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
     if torch.isfinite(norm):
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Moments and step counts by "<parameter number>.<name>". All its other numbers follow from the settings."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": tensor for i, values in state.items() for name, tensor in values.items()}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The reverse. WeightsError for a tensor that belongs to none of this optimizer's parameters."""
+    parameters = {str(i): p for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        p = parameters.get(number)
+        if p is None or tensor.shape not in ((), p.shape) or tensor.dtype != torch.float32:
+            raise WeightsError(f"the optimizer's {key}, {tuple(tensor.shape)}, belongs to nothing that this task trains")
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class EMA:

@@ -6,6 +6,9 @@
     from the base itself   the class half is other noise on the instance's latents, under the
                            class prompt, and its target is what the base model answers there      `BasePrior`, `base_target`
 
+The paper has the first alone. The second is distillation from the model before training, as in Learning without Forgetting
+(arXiv 1606.09282, section 3), which asks an old model about new pictures in the same way.
+
 Shapes: B samples of each half, C h w a latent, L tokens, D width of the text.
 """
 
@@ -140,7 +143,7 @@ class PairedData:
 class BasePrior:
     """Prior preservation without class pictures: the class half is the same latents, with other noise and timesteps.
 
-    `class_prompt` is what `encode_prompts` gives for the class prompt: (L, D), or token ids (L,).
+    `class_prompt` is the class prompt as the data's other prompts are: encoded, (L, D); or token ids (L,).
     """
 
     def __init__(self, instance: LatentData, class_prompt: Tensor) -> None:

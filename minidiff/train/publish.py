@@ -27,10 +27,12 @@ def base_license(base: str) -> dict[str, str]:
     return found if "license" in found else {"license": "other", "license_name": "unknown"}
 
 
-def model_spec(settings: FineTuneSettings, kind: str, data: LatentData, schedule: NoiseSchedule, base: str) -> dict[str, str]:
+def model_spec(
+    settings: FineTuneSettings, kind: str, data: LatentData, schedule: NoiseSchedule, base_hash: str
+) -> dict[str, str]:
     """`__metadata__` of an adapter's file: ModelSpec 1.0.1, and the `ss_` fields of kohya's scripts that A1111 reads.
 
-    `kind` is "lora" or "textual-inversion", `base` the base's fingerprint. All values are texts, as the format demands.
+    `kind` is "lora" or "textual-inversion", `base_hash` is the base's fingerprint. All values are texts, as the format demands.
     """
     name, resolution = Path(settings.output_dir).resolve().name, data.resolution
     spec = {
@@ -53,7 +55,7 @@ def model_spec(settings: FineTuneSettings, kind: str, data: LatentData, schedule
         "ss_seed": str(settings.seed),
         "ss_resolution": f"({resolution}, {resolution})",
         "ss_num_train_images": str(len(data.examples)),
-        "base_fingerprint": base,
+        "base_fingerprint": base_hash,
     }
 
 

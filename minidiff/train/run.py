@@ -19,14 +19,15 @@ from minidiff.errors import MinidiffError, SettingsError, WeightsError
 from minidiff.images import save_png
 from minidiff.train import checkpoint
 from minidiff.train.distributed import World
-from minidiff.train.optim import EMA, Movement
+from minidiff.train.durable import fsync, write_bytes
+from minidiff.train.optim import EMA, Movement, load_optimizer_state, optimizer_state
 from minidiff.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from minidiff.train.loop import Task
 
 METRICS = "metrics.jsonl"
-PATIENCE = 3  # updates in a row without a finite loss and gradient
+PATIENCE = 3  # updates in a row without a finite loss and gradient end a run
 
 
 class Run:
@@ -42,7 +43,7 @@ class Run:
         world: World,
     ) -> None:
         self.task, self.settings, self.total, self.optimizer, self.ema = task, settings, total, optimizer, ema
-        self.first = world.rank == 0
+        self.writes = world.rank == 0
         self.folder = Path(settings.output_dir)
         self.made_of = json.loads(json.dumps({**settings.identity(total), **task.facts}))
         self.movement = Movement(task.trainable)  # from the very start: `resume` comes later
@@ -51,14 +52,14 @@ class Run:
 
     def claimed(self) -> AbstractContextManager[Path | None]:
         """The output folder, for this run alone."""
-        return checkpoint.claimed(self.settings) if self.first else nullcontext()
+        return checkpoint.claimed(self.settings) if self.writes else nullcontext()
 
     def resume(self) -> int:
         """Put everything back as the checkpoint has it; the number of updates already made."""
         path, done = checkpoint.find(self.settings), 0
         if path is not None:
             done = self._restore(checkpoint.load(path))
-        if not self.first:
+        if not self.writes:
             return done
         if path is None and self.settings.resume_from_checkpoint:
             print(f"{self.folder} has no checkpoint yet: starting at the beginning.", file=sys.stderr)
@@ -66,8 +67,8 @@ class Run:
         lines = "".join(json.dumps(row) + "\n" for row in self.metrics)
         with self._writing("its first files"):
             checkpoint.write_config(self.folder, self.settings)
-            checkpoint.write_bytes(self.folder / METRICS, lines.encode())
-        if not self.metrics and (measured := self.measure(0)):
+            write_bytes(self.folder / METRICS, lines.encode())
+        if not done and not self.metrics and (measured := self.measure(0)):
             self.log(step=0, **measured)
         if done and not self._sheet(done).exists():  # the last session ended between the checkpoint and the sheet
             self._draw(done)
@@ -77,15 +78,19 @@ class Run:
         checkpoint.check_same(saved.facts["made_of"], self.made_of, saved.path)
         if saved.step > self.total:
             raise SettingsError(f"--max_train_steps: {saved.path} is further already than the {self.total} updates in all.")
-        weights = saved.tensors["weights"]
-        if {k: v.shape for k, v in weights.items()} != {k: p.shape for k, p in self.task.trainable.items()}:
-            raise WeightsError(f"{saved.path} holds other tensors than this task trains; take another --output_dir.")
+        kinds = {name: (p.shape, p.dtype) for name, p in self.task.trainable.items()}
+        for group in ("weights", "ema") if self.ema else ("weights",):
+            if {name: (t.shape, t.dtype) for name, t in saved.tensors.get(group, {}).items()} != kinds:
+                raise WeightsError(f"{saved.path} holds other {group} than this task trains; take another --output_dir.")
+        try:
+            load_optimizer_state(self.optimizer, saved.tensors["optimizer"])
+        except WeightsError as error:
+            raise WeightsError(f"{saved.path}: {error}; take another --output_dir.") from error
         for name, p in self.task.trainable.items():
-            p.data.copy_(weights[name])
-        checkpoint.load_optimizer_state(self.optimizer, saved.tensors["optimizer"], saved.facts["optimizer_groups"])
+            p.data.copy_(saved.tensors["weights"][name])
         if self.ema:
             self.ema.load(saved.tensors["ema"])
-        for what, now in checkpoint.environment().items() if self.first else []:
+        for what, now in checkpoint.environment().items() if self.writes else []:
             if (was := saved.facts["environment"].get(what, now)) != now:
                 print(f"Note: {what} was {was}, is now {now}: the result can differ in its last bits.", file=sys.stderr)
         self.saved = saved.step
@@ -93,50 +98,58 @@ class Run:
 
     def measure(self, done: int) -> dict[str, float]:
         """What the task measures after `done` updates, and how far the weights have gone; nothing where it is not asked for."""
-        if not self.first or not self._due(done, self.settings.validation_steps):
+        if not self.writes or not self._due(done, self.settings.validation_steps):
             return {}
         with self._averaged():
             return {"moved": self.movement.rms(), **(self.task.validate() if self.task.validate else {})}
 
     def log(self, **row: float | None) -> None:
         """One line in metrics.jsonl. JSON has no NaN: a number that is not finite is written as null."""
-        if not self.first:
+        if not self.writes:
             return
         clean = {k: v if v is not None and math.isfinite(v) else None for k, v in row.items()}
         self.metrics.append(clean)
         with self._writing(METRICS), open(self.folder / METRICS, "a") as file:
             file.write(json.dumps(clean) + "\n")
 
-    def keep(self, done: int) -> None:
-        """A checkpoint and a sample sheet, if they are due after `done` updates."""
-        if self.first and self._due(done, self.settings.checkpointing_steps):
+    def save_and_draw(self, done: int, skipped: int) -> None:
+        """A checkpoint and a sample sheet, if they are due after `done` updates.
+
+        While updates are being `skipped`, the weights are perhaps those that broke the loss: no checkpoint then, which
+        could push out a good one.
+        """
+        if self.writes and not skipped and self._due(done, self.settings.checkpointing_steps):
             self._save(done)
-        if self.first:
+        if self.writes:
             self._draw(done)
 
-    def end(self, done: int) -> None:
+    def end(self, done: int, skipped: int) -> None:
         """A checkpoint, wherever the run was stopped; if it is finished, the result and the curve."""
-        if not self.first:
+        if not self.writes:
             return
-        if done != self.saved:
+        finished = done == self.total
+        if skipped:
+            print(f"Note: the last {skipped} updates had no finite loss and gradient, and were skipped.", file=sys.stderr)
+        if done != self.saved and (finished or not skipped):
             self._save(done)
-        if done < self.total:
+        if not finished:
             print(f"Stopped after {done} updates. Go on with --resume_from_checkpoint latest.", file=sys.stderr)
             return
         if still := self.movement.still():
             print(f"Note: {len(still)} trained tensors are where they were, such as {still[0]}.", file=sys.stderr)
         with self._writing("the result"):
-            checkpoint.publish(self.folder, self._export)
-            checkpoint.prune(self.folder, self.settings.checkpoints_total_limit)  # if a disk that was full kept one
+            checkpoint.publish(self.folder, self._result)
+            checkpoint.prune(self.folder, self.settings.checkpoints_total_limit, done)  # if a disk that was full kept one
             if self.metrics:  # none where a finished run is resumed and they were lost
                 loss_curve(self.metrics, self.folder / "loss.png")
 
-    def give_up(self, step: int, loss: float, samples: str, culprit: str) -> None:
+    def give_up(self, step: int, skipped: int, loss: float, samples: str, culprit: str) -> None:
         """End a run whose numbers stay broken, naming who broke first on the way forward, and on the way back."""
         grads = {name: p.grad for name, p in self.task.trainable.items() if p.grad is not None}
         tensor = next((name for name, g in grads.items() if not g.isfinite().all()), "no tensor")
+        often = f"{skipped} updates in a row" if skipped > 1 else "The only update was"
         raise MinidiffError(
-            f"{PATIENCE} updates in a row without a finite loss and gradient (step {step + 1}: loss {loss}, learning rate "
+            f"{often} without a finite loss and gradient (step {step + 1}: loss {loss}, learning rate "
             f"{self.optimizer.param_groups[0]['lr']:g}, {samples}). The first to break is {culprit}, and the first broken "
             f"gradient is that of {tensor}.{self._advice()}"
         )
@@ -146,13 +159,12 @@ class Run:
         broken = [name for name, p in self.task.trainable.items() if not p.isfinite().all()]
         if broken:
             raise MinidiffError(f"After step {done}, {broken[0]} holds NaN or infinity.{self._advice()}")
-        moments, groups = checkpoint.optimizer_state(self.optimizer)
-        tensors: checkpoint.Groups = {"weights": dict(self.task.trainable), "optimizer": moments}
+        tensors: checkpoint.Groups = {"weights": dict(self.task.trainable), "optimizer": optimizer_state(self.optimizer)}
         if self.ema:
             tensors["ema"] = self.ema.average
-        facts = {"made_of": self.made_of, "optimizer_groups": groups}
+        facts = {"made_of": self.made_of}
         with self._writing(f"the checkpoint of step {done}"):
-            checkpoint.fsync(self.folder / METRICS)
+            fsync(self.folder / METRICS)
             checkpoint.save(self.folder, done, tensors, facts, self._export, self.settings.checkpoints_total_limit)
         self.saved = done
 
@@ -175,6 +187,10 @@ class Run:
     def _export(self, folder: Path) -> None:
         with self._averaged():
             self.task.export(folder)
+
+    def _result(self, folder: Path) -> None:
+        self._export(folder)
+        self.task.card(folder)
 
     def _averaged(self) -> AbstractContextManager[None]:
         return self.ema.applied() if self.ema else nullcontext()
@@ -201,12 +217,14 @@ class Run:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, up to a line that a killed process or a power cut left broken."""
     path, rows = folder / METRICS, []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             break
         if not isinstance(row, dict) or type(row.get("step")) is not int:
+            break
+        if not all(value is None or type(value) in (int, float) for value in row.values()):
             break
         rows.append(row)
     return rows

@@ -17,6 +17,15 @@ from minidiff.errors import SettingsError, did_you_mean
 
 AnySettings = TypeVar("AnySettings", bound="TrainSettings")
 DEFAULT_UPDATES = 400
+MOST: dict[str, int] = {  # beyond anything that makes sense, and refused before it fills the memory or the day
+    "train_batch_size": 4096,
+    "gradient_accumulation_steps": 4096,
+    "max_train_steps": 10_000_000,
+    "num_train_epochs": 1_000_000,
+    "resolution": 8192,
+    "sample_batch_size": 4096,
+    "num_validation_images": 1000,
+}
 
 
 @dataclass(frozen=True)
@@ -81,11 +90,14 @@ class TrainSettings:
 
     def check(self) -> None:
         """Raise SettingsError, naming the flag, for a value that cannot work."""
-        self.need(bool(self.output_dir.strip()) and "\0" not in self.output_dir, "output_dir", "must name a folder")
+        self.need(bool(self.output_dir.strip()), "output_dir", "must name a folder")
+        for name, value in asdict(self).items():
+            self.need("\0" not in (value if isinstance(value, str) else ""), name, "cannot hold a NUL character")
+        self.need(-(2**63) <= self.seed < 2**63, "seed", "must fit in 64 bits")
         for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
-            self.need(getattr(self, name) >= 1, name, "must be at least 1")
+            self.need_count(name)
         for name in ("max_train_steps", "num_train_epochs", "checkpoints_total_limit"):
-            self.need(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1")
+            self.need_count(name)
         one = self.max_train_steps is None or self.num_train_epochs is None
         self.need(one, "num_train_epochs", "and --max_train_steps both say how long to train: give one of them")
         for name in ("lr_warmup_steps", "validation_steps", "adam_weight_decay"):
@@ -111,6 +123,12 @@ class TrainSettings:
         if not holds:
             raise SettingsError(f"--{flag} {rule}; it is {getattr(self, flag)!r}.")
 
+    def need_count(self, flag: str, least: int = 1) -> None:
+        """A whole number that is `least` or more, and within MOST; or None, where the field may be that."""
+        value, most = getattr(self, flag), MOST.get(flag)
+        self.need(value is None or value >= least, flag, f"must be at least {least}")
+        self.need(value is None or most is None or value <= most, flag, f"must be at most {most}")
+
     def updates(self, samples: int | None) -> int:
         """Updates in all. `samples` are those of an epoch; None for a task that has no epochs.
 
@@ -122,6 +140,8 @@ class TrainSettings:
             total = math.ceil(
                 self.num_train_epochs * (samples or 0) / (self.train_batch_size * self.gradient_accumulation_steps)
             )
+        most = MOST["max_train_steps"]
+        self.need(total <= most, "num_train_epochs", f"makes {total} updates, and a run has at most {most}")
         self.need(self.lr_warmup_steps <= total, "lr_warmup_steps", f"must not exceed the {total} updates in all")
         return total
 
@@ -201,7 +221,7 @@ class FineTuneSettings(TrainSettings):
         "pretrained_model_name_or_path device instance_data_dir train_data_dir caption_column skip_bad resolution "
         "class_data_dir num_class_images sample_batch_size validation_data_dir "
         "validation_prompt num_validation_images validation_guidance_scale validation_inference_steps".split()
-    )  # model, pictures, captions and size are compared by what they hold, not by where they lie: see recipes.py
+    )  # model, pictures, captions and size are compared by what they hold, not by where they lie: see data.py and common.py
     UNTOLD = TrainSettings.UNTOLD | frozenset("instance_data_dir train_data_dir class_data_dir validation_data_dir".split())
 
     def check(self) -> None:
@@ -214,14 +234,14 @@ class FineTuneSettings(TrainSettings):
             raise SettingsError('--instance_data_dir needs --instance_prompt, such as "a photo of a sks dog".')
         one_prompt = self.instance_prompt is None or self.instance_data_dir is not None
         self.need(one_prompt, "instance_prompt", "goes with --instance_data_dir; --train_data_dir has captions")
-        self.need(self.resolution is None or self.resolution >= 8, "resolution", "must be at least 8")
+        self.need_count("resolution", 8)
         self.need(0 <= self.proportion_empty_prompts <= 1, "proportion_empty_prompts", "must lie in [0, 1]")
         self.need(self.snr_gamma is None or 0 < self.snr_gamma < math.inf, "snr_gamma", "must be a number above 0")
         crop_works = self.center_crop or not self.cache_latents
         self.need(crop_works, "center_crop", "off needs --no-cache_latents too: a cached latent has one crop")
         self.need(0 <= self.noise_offset < math.inf, "noise_offset", "must not be negative")
         self._check_prior()
-        self.need(self.num_validation_images >= 1, "num_validation_images", "must be at least 1")
+        self.need_count("num_validation_images")
         self.need(1 <= self.validation_inference_steps <= 1000, "validation_inference_steps", "must lie in 1 … 1000")
         self.need(0 <= self.validation_guidance_scale < math.inf, "validation_guidance_scale", "must not be negative")
 
@@ -236,7 +256,7 @@ class FineTuneSettings(TrainSettings):
             self.need(on or not getattr(self, name), name, "goes with --with_prior_preservation")
         self.need(0 <= self.prior_loss_weight < math.inf, "prior_loss_weight", "must not be negative")
         self.need(0 <= self.num_class_images <= 100_000, "num_class_images", "must lie in 0 … 100000")
-        self.need(self.sample_batch_size >= 1, "sample_batch_size", "must be at least 1")
+        self.need_count("sample_batch_size")
         if not on:
             return
         if not (self.class_prompt or "").strip():
@@ -252,6 +272,8 @@ class FineTuneSettings(TrainSettings):
         pictures = self.instance_data_dir or self.train_data_dir or ""
         apart = Path(folder).resolve() != Path(pictures).resolve()
         self.need(apart, "class_data_dir", f"is the folder of the training pictures {pictures} too: give another")
+        inside = Path(folder).resolve().is_relative_to(Path(self.output_dir).resolve())
+        self.need(not inside, "class_data_dir", f"lies in --output_dir {self.output_dir}, which is for what minidiff writes")
         square = "cannot be joined with --class_data_dir, whose pictures are square; take --prior_from_base"
         self.need(not self.aspect_ratio_buckets, "aspect_ratio_buckets", square)
 
@@ -259,7 +281,8 @@ class FineTuneSettings(TrainSettings):
 def to_toml(settings: TrainSettings) -> str:
     """The settings as a TOML file that `from_toml` reads back; fields that are None are left out, and those in UNTOLD."""
     rows = {k: v for k, v in asdict(settings).items() if v is not None and k not in settings.UNTOLD}
-    return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in rows.items())
+    lines = "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in rows.items())
+    return lines.replace("\x7f", "\\u007f")  # the one character that JSON takes as it is, and TOML does not
 
 
 def from_toml(kind: type[AnySettings], path: Path) -> AnySettings:
@@ -276,5 +299,7 @@ def from_toml(kind: type[AnySettings], path: Path) -> AnySettings:
         if not fits(value, hints[key]):
             kind_of = hints[key].__name__ if type(hints[key]) is type else str(hints[key]).replace("typing.", "")
             raise SettingsError(f"{path}: {key} = {value!r:.60} is not of its kind, {kind_of}.")
+        if type(value) is int and not -(2**63) <= value < 2**63:
+            raise SettingsError(f"{path}: {key} = {value!r:.60} does not fit in 64 bits, as TOML's numbers do.")
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return kind(**given)

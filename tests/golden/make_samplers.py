@@ -84,9 +84,7 @@ def reference_scheduler(name: str, prediction: str, spacing: str | None, special
     return getattr(diffusers, CLASSES[name])(**config)
 
 
-def reference_trajectory(
-    scheduler: Any, steps: int, shape: tuple[int, ...], eta: float = 0.0, strength: float = 1.0
-) -> Tensor:
+def reference_trajectory(scheduler: Any, steps: int, shape: tuple[int, ...], eta: float = 0.0, strength: float = 1.0) -> Tensor:
     """Latents after each network call, (calls, B, 4, H, W), VP scale. Start and steps draw what `noises` draws.
 
     `strength` below 1 starts from `picture`, as diffusers' image-to-image pipeline does.

@@ -1,0 +1,203 @@
+"""The drawing commands from their flags to their files, on a tiny model; and what wrong flags get to hear."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minidiff.adapters.inject import adapter_weights, inject
+from minidiff.call import in_lora_dir
+from minidiff.cli import main
+from minidiff.drawing import lora_names
+from minidiff.errors import SettingsError
+from minidiff.files.lora import save_lora
+from minidiff.images import read_png_text
+from minidiff.pipeline import StableDiffusionPipeline
+from tests.tiny_adapters import shake
+
+DOG = "a photo of a red dog"
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def loras(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two LoRAs: dog.safetensors and chalk.v2.safetensors."""
+    folder = tmp_path_factory.mktemp("loras")
+    for seed, name in enumerate(("dog", "chalk.v2")):
+        pipe = StableDiffusionPipeline.from_pretrained(tiny_folder)
+        inject(pipe.unet, 2, seed=seed)
+        shake(pipe.unet, size=0.5 + seed)
+        save_lora(adapter_weights(pipe.adapted), folder / f"{name}.safetensors")
+    return folder
+
+
+def run(tiny_folder: Path, *argv: str) -> None:
+    command, *rest = argv
+    main([command, *rest, "--pretrained_model_name_or_path", str(tiny_folder), "--num_inference_steps", "3"])
+
+
+def pixels(path: str) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def same(a: str, b: str) -> bool:
+    return np.array_equal(pixels(a), pixels(b))
+
+
+def refused(capsys: pytest.CaptureFixture[str], tiny_folder: Path, *argv: str) -> str:
+    """Code 2 and a message, and no file."""
+    before = sorted(Path().iterdir())
+    with pytest.raises(SystemExit) as leave:
+        run(tiny_folder, *argv)
+    said = capsys.readouterr().err
+    assert leave.value.code == 2 and "Traceback" not in said and sorted(Path().iterdir()) == before, said
+    return said
+
+
+# --- sample --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_pixels_from_a_picture(tiny_folder: Path, loras: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every setting that matters travels in the file: prompt language, sampler, LoRAs, an input picture, a mask."""
+    run(tiny_folder, "sample", "the beach", "--output", "start.png")
+    Image.new("L", (16, 16), 255).crop((0, 0, 16, 16)).save("mask.png")
+    run(
+        *(tiny_folder, "sample", f"({DOG}:1.3) [in the] snow", "--sampler", "euler_a", "--use_karras_sigmas", "False"),
+        *("--image", "start.png", "--mask_image", "mask.png", "--strength", "0.7", "--seed", "11", "--clip_skip", "1"),
+        *("--lora", str(loras / "dog.safetensors"), "--lora_weight", "0.4"),
+        *("--negative_prompt", "blue", "--output", "first.png"),
+    )
+    main(["sample", "--from", "first.png", "--output", "again.png"])
+    assert same("first.png", "again.png") and not same("first.png", "start.png")
+    main(["sample", "--from=first.png", "--seed", "12", "--output", "other.png"])
+    assert not same("first.png", "other.png")
+    assert "Clip skip: 2" in read_png_text("other.png")["parameters"]
+    capsys.readouterr()
+    said = refused(capsys, tiny_folder, "sample", "--from", "first.png", "--output", "first.png")
+    assert "is the picture that --from reads" in said
+    with pytest.raises(SystemExit) as leave:
+        main(["sample", "a dog", "--from"])
+    assert leave.value.code == 2 and "--from needs a picture" in capsys.readouterr().err
+
+
+def test_one_of_several_is_as_if_alone(tiny_folder: Path) -> None:
+    run(tiny_folder, "sample", DOG, "--num_images_per_prompt", "2", "--seed", "4", "--output", "p.png")
+    run(tiny_folder, "sample", DOG, "--seed", "5", "--output", "alone.png")
+    assert same("p-1.png", "alone.png") and not same("p-0.png", "p-1.png")
+
+
+def test_a_lora_in_the_prompt(tiny_folder: Path, loras: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """<lora:NAME:w> is --lora NAME at w, for that prompt alone; a file's dots may be in NAME."""
+    run(tiny_folder, "sample", DOG, "--output", "plain.png")
+    for name in ("dog", "chalk.v2"):
+        run(tiny_folder, "sample", f"{DOG} <lora:{name}:0.6>", "--lora_dir", str(loras), "--output", "tag.png")
+        flags = ["--lora", str(loras / f"{name}.safetensors"), "--lora_weight"]
+        run(tiny_folder, "sample", f"{DOG} ", *flags, "0.6", "--output", "flag.png")
+        assert same("tag.png", "flag.png") and not same("tag.png", "plain.png")
+        run(tiny_folder, "sample", f"{DOG} <lora:{name}:0.6>", *flags, "1", "--output", "wins.png")
+        assert same("tag.png", "wins.png")
+    said = refused(capsys, tiny_folder, "sample", f"{DOG} <lora:cat:1>", "--lora_dir", str(loras), "--output", "no.png")
+    assert "<lora:cat>: no such file" in said and "chalk.v2, dog" in said
+    with pytest.raises(SettingsError, match="no such file"):
+        in_lora_dir(str(loras), "../loras/dog")  # a prompt does not walk through the disk
+    assert lora_names(["a/dog", "b/dog.safetensors", "c.v2"]) == ["dog", "dog-1", "c_v2"]
+
+
+def test_preview(tiny_folder: Path) -> None:
+    run(tiny_folder, "sample", DOG, "--preview", "soon.png")
+    assert Image.open("soon.png").size == (32, 32)
+
+
+# --- sheets, loops, strips -----------------------------------------------------------------------------------------------
+
+
+def test_a_sheet_over_two_settings(tiny_folder: Path, loras: Path) -> None:
+    lora = ["--lora", str(loras / "dog.safetensors")]
+    run(tiny_folder, "sheet", DOG, *lora, "--columns", "lora_weight=0,1", "--rows", "sampler=ddim,unipc,heun", "--tile", "32")
+    assert "Steps: 3" in read_png_text("sheet.png")["parameters"]
+    run(tiny_folder, "sheet", DOG, *lora, "--columns", "guidance=1,5", "--tile", "32", "--output", "one.png")
+    run(tiny_folder, "sheet", DOG, "the snow", "--columns", "seed=0..2", "--tile", "32", "--output", "prompts.png")
+    three, one, two = (Image.open(name) for name in ("sheet.png", "one.png", "prompts.png"))
+    assert three.height > two.height > one.height and two.width > one.width
+
+
+def test_a_sheet_can_compare_models(tiny_folder: Path, tmp_path: Path) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    pipe.unet.conv_out.weight.zero_()
+    pipe.save_pretrained(tmp_path / "other")
+    columns = f"pretrained_model_name_or_path={tiny_folder},{tmp_path / 'other'}"
+    main(["sheet", DOG, "--columns", columns, "--num_inference_steps", "2", "--tile", "32"])
+    sheet = pixels("sheet.png")
+    assert sheet.shape[1] > 64
+
+
+def test_a_loop(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tiny_folder, "morph", DOG, "the snow", "--frames", "3", "--fps", "10", "--output", "m.png")
+    assert "2 keyframes x 3 frames = 6 frames, at 10 frames a second" in capsys.readouterr().err
+    run(tiny_folder, "sample", DOG, "--output", "key.png")
+    loop = Image.open("m.png")
+    assert loop.n_frames == 6
+    assert np.array_equal(np.asarray(loop.convert("RGB")), pixels("key.png"))
+    said = refused(capsys, tiny_folder, "morph", DOG, "--output", "key.png")
+    assert "is there already" in said
+    said = refused(capsys, tiny_folder, "morph", DOG, "--sampler", "euler_a", "--output", "n.gif")
+    assert "euler_a draws fresh noise" in said
+
+
+def test_a_filmstrip_and_attention(tiny_folder: Path) -> None:
+    run(tiny_folder, "filmstrip", DOG, "--count", "3")
+    run(tiny_folder, "attention", f"({DOG}:1.1) on the beach")
+    for name in ("filmstrip.png", "attention.png"):
+        assert "Seed: 0" in read_png_text(name)["parameters"]
+
+
+def test_tokens(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["tokens", f"({DOG}:1.3)", "--pretrained_model_name_or_path", str(tiny_folder), "--trigger", "dog"])
+    said = capsys.readouterr().out
+    assert "x1.30" in said and '"dog" is one token' in said
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------------
+
+WRONG = [
+    (["sample"], "there is no prompt"),
+    (["sample", DOG, "--sampler", "euler-a"], 'sampler "euler-a" is unknown'),
+    (["sample", DOG, "--sampler", "eular"], 'Did you mean "euler"?'),
+    (["sample", DOG, "--sampler", "ddim", "--use_karras_sigmas", "True"], "only these take Karras sigmas"),
+    (["sample", DOG, "--sampler", "euler", "--eta", "0.5"], "only ddim has one"),
+    (["sample", DOG, "--strength", "0.5"], "--strength needs a picture to start from; give --image"),
+    (["sample", DOG, "--mask_image", "m.png"], "--mask_image needs a picture to work on; give --image"),
+    (["sample", DOG, "--image", "none.png"], "none.png: no such file"),
+    (["sample", DOG, "--image", "none.png", "--strength", "1.5"], "--strength is 1.5; give a number above 0, up to 1"),
+    (["sample", DOG, "--tile_size", "15"], "tile_size is 15"),
+    (["sample", DOG, "--clip_skip", "9"], "clip_skip is 9; this text encoder has 2 layers"),
+    (["sample", f"({DOG}:1e999)"], '"1e999" is no finite number'),
+    (["sample", "--from", "none.png"], "none.png: no such file"),
+    (["sheet", DOG, "--columns", "sampler=ddim,eular"], 'Did you mean "euler"?'),
+    (["sheet", DOG, "--columns", "guidence=1,2"], "guidance_scale"),
+    (["sheet", DOG, "--columns", "seed=0..1000"], "by 399 at most"),
+    (["sheet", DOG, "--columns", "seed=0,1", "--rows", "seed=2,3"], "rows and columns are both seed"),
+    (["sheet", DOG, "the snow", "--columns", "seed=0,1", "--rows", "eta=0,1"], "three axes"),
+    (["morph", DOG, "--seeds", "1"], "1 keyframes make no loop"),
+    (["morph", DOG, "--output", "m.mp4"], "m.mp4"),
+    (["morph", DOG, "--frames", "100000"], "1 … 2000 in all"),
+    (["filmstrip", DOG, "--count", "0"], "--count is 0; give 1 … 50"),
+    (["attention", DOG, "--resolution", "5"], "no cross-attention is 5 cells high"),
+    (["tokens"], "there is no prompt"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), WRONG, ids=[" ".join(argv)[:60] for argv, _ in WRONG])
+def test_wrong_flags(capsys: pytest.CaptureFixture[str], tiny_folder: Path, argv: list[str], message: str) -> None:
+    flags = ["--pretrained_model_name_or_path", str(tiny_folder)]
+    flags += [] if argv[0] == "tokens" else ["--num_inference_steps", "3"]
+    with pytest.raises(SystemExit) as leave:
+        main([*argv, *flags])
+    said = capsys.readouterr().err
+    assert leave.value.code == 2 and message in said and "Traceback" not in said, said
+    assert not list(Path().iterdir())

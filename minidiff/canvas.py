@@ -17,9 +17,8 @@ from torch import Tensor
 from minidiff.call import Draw, check_latents
 from minidiff.diffusion.guidance import UNetCall
 from minidiff.diffusion.inpainting import keep_outside, latent_mask, with_surroundings
-from minidiff.diffusion.tiling import tiled
 from minidiff.errors import SettingsError
-from minidiff.picture_input import fitted, pasted
+from minidiff.picture_input import pasted
 
 if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusionPipeline
@@ -50,7 +49,12 @@ def blank(pipe: "StableDiffusionPipeline", shape: tuple[int, ...], draw: Draw, l
 
 
 def on_picture(
-    pipe: "StableDiffusionPipeline", pictures: Tensor, mask: Tensor | None, strength: float | None, draw: Draw, latents: Tensor | None
+    pipe: "StableDiffusionPipeline",
+    pictures: Tensor,
+    mask: Tensor | None,
+    strength: float | None,
+    draw: Draw,
+    latents: Tensor | None,
 ) -> Canvas:
     """For image to image, and with a mask (1, 1, H, W) for inpainting; `pictures` (B, 3, H, W) have the size to draw at.
 

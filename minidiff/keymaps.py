@@ -227,8 +227,9 @@ def adapter_kind(keys: Iterable[str]) -> str:
 
 def cross_attention_width(tensors: Mapping[str, HasShape]) -> int | None:
     """The width of the prompt's tokens: 768 in SD 1.x. From a U-Net's keys in any layout, or an adapter's."""
+    to_k = re.compile(r"attn2[._](processor\.)?to_k(_lora)?\.(base\.)?(weight|.*(lora_A|down).*)$")
     for key, tensor in tensors.items():
-        if len(tensor.shape) > 1 and re.search(r"attn2[._](processor\.)?to_k(_lora)?\.(base\.)?(weight|.*(lora_A|down).*)$", key):
+        if to_k.search(key) and len(tensor.shape) > 1:
             return tensor.shape[1]
     return None
 

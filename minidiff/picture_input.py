@@ -51,7 +51,7 @@ def as_mask(mask: Pictures, pictures: Tensor) -> Tensor:
     bright = (_as_picture(mask).mean(dim=0)[None, None] > 0).float()
     if bright.shape[-2:] != pictures.shape[-2:]:
         (h, w), (height, width) = bright.shape[-2:], pictures.shape[-2:]
-        raise SettingsError(f"mask_image is {w} x {h} and the picture {width} x {height}; make the mask as large as the picture.")
+        raise SettingsError(f"mask_image is {w} x {h} and the picture {width} x {height}; make the mask as large.")
     if not bright.any():
         raise SettingsError("mask_image is black everywhere; paint white what shall be drawn anew.")
     return bright

@@ -203,17 +203,17 @@ class StableDiffusionPipeline:
         negative_prompt_embeds: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Prompts and negative prompts as (B, 77 k, D), with the same k; what is given already is taken as it is."""
-        text, no_text = (None if x is None else x.to(self.device, self.dtype) for x in (prompt_embeds, negative_prompt_embeds))
-        k = max(x.shape[1] // LENGTH for x in (text, no_text) if x is not None) if (text, no_text) != (None, None) else 1
-        k = max(k, count_chunks(self.tokenizer, [*prompts, *negatives], self.placeholders))
-        text = self.encode_prompt(prompts, clip_skip, k) if text is None else text
-        no_text = self.encode_prompt(negatives, clip_skip, k) if no_text is None else no_text
+        given = [x.shape[1] // LENGTH for x in (prompt_embeds, negative_prompt_embeds) if x is not None]
+        k = max(count_chunks(self.tokenizer, [*prompts, *negatives], self.placeholders), *given, 1)
+        text = self.encode_prompt(prompts, clip_skip, k) if prompt_embeds is None else prompt_embeds
+        no_text = self.encode_prompt(negatives, clip_skip, k) if negative_prompt_embeds is None else negative_prompt_embeds
         if text.shape[1:] != no_text.shape[1:]:
-            raise SettingsError(f"prompt_embeds are {tuple(text.shape)} and the negative ones {tuple(no_text.shape)}; they must match.")
-        return text, no_text
+            shapes = f"{tuple(text.shape)} and the negative ones {tuple(no_text.shape)}"
+            raise SettingsError(f"prompt_embeds are {shapes}; they must match.")
+        return text.to(self.device, self.dtype), no_text.to(self.device, self.dtype)
 
     def encode_prompt(self, prompts: Sequence[str | Prompt], clip_skip: int = 0, chunks: int = 1) -> Tensor:
-        """Prompts in the prompt language -> (B, 77 k, D) in the U-Net's dtype, k >= `chunks`; each distinct one is encoded once.
+        """Prompts in the prompt language -> (B, 77 k, D) in the U-Net's dtype, k >= `chunks`; each distinct one once.
 
         LoRA tags are left to `__call__`.
         """
@@ -273,9 +273,9 @@ class StableDiffusionPipeline:
 
     def set_tile_size(self, pixels: int | None) -> None:
         """Draw large pictures in overlapping tiles of so many pixels, so that they need the memory of one; None: whole."""
-        least = 8 * self.vae.config.downscale
-        if pixels is not None and (pixels < least or pixels % self.vae.config.downscale):
-            raise SettingsError(f"tile_size is {pixels}; it must be a multiple of {self.vae.config.downscale}, at least {least}.")
+        cell = self.vae.config.downscale
+        if pixels is not None and (pixels < 8 * cell or pixels % cell):
+            raise SettingsError(f"tile_size is {pixels}; it must be a multiple of {cell}, at least {8 * cell}.")
         self.tile_size = pixels
 
     def set_progress_bar_config(self, disable: bool = False) -> None:

@@ -215,7 +215,7 @@ def file_at(path: str | Path, name: str) -> Path:
     """
     path = Path(path)
     if path.suffix in PICKLES:
-        raise WeightsError(f"{path}: minidiff writes no {path.suffix} files; end the name in .safetensors, or name a folder.")
+        raise WeightsError(f"{path}: minidiff writes no {path.suffix} files; name a .safetensors file, or a folder.")
     return path if path.suffix == ".safetensors" else path / name
 
 

@@ -279,7 +279,7 @@ def test_case_10_nan_in_a_checkpoint(tiny_folder: Path, tmp_path: Path, capsys: 
     ("shapes", "says"),
     [
         ({"<x>": (1, 1024)}, "its vectors are 1024 wide, as in SD 2.x; this text encoder is 24 wide"),
-        ({"<x>": (1, 24), "<y>": (1, 24)}, " holds 2 words; say with `token` which one"),
+        ({"<x>": (1, 24), "<y>": (1, 24)}, " holds 2 words, where one is wanted"),
         ({"<x>": (1, 24), "<y>": (1, 24)}, "  2 words: <x>, <y>\nminidiff convert --token makes a file of one"),
         ({"dog": (1, 24)}, '"dog" is in the model\'s vocabulary already'),
         ({"my dog": (1, 24)}, '"my dog" has a space in it; a new word is one word. Take a word of your own, such as <my-dog>'),

@@ -240,7 +240,7 @@ def test_pickled_textual_inversion(tmp_path: Path, name: str, content: Any, word
     torch.save(content, tmp_path / name)
     out = tmp_path / "out.safetensors"
     if word is None:
-        assert 'bare.bin does not say what its word is; give one, such as token="<my-dog>"' in refused(
+        assert 'bare.bin does not say what its word is. minidiff convert --token "<my-dog>" writes it under that word' in refused(
             capsys, tmp_path / name, out
         )
         convert(tmp_path / name, out, "--token", "<dog>")
@@ -306,6 +306,8 @@ class Evil:
 
 def test_refusals(modules: dict[str, LoRAWeights], tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
     lora = save_lora({NAME: modules[NAME]}, tmp_path / "lora.safetensors")
+    infinite = LoRAWeights(torch.full((2, 32), 3e38), torch.full((32, 2), 3e38), 1.0)
+    huge = save_lora({NAME: infinite}, tmp_path / "huge.safetensors")
     word = save_embedding(tmp_path / "word.safetensors", "<dog>", torch.ones(1, 24))
     vae = tiny_folder / "vae" / "diffusion_pytorch_model.safetensors"
     torch.save({"x": Evil()}, tmp_path / "evil.pt")
@@ -327,12 +329,40 @@ def test_refusals(modules: dict[str, LoRAWeights], tiny_folder: Path, tmp_path: 
         (tmp_path / "none.pt", new): "none.pt does not exist",
         (tmp_path / "none.safetensors", new): "none.safetensors does not exist",
         (tmp_path / "pointer.safetensors", new): "is a git-LFS pointer, not the file itself",
+        (lora, tmp_path / "out" / "x.ckpt"): "x.ckpt: minidiff writes no .ckpt files; name a .safetensors file, or a folder",
+        (huge, new): "its numbers are so large that B A is infinite",
+        (word, new, "--token", "two words"): '"two words" has a space in it; a new word is one word',
         (lora, ""): "the output has no name; give a new file or folder",
     }
     for words, message in cases.items():
         said = refused(capsys, *words)
-        assert message in said and "owned" not in said, words
+        assert message in said and "owned" not in said and ".minidiff-" not in said and "a bug" not in said, words
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".minidiff-*"))
+
+
+@pytest.mark.usefixtures("in_process")
+def test_errors_name_the_users_own_file(tmp_path: Path, capsys: Any) -> None:
+    torch.save({"a": torch.tensor([1.0, torch.nan])}, tmp_path / "nan.pt")
+    said = refused(capsys, tmp_path / "nan.pt", tmp_path / "x.safetensors", "--to", "safetensors")
+    assert f"minidiff: {tmp_path / 'nan.pt'}: a has NaN or infinite values" in said
+
+
+def test_an_output_beyond_a_folder_that_is_not_there(modules: dict[str, LoRAWeights], tmp_path: Path) -> None:
+    lora = save_lora({NAME: modules[NAME]}, tmp_path / "lora.safetensors")
+    convert(lora, tmp_path / "x" / ".." / "new.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"lora.safetensors", "new.safetensors"}
+
+
+def test_a_folder_may_be_called_as_a_pickle_is(modules: dict[str, LoRAWeights], tmp_path: Path) -> None:
+    save_lora({NAME: modules[NAME]}, tmp_path / "dog").parent.rename(tmp_path / "dog.pt")
+    convert(tmp_path / "dog.pt", tmp_path / "new.safetensors")
+    assert read_lora(tmp_path / "new.safetensors").modules.keys() == {NAME}
+
+
+def test_empty_tensors_have_not_moved() -> None:
+    proof = compare_weights({"a": torch.ones(0, 3)}, {"a": torch.ones(0, 3, dtype=torch.float16)})
+    assert proof.within and proof.moved == 0
+    assert not compare_weights({"a": torch.ones(0, 3)}, {"a": torch.ones(0, 4)}).within
 
 
 def test_empty_model_is_sd15_without_numbers() -> None:

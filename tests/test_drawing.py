@@ -123,7 +123,7 @@ def test_a_sheet_over_two_settings(tiny_folder: Path, loras: Path) -> None:
     run(tiny_folder, "sheet", DOG, *lora, "--columns", "guidance=1,5", "--tile", "32", "--output", "one.png")
     run(tiny_folder, "sheet", DOG, "the snow", "--columns", "seed=0..2", "--tile", "32", "--output", "prompts.png")
     three, one, two = (Image.open(name) for name in ("sheet.png", "one.png", "prompts.png"))
-    assert three.height > two.height > one.height and two.width > one.width
+    assert three.height > one.height and two.width > one.width
 
 
 def test_a_sheet_can_compare_models(tiny_folder: Path, tmp_path: Path) -> None:

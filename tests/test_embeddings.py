@@ -116,7 +116,7 @@ def test_of_several_words_one_is_named(tmp_path: Path) -> None:
     assert torch.equal(read_embedding(path, token="<b>").vectors, vectors(2))
     for token in (None, "<c>"):
         with pytest.raises(
-            AdapterError, match=r"two\.safetensors holds 2 words; say with `token` which one.\n  2 words: <a>, <b>"
+            AdapterError, match=r"two\.safetensors holds 2 words, where one is wanted.\n  2 words: <a>, <b>"
         ):
             read_embedding(path, token)
 
@@ -165,7 +165,7 @@ def test_a_word_survives_a_cast_table(tmp_path: Path, tiny_folder: Path) -> None
         ({"decoder.conv_in.weight": torch.ones(2, D)}, "no textual inversion. The file looks like"),
         ({"dog": torch.ones(2, D)}, '"dog" is in the model\'s vocabulary already'),
         ({"my dog": torch.ones(2, D)}, '"my dog" has a space in it'),
-        ({"": torch.ones(2, D)}, 'does not say what its word is; give one, such as token="<my-dog>"'),
+        ({"": torch.ones(2, D)}, 'does not say what its word is. minidiff convert --token "<my-dog>" writes it'),
         ({"emb_params": torch.ones(2, D)}, '"my file" has a space in it; a new word is one word. Take a word of your own'),
     ],
     ids=str,
@@ -182,7 +182,7 @@ def test_files_that_are_refused(
 def test_a_word_is_loaded_once(tmp_path: Path, pipe: StableDiffusionPipeline) -> None:
     path = save_embedding(tmp_path, "<dog>", vectors())
     pipe.load_textual_inversion(path)
-    message = f'{path}: "<dog>": there is a new word "<dog>" already; unload_textual_inversion, or another word. `token` gives'
+    message = f'{path}: "<dog>": there is a new word "<dog>" already, and a prompt could not tell them apart. Take a word'
     with pytest.raises(AdapterError, match=re.escape(message)):
         pipe.load_textual_inversion(path)
     assert list(pipe.placeholders) == ["<dog>"]
@@ -211,7 +211,7 @@ def test_nan_is_refused(tmp_path: Path) -> None:
         ({}, "holds 0 words"),
         (vectors(), "does not say what its word is"),
         ({"string_to_param": {}}, "holds 0 words"),
-        ({"string_to_param": {"*": vectors(), "+": vectors()}}, "holds 2 words; say with `token` which one"),
+        ({"string_to_param": {"*": vectors(), "+": vectors()}}, "holds 2 words, where one is wanted"),
         ({"string_to_param": vectors()}, "where its table of vectors should be is a Tensor"),
     ],
 )
@@ -235,6 +235,14 @@ def test_a_folder_with_many_files(tmp_path: Path) -> None:
         find_file(tmp_path)
     with pytest.raises(MinidiffError, match="does not exist"):
         read_embedding(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("word", ["my dog", "__metadata__", "a.weight", "<\u200b>"])
+@pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
+def test_words_that_could_not_be_read_again_are_not_written(tmp_path: Path, word: str, dialect: str) -> None:
+    with pytest.raises(AdapterError, match="Take a word of your own"):
+        save_embedding(tmp_path, word, vectors(), dialect)
+    assert not any(tmp_path.iterdir())
 
 
 def test_other_forms_are_not_written(tmp_path: Path) -> None:

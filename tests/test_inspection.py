@@ -139,6 +139,12 @@ def test_trigger_words() -> None:
         assert trigger_words({"ss_tag_frequency": broken}) == []
 
 
+def test_names_and_texts_cannot_write_over_the_terminal(tmp_path: Path) -> None:
+    path = tensor_file(tmp_path / "x.safetensors", {"\x1b[2Jfirst": torch.ones(2, 2, 2)}, {"title": "\x1b]0;owned\x07\x9b2J"})
+    text = str(inspect(path)[0])
+    assert r"\x1b[2Jfirst" in text and r"\x1b]0;owned\x07\x9b2J" in text and text.replace("\n", "").isprintable()
+
+
 def test_long_metadata_is_not_printed(tmp_path: Path) -> None:
     about = {"ss_seed": "7", "ss_datasets": "x" * 5000}
     path = tensor_file(tmp_path / "a.safetensors", {"<dog>": torch.ones(1, 768)}, about)
@@ -161,6 +167,12 @@ def test_textual_inversion(model: Model, tmp_path: Path) -> None:
     assert facts(fitting)["problems"] == ["<b> is 0: never trained"]
     nan = tensor_file(tmp_path / "c.safetensors", {"<a>": torch.full((2, 24), torch.inf)})
     assert facts(nan)["not finite"] == ["<a>"]
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 24), (2, 0)])
+def test_an_empty_textual_inversion(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    found = facts(tensor_file(tmp_path / "x.safetensors", {"<dog>": torch.ones(shape)}))
+    assert found["problems"] == ["<dog> is empty"]
 
 
 # --- models ------------------------------------------------------------------------------------------------------------

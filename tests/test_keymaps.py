@@ -108,3 +108,12 @@ LOOKS = {
 def test_what_a_file_looks_like(name: str) -> None:
     tensors, words = LOOKS[name]
     assert words in keymaps.describe(tensors)
+
+
+@pytest.mark.parametrize(
+    "key", ["x.attn2.to_k.weight", "conv_in.weight", "input_blocks.0.0.weight", "text_model.embeddings.token_embedding.weight"]
+)
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_tensors_without_the_axes_that_tell(key: str, shape: tuple[int, ...]) -> None:
+    tensors = {key: torch.ones(shape), "time_embedding.x": torch.ones(1)}
+    assert keymaps.describe(tensors) and keymaps.cross_attention_width(tensors) is None

@@ -283,6 +283,26 @@ def test_the_kohya_style(tmp_path: Path) -> None:
     assert read_header(alike).metadata["ss_network_dim"] == "2" and read_header(alike).metadata["ss_network_alpha"] == "8"
 
 
+@pytest.mark.parametrize("dialect", ["diffusers", "kohya", "peft"])
+def test_what_is_said_about_an_adapter_is_kept(tmp_path: Path, dialect: str) -> None:
+    path = save_lora(trained(2, 2), tmp_path / "dog", dialect, metadata={"modelspec.trigger_phrase": "sks dog"})
+    assert read_lora(path.parent).metadata["modelspec.trigger_phrase"] == "sks dog"
+
+
+@pytest.mark.parametrize("ending", [".ckpt", ".pt", ".bin"])
+def test_no_folder_is_called_as_other_programs_files_are(tmp_path: Path, ending: str) -> None:
+    with pytest.raises(WeightsError, match=f"dog{ending}: minidiff writes no {ending} files; name a .safetensors file"):
+        save_lora(trained(2, 2), tmp_path / f"dog{ending}")
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read = save_lora(trained(2, 2), tmp_path / "dog"), []
+    monkeypatch.setattr(lora, "read_header", lambda file: read.append(file) or read_header(file))
+    load(tiny_unet(), path)
+    assert read == [path]
+
+
 def test_the_peft_folder(tmp_path: Path) -> None:
     made = trained(2, 8)
     path = save_lora(made, tmp_path / "dog", "peft", metadata={"base_model": "sd15"})
@@ -494,7 +514,12 @@ REFUSED = {
     "alpha text": (GOOD, R2 | {"unet.lora_alpha": "8"}, "alpha of .* is '8'"),
     "patterns": (GOOD, R2 | {"unet.rank_pattern": ["x"]}, "not the configuration"),
     "regex": (GOOD, R2 | {"unet.rank_pattern": {"(": 2}}, "not the configuration"),
-    "endless regex": (GOOD, R2 | {"unet.alpha_pattern": {"((.*)*)*x": 2}}, "repeats too much"),
+    "regex with flags": (GOOD, R2 | {"unet.alpha_pattern": {"(?i)x": 2}}, "not the configuration"),
+    "endless regex": (GOOD, R2 | {"unet.alpha_pattern": {"((.*)*)*x": 2}}, "too complicated for the name of a layer"),
+    "endless choices": (GOOD, R2 | {"unet.alpha_pattern": {40 * "(.|.)" + "Z": 2}}, "too complicated"),
+    "endless options": (GOOD, R2 | {"unet.rank_pattern": {60 * ".?" + "Z": 2}}, "too complicated"),
+    "endless patterns": (GOOD, R2 | {"unet.rank_pattern": dict.fromkeys(map(str, range(5001)), 2)}, "has 5,001 entries"),
+    "endless alpha": (GOOD, R2 | {"unet.lora_alpha": 10**400}, "alpha of .* is 1000.*; it must be a positive number"),
     "no alpha": (GOOD, {"unet.r": 2}, "alpha of .* is None"),
     "rsLoRA text": (GOOD, R2 | {"unet.use_rslora": "no"}, "use_rslora is 'no'"),
     "PiSSA": (GOOD, R2 | {"unet.init_lora_weights": "pissa_niter_16"}, "pissa_niter_16, which changes the base model too"),
@@ -590,11 +615,18 @@ def test_nan_in_an_adapter(tmp_path: Path) -> None:
     assert not lora_layers(unet)
 
 
+def test_a_textual_inversion_is_no_lora(tmp_path: Path) -> None:
+    path = save_embedding(tmp_path, "<dog>", torch.ones(2, 24))
+    for place in (path, tmp_path):
+        with pytest.raises(AdapterError, match="A textual inversion is used by --textual_inversion"):
+            read_lora(place)
+
+
 def test_files_that_are_not_there_or_no_safetensors(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="there is no .safetensors file in it"):
         load(tiny_unet(), tmp_path)
     (tmp_path / "dog.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(AdapterError, match="it has dog.safetensors: say which with weight_name"):
+    with pytest.raises(AdapterError, match="it has dog.safetensors: name the file itself"):
         load(tiny_unet(), tmp_path)
     with pytest.raises(WeightsError, match="is a git-LFS pointer"):
         load(tiny_unet(), tmp_path, weight_name="dog.safetensors")

@@ -109,6 +109,16 @@ def test_cosine_of_two_changes() -> None:
     assert cosines([{NAME: one}, {NAME: LoRAWeights(one.A, 0 * one.B, 1.0)}]) == {NAME: 0}
 
 
+def test_products_of_a_rank_beyond_every_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank of 20,000 would make 400 million numbers of r x r; out x in are 30."""
+    one, other = small(1, rank=20_000), small(2, rank=20_000)
+    expected = (one.product().double() * other.product().double()).sum().item()
+    monkeypatch.setattr(Tensor, "mT", None)  # of r x r there is nothing without it
+    assert cosines([{NAME: one}, {NAME: other}])[NAME] == pytest.approx(
+        expected / math.sqrt(one.product().double().square().sum() * other.product().double().square().sum())
+    )
+
+
 def test_the_error_of_adding_factors() -> None:
     one, other = small(1), small(2, scale=0.3)
     roots = [math.sqrt(0.8 * 0.7), math.sqrt(0.5 * 0.3)]
@@ -277,6 +287,27 @@ def test_bake_of_dora_says_what_a_weight_means(tiny_folder: Path, tmp_path: Path
     assert (
         "DoRA at weight 0.5: W' lies on the straight line from the base (0) to what was trained (1)" in capsys.readouterr().out
     )
+
+
+def test_bake_that_changes_nothing_says_so(tiny_folder: Path, files: list[str], tmp_path: Path, capsys) -> None:
+    out = tmp_path / "baked"
+    merge("bake", "--pretrained_model_name_or_path", tiny_folder, "--lora", files[1], "--lora_weight", 0, "--output", out)
+    said = capsys.readouterr().out
+    assert "Note: this is the base model again" in said and "baked: 0 layers changed" in said
+
+
+def test_bake_beyond_all_numbers_names_the_flag(tiny_folder: Path, files: list[str], tmp_path: Path, capsys) -> None:
+    words = ("bake", "--pretrained_model_name_or_path", tiny_folder, "--lora", files[1], "--lora_weight", "1e38")
+    said = refused(capsys, *words, "--output", tmp_path / "baked")
+    assert "with the adapters its weights are too large for torch.float32; lower --lora_weight" in said
+    assert ".minidiff-" not in said and not (tmp_path / "baked").exists()
+
+
+@pytest.mark.parametrize("weights", [(0, 0), (1, -1)])
+def test_join_says_where_the_changes_cancel(files: list[str], tmp_path: Path, capsys, weights: tuple[int, int]) -> None:
+    merge("join", "--lora", files[1], files[1], "--lora_weight", *weights, "--output", tmp_path / "x.safetensors")
+    count = len(read_lora(files[1]).modules)
+    assert f"Note: in {count} of {count} layers the changes add up to nothing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("style", ["diffusers", "kohya"])

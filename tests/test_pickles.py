@@ -101,6 +101,7 @@ def test_tables_within_tables_come_back(tmp_path: Path, kind: str) -> None:
         ({}, "there is no tensor in it"),
         ({"a": 3}, "there is no tensor in it"),
         ({1: torch.ones(1), "1": torch.ones(1)}, "has two tensors of one name: 1"),
+        ({1: torch.ones(1), "1": {"x": torch.ones(1)}}, "has a tensor and a table of one name: 1"),
         ({"a": torch.ones(1, dtype=torch.complex64)}, "a is a tensor of an odd kind"),
         ({"a": torch.eye(2).to_sparse()}, "a is a tensor of an odd kind|damaged"),
         (torch.nn.Linear(2, 2), "was refused: it asks for torch.nn.modules.linear.Linear"),

@@ -204,7 +204,17 @@ def test_any_word_of_ones_own_will_do(tokenizer: CLIPTokenizer, word: str) -> No
         ("sks", "vocabulary already"),
         ("x", "vocabulary already"),
         ("<|endoftext|>", "vocabulary already"),
-        ("<Cat>", '"<Cat>": there is a new word "<cat>" already; unload_textual_inversion, or another word'),
+        ("<Cat>", '"<Cat>": there is a new word "<cat>" already, and a prompt could not tell them apart. Take'),
+        ("<\u200bdog>", "'<\\u200bdog>' has a character that nobody can see. Take a word of your own"),
+        ("<\x1b[2Jdog>", "'<\\x1b[2Jdog>' has a character that nobody can see"),
+        (5000 * "x", f'"{20 * "x"}…" has 5,000 letters; 100 are enough'),
+        ("__metadata__", '"__metadata__" means something else in files, so that the word could not be read again'),
+        ("emb_params", '"emb_params" means something else in files'),
+        ("clip_l", '"clip_l" means something else in files'),
+        ("clip_g", '"clip_g" means something else in files'),
+        ("my.weight", '"my.weight" means something else in files'),
+        ("my.bias", '"my.bias" means something else in files'),
+        ("lora_unet_dog", '"lora_unet_dog" means something else in files'),
     ],
 )
 def test_not_every_word_will_do(tokenizer: CLIPTokenizer, word: str, message: str) -> None:
@@ -225,8 +235,8 @@ def test_a_word_of_which_nothing_is_left(tokenizer: CLIPTokenizer) -> None:
         def __call__(self, text: str, **options: object) -> object:
             return tokenizer("", **options)
 
-    with pytest.raises(AdapterError, match=r"'\\u200b' has no character that the tokenizer sees"):
-        check_word(Blind(), "\u200b", {})
+    with pytest.raises(AdapterError, match=r"<x> has no character that the tokenizer sees"):
+        check_word(Blind(), "<x>", {})
 
 
 @pytest.mark.parametrize("shape", [(24,), (1, 25), (0, 24), (76, 24)])

@@ -1,6 +1,8 @@
 """Model files: read strictly, written whole."""
 
 import json
+import os
+import resource
 import struct
 from pathlib import Path
 
@@ -107,6 +109,23 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_bytes() == old and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_full_disk_is_named_by_the_path(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            save({"a": torch.ones(500)}, tmp_path / "x.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(tmp_path / "x.safetensors") and not any(tmp_path.iterdir())
+
+
+def test_the_name_of_the_metadata_is_no_tensors_name(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"x.safetensors: no tensor can be called __metadata__"):
+        save({"__metadata__": torch.ones(2)}, tmp_path / "x.safetensors")
+    assert not any(tmp_path.iterdir())
+
+
 def test_finding_the_weight_file(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is not a folder"):
         find_weights(tmp_path / "unet")
@@ -202,6 +221,18 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
         read_header(tmp_path)
 
 
+def test_what_is_there_and_is_no_ordinary_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    says = {"pipe": "is no ordinary file", "loop": "leads nowhere: a link", "link": "leads nowhere: a link"}
+    for name, what in says.items():
+        with pytest.raises(WeightsError, match=f"{name} {what}"):
+            read_header(tmp_path / name)
+    with pytest.raises(WeightsError, match="/dev/zero is no ordinary file"):
+        read_header("/dev/zero")
+
+
 # --- strictness ------------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +269,15 @@ def test_non_finite_tensors_are_refused_by_name(tmp_path: Path, unet: UNet2DCond
     save(state, tmp_path / UNET_FILE)
     with pytest.raises(WeightsError, match="conv_out.weight has NaN or infinite"):
         load_into(on_meta(UNet2DConditionModel, TINY_UNET), tmp_path / UNET_FILE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_has_nan_too(tmp_path: Path, dtype: torch.dtype) -> None:
+    save({"a": torch.ones(3).to(dtype)}, tmp_path / "good.safetensors")
+    assert read_header(tmp_path / "good.safetensors").read()["a"].float().tolist() == [1, 1, 1]
+    save({"a": torch.tensor([1.0, float("nan")]).to(dtype)}, tmp_path / "bad.safetensors")
+    with pytest.raises(WeightsError, match="a has NaN or infinite"):
+        read_header(tmp_path / "bad.safetensors").read()
 
 
 def test_a_number_that_the_asked_dtype_cannot_hold(tmp_path: Path) -> None:

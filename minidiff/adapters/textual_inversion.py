@@ -149,7 +149,7 @@ def check_word(tokenizer: "CLIPTokenizer", word: str, taken: dict[str, list[int]
     """AdapterError for a word that prompts or files could not name, or that means something already."""
     check_spelling(word)
     if not (ids := tokenizer(word, add_special_tokens=False, verbose=False).input_ids):
-        raise AdapterError(f"{word!r} has no character that the tokenizer sees. {ADVICE}")
+        raise AdapterError(f"{word} has no character that the tokenizer sees. {ADVICE}")
     if len(ids) == 1 or word.lower() in tokenizer.get_vocab():  # a piece of a word too: other programs would refuse it
         raise AdapterError(f'"{word}" is in the model\'s vocabulary already, and its meaning would be overwritten. {ADVICE}')
     if twin := next((other for other in taken if other.lower() == word.lower()), None):

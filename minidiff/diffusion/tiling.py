@@ -38,9 +38,9 @@ def tiled(call: Callable[[Tensor], Tensor], tile: int, overlap: int, unit: int =
                     whole = [round(side * scale) for side in x.shape[-2:]]
                     total, weight = part.new_zeros(*part.shape[:-2], *whole), part.new_zeros(whole)
                 ramp = tent(h, overlap * scale).outer(tent(w, overlap * scale)).to(part)
-                at = (..., slice(round(top * scale), round(top * scale) + h), slice(round(left * scale), round(left * scale) + w))
-                total[at] += part * ramp
-                weight[at] += ramp
+                y0, x0 = round(top * scale), round(left * scale)
+                total[..., y0 : y0 + h, x0 : x0 + w] += part * ramp
+                weight[y0 : y0 + h, x0 : x0 + w] += ramp
         return total / weight  # 2302.08113 eq. 5: the weighted mean of what the tiles say
 
     return over_tiles

@@ -144,7 +144,7 @@ def appearing(output: Path) -> Iterator[Path]:
     if `output` is there.
     """
     if output.suffix in PICKLES:
-        raise SettingsError(f"{output}: minidiff writes no {output.suffix} files; end the name in .safetensors, or name a folder.")
+        raise SettingsError(f"{output}: minidiff writes no {output.suffix} files; name a .safetensors file, or a folder.")
     check_new(output)
     asked, output = output, Path(os.path.realpath(output))  # "x/../dog.safetensors" is dog.safetensors, and needs no x
     check_new(output)

@@ -124,7 +124,7 @@ def said_scale(path: Path, module: str, parts: Mapping[str, Tensor], configs: Ma
     rank = len(parts["down"])
     if "alpha" in parts:
         alpha = parts["alpha"].item()
-        if not 0 <= alpha < math.inf:
+        if alpha < 0:
             raise AdapterError(f"{path}: alpha of {module} is {alpha:g}; it must be a positive number.")
         return alpha / rank if alpha else 1.0  # kohya's rule: 0 stands for the rank
     config = configs.get(module.partition(".")[0])

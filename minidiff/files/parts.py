@@ -111,7 +111,7 @@ def parts_of(name: str, weights: LoRAWeights, dialect: str, torch_dtype: torch.d
             parts["magnitude"] = m.flatten() if A.ndim == 2 else m.reshape(1, -1, 1, 1)
     parts = {part: tensor.to(torch_dtype) for part, tensor in parts.items()}
     if bad := [part for part, tensor in parts.items() if not is_finite(tensor)]:
-        advice = "write it as fp32 or bf16" if torch_dtype == torch.float16 else "the adapter is broken, or its weight too large"
+        advice = "write it as fp32 or bf16" if torch_dtype == torch.float16 else "its weight is too large"
         raise AdapterError(f"{name}: its {bad[0]} has numbers that are not finite as {torch_dtype}; {advice}.")
     if dialect == "kohya":
         alpha = torch.tensor(float(alpha_of(weights)))

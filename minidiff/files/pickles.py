@@ -109,7 +109,7 @@ def main(source: str, target: str, seconds: str) -> int:
 def rewrite(source: Path, target: Path) -> None:
     """Read the pickle `source`, write its tensors as the safetensors file `target`."""
     tensors: dict[str, Tensor] = {}
-    nested = {}
+    nested: dict[str, Names] = {}
     for names, tensor in tensors_of(load(source)):
         key = "/".join(names) or "tensor"
         if key in tensors:
@@ -121,6 +121,9 @@ def rewrite(source: Path, target: Path) -> None:
             nested[key] = names
     if not tensors:
         raise WeightsError(f"{source} is no file of weights: there is no tensor in it.")
+    tables = {"/".join(names[:i]) for names in nested.values() for i in range(1, len(names))}
+    if both := tables & tensors.keys():  # as of {1: tensor, "1": {…}}
+        raise WeightsError(f"{source} has a tensor and a table of one name: {min(both)}. {ADVICE}")
     save(tensors, target, {"names": json.dumps(nested)} if nested else {})
 
 
@@ -163,8 +166,6 @@ def walk(value: Any, names: Names) -> Iterator[tuple[Names, Tensor]]:
     if isinstance(value, Tensor):
         yield names, value
     elif isinstance(value, Mapping):
-        if len(set(map(str, value))) < len(value):  # 1 and "1"
-            raise WeightsError(f"a table in it has two entries of one name, where {'/'.join(names) or 'it begins'}. {ADVICE}")
         for name, inner in value.items():
             yield from walk(inner, (*names, str(name)))
     elif isinstance(value, (list, tuple)):

@@ -21,7 +21,11 @@ The cases are numbered 1 to 25; those about files are in test_bad_input_files.py
 """
 
 import json
+import os
 import shutil
+import signal
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +38,7 @@ from test_bad_input_files import GOOD, TO_K, here, pipe, sample, written  # noqa
 from test_cli import refused
 from tiny_recipes import draw_pictures
 
+import minidiff.__main__
 from minidiff.cli import main
 from minidiff.diffusion.samplers import SAMPLERS
 from minidiff.diffusion.schedule import add_noise
@@ -181,6 +186,15 @@ def test_case_18_metadata(says: Said, pictures: Path, text: str, message: str) -
     assert f"{pictures / 'metadata.jsonl'}" in said and message in said
 
 
+def test_files_that_are_pipes(tiny_folder: Path, tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One with nobody at its other end would wait for ever."""
+    model = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    (model / "unet" / "config.json").unlink()
+    os.mkfifo(model / "unet" / "config.json")
+    said = refused(capsys, command(model, pictures, tmp_path / "out"))
+    assert f"{model / 'unet' / 'config.json'} is no ordinary file; the unet of a model has one" in said
+
+
 # --- settings ------------------------------------------------------------------------------------------------------------
 
 PRIOR = ("--with_prior_preservation", "--class_prompt", "a photo of a dog", "--class_data_dir")
@@ -193,6 +207,12 @@ def test_case_19_prior_preservation(says: Said, pictures: Path, tmp_path: Path) 
     said = says(*PRIOR, tmp_path / "class", "--prior_loss_weight", "-1")
     assert "--prior_loss_weight must not be negative; it is -1.0" in said
     assert f"--class_data_dir is the folder of the training pictures {pictures} too: give another" in says(*PRIOR, pictures)
+
+
+def test_case_19_class_pictures_among_the_results(says: Said, tmp_path: Path) -> None:
+    """Refused before they are drawn, not after."""
+    said = says(*PRIOR, tmp_path / "out" / "class")
+    assert f"--class_data_dir lies in --output_dir {tmp_path / 'out'}, which is for what minidiff writes; it is" in said
 
 
 def test_case_19_no_class_pictures_and_none_drawn(says: Said, tmp_path: Path) -> None:
@@ -212,10 +232,17 @@ def test_case_19_no_class_pictures_and_none_drawn(says: Said, tmp_path: Path) ->
         (("--lora_alpha", "0"), "--lora_alpha must be a number above 0; it is 0.0"),
         (("--learning_rate", "0"), "--learning_rate must be a number above 0; it is 0.0"),
         (("--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps must be at least 1; it is 0"),
+        (("--gradient_accumulation_steps", "1" + "0" * 30), "--gradient_accumulation_steps must be at most 4096; it is 1000"),
     ],
 )
 def test_case_20_numbers_and_targets(says: Said, flags: tuple[str, str], message: str) -> None:
     assert message in says(*flags)
+
+
+def test_a_word_of_so_many_vectors_that_it_is_cut_off(says: Said) -> None:
+    """75 tokens is all that CLIP reads; the sentences of the templates have some of their own."""
+    said = says("--initializer_token", "dog", "--num_vectors", "75", **WORD)
+    assert "--num_vectors 75: in \"" in said and "the new word itself is cut off, as CLIP reads 75 tokens" in said
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------------
@@ -294,6 +321,15 @@ def test_case_23_numbers_that_break(
         assert all(tensor.isfinite().all() for tensor in checkpoint.load(path).tensors["weights"].values())
 
 
+@pytest.mark.parametrize("flag", ["--noise_offset", "--lora_alpha"])
+def test_case_23_numbers_that_break_every_update(
+    flag: str, tiny_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, command(tiny_folder, pictures, tmp_path / "out", flag, "1e300"))
+    assert "2 updates in a row without a finite loss and gradient (step 2: loss" in said
+    assert "No checkpoint had been saved yet" in said and not list((tmp_path / "out").rglob("*.safetensors"))
+
+
 # --- several adapters ----------------------------------------------------------------------------------------------------
 
 
@@ -332,3 +368,62 @@ def test_case_24_dora_at_another_weight(tiny_folder: Path, tmp_path: Path, capsy
     said = refused(capsys, ["merge", "join", "--lora", dora, dora, "--output", "joined.safetensors"])
     assert "is DoRA, whose change is no product B A; it cannot be joined or cut. Bake it into the model" in said
     assert not Path("joined.safetensors").exists()
+
+
+# --- being stopped (while it trains: test_loop) --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_while_class_pictures_are_drawn(
+    number: signal.Signals, code: int, tiny_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a file: it is removed, and the one before it stays."""
+    plain, count = Image.Image.save, iter(range(9))
+
+    def save_half(image: Image.Image, file: Any, **how: Any) -> None:
+        if next(count) == 1:
+            file.write(b"half of")
+            os.kill(os.getpid(), number)
+        plain(image, file, **how)
+
+    monkeypatch.setattr(Image.Image, "save", save_half)
+    before = signal.signal(number, signal.SIG_IGN)  # else a mistake here would end pytest
+    try:
+        with pytest.raises(SystemExit) as leave:
+            main(command(tiny_folder, pictures, tmp_path / "out", *PRIOR, tmp_path / "class"))
+        assert signal.getsignal(number) == signal.SIG_IGN  # as it was
+    finally:
+        signal.signal(number, before)
+    assert leave.value.code == code and not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "class").iterdir()] == ["class-00000.png"]
+
+
+def test_stopped_while_a_library_is_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """numpy and transformers make other errors of it, and these are no bugs of minidiff's."""
+
+    def interrupted(argv: list[str]) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(9)
+        except KeyboardInterrupt:
+            raise ModuleNotFoundError("Could not import module 'CLIPTextModel'") from None
+
+    monkeypatch.setattr("minidiff.cli.run", interrupted)
+    with pytest.raises(SystemExit) as leave:
+        main([])
+    assert leave.value.code == 130 and capsys.readouterr().err == "\nStopped.\n"
+
+
+def test_stopped_before_anything_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while minidiff.cli itself is imported."""
+
+    class Interrupting:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "minidiff.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "minidiff.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    with pytest.raises(SystemExit) as leave:
+        minidiff.__main__.main()
+    assert leave.value.code == 130

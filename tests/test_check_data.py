@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_cli import refused
 
 from minidiff.train.buckets import bucket_sizes
 from minidiff.train.check_data import Problem, as_table, check_dataset
@@ -94,3 +95,17 @@ def test_no_pictures(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     problems = check_dataset(tmp_path / name, "p", None, 32)
     assert [p.kind for p in problems] == ["error"] and isinstance(problems[0], Problem)
+
+
+def test_skipping_is_offered_only_where_it_helps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture(tmp_path / "a.png"), picture(tmp_path / "b.png", size=(9, 9))
+    check = ["data", "check", str(tmp_path), "--resolution", "32"]
+    assert "above, or train with --skip_bad." in refused(capsys, [*check, "--instance_prompt", "p"])
+    assert "mend what is marked as an error above." in refused(capsys, check)  # a picture without a caption cannot be skipped
+    assert "marked as an error above." in refused(capsys, ["data", "check", str(tmp_path / "nope")])
+
+
+@pytest.mark.parametrize("resolution", ["7", "8193", "1" + "0" * 400])
+def test_absurd_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str], resolution: str) -> None:
+    said = refused(capsys, ["data", "check", str(tmp_path), "--resolution", resolution, "--aspect_ratio_buckets"])
+    assert f"--resolution is {resolution}; give 8 … 8192" in said

@@ -23,6 +23,7 @@ from minidiff.images import read_png_text
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.train.loop import Report
 from minidiff.train.methods import LoRASettings
+from minidiff.weights import save
 
 POCKET = Path(__file__).parent.parent / "checkpoints" / "pocket"
 
@@ -251,6 +252,13 @@ def test_other_kinds_of_model(
 def test_json_without_end(name: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (model / name).write_text("[" * 100_000)
     assert Path(name).name in refused(capsys, ["sample", "a dog", "--pretrained_model_name_or_path", str(model)])
+
+
+def test_messages_cannot_write_over_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save({"lora_unet_\x1b[2J.lora_down.weight": torch.ones(2, 2)}, path := tmp_path / "x.safetensors")
+    for command in (["convert", str(path), str(tmp_path / "new.safetensors")], ["inspect", str(tmp_path / "\x1b[2J")]):
+        said = refused(capsys, command)
+        assert r"\x1b[2J" in said and said.replace("\n", "").isprintable()
 
 
 # --- what is there stays there -------------------------------------------------------------------------------------------

@@ -240,9 +240,8 @@ def test_pickled_textual_inversion(tmp_path: Path, name: str, content: Any, word
     torch.save(content, tmp_path / name)
     out = tmp_path / "out.safetensors"
     if word is None:
-        assert 'bare.bin does not say what its word is. minidiff convert --token "<my-dog>" writes it under that word' in refused(
-            capsys, tmp_path / name, out
-        )
+        said = refused(capsys, tmp_path / name, out)
+        assert 'bare.bin does not say what its word is. minidiff convert --token "<my-dog>" writes it under that word' in said
         convert(tmp_path / name, out, "--token", "<dog>")
     else:
         convert(tmp_path / name, out)

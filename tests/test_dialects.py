@@ -90,6 +90,11 @@ def test_every_layer_of_a_unet_has_a_name(config: UNetConfig) -> None:
     assert config != SD15_UNET or len(layers) == 282
 
 
+@pytest.mark.parametrize("path", ["conv_in.\x1b[2J", "conv_in.a b", "conv_in.\n"])
+def test_letters_that_no_module_has(path: str) -> None:
+    assert place_of(f"unet.{path}.lora_A.weight", SD15_UNET) is None
+
+
 def test_no_two_layers_share_an_underscored_name() -> None:
     paths = [*unet_paths(), *text_paths()]
     assert len(set(paths)) == len(paths) == len({path.replace(".", "_") for path in paths})

@@ -1,5 +1,6 @@
 """The ladder: its two scores, its rungs, and one short climb."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from minidiff.cli import main
 from minidiff.errors import SettingsError, WeightsError
 from minidiff.flags import Ladder
 from minidiff.train import ladder
+from minidiff.train.loop import Report
 from minidiff.train.methods import LoRASettings
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +52,36 @@ def test_a_rung_that_is_not_there() -> None:
 def test_a_base_without_an_image_encoder(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no image encoder here; the pocket checkpoint has one"):
         ladder.run(replace(FLAGS, pretrained_model_name_or_path=str(tmp_path)))
+
+
+def test_a_model_that_is_not_there() -> None:
+    with pytest.raises(WeightsError, match="nowhere/at/all: there is no such folder"):
+        ladder.run(replace(FLAGS, pretrained_model_name_or_path="nowhere/at/all"))
+
+
+@pytest.mark.parametrize("values", [{"hidden_size": "x"}, {"hidden_size": -1}, {"image_size": None}])
+def test_an_image_encoder_that_cannot_be_built(tmp_path: Path, values: dict[str, object]) -> None:
+    (tmp_path / "image_encoder").mkdir()
+    (tmp_path / "image_encoder" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(WeightsError, match=r"config.json: not a usable image encoder: (.|\n)* Copy the file again"):
+        ladder.ImageTower(tmp_path / "image_encoder")
+
+
+def test_a_rung_that_was_stopped_ends_the_climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its half would stand in the table as if it were the whole."""
+    for name, value in {"SUBJECT": ladder.SUBJECT[:1], "OTHERS": ladder.OTHERS[:1], "SEEDS": (0,), "SUBJECTS": 1}.items():
+        monkeypatch.setattr(ladder, name, value)
+    monkeypatch.setattr(ladder, "RECIPES", {LoRASettings: lambda settings: None})
+    monkeypatch.setattr(ladder, "fit", lambda task, settings: Report(1, 0.0, finished=False))
+    flags = ["--pretrained_model_name_or_path", FLAGS.pretrained_model_name_or_path, "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as leave:
+        main(["ladder", *flags, "--instance_data_dir", FLAGS.instance_data_dir, "--rungs", "LoRA"])
+    assert leave.value.code == 130 and not list(tmp_path.iterdir())
+
+
+def test_a_result_that_is_not_there_is_not_the_base(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="lora holds no result of a training run"):
+        ladder.load_result(ladder.rungs(replace(FLAGS, output_dir=str(tmp_path)))["LoRA"])
 
 
 def test_a_short_climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

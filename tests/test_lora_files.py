@@ -15,7 +15,9 @@ from minidiff.adapters.inject import adaptable_layers, adapter_names, adapter_we
 from minidiff.adapters.lora import LoRAWeights
 from minidiff.config import TINY_UNET
 from minidiff.errors import AdapterError, WeightsError
+from minidiff.files import lora
 from minidiff.files.dialects import WRITTEN
+from minidiff.files.embeddings import save_embedding
 from minidiff.files.lora import FILE_NAME, PEFT_FILE, LoRAFile, load_lora, read_lora, save_lora
 from minidiff.files.peft_config import PEFT_CONFIG
 from minidiff.models.unet import UNet2DConditionModel

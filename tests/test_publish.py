@@ -16,6 +16,7 @@ from tiny_recipes import PRIOR, draw_pictures, tiny, train
 from minidiff.train import checkpoint
 from minidiff.train.methods import LoRASettings
 from minidiff.train.publish import base_license, is_hub_id, license_word
+from minidiff.train.recipes import shape_of
 from minidiff.train.settings import FineTuneSettings, from_toml
 from minidiff.weights import read_header
 
@@ -121,11 +122,31 @@ def test_the_card(finished: LoRASettings) -> None:
         "inference": True,
     }
     card = (folder / "README.md").read_text("utf-8")
-    assert "# my-dog" in card and "| method | LoRA |" in card and "| rank, alpha | 2, 2 |" in card and "| seed | 7 |" in card
+    assert "# my-dog" in card and "| method | LoRA |" in card and "| seed | 7 |" in card
+    assert "| rank, alpha | 2, 2; the scale is alpha / rank |" in card
     assert "| updates | 3, of 2 samples |" in card and "| learning rate | 0.002, constant |" in card
     assert 'pipe.load_lora_weights("my-dog")' in card and "The licence (creativeml-openrail-m)" in card
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", card)
     assert pictures and all((folder / name).is_file() for name in pictures)
+
+
+def test_the_card_is_that_of_the_whole_run(finished: LoRASettings) -> None:
+    """A checkpoint has no card: the run's would say that all updates were made, and show a sheet that is not there."""
+    checkpoint_3 = Path(finished.output_dir) / "checkpoint-3"
+    assert (checkpoint_3 / "pytorch_lora_weights.safetensors").is_file() and not (checkpoint_3 / "README.md").exists()
+
+
+def test_the_card_says_every_number_of_an_adapter() -> None:
+    plain, every = LoRASettings(rank=4), LoRASettings(
+        rank=4, lora_alpha=8, use_rslora=True, rank_pattern=("resnets=8", "to_k=2"), train_text_encoder=True
+    )
+    assert shape_of(plain) == {"rank, alpha": "4, 4; the scale is alpha / rank", "layers": "attention"}
+    assert shape_of(every) == {
+        "rank, alpha": "4, 8; the scale is alpha / √rank (rsLoRA)",
+        "other ranks": "resnets=8, to_k=2",
+        "layers": "attention",
+        "text encoder": "its attention",
+    }
 
 
 @pytest.mark.parametrize(
@@ -136,6 +157,7 @@ def test_the_card(finished: LoRASettings) -> None:
         ("dora", "lora", ["| method | DoRA |", "| layers | attention, resnets |"]),
         ("textual inversion", "textual_inversion", ["| new word | `<dog>` |", 'load_textual_inversion("out")']),
         ("pivotal", "pivotal", ["| vectors | 2 |", "load_textual_inversion", "load_lora_weights"]),
+        ("pivotal", "pivotal", ["| learning rate of the word | 0.0005 |", "| learning rate | 0.01, constant |"]),
     ],
 )
 def test_the_card_of_every_method(licensed: Path, tmp_path: Path, method: str, tag: str, words: list[str]) -> None:

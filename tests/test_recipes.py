@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from minidiff.diffusion.losses import min_snr_weights, mse
 from minidiff.diffusion.schedule import NoiseSchedule, add_noise, training_target
 from minidiff.errors import DataError, MinidiffError, SettingsError
 from minidiff.layout import SAMPLER_OF, write_json
+from minidiff.models.text import to_file_keys
 from minidiff.train import checkpoint, common
 from minidiff.train.common import diffusion_loss, load_base, load_data, model_fingerprint, sample_sheets
 from minidiff.train.loop import Batch, Task, fit
@@ -211,6 +213,15 @@ def test_prior_weight_0_is_the_plain_loss(make: Any, fresh: Any, method: str) ->
     off = recipe(make(method, **PRIOR, prior_loss_weight=0.0))
     assert losses(off) == losses(fresh(method)[1])
     assert off.batch(0, 0)["t"].shape == (2,)
+
+
+def test_a_prior_of_weight_0_costs_no_second_model(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[torch.nn.Module] = []
+    monkeypatch.setattr("minidiff.train.recipes.copy", SimpleNamespace(deepcopy=lambda model: copied.append(model) or model))
+    recipe(make("full", **PRIOR, prior_loss_weight=0.0))
+    assert not copied
+    recipe(make("full", **PRIOR))
+    assert len(copied) == 1
 
 
 @pytest.mark.parametrize("method", PLAIN)
@@ -507,6 +518,8 @@ def test_resume_with_other_pictures_is_refused(make: Any, runs: Any, pictures: P
 def test_the_base_has_a_fingerprint(make: Any) -> None:
     pipe, base = load_base(make("lora"))
     assert model_fingerprint(pipe.unet, pipe.vae, pipe.text_encoder) == base
+    of_transformers_4: Any = SimpleNamespace(state_dict=lambda: to_file_keys(pipe.text_encoder.state_dict()))
+    assert model_fingerprint(pipe.unet, pipe.vae, of_transformers_4) == base
     pipe.text_encoder.get_input_embeddings().weight.data[0, 0] += 1e-3
     assert model_fingerprint(pipe.unet, pipe.vae, pipe.text_encoder) != base
 

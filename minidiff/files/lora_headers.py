@@ -1,6 +1,8 @@
 """Which file is the LoRA, and what its header says of each module, before any data is read.
 
     lora_header(read_header(find_lora("dog")), SD15_UNET).modules      {"unet.….attn1.to_q": {"down": TensorInfo, …}, …}
+
+dialects.py knows the names; lora.py reads the data.
 """
 
 from dataclasses import dataclass

@@ -107,7 +107,7 @@ def config_scale(config: Config, module: str, rank: int, path: Path) -> float:
     if said != rank:
         raise AdapterError(f"{path}: {module} has rank {rank}, and its configuration says {said!r}.")
     if type(alpha) not in (int, float) or not 0 < alpha < MOST:
-        raise AdapterError(f"{path}: alpha of {module} is {alpha!r}; it must be a positive number.")
+        raise AdapterError(f"{path}: alpha of {module} is {alpha!r:.100}; it must be a positive number.")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -98,8 +98,9 @@ def loras_of(prompts: Sequence[Prompt]) -> dict[str, float]:
 
 
 def adapter_name_of(name: str) -> str:
-    """A file's name as an adapter's, which may have no dots: they part the names of modules."""
-    return name.replace(".", "_")
+    """A file's name as an adapter's: without dots, which part the names of modules, and with a _ where it is torch's own."""
+    plain = name.replace(".", "_")
+    return f"{plain}_" if hasattr(nn.ParameterDict(), plain) else plain
 
 
 def in_lora_dir(folder: str, name: str) -> Path:

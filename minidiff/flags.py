@@ -124,6 +124,7 @@ class Sheet(Sampling):
         need(bool(self.prompts), "there are no prompts", 'one or more, as in minidiff sheet "a dog" "a cat"', flag=False)
         need(1 <= self.num_images_per_prompt <= 1000, f"num_images_per_prompt is {self.num_images_per_prompt}", "1 … 1000")
         need(16 <= self.tile <= 2048, f"tile is {self.tile}", "16 … 2048 pixels")
+        need(len(self.title) <= 500, f"title is {len(self.title)} letters long", "500 at most")
         super().check()
 
 

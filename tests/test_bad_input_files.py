@@ -10,7 +10,7 @@ The cases are numbered 1 to 25; those about sampling and training are in test_ba
     5   alpha NaN, 0, negative                  case_05 (two)    test_lora_files: kohyas_alpha, alphas_that_are_no_strength
     6   LoKr, LoHa, OFT, IA3                    case_06          test_lora_files: what_does_not_fit; test_inspection
     7   pickles                                 case_07 (three)  test_pickles; test_conversion; test_embeddings
-    8   cut off, no safetensors, git-LFS        case_08          test_weights: broken_files; test_cli: broken_weights
+    8   cut off, no safetensors, git-LFS        case_08 (two)    test_weights: broken_files; test_cli: broken_weights
     9   another family; other input channels    case_09 (three)  test_weights: single files; test_pipeline: broken_folder
     10  NaN and infinity in a checkpoint        case_10          test_weights: non_finite_tensors, asked_dtype
     11  words: width, number, known, spaces     case_11          test_embeddings: files_that_are_refused
@@ -20,6 +20,7 @@ A new word may be without <>: any word of one's own will do (test_textual_invers
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,14 @@ def test_case_08_damaged_files(
 ) -> None:
     (path := tmp_path / "x.safetensors").write_bytes(content)
     assert f"{path} {says}" in refused(capsys, sample(tiny_folder, flag, path))
+
+
+def test_case_08_a_pipe_in_a_files_place(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = changed(tiny_folder, tmp_path / "model", "unet/config.json")
+    (path := model / "unet" / "config.json").unlink()
+    os.mkfifo(path)
+    for given in ([model], [tiny_folder, "--lora", path], [tiny_folder, "--textual_inversion", path]):
+        assert f"{path} is no ordinary file" in refused(capsys, sample(*given))
 
 
 UNET, TEXT = "model.diffusion_model.input_blocks", "cond_stage_model.transformer.text_model.final_layer_norm.bias"

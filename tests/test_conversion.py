@@ -310,6 +310,7 @@ def test_refusals(modules: dict[str, LoRAWeights], tiny_folder: Path, tmp_path: 
     word = save_embedding(tmp_path / "word.safetensors", "<dog>", torch.ones(1, 24))
     vae = tiny_folder / "vae" / "diffusion_pytorch_model.safetensors"
     torch.save({"x": Evil()}, tmp_path / "evil.pt")
+    torch.save({"__metadata__": torch.ones(1)}, tmp_path / "odd.pt")
     (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     new = tmp_path / "out" / "x.safetensors"
     cases: dict[tuple[str | Path, ...], str] = {
@@ -325,10 +326,12 @@ def test_refusals(modules: dict[str, LoRAWeights], tiny_folder: Path, tmp_path: 
         (tiny_folder, tmp_path / "out", "--to", "ldm"): "is a file that ends in .safetensors",
         (vae, tmp_path / "out"): "is no SD 1.x checkpoint in one file. It looks like a VAE in the diffusers layout",
         (tmp_path / "evil.pt", new): "evil.pt",
+        (tmp_path / "odd.pt", new): "odd.pt: no tensor can be called __metadata__",
         (tmp_path / "none.pt", new): "none.pt does not exist",
         (tmp_path / "none.safetensors", new): "none.safetensors does not exist",
         (tmp_path / "pointer.safetensors", new): "is a git-LFS pointer, not the file itself",
         (lora, tmp_path / "out" / "x.ckpt"): "x.ckpt: minidiff writes no .ckpt files; name a .safetensors file, or a folder",
+        (tiny_folder, tmp_path / "out" / "x.pt"): "x.pt: minidiff writes no .pt files",
         (huge, new): "its numbers are so large that B A is infinite",
         (word, new, "--token", "two words"): '"two words" has a space in it; a new word is one word',
         (lora, ""): "the output has no name; give a new file or folder",

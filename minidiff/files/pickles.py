@@ -49,7 +49,7 @@ def unpickle(path: str | Path, folder: str | Path, seconds: int = SECONDS) -> Pa
     except subprocess.TimeoutExpired:
         raise WeightsError(f"{path} was given up after {2 * seconds} seconds. {ADVICE}") from None
     if done.returncode == REFUSED:
-        raise WeightsError(done.stdout.strip())
+        raise WeightsError(done.stdout.strip().replace(str(target.absolute()), str(path)))
     if done.returncode:
         raise WeightsError(f"{path} was given up: reading it took more memory or time than its size justifies. {ADVICE}")
     return target

@@ -5,25 +5,51 @@ B batch   N heads   L query tokens   S key tokens   D width of one head   C = N�
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.errors import SettingsError, did_you_mean
+from minidiff.models.tiled import tiled_attention
 
-IMPLS = ("auto", "naive", "sdpa")
+IMPLS = ("auto", "naive", "tiled", "sdpa")  # on any device
+GPU_IMPLS = ("triton",)
+
+# What `auto` takes on a GPU instead of sdpa, where it was measured to be faster there:
+# (compute capability, dtype, D, S is at most SHORT_KEYS) -> impl. Nothing is measured yet, so there is nothing in it.
+FASTER_THAN_SDPA: dict[tuple[tuple[int, int], torch.dtype, int, bool], str] = {}
+SHORT_KEYS = 128  # a prompt has 77
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
     """softmax(q kᵀ / √D) v: "Attention Is All You Need" (arXiv 1706.03762), eq. 1.
 
     Takes q (B, N, L, D) and k, v (B, N, S, D) of any strides; gives (B, N, L, D). `impl` forces one way of computing
-    it: `naive` is the formula, `sdpa` PyTorch's fused kernels; `auto` picks.
+    it: `naive` is the formula, `tiled` FlashAttention in plain PyTorch, `sdpa` PyTorch's fused kernels, `triton` minidiff's
+    own for NVIDIA GPUs; `auto` picks. SettingsError for an unknown `impl`, and for `triton` where it cannot run.
     """
+    if impl == "auto":
+        impl = fastest_impl(q, k)
     if impl == "naive":
         return naive_attention(q, k, v)
-    if impl in ("auto", "sdpa"):
+    if impl == "tiled":
+        return tiled_attention(q, k, v)
+    if impl == "sdpa":
         return F.scaled_dot_product_attention(q, k, v)
-    raise SettingsError(f'attention impl "{impl}" is unknown; it is one of {", ".join(IMPLS)}.{did_you_mean(impl, IMPLS)}')
+    if impl == "triton":
+        from minidiff.models.flash import flash_attention  # only now: Triton takes long to import, and may be missing
+
+        return flash_attention(q, k, v)
+    known = IMPLS + GPU_IMPLS
+    raise SettingsError(f'attention impl "{impl}" is unknown; it is one of {", ".join(known)}.{did_you_mean(impl, known)}')
+
+
+def fastest_impl(q: Tensor, k: Tensor) -> str:
+    """What `auto` means for this device, dtype and shape: sdpa, unless FASTER_THAN_SDPA knows better."""
+    if not q.is_cuda:
+        return "sdpa"
+    capability = torch.cuda.get_device_capability(q.device)
+    return FASTER_THAN_SDPA.get((capability, q.dtype, q.shape[-1], k.shape[-2] <= SHORT_KEYS), "sdpa")
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def test_a_manifest_of_nonsense_is_passed_over(tmp_path: Path, manifest: str) ->
     assert checkpoint.latest(tmp_path) == good
 
 
-@pytest.mark.parametrize("value", [None, [], "", 7, -3, {"state/weights.safetensors": 3}, "left out"])
+@pytest.mark.parametrize("value", [None, [], "", 7, -3, {}, {"state/weights.safetensors": 3}, "left out"])
 @pytest.mark.parametrize("key", ["step", "made_of", "environment", "files"])
 def test_a_manifest_with_a_wrong_value_is_passed_over(tmp_path: Path, key: str, value: object) -> None:
     if (key, type(value)) in (("made_of", dict), ("environment", dict)):
@@ -103,6 +103,10 @@ def test_a_name_that_is_not_the_manifests_is_not_trusted(tmp_path: Path, capsys:
     assert "checkpoint-9 is no complete checkpoint (ValueError: by its manifest.json it is that of step 2)" in said
     good.rename(tmp_path / "kept")  # another kind of name says nothing
     assert checkpoint.verify(tmp_path / "kept")["step"] == 3
+    text = (tmp_path / "kept" / "manifest.json").read_text().replace('"step": 3', '"step": -3')
+    (tmp_path / "kept" / "manifest.json").write_text(text)
+    with pytest.raises(WeightsError, match="makes no sense"):
+        checkpoint.verify(tmp_path / "kept")
 
 
 def test_prune_counts_whole_checkpoints_only(tmp_path: Path) -> None:
@@ -111,9 +115,12 @@ def test_prune_counts_whole_checkpoints_only(tmp_path: Path) -> None:
         save(tmp_path, step, keep=2)
     (tmp_path / "checkpoint-2").rename(tmp_path / "checkpoint-9")
     (save(tmp_path, 50) / "adapter.bin").write_bytes(b"The result")  # damaged, and its size is right
-    save(tmp_path, 4, keep=1)
-    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (4, 9, 50, 99)]
-    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-4"
+    (save(tmp_path, 4) / "manifest.json").unlink()
+    save(tmp_path, 5, keep=2)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (3, 4, 5, 9, 50, 99)]
+    save(tmp_path, 6, keep=1)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (4, 6, 9, 50, 99)]
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-6"
 
 
 def test_starting_anew_over_damaged_checkpoints_takes_a_word(tmp_path: Path) -> None:

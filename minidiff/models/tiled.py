@@ -51,8 +51,9 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(d_out.device.type, enabled=False):
-            return *backward_tiles(*ctx.saved_tensors, d_out, ctx.block, ctx.needs_input_grad), None
+        q, k, v, out, lse = ctx.saved_tensors
+        with torch.autocast(q.device.type, enabled=False):
+            return *backward_tiles(q, k, v, out, lse, d_out, ctx.block, ctx.needs_input_grad[:3]), None
 
 
 def forward_tiles(q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:

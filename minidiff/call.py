@@ -4,20 +4,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import index
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from minidiff.adapters.inject import adapter_names, lora_layers
 from minidiff.errors import SettingsError, did_you_mean
-from minidiff.models.prompt import Prompt
+from minidiff.models.prompt import Prompt, parse_prompt
+from minidiff.models.text import LENGTH, count_chunks
 from minidiff.rng import normal
+
+if TYPE_CHECKING:
+    from minidiff.pipeline import StableDiffusionPipeline
 
 Draw = Callable[[int | str], Tensor]
 
 
 def noise_source(shape: tuple[int, ...], seed: int | Sequence[int] | None, generator: torch.Generator | None) -> Draw:
-    """draw(purpose) -> standard normal noise of `shape`; the purpose is "latents", or i for the noise of step i.
+    """draw(purpose) -> standard normal noise of `shape`; the purpose is "latents", "posterior" (a picture's own latents),
+    "surroundings" (inpainting models), or i for the noise of step i.
 
     From seeds, each picture's noise is a function of its seed and the purpose, fp32 on the CPU, for any device. A generator
     does not look at the purpose: it gives its next numbers, on its own device, so the order of the calls is diffusers'.
@@ -49,20 +55,52 @@ def pairs(
     negative_prompt: str | Sequence[str] | None,
     per_prompt: int,
     embeds: Tensor | None = None,
-) -> tuple[list[str], list[str]]:
-    """Each prompt `per_prompt` times, and a negative prompt for each; `embeds` (B, L, D) stand in for the prompts."""
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Each prompt `per_prompt` times, and a negative prompt for each; `embeds` (B, 77 k, D) stand in for the prompts."""
     if per_prompt < 1:
         raise SettingsError(f"num_images_per_prompt is {per_prompt}; it must be at least 1.")
     if (prompt is None) == (embeds is None):
         raise SettingsError("give either a prompt or prompt_embeds.")
-    prompts, negatives = as_list("" if prompt is None else prompt), as_list(negative_prompt or "")
+    prompts = [""] * len(embeds) if embeds is not None else as_list(prompt if prompt is not None else "")
+    negatives = as_list(negative_prompt or "")
     if not prompts or not all(isinstance(p, str) for p in prompts + negatives):
         raise SettingsError("prompt and negative_prompt must be a text, or a list of texts.")
-    prompts = [p for p in (prompts if embeds is None else [""] * len(embeds)) for _ in range(per_prompt)]
+    prompts = [p for p in prompts for _ in range(per_prompt)]
     negatives = negatives * len(prompts) if len(negatives) == 1 else [n for n in negatives for _ in range(per_prompt)]
     if len(prompts) != len(negatives):
         raise SettingsError(f"{len(negatives)} negative prompts for {len(prompts)} pictures; give one, or one for each prompt.")
-    return prompts, negatives
+    return [parse_prompt(p) for p in prompts], [parse_prompt(n) for n in negatives]
+
+
+def encode_both(
+    pipe: "StableDiffusionPipeline",
+    prompts: Sequence[Prompt],
+    negatives: Sequence[Prompt],
+    clip_skip: int,
+    embeds: tuple[Tensor | None, Tensor | None],
+    guided: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Prompts and negative prompts as (B, 77 k, D), with the same k; `embeds` stand in for either. None: not needed."""
+    count, width = len(prompts), pipe.text_encoder.config.hidden_size
+    given = [
+        None if x is None else one_for_each(name, x.to(pipe.device, pipe.dtype), count, width)
+        for name, x in zip(("prompt_embeds", "negative_prompt_embeds"), embeds)
+    ]
+    wanted = [prompts, negatives] if guided else [prompts]
+    k = count_chunks(pipe.tokenizer, [p for side in wanted for p in side], pipe.placeholders)
+    k = max(k, *(0 if x is None else x.shape[1] // LENGTH for x in given))
+    rows = [pipe.encode_prompt(side, clip_skip, k) if x is None else x for x, side in zip(given, wanted)]
+    if guided and rows[0].shape != rows[1].shape:
+        raise SettingsError(f"prompt_embeds are {rows[0].shape[1]} tokens long and the negative ones {rows[1].shape[1]}.")
+    return rows[0], rows[1] if guided else None
+
+
+def one_for_each(name: str, given: Tensor, count: int, width: int) -> Tensor:
+    """Embeddings (B, 77 k, D) -> (count, 77 k, D); SettingsError where they do not go into it."""
+    if given.ndim != 3 or not len(given) or count % len(given) or given.shape[1] % LENGTH or given.shape[2] != width:
+        fits = f"for {count} pictures it must be (1 or {count}, {LENGTH} k, {width})"
+        raise SettingsError(f"{name} has the shape {tuple(given.shape)}; {fits}, as encode_prompt gives it.")
+    return given.repeat_interleave(count // len(given), dim=0)
 
 
 def check_output_type(output_type: str) -> None:
@@ -77,20 +115,22 @@ def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def as_list(value: str | Sequence[str]) -> list[str]:
-    """A text as a list of one; what is no list either is left for the checks to refuse, in a list as well."""
+    """A text becomes a list of one. So does anything that is not iterable, for the caller's check to refuse."""
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
 
 
 # --- adapters that a prompt names ----------------------------------------------------------------------------------------
 
 
-def loras_of(prompts: Sequence[Prompt]) -> dict[str, float]:
+def loras_of(prompts: Sequence[Prompt], negatives: Sequence[Prompt] = ()) -> dict[str, float]:
     """The adapters that <lora:NAME:weight> names, and their weights, added up where one is named twice, as in A1111.
 
     A batch runs through one U-Net, so all of its prompts must agree.
     """
     if len({prompt.loras for prompt in prompts}) > 1:
         raise SettingsError("the prompts of one call name different LoRAs; draw them one by one.")
+    if any(negative.loras for negative in negatives):
+        raise SettingsError("the negative prompt names a LoRA, which would act on both halves; name it in the prompt.")
     weights: dict[str, float] = {}
     for name, weight in prompts[0].loras:
         weights[adapter_name_of(name)] = weights.get(adapter_name_of(name), 0.0) + weight

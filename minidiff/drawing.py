@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,10 @@ if TYPE_CHECKING:
     from minidiff.diffusion.samplers import Step
 
 Callback = Callable[["Step"], None]
+LOADED = (  # what decides which model is loaded, and what is attached to it
+    *("pretrained_model_name_or_path", "tokenizer", "torch_dtype", "device"),
+    *("lora", "lora_dir", "textual_inversion"),
+)
 
 
 # --- the commands ------------------------------------------------------------------------------------------------------
@@ -46,7 +49,7 @@ def sample(s: Sample) -> None:
 
 def sheet(s: Sheet) -> None:
     """Two settings against each other; or the model before and after its LoRAs and new words."""
-    output_files(s.output, 1)
+    output_files(s.output)
     drawn, about = (over_settings if s.columns or s.rows else before_and_after)(s)
     save_png(drawn, s.output, {"parameters": about})
     print(s.output)
@@ -77,21 +80,23 @@ def over_settings(s: Sheet) -> tuple[Image, str]:
         if all(axes):
             raise SettingsError(f"{len(s.prompts)} prompts, --columns and --rows are three axes; a sheet has two.")
         axes[axes.index(None)] = prompts
-    loaded = lru_cache(maxsize=1)(load_again)
-    first: list[tuple[Sheet, StableDiffusionPipeline, Image]] = []
+    here: dict[Sampling, StableDiffusionPipeline] = {}  # one model at a time
+    about: list[str] = []
 
     def tile(settings: Sheet) -> Image:
-        pipe = loaded(*loading(settings))
+        if (wanted := Sampling(**{name: getattr(settings, name) for name in LOADED})) not in here:
+            here.clear()  # before the next one comes: two would need twice the memory
+            here[wanted] = load(wanted, s.prompts)
+        pipe = here[wanted]
         pipe.set_progress_bar_config(disable=True)  # the sheet has one of its own
+        pipe.set_tile_size(settings.tile_size)
         set_weights(pipe, settings)
         image = draw(pipe, settings, settings.prompts[0])
-        if not first:
-            first.append((settings, pipe, image))
+        if not about:
+            about.append(parameters(settings, pipe, " | ".join(s.prompts), settings.seed, image))
         return image
 
-    drawn = contact_sheet_of(s, axes[0], axes[1], tile, s.title, s.tile)
-    settings, pipe, image = first[0]
-    return drawn, parameters(settings, pipe, " | ".join(s.prompts), settings.seed, image)
+    return contact_sheet_of(s, axes[0], axes[1], tile, s.title, s.tile), about[0]
 
 
 def morph(s: Morph) -> None:
@@ -99,8 +104,8 @@ def morph(s: Morph) -> None:
     from minidiff.studio.morph import Keyframe, Loop, check_sampler, keyframe_tensors, save_animation
     from minidiff.studio.morph import morph as frames_of
 
-    check_new(s.output)
-    seeds = s.seeds or tuple(range(s.seed, s.seed + 3)) if len(s.prompts) == 1 else s.seeds or (s.seed,)
+    check_new(s.output, "--output")
+    seeds = s.seeds or (tuple(range(s.seed, s.seed + 3)) if len(s.prompts) == 1 else (s.seed,))
     count = max(len(s.prompts), len(seeds))
     keys = [Keyframe(s.prompts[i % len(s.prompts)], seeds[i % len(seeds)]) for i in range(count)]
     loop = Loop(len(keys), s.frames, s.fps, s.ease)
@@ -121,7 +126,7 @@ def filmstrip(s: Filmstrip) -> None:
     from minidiff.studio.filmstrip import Film
     from minidiff.studio.filmstrip import filmstrip as strip
 
-    output_files(s.output, 1)
+    output_files(s.output)
     pipe = load(s, [s.prompt or ""])
     with Film(pipe) as film:
         image = draw(pipe, s, s.prompt, callback=film)
@@ -133,7 +138,7 @@ def filmstrip(s: Filmstrip) -> None:
 def attention(s: Attention) -> None:
     from minidiff.studio.attention_maps import AttentionMaps, attention_sheet, words_of
 
-    output_files(s.output, 1)
+    output_files(s.output)
     pipe = load(s, [s.prompt or ""])
     words = words_of(pipe.tokenizer, s.prompt or "", pipe.placeholders)
     with AttentionMaps(pipe) as maps:
@@ -155,24 +160,24 @@ def tokens(s: Tokens) -> None:
 # --- what they share ---------------------------------------------------------------------------------------------------
 
 
-def check_new(output: str, ours: bool = False) -> None:
-    """Refuse to write over a file that minidiff did not draw."""
+def check_new(output: str, flag: str, ours: bool = False) -> None:
+    """Refuse to write over a file that does not say that minidiff drew it."""
     if Path(output).exists() and not ours:
-        raise SettingsError(f"--output {output} is there already, and minidiff did not draw it; choose another name.")
+        raise SettingsError(f"{flag} {output} is there already, and does not say that minidiff drew it; choose another name.")
 
 
-def output_files(output: str, count: int) -> list[Path]:
+def output_files(output: str, count: int = 1, flag: str = "--output") -> list[Path]:
     """Where the pictures go. What minidiff drew is drawn over (it says how to draw it again); any other file is left alone."""
     path = Path(output)
     if path.suffix.lower() != ".png":
-        raise SettingsError(f'--output "{output}": pictures are written as PNG; give a name that ends in .png.')
+        raise SettingsError(f'{flag} "{output}": pictures are written as PNG; give a name that ends in .png.')
     names = [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
     for name in names:
         try:
             ours = not name.exists() or "minidiff" in read_png_text(name).get("parameters", "")
         except DataError:  # no picture
             ours = False
-        check_new(str(name), ours)
+        check_new(str(name), flag, ours)
     return names
 
 
@@ -213,7 +218,7 @@ def attach(pipe: StableDiffusionPipeline, s: Sampling, prompts: Sequence[str]) -
 
 def set_weights(pipe: StableDiffusionPipeline, s: Sampling) -> None:
     """The flags' LoRAs at the flags' weights; those that only prompts name are off between the prompts."""
-    if adapter_names(pipe.adapted):
+    if adapter_names(pipe.adaptable):
         pipe.set_adapters(lora_names(s.lora), s.lora_weight or (1.0,) * len(s.lora))
 
 
@@ -261,25 +266,8 @@ def preview_of(pipe: StableDiffusionPipeline, path: str | None) -> Callback | No
         return None
     from minidiff.studio.previews import PreviewFile, fit_preview
 
-    output_files(path, 1)
+    output_files(path, flag="--preview")
     return PreviewFile(fit_preview(pipe.vae), path)
-
-
-LOADED = (
-    *("pretrained_model_name_or_path", "tokenizer", "lora", "textual_inversion", "lora_dir"),
-    *("torch_dtype", "device", "tile_size"),
-)
-
-
-def loading(s: Sheet) -> tuple[object, ...]:
-    """The settings that decide what is loaded."""
-    return (*(getattr(s, name) for name in LOADED), s.prompts)
-
-
-def load_again(*values: object) -> StableDiffusionPipeline:
-    """A model by `loading`'s values."""
-    s = Sheet(**dict(zip((*LOADED, "prompts"), values)))  # type: ignore[arg-type]
-    return load(s, s.prompts)
 
 
 DRAWING: dict[type, Callable[[Any], None]] = {

@@ -20,7 +20,7 @@ def need(holds: bool, what: str, give: str, flag: bool = True) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What all commands that draw share."""
+    """What all commands that draw share. Steps and guidance suit the pocket checkpoint; `pipe()` has diffusers' 30 and 7.5."""
 
     pretrained_model_name_or_path: str = "checkpoints/pocket"
     """A model folder in SD 1.5's layout, a hub id in the local cache, or a single .safetensors file."""
@@ -149,6 +149,7 @@ class Morph(Sampling):
         need(bool(self.prompts), "there are no prompts", 'one or more, as in minidiff morph "a dog" "a cat"', flag=False)
         keys = f"seeds has {len(self.seeds)} numbers for {len(self.prompts)} prompts"
         need(len(self.prompts) == 1 or len(self.seeds) in (0, 1, len(self.prompts)), keys, "one for each, or one for all")
+        need(self.image is None, "image is no keyframe", "prompts and seeds; leave --image out")
         super().check()
 
 

@@ -31,24 +31,24 @@ def as_pictures(image: Pictures, count: int) -> Tensor:
     return torch.stack(pictures).expand(count, -1, -1, -1)
 
 
-def _as_picture(image: Pictures) -> Tensor:
-    """(3, H, W)."""
+def _as_picture(image: Pictures, name: str = "image") -> Tensor:
+    """(3, H, W); `name` is the argument's, for errors."""
     if isinstance(image, (str, Path)):
         image = load_image(image)
     if isinstance(image, Image.Image):
         return to_tensor(image)
     if not isinstance(image, Tensor):
-        raise SettingsError(f"image is a {type(image).__name__}; give a PIL picture, a path, or a tensor in [-1, 1].")
+        raise SettingsError(f"{name} is a {type(image).__name__}; give a PIL picture, a path, or a tensor in [-1, 1].")
     if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
-        raise SettingsError(f"image is a tensor {tuple(image.shape)} of {image.dtype}; it must be (3, H, W), of floats.")
+        raise SettingsError(f"{name} is a tensor {tuple(image.shape)} of {image.dtype}; it must be (3, H, W), of floats.")
     if not image.abs().max() <= 1.001:  # NaN neither
-        raise SettingsError("image is a tensor with values outside [-1, 1]; pictures in [0, 1] become 2 * x - 1.")
+        raise SettingsError(f"{name} is a tensor with values outside [-1, 1]; pictures in [0, 1] become 2 * x - 1.")
     return image.float().cpu()
 
 
 def as_mask(mask: Pictures, pictures: Tensor) -> Tensor:
     """(1, 1, H, W): 1 where the mask is nearer to white. It must be as large as `pictures` (B, 3, H, W), and not all black."""
-    bright = (_as_picture(mask).mean(dim=0)[None, None] > 0).float()
+    bright = (_as_picture(mask, "mask_image").mean(dim=0)[None, None] > 0).float()
     if bright.shape[-2:] != pictures.shape[-2:]:
         (h, w), (height, width) = bright.shape[-2:], pictures.shape[-2:]
         raise SettingsError(f"mask_image is {w} x {h} and the picture {width} x {height}; make the mask as large.")

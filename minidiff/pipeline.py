@@ -1,6 +1,6 @@
-"""From a prompt to a picture: the three networks of Stable Diffusion, and what goes from one to the next.
+r"""From a prompt to a picture: the three networks of Stable Diffusion, and what goes from one to the next.
 
-    prompt --text encoder--> (B, 77, D) --\\
+    prompt --text encoder--> (B, 77, D) --\
     noise  (B, 4, h, w) ----------------- U-Net, once a step, through guidance and a sampler --> latents --VAE--> picture
                                          /
     a picture to start from --VAE-------/   if there is one: image to image, inpainting, upscaling
@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.adapters import inject, textual_inversion
-from minidiff.call import Draw, as_list, at_strengths, check_output_type, loras_of, noise_source, pairs
+from minidiff.call import (
+    Draw,
+    as_list,
+    at_strengths,
+    check_output_type,
+    encode_both,
+    loras_of,
+    noise_source,
+    pairs,
+)
 from minidiff.canvas import Canvas, blank, on_picture
 from minidiff.config import NoiseConfig
 from minidiff.diffusion.guidance import guided
@@ -29,7 +38,7 @@ from minidiff.files import embeddings, lora
 from minidiff.images import to_pil
 from minidiff.model_files import check_parts_fit, read_folder, read_single_file, write_folder
 from minidiff.models.prompt import Prompt, parse_prompt
-from minidiff.models.text import LENGTH, count_chunks, encode_prompt
+from minidiff.models.text import encode_prompt
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.models.vae import AutoencoderKL, sample_posterior
 from minidiff.nonfinite import checked
@@ -140,28 +149,28 @@ class StableDiffusionPipeline:
         output_type: str = "pil",
         callback: Callable[[Step], None] | None = None,
     ) -> PipelineOutput:
-        """Draw one picture for each prompt (times `num_images_per_prompt`).
+        """Draw one picture for each prompt (times `num_images_per_prompt`). SettingsError for what cannot be drawn.
 
-        `seed`: picture i is drawn from seed + i (or from seed[i]), alone or in a batch, on any device. `generator` draws
-        in the order of diffusers instead; `latents` (B, 4, h, w) are unit-variance noise to start from. `prompt_embeds`
-        and `negative_prompt_embeds` (B, 77 k, D), from `encode_prompt`, stand in for the prompts. `output_type` is "pil",
-        "pt" (B, 3, H, W) in [-1, 1], or "latent" (B, 4, h, w). `callback` sees every `Step`.
-        `image`: a picture to start from, scaled to `width` and `height` if given; the last `strength` of the steps are
-        walked (0.8 if nothing is said). `mask_image`: only what is white in it is drawn, at `strength` 1 if nothing is said.
-        """
+        `width`, `height`: pixels; the model's own if not given. `guidance_scale`: 1 or less turns guidance off, and the
+        negative prompt with it. `sampler` and its settings: see samplers.py. `clip_skip`: leave out so many of the text
+        encoder's last layers. `seed`: picture i is drawn from seed + i (or from seed[i]), alone or in a batch, on any device;
+        `generator` draws in the order of diffusers instead; `latents` (B, 4, h, w): unit-variance noise to start from.
+        `prompt_embeds`, `negative_prompt_embeds` (B, 77 k, D), from `encode_prompt`, stand in for the prompts.
+        `image`: a picture to start from, scaled to `width` and `height` if given; the last `strength` of the steps are walked
+        (0.8 if nothing is said). `mask_image`: only what is white in it is drawn, at `strength` 1 if nothing is said.
+        `output_type`: "pil", "pt" (B, 3, H, W) in [-1, 1], "latent" (B, 4, h, w). `callback` sees every `Step`."""
         check_output_type(output_type)
-        texts = pairs(prompt, negative_prompt, num_images_per_prompt, prompt_embeds)
-        prompts, negatives = ([parse_prompt(text) for text in side] for side in texts)
-        with at_strengths(self.adapted, loras_of(prompts)):
-            text, no_text = self.embedded(prompts, negatives, clip_skip, prompt_embeds, negative_prompt_embeds)
+        prompts, negatives = pairs(prompt, negative_prompt, num_images_per_prompt, prompt_embeds)
+        with at_strengths(self.adaptable, loras_of(prompts, negatives)):
+            embeds = (prompt_embeds, negative_prompt_embeds)
+            text, no_text = encode_both(self, prompts, negatives, clip_skip, embeds, guidance_scale > 1)
             pictures = None if image is None else as_pictures(image, len(text))
             shape = self.latent_shape(len(text), height, width, pictures)
             draw = noise_source(shape, seed, generator)
             canvas = self.canvas(pictures, mask_image, shape, strength, draw, latents)
-            model = guided(canvas.unet_call, text, no_text if guidance_scale > 1 else None, guidance_scale)
-            noise = canvas.noise.to(self.device)
+            model = guided(canvas.unet_call, text, no_text, guidance_scale)
             steps = sampler_named(self.sampler if sampler is None else sampler)(
-                *(model, noise, self.schedule, num_inference_steps, draw),
+                *(model, canvas.noise.to(self.device), self.schedule, num_inference_steps, draw),
                 image=canvas.image,
                 strength=canvas.strength,
                 fix_x0=canvas.fix_x0,
@@ -193,24 +202,6 @@ class StableDiffusionPipeline:
         height, width = (side * self.vae.config.downscale for side in shape[2:])
         mask = None if mask_image is None else fitted(as_mask(mask_image, pictures), height, width)
         return on_picture(self, fitted(pictures, height, width), mask, strength, draw, latents)
-
-    def embedded(
-        self,
-        prompts: Sequence[Prompt],
-        negatives: Sequence[Prompt],
-        clip_skip: int,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Prompts and negative prompts as (B, 77 k, D), with the same k; what is given already is taken as it is."""
-        given = [x.shape[1] // LENGTH for x in (prompt_embeds, negative_prompt_embeds) if x is not None]
-        k = max(count_chunks(self.tokenizer, [*prompts, *negatives], self.placeholders), *given, 1)
-        text = self.encode_prompt(prompts, clip_skip, k) if prompt_embeds is None else prompt_embeds
-        no_text = self.encode_prompt(negatives, clip_skip, k) if negative_prompt_embeds is None else negative_prompt_embeds
-        if text.shape[1:] != no_text.shape[1:]:
-            shapes = f"{tuple(text.shape)} and the negative ones {tuple(no_text.shape)}"
-            raise SettingsError(f"prompt_embeds are {shapes}; they must match.")
-        return text.to(self.device, self.dtype), no_text.to(self.device, self.dtype)
 
     def encode_prompt(self, prompts: Sequence[str | Prompt], clip_skip: int = 0, chunks: int = 1) -> Tensor:
         """Prompts in the prompt language -> (B, 77 k, D) in the U-Net's dtype, k >= `chunks`; each distinct one once.
@@ -296,7 +287,7 @@ class StableDiffusionPipeline:
     # --- LoRA ----------------------------------------------------------------------------------------------------------
 
     @property
-    def adapted(self) -> nn.ModuleDict:
+    def adaptable(self) -> nn.ModuleDict:
         """The networks that adapters go into, as one."""
         return nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
 
@@ -313,23 +304,23 @@ class StableDiffusionPipeline:
         `alpha` is for files that do not say it. A file of which only a part matches this model is an AdapterError;
         with `strict=False` that part is attached, and the line says how many tensors were left out.
         """
-        return lora.load_lora(dict(self.adapted.items()), path, adapter_name, weight_name, alpha, strict)
+        return lora.load_lora(dict(self.adaptable.items()), path, adapter_name, weight_name, alpha, strict)
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Sequence[float] | None = None) -> None:
         """Switch on these adapters, each at its weight (1 if none are given), and every other one off."""
-        inject.set_adapters(self.adapted, as_list(adapter_names), adapter_weights)
+        inject.set_adapters(self.adaptable, as_list(adapter_names), adapter_weights)
 
     def fuse_lora(self) -> None:
         """Fold the adapters into the weights: the same pictures, a little faster."""
-        inject.merge(self.adapted)
+        inject.merge(self.adaptable)
 
     def unfuse_lora(self) -> None:
         """Undo `fuse_lora`, to the bit."""
-        inject.unmerge(self.adapted)
+        inject.unmerge(self.adaptable)
 
     def unload_lora_weights(self) -> None:
         """Take every adapter out; the base model is what it was, to the bit."""
-        inject.eject(self.adapted)
+        inject.eject(self.adaptable)
 
     # --- textual inversion -------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ def loras(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pipe = StableDiffusionPipeline.from_pretrained(tiny_folder)
         inject(pipe.unet, 2, seed=seed)
         shake(pipe.unet, size=0.5 + seed)
-        save_lora(adapter_weights(pipe.adapted), folder / f"{name}.safetensors")
+        save_lora(adapter_weights(pipe.adaptable), folder / f"{name}.safetensors")
     return folder
 
 

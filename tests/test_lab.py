@@ -36,7 +36,7 @@ def loras(pipe: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactor
     for seed, name in enumerate(("dog", "style")):
         inject(pipe.unet, 4, seed=seed)
         shake(pipe.unet, size=0.05 + 0.05 * seed)
-        save_lora(adapter_weights(pipe.adapted), folder / f"{name}.safetensors")
+        save_lora(adapter_weights(pipe.adaptable), folder / f"{name}.safetensors")
         pipe.unload_lora_weights()
     return folder
 

@@ -562,3 +562,53 @@ def test_sides_follow_the_vaes_levels(pipe: StableDiffusionPipeline, levels: int
     if factor > 1:
         with pytest.raises(SettingsError, match=f"multiple of {factor} up to 8192: {6 * factor} or {7 * factor}"):
             other.latent_shape(1, 64, 6 * factor + 1)
+
+
+# --- prompt embeddings and the prompt language ---------------------------------------------------------------------------
+
+
+def test_embeddings_stand_in_for_prompts(pipe: StableDiffusionPipeline) -> None:
+    words, none = pipe.encode_prompt([DOG]), pipe.encode_prompt([""])
+    plain = latents(pipe)
+    assert torch.equal(latents(pipe, None, prompt_embeds=words), plain)
+    assert torch.equal(latents(pipe, None, prompt_embeds=words, negative_prompt_embeds=none), plain)
+    close(latents(pipe, None, prompt_embeds=words, num_images_per_prompt=2), latents(pipe, num_images_per_prompt=2))
+    close(latents(pipe, [DOG, DOG], negative_prompt_embeds=none), latents(pipe, [DOG, DOG]))
+
+
+def test_long_prompts_and_weights(pipe: StableDiffusionPipeline) -> None:
+    """A prompt of three chunks beside a short negative one; weights change the picture, and a weight of 1 does not."""
+    long = ", ".join([DOG] * 30)
+    assert pipe.encode_prompt([long]).shape[1] > 77
+    assert latents(pipe, long).isfinite().all() and differ(latents(pipe, f"({DOG}:1.6)"), latents(pipe))
+    assert torch.equal(latents(pipe, f"({DOG}:1.0)"), latents(pipe))
+    assert torch.equal(latents(pipe, guidance_scale=1), latents(pipe, guidance_scale=1, negative_prompt=long))  # it is off
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"prompt_embeds": torch.zeros(2, 77, 24), "num_images_per_prompt": 1}, None),
+        ({"prompt_embeds": torch.zeros(0, 77, 24)}, "prompt and negative_prompt must be a text"),
+        ({"prompt_embeds": torch.zeros(77, 24)}, r"prompt_embeds has the shape \(77, 24\); for 77 pictures"),
+        ({"prompt_embeds": torch.zeros(1, 70, 24)}, r"it must be \(1 or 1, 77 k, 24\)"),
+        ({"prompt_embeds": torch.zeros(1, 77, 32)}, r"it must be \(1 or 1, 77 k, 24\)"),
+        ({"prompt": DOG, "prompt_embeds": torch.zeros(1, 77, 24)}, "give either a prompt or prompt_embeds"),
+        ({"prompt": DOG, "negative_prompt_embeds": torch.zeros(3, 77, 24)}, "negative_prompt_embeds has the shape"),
+        (
+            {"prompt_embeds": torch.zeros(1, 77, 24), "negative_prompt_embeds": torch.zeros(1, 154, 24)},
+            "prompt_embeds are 77 tokens long and the negative ones 154",
+        ),
+        ({"prompt": DOG, "negative_prompt": "<lora:x:1> ugly"}, "the negative prompt names a LoRA"),
+        ({"prompt": f"{DOG} <lora:x:1>"}, "<lora:x>: no adapter is called so; none is loaded"),
+        ({"prompt": [DOG, f"{DOG} <lora:x:1>"]}, "name different LoRAs"),
+        ({"prompt": DOG, "clip_skip": 2}, "clip_skip is 2; this text encoder has 2 layers"),
+    ],
+)
+def test_what_cannot_stand_in_for_a_prompt(pipe: StableDiffusionPipeline, call: dict[str, Any], message: str | None) -> None:
+    call = {"prompt": None, "num_inference_steps": 1, "output_type": "latent", "seed": 0} | call
+    if message is None:
+        assert pipe(**call).images.shape[0] == 2
+        return
+    with pytest.raises(SettingsError, match=message):
+        pipe(**call)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from resume_harness import (  # noqa: F401
     NUMBERS,
     Case,
@@ -16,6 +17,7 @@ from resume_harness import (  # noqa: F401
 )
 from tiny_recipes import METHODS, PRIOR, tiny
 
+from minidiff.train import checkpoint
 from minidiff.train.recipes import RECIPES
 from minidiff.train.settings import TrainSettings
 
@@ -85,6 +87,28 @@ def test_exact_resume_of_recipes(
     case = recipe_case(method, tiny_folder, memory_path)
     case = case.changed(gradient_accumulation_steps=accumulation, use_ema=ema, dataloader_num_workers=workers)
     check_exact_resume(case, memory_path, stops=[2])
+
+
+BF16 = {"bf16_weights": True, "mixed_precision": "bf16"}
+SAVINGS: dict[str, dict[str, Any]] = {
+    "8 bits": {"use_8bit_adam": True},
+    "in backward": {"optimizer_in_backward": True},
+    "bf16": BF16,
+    "8 bits, in backward": {"use_8bit_adam": True, "optimizer_in_backward": True},
+    "all three": {"use_8bit_adam": True, "optimizer_in_backward": True, **BF16},
+}
+SAVED = [pytest.param(m, s, marks=[pytest.mark.slow] * ((m, s) != ("full", "all three"))) for m in METHODS for s in SAVINGS]
+
+
+@pytest.mark.parametrize("method, savings", SAVED)
+def test_exact_resume_with_savings(tiny_folder: Path, memory_path: Path, method: str, savings: str) -> None:  # noqa: F811
+    """Codes, scales and rounded weights go through the files; what a rounding draws hangs on no past."""
+    case = recipe_case(method, tiny_folder, memory_path, learning_rate=1e-3, **SAVINGS[savings])
+    check_exact_resume(case, memory_path, stops=[2])
+    saved = checkpoint.load(memory_path / "straight" / "run" / "checkpoint-3").tensors
+    codes = {t.dtype for name, t in saved["optimizer"].items() if name.endswith(".exp_avg")}
+    assert {t.dtype for t in saved["weights"].values()} == {torch.bfloat16 if "bf16_weights" in SAVINGS[savings] else torch.float32}
+    assert torch.uint8 in codes or method != "full" or "use_8bit_adam" not in SAVINGS[savings]
 
 
 @pytest.mark.slow

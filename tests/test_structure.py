@@ -62,7 +62,10 @@ ORDER = """
     train/priors
     train/validation
     train/publish
+    train/stochastic_rounding
+    train/adam8bit
     train/optim
+    train/in_backward
     train/muon
     train/durable
     train/checkpoint

@@ -286,7 +286,7 @@ def test_the_preview_file_is_rewritten_every_so_often(pipe: StableDiffusionPipel
 
     def callback(step: Step) -> None:
         write(step)
-        said.append(read_png_text(path)["step"] if path.exists() else "")
+        said.append(read_png_text(path)["parameters"].removeprefix("minidiff preview, step ") if path.exists() else "")
 
     pipe(DOG, seed=0, num_inference_steps=5, sampler="ddim", callback=callback)
     assert said == ["", "2 of 5", "2 of 5", "4 of 5", "5 of 5"]

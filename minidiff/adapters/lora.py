@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidiff.adapters.lean import lora_linear
+
 SHORTEST = 1e-12  # a length that can be divided by, for rows of W that are zero
 
 
@@ -115,6 +117,15 @@ class LoRALayer(nn.Module, ABC):
                 tuned = tuned + (strength * change).to(y.dtype)
         return tuned
 
+    def lean(self) -> str | None:
+        """The one adapter, if it is a LoRA in training without dropout: its product can be made with little kept."""
+        active = [name for name, strength in self.strength.items() if strength]
+        if not torch.is_grad_enabled() or self.unmerged_weight is not None or len(active) != 1:
+            return None
+        name = active[0]
+        plain = name in self.lora_magnitude or (self.training and self.dropout[name] > 0)
+        return name if self.lora_A[name].requires_grad and not plain else None
+
     def detour(self, name: str, x: Tensor) -> Tensor:
         """scale · B A x."""
         A, B = self.lora_A[name], self.lora_B[name]
@@ -177,6 +188,13 @@ class LoRALinear(LoRALayer):
     """A frozen `nn.Linear` and its adapters."""
 
     base: nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """W' x + bias, in the dtype that the base gives."""
+        if (name := self.lean()) is None:
+            return super().forward(x)
+        factor = self.strength[name] * self.scale[name]
+        return lora_linear(x, self.base.weight, self.base.bias, self.lora_A[name], self.lora_B[name], factor)
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)

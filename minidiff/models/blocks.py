@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.models.attention import CrossAttention
+from minidiff.models.lean import Conv2d, geglu, group_norm, layer_norm, norm_silu
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -44,19 +45,19 @@ class ResBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, time_width: int | None, groups: int, eps: float) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
         if time_width is not None:
             self.time_emb_proj = nn.Linear(time_width, c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+        self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """x (B, C_in, H, W), time (B, T) -> (B, C_out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(norm_silu(self.norm1, x))
         if time is not None:
             h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(norm_silu(self.norm2, h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -68,8 +69,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -94,9 +94,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """x (B, L, C), text (B, S, D) -> (B, L, C)."""
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), text)
-        return x + self.ff(self.norm3(x))
+        x = x + self.attn1(layer_norm(self.norm1, x))
+        x = x + self.attn2(layer_norm(self.norm2, x), text)
+        return x + self.ff(layer_norm(self.norm3, x))
 
 
 class SpatialTransformer(nn.Module):
@@ -105,13 +105,13 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, context_width: int, heads: int, groups: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)  # SD 1.x: a 1x1 convolution; SD 2 has a linear
+        self.proj_in = Conv2d(channels, channels, 1)  # SD 1.x: a 1x1 convolution; SD 2 has a linear
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_width, heads)])
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """x (B, C, H, W), text (B, S, D) -> (B, C, H, W)."""
-        tokens = self.proj_in(self.norm(x)).flatten(2).mT  # (B, H·W, C)
+        tokens = self.proj_in(group_norm(self.norm, x)).flatten(2).mT  # (B, H·W, C)
         for block in self.transformer_blocks:
             tokens = block(tokens, text)
         return x + self.proj_out(tokens.mT.unflatten(-1, x.shape[-2:]))
@@ -123,7 +123,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, pad_all_around: bool) -> None:
         super().__init__()
         self.pad_all_around = pad_all_around
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if pad_all_around else 0)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1 if pad_all_around else 0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x if self.pad_all_around else F.pad(x, (0, 1, 0, 1)))
@@ -134,7 +134,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         x = F.interpolate(x, size=size, mode="nearest") if size else F.interpolate(x, scale_factor=2.0, mode="nearest")

@@ -6,11 +6,11 @@ Attribute names are the keys of SD's files, so that a checkpoint loads with no m
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.config import UNetConfig
 from minidiff.models.blocks import Downsample, ResBlock, SpatialTransformer, TimeEmbedding, Upsample, timestep_embedding
+from minidiff.models.lean import Conv2d, join, norm_silu
 
 
 class Level(nn.Module):
@@ -51,7 +51,7 @@ class UpLevel(Level):
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
-            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), time, text)
+            x = self.layer(i, join(x, skips.pop()), time, text)
         if hasattr(self, "upsamplers"):
             x = self.upsamplers[0](x, size=skips[-1].shape[-2:])  # an odd side was rounded up on the way down
         return x
@@ -94,7 +94,7 @@ class UNet2DConditionModel(nn.Module):
         last = len(widths) - 1
 
         self.time_embedding = TimeEmbedding(widths[0], time_width)
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
 
         skips = [widths[0]]  # channels of what the way down hands over
         self.down_blocks = nn.ModuleList()
@@ -114,7 +114,7 @@ class UNet2DConditionModel(nn.Module):
             c = width
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor, t: Tensor | float, text: Tensor) -> Tensor:
         """latents (B, 4, h, w), t (B,) or a number, text (B, S, D) -> (B, 4, h, w)."""
@@ -128,4 +128,4 @@ class UNet2DConditionModel(nn.Module):
         x = self.mid_block(x, time, text)
         for up in self.up_blocks:
             x = up(x, time, text, skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))

@@ -127,7 +127,8 @@ class LeanAdamW(torch.optim.Optimizer):
         number, place = self.places[p]
         group, state = self.param_groups[place], self.state[p]
         if not state:
-            state.update(self.fresh_state(p))
+            for name, (shape, dtype) in self.kinds(p).items():
+                state[name] = torch.zeros(shape, dtype=dtype, device="cpu" if name == "step" else p.device)
         state["step"] += 1
         w, g = p.reshape(-1), grad.reshape(-1)  # views where the memory is in row-major order
         done, flat = int(state["step"]), {name: t.view(-1) for name, t in state.items() if name != "step"}
@@ -139,19 +140,15 @@ class LeanAdamW(torch.optim.Optimizer):
         if not p.is_contiguous():  # then w is a copy
             p.copy_(w.view(p.shape))
 
-    def fresh_state(self, p: Tensor) -> dict[str, Tensor]:
-        """Before the first update: moments that are zero."""
-        state = {"step": torch.zeros(())}
+    def kinds(self, p: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """What is remembered of a parameter: name -> shape, dtype."""
+        packed = self.eight_bit and p.numel() >= LEAST
+        table = {"step": (torch.Size(), torch.float32)}
         for name in ("exp_avg", "exp_avg_sq"):
-            packed = self.packs(p)
-            state[name] = torch.zeros(p.shape, dtype=torch.uint8 if packed else torch.float32, device=p.device)
+            table[name] = (p.shape, torch.uint8 if packed else torch.float32)
             if packed:
-                state[f"{name}_absmax"] = torch.zeros(-(-p.numel() // BLOCK), device=p.device)
-        return state
-
-    def packs(self, p: Tensor) -> bool:
-        """Whether the parameter's moments are kept in 8 bits."""
-        return self.eight_bit and p.numel() >= LEAST
+                table[f"{name}_absmax"] = (torch.Size([-(-p.numel() // BLOCK)]), torch.float32)
+        return table
 
     def moments(self, flat: dict[str, Tensor], piece: slice, g: Tensor, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
         """Adam (1412.6980), algorithm 1: both moments after this gradient, as fp32; and remembered, perhaps rounded."""
@@ -171,7 +168,7 @@ class LeanAdamW(torch.optim.Optimizer):
 
 
 def adamw_step(w: Tensor, m: Tensor, v: Tensor, done: int, group: dict[str, Any]) -> Tensor:
-    """Loshchilov & Hutter 2019, algorithm 2: the weights (n,) after update number `done`, from the moments (n,) as they are now."""
+    """Loshchilov & Hutter 2019, algorithm 2: the weights (n,) after update number `done`, from the new moments (n,)."""
     beta1, beta2 = group["betas"]
     denominator = (v / (1 - beta2**done)).sqrt_().add_(group["eps"])
     w = w * (1 - group["lr"] * group["weight_decay"])

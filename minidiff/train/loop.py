@@ -31,7 +31,8 @@ from minidiff.nonfinite import first_nonfinite
 from minidiff.rng import hashed_seed
 from minidiff.train import distributed
 from minidiff.train.guards import check_gradients, check_trainable, deterministic, stop_signals
-from minidiff.train.optim import EMA, adamw, clip_gradients, lr_factor
+from minidiff.train.in_backward import in_backward
+from minidiff.train.optim import EMA, adamw, clip_gradients, lr_factor, to_bf16, unscaled
 from minidiff.train.run import PATIENCE, Run, progress
 from minidiff.train.settings import TrainSettings
 
@@ -85,6 +86,8 @@ def fit(task: Task, settings: TrainSettings) -> Report:
     total, world = settings.updates(task.samples_per_epoch), distributed.world()
     world.check(settings.train_batch_size)
     device = check_trainable(task.trainable, settings)
+    if settings.bf16_weights:
+        to_bf16(task.trainable)
     parameters = list(task.trainable.values())
     optimizer = task.optimizer or adamw(parameters, settings)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -93,7 +96,7 @@ def fit(task: Task, settings: TrainSettings) -> Report:
     run = Run(task, settings, total, optimizer, ema, world)
     forward = Forward(task, settings, world, device)
 
-    with run.claimed(), stop_signals() as asked, deterministic(device):
+    with in_backward(optimizer, settings, world) as early, run.claimed(), stop_signals() as asked, deterministic(device):
         start = done = run.resume()
         skipped, smoothed = 0, math.nan
         with batches(task, settings, start, total) as data, progress(start, total, run.writes) as advance:
@@ -109,15 +112,13 @@ def fit(task: Task, settings: TrainSettings) -> Report:
                     (loss * forward.scale).backward()  # type: ignore[no-untyped-call]
                     mean += loss.detach()
                 if step == start:
-                    check_gradients(task.trainable)
-                gradients = [p.grad for p in parameters if p.grad is not None]
-                for gradient in gradients if forward.scale != 1.0 else []:
-                    gradient.div_(forward.scale)
-                world.average(gradients)
+                    check_gradients(early.waiting(task.trainable) if early else task.trainable)
+                world.average(unscaled(parameters, forward.scale))
 
-                norm, value = clip_gradients(parameters, settings.max_grad_norm), world.mean(mean.item())
+                norm = early.norm() if early else clip_gradients(parameters, settings.max_grad_norm)
+                value = world.mean(mean.item())
                 if math.isfinite(norm) and math.isfinite(value):
-                    optimizer.step()
+                    optimizer.step()  # of all that have a gradient: none, where they moved in the backward pass
                     skipped = 0
                 else:
                     skipped += 1

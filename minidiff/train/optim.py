@@ -1,29 +1,34 @@
-"""The optimizer's surroundings: learning rates, clipping, its state, averaged weights, how far they went. AdamW is torch's."""
+"""The optimizer and its surroundings: learning rates, clipping, its state, averaged weights, how far they went."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from minidiff.errors import WeightsError
+from minidiff.train.adam8bit import LeanAdamW
 from minidiff.train.settings import TrainSettings
 
 
-def adamw(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) with the settings' numbers.
+def adamw(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) with the settings' numbers: torch's, or ours where memory is short.
 
     `parameters` is a list on purpose: an iterator would be used up here, and leave nothing for clipping.
     """
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        weight_decay=settings.adam_weight_decay,
-        foreach=True,
-    )
+    s, betas = settings, (settings.adam_beta1, settings.adam_beta2)
+    if s.use_8bit_adam or s.bf16_weights or s.optimizer_in_backward:
+        return LeanAdamW(
+            parameters, s.learning_rate, betas, s.adam_epsilon, s.adam_weight_decay, eight_bit=s.use_8bit_adam, seed=s.seed
+        )
+    return torch.optim.AdamW(parameters, s.learning_rate, betas, s.adam_epsilon, s.adam_weight_decay, foreach=True)
+
+
+def to_bf16(parameters: Mapping[str, nn.Parameter]) -> None:
+    """--bf16_weights: what is trained becomes bf16, rounded to the nearest this once; in place, one tensor after the other."""
+    for p in parameters.values():
+        p.data = p.data.to(torch.bfloat16)
 
 
 def lr_factor(done: int, total: int, settings: TrainSettings) -> float:
@@ -40,6 +45,14 @@ def lr_factor(done: int, total: int, settings: TrainSettings) -> float:
     if settings.lr_scheduler == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * part))
     return 1.0
+
+
+def unscaled(parameters: list[nn.Parameter], scale: float) -> list[Tensor]:
+    """All gradients that there are, divided in place by what the loss was multiplied with."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for gradient in gradients if scale != 1.0 else []:
+        gradient.div_(scale)
+    return gradients
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
@@ -60,16 +73,30 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The reverse. WeightsError for a tensor that belongs to none of this optimizer's parameters."""
+    """The reverse. WeightsError for a tensor that belongs to none of this optimizer's parameters.
+
+    (torch's own `load_state_dict` would make floats of 8-bit codes.)
+    """
     parameters = {str(i): p for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[Tensor, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")
         p = parameters.get(number)
-        if p is None or tensor.shape not in ((), p.shape) or tensor.dtype != torch.float32:
+        if p is None or (tensor.shape, tensor.dtype) not in state_kinds(optimizer, p, name):
             raise WeightsError(f"the optimizer's {key}, {tuple(tensor.shape)}, belongs to nothing that this task trains")
-        state.setdefault(int(number), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        state.setdefault(p, {})[name] = tensor.to(p.device) if tensor.ndim else tensor  # step counts stay on the CPU
+    if isinstance(optimizer, LeanAdamW):
+        for p, values in state.items():
+            if lost := optimizer.kinds(p).keys() - values.keys():
+                raise WeightsError(f"the optimizer's state is without {min(lost)} of a tensor that this task trains")
+    optimizer.state.update(state)
+
+
+def state_kinds(optimizer: torch.optim.Optimizer, p: nn.Parameter, name: str) -> list[tuple[torch.Size, torch.dtype]]:
+    """The shape and dtype that `name` may have in the state of `p`."""
+    if isinstance(optimizer, LeanAdamW):
+        return [kind for known, kind in optimizer.kinds(p).items() if known == name]
+    return [(torch.Size(), torch.float32), (p.shape, torch.float32)]
 
 
 class EMA:
@@ -120,7 +147,7 @@ class Movement:
 
     def rms(self) -> float:
         """Root of the mean squared change, over the numbers kept."""
-        changes = torch.cat([self._some(p) - self.start[name] for name, p in self.parameters.items()])
+        changes = torch.cat([(self._some(p) - self.start[name]).float() for name, p in self.parameters.items()])
         return changes.square().mean().sqrt().item()
 
     def still(self) -> list[str]:

@@ -64,6 +64,10 @@ class TrainSettings:
     """Added to the denominator of Adam's update."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm, all tensors taken together."""
+    use_8bit_adam: bool = False
+    """AdamW remembers 2 bytes for each weight instead of 8, in blocks of 8-bit numbers."""
+    optimizer_in_backward: bool = False
+    """Move each tensor as soon as its gradient is there, and forget that; --max_grad_norm is then for each tensor by itself."""
     use_ema: bool = False
     """Export and preview a running average of the weights; they themselves go on as they are."""
     ema_decay: float = 0.9999
@@ -71,7 +75,9 @@ class TrainSettings:
     dataloader_num_workers: int = 0
     """Threads that prepare batches ahead; 0: each is prepared when it is wanted. Changes no number."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Number format of the forward pass; what is trained stays fp32. fp16 needs a GPU."""
+    """Number format of the forward pass; what is trained stays fp32, unless --bf16_weights. fp16 needs a GPU."""
+    bf16_weights: bool = False
+    """Keep what is trained in bf16, too; each step is rounded by chance, so that small ones are not lost."""
     checkpointing_steps: int = 100
     """Save the whole state every so many updates, and at the end."""
     checkpoints_total_limit: int | None = 2
@@ -111,12 +117,25 @@ class TrainSettings:
             choices = TrainSettings.__annotations__[field].__args__
             hint = did_you_mean(str(getattr(self, field)), choices)
             self.need(getattr(self, field) in choices, field, f"must be one of {', '.join(choices)}.{hint}".rstrip("."))
+        self._check_savings()
         warms = self.lr_scheduler != "constant" or self.lr_warmup_steps == 0
         self.need(warms, "lr_warmup_steps", "needs another --lr_scheduler than constant, such as constant_with_warmup")
         fresh = not (self.overwrite_output_dir and self.resume_from_checkpoint)
         self.need(fresh, "overwrite_output_dir", "starts over, and --resume_from_checkpoint goes on: give one of them")
         if self.num_train_epochs is None:
             self.updates(None)
+
+    def _check_savings(self) -> None:
+        """What saves memory, and cannot be joined."""
+        flag = "optimizer_in_backward"
+        one = self.gradient_accumulation_steps == 1 or not self.optimizer_in_backward
+        self.need(one, flag, "cannot be joined with --gradient_accumulation_steps: a gradient that is gone takes no more")
+        plain = self.mixed_precision != "fp16" or not self.optimizer_in_backward
+        self.need(plain, flag, "cannot be joined with --mixed_precision fp16, whose gradients are scaled; take bf16")
+        half = self.mixed_precision == "bf16" or not self.bf16_weights
+        self.need(half, "bf16_weights", "needs --mixed_precision bf16: the forward pass is in the weights' own format")
+        exact = not (self.bf16_weights and self.use_ema)
+        self.need(exact, "bf16_weights", "cannot be joined with --use_ema: an average in bf16 stands still")
 
     def need(self, holds: bool, flag: str, rule: str) -> None:
         """One check: the flag, what is wrong with it, and the value it has."""

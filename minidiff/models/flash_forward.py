@@ -44,7 +44,7 @@ def store_rows(start, strides, rows, length, main, tail, MAIN: tl.constexpr, TAI
     """Both parts of some rows into a (tokens, D) matrix, in its dtype; nothing beyond the last row and column."""
     columns = tl.arange(0, MAIN)
     where = start + rows[:, None] * strides[2] + columns[None, :] * strides[3]
-    tl.store(where, main.to(start.dtype.element_ty), mask=rows[:, None] < length)
+    tl.store(where, main.to(start.dtype.element_ty), mask=(rows[:, None] < length) & (columns[None, :] < D))
     if TAIL > 0:
         columns = MAIN + tl.arange(0, TAIL)
         where = start + rows[:, None] * strides[2] + columns[None, :] * strides[3]

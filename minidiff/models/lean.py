@@ -1,0 +1,263 @@
+"""Training that keeps little: what the backward needs of the U-Net's operations, and not what PyTorch keeps by default.
+
+    B batch   C channels   H W height and width   L tokens   D width
+
+Between forward and backward PyTorch keeps the inputs of every operation. Where the weights are frozen most of that is not
+needed: the gradient of x in W x is Wᵀ dy, whatever x was. And of what is needed, some is made again in a moment:
+
+                         PyTorch keeps                       here
+    GroupNorm, SiLU      x, the norm's output                x, two numbers a group
+    frozen convolution   its input                           nothing
+    LayerNorm, GroupNorm x, two numbers a row or group       the same, and those who read the output need not keep it
+    GEGLU                value, gate, GELU(gate)             value, gate
+    concatenation        nothing, but who reads it keeps it  its parts, which others keep anyway
+
+Each function here equals the plain one that stands on its first lines, and is that where nothing is to be saved: without
+gradients, as in sampling, and in full fine-tuning, which has to keep what its weights' gradients are made of.
+
+Made again: a tensor's `grad_fn` is the node of the graph that made it. The nodes below can make their output once more, so
+a later operation that needs its input in the backward keeps nothing, and asks the node (`keep` and `kept_input`). That node's
+own turn comes later in the backward, so it still has what it keeps.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# --- the plain operations, and when they are replaced ------------------------------------------------------------------
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """SiLU(norm(x)); x (B, C, H, W)."""
+    if not saves(x, norm):
+        return F.silu(norm(x))
+    return LeanGroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, True)
+
+
+def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """norm(x); x (B, C, H, W)."""
+    if not saves(x, norm):
+        return norm(x)
+    return LeanGroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, False)
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """norm(x); x (B, L, D)."""
+    if not saves(x, norm):
+        return norm(x)
+    return LeanLayerNorm.apply(x, norm.weight, norm.bias, norm.eps)
+
+
+def geglu(pre: Tensor) -> Tensor:
+    """GLU Variants Improve Transformer (arXiv 2002.05202), eq. 6: value ⊗ GELU(gate); pre (B, L, 2 D) -> (B, L, D)."""
+    if not saves(pre):
+        value, gate = pre.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+    return LeanGEGLU.apply(pre)
+
+
+def join(x: Tensor, skip: Tensor) -> Tensor:
+    """x (B, C, H, W) beside skip (B, C', H, W) -> (B, C + C', H, W)."""
+    if not (saves(x) and saves(skip)):
+        return torch.cat([x, skip], dim=1)
+    return LeanJoin.apply(x, skip)
+
+
+class Conv2d(nn.Conv2d):
+    """An `nn.Conv2d` that does not keep its input while it is frozen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not saves(x, self):
+            return super().forward(x)
+        return FrozenConv2d.apply(as_autocast(x), self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def saves(x: Tensor, module: nn.Module | None = None) -> bool:
+    """Is x on the way of gradients, through a module without trained weights?"""
+    frozen = module is None or not any(p.requires_grad for p in module.parameters(recurse=False))
+    return torch.is_grad_enabled() and x.requires_grad and frozen
+
+
+# --- what a node keeps, and makes again ----------------------------------------------------------------------------------
+
+
+def keep(ctx: Any, x: Tensor, *others: Tensor | None, again: Callable[[Any], Tensor] | None = None) -> None:
+    """Save x, unless the node that made it can do so again, and the others. `again` makes this node's own output."""
+    ctx.maker = x.grad_fn if hasattr(x.grad_fn, "again") else None
+    ctx.save_for_backward(None if ctx.maker else x, *others)
+    ctx.kept = ctx.made = None
+    if again is not None:
+        ctx.again = again
+
+
+def kept(ctx: Any) -> tuple[Tensor, ...]:
+    """What was saved, x included; fetched once, because under gradient checkpointing it can be fetched only once."""
+    if ctx.kept is None:
+        x, *others = ctx.saved_tensors
+        ctx.kept = (made(ctx.maker) if x is None else x, *others)
+    return ctx.kept
+
+
+def made(ctx: Any) -> Tensor:
+    """The output of a node, made again: once, however many ask for it."""
+    if ctx.made is None:
+        ctx.made = ctx.again(ctx)
+    return ctx.made
+
+
+def release(ctx: Any) -> None:
+    """The node's turn is over, and so is that of all who read its output."""
+    ctx.kept = ctx.made = None
+
+
+def wide(x: Tensor) -> Tensor:
+    """fp16 and bf16 as fp32, in which norms are computed, as under autocast."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """In the number format that autocast gives the inputs of a product, if it is on; it does not reach into a Function."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if on else x
+
+
+# --- the functions -------------------------------------------------------------------------------------------------------
+
+
+class LeanGroupNorm(torch.autograd.Function):
+    """GroupNorm (arXiv 1803.08494, eq. 1), with SiLU behind it or without. Keeps x, and the mean and 1 / std of each group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+        ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
+        y, mean, rstd = group_norm_of(x, weight, bias, groups, eps)
+        keep(ctx, x, mean, rstd, weight, bias, again=LeanGroupNorm.again)
+        return (F.silu(y, inplace=True) if silu else y).to(x.dtype)
+
+    @staticmethod
+    def again(ctx: Any) -> Tensor:
+        x, _, _, weight, bias = kept(ctx)
+        y, _, _ = group_norm_of(x, weight, bias, ctx.groups, ctx.eps)
+        return (F.silu(y, inplace=True) if ctx.silu else y).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight, bias = kept(ctx)
+        if ctx.silu:
+            y, _, _ = group_norm_of(x, weight, bias, ctx.groups, ctx.eps)
+            d = torch.ops.aten.silu_backward(wide(d), y)
+        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        d, wide_x = wide(d).contiguous(memory_format=layout), wide(x).contiguous(memory_format=layout)
+        b, c, cells = len(x), x.shape[1], x[0, 0].numel()
+        sizes = (b, c, cells, ctx.groups, [True, False, False])
+        d_x, _, _ = torch.ops.aten.native_group_norm_backward(d, wide_x, mean, rstd, wide(weight), *sizes)
+        release(ctx)
+        return d_x.to(x.dtype), None, None, None, None, None
+
+
+def group_norm_of(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm in fp32 (or fp64), and the mean (B, groups) and 1 / std (B, groups) of each group."""
+    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    x = wide(x).contiguous(memory_format=layout)
+    return torch.native_group_norm(x, wide(weight), wide(bias), len(x), x.shape[1], x[0, 0].numel(), groups, eps)
+
+
+class LeanLayerNorm(torch.autograd.Function):
+    """LayerNorm (arXiv 1607.06450, eq. 4). Keeps x, and the mean and 1 / std of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        ctx.eps = eps
+        y, mean, rstd = torch.native_layer_norm(wide(x), weight.shape, wide(weight), wide(bias), eps)
+        keep(ctx, x, mean, rstd, weight, bias, again=LeanLayerNorm.again)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def again(ctx: Any) -> Tensor:
+        x, _, _, weight, bias = kept(ctx)
+        return F.layer_norm(wide(x), weight.shape, wide(weight), wide(bias), ctx.eps).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight, bias = kept(ctx)
+        numbers = (wide(d), wide(x), weight.shape, mean, rstd, wide(weight), wide(bias), [True, False, False])
+        d_x, _, _ = torch.ops.aten.native_layer_norm_backward(*numbers)
+        release(ctx)
+        return d_x.to(x.dtype), None, None, None
+
+
+class LeanGEGLU(torch.autograd.Function):
+    """2002.05202, eq. 6. Keeps value and gate, one tensor; makes GELU(gate) again."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor) -> Tensor:
+        keep(ctx, pre, again=LeanGEGLU.again)
+        return LeanGEGLU.product(pre)
+
+    @staticmethod
+    def product(pre: Tensor) -> Tensor:
+        value, gate = pre.chunk(2, dim=-1)
+        return F.gelu(gate).mul_(value)
+
+    @staticmethod
+    def again(ctx: Any) -> Tensor:
+        return LeanGEGLU.product(kept(ctx)[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> Tensor:
+        (pre,) = kept(ctx)
+        value, gate = pre.chunk(2, dim=-1)
+        d_pre = torch.empty_like(pre)
+        d_value, d_gate = d_pre.chunk(2, dim=-1)
+        torch.mul(d, F.gelu(gate), out=d_value)
+        d_gate.copy_(torch.ops.aten.gelu_backward(d * value, gate))
+        release(ctx)
+        return d_pre
+
+
+class LeanJoin(torch.autograd.Function):
+    """A concatenation whose readers keep its parts. One of them, the skip, is kept on the way down anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, skip: Tensor) -> Tensor:
+        keep(ctx, x, skip, again=LeanJoin.again)
+        return torch.cat([x, skip], dim=1)
+
+    @staticmethod
+    def again(ctx: Any) -> Tensor:
+        return torch.cat(kept(ctx), dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor]:
+        x, skip = kept(ctx)
+        release(ctx)
+        d_x, d_skip = d.split([x.shape[1], skip.shape[1]], dim=1)
+        return d_x, d_skip
+
+
+class FrozenConv2d(torch.autograd.Function):
+    """A convolution through which gradients pass. Keeps the size of its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.how = x.shape, (stride, padding, dilation, groups)
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        d_x = torch.nn.grad.conv2d_input(ctx.shape, weight, d, *ctx.how)
+        return d_x, None, None, None, None, None, None

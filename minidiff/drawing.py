@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from minidiff.diffusion.samplers import Step
+    from minidiff.studio.sheets import Axis
 
 Callback = Callable[["Step"], None]
 LOADED = (  # what decides which model is loaded, and what is attached to it
@@ -72,10 +73,10 @@ def before_and_after(s: Sheet) -> tuple[Image, str]:
 
 def over_settings(s: Sheet) -> tuple[Image, str]:
     """--columns and --rows; the sheet and how it was made. A model is loaded again only where a tile needs another one."""
-    from minidiff.studio.sheets import Axis, contact_sheet_of, parse_axis
+    from minidiff.studio import sheets
 
-    prompts = Axis("prompts", tuple((prompt,) for prompt in s.prompts))
-    axes = [parse_axis(text, Sampling, s.prompts) if text else None for text in (s.columns, s.rows)]
+    prompts = sheets.Axis("prompts", tuple((prompt,) for prompt in s.prompts))
+    axes = [named_weights(sheets.parse_axis(text, Sampling, s.prompts), s) if text else None for text in (s.columns, s.rows)]
     if len(s.prompts) > 1 and not any(axis and axis.name == prompts.name for axis in axes):
         if all(axes):
             raise SettingsError(f"{len(s.prompts)} prompts, --columns and --rows are three axes; a sheet has two.")
@@ -96,7 +97,16 @@ def over_settings(s: Sheet) -> tuple[Image, str]:
             about.append(parameters(settings, pipe, " | ".join(s.prompts), settings.seed, image))
         return image
 
-    return contact_sheet_of(s, axes[0], axes[1], tile, s.title, s.tile), about[0]
+    return sheets.contact_sheet_of(s, axes[0], axes[1], tile, s.title, s.tile), about[0]
+
+
+def named_weights(axis: "Axis", s: Sheet) -> "Axis":
+    """Where several LoRAs are weighed, the labels say which is which: "sks-dog 1 + chalk 0.7"."""
+    if axis.name != "lora_weight" or len(s.lora) < 2 or any(len(weights) != len(s.lora) for weights in axis.values):
+        return axis
+    names = lora_names(s.lora)
+    said = [" + ".join(f"{name} {weight:g}" for name, weight in zip(names, weights)) for weights in axis.values]
+    return replace(axis, said=tuple(said))
 
 
 def morph(s: Morph) -> None:

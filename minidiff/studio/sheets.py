@@ -42,6 +42,7 @@ class Axis:
 
     name: str
     values: tuple[Any, ...]
+    said: tuple[str, ...] = ()  # labels, where they are better known than from name and value
 
     def __post_init__(self) -> None:
         if not self.values:
@@ -53,6 +54,8 @@ class Axis:
     @property
     def labels(self) -> list[str]:
         """What stands beside or above the tiles."""
+        if self.said:
+            return list(self.said)
         if self.name in PATHS and not any(value in (None, ()) for value in self.values):
             return distinct_ends([" + ".join(value) if isinstance(value, tuple) else str(value) for value in self.values])
         return [label(self.name, value) for value in self.values]

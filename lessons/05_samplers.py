@@ -91,7 +91,7 @@ def naive_euler(noise, steps):
     x = sigmas[0] * noise
     for t, sigma, sigma_next in zip(ts, sigmas, sigmas[1:]):
         eps = perfect_network(x / (sigma**2 + 1) ** 0.5, torch.full((len(x),), t))
-        x = x + (sigma_next - sigma) * eps  # DDIM eq. 14, with steps instead of d sigma
+        x = x + (sigma_next - sigma) * eps  # DDIM eq. 13: Euler's step on eq. 14
     return x
 
 
@@ -182,8 +182,9 @@ axes.set_title("Where eight calls of the network go", loc="left")
 show(figure, "2_where_to_look")
 
 # %% [markdown]
-# The three spacings spend their calls where there is much noise. Karras keeps most of them for the end, where edges
-# are drawn. `leading` never sees the highest level at all, although x starts as pure noise. `trailing` does.
+# The three spacings spend their calls where there is much noise. Karras keeps three of the eight for σ below 0.5,
+# where edges are drawn; the others one or two. `leading` never sees the highest level at all, although x starts as
+# pure noise. The other three do.
 #
 # ## Better than Euler
 #
@@ -246,11 +247,14 @@ def half_way(name, steps, start, fresh):
 def error_of(name, steps):
     first, now = level(999), level(499)
     spread_now = (now * SPREAD**2 + 1 - now) ** 0.5
-    if name in STOCHASTIC:  # no dice: row k of the batch gets the k-th noise alone, so x is its share of the variance
+    if name in STOCHASTIC:
+        # x is linear in the noises, so no sampling is needed. Row k of the batch gets a 1 for the k-th noise and 0 for
+        # all others: x then is that noise's coefficient, and the variance is the sum of their squares. The last row
+        # gets no noise: it is the mean, and is subtracted.
         unit = torch.eye(steps + 2).view(steps + 2, steps + 2, 1, 1, 1)
         x, calls = half_way(name, steps, unit[0], lambda i: unit[i + 1])
-        shares = x.flatten().double() - x.flatten().double()[-1]
-        return abs(shares.square().sum().item() - spread_now**2), calls
+        coefficients = x.flatten().double() - x.flatten().double()[-1]
+        return abs(coefficients.square().sum().item() - spread_now**2), calls
     start = noise[:100]
     x, calls = half_way(name, steps, start, no_noise)
     deviations = ((1 - first) ** 0.5 * start - first**0.5 * MEAN) / (first * SPREAD**2 + 1 - first) ** 0.5
@@ -331,13 +335,16 @@ for name in SAMPLERS:
     latents = torch.cat([drawn(name, steps_for(name, budget)) for budget in BUDGETS])
     rows.append(to_pil(pipe.decode(latents)))
 columns = [f"{budget} calls" for budget in BUDGETS]
-show(contact_sheet(rows, list(SAMPLERS), columns, f"{PROMPT}, seed {SEED}", tile=160), "4_ten_samplers")
+show(contact_sheet(rows, list(SAMPLERS), columns, f"{PROMPT}, seed {SEED}", tile=192), "4_ten_samplers")
 
 # %% [markdown]
 # Read along the rows. From 8 calls on, `ddim`, `euler`, `dpm++_2m` and `unipc` show one and the same car, and more
 # calls only make it cleaner: they are on the same road. Those with fresh noise (`ddpm`, `euler_a`, `dpm++_2m_sde`)
 # turn and move the car from column to column. With 32 calls they come to rather similar ones: the model knows few
 # pink cars.
+#
+# At 4 calls `ddim` shows a car and `euler` does not, though they are one method. They differ only in where they look:
+# `ddim` takes `leading` spacing by default, `euler` `linspace`. Give both `trailing`, and they agree.
 #
 # **What breaks if** a method of high order gets too few calls? See `pndm` and `heun`. Both trust that the network's
 # answer changes smoothly. Over long steps, with guidance at 5, it does not: an extrapolation from four answers
@@ -372,10 +379,11 @@ axes.set_title(f"The pocket model, {PROMPT}: how far from the exact solution", l
 show(figure, "5_distance")
 
 # %% [markdown]
-# On the paper above, `unipc` had the better slope. Here it is level with `dpm++_2m`, and behind it at 16 calls. The
-# order promises something about many calls; most people make few.
+# On the paper above, `unipc` had the better slope. Here, at 16 calls, it is behind even `euler`, and level with
+# `dpm++_2m` only from 25. The order promises something about many calls; most people make few.
 #
 # **Experiment: other looks.** `dpm++_2m` with 6 and with 12 steps, the same noise, and only the places changed.
+# In the last column is the true answer from above.
 
 # %%
 SETTINGS = {"leading": {}, "linspace": {}, "trailing": {}, "Karras": {"use_karras_sigmas": True}}
@@ -389,17 +397,20 @@ for steps in (6, 12):
     off = [((end - truth).square().mean().sqrt() / truth.std()).item() for end in row]
     print(f"  {steps:2} steps  ", "   ".join(f"{name}: {d:.2f}" for name, d in zip(SETTINGS, off)))
 show(
-    contact_sheet(rows, ["6 steps", "12 steps"], [*SETTINGS, "exact: 100 steps"], f"dpm++_2m: {PROMPT}", tile=180),
+    contact_sheet(rows, ["6 steps", "12 steps"], [*SETTINGS, "unipc, 100 steps"], f"dpm++_2m: {PROMPT}", tile=180),
     "6_places",
 )
 
 # %% [markdown]
+# `linspace` and `trailing` give the same picture: `dpm++_2m` leaves out the last point of `linspace`, and what remains
+# are the points of `trailing`, to within one. `leading` comes nearest to the last column, with 6 steps and with 12.
+#
 # Six Karras looks are too few for this model: the last two lie below σ = 0.2, where little is left to decide, and
 # the long steps before them are taken blindly. With twelve there is nothing wrong with them.
 #
-# **So which one?** For few calls and a steady hand: `dpm++_2m` or `unipc`, 15 to 25 steps. To explore: `euler_a`.
-# With an LCM adapter: `lcm`, 4 to 8 steps. With a model whose last timestep is pure noise (zero terminal SNR):
-# `trailing` spacing. Everything else is taste, and now you know what you are tasting.
+# **So which one?** For few calls and a steady hand: `dpm++_2m`, 15 to 25 steps, or `unipc` from 20. To explore:
+# `euler_a`. With an LCM adapter: `lcm`, 4 to 8 steps. With a model whose last timestep is pure noise (zero terminal
+# SNR): `trailing` spacing. Everything else is taste, and now you know what you are tasting.
 #
 # ## Exercises
 #

@@ -5,7 +5,7 @@ import torch
 
 from minidiff.config import NoiseConfig
 from minidiff.diffusion.losses import min_snr_weights, mse, prior_preservation, squared_error
-from minidiff.diffusion.schedule import NoiseSchedule, add_noise, training_target, x0_and_eps
+from minidiff.diffusion.schedule import NoiseSchedule, add_noise, read_output, training_target
 from minidiff.errors import SettingsError
 
 EPSILON = NoiseSchedule.from_config(NoiseConfig())
@@ -109,8 +109,9 @@ def test_min_snr_section_3_4(schedule, gamma):
     x0, noise = (z.repeat(250, 1, 1, 1).double() for z in pair())
     x_t, target = add_noise(schedule, x0, noise, T_ALL), training_target(schedule, x0, noise, T_ALL)
     output = target + 0.1
-    predicted_x0, _ = x0_and_eps(schedule, output, x_t, T_ALL)
-    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    a_bar = schedule.alphas_cumprod
+    predicted_x0, _ = read_output(output, x_t, a_bar.view(-1, 1, 1, 1), schedule.prediction_type)
+    snr = a_bar / (1 - a_bar)
     expected = snr.clamp(max=gamma) * (predicted_x0 - x0).square().flatten(1).mean(1)
     got = min_snr_weights(schedule, T_ALL, gamma) * (output - target).square().flatten(1).mean(1)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=0)  # x0 is recovered in fp32 from a_bar near 1

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -195,9 +196,11 @@ def test_samplers_that_draw_fresh_noise_need_one_seed() -> None:
     apart, together = [Keyframe(DOG, 0), Keyframe(CAT, 1)], [Keyframe(DOG, 0), Keyframe(CAT, 0)]
     check_sampler("euler_a", 0.0, together)
     check_sampler("ddim", 0.0, apart)
-    for name, eta in (("euler_a", 0.0), ("ddim", 0.5), ("lcm", 0.0)):
-        with pytest.raises(SettingsError, match=f"{name}.*flicker"):
+    for name, eta in (("ddpm", 0.0), ("euler_a", 0.0), ("dpm++_2m_sde", 0.0), ("ddim", 0.5), ("lcm", 0.0)):
+        with pytest.raises(SettingsError, match=f"{re.escape(name)}.*flicker"):
             check_sampler(name, eta, apart)
+    with pytest.raises(SettingsError, match='"euler-a" is unknown'):
+        check_sampler("euler-a", 0.0, apart)
 
 
 # --------------------------------------------------------------------------------------------------------- the files

@@ -71,6 +71,19 @@ def test_golden_trajectories(golden, case):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+def test_only_samplers_with_fresh_noise_ask_for_it(name):
+    asked = list[int]()
+
+    def draw_step(i: int) -> Tensor:
+        asked.append(i)
+        return noise
+
+    noise = draw(1, 1, 4, 2, 2)[0]
+    list(SAMPLERS[name](GOLDEN["fake_network"], noise, SCHEDULE, 3, draw_step))
+    assert bool(asked) == SAMPLERS[name].fresh_noise
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_every_step_is_yielded_lazily(name):
     asked: list[tuple[torch.Size, torch.dtype]] = []
 

@@ -221,8 +221,8 @@ def test_lcm_eq9_and_algorithm3():
 
 
 @pytest.mark.parametrize("steps", [5, 20, 50])
-def test_ddim_eq14_euler_in_sigma_is_ddim(steps):
-    """DDIM eq. 13 and 14: in x / sqrt(a_bar), DDIM is Euler's method, x + (sigma_next - sigma) eps."""
+def test_ddim_eq13_euler_in_sigma_is_ddim(steps):
+    """DDIM eq. 13, Euler's step on eq. 14: in x / sqrt(a_bar), DDIM is Euler's method, x + (sigma_next - sigma) eps."""
     x = draw(1, 2, 4, 5, 5)[0]
     walk = list(ddim(fake_network, x, SCHEDULE, steps, silent))
     euler = list(SAMPLERS["euler"](fake_network, x, SCHEDULE, steps, silent, spacing="leading"))

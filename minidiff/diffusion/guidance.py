@@ -4,16 +4,13 @@ Shapes: B pictures, C H W one latent, L tokens (77), D their width.
 Paper: arXiv 2207.12598.
 """
 
-from collections.abc import Callable
 from math import isfinite
 
 import torch
 from torch import Tensor
 
-from minidiff.diffusion.samplers import Model
+from minidiff.diffusion.runs import Model, UNetCall
 from minidiff.errors import SettingsError
-
-UNetCall = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, text) -> eps or v
 
 
 def guided(unet_call: UNetCall, cond: Tensor, uncond: Tensor | None, scale: float) -> Model:

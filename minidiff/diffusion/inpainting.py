@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
-UNetCall = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, text) -> eps or v
+from minidiff.diffusion.runs import UNetCall
 
 
 def keep_outside(image: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minidiff.errors import SettingsError
 
-PARALLEL = 1e-4  # radians: below, arc and line agree to 1e-9 of their length, and sin(angle) would divide noise by noise
+PARALLEL = 1e-4  # radians: below, arc and line agree to 1e-9 of their length, and at 0 the arc is 0 / 0
 OPPOSITE = 1e-3  # radians from half a turn: every way round is as short as any other
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from minidiff.diffusion.schedule import read_output
 
 Model = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> eps or v
+UNetCall = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, text) -> eps or v
 StepNoise = Callable[[int], Tensor]  # i -> noise
 Grid = list[tuple[float, float, float]]  # one for each step: t, the noise level there, the level that the step goes to
 Visit = tuple[float, Tensor, Tensor]  # after a network call: the t it saw, x on the VP scale, x0

@@ -29,7 +29,8 @@ What they share:
 | `h`                  | lambda_{t_i} - lambda_{t_{i-1}} in DPM-Solver++, where lambda = -log sigma                   |
 
 The update rules are in walkers.py, for those that walk the timesteps of training, and in solvers.py, for those that solve
-an equation over sigma. To add a sampler: one rule there, one row in `SAMPLERS` here.
+an equation over sigma. To add a sampler: one rule there, one row in `SAMPLERS` here, its name for A1111 in
+studio/foreign.py, and the help in flags.py.
 Shapes: B pictures, C H W one latent.
 """
 
@@ -66,6 +67,7 @@ class Sampler:
     spacing: str | None  # the default; None: it has timesteps of its own
     karras: bool = False
     eta: bool = False
+    fresh_noise: bool = False  # asks for `step_noise` even where eta is 0
     calls: Callable[[int], int] = lambda length: length  # of the network, on a grid of that length
 
     def __call__(
@@ -129,18 +131,22 @@ def numbered(visits: Iterator[Visit], total: int) -> Iterator[Step]:
 
 # Karras sigmas for euler_a are k-diffusion's: diffusers has none, and draws a folder that asks for them without.
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(walkers.ddpm, walkers.ancestors, walkers.start_vp, "leading"),
+    "ddpm": Sampler(walkers.ddpm, walkers.ancestors, walkers.start_vp, "leading", fresh_noise=True),
     "ddim": Sampler(walkers.ddim, walkers.equal_jumps, walkers.start_vp, "leading", eta=True),
     "pndm": Sampler(walkers.pndm, walkers.first_jump_twice, walkers.start_vp, "leading"),
     "euler": Sampler(solvers.euler, solvers.between_timesteps, solvers.start_euler, "linspace", karras=True),
-    "euler_a": Sampler(solvers.euler_a, solvers.between_timesteps, solvers.start_euler, "linspace", karras=True),
+    "euler_a": Sampler(
+        solvers.euler_a, solvers.between_timesteps, solvers.start_euler, "linspace", karras=True, fresh_noise=True
+    ),
     "heun": Sampler(
         solvers.heun, solvers.without_infinity, solvers.start_euler, "linspace", karras=True, calls=lambda n: 2 * n - 1
     ),
     "dpm++_2m": Sampler(solvers.dpmpp_2m, solvers.whole_timesteps, solvers.start_ve, "linspace", karras=True),
-    "dpm++_2m_sde": Sampler(solvers.dpmpp_2m_sde, solvers.whole_timesteps, solvers.start_ve, "linspace", karras=True),
+    "dpm++_2m_sde": Sampler(
+        solvers.dpmpp_2m_sde, solvers.whole_timesteps, solvers.start_ve, "linspace", karras=True, fresh_noise=True
+    ),
     "unipc": Sampler(solvers.unipc, solvers.whole_timesteps, solvers.start_ve, "linspace", karras=True),
-    "lcm": Sampler(walkers.lcm, walkers.distilled, walkers.start_vp, None),
+    "lcm": Sampler(walkers.lcm, walkers.distilled, walkers.start_vp, None, fresh_noise=True),
 }
 ddim = SAMPLERS["ddim"]
 

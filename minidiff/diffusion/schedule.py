@@ -25,7 +25,6 @@ zero terminal SNR 2305.08891.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,8 +34,7 @@ from minidiff.config import NoiseConfig
 from minidiff.errors import SettingsError, did_you_mean
 
 SPACINGS = ("leading", "linspace", "trailing")
-RHO = 7.0  # EDM, table 1: how much closer the Karras steps are where sigma is small
-Number = TypeVar("Number", float, Tensor)
+RHO = 7.0  # EDM, table 1: steps are equal in sigma^(1/RHO), so the larger, the denser where sigma is small
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +94,8 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
 def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t for clean latents `x0` (B, C, H, W) and integer timesteps `t` (B,), in the dtype of `x0`.
 
-    The fp32 `a_bar` lifts the whole line to fp32, and the result is cast last. In fp16, 1 - a_bar[0] is 7 % wrong.
+    The fp32 `a_bar` lifts the whole line to fp32, and the result is cast last. In fp16, 1 - a_bar[0] would be
+    15 % wrong, and so the noise 7 % too strong.
     """
     a_bar = _a_bar_at(schedule, t, x0)
     return (a_bar.sqrt() * x0 + (1 - a_bar).sqrt() * noise).to(x0.dtype)  # DDPM eq. 4
@@ -110,18 +109,11 @@ def training_target(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tenso
     return (a_bar.sqrt() * noise - (1 - a_bar).sqrt() * x0).to(noise.dtype)  # v: 2202.00512, appendix D
 
 
-def x0_and_eps(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Both readings of the network's `output` at `x_t`: the clean latent it implies and the noise it implies.
+def read_output(output: Tensor, x_t: Tensor, a_bar: float | Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """x0 and eps, the clean latent and the noise that the network's `output` (B, C, H, W) at `x_t` implies.
 
-    Shapes (B, C, H, W), `t` (B,) integers; the answers are fp32 (fp64 for fp64 input).
+    `a_bar` is a number, or a (B, 1, 1, 1) tensor where each sample has a level of its own.
     """
-    a_bar = _a_bar_at(schedule, t, x_t)
-    output = output.to(torch.promote_types(output.dtype, a_bar.dtype))
-    return read_output(output, x_t, a_bar, schedule.prediction_type)
-
-
-def read_output(output: Tensor, x_t: Tensor, a_bar: Number, prediction_type: str) -> tuple[Tensor, Tensor]:
-    """`x0_and_eps` where `a_bar` itself is given, a number or a (B, 1, 1, 1) tensor: samplers go between timesteps."""
     signal, noise = a_bar**0.5, (1 - a_bar) ** 0.5
     if prediction_type == "epsilon":
         return (x_t - noise * output) / signal, output  # DDPM eq. 15, DDIM eq. 9: eq. 4 solved for x_0

@@ -29,7 +29,7 @@ def euler(run: Run) -> Iterator[Visit]:
     x = run.x
     for t, sigma, sigma_next in run.grid:
         x0, eps = predict(run, x, t, sigma)
-        x = x0 + sigma_next * eps  # DDIM eq. 14; EDM algorithm 1, line 5
+        x = x0 + sigma_next * eps  # DDIM eq. 13: Euler's step on eq. 14. EDM algorithm 1, line 5
         yield t, vp(x, sigma_next), x0
 
 
@@ -40,7 +40,7 @@ def euler_a(run: Run) -> Iterator[Visit]:
         x0, eps = predict(run, x, t, sigma)
         sigma_up = sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2)  # 2011.13456, appendix F: its noise
         sigma_down = sqrt(sigma_next**2 - sigma_up**2)  # so that down^2 + up^2 = next^2
-        x = x0 + sigma_down * eps + sigma_up * run.fresh_noise(i)  # Euler's method on DDIM eq. 14, and the noise
+        x = x0 + sigma_down * eps + sigma_up * run.fresh_noise(i)  # DDIM eq. 13, and the noise
         yield t, vp(x, sigma_next), x0
 
 
@@ -77,7 +77,10 @@ def dpmpp_2m(run: Run) -> Iterator[Visit]:
 
 
 def dpmpp_2m_sde(run: Run) -> Iterator[Visit]:
-    """DPM-Solver++ 2M for the SDE (2211.01095, SDE-DPM-Solver++(2M)): twice as far towards x0, then fresh noise."""
+    """DPM-Solver++ 2M for the SDE (2211.01095, SDE-DPM-Solver++(2M)).
+
+    A step of twice the length in log sigma, then fresh noise up to the wanted level.
+    """
     x, x0s, hs = run.x, list[Tensor](), list[float]()
     for i, (t, sigma, sigma_next) in enumerate(run.grid):
         x0, _ = predict(run, x, t, sigma)
@@ -136,10 +139,11 @@ def corrected(x0: Tensor, x0s: list[Tensor], hs: list[float]) -> Tensor:
     """What UniC puts in the place of D for the last step, from `x0s[-1]` to `x0`, now that both ends are known."""
     if len(hs) == 1:
         return x0s[-1] + (x0 - x0s[-1]) / 2
-    h, r = hs[-1], -hs[-2] / hs[-1]
-    phi_2 = expm1(-h) / -h - 1
-    phi_3 = phi_2 / -h - 1 / 2
-    b_1, b_2 = phi_2 / expm1(-h), 2 * phi_3 / expm1(-h)
+    z, r = -hs[-1], -hs[-2] / hs[-1]  # on x0 the exponent is -h
+    phi_1 = expm1(z) / z
+    phi_2 = (phi_1 - 1) / z  # 2302.04867: phi_{k+1}(z) = (phi_k(z) - 1 / k!) / z
+    phi_3 = (phi_2 - 1 / 2) / z
+    b_1, b_2 = z * phi_2 / expm1(z), 2 * z * phi_3 / expm1(z)  # k! z phi_{k+1}(z) / B(z)
     rho_before = (b_1 - b_2) / (1 - r)  # 2302.04867, theorem 3.1: rho_before + rho = b_1, r rho_before + rho = b_2
     return x0s[-1] + rho_before * (x0s[-2] - x0s[-1]) / r + (b_1 - rho_before) * (x0 - x0s[-1])
 
@@ -147,19 +151,19 @@ def corrected(x0: Tensor, x0s: list[Tensor], hs: list[float]) -> Tensor:
 # ----------------------------------------------------------------------------------------------- grids and the start
 
 
-def between_timesteps(schedule: NoiseSchedule, steps: int, start: int, spacing: str, karras: bool) -> Grid:
+def between_timesteps(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
     """Euler and Heun: timesteps need not be whole. Karras sigmas go between the first and last sigma of the spacing."""
     ts = timesteps(schedule, steps, spacing, whole=False)
     sigmas = sigmas_at(schedule, ts)
     if karras:
         sigmas = [*karras_sigmas(sigmas[0], sigmas[-2], steps), 0.0]
         ts = timesteps_at(schedule, sigmas[:-1])
-    return grid_of(ts, sigmas)[start:]
+    return grid_of(ts, sigmas)[first:]
 
 
-def without_infinity(schedule: NoiseSchedule, steps: int, start: int, spacing: str, karras: bool) -> Grid:
+def without_infinity(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
     """Heun: Euler's grid. A mean of two directions means nothing for a step from 4096, which stands for infinity."""
-    grid = between_timesteps(schedule, steps, start, spacing, karras)
+    grid = between_timesteps(schedule, steps, first, spacing, karras)
     if grid[0][1] > LARGEST_SIGMA:
         raise SettingsError(
             f"heun cannot begin at zero terminal SNR, where sigma is {grid[0][1]:.0f}; use euler, dpm++_2m or unipc, or "
@@ -168,7 +172,7 @@ def without_infinity(schedule: NoiseSchedule, steps: int, start: int, spacing: s
     return grid
 
 
-def whole_timesteps(schedule: NoiseSchedule, steps: int, start: int, spacing: str, karras: bool) -> Grid:
+def whole_timesteps(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
     """DPM-Solver++ and UniPC: whole timesteps, and the grid's cleanest is left out for sigma = 0.
 
     Karras sigmas go between the first and last sigma of training, whatever the spacing; the network sees the nearest t.
@@ -178,7 +182,7 @@ def whole_timesteps(schedule: NoiseSchedule, steps: int, start: int, spacing: st
     if karras:
         sigmas = [*karras_sigmas(schedule.sigmas[-1].item(), schedule.sigmas[0].item(), steps), 0.0]
         ts = [float(round(t)) for t in timesteps_at(schedule, sigmas[:-1])]
-    return grid_of(ts, sigmas)[start:]
+    return grid_of(ts, sigmas)[first:]
 
 
 def start_ve(noise: Tensor, image: Tensor | None, sigma: float, spacing: str) -> Tensor:
@@ -189,5 +193,7 @@ def start_ve(noise: Tensor, image: Tensor | None, sigma: float, spacing: str) ->
 
 
 def start_euler(noise: Tensor, image: Tensor | None, sigma: float, spacing: str) -> Tensor:
-    """The same for Euler and Heun, where the reference leaves out the 1 unless spacing is leading."""
+    """`start_ve`, but as the reference starts Euler, Euler ancestral and Heun: sigma, not sqrt(sigma^2 + 1), times the
+    noise, unless spacing is leading.
+    """
     return sigma * noise if image is None and spacing != "leading" else start_ve(noise, image, sigma, spacing)

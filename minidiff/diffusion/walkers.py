@@ -21,7 +21,7 @@ ADAMS_BASHFORTH = {  # how much each of the last outputs counts, newest first
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 }
 LCM_STEPS = 50  # the timesteps that a latent consistency model was distilled on, of which a few are visited
-LCM_SIGMA_DATA, LCM_TIMESTEP_SCALING = 0.5, 10.0
+LCM_SIGMA_DATA, LCM_TIMESTEP_SCALING = 0.5, 10.0  # LCM, 2310.04378, authors' code: sigma_data, and t / 0.1 in c_skip and c_out
 
 
 # ------------------------------------------------------------------------------------------------------ update rules
@@ -96,26 +96,29 @@ def lcm(run: Run) -> Iterator[Visit]:
 # ----------------------------------------------------------------------------------------------- grids and the start
 
 
-def ancestors(schedule: NoiseSchedule, steps: int, start: int, spacing: str, karras: bool) -> Grid:
+def ancestors(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
     """DDPM: from each timestep to the next on the list, and at last to the clean picture, a_bar = 1."""
-    ts = timesteps(schedule, steps, spacing)[start:]
+    ts = timesteps(schedule, steps, spacing)[first:]
     return grid_of(ts, [*(a_bar_at(schedule, t) for t in ts), 1.0])
 
 
-def equal_jumps(schedule: NoiseSchedule, steps: int, start: int, spacing: str, karras: bool) -> Grid:
+def equal_jumps(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
     """DDIM: always T // steps back. With leading spacing that is the next t, with the others only near it."""
-    ts = timesteps(schedule, steps, spacing)[start:]
+    ts = timesteps(schedule, steps, spacing)[first:]
     jump = len(schedule.alphas_cumprod) // steps
     return [(t, a_bar_at(schedule, t), a_bar_at(schedule, t - jump)) for t in ts]
 
 
-def first_jump_twice(schedule: NoiseSchedule, steps: int, start: int, spacing: str, karras: bool) -> Grid:
+def first_jump_twice(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
     """PNDM: DDIM's grid, where the first jump is made again once the network was asked at its end.
+
+    Unlike other rows of a Grid, that row holds the t at the jump's end and the level at its start. With linspace spacing
+    t + T // steps is only near that start; the reference takes it all the same.
 
     From an image, too, it is the first jump walked. The reference repeats the second entry of the whole list wherever the
     walk begins, and so asks the network at a t one jump away from the level that x is at.
     """
-    grid = equal_jumps(schedule, steps, start, spacing, karras)
+    grid = equal_jumps(schedule, steps, first, spacing, karras)
     if len(grid) == 1:
         return grid
     t, a_bar, _ = grid[1]
@@ -123,18 +126,20 @@ def first_jump_twice(schedule: NoiseSchedule, steps: int, start: int, spacing: s
     return [grid[0], (t, a_bar_at(schedule, t + jump), a_bar), *grid[1:]]
 
 
-def distilled(schedule: NoiseSchedule, steps: int, start: int, spacing: str, karras: bool) -> Grid:
+def distilled(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
     """LCM: every T / 50th timestep, as in distillation; of these, `steps` evenly spread ones, the noisiest first."""
     T = len(schedule.alphas_cumprod)
     if not 1 <= steps <= min(LCM_STEPS, T):
         raise SettingsError(f"num_inference_steps is {steps}; lcm takes 1 to {min(LCM_STEPS, T)} steps, and 4 to 8 are usual.")
     known = np.arange(LCM_STEPS, 0, -1) * (T // LCM_STEPS) - 1  # the reference's schedule: 999, 979, ... 19
-    ts = [float(t) for t in known[np.floor(np.linspace(0, LCM_STEPS, steps, endpoint=False)).astype(int)][start:]]
+    ts = [float(t) for t in known[np.floor(np.linspace(0, LCM_STEPS, steps, endpoint=False)).astype(int)][first:]]
     return grid_of(ts, [*(a_bar_at(schedule, t) for t in ts), 1.0])
 
 
 def a_bar_at(schedule: NoiseSchedule, t: float) -> float:
-    """a_bar at a whole timestep; before the first, where the last step of DDIM and PNDM goes."""
+    """a_bar at a whole timestep. For t < 0, where the last step of DDIM and PNDM ends: 1 or a_bar[0], as
+    `set_alpha_to_one` says.
+    """
     if t < 0:
         return 1.0 if schedule.set_alpha_to_one else schedule.alphas_cumprod[0].item()
     return schedule.alphas_cumprod[int(t)].item()

@@ -97,7 +97,7 @@ class AttentionMaps:
 
 
 def larger(maps: Tensor, size: Size) -> Tensor:
-    """(S, h, w) -> (S, *size). Between cells in straight lines, so that shares still add up to 1."""
+    """(S, h, w) -> (S, *size). Bilinear where DAAM is bicubic: no share goes below 0 or above 1."""
     return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from minidiff.call import noise_source
 from minidiff.diffusion.interpolation import lerp, slerp
+from minidiff.diffusion.samplers import sampler_named
 from minidiff.errors import MinidiffError, SettingsError, did_you_mean
 from minidiff.images import write_whole
 from minidiff.models.prompt import parse_prompt
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 Draw = Callable[[Tensor, Tensor], Image.Image]  # (noise (1, C, H, W), text (1, S, D)) -> picture
 EASES = ("even", "smooth")
 MAX_FRAMES = 2000
-FRESH_NOISE = ("ddpm", "euler_a", "dpm++_2m_sde", "lcm")  # samplers that add noise in each step
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def check_keyframes(loop: Loop, noises: Sequence[Tensor], texts: Sequence[Tensor
 
 def check_sampler(name: str, eta: float, keyframes: Sequence[Keyframe]) -> None:
     """Fresh noise in each step has no way from seed to seed: the frames would flicker, or jump at each keyframe."""
-    if (name in FRESH_NOISE or eta > 0) and len({key.seed for key in keyframes}) > 1:
+    if (sampler_named(name).fresh_noise or eta > 0) and len({key.seed for key in keyframes}) > 1:
         raise SettingsError(
             f"{name}{f' with eta {eta:g}' if eta else ''} draws fresh noise in each step, so the frames would flicker between "
             "seeds. Take ddim, dpm++_2m or unipc; or keep one seed for all keyframes."

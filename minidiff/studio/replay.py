@@ -8,7 +8,6 @@ or the picture's own, to a file that must exist.
 """
 
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -180,12 +179,3 @@ def _differences(origin: Origin, settings: Sample) -> list[str]:
 
 def _device(settings: Sample) -> str:
     return (settings.device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")[0]
-
-
-def replay(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Sample:
-    """`read_origin`, other settings over it, `check_origin`; its notes become warnings."""
-    origin = read_origin(path)
-    settings = replace(origin.settings, **(overrides or {}))
-    for note in check_origin(origin, settings):
-        warnings.warn(note, stacklevel=2)
-    return settings

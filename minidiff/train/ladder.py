@@ -118,16 +118,14 @@ def rungs(flags: Ladder) -> dict[str, FineTuneSettings]:
         )
 
     sks = {"instance_prompt": SUBJECT[0]}
-    prior = {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "num_class_images": 40}
-    prior |= {"class_data_dir": str(Path(flags.output_dir) / "class-dog")}
+    rehearsal = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
+    prior = rehearsal | {"num_class_images": 40, "class_data_dir": str(Path(flags.output_dir) / "class-dog")}
     word = {"placeholder_token": "<my-dog>", "initializer_token": "dog"}
     return {
         "full": settings(FullSettings, "full", 200, 1e-4, **sks),
         "DreamBooth": settings(DreamBoothSettings, "dreambooth", 480, 2e-4, **sks, **prior, prior_loss_weight=0.3),
         "LoRA": settings(LoRASettings, "lora", 300, 1e-3, **sks, rank=8),
-        "LoRA with prior": settings(
-            LoRASettings, "lora-prior", 450, 2e-3, **sks, **prior, prior_loss_weight=0.5, rank=8
-        ),
+        "LoRA with prior": settings(LoRASettings, "lora-prior", 300, 1e-3, **sks, **rehearsal, prior_from_base=True, rank=8),
         "DoRA": settings(LoRASettings, "dora", 300, 1e-3, **sks, rank=8, use_dora=True),
         "LoRA, convolutions too": settings(
             LoRASettings, "locon", 300, 1e-3, **sks, rank=8, lora_targets=("attention", "resnets", "samplers")
@@ -174,8 +172,8 @@ def climb(steps: dict[str, FineTuneSettings], home: Path, tower: ImageTower) -> 
         trained, after = sum(p.numel() for p in task.trainable.values()), drawings(load_result(settings), settings.prompt or "")
         rows.append(row(name, trained, megabytes(settings), seconds_of(settings), after))
         sheet.append(after)
-    columns = [f"{prompt}, seed {seed}" for prompt in (*SUBJECT, *OTHERS) for seed in SEEDS]
-    save_png(contact_sheet(sheet, [r.rung for r in rows], columns, tile=128), home / "ladder.png")
+    shown = [images[:: len(SEEDS)] for images in sheet]  # the first seed's: all of them would be too small to see
+    save_png(contact_sheet(shown, [r.rung for r in rows], [*SUBJECT, *OTHERS], tile=160), home / "ladder.png")
     return rows
 
 

@@ -29,6 +29,8 @@ def noise_source(shape: tuple[int, ...], seed: int | Sequence[int] | None, gener
     does not look at the purpose: it gives its next numbers, on its own device, so the order of the calls is diffusers'.
     """
     if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise SettingsError(f"generator is a {type(generator).__name__}; give one torch.Generator, or seeds.")
         return lambda purpose: torch.randn(shape, generator=generator, device=generator.device)
     seeds = check_seeds(int(torch.randint(2**31, ())) if seed is None else seed, shape[0])
 
@@ -61,7 +63,10 @@ def pairs(
         raise SettingsError(f"num_images_per_prompt is {per_prompt}; it must be at least 1.")
     if (prompt is None) == (embeds is None):
         raise SettingsError("give either a prompt or prompt_embeds.")
-    prompts = [""] * len(embeds) if embeds is not None else as_list(prompt if prompt is not None else "")
+    if embeds is not None:
+        prompts = [""] * len(check_floats("prompt_embeds", embeds))
+    else:
+        prompts = as_list(prompt if prompt is not None else "")
     negatives = as_list(negative_prompt or "")
     if not prompts or not all(isinstance(p, str) for p in prompts + negatives):
         raise SettingsError("prompt and negative_prompt must be a text, or a list of texts.")
@@ -83,7 +88,7 @@ def encode_both(
     """Prompts and negative prompts as (B, 77 k, D), with the same k; `embeds` stand in for either. None: not needed."""
     count, width = len(prompts), pipe.text_encoder.config.hidden_size
     given = [
-        None if x is None else one_for_each(name, x.to(pipe.device, pipe.dtype), count, width)
+        None if x is None else one_for_each(name, x, count, width).to(pipe.device, pipe.dtype)
         for name, x in zip(("prompt_embeds", "negative_prompt_embeds"), embeds)
     ]
     wanted = [prompts, negatives] if guided else [prompts]
@@ -97,6 +102,7 @@ def encode_both(
 
 def one_for_each(name: str, given: Tensor, count: int, width: int) -> Tensor:
     """Embeddings (B, 77 k, D) -> (count, 77 k, D); SettingsError where they do not go into it."""
+    check_floats(name, given)
     if given.ndim != 3 or not len(given) or count % len(given) or given.shape[1] % LENGTH or given.shape[2] != width:
         fits = f"for {count} pictures it must be (1 or {count}, {LENGTH} k, {width})"
         raise SettingsError(f"{name} has the shape {tuple(given.shape)}; {fits}, as encode_prompt gives it.")
@@ -108,8 +114,26 @@ def check_output_type(output_type: str) -> None:
         raise SettingsError(f'output_type "{output_type}" is unknown; it is pil, pt or latent.')
 
 
+def check_floats(name: str, given: Tensor) -> Tensor:
+    """A caller's own tensor, unless it is none of plain finite floats."""
+    if not isinstance(given, Tensor) or not given.is_floating_point() or not given.ndim:
+        kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        raise SettingsError(f"{name}: this is a {kind}; give a tensor of floats.")
+    if not given.isfinite().all():
+        raise SettingsError(f"{name}: there is NaN or infinity in the tensor; look where it was made.")
+    return given
+
+
+def whole(name: str, value: int) -> int:
+    """A plain int, from any kind of whole number; SettingsError for 64.0 and its like."""
+    try:
+        return index(value)
+    except TypeError:
+        raise SettingsError(f"{name} is {value!r}; it must be a whole number.") from None
+
+
 def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tuple(latents.shape) != shape:
+    if tuple(check_floats("latents", latents).shape) != shape:
         raise SettingsError(f"latents have the shape {tuple(latents.shape)}; for this call it must be {shape}.")
     return latents.float()
 
@@ -146,7 +170,7 @@ def adapter_name_of(name: str) -> str:
 def in_lora_dir(folder: str, name: str) -> Path:
     """The file or folder of that name; SettingsError, with what is there, if there is none. A name is no path."""
     for path in (Path(folder, name), Path(folder, f"{name}.safetensors")):
-        if Path(name).name == name and path.exists():
+        if Path(name).name == name and name not in ("", "..") and path.exists():
             return path
     there = sorted(path.name.removesuffix(".safetensors") for path in Path(folder).glob("*"))[:10]
     raise SettingsError(

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from minidiff.call import Draw, check_latents
-from minidiff.diffusion.guidance import UNetCall
 from minidiff.diffusion.inpainting import keep_outside, latent_mask, with_surroundings
+from minidiff.diffusion.runs import UNetCall
 from minidiff.errors import SettingsError
 from minidiff.picture_input import pasted
 

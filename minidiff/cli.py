@@ -78,6 +78,7 @@ def drawn_again(path: str, rest: list[str]) -> Sample:
 
     origin = read_origin(path)
     settings = tyro.cli(Sample, args=rest, prog="minidiff sample", default=origin.settings)
+    settings.check()
     for note in check_origin(origin, settings):
         warnings.warn(note, stacklevel=1)
     return settings

@@ -10,6 +10,7 @@ from minidiff.errors import DataError, SettingsError
 from minidiff.file_flags import Bake, Convert, Extract, Inspect, Join, Resize
 from minidiff.flags import (
     Attention,
+    Bench,
     DataCheck,
     Filmstrip,
     Judge,
@@ -42,12 +43,15 @@ def drawing(s: Sampling | Tokens) -> None:
 
 
 def train(s: FineTuneSettings) -> None:
+    from minidiff.train import memory
     from minidiff.train.distributed import joined
     from minidiff.train.loop import fit
     from minidiff.train.recipes import RECIPES
 
     with joined(s.device):
-        report = fit(RECIPES[type(s)](s), s)
+        task = RECIPES[type(s)](s)
+        with memory.told(task, s):
+            report = fit(task, s)
         if report.finished:
             print(f"{s.output_dir}: the result and its card, loss.png, and samples/ with a sheet for each stage")
     if not report.finished:
@@ -91,6 +95,24 @@ def lesson(s: Lesson) -> None:
         known = ", ".join(sorted(str(int(path.name[:2])) for path in folder.glob("[0-9][0-9]_*.py")))
         raise SettingsError(f"there is no lesson {s.number}; there are {known or 'none beside this installation'}.")
     if code := subprocess.run([sys.executable, str(found[0])], check=False).returncode:
+        sys.exit(code)
+
+
+def bench(s: Bench) -> None:
+    s.check()
+    import json
+    import os
+    from dataclasses import asdict
+
+    root = Path(__file__).parent.parent
+    if not (root / "tests" / "benchmarks" / "__main__.py").is_file():
+        raise SettingsError(
+            f"the benchmark is not beside this installation ({root}): it lives in a checkout's tests/benchmarks. "
+            'Clone the repository, and install it with pip install -e ".[bench]".'
+        )
+    places = os.pathsep.join(filter(None, (str(root / "tests"), str(root), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", json.dumps(asdict(s))]
+    if code := subprocess.run(command, env=os.environ | {"PYTHONPATH": places}, check=False).returncode:
         sys.exit(code)
 
 
@@ -138,6 +160,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "merge resize": (Resize, tool),
     "ladder": (Ladder, ladder),
     "lesson": (Lesson, lesson),
+    "bench": (Bench, bench),
     "pretrain": (PretrainSettings, pretrain),
     "judge": (Judge, judge),
 }

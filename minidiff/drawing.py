@@ -12,12 +12,15 @@ from PIL.Image import Image
 from minidiff.adapters.inject import adapter_names
 from minidiff.call import adapter_name_of, in_lora_dir
 from minidiff.device import chosen_device
-from minidiff.errors import DataError, SettingsError
+from minidiff.diffusion.samplers import sampler_named
+from minidiff.errors import SettingsError
 from minidiff.flags import Attention, Filmstrip, Morph, Sample, Sampling, Sheet, Tokens
-from minidiff.images import contact_sheet, read_png_text, save_png
+from minidiff.images import contact_sheet, save_png
+from minidiff.layout import config_of, local_folder, sampler_of
 from minidiff.models.prompt import parse_prompt
-from minidiff.pipeline import StableDiffusionPipeline
-from minidiff.studio.provenance import chunks, parameters
+from minidiff.pipeline import MAX_SIDE, StableDiffusionPipeline
+from minidiff.studio.provenance import chunks, parameters, several
+from minidiff.studio.replay import output_files
 from minidiff.weights import read_header
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ LOADED = (  # what decides which model is loaded, and what is attached to it
     *("pretrained_model_name_or_path", "tokenizer", "torch_dtype", "device"),
     *("lora", "lora_dir", "textual_inversion"),
 )
+MAX_WORDS = 100
 
 
 # --- the commands ------------------------------------------------------------------------------------------------------
@@ -39,7 +43,7 @@ LOADED = (  # what decides which model is loaded, and what is attached to it
 def sample(s: Sample) -> None:
     """One file for each picture; how it was made is written into it."""
     assert s.prompt is not None  # checked
-    names = output_files(s.output, s.num_images_per_prompt)
+    names = output_files(s)
     pipe = load(s, [s.prompt])
     preview = preview_of(pipe, s.preview)
     for name, seed in zip(names, range(s.seed, s.seed + s.num_images_per_prompt)):  # each alone: see `chunks`
@@ -50,15 +54,18 @@ def sample(s: Sample) -> None:
 
 def sheet(s: Sheet) -> None:
     """Two settings against each other; or the model before and after its LoRAs and new words."""
-    output_files(s.output)
-    drawn, about = (over_settings if s.columns or s.rows else before_and_after)(s)
+    output_files(s)
+    drawn, about = (before_and_after if s.columns is s.rows is None else over_settings)(s)
     save_png(drawn, s.output, {"parameters": about})
     print(s.output)
 
 
 def before_and_after(s: Sheet) -> tuple[Image, str]:
     """A column for each prompt, the same seeds in every row; the sheet and how it was made."""
+    from minidiff.studio.sheets import check_count
+
     learned = bool(s.lora or s.textual_inversion)
+    check_count(len(s.prompts), s.num_images_per_prompt * (1 + learned))
     pipe = load(replace(s, lora=(), lora_weight=(), textual_inversion=()), s.prompts)
     rows, labels = [], []
     for when in ("before", "after") if learned else ("",):
@@ -76,7 +83,9 @@ def over_settings(s: Sheet) -> tuple[Image, str]:
     from minidiff.studio import sheets
 
     prompts = sheets.Axis("prompts", tuple((prompt,) for prompt in s.prompts))
-    axes = [named_weights(sheets.parse_axis(text, Sampling, s.prompts), s) if text else None for text in (s.columns, s.rows)]
+    axes = [
+        None if text is None else named_weights(sheets.parse_axis(text, Sampling, s.prompts), s) for text in (s.columns, s.rows)
+    ]
     if len(s.prompts) > 1 and not any(axis and axis.name == prompts.name for axis in axes):
         if all(axes):
             raise SettingsError(f"{len(s.prompts)} prompts, --columns and --rows are three axes; a sheet has two.")
@@ -97,7 +106,24 @@ def over_settings(s: Sheet) -> tuple[Image, str]:
             about.append(parameters(settings, pipe, " | ".join(s.prompts), settings.seed, image))
         return image
 
-    return sheets.contact_sheet_of(s, axes[0], axes[1], tile, s.title, s.tile), about[0]
+    return sheets.contact_sheet_of(s, axes[0], axes[1], tile, s.title, s.tile, check=check_tile), about[0]
+
+
+def check_tile(s: Sheet) -> None:
+    """What would stop this tile only after others were drawn: files that are not there, or what its sampler cannot have."""
+    output_files(s)  # an axis of pictures may hold the sheet's own name
+    for name, side in (("width", s.width), ("height", s.height), ("tile_size", s.tile_size)):
+        if side is not None and not 1 <= side <= MAX_SIDE:
+            raise SettingsError(f"{name} is {side}; it can be 1 to {MAX_SIDE} pixels.")
+    for name in ("tokenizer", "lora", "textual_inversion", "image", "mask_image"):
+        for path in filter(None, several(getattr(s, name))):
+            if not Path(path).exists():
+                raise SettingsError(f"{name} {path}: no such file or folder.")
+    model, sampler = s.pretrained_model_name_or_path, s.sampler or "ddim"
+    if not Path(model).is_file():
+        folder = local_folder(model) / "scheduler"
+        sampler = s.sampler or sampler_of(*config_of(folder, "scheduler_config.json"))
+    sampler_named(sampler).check(s.timestep_spacing, s.use_karras_sigmas, s.eta)
 
 
 def named_weights(axis: "Axis", s: Sheet) -> "Axis":
@@ -111,10 +137,11 @@ def named_weights(axis: "Axis", s: Sheet) -> "Axis":
 
 def morph(s: Morph) -> None:
     """A loop through keyframes, and its length before it starts."""
-    from minidiff.studio.morph import Keyframe, Loop, check_sampler, keyframe_tensors, save_animation
+    from minidiff.studio.morph import Keyframe, Loop, check_sampler, keyframe_tensors, save_animation, writer_for
     from minidiff.studio.morph import morph as frames_of
 
-    check_new(s.output, "--output")
+    writer_for(s.output, s.fps)  # refuses other formats
+    output_files(s)
     seeds = s.seeds or (tuple(range(s.seed, s.seed + 3)) if len(s.prompts) == 1 else (s.seed,))
     count = max(len(s.prompts), len(seeds))
     keys = [Keyframe(s.prompts[i % len(s.prompts)], seeds[i % len(seeds)]) for i in range(count)]
@@ -128,7 +155,8 @@ def morph(s: Morph) -> None:
         return draw(pipe, replace(s, seed=seeds[0]), latents=noise, prompt_embeds=text)
 
     pipe.set_progress_bar_config(disable=True)  # the loop has one of its own
-    save_animation(frames_of(loop, noises, texts, frame), s.output, s.fps)
+    pictures = list(frames_of(loop, noises, texts, frame))
+    save_animation(pictures, s.output, s.fps, parameters(s, pipe, " | ".join(s.prompts), seeds[0], pictures[0]))
     print(s.output)
 
 
@@ -136,7 +164,7 @@ def filmstrip(s: Filmstrip) -> None:
     from minidiff.studio.filmstrip import Film
     from minidiff.studio.filmstrip import filmstrip as strip
 
-    output_files(s.output)
+    output_files(s)
     pipe = load(s, [s.prompt or ""])
     with Film(pipe) as film:
         image = draw(pipe, s, s.prompt, callback=film)
@@ -148,9 +176,11 @@ def filmstrip(s: Filmstrip) -> None:
 def attention(s: Attention) -> None:
     from minidiff.studio.attention_maps import AttentionMaps, attention_sheet, words_of
 
-    output_files(s.output)
+    output_files(s)
     pipe = load(s, [s.prompt or ""])
     words = words_of(pipe.tokenizer, s.prompt or "", pipe.placeholders)
+    if len(words) > MAX_WORDS:
+        raise SettingsError(f"the prompt has {len(words)} words, and each gets a tile; give {MAX_WORDS} at most.")
     with AttentionMaps(pipe) as maps:
         image = draw(pipe, s, s.prompt)
     about = {"parameters": parameters(s, pipe, s.prompt or "", s.seed, image)}
@@ -159,7 +189,6 @@ def attention(s: Attention) -> None:
 
 
 def tokens(s: Tokens) -> None:
-    from minidiff.layout import local_folder
     from minidiff.models.text import load_tokenizer
     from minidiff.models.tokens import token_view
 
@@ -168,27 +197,6 @@ def tokens(s: Tokens) -> None:
 
 
 # --- what they share ---------------------------------------------------------------------------------------------------
-
-
-def check_new(output: str, flag: str, ours: bool = False) -> None:
-    """Refuse to write over a file that does not say that minidiff drew it."""
-    if Path(output).exists() and not ours:
-        raise SettingsError(f"{flag} {output} is there already, and does not say that minidiff drew it; choose another name.")
-
-
-def output_files(output: str, count: int = 1, flag: str = "--output") -> list[Path]:
-    """Where the pictures go. What minidiff drew is drawn over (it says how to draw it again); any other file is left alone."""
-    path = Path(output)
-    if path.suffix.lower() != ".png":
-        raise SettingsError(f'{flag} "{output}": pictures are written as PNG; give a name that ends in .png.')
-    names = [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
-    for name in names:
-        try:
-            ours = not name.exists() or "minidiff" in read_png_text(name).get("parameters", "")
-        except DataError:  # no picture
-            ours = False
-        check_new(str(name), flag, ours)
-    return names
 
 
 def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
@@ -205,6 +213,8 @@ def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
                 "(If it is a LoRA, give it with --lora, and the model it belongs to here.)"
             )
         pipe = StableDiffusionPipeline.from_single_file(name, s.tokenizer, dtype)
+    elif s.tokenizer is not None:
+        raise SettingsError(f"--tokenizer is for a model in a single file; {name} is a folder with its own. Leave it out.")
     else:
         pipe = StableDiffusionPipeline.from_pretrained(name, dtype)
     pipe.to(device)
@@ -276,7 +286,6 @@ def preview_of(pipe: StableDiffusionPipeline, path: str | None) -> Callback | No
         return None
     from minidiff.studio.previews import PreviewFile, fit_preview
 
-    output_files(path, flag="--preview")
     return PreviewFile(fit_preview(pipe.vae), path)
 
 

@@ -1,11 +1,11 @@
-"""The flags of all commands that draw, and of `lesson`, `judge`, `data check`, `ladder`. Training's: train/settings.py.
+"""The flags of what draws, and of `lesson`, `judge`, `data check`, `ladder`, `bench`. Training's: train/settings.py.
 
 As there, the line under a field is its help, and nothing imports torch.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tyro.conf import Positional
 
@@ -71,6 +71,13 @@ class Sampling:
 
     def check(self) -> None:
         """Raise SettingsError, naming the flag, for a value that cannot work; the model's own limits come with the model."""
+        for name in ("pretrained_model_name_or_path", "tokenizer", "lora", "textual_inversion", "image", "mask_image"):
+            value = getattr(self, name)
+            need("" not in (value if isinstance(value, tuple) else (value,)), f"{name} is empty", "a path, or leave it out")
+        if not 1 <= self.num_inference_steps <= 1000:
+            raise SettingsError(f"--num_inference_steps is {self.num_inference_steps}; it can be 1 to 1000.")
+        need(0 <= self.eta <= 1, f"eta is {self.eta}", "0 … 1")
+        need(0 <= self.clip_skip <= 100, f"clip_skip is {self.clip_skip}", "0, or how many layers to leave out")
         weights = f"lora_weight has {len(self.lora_weight)} numbers for {len(self.lora)} LoRAs"
         need(len(self.lora_weight) in (0, len(self.lora)), weights, "one for each")
         finite = all(map(math.isfinite, self.lora_weight))
@@ -118,12 +125,14 @@ class Sheet(Sampling):
     tile: int = 256
     """Size of each picture on the sheet, in pixels."""
     output: str = "sheet.png"
-    """The PNG file."""
+    """The PNG file, written once all pictures are drawn: Ctrl-C leaves none."""
 
     def check(self) -> None:
         need(bool(self.prompts), "there are no prompts", 'one or more, as in minidiff sheet "a dog" "a cat"', flag=False)
         need(1 <= self.num_images_per_prompt <= 1000, f"num_images_per_prompt is {self.num_images_per_prompt}", "1 … 1000")
         need(16 <= self.tile <= 2048, f"tile is {self.tile}", "16 … 2048 pixels")
+        once = self.num_images_per_prompt == 1 or self.columns is self.rows is None
+        need(once, "num_images_per_prompt does nothing with --columns and --rows", "an axis such as seed=0..3")
         need(len(self.title) <= 500, f"title is {len(self.title)} letters long", "500 at most")
         super().check()
 
@@ -143,7 +152,7 @@ class Morph(Sampling):
     ease: Literal["even", "smooth"] = "even"
     """The same pace all the way, or a rest at each keyframe."""
     output: str = "morph.gif"
-    """A .gif, .webp or .png (APNG) file."""
+    """A .gif, .webp or .png (APNG) file, written once all frames are drawn: Ctrl-C leaves none."""
 
     def check(self) -> None:
         need(bool(self.prompts), "there are no prompts", 'one or more, as in minidiff morph "a dog" "a cat"', flag=False)
@@ -264,3 +273,26 @@ class Ladder:
 
     def check(self) -> None:
         need(bool(self.output_dir.strip()), "output_dir is empty", "a folder")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure minidiff beside diffusers + peft on this machine; from a checkout, with pip install -e ".[bench]"."""
+
+    quick: bool = False
+    """Small work only, in five minutes on two cores."""
+    only: tuple[str, ...] = ()
+    """Some of saved, train, picture, start, memory, unet, attention; default: all."""
+    compile: bool = True
+    """Let torch.compile have the peers' best (never in a quick run: it takes minutes)."""
+    device: Literal["cpu", "cuda"] | None = None
+    """cpu or cuda; default: cuda if there is one."""
+    output_dir: str = "outputs/bench"
+    """A folder for bench.png, bench.json, and in a full run a random model of SD 1.5's size (4 GB)."""
+
+    GROUPS: ClassVar[tuple[str, ...]] = ("saved", "train", "picture", "start", "memory", "unet", "attention")
+
+    def check(self) -> None:
+        need(bool(self.output_dir.strip()), "output_dir is empty", "a folder")
+        for group in self.only:
+            need(group in self.GROUPS, f'only names "{group}"', f"some of {', '.join(self.GROUPS)}")

@@ -3,6 +3,7 @@
 Shapes: B pictures, 3 channels, H rows, W columns; values of tensors lie in [-1, 1].
 """
 
+import contextlib
 import functools
 import io
 import itertools
@@ -29,11 +30,11 @@ MAX_PIXELS = 100_000_000  # more is a mistake or a decompression bomb: a small f
 READ_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error)
 
 
-def load_image(path: Path | str) -> Image.Image:
+def load_image(path: Path | str, under: str = "white") -> Image.Image:
     """A picture of any usual kind as 8-bit RGB, the way a viewer shows it.
 
-    Turned upright by its EXIF mark, 16 bits scaled to 8, transparency laid over white, CMYK and wide-gamut colours
-    brought to sRGB, the first frame of an animation (with a warning). Raises DataError for anything else.
+    Turned upright by its EXIF mark, 16 bits scaled to 8, transparency laid over white (or the colour `under`), CMYK and
+    wide-gamut colours brought to sRGB, the first frame of an animation (with a warning). Raises DataError for anything else.
     """
     path = Path(path)
     with _open(path) as image:
@@ -42,7 +43,7 @@ def load_image(path: Path | str) -> Image.Image:
         try:
             profile = image.info.get("icc_profile")
             upright = ImageOps.exif_transpose(image)  # reads the pixels too
-            return _to_srgb(_to_8_bit(upright, path), profile)
+            return _to_srgb(opaque(_to_8_bit(upright, path), under), profile)
         except READ_ERRORS as error:
             raise DataError(f"{path}: damaged or cut short ({error}). Copy it again, or leave it out.") from error
 
@@ -50,7 +51,9 @@ def load_image(path: Path | str) -> Image.Image:
 def _open(path: Path) -> Image.Image:
     """Read the header alone, and refuse what cannot be a picture."""
     if not path.is_file():
-        raise DataError(f"{path}: {'is a folder, not a picture' if path.is_dir() else 'no such file'}. Check the path.")
+        there = "is a folder, not a picture" if path.is_dir() else "is no ordinary file" if path.exists() else "no such file"
+        hint = "Addresses are not read: download it first" if path.parts[:1] in (("http:",), ("https:",)) else "Check the path"
+        raise DataError(f"{path}: {there}. {hint}.")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty (0 bytes). Copy it again, or leave it out.")
     huge = f"{path}: more than {MAX_PIXELS // 1_000_000} million pixels. Reduce it first; training needs 512 on a side."
@@ -82,11 +85,16 @@ def _to_8_bit(image: Image.Image, path: Path) -> Image.Image:
     return Image.fromarray((values / 257).round().astype(np.uint8))
 
 
+def opaque(image: Image.Image, under: str = "white") -> Image.Image:
+    """What is transparent, laid over a colour -> RGB; any other picture as it is."""
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, under), image).convert("RGB")
+
+
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Any mode -> RGB: transparency over white, the embedded colour profile applied where there is one."""
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    """Any mode without transparency -> RGB, the embedded colour profile applied where there is one."""
     if profile and image.mode in ("RGB", "CMYK"):
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -127,7 +135,7 @@ def save_png(image: Image.Image, path: Path | str, text: Mapping[str, str] | Non
 def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
     """`write` fills a file beside `path`, which takes its place once it is whole: no reader ever sees half of it."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = _part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -139,7 +147,31 @@ def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        raise MinidiffError(f"{path}: cannot be written ({error.strerror or error}). Choose another place.") from error
+        raise _unwritable(path, error) from error
+
+
+def check_writable(path: Path | str) -> None:
+    """MinidiffError where `write_whole` could not write; for before long work. It tries, and leaves nothing behind."""
+    path = Path(path)
+    part, missing = _part_of(path), [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.open("wb").close()
+        part.unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _unwritable(path: Path, error: OSError) -> MinidiffError:
+    return MinidiffError(f"{path}: cannot be written ({error.strerror or error}). Choose another place.")
 
 
 def read_png_text(path: Path | str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from minidiff.errors import SettingsError
-from minidiff.images import load_image, to_tensor
+from minidiff.images import load_image, opaque, to_tensor
 
 Pictures = Any  # a PIL picture, a path, a tensor (B, 3, H, W) or (3, H, W) in [-1, 1], or a list of these
 EDGE = 4  # pixels inside a mask's edge over which new and old are mixed
@@ -31,15 +31,15 @@ def as_pictures(image: Pictures, count: int) -> Tensor:
     return torch.stack(pictures).expand(count, -1, -1, -1)
 
 
-def _as_picture(image: Pictures, name: str = "image") -> Tensor:
-    """(3, H, W); `name` is the argument's, for errors."""
+def _as_picture(image: Pictures, name: str = "image", under: str = "white") -> Tensor:
+    """(3, H, W); `name` is the argument's, for errors; what is transparent is laid over the colour `under`."""
     if isinstance(image, (str, Path)):
-        image = load_image(image)
+        image = load_image(image, under)
     if isinstance(image, Image.Image):
-        return to_tensor(image)
+        return to_tensor(opaque(image, under))
     if not isinstance(image, Tensor):
         raise SettingsError(f"{name} is a {type(image).__name__}; give a PIL picture, a path, or a tensor in [-1, 1].")
-    if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
+    if image.ndim != 3 or len(image) != 3 or not image.numel() or not image.is_floating_point():
         raise SettingsError(f"{name} is a tensor {tuple(image.shape)} of {image.dtype}; it must be (3, H, W), of floats.")
     if not image.abs().max() <= 1.001:  # NaN neither
         raise SettingsError(f"{name} is a tensor with values outside [-1, 1]; pictures in [0, 1] become 2 * x - 1.")
@@ -48,12 +48,12 @@ def _as_picture(image: Pictures, name: str = "image") -> Tensor:
 
 def as_mask(mask: Pictures, pictures: Tensor) -> Tensor:
     """(1, 1, H, W): 1 where the mask is nearer to white. It must be as large as `pictures` (B, 3, H, W), and not all black."""
-    bright = (_as_picture(mask, "mask_image").mean(dim=0)[None, None] > 0).float()
+    bright = (_as_picture(mask, "mask_image", under="black").mean(dim=0)[None, None] > 0).float()  # unpainted: kept
     if bright.shape[-2:] != pictures.shape[-2:]:
         (h, w), (height, width) = bright.shape[-2:], pictures.shape[-2:]
         raise SettingsError(f"mask_image is {w} x {h} and the picture {width} x {height}; make the mask as large.")
     if not bright.any():
-        raise SettingsError("mask_image is black everywhere; paint white what shall be drawn anew.")
+        raise SettingsError("mask_image is nowhere brighter than middle grey; paint white what shall be drawn anew.")
     return bright
 
 
@@ -75,9 +75,10 @@ def size_of(pictures: Tensor, height: int | None, width: int | None, factor: int
     Where one side alone was asked for, the other follows.
     """
     own_height, own_width = pictures.shape[-2:]
-    scale = height / own_height if height else width / own_width if width else 1.0
+    asked, own = (width, own_width) if height is None else (height, own_height)
+    scale = 1.0 if asked is None else asked / own
     sides = [max(int(side * scale + 1e-6) // factor, 1) * factor for side in (own_height, own_width)]
-    return height or sides[0], width or sides[1]
+    return sides[0] if height is None else height, sides[1] if width is None else width
 
 
 def pasted(drawn: Tensor, pictures: Tensor, mask: Tensor) -> Tensor:

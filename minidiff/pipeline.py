@@ -26,6 +26,7 @@ from minidiff.call import (
     loras_of,
     noise_source,
     pairs,
+    whole,
 )
 from minidiff.canvas import Canvas, blank, on_picture
 from minidiff.config import NoiseConfig
@@ -170,7 +171,7 @@ class StableDiffusionPipeline:
             canvas = self.canvas(pictures, mask_image, shape, strength, draw, latents)
             model = guided(canvas.unet_call, text, no_text, guidance_scale)
             steps = sampler_named(self.sampler if sampler is None else sampler)(
-                *(model, canvas.noise.to(self.device), self.schedule, num_inference_steps, draw),
+                *(model, canvas.noise.to(self.device), self.schedule, whole("num_inference_steps", num_inference_steps), draw),
                 image=canvas.image,
                 strength=canvas.strength,
                 fix_x0=canvas.fix_x0,
@@ -253,7 +254,7 @@ class StableDiffusionPipeline:
             height, width = size_of(pictures, height, width, factor)
         sides = []
         for flag, side in (("height", height), ("width", width)):
-            side = usual * factor if side is None else side
+            side = usual * factor if side is None else whole(flag, side)
             if not factor <= side <= MAX_SIDE or side % factor:
                 below = min(max(side // factor, 1), MAX_SIDE // factor - 1) * factor
                 raise SettingsError(
@@ -265,7 +266,7 @@ class StableDiffusionPipeline:
     def set_tile_size(self, pixels: int | None) -> None:
         """Draw large pictures in overlapping tiles of so many pixels, so that they need the memory of one; None: whole."""
         cell = self.vae.config.downscale
-        if pixels is not None and (pixels < 8 * cell or pixels % cell):
+        if pixels is not None and (whole("tile_size", pixels) < 8 * cell or pixels % cell):
             raise SettingsError(f"tile_size is {pixels}; it must be a multiple of {cell}, at least {8 * cell}.")
         self.tile_size = pixels
 

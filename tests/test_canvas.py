@@ -1,4 +1,4 @@
-"""Image to image, inpainting and tiles, on a tiny model with drawn weights: what each promises, and what bad input gets to hear."""
+"""Image to image, inpainting and tiles, on a tiny model with drawn weights: what each promises; and bad input."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -266,7 +266,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"image": picture(), "mask_image": left_half(8, 16)},
         "mask_image is 8 x 16 and the picture 16 x 16; make the mask as large",
     ),
-    "black mask": ({"image": picture(), "mask_image": Image.new("L", (16, 16))}, "mask_image is black everywhere"),
+    "black mask": ({"image": picture(), "mask_image": Image.new("L", (16, 16))}, "nowhere brighter than middle grey"),
     "two pictures": ({"image": [picture(), picture()]}, "image holds 2 pictures for 1 to draw"),
     "two sizes": ({"image": [picture(), picture(20)], "num_images_per_prompt": 2}, "pictures of several sizes"),
     "a number": ({"image": 3}, "image is a int; give a PIL picture"),
@@ -275,6 +275,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "in 0..255": ({"image": torch.full((3, 16, 16), 200.0)}, "values outside"),
     "NaN": ({"image": torch.full((3, 16, 16), float("nan"))}, "values outside"),
     "width 21": ({"image": picture(), "width": 21}, "width is 21; it must be a multiple of 2"),
+    "width 0": ({"image": picture(), "width": 0}, "width is 0; it must be a multiple of 2"),
+    "height 0": ({"image": picture(), "height": 0}, "height is 0; it must be a multiple of 2"),
+    "nothing in it": ({"image": torch.zeros(3, 0, 0)}, r"image is a tensor \(3, 0, 0\)"),
+    "an address": ({"image": "https://example.org/a.png"}, "Addresses are not read: download it first"),
+    "a device": ({"image": "/dev/null"}, "/dev/null: is no ordinary file"),
 }
 
 
@@ -304,3 +309,22 @@ def test_a_mask_is_white_where_it_is_brighter_than_middle_grey() -> None:
     grey = Image.new("L", (4, 1))
     grey.putdata([0, 127, 128, 255])
     assert as_mask(grey, torch.zeros(1, 3, 1, 4)).flatten().tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_mask_is_not_white_where_it_is_transparent(as_file: bool, tmp_path: Path) -> None:
+    """White paint on an empty layer: what was not painted stays."""
+    layer = Image.new("RGBA", (4, 1), (255, 255, 255, 0))
+    layer.putpixel((2, 0), (255, 255, 255, 255))
+    layer.save(tmp_path / "mask.png")
+    mask = as_mask(tmp_path / "mask.png" if as_file else layer, torch.zeros(1, 3, 1, 4))
+    assert mask.flatten().tolist() == [0, 0, 1, 0]
+
+
+def test_no_advice_to_take_more_steps_than_there_can_be(pipe: StableDiffusionPipeline) -> None:
+    with pytest.raises(SettingsError, match="less than one. Use a higher strength, or 10 steps or more.$"):
+        draw(pipe, image=picture(), strength=0.1)
+    with pytest.raises(SettingsError, match="less than one. Use a higher strength.$"):
+        draw(pipe, image=picture(), strength=1e-300)
+    with pytest.raises(SettingsError, match="it can be 1 to 1000"):
+        draw(pipe, image=picture(), strength=0.5, num_inference_steps=10**400)

@@ -1,19 +1,23 @@
 """The drawing commands from their flags to their files, on a tiny model; and what wrong flags get to hear."""
 
+import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from minidiff import drawing
 from minidiff.adapters.inject import adapter_weights, inject
 from minidiff.call import in_lora_dir
 from minidiff.cli import main
 from minidiff.drawing import lora_names
 from minidiff.errors import SettingsError
 from minidiff.files.lora import save_lora
-from minidiff.images import read_png_text
+from minidiff.images import read_png_text, save_png
 from minidiff.pipeline import StableDiffusionPipeline
+from minidiff.studio.foreign import picture_texts
 from tests.tiny_adapters import shake
 
 DOG = "a photo of a red dog"
@@ -79,7 +83,9 @@ def test_the_same_pixels_from_a_picture(tiny_folder: Path, loras: Path, capsys: 
     assert "Clip skip: 2" in read_png_text("other.png")["parameters"]
     capsys.readouterr()
     said = refused(capsys, tiny_folder, "sample", "--from", "first.png", "--output", "first.png")
-    assert "is the picture that --from reads" in said
+    assert "--output first.png is the file of --from, too; choose another name" in said
+    said = refused(capsys, tiny_folder, "sample", "--from", "first.png", "--preview", "./first.png")
+    assert "--preview first.png is the file of --from, too" in said
     with pytest.raises(SystemExit) as leave:
         main(["sample", "a dog", "--from"])
     assert leave.value.code == 2 and "--from needs a picture" in capsys.readouterr().err
@@ -113,6 +119,67 @@ def test_preview(tiny_folder: Path) -> None:
     assert Image.open("soon.png").size == (32, 32)
 
 
+def test_a_note_where_something_differs(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Drawn again with another torch than it was made with, a picture may differ: stderr says so, and it is drawn."""
+    run(tiny_folder, "sample", DOG, "--output", "first.png")
+    texts = read_png_text("first.png")
+    about = json.loads(texts["minidiff"])
+    about["versions"]["torch"] = "1.0"
+    save_png(Image.open("first.png"), "older.png", texts | {"minidiff": json.dumps(about)})
+    for name, noted in (("first.png", False), ("older.png", True)):
+        capsys.readouterr()
+        main(["sample", "--from", name, "--output", "again.png"])
+        assert ("Note: older.png was made with torch 1.0 (here " in capsys.readouterr().err) == noted
+    assert same("first.png", "again.png")
+
+
+FOREIGN = ["a dog, drawn by minidiff", "a dog\nSteps: 20, Seed: 1, Model: minidiff-merge, Version: v1.9", "minidiff preview"]
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+def test_a_picture_that_only_names_minidiff_is_left_alone(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    save_png(Image.new("RGB", (8, 8)), "theirs.png", {"parameters": text})
+    for flags in (["--output", "theirs.png"], ["--preview", "theirs.png"]):
+        said = refused(capsys, tiny_folder, "sample", DOG, *flags)
+        assert "theirs.png is there already, and does not say that minidiff drew it" in said
+    os.symlink("nowhere.png", "link.png")
+    assert "link.png is there already" in refused(capsys, tiny_folder, "sample", DOG, "--output", "link.png")
+
+
+def test_what_is_read_is_not_written_over(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Though minidiff drew it. Not one file may be read and written, or written twice."""
+    run(tiny_folder, "sample", DOG, "--output", "p-0.png")
+    run(tiny_folder, "sample", DOG, "--preview", "mask.png", "--output", "other.png")
+    os.symlink("p-0.png", "link.png")
+    kept = {path: path.read_bytes() for path in Path().iterdir()}
+    inputs = ["--image", "link.png", "--mask_image", "mask.png"]
+    for flags, said in (
+        (["--output", "p-0.png"], "--output p-0.png is the file of --image, too"),
+        (["--output", "p.png", "--num_images_per_prompt", "2"], "--output p-0.png is the file of --image, too"),
+        (["--output", "mask.png"], "--output mask.png is the file of --mask_image, too"),
+        (["--preview", "p-0.png"], "--preview p-0.png is the file of --image, too"),
+        (["--preview", "mask.png"], "--preview mask.png is the file of --mask_image, too"),
+        (["--output", "new.png", "--preview", "./new.png"], "--preview new.png is the file of --output, too"),
+    ):
+        assert said in refused(capsys, tiny_folder, "sample", DOG, *inputs, *flags)
+    sheet = ["sheet", DOG, "--columns", "image=p-0.png,other.png", "--output", "other.png"]
+    assert "--output other.png is the file of --image, too" in refused(capsys, tiny_folder, *sheet)
+    assert kept == {path: path.read_bytes() for path in Path().iterdir()}
+
+
+@pytest.mark.parametrize("command", ["sample", "sheet", "morph"])
+def test_a_place_that_cannot_be_written_is_told_first(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    Path("file").touch()
+    monkeypatch.setattr(drawing, "load", lambda *_: pytest.fail("a model was loaded"))
+    for output in ("file/a.png", f"new/folder/{'a' * 300}.png"):
+        said = refused(capsys, tiny_folder, command, DOG, "--output", output)
+        assert "cannot be written" in said
+
+
 # --- sheets, loops, strips -----------------------------------------------------------------------------------------------
 
 
@@ -143,10 +210,49 @@ def test_a_loop(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loop = Image.open("m.png")
     assert loop.n_frames == 6
     assert np.array_equal(np.asarray(loop.convert("RGB")), pixels("key.png"))
-    said = refused(capsys, tiny_folder, "morph", DOG, "--output", "key.png")
+    Image.new("RGB", (8, 8)).save("holiday.png")
+    said = refused(capsys, tiny_folder, "morph", DOG, "--output", "holiday.png")
     assert "is there already" in said
     said = refused(capsys, tiny_folder, "morph", DOG, "--sampler", "euler_a", "--output", "n.gif")
     assert "euler_a draws fresh noise" in said
+
+
+def test_a_prompt_names_no_folder_above(tmp_path: Path) -> None:
+    (tmp_path / "loras").mkdir()
+    for name in ("..", ".", ""):
+        with pytest.raises(SettingsError, match="no such file or folder"):
+            in_lora_dir(str(tmp_path / "loras"), name)
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "png"])
+def test_a_loop_is_drawn_over_its_own_file(tiny_folder: Path, ending: str) -> None:
+    for prompt in (DOG, "the snow, “neu”"):
+        run(tiny_folder, "morph", prompt, "--frames", "1", "--output", f"m.{ending}")
+        assert picture_texts(f"m.{ending}")["parameters"].startswith(f"{prompt}\nSteps: 3, ")
+    assert Image.open(f"m.{ending}").n_frames == 3
+
+
+def test_a_sheet_is_checked_before_its_first_tile(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a later tile cannot be costs no earlier one."""
+    monkeypatch.setattr(drawing, "load", lambda *_: pytest.fail("a model was loaded"))
+    for flags, said in (
+        (["--columns", "steps=2,1001"], "num_inference_steps is 1001; it can be 1 to 1000"),
+        (["--columns", "eta=0,2"], "eta is 2.0; give 0 … 1"),
+        (["--columns", "eta=0,1", "--rows", "sampler=none,euler"], "only ddim has one"),
+        (["--columns", "use_karras_sigmas=false,true"], "only these take Karras sigmas"),  # the model's own sampler is ddim
+        (["--columns", "width=16,0"], "width is 0"),
+        (["--columns", "clip_skip=0,-1"], "clip_skip is -1"),
+        (["--columns", "lora=none,nowhere"], "lora nowhere: no such file or folder"),
+        (["--columns", f"model={tiny_folder},nowhere"], "nowhere: there is no such folder"),
+        (["--columns", "seed=0,1", "--num_images_per_prompt", "2"], "num_images_per_prompt does nothing with --columns"),
+        (["--columns", ""], '"" is no setting'),
+        (["--num_images_per_prompt", "401"], "1 columns by 401 rows are 401 pictures"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["sheet", DOG, "--pretrained_model_name_or_path", str(tiny_folder), *flags])
+        assert said in capsys.readouterr().err, flags
 
 
 def test_a_filmstrip_and_attention(tiny_folder: Path) -> None:
@@ -178,6 +284,10 @@ WRONG = [
     (["sample", DOG, "--clip_skip", "9"], "clip_skip is 9; this text encoder has 2 layers"),
     (["sample", f"({DOG}:1e999)"], '"1e999" is no finite number'),
     (["sample", "--from", "none.png"], "none.png: no such file"),
+    (["sample", DOG, "--tokenizer", "words"], "--tokenizer is for a model in a single file"),
+    (["sample", DOG, "--textual_inversion", ""], "--textual_inversion is empty"),
+    (["sample", DOG, "--preview", "a.jpg"], '--preview "a.jpg": pictures are written as PNG'),
+    (["attention", "dog " * 101], "the prompt has 101 words, and each gets a tile; give 100 at most"),
     (["sheet", DOG, "--columns", "sampler=ddim,eular"], 'Did you mean "euler"?'),
     (["sheet", DOG, "--columns", "guidence=1,2"], "guidance_scale"),
     (["sheet", DOG, "--columns", "seed=0..1000"], "by 399 at most"),

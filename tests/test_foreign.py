@@ -88,6 +88,12 @@ def test_a_schedule_without_counterpart_is_named() -> None:
     assert "sgm uniform" in "".join(read_a1111("a\nSteps: 2, Sampler: Euler, Schedule type: SGM Uniform").notes)
 
 
+def test_karras_that_a_sampler_of_ours_cannot_is_told() -> None:
+    for words in ("PLMS Karras", "DDIM, Schedule type: Karras"):
+        reading = read_a1111(f"a\nSteps: 2, Sampler: {words}")
+        assert "Schedule type: Karras" in "".join(reading.notes) and "use_karras_sigmas" not in reading.settings
+
+
 def test_every_sampler_name_comes_back() -> None:
     assert SAMPLER_NAMES.keys() == SAMPLERS.keys() >= set(comfyui.OURS.values())
     for ours, name in SAMPLER_NAMES.items():
@@ -253,6 +259,7 @@ def test_comfyui_image_to_image() -> None:
     nodes["41"] = {"class_type": "LoadImage", "inputs": {"image": "example.png"}}
     reading = read_comfyui(nodes, "a.png")
     assert "strength" not in reading.settings and any("--image and --strength 0.6" in note for note in reading.notes)
+    assert "denoise: 0.6" in "".join(read_comfyui(graph(n3={"denoise": 0.6}), "a.png").notes)  # of an empty latent
 
 
 def test_comfyui_in_a_circle() -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import minidiff
 from minidiff import drawing
-from minidiff.errors import DataError, SettingsError
+from minidiff.errors import DataError, MinidiffError, SettingsError
 from minidiff.files.embeddings import save_embedding
 from minidiff.files.lora import save_lora
 from minidiff.flags import Sample
@@ -352,6 +352,11 @@ def test_model_hash_is_that_of_coreutils_lines(tiny_folder: Path, home: Path) ->
     assert model_sha256(str(copy)) != model_sha256(str(tiny_folder))
 
 
+def test_no_tokenizer_has_no_hash(home: Path) -> None:
+    with pytest.raises(MinidiffError, match="there is no tokenizer in it"):
+        HASHES["tokenizer"](str(home / "cache"))
+
+
 def test_data_hash_leaves_the_header_out(home: Path) -> None:
     for name in ("a", "b"):
         save_file({"x": torch.arange(9.0)}, home / f"{name}.safetensors", {"title": name * 20})
@@ -382,6 +387,10 @@ def picture(tiny_folder: Path) -> str:
         ({"text": '{"schema": 1, "settings": {"guidance_scale": NaN}}'}, "guidance_scale is None"),
         ({"text": '{"schema": 1, "settings": {"lora_weight": [1, -1e999]}}'}, "lora_weight"),
         ({"text": '{"schema": 1, "settings": {"seed": ' + "9" * 5000 + "}}"}, "no JSON"),
+        ({"settings": {"guidance_scale": 10**400}}, "guidance_scale is 1000"),
+        ({"settings": {"lora_weight": [10**400]}}, r"lora_weight is \[1000"),
+        ({"settings": {"num_inference_steps": 10**400}}, "num_inference_steps is 1000"),
+        ({"settings": {"width": -(2**63)}}, "width is -9223372036854775808"),
         ({"schema": 2}, "kind 2"),
         ({"schema": "\x1b[2J"}, "kind ;"),
         ({"settings": {"num_inference_steps": "20"}}, "num_inference_steps is 20"),

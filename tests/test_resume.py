@@ -107,7 +107,9 @@ def test_exact_resume_with_savings(tiny_folder: Path, memory_path: Path, method:
     check_exact_resume(case, memory_path, stops=[2])
     saved = checkpoint.load(memory_path / "straight" / "run" / "checkpoint-3").tensors
     codes = {t.dtype for name, t in saved["optimizer"].items() if name.endswith(".exp_avg")}
-    assert {t.dtype for t in saved["weights"].values()} == {torch.bfloat16 if "bf16_weights" in SAVINGS[savings] else torch.float32}
+    assert {t.dtype for t in saved["weights"].values()} == {
+        torch.bfloat16 if "bf16_weights" in SAVINGS[savings] else torch.float32
+    }
     assert torch.uint8 in codes or method != "full" or "use_8bit_adam" not in SAVINGS[savings]
 
 

@@ -53,6 +53,8 @@ def picture(settings: Settings) -> Image.Image:
         ("steps=4", (4,), ["4 steps"]),
         ("lora_weight=0,0.5+1", ((0.0,), (0.5, 1.0)), ["LoRA weight 0", "LoRA weight 0.5 + 1"]),
         ("lora=my/dog,my/cat", (("my/dog",), ("my/cat",)), ["dog", "cat"]),
+        ("lora=none,dog", ((), ("dog",)), ["no LoRA", "dog"]),
+        ("guidance=1000001,0.1", (1000001.0, 0.1), ["guidance 1000001.0", "guidance 0.1"]),
         ("use_karras_sigmas=true,False", (True, False), ["with Karras sigmas", "without Karras sigmas"]),
         ("timestep_spacing=leading,trailing", ("leading", "trailing"), ["leading", "trailing"]),
         ("model=runs/a/model,runs/b/model", ("runs/a/model", "runs/b/model"), ["a/model", "b/model"]),

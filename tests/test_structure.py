@@ -72,6 +72,7 @@ ORDER = """
     train/guards
     train/run
     train/loop
+    train/memory
     train/common
     train/recipes
     train/ladder

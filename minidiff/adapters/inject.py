@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from minidiff.adapters.lora import LoRAConv2d, LoRALayer, LoRALinear, LoRAWeights, lengths
+from minidiff.adapters.lora import LoRAConv2d, LoRALayer, LoRALinear, LoRAWeights, tuned_lengths
 from minidiff.adapters.targets import DEFAULT_TARGETS, TEXT, adaptable_layers, chosen, find_targets
 from minidiff.errors import AdapterError, did_you_mean, listed
 from minidiff.rng import generator
@@ -76,7 +76,7 @@ def fresh(layer: LoRALayer, rank: int, alpha: float, rslora: bool, dora: bool, s
     if not dora:
         return weights
     one_for_each_output = torch.Size([len(W)] + [1] * (W.ndim - 1))
-    m = lengths(W.float() + weights.product(), one_for_each_output)  # as in `LoRALayer.dora`, so that m / ||V|| is exactly 1
+    m = tuned_lengths(W, weights, one_for_each_output)  # as in `LoRALayer.gain`, so that m / ||V|| is exactly 1
     return LoRAWeights(weights.A, B, scale, m)
 
 

@@ -23,14 +23,16 @@ for each output, (1, in) or (1, in, 1, 1) for each input; x (…, in) or (batch,
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.adapters.lean import lora_linear
+from minidiff.adapters import lean
+from minidiff.models.lean import full_precision
 
+AT_ONCE = 2**20  # numbers of a weight whose lengths are measured together
 SHORTEST = 1e-12  # a length that can be divided by, for rows of W that are zero
 
 
@@ -63,6 +65,19 @@ def lengths(V: Tensor, shape: torch.Size) -> Tensor:
     """||V||, a norm for each output or each input: over every axis on which `shape`, that of m, is 1."""
     axes = [axis for axis, size in enumerate(shape) if size == 1]
     return torch.linalg.vector_norm(V, dim=axes, keepdim=True).clamp(min=SHORTEST)
+
+
+def tuned_lengths(W: Tensor, weights: LoRAWeights, shape: torch.Size) -> Tensor:
+    """||W + scale · B A||, of the shape of m, in fp32.
+
+    Made of AT_ONCE numbers at a time, so that a big layer needs no second copy of itself. (||w||² + 2 w·ba + ||ba||² would
+    need products r wide alone, but loses its digits where B A takes most of W away.)
+    """
+    if shape[0] != len(W):
+        return lengths(W.float() + weights.product(), shape)
+    rows = max(1, AT_ONCE // W[0].numel())
+    parts = zip(W.split(rows), weights.B.split(rows))
+    return torch.cat([lengths(w.float() + replace(weights, B=b).product(), shape) for w, b in parts])
 
 
 class LoRALayer(nn.Module, ABC):
@@ -108,6 +123,8 @@ class LoRALayer(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """W' x + bias, in the dtype that the base gives."""
+        if (name := self.lean()) is not None:
+            return self.lean_forward(name, x)
         y = tuned = self.base(x)
         if self.unmerged_weight is not None:
             return y
@@ -116,15 +133,6 @@ class LoRALayer(nn.Module, ABC):
                 change = self.dora(name, x, y) if name in self.lora_magnitude else self.detour(name, x)
                 tuned = tuned + (strength * change).to(y.dtype)
         return tuned
-
-    def lean(self) -> str | None:
-        """The one adapter, if it is a LoRA in training without dropout: its product can be made with little kept."""
-        active = [name for name, strength in self.strength.items() if strength]
-        if not torch.is_grad_enabled() or self.unmerged_weight is not None or len(active) != 1:
-            return None
-        name = active[0]
-        plain = name in self.lora_magnitude or (self.training and self.dropout[name] > 0)
-        return name if self.lora_A[name].requires_grad and not plain else None
 
     def detour(self, name: str, x: Tensor) -> Tensor:
         """scale · B A x."""
@@ -137,15 +145,37 @@ class LoRALayer(nn.Module, ABC):
 
         Dropout is on the x of B A x alone: y is computed once, of the whole x. (peft drops x in (g - 1) W x too.)
         """
-        m = self.lora_magnitude[name]
-        exact = torch.autocast(x.device.type, enabled=False)  # the norm as a file's readers will compute it, and not in half
-        with torch.no_grad(), exact:  # section 4.3: it counts as a constant, which saves memory and hardly changes the result
-            norm = lengths(self.base.weight.float() + self.weights(name).product(), m.shape)
-        g = self.along_channels(m / norm)  # exactly 1 at the start
-        if m.shape[1] == 1:  # a length for each output: g V x = g W x + g B A x
+        g = self.along_channels(self.gain(name))
+        if self.lora_magnitude[name].shape[1] == 1:  # a length for each output: g V x = g W x + g B A x
             Wx = y.float() if self.base.bias is None else y.float() - self.along_channels(self.base.bias.float())
             return (g - 1) * Wx + g * self.detour(name, x)
         return self.down((g - 1) * x, self.base.weight.float()) + self.detour(name, g * x)  # for each input: V (g x)
+
+    def gain(self, name: str) -> Tensor:
+        """DoRA's g = m / ||V||, shaped as m; exactly 1 at the start.
+
+        The norm is as a file's readers will compute it, and not in half. Section 4.3: it counts as a constant, which saves
+        memory and hardly changes the result.
+        """
+        m = self.lora_magnitude[name]
+        with torch.no_grad(), full_precision(m):
+            norm = tuned_lengths(self.base.weight, self.weights(name), m.shape)
+        return m / norm
+
+    def lean(self) -> str | None:
+        """The adapter to be trained, where it is the only one and without dropout: then the step can keep less (lean.py)."""
+        active = [name for name, strength in self.strength.items() if strength]
+        if not torch.is_grad_enabled() or self.unmerged_weight is not None or len(active) != 1:
+            return None
+        name = active[0]
+        drops = self.training and self.dropout[name] > 0
+        m_for_outputs = (len(self.base.weight), *[1] * (self.base.weight.ndim - 1))
+        for_inputs = name in self.lora_magnitude and self.lora_magnitude[name].shape != m_for_outputs
+        return name if self.lora_A[name].requires_grad and not drops and not for_inputs else None
+
+    @abstractmethod
+    def lean_forward(self, name: str, x: Tensor) -> Tensor:
+        """As `forward`, with one adapter."""
 
     @abstractmethod
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -166,7 +196,7 @@ class LoRALayer(nn.Module, ABC):
         """ΔW = Σ strength · ΔW of each adapter, in fp32, shaped as W."""
         W = self.base.weight if self.unmerged_weight is None else self.unmerged_weight
         total = torch.zeros_like(W, dtype=torch.float32)
-        with torch.autocast(W.device.type, enabled=False):
+        with full_precision(W):
             for name, strength in self.strength.items():
                 if strength:
                     total += strength * self.weights(name).delta(W)
@@ -189,12 +219,11 @@ class LoRALinear(LoRALayer):
 
     base: nn.Linear
 
-    def forward(self, x: Tensor) -> Tensor:
-        """W' x + bias, in the dtype that the base gives."""
-        if (name := self.lean()) is None:
-            return super().forward(x)
-        factor = self.strength[name] * self.scale[name]
-        return lora_linear(x, self.base.weight, self.base.bias, self.lora_A[name], self.lora_B[name], factor)
+    def lean_forward(self, name: str, x: Tensor) -> Tensor:
+        base, A, B, scale, strength = self.base, self.lora_A[name], self.lora_B[name], self.scale[name], self.strength[name]
+        if name not in self.lora_magnitude:
+            return lean.lora_linear(x, base.weight, base.bias, A, B, strength * scale)
+        return lean.dora(base(x), lean.down(x, A), B, self.gain(name).flatten(), base.bias, scale, strength)
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
@@ -210,6 +239,14 @@ class LoRAConv2d(LoRALayer):
     """A frozen `nn.Conv2d` and its adapters. A moves over the picture as W does, in its strides and with its padding."""
 
     base: nn.Conv2d
+
+    def lean_forward(self, name: str, x: Tensor) -> Tensor:
+        base, A, B, scale, strength = self.base, self.lora_A[name], self.lora_B[name], self.scale[name], self.strength[name]
+        y, thin = base(x), lean.down(x, A, (base.stride, base.padding, base.dilation, base.groups))
+        if name not in self.lora_magnitude:
+            return y + (strength * scale) * self.up(thin, B.to(thin.dtype))
+        y, thin = y.movedim(1, -1), thin.movedim(1, -1)
+        return lean.dora(y, thin, B, self.gain(name).flatten(), base.bias, scale, strength).movedim(-1, 1)
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, None, self.base.stride, self.base.padding, self.base.dilation)

@@ -45,6 +45,8 @@ from minidiff.diffusion.runs import Grid, Model, Rule, Run, StepNoise, Visit
 from minidiff.diffusion.schedule import NoiseSchedule
 from minidiff.errors import SettingsError, did_you_mean
 
+MAX_STEPS = 1000  # those of training; the grid, which knows this model's own, refuses more
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -115,11 +117,13 @@ def first_step(steps: int, strength: float, image: Tensor | None) -> int:
         raise SettingsError(f"strength is {strength}; it can be above 0 (the image as it is) up to 1 (hardly anything of it).")
     if image is None and strength != 1:
         raise SettingsError(f"strength is {strength} and there is no image to start from; give one, or leave strength out.")
-    walked = min(int(steps * strength), steps)
+    if strength == 1:
+        return 0
+    walked = int(min(steps, MAX_STEPS) * strength)  # no float holds a number of 400 digits
     if walked < 1 <= steps:
+        enough = f", or {ceil(1 / strength)} steps or more" if strength * MAX_STEPS >= 1 else ""
         raise SettingsError(
-            f"0 denoising steps: {steps} steps at strength {strength} are less than one. Use a higher strength, or "
-            f"{ceil(1 / strength)} steps or more."
+            f"0 denoising steps: {steps} steps at strength {strength} are less than one. Use a higher strength{enough}."
         )
     return steps - walked
 

@@ -6,38 +6,39 @@ Read `tiled.py` first: this is the same algorithm, FlashAttention-2 (arXiv 2307.
 operation after the other, and every tile of scores goes to memory and back between them. Here, one program does all of it for
 some rows of one head, and no score ever leaves the chip:
 
-                                 kᵀ  (D, S), read tile by tile, past all queries
+                             kᵀ (D, S), read tile by tile, past all queries
                             +---------+---------+---------+----+
-                       main |/////////|         |         |    |    D = 40 is 32 + 8: a power of two, as tiles must be,
-                            |/////////|         |         |    |    and a tail, a power of two itself. Stock kernels go up
-                       tail |/////////|         |         |    |    to 64 instead, and multiply 24 columns of zeros
-                            +---------+---------+---------+----+
-          main      tail        |          BLOCK_S             REST_S    S = 77 is 64 + 16, where others take 128
-        +----------+----+   +---v-----+ - - - - + - - - - + - -+
-        |//////////|////|-->| scores  |         :         :    :    each product over D is a sum of two:
-        |// q, of /|////|   | of one  |                             q_main k_mainᵀ + q_tail k_tailᵀ
-    L   |one program////|   | tile    |         :         :    :
-        +----------+----+   +---|-----+ - - - - + - - - - + - -+
-        |          |    |       v
-        |   of the next |     p = 2^(scores - m): the weights, but for the sum of their row
-        |          |    |       |
-        +----------+----+       v  p v_main and p v_tail, added to what is kept of each row:
-                            +----------+----+   +-+-+
-                            |    o     | o  |   |m|l|   all of it in registers, until the row has met its last key:
-                            |   main   |tail|   | | |   then o / l is the output, and m + log2(l) is kept for the backward
-                            +----------+----+   +-+-+
+                       main |/////////|         |         |    |    D = 40 is 32 + 8: a power of two, as a tile must be,
+                            |/////////|         |         |    |    and a tail, another. Stock kernels go up to 64
+                       tail |/////////|         |         |    |    instead, and multiply 24 columns of zeros
+                            +----+----+---------+---------+----+
+         main     tail           |       BLOCK_S         REST_S     S = 77 is 64 + 16, where others take 128
+        +--------+----+     +----v----+ - - - - + - - - - + - -+
+        |////////|////|     | scores  |         :         :    :    a product over D is a sum of two:
+        |/ q, of one /|---->| of one  |         :         :    :        q_main k_mainᵀ + q_tail k_tailᵀ
+    L   |// program //|     | tile    |         :         :    :
+        +--------+----+     +----+----+ - - - - + - - - - + - -+
+        |        |    |          v
+        |  of the next|      p = 2^(scores - m): the weights, but for the sum of their row
+        |        |    |          |
+        +--------+----+          v   p v_main and p v_tail are added to what is kept of each row:
+                            +--------+----+   +---+-------+
+                            |   o    | o  |   | m | total |    all of it in registers, until the row has met its last key;
+                            |  main  |tail|   |   |       |    then o / total is the output, and m + log2(total)
+                            +--------+----+   +---+-------+    is kept for the backward
 
 A product takes at least 16 numbers of each row, so where D is what is summed over, the tail of D = 40 is 16 wide, half of
 it zeros; where D is the width of the result it is 8. Together: 48 + 40 columns of 64 + 64.
 
-Strides go to the kernels, so that q, k and v are read where they lie, such as in the packed output of one linear. What is written lies
-in memory as (B, L, N·D): merging the heads afterwards copies nothing. fp32 is multiplied as three products in TF32
-("3xTF32", about fp32's own accuracy, on tensor cores); sums are in fp32 for every dtype. The backward is in flash_backward.py.
+Strides go to the kernels, so that q, k and v are read where they lie, such as in the packed output of one linear. What is
+written lies in memory as (B, L, N·D): merging the heads afterwards copies nothing. fp32 is multiplied as three products in
+TF32 ("3xTF32": nearly fp32's own accuracy, on tensor cores); sums are in fp32 for every dtype.
+
+flash_forward.py and flash_backward.py hold the kernels; here is what starts them.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,23 +60,40 @@ from minidiff.models.flash_forward import forward_kernel, short_kernel
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_D = 160
-SHORT = 128  # keys that the single-pass kernel takes
+SHORT = 128  # keys, at most, that are a prompt's: seen all at once by the forward
+PART = 512  # queries for which a prompt's dk and dv are summed by one program
+STAGES = 2  # tiles on their way from memory at once
 
 
-@dataclass(frozen=True)
-class Tile:
-    """The sides of a tile, and the warps (32 threads each) that share a program."""
+class Tile(NamedTuple):
+    """The sides of a tile, and how many warps of 32 threads work on it."""
 
     queries: int
-    keys: int
+    keys: int  # of the short kernel, which takes all: unused
     warps: int
+
+
+# By MAIN (see `split`). Chosen by compiling for sm_86, 89, 90 and 120: in fp16 and bf16 no kernel of SD's runs out of registers
+# (in fp32, which is for checking more than for speed, those of D = 80 and 160 do). No GPU has timed them yet.
+HALF_TILES = {
+    "forward": {32: Tile(128, 64, 8), 64: Tile(128, 64, 8), 128: Tile(64, 32, 4)},
+    "short": {32: Tile(128, 0, 8), 64: Tile(128, 0, 8), 128: Tile(16, 0, 4)},
+    "d_q": {32: Tile(64, 32, 4), 64: Tile(64, 32, 4), 128: Tile(64, 16, 4)},
+    "d_k_d_v": {32: Tile(64, 64, 4), 64: Tile(32, 64, 4), 128: Tile(32, 16, 4)},
+    "short d_k_d_v": {32: Tile(64, 16, 1), 64: Tile(32, 16, 1), 128: Tile(32, 16, 4)},
+}
+FP32_TILES = {
+    "forward": {32: Tile(64, 16, 4), 64: Tile(64, 16, 4), 128: Tile(16, 16, 4)},
+    "d_q": {32: Tile(32, 16, 4), 64: Tile(32, 16, 4), 128: Tile(16, 16, 4)},
+    "d_k_d_v": {32: Tile(16, 16, 4), 64: Tile(16, 16, 4), 128: Tile(16, 16, 4)},
+}
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √D) v. q (B, N, L, D), k and v (B, N, S, D), of any strides, in fp16, bf16 or fp32 -> (B, N, L, D).
 
-    The result lies in memory as (B, L, N, D). Keeps q, k, v, the result and one fp32 number a row for the backward, which gives the
-    same bits every time. SettingsError for what the kernels cannot take.
+    The result lies in memory as (B, L, N, D). Keeps q, k, v, the result and one fp32 number a row for the backward, which
+    gives the same bits every time. SettingsError for what the kernels cannot take.
     """
     check(q, k, v)
     return FlashAttention.apply(q, k, v)
@@ -102,59 +120,59 @@ class FlashAttention(torch.autograd.Function):
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """-> the output (B, N, L, D), and (B, N, L) the base-2 logarithm of the sum that each row was divided by."""
-    (b, n, l, d), s = q.shape, k.shape[-2]  # noqa: E741
-    out, lse = empty_by_tokens(q), torch.empty(b, n, l, dtype=torch.float32, device=q.device)
-    tile = forward_tile_of(d, q.dtype)
-    kernel, (block_s, rest_s) = (short_kernel, split(s)) if s <= SHORT else (forward_kernel, (tile.keys, rest(s, tile.keys)))
+    (b, n, length, d), s = q.shape, k.shape[-2]
+    out, lse = empty_by_tokens(q), torch.empty(b, n, length, dtype=torch.float32, device=q.device)
+    short = s <= SHORT and q.dtype != torch.float32  # of fp32, a row of all keys does not fit into the registers
+    tile = tile_of("short" if short else "forward", q)
+    kernel, (block_s, rest_s) = (short_kernel, split(s)) if short else (forward_kernel, (tile.keys, rest(s, tile.keys)))
     with torch.cuda.device_of(q):
-        kernel[triton.cdiv(l, tile.queries), b * n](
-            q, k, v, out, lse, q.stride(), k.stride(), v.stride(), out.stride(), n, l, s, scale_of(d),
-            **columns_of(d), BLOCK_L=tile.queries, BLOCK_S=block_s, REST_S=rest_s, num_warps=tile.warps, num_stages=STAGES,
+        kernel[triton.cdiv(length, tile.queries), b * n](
+            q, k, v, out, lse, q.stride(), k.stride(), v.stride(), out.stride(), n, length, s, scale_of(d),
+            **columns_of(q), BLOCK_L=tile.queries, BLOCK_S=block_s, REST_S=rest_s,
+            ALIGN=alignment(q, k, v, out), num_warps=tile.warps, num_stages=STAGES,
         )  # fmt: skip
     return out, lse
 
 
 def launch_d_q(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
     """-> dq (B, N, L, D), and (B, N, L) the sum of dO ∘ O over each row."""
-    (b, n, l, d), s = q.shape, k.shape[-2]  # noqa: E741
+    (b, n, length, d), s = q.shape, k.shape[-2]
     d_q, delta = empty_by_tokens(q), torch.empty_like(lse)
-    tile = d_q_tile_of(d, q.dtype)
+    tile = tile_of("d_q", q)
     with torch.cuda.device_of(q):
-        d_q_kernel[triton.cdiv(l, tile.queries), b * n](
+        d_q_kernel[triton.cdiv(length, tile.queries), b * n](
             q, k, v, out, d_out, lse, delta, d_q, q.stride(), k.stride(), v.stride(), out.stride(), d_out.stride(),
-            n, l, s, scale_of(d), **columns_of(d), BLOCK_L=tile.queries, BLOCK_S=tile.keys, REST_S=rest(s, tile.keys),
-            num_warps=tile.warps, num_stages=STAGES,
+            n, length, s, scale_of(d), **columns_of(q), BLOCK_L=tile.queries, BLOCK_S=tile.keys, REST_S=rest(s, tile.keys),
+            ALIGN=alignment(q, k, v, out, d_out), num_warps=tile.warps, num_stages=STAGES,
         )  # fmt: skip
     return d_q, delta
 
 
 def launch_d_k_d_v(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
-    """-> dk and dv (B, N, S, D)."""
-    (b, n, l, d), s = q.shape, k.shape[-2]  # noqa: E741
-    d_k, d_v = empty_by_tokens(k), empty_by_tokens(v)
-    tile = d_k_d_v_tile_of(d, q.dtype, s)
+    """-> dk and dv (B, N, S, D). Over a prompt, the queries are shared out in parts, and these are summed in fp32."""
+    (b, n, length, d), s = q.shape, k.shape[-2]
+    tile = tile_of("short d_k_d_v" if s <= SHORT and q.dtype != torch.float32 else "d_k_d_v", q)
+    parts = triton.cdiv(length, PART) if s <= SHORT else 1
+    like = k.new_empty(1).expand(parts * b, n, s, d)
+    d_k, d_v = (empty_by_tokens(like, k.dtype if parts == 1 else torch.float32) for _ in range(2))
     with torch.cuda.device_of(q):
-        d_k_d_v_kernel[triton.cdiv(s, tile.keys), b * n](
+        d_k_d_v_kernel[triton.cdiv(s, tile.keys), b * n, parts](
             q, k, v, d_out, lse, delta, d_k, d_v, q.stride(), k.stride(), v.stride(), d_out.stride(), d_k.stride(),
-            n, l, s, scale_of(d), **columns_of(d), BLOCK_S=tile.keys, BLOCK_L=tile.queries, REST_L=rest(l, tile.queries),
-            num_warps=tile.warps, num_stages=STAGES,
+            n, length, s, length if parts == 1 else PART, scale_of(d), **columns_of(q),
+            BLOCK_S=tile.keys, BLOCK_L=tile.queries, REST_L=rest(length, tile.queries),
+            ALIGN=alignment(q, k, v, d_out, d_k), num_warps=tile.warps, num_stages=STAGES,
         )  # fmt: skip
+    if parts == 1:
+        return d_k, d_v
+    by_tokens = (x.transpose(1, 2).unflatten(0, (parts, b)) for x in (d_k, d_v))  # as they lie in memory
+    d_k, d_v = (x.sum(dim=0).to(k.dtype).transpose(1, 2) for x in by_tokens)
     return d_k, d_v
 
 
-STAGES = 2  # tiles on their way from memory at once
-
-
-def forward_tile_of(d: int, dtype: torch.dtype) -> Tile:
-    return Tile(64, 64, 4)
-
-
-def d_q_tile_of(d: int, dtype: torch.dtype) -> Tile:
-    return Tile(64, 64, 4)
-
-
-def d_k_d_v_tile_of(d: int, dtype: torch.dtype, s: int) -> Tile:
-    return Tile(64, 16 if s <= SHORT else 64, 4)
+def tile_of(kernel: str, q: Tensor) -> Tile:
+    """From the tables above."""
+    main, _ = split(q.shape[-1])
+    return (FP32_TILES if q.dtype == torch.float32 else HALF_TILES)[kernel][max(main, 32)]
 
 
 def scale_of(d: int) -> float:
@@ -162,10 +180,28 @@ def scale_of(d: int) -> float:
     return math.log2(math.e) / math.sqrt(d)
 
 
-def columns_of(d: int) -> dict[str, int | str]:
+def columns_of(q: Tensor) -> dict[str, int | str]:
     """How the D columns of a row are cut; see the picture."""
+    d = q.shape[-1]
     main, tail = split(d)
-    return {"D": d, "MAIN": main, "TAIL": tail, "OUT_TAIL": min(tail, power_of_two(d - main, 8)), "PRECISION": "tf32x3"}
+    out_tail = min(tail, power_of_two(d - main, narrowest_result(q.device)))
+    return {"D": d, "MAIN": main, "TAIL": tail, "OUT_TAIL": out_tail, "PRECISION": "tf32x3"}
+
+
+def narrowest_result(device: torch.device) -> int:
+    """8 columns; 16 on sm_90 with a Triton before 3.9, which uses the matrix instructions of older GPUs there for 8."""
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+    return 16 if old and generation(device) == 9 else 8
+
+
+def generation(device: torch.device) -> int | None:
+    """The first number of the compute capability: 9 for sm_90."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+
+
+def alignment(*tensors: Tensor) -> int:
+    """The largest of 16, 8, 4, 2 and 1 that divides every stride but the last: 8 for heads 40 wide."""
+    return math.gcd(16, *(stride for x in tensors for stride in x.stride()[:3]))
 
 
 def split(length: int) -> tuple[int, int]:
@@ -176,7 +212,7 @@ def split(length: int) -> tuple[int, int]:
 
 
 def rest(length: int, block: int) -> int:
-    """The width of the last, narrower tile: the power of two, at least 16, that holds what whole blocks leave; 0 for nothing."""
+    """The width of the last, narrower tile: a power of two, at least 16, that holds what whole blocks leave; 0 for nothing."""
     return power_of_two(length % block, 16) if length % block else 0
 
 

@@ -1,10 +1,12 @@
-"""The Triton kernels of attention, backward: arXiv 2307.08691, algorithm 2, cut in two so that no two programs write one number.
+"""The Triton kernels of attention, backward: arXiv 2307.08691, algorithm 2, cut in two.
 
     B batch   N heads   L query tokens   S key tokens   D width of one head
 
-One kernel walks along the rows of the weights and sums dq; the other walks down the columns and sums dk and dv. The weights
-are made twice for it, but nothing is added up in an order that the scheduler decides (that is what an atomic add would mean): the same
-inputs give the same bits. With O the output, dO its gradient, P = softmax(q kᵀ / √D) and Δ the sum of dO ∘ O over a row:
+One kernel walks along the rows of the weights and sums dq; the other walks down the columns and sums dk and dv. Every number
+is then summed by one program, in one order, and the same inputs give the same bits; with a single kernel, many programs would
+add to the same dq (atomically, first come, first served). The price: the weights are made twice.
+
+With O the output, dO its gradient, P = softmax(q kᵀ / √D) and Δ the sum of dO ∘ O over a row:
 
     dv = Pᵀ dO      dP = dO vᵀ      dS = P ∘ (dP - Δ)      dq = dS k / √D      dk = dSᵀ q / √D
 """
@@ -37,7 +39,7 @@ def d_q_tile(
     columns = first + tl.arange(0, WIDTH)
     k_main, k_tail = load_rows(k, k_strides, columns, S, MAIN, TAIL, D, MASK)
     scores = product_over_d(q_main, q_tail, k_main, k_tail, TAIL, PRECISION) * scale
-    if MASK:
+    if MASK:  # a key beyond the last is 0, but its weight, 2^(0 - lse), could be too large for a number
         scores = tl.where(columns[None, :] < S, scores, -float("inf"))
     p = tl.exp2(scores - lse[:, None])  # the weights again, now with their sum divided out
     v_main, v_tail = load_rows(v, v_strides, columns, S, MAIN, TAIL, D, MASK)
@@ -50,7 +52,7 @@ def d_q_tile(
 def d_q_kernel(
     q, k, v, out, d_out, lse, delta, d_q, q_strides, k_strides, v_strides, out_strides, d_out_strides, N, L, S, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, OUT_TAIL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, REST_S: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, REST_S: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """A program: dq of BLOCK_L rows of one head, past all keys. Writes `delta` (B, N, L) too, which d_k_d_v_kernel reads.
 
@@ -58,8 +60,8 @@ def d_q_kernel(
     """
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    out, d_q = head_start(out, out_strides, head, N), head_start(d_q, out_strides, head, N)
-    d_out = head_start(d_out, d_out_strides, head, N)
+    out, d_q = head_start(out, out_strides, head, N, ALIGN), head_start(d_q, out_strides, head, N, ALIGN)
+    d_out = head_start(d_out, d_out_strides, head, N, ALIGN)
     d_o_main, d_o_tail = load_rows(d_out, d_out_strides, rows, L, MAIN, TAIL, D, True)
     o_main, o_tail = load_rows(out, out_strides, rows, L, MAIN, TAIL, D, True)
     delta_rows = tl.sum(o_main.to(tl.float32) * d_o_main.to(tl.float32), 1)
@@ -69,8 +71,8 @@ def d_q_kernel(
     tl.store(delta + row_numbers, delta_rows, mask=rows < L)
     lse_rows = tl.load(lse + row_numbers, mask=rows < L, other=0.0)
 
-    q_main, q_tail = load_rows(head_start(q, q_strides, head, N), q_strides, rows, L, MAIN, TAIL, D, True)
-    k, v = head_start(k, k_strides, head, N), head_start(v, v_strides, head, N)
+    q_main, q_tail = load_rows(head_start(q, q_strides, head, N, ALIGN), q_strides, rows, L, MAIN, TAIL, D, True)
+    k, v = head_start(k, k_strides, head, N, ALIGN), head_start(v, v_strides, head, N, ALIGN)
     d_q_main = tl.zeros([BLOCK_L, MAIN], tl.float32)
     d_q_tail = tl.zeros([BLOCK_L, OUT_TAIL if OUT_TAIL > 0 else 1], tl.float32)
     whole = S - S % BLOCK_S
@@ -91,21 +93,21 @@ def d_q_kernel(
 @triton.jit
 def d_k_d_v_tile(
     d_k_main, d_k_tail, d_v_main, d_v_tail, k_main, k_tail, v_main, v_tail,
-    q, q_strides, d_out, d_out_strides, lse, delta, first, L, scale,
+    q, q_strides, d_out, d_out_strides, lse, delta, first, end, scale,
     WIDTH: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, OUT_TAIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What WIDTH queries from `first` on add to dk and dv of all keys of the program. Everything here is transposed: (S, L)."""
     rows = first + tl.arange(0, WIDTH)
-    lse_rows = tl.load(lse + rows, mask=rows < L, other=float("inf"))  # a query beyond the last has weights 2^-inf = 0
-    delta_rows = tl.load(delta + rows, mask=rows < L, other=0.0)
-    q_main, q_tail = load_rows(q, q_strides, rows, L, MAIN, TAIL, D, MASK)
+    lse_rows = tl.load(lse + rows, mask=rows < end, other=0.0)  # beyond the end all is 0: q, dO, and what they add
+    delta_rows = tl.load(delta + rows, mask=rows < end, other=0.0)
+    q_main, q_tail = load_rows(q, q_strides, rows, end, MAIN, TAIL, D, MASK)
     scores = product_over_d(k_main, k_tail, q_main, q_tail, TAIL, PRECISION) * scale
     p = tl.exp2(scores - lse_rows[None, :])
-    d_o_main, d_o_tail = load_rows(d_out, d_out_strides, rows, L, MAIN, TAIL, D, MASK)
+    d_o_main, d_o_tail = load_rows(d_out, d_out_strides, rows, end, MAIN, TAIL, D, MASK)
     d_s = p * (product_over_d(v_main, v_tail, d_o_main, d_o_tail, TAIL, PRECISION) - delta_rows[None, :])
-    d_o_tail = tail_for_output(d_out, d_out_strides, rows, L, d_o_tail, MAIN, TAIL, OUT_TAIL, D, MASK)
-    q_tail = tail_for_output(q, q_strides, rows, L, q_tail, MAIN, TAIL, OUT_TAIL, D, MASK)
+    d_o_tail = tail_for_output(d_out, d_out_strides, rows, end, d_o_tail, MAIN, TAIL, OUT_TAIL, D, MASK)
+    q_tail = tail_for_output(q, q_strides, rows, end, q_tail, MAIN, TAIL, OUT_TAIL, D, MASK)
     d_v_main, d_v_tail = add_product(d_v_main, d_v_tail, p, d_o_main, d_o_tail, OUT_TAIL, PRECISION)
     d_k_main, d_k_tail = add_product(d_k_main, d_k_tail, d_s, q_main, q_tail, OUT_TAIL, PRECISION)
     return d_k_main, d_k_tail, d_v_main, d_v_tail
@@ -113,33 +115,41 @@ def d_k_d_v_tile(
 
 @triton.jit
 def d_k_d_v_kernel(
-    q, k, v, d_out, lse, delta, d_k, d_v, q_strides, k_strides, v_strides, d_out_strides, d_k_strides, N, L, S, scale,
+    q, k, v, d_out, lse, delta, d_k, d_v, q_strides, k_strides, v_strides, d_out_strides, d_k_strides,
+    N, L, S, queries_a_part, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, OUT_TAIL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, REST_L: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, REST_L: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """A program: dk and dv of BLOCK_S keys of one head, past all queries. `d_v` lies in memory as `d_k` does."""
+    """A program: dk and dv of BLOCK_S keys of one head, past one part of the queries. `d_v` lies in memory as `d_k` does.
+
+    A prompt's few keys would keep few programs busy, past thousands of queries. So the queries come in parts, with a dk and
+    a dv of each part (parts · B, N, S, D), to be summed afterwards.
+    """
     head = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    k_main, k_tail = load_rows(head_start(k, k_strides, head, N), k_strides, columns, S, MAIN, TAIL, D, True)
-    v_main, v_tail = load_rows(head_start(v, v_strides, head, N), v_strides, columns, S, MAIN, TAIL, D, True)
-    q, d_out = head_start(q, q_strides, head, N), head_start(d_out, d_out_strides, head, N)
+    k_main, k_tail = load_rows(head_start(k, k_strides, head, N, ALIGN), k_strides, columns, S, MAIN, TAIL, D, True)
+    v_main, v_tail = load_rows(head_start(v, v_strides, head, N, ALIGN), v_strides, columns, S, MAIN, TAIL, D, True)
+    q, d_out = head_start(q, q_strides, head, N, ALIGN), head_start(d_out, d_out_strides, head, N, ALIGN)
     lse, delta = lse + head.to(tl.int64) * L, delta + head.to(tl.int64) * L
 
     d_k_main = tl.zeros([BLOCK_S, MAIN], tl.float32)
     d_k_tail = tl.zeros([BLOCK_S, OUT_TAIL if OUT_TAIL > 0 else 1], tl.float32)
     d_v_main, d_v_tail = d_k_main, d_k_tail
-    whole = L - L % BLOCK_L
-    for first in range(0, whole, BLOCK_L):
+    begin = tl.program_id(2) * queries_a_part
+    end = tl.minimum(begin + queries_a_part, L)
+    whole = end - (end - begin) % BLOCK_L
+    for first in range(begin, whole, BLOCK_L):
         d_k_main, d_k_tail, d_v_main, d_v_tail = d_k_d_v_tile(
             d_k_main, d_k_tail, d_v_main, d_v_tail, k_main, k_tail, v_main, v_tail, q, q_strides, d_out, d_out_strides,
-            lse, delta, first, L, scale, BLOCK_L, False, D, MAIN, TAIL, OUT_TAIL, PRECISION,
+            lse, delta, first, end, scale, BLOCK_L, False, D, MAIN, TAIL, OUT_TAIL, PRECISION,
         )  # fmt: skip
     if REST_L > 0:
         d_k_main, d_k_tail, d_v_main, d_v_tail = d_k_d_v_tile(
             d_k_main, d_k_tail, d_v_main, d_v_tail, k_main, k_tail, v_main, v_tail, q, q_strides, d_out, d_out_strides,
-            lse, delta, whole, L, scale, REST_L, True, D, MAIN, TAIL, OUT_TAIL, PRECISION,
+            lse, delta, whole, end, scale, REST_L, True, D, MAIN, TAIL, OUT_TAIL, PRECISION,
         )  # fmt: skip
     unscale = scale * 0.6931471805599453  # as in d_q_kernel
-    d_k, d_v = head_start(d_k, d_k_strides, head, N), head_start(d_v, d_k_strides, head, N)
+    head += tl.program_id(2) * tl.num_programs(1)
+    d_k, d_v = head_start(d_k, d_k_strides, head, N, ALIGN), head_start(d_v, d_k_strides, head, N, ALIGN)
     store_rows(d_k, d_k_strides, columns, S, d_k_main * unscale, d_k_tail * unscale, MAIN, OUT_TAIL, D)
     store_rows(d_v, d_k_strides, columns, S, d_v_main, d_v_tail, MAIN, OUT_TAIL, D)

@@ -11,9 +11,14 @@ import triton.language as tl
 
 
 @triton.jit
-def head_start(tensor, strides, head, N):
-    """Where one head of one sample begins. `head` counts through both; in 64 bits, as batches can be large."""
-    return tensor + (head // N).to(tl.int64) * strides[0] + (head % N).to(tl.int64) * strides[1]
+def head_start(tensor, strides, head, N, ALIGN: tl.constexpr):
+    """Where one head of one sample begins. `head` counts through both; in 64 bits, as batches can be large.
+
+    The compiler must know that rows begin at multiples of ALIGN, or it reads them number by number, not 16 bytes at once; of a
+    stride it sees by itself only whether 16 divides it, which is not so for heads 40 wide.
+    """
+    offset = (head // N).to(tl.int64) * strides[0] + (head % N).to(tl.int64) * strides[1]
+    return tensor + tl.multiple_of(offset, ALIGN)
 
 
 @triton.jit
@@ -72,7 +77,7 @@ def add_product(sum_main, sum_tail, a, b_main, b_tail, TAIL: tl.constexpr, PRECI
 
 @triton.jit
 def forward_tile(
-    m, l, o_main, o_tail, q_main, q_tail, k, k_strides, v, v_strides, first, S, scale,
+    m, total, o_main, o_tail, q_main, q_tail, k, k_strides, v, v_strides, first, S, scale,
     WIDTH: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, OUT_TAIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -85,20 +90,20 @@ def forward_tile(
     m_new = tl.maximum(m, tl.max(scores, 1))
     p = tl.exp2(scores - m_new[:, None])  # not yet divided by the sum of their row
     shrink = tl.exp2(m - m_new)  # 0 in the first tile, where m is -inf
-    l = l * shrink + tl.sum(p, 1)  # noqa: E741 (the paper's name)
+    total = total * shrink + tl.sum(p, 1)
     v_main, v_tail = load_rows(v, v_strides, columns, S, MAIN, OUT_TAIL, D, MASK)
     o_main = o_main * shrink[:, None]
     if OUT_TAIL > 0:
         o_tail = o_tail * shrink[:, None]
     o_main, o_tail = add_product(o_main, o_tail, p, v_main, v_tail, OUT_TAIL, PRECISION)
-    return m_new, l, o_main, o_tail
+    return m_new, total, o_main, o_tail
 
 
 @triton.jit
 def forward_kernel(
     q, k, v, out, lse, q_strides, k_strides, v_strides, out_strides, N, L, S, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, OUT_TAIL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, REST_S: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, REST_S: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """A program: BLOCK_L rows of the output of one head, past all keys. Writes `out`, and `lse` (B, N, L) for the backward.
 
@@ -106,28 +111,28 @@ def forward_kernel(
     """
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    q_main, q_tail = load_rows(head_start(q, q_strides, head, N), q_strides, rows, L, MAIN, TAIL, D, True)
-    k, v = head_start(k, k_strides, head, N), head_start(v, v_strides, head, N)
+    q_main, q_tail = load_rows(head_start(q, q_strides, head, N, ALIGN), q_strides, rows, L, MAIN, TAIL, D, True)
+    k, v = head_start(k, k_strides, head, N, ALIGN), head_start(v, v_strides, head, N, ALIGN)
 
     m = tl.full([BLOCK_L], -float("inf"), tl.float32)  # the largest score of each row so far
-    l = tl.zeros([BLOCK_L], tl.float32)  # noqa: E741   the sum of 2^(score - m) so far
+    total = tl.zeros([BLOCK_L], tl.float32)  # the sum of 2^(score - m) so far
     o_main = tl.zeros([BLOCK_L, MAIN], tl.float32)  # the sum of 2^(score - m) · v so far
     o_tail = tl.zeros([BLOCK_L, OUT_TAIL if OUT_TAIL > 0 else 1], tl.float32)
     whole = S - S % BLOCK_S
     for first in range(0, whole, BLOCK_S):
-        m, l, o_main, o_tail = forward_tile(
-            m, l, o_main, o_tail, q_main, q_tail, k, k_strides, v, v_strides, first, S, scale,
+        m, total, o_main, o_tail = forward_tile(
+            m, total, o_main, o_tail, q_main, q_tail, k, k_strides, v, v_strides, first, S, scale,
             BLOCK_S, False, D, MAIN, TAIL, OUT_TAIL, PRECISION,
         )  # fmt: skip
     if REST_S > 0:  # the last tile is as narrow as it can be, and the only one that needs a mask
-        m, l, o_main, o_tail = forward_tile(
-            m, l, o_main, o_tail, q_main, q_tail, k, k_strides, v, v_strides, whole, S, scale,
+        m, total, o_main, o_tail = forward_tile(
+            m, total, o_main, o_tail, q_main, q_tail, k, k_strides, v, v_strides, whole, S, scale,
             REST_S, True, D, MAIN, TAIL, OUT_TAIL, PRECISION,
         )  # fmt: skip
 
-    o_main, o_tail = o_main / l[:, None], o_tail / l[:, None]
-    store_rows(head_start(out, out_strides, head, N), out_strides, rows, L, o_main, o_tail, MAIN, OUT_TAIL, D)
-    tl.store(lse + head.to(tl.int64) * L + rows, m + tl.log2(l), mask=rows < L)
+    o_main, o_tail = o_main / total[:, None], o_tail / total[:, None]
+    store_rows(head_start(out, out_strides, head, N, ALIGN), out_strides, rows, L, o_main, o_tail, MAIN, OUT_TAIL, D)
+    tl.store(lse + head.to(tl.int64) * L + rows, m + tl.log2(total), mask=rows < L)
 
 
 @triton.jit
@@ -145,7 +150,7 @@ def short_scores(
 def short_kernel(
     q, k, v, out, lse, q_strides, k_strides, v_strides, out_strides, N, L, S, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, OUT_TAIL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, REST_S: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, REST_S: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The same for a prompt: BLOCK_S + REST_S hold all the keys (77 are 64 + 16), and a row is seen whole.
 
@@ -153,8 +158,8 @@ def short_kernel(
     """
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    q_main, q_tail = load_rows(head_start(q, q_strides, head, N), q_strides, rows, L, MAIN, TAIL, D, True)
-    k, v = head_start(k, k_strides, head, N), head_start(v, v_strides, head, N)
+    q_main, q_tail = load_rows(head_start(q, q_strides, head, N, ALIGN), q_strides, rows, L, MAIN, TAIL, D, True)
+    k, v = head_start(k, k_strides, head, N, ALIGN), head_start(v, v_strides, head, N, ALIGN)
 
     columns = tl.arange(0, BLOCK_S)
     scores = short_scores(q_main, q_tail, k, k_strides, columns, S, scale, D, MAIN, TAIL, PRECISION)
@@ -167,15 +172,15 @@ def short_kernel(
     o_main = tl.zeros([BLOCK_L, MAIN], tl.float32)
     o_tail = tl.zeros([BLOCK_L, OUT_TAIL if OUT_TAIL > 0 else 1], tl.float32)
     p = tl.exp2(scores - m[:, None])
-    l = tl.sum(p, 1)  # noqa: E741
+    total = tl.sum(p, 1)
     v_main, v_tail = load_rows(v, v_strides, columns, S, MAIN, OUT_TAIL, D, True)
     o_main, o_tail = add_product(o_main, o_tail, p, v_main, v_tail, OUT_TAIL, PRECISION)
     if REST_S > 0:
         p = tl.exp2(more_scores - m[:, None])
-        l += tl.sum(p, 1)  # noqa: E741
+        total += tl.sum(p, 1)
         v_main, v_tail = load_rows(v, v_strides, more, S, MAIN, OUT_TAIL, D, True)
         o_main, o_tail = add_product(o_main, o_tail, p, v_main, v_tail, OUT_TAIL, PRECISION)
 
-    o_main, o_tail = o_main / l[:, None], o_tail / l[:, None]
-    store_rows(head_start(out, out_strides, head, N), out_strides, rows, L, o_main, o_tail, MAIN, OUT_TAIL, D)
-    tl.store(lse + head.to(tl.int64) * L + rows, m + tl.log2(l), mask=rows < L)
+    o_main, o_tail = o_main / total[:, None], o_tail / total[:, None]
+    store_rows(head_start(out, out_strides, head, N, ALIGN), out_strides, rows, L, o_main, o_tail, MAIN, OUT_TAIL, D)
+    tl.store(lse + head.to(tl.int64) * L + rows, m + tl.log2(total), mask=rows < L)

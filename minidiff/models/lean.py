@@ -21,12 +21,14 @@ own turn comes later in the backward, so it still has what it keeps.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 # --- the plain operations, and when they are replaced ------------------------------------------------------------------
 
@@ -76,10 +78,17 @@ class Conv2d(nn.Conv2d):
         return FrozenConv2d.apply(as_autocast(x), self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-def saves(x: Tensor, module: nn.Module | None = None) -> bool:
+def recomputed(layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """layer(*inputs), keeping the inputs alone: the backward computes the layer again (arXiv 1604.06174, section 3).
+
+    Equal to the bit, with dropout too: the state of torch's generator is put back for the second time.
+    """
+    return checkpoint(layer, *inputs, use_reentrant=False) if torch.is_grad_enabled() else layer(*inputs)
+
+
+def saves(x: Tensor, module: nn.GroupNorm | nn.LayerNorm | nn.Conv2d | None = None) -> bool:
     """Is x on the way of gradients, through a module without trained weights?"""
-    frozen = module is None or not any(p.requires_grad for p in module.parameters(recurse=False))
-    return torch.is_grad_enabled() and x.requires_grad and frozen
+    return x.requires_grad and torch.is_grad_enabled() and not (module is not None and module.weight.requires_grad)
 
 
 # --- what a node keeps, and makes again ----------------------------------------------------------------------------------
@@ -87,7 +96,8 @@ def saves(x: Tensor, module: nn.Module | None = None) -> bool:
 
 def keep(ctx: Any, x: Tensor, *others: Tensor | None, again: Callable[[Any], Tensor] | None = None) -> None:
     """Save x, unless the node that made it can do so again, and the others. `again` makes this node's own output."""
-    ctx.maker = x.grad_fn if hasattr(x.grad_fn, "again") else None
+    maker = x.grad_fn
+    ctx.maker = maker if hasattr(maker, "again") else None
     ctx.save_for_backward(None if ctx.maker else x, *others)
     ctx.kept = ctx.made = None
     if again is not None:
@@ -124,6 +134,12 @@ def as_autocast(x: Tensor) -> Tensor:
     device = x.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return x.to(torch.get_autocast_dtype(device)) if on else x
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """Without autocast on x's device; `meta`, where there is nothing to round, does not know it."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 # --- the functions -------------------------------------------------------------------------------------------------------
@@ -259,5 +275,13 @@ class FrozenConv2d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        d_x = torch.nn.grad.conv2d_input(ctx.shape, weight, d, *ctx.how)
-        return d_x, None, None, None, None, None, None
+        x = d.new_empty(ctx.shape)  # for its size: the numbers in it are not read
+        return conv_backward(d, x, weight, ctx.how, (True, False))[0], *[None] * 6
+
+
+def conv_backward(d: Tensor, x: Tensor, weight: Tensor, how: Any, needed: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the weight, where `needed`; `how`: stride, padding, dilation and groups."""
+    stride, padding, dilation, groups = how
+    rest = (stride, padding, dilation, False, (0, 0), groups, (*needed, False))
+    d_x, d_weight, _ = torch.ops.aten.convolution_backward(d, x, weight, None, *rest)
+    return d_x, d_weight

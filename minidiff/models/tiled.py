@@ -7,18 +7,20 @@ them all. But a row of the output needs its weights only once, and only their su
 tile by tile and thrown away; the backward makes them again:
 
               S keys ->
-            +-----+-----+-----+-----+     one row of tiles at a time, from left to right. What is kept of a row:
-    L     0 |  *  |  *  |  *  |  *  |       m   the largest score so far     l   the sum of exp(score - m) so far
-    queries +-----+-----+-----+-----+       o   the sum of exp(score - m) · v so far
-     |    1 |  *  | now |     |     |     A tile with a larger score than m makes m grow: l and o are then multiplied
-     v      +-----+-----+-----+-----+     by exp(old m - new m), as if they had been summed with the new m from the start.
+            +-----+-----+-----+-----+     one row of tiles at a time, from left to right. What is kept of each query:
+    L     0 |  *  |  *  |  *  |  *  |       m       the largest score so far
+    queries +-----+-----+-----+-----+       total   the sum of exp(score - m) so far (the papers' l)
+     |    1 |  *  | now |     |     |       o       the sum of exp(score - m) · v so far
+     v      +-----+-----+-----+-----+     A tile with a larger score makes m grow: total and o are then multiplied by
+                                          exp(old m - new m), as if they had been summed with the new m from the start.
 
 Papers: FlashAttention (arXiv 2205.14135), and FlashAttention-2 (arXiv 2307.08691), whose order of loops this is.
-Memory: O(L) beside one tile, on any device; time: a little more than `naive`, for all the Python between the tiles.
+Memory: O(L) beside one tile, on any device.
 """
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device.type):
             out, lse = forward_tiles(q, k, v, block)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.block = block
@@ -52,7 +54,7 @@ class TiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device.type):
             return *backward_tiles(q, k, v, out, lse, d_out, ctx.block, ctx.needs_input_grad[:3]), None
 
 
@@ -64,17 +66,17 @@ def forward_tiles(q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[Tensor, 
     for rows in tiles(q.shape[-2], block):
         q_tile = q[..., rows, :].to(wide) * scale
         m = torch.full_like(q_tile[..., :1], -math.inf)
-        l, o = torch.zeros_like(m), torch.zeros_like(q_tile)  # noqa: E741 (the paper's names)
+        total, o = torch.zeros_like(m), torch.zeros_like(q_tile)
         for columns in tiles(k.shape[-2], block):
             scores = q_tile @ k[..., columns, :].to(wide).mT
             m_new = torch.maximum(m, scores.amax(dim=-1, keepdim=True))
             p = (scores - m_new).exp()  # not yet divided by the sum of their row
             shrink = (m - m_new).exp()  # 0 in the first tile, where m is -inf
-            l = l * shrink + p.sum(dim=-1, keepdim=True)  # noqa: E741
+            total = total * shrink + p.sum(dim=-1, keepdim=True)
             o = o * shrink + p @ v[..., columns, :].to(wide)
             m = m_new
-        out[..., rows, :] = o / l
-        lse[..., rows, :] = m + l.log()
+        out[..., rows, :] = o / total
+        lse[..., rows, :] = m + total.log()
     return out, lse
 
 
@@ -107,6 +109,11 @@ def backward_tiles(
 def tiles(length: int, block: int) -> Iterator[slice]:
     """0 to `block`, `block` to 2 · `block`, …; the last one is shorter where `length` asks for it."""
     return (slice(start, min(start + block, length)) for start in range(0, length, block))
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast would round the tiles, which are wide on purpose. A device such as `meta` has none to switch off."""
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:

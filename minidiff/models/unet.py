@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from minidiff.config import UNetConfig
 from minidiff.models.blocks import Downsample, ResBlock, SpatialTransformer, TimeEmbedding, Upsample, timestep_embedding
-from minidiff.models.lean import Conv2d, join, norm_silu
+from minidiff.models.lean import Conv2d, join, norm_silu, recomputed
 
 
 class Level(nn.Module):
     """One resolution: ResBlocks, each followed by a transformer where the level has any, then a step down or up."""
+
+    gradient_checkpointing = False
 
     def __init__(self, ins: list[int], c_out: int, config: UNetConfig, time_width: int, attend: bool, step: str | None):
         super().__init__()
@@ -27,10 +29,14 @@ class Level(nn.Module):
         if step == "up":
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
 
-    def layer(self, i: int, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
-        """The i-th ResBlock and its transformer."""
-        x = self.resnets[i](x, time)
+    def layer(self, i: int, time: Tensor, text: Tensor, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """The i-th ResBlock and its transformer; on the way up, of x beside a skip."""
+        x = self.resnets[i](x if skip is None else join(x, skip), time)
         return self.attentions[i](x, text) if hasattr(self, "attentions") else x
+
+    def run(self, i: int, *inputs: Tensor) -> Tensor:
+        """`layer`, of which only the inputs are kept if training shall spare memory."""
+        return recomputed(self.layer, i, *inputs) if self.gradient_checkpointing else self.layer(i, *inputs)
 
 
 class DownLevel(Level):
@@ -38,7 +44,7 @@ class DownLevel(Level):
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
-            x = self.layer(i, x, time, text)
+            x = self.run(i, time, text, x)
             skips.append(x)
         if hasattr(self, "downsamplers"):
             x = self.downsamplers[0](x)
@@ -51,7 +57,7 @@ class UpLevel(Level):
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
-            x = self.layer(i, join(x, skips.pop()), time, text)
+            x = self.run(i, time, text, x, skips.pop())
         if hasattr(self, "upsamplers"):
             x = self.upsamplers[0](x, size=skips[-1].shape[-2:])  # an odd side was rounded up on the way down
         return x
@@ -115,6 +121,11 @@ class UNet2DConditionModel(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """In training keep the inputs of each layer alone, and compute the rest again in the backward: same results, later."""
+        for block in [*self.down_blocks, *self.up_blocks]:
+            block.gradient_checkpointing = True
 
     def forward(self, latents: Tensor, t: Tensor | float, text: Tensor) -> Tensor:
         """latents (B, 4, h, w), t (B,) or a number, text (B, S, D) -> (B, 4, h, w)."""

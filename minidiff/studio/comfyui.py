@@ -143,6 +143,8 @@ def _size(graph: Graph, name: str, settings: dict[str, object], left: list[str],
         if {"width", "height"} <= inputs.keys() and "Empty" in graph.kind(node):
             for side in ("width", "height"):
                 take(settings, left, side, graph.value(inputs[side], side), side)
+            if (denoise := graph.value(graph.inputs(name).get("denoise", 1), "denoise")) != 1:
+                left.append(f"denoise: {shown(denoise, 20)}")
         elif "VAEEncode" in graph.kind(node):
             if source := graph.linked(inputs.get("pixels")):
                 graph.seen.add(source)

@@ -117,24 +117,29 @@ def take(settings: dict[str, object], left: list[str], name: str, value: object,
 
 
 def picture_texts(path: Path | str) -> dict[str, str]:
-    """The texts of a PNG by key, or as `parameters` the EXIF comment of a JPEG or WebP. DataError for any over the limit."""
-    texts = read_png_text(path) or exif_comment(Path(path))
+    """The texts of a PNG by key, or as `parameters` the comment of a GIF, or the EXIF comment of a JPEG or WebP.
+
+    DataError for any over the limit.
+    """
+    texts = read_png_text(path) or comment(Path(path))
     for key, text in texts.items():
         if key in ("minidiff", "parameters", "prompt") and len(text) > MAX_TEXT:
             raise DataError(f'{path}: its text "{key}" has {len(text):,} characters, more than any program writes; not read.')
     return texts
 
 
-def exif_comment(path: Path) -> dict[str, str]:
-    """{"parameters": UserComment}, which A1111 writes as UTF-16 behind the word UNICODE; {} if there is none."""
+def comment(path: Path) -> dict[str, str]:
+    """{"parameters": …} of a GIF's comment, or of EXIF's UserComment, which A1111 writes as UTF-16 behind UNICODE; or {}."""
     try:
-        with Image.open(path, formats=("JPEG", "WEBP")) as image:
-            comment = image.getexif().get_ifd(0x8769).get(0x9286, b"")  # the Exif table, and UserComment in it
+        with Image.open(path, formats=("JPEG", "WEBP", "GIF")) as image:
+            if image.format == "GIF":
+                return {"parameters": image.info.get("comment", b"").decode("utf-8", "replace")}
+            found = image.getexif().get_ifd(0x8769).get(0x9286, b"")  # the Exif table, and UserComment in it
     except READ_ERRORS:
         return {}
-    if not isinstance(comment, bytes):
+    if not isinstance(found, bytes):
         return {}
-    kind, text = comment[:8], comment[8 : 8 + 4 * MAX_TEXT]
+    kind, text = found[:8], found[8 : 8 + 4 * MAX_TEXT]
     if kind == b"UNICODE\0":
         # the byte order is that of the file or of the program: a prompt is mostly ASCII, with its zeros on one side
         order = "utf-16-le" if text[1::2].count(0) > text[0::2].count(0) else "utf-16-be"
@@ -230,6 +235,8 @@ def _sampler(values: dict[str, str], settings: dict[str, object], left: list[str
         return
     settings["sampler"] = ours
     if not SAMPLERS[ours].karras:
+        if schedule == "karras":
+            left.append("Schedule type: Karras")
         return
     if schedule == "automatic":
         schedule = "karras" if ours in AUTOMATIC_IS_KARRAS else ""

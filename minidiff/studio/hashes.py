@@ -82,6 +82,8 @@ def model_sha256(name: str) -> str:
 def folder_sha256(folder: str | Path) -> str:
     """The same rule for a tokenizer's folder: all of its .json and .txt files."""
     files = [file for ending in ("json", "txt") for file in Path(folder).glob(f"*.{ending}")]
+    if not files:
+        raise MinidiffError(f"{folder}: there is no tokenizer in it; give the folder with vocab.json and merges.txt.")
     lines = sorted((file.name, sha256_of(file)) for file in files)
     return hashlib.sha256("".join(f"{found}  {name}\n" for name, found in lines).encode()).hexdigest()
 

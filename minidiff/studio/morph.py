@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from minidiff.call import noise_source
@@ -152,25 +152,35 @@ def check_sampler(name: str, eta: float, keyframes: Sequence[Keyframe]) -> None:
 # --- files -------------------------------------------------------------------------------------------------------------
 
 
-def save_animation(frames: Iterable[Image.Image], path: Path | str, fps: float) -> None:
-    """Write an endless loop as .gif, .webp or .png (APNG), whole or not at all. The format is checked before a frame is drawn.
+Writer = Callable[[BinaryIO, list[Image.Image], float, str], None]  # (file, frames, fps, how they were made)
 
-    GIF has 256 colours: one palette for all frames, and a fixed pattern of dots for the tones between. WebP is written at
-    quality 90, APNG without loss. SettingsError for another ending, or no frames.
-    """
+
+def writer_for(path: Path | str, fps: float) -> Writer:
+    """By the ending of the name; SettingsError for another one, or more frames a second than the format has."""
     path = Path(path)
     write = {".gif": _write_gif, ".webp": _write_webp, ".png": _write_apng}.get(path.suffix.lower())
     if write is None:
         raise SettingsError(f'"{path}": loops are written as GIF, WebP or APNG; give a name that ends in .gif, .webp or .png.')
-    if fps > 50 and path.suffix.lower() == ".gif":
+    if fps > 50 and write is _write_gif:
         raise SettingsError(f"{path}: {fps:g} frames a second; GIF goes up to 50. Give less, or a name that ends in .webp.")
+    return write
+
+
+def save_animation(frames: Iterable[Image.Image], path: Path | str, fps: float, text: str = "") -> None:
+    """Write an endless loop as .gif, .webp or .png (APNG), whole or not at all. The format is checked before a frame is drawn.
+
+    GIF has 256 colours: one palette for all frames, and a fixed pattern of dots for the tones between. WebP is written at
+    quality 90, APNG without loss. `text` says how it was made; `picture_texts` reads it back, as "parameters".
+    SettingsError for another ending, or no frames.
+    """
+    write = writer_for(path, fps)
     pictures = [frame.convert("RGB") for frame in frames]
     if not pictures:
         raise SettingsError(f"{path}: there are no frames to write.")
     if len({picture.size for picture in pictures}) > 1:
         raise SettingsError(f"{path}: the frames differ in size; a loop has one size.")
     try:
-        write_whole(path, lambda file: write(file, pictures, fps))
+        write_whole(path, lambda file: write(file, pictures, fps, text))
     except (ValueError, RuntimeError) as error:  # Pillow's, for example where a side is beyond the format's limit
         raise MinidiffError(f"{path}: cannot be written ({error}). Choose another format.") from error
 
@@ -181,17 +191,21 @@ def durations(count: int, fps: float, unit: int) -> list[int]:
     return [after - before for before, after in zip(ends, ends[1:])]
 
 
-def _write_webp(file: BinaryIO, pictures: list[Image.Image], fps: float) -> None:
-    times = durations(len(pictures), fps, 1)
-    _write(file, "WEBP", pictures, times, {"quality": 90, "method": 4, "minimize_size": False})
+def _write_webp(file: BinaryIO, pictures: list[Image.Image], fps: float, text: str) -> None:
+    times, exif = durations(len(pictures), fps, 1), Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")  # the Exif table, and UserComment, as A1111's
+    _write(file, "WEBP", pictures, times, {"quality": 90, "method": 4, "minimize_size": False, "exif": exif})
 
 
-def _write_apng(file: BinaryIO, pictures: list[Image.Image], fps: float) -> None:
-    _write(file, "PNG", pictures, durations(len(pictures), fps, 1), {"default_image": False})
+def _write_apng(file: BinaryIO, pictures: list[Image.Image], fps: float, text: str) -> None:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("parameters", text)
+    _write(file, "PNG", pictures, durations(len(pictures), fps, 1), {"default_image": False, "pnginfo": chunks})
 
 
-def _write_gif(file: BinaryIO, pictures: list[Image.Image], fps: float) -> None:
-    _write(file, "GIF", one_palette(pictures), durations(len(pictures), fps, 10), {"optimize": False, "disposal": 1})
+def _write_gif(file: BinaryIO, pictures: list[Image.Image], fps: float, text: str) -> None:
+    options = {"optimize": False, "disposal": 1, "comment": text.encode()}
+    _write(file, "GIF", one_palette(pictures), durations(len(pictures), fps, 10), options)
 
 
 def _write(file: BinaryIO, kind: str, pictures: list[Image.Image], times: list[int], options: dict[str, Any]) -> None:

@@ -80,4 +80,5 @@ class PreviewFile:
         if (step.index + 1) % self.every == 0 or step.index + 1 == step.total:
             small = self.preview(step.x0)
             size = (small.width * self.scale, small.height * self.scale)
-            save_png(small.resize(size, Image.Resampling.BICUBIC), self.path, {"parameters": f"minidiff preview, step {step.index + 1} of {step.total}"})
+            about = f"minidiff preview, step {step.index + 1} of {step.total}"
+            save_png(small.resize(size, Image.Resampling.BICUBIC), self.path, {"parameters": about})

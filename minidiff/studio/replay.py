@@ -5,9 +5,12 @@
 
 Nothing in the picture is trusted: types, sizes and letters are checked, and a path in it leads down from the working folder
 or the picture's own, to a file that must exist.
+
+The same word decides what a drawing command may write over: see `output_files`.
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,11 +21,16 @@ import torch
 from minidiff import __version__
 from minidiff.config import fits
 from minidiff.errors import DataError, MinidiffError, SettingsError
-from minidiff.flags import Sample
+from minidiff.flags import Attention, Filmstrip, Morph, Sample, Sheet
+from minidiff.images import check_writable
 from minidiff.studio.comfyui import read_comfyui
 from minidiff.studio.foreign import Reading, clean, listing, parse_json, picture_texts, read_a1111, shown
 from minidiff.studio.hashes import HASHES, is_sha256, remembered_place
 from minidiff.studio.provenance import CHUNK, NOT_PIXELS, SCHEMA, TEXTS, public_path, several, versions
+
+Drawing = Sample | Sheet | Morph | Filmstrip | Attention
+# The last line of A1111's text, as provenance.py and previews.py write it.
+OURS = re.compile(r"Steps: .*, Version: minidiff [^,]+|minidiff preview, step [0-9]+ of [0-9]+")
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
@@ -101,7 +109,7 @@ def _values(given: Mapping[str, object], path: Path) -> tuple[dict[str, Any], li
     for name, value in given.items():
         if name not in hints:
             continue
-        if not fits(value, hints[name]) or not _finite(value):
+        if not fits(value, hints[name]) or not _usable(value, name):
             raise DataError(f"{path}: its recipe says {name} is {shown(value)}, which cannot be. Look for the original file.")
         tidy = [clean(one) if isinstance(one, str) else one for one in several(value)]
         tidy = [public_path(one) if isinstance(one, str) and name not in TEXTS else one for one in tidy]
@@ -111,9 +119,9 @@ def _values(given: Mapping[str, object], path: Path) -> tuple[dict[str, Any], li
     return values, notes
 
 
-def _finite(value: object) -> bool:
-    """1e999 is valid JSON, and infinity."""
-    return all(abs(one) < float("inf") for one in several(value) if isinstance(one, float))
+def _usable(value: object, name: str) -> bool:
+    """1e999 is valid JSON, and infinity; so is a whole number that no float holds. Any whole number is a seed."""
+    return name == "seed" or all(abs(one) < 2**63 for one in several(value) if isinstance(one, (int, float)))
 
 
 def _table(value: object) -> dict[str, object]:
@@ -141,6 +149,50 @@ def _digest_at(name: str, path: str) -> str | None:
         return None
 
 
+# --- what may be written over ----------------------------------------------------------------------------------------
+
+
+def drawn_here(path: Path) -> bool:
+    """Does a file say that minidiff drew it? A model or a prompt of that name is not enough."""
+    try:
+        texts = picture_texts(path)
+    except DataError:  # no picture
+        return False
+    return CHUNK in texts or OURS.fullmatch(texts.get("parameters", "").rpartition("\n")[2]) is not None
+
+
+def output_files(s: Drawing, origin: Path | None = None) -> list[Path]:
+    """Where a command's pictures go; SettingsError, before anything is loaded, where that would cost a file.
+
+    What minidiff drew is drawn over (it says how to draw it again). Any other file is left alone, and so is every picture
+    that the command reads; `origin` is that of --from.
+    """
+    path = Path(s.output)
+    count, preview = (s.num_images_per_prompt, s.preview) if isinstance(s, Sample) else (1, None)
+    for flag, given in (("--output", s.output), ("--preview", preview)):
+        if given is not None and Path(given).suffix.lower() != ".png" and not isinstance(s, Morph):
+            raise SettingsError(f'{flag} "{given}": pictures are written as PNG; give a name that ends in .png.')
+    names = [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
+    read = {"--image": s.image, "--mask_image": s.mask_image, "--from": origin}
+    taken = {_identity(place): flag for flag, place in read.items() if place is not None}
+    for flag, name in [("--output", name) for name in names] + [("--preview", Path(name)) for name in (preview,) if name]:
+        if (other := taken.setdefault(_identity(name), flag)) != flag:
+            raise SettingsError(f"{flag} {name} is the file of {other}, too; choose another name.")
+        if os.path.lexists(name) and not drawn_here(name):
+            raise SettingsError(f"{flag} {name} is there already, and does not say that minidiff drew it; choose another name.")
+        check_writable(name)
+    return names
+
+
+def _identity(path: str | Path) -> tuple[int, int] | str:
+    """Equal for one file by two names."""
+    try:
+        status = os.stat(path)
+    except OSError:  # none yet
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino
+
+
 # --- comparing -------------------------------------------------------------------------------------------------------
 
 
@@ -149,9 +201,7 @@ def check_origin(origin: Origin, settings: Sample) -> list[str]:
 
     SettingsError, naming the flag, for a file that is not here, and for an output that would replace the picture itself.
     """
-    output = Path(settings.output)
-    if output.exists() and output.samefile(origin.path):
-        raise SettingsError(f"--output {settings.output} is the picture that --from reads; choose another name.")
+    output_files(settings, origin.path)
     notes = list(origin.notes)
     for name, hashes in origin.sha256.items():
         if name not in HASHES or (value := getattr(settings, name, None)) != getattr(origin.settings, name, None):

@@ -20,7 +20,6 @@ from PIL import Image
 
 from minidiff.diffusion.samplers import sampler_named
 from minidiff.errors import MinidiffError, SettingsError, did_you_mean
-from minidiff.flags import Sampling
 from minidiff.images import contact_sheet
 
 MAX_TILES = 400
@@ -67,8 +66,8 @@ class Axis:
 def parse_axis(text: str, kind: type, prompts: Sequence[str] = ()) -> Axis:
     """`guidance_scale=1.5,5,20`, `seed=0..3`, `sampler=ddim,unipc`, `lora_weight=0,0.5+1` -> an axis of the dataclass `kind`.
 
-    `a..b` is every whole number from a to b; `none` a setting's own default; `x+y` one weight for each of several LoRAs.
-    `prompt` alone is the axis of `prompts`, which may hold commas. SettingsError for anything that cannot be an axis.
+    `a..b` is every whole number from a to b; `none` a setting's own default, or no file; `x+y` one weight for each of several
+    LoRAs. `prompt` alone is the axis of `prompts`, which may hold commas. SettingsError for anything that cannot be an axis.
     """
     name, equals, listed = (part.strip() for part in text.partition("="))
     name = name.replace("-", "_")
@@ -97,6 +96,8 @@ def values_of(word: str, hint: Any, name: str) -> list[Any]:
         return [None]
     (kind,) = (choice for choice in choices if choice is not type(None))
     if get_origin(kind) is tuple:
+        if word.lower() == "none":
+            return [()]
         inner = get_args(kind)[0]
         parts = [word] if inner is str else word.split("+")
         return [tuple(value for part in parts for value in values_of(part.strip(), inner, name))]
@@ -139,8 +140,8 @@ def value_of(word: str, kind: Any, name: str) -> Any:
 def label(name: str, value: Any) -> str:
     """Such as "guidance 5", "25 steps", "euler_a", "seed 2"."""
     words = name.removeprefix("use_").replace("_", " ").replace("karras", "Karras").replace("lora", "LoRA")
-    if value is None:
-        return f"default {words}"
+    if value is None or value == ():
+        return f"{'no' if value == () and name in PATHS else 'default'} {words}"
     if isinstance(value, bool):
         return f"{'with' if value else 'without'} {words}"
     if name in ("prompt", "prompts"):
@@ -159,7 +160,7 @@ def shown(value: Any) -> str:
     if isinstance(value, tuple):
         return " + ".join(map(shown, value)) or "none"
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:g}" if float(f"{value:g}") == value else str(value)
     return PurePath(value).name if isinstance(value, str) and value.strip("/. ") else str(value)
 
 
@@ -184,16 +185,20 @@ def contact_sheet_of(
     title: str = "",
     tile: int = 256,
     progress: bool = True,
+    check: Callable[[S], None] = lambda settings: None,
 ) -> Image.Image:
     """Draw a picture for each pair of values, and lay them out with labels. `settings` is a dataclass; it stays as it is.
 
-    Every tile's settings are checked before the first is drawn. One axis alone is laid in rows, with captions.
-    SettingsError for axes that cannot be; any error while drawing says which tile it was.
+    Every tile's settings are checked before the first is drawn, by themselves and by `check`.
+    One axis alone is laid in rows, with captions. SettingsError for axes that cannot be; any error while drawing says which
+    tile it was.
     """
     from tqdm import tqdm
 
     across, down = columns or Axis("", ("",)), rows or Axis("", ("",))
     cells = {(i, j): with_values(settings, [a for a in ((rows, i), (columns, j)) if a[0]]) for i, j in places(down, across)}
+    for changed in cells.values():
+        check(changed)
     tiles = {}
     for place in tqdm(cells, unit="picture", leave=False, disable=not progress):
         try:
@@ -218,15 +223,19 @@ def gallery(images: Sequence[Image.Image], captions: Sequence[str], title: str =
 
 def places(rows: Axis, columns: Axis) -> list[tuple[int, int]]:
     """(row, column) in the order of drawing: what has to be loaded changes as seldom as possible."""
-    if len(rows.values) * len(columns.values) > MAX_TILES:
-        raise SettingsError(
-            f"{len(columns.values)} columns by {len(rows.values)} rows are {len(columns.values) * len(rows.values)} pictures; "
-            f"a sheet holds {MAX_TILES} at most. Give fewer values."
-        )
+    check_count(len(columns.values), len(rows.values))
     if rows.name == columns.name and rows.name:
         raise SettingsError(f"rows and columns are both {rows.name}; give two settings, or one alone.")
     pairs = [(i, j) for i in range(len(rows.values)) for j in range(len(columns.values))]
     return sorted(pairs, key=lambda pair: pair[::-1]) if columns.name in NEEDS_LOADING else pairs
+
+
+def check_count(columns: int, rows: int) -> None:
+    if columns * rows > MAX_TILES:
+        raise SettingsError(
+            f"{columns} columns by {rows} rows are {columns * rows} pictures; a sheet holds {MAX_TILES} at most. "
+            "Give fewer values."
+        )
 
 
 def with_values(settings: S, chosen: Sequence[tuple[Axis | None, int]]) -> S:
@@ -236,9 +245,7 @@ def with_values(settings: S, chosen: Sequence[tuple[Axis | None, int]]) -> S:
     if hasattr(changed, "check"):
         changed.check()
     if sampler := getattr(changed, "sampler", None):
-        row = sampler_named(sampler)
-        if isinstance(changed, Sampling):
-            row.check(changed.timestep_spacing, changed.use_karras_sigmas, changed.eta)
+        sampler_named(sampler)
     return changed
 
 

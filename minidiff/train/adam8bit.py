@@ -8,11 +8,13 @@ two numbers a weight, and they need range more than precision:
 - Dynamic tree (section 1.3; no sign bit for the second moment, section 2.2): of 8 bits, zeros up to the first one say how
   many powers of ten to go down, and what is left divides that decade evenly. Seven decades, fine steps at the top.
 
-      0.003 …                      0.03 …                          0.3                                    1
-      |·  ·  ·  ·|·   ·   ·   ·   ·|·   ·   ·   ·   ·   ·   ·   ·  |· · · · · · · · · · · · · · · · · · · |
+      0.001     0.01              0.1                                 1
+      | · · · · | · · · · · · · · | · · · · · · · · · · · · · · · · · |      (a few of them, not to scale)
 
 The moments are made fp32 for the update, and that uses them before they are rounded back, as in the paper's section 2. What
-is lost: a second moment under 1.6e-7 of the largest in its block is remembered as zero, a gradient of 1/2500 of the block's.
+is lost: a second moment under 1.6e-7 of the largest in its block is remembered as zero, that is a gradient under 1/2500 of
+the block's largest. Such a weight's steps can be too long: in 60 updates of the pocket checkpoint, which move no weight by
+more than 5.2e-4 with fp32 moments, one went 8.6e-4. The loss was the same to 3e-5.
 
 Shapes: n numbers of a tensor in row-major order, K = ceil(n / 256) blocks. State: codes (n), uint8; absmax (K,), fp32.
 """

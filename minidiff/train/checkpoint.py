@@ -4,8 +4,8 @@
       .lock                        held by the one process that trains here
       train_config.toml            the settings; marks the folder as a run of minidiff's
       checkpoint-300/              has this name only once all of it is on the disk
-        state/weights.safetensors    what is trained, fp32
-        state/optimizer.safetensors  AdamW's moments and step counts
+        state/weights.safetensors    what is trained, fp32 (or bf16)
+        state/optimizer.safetensors  AdamW's moments, or their 8-bit codes, and step counts
         state/ema.safetensors        averaged weights, where the task has them
         …                            what the task exports: the adapter of step 300, ready to use
         manifest.json                sizes, sha256, step, versions, threads, what the run was made of

@@ -45,6 +45,8 @@ def load_base(settings: FineTuneSettings) -> tuple[StableDiffusionPipeline, str]
     dtype = DTYPES[settings.mixed_precision]
     pipe = StableDiffusionPipeline.from_pretrained(settings.pretrained_model_name_or_path, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
+    if settings.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
     return pipe.to(chosen_device(settings.device)), model_fingerprint(pipe.unet, pipe.vae, pipe.text_encoder)
 
 

@@ -1,7 +1,7 @@
 """The optimizer's step inside the backward pass: each tensor moves as soon as its gradient is there, and the gradient goes.
 
 Usually the gradients of all tensors wait in memory for the last one: as much again as the weights. Here one waits at a time
-(LOMO, Lv et al., arXiv 2306.09782, section 3.2, does so; torch's `register_post_accumulate_grad_hook` makes it easy). What
+(LOMO, Lv et al., arXiv 2306.09782, does so; torch's `register_post_accumulate_grad_hook` makes it easy). What
 that costs:
 
 - Clipping. The norm of all gradients together is known only when the first tensors have moved. So each tensor is clipped to

@@ -7,6 +7,7 @@ The loop keeps five promises.
 - The same batches, whether one process trains or several do, each on its share (distributed.py).
 - Nothing lost: Ctrl-C, SIGTERM, a full disk or a power cut leave the last checkpoint whole (checkpoint.py, run.py).
 - No harm: a loss or gradient that is not finite skips the update; three in a row end the run, and name who broke.
+  (in_backward.py can skip but the broken tensors.)
 - Nothing silent: a tensor that gets no gradient is an error after the first step, not a disappointment after the last.
 
 `step` counts from 0 where it says which data to use, and `done` = step + 1 is the number of updates made: metrics,
@@ -87,7 +88,7 @@ def fit(task: Task, settings: TrainSettings) -> Report:
     world.check(settings.train_batch_size)
     device = check_trainable(task.trainable, settings)
     if settings.bf16_weights:
-        to_bf16(task.trainable)
+        to_bf16(task.trainable, settings)
     parameters = list(task.trainable.values())
     optimizer = task.optimizer or adamw(parameters, settings)
     rates = [group["lr"] for group in optimizer.param_groups]

@@ -25,8 +25,13 @@ def adamw(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.opti
     return torch.optim.AdamW(parameters, s.learning_rate, betas, s.adam_epsilon, s.adam_weight_decay, foreach=True)
 
 
-def to_bf16(parameters: Mapping[str, nn.Parameter]) -> None:
-    """--bf16_weights: what is trained becomes bf16, rounded to the nearest this once; in place, one tensor after the other."""
+def to_bf16(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> None:
+    """--bf16_weights: what is trained becomes bf16, rounded to the nearest this once; in place, one tensor after the other.
+
+    Checked here and not with the other settings: full fine-tuning loads the base as if --mixed_precision were "no".
+    """
+    computes = settings.mixed_precision == "bf16"
+    settings.need(computes, "bf16_weights", "needs --mixed_precision bf16: the forward pass has the weights' format")
     for p in parameters.values():
         p.data = p.data.to(torch.bfloat16)
 

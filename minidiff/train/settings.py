@@ -77,7 +77,7 @@ class TrainSettings:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Number format of the forward pass; what is trained stays fp32, unless --bf16_weights. fp16 needs a GPU."""
     bf16_weights: bool = False
-    """Keep what is trained in bf16, too; each step is rounded by chance, so that small ones are not lost."""
+    """With --mixed_precision bf16: train in bf16, too. Steps are rounded by chance, so that small ones are not lost."""
     checkpointing_steps: int = 100
     """Save the whole state every so many updates, and at the end."""
     checkpoints_total_limit: int | None = 2
@@ -132,8 +132,6 @@ class TrainSettings:
         self.need(one, flag, "cannot be joined with --gradient_accumulation_steps: a gradient that is gone takes no more")
         plain = self.mixed_precision != "fp16" or not self.optimizer_in_backward
         self.need(plain, flag, "cannot be joined with --mixed_precision fp16, whose gradients are scaled; take bf16")
-        half = self.mixed_precision == "bf16" or not self.bf16_weights
-        self.need(half, "bf16_weights", "needs --mixed_precision bf16: the forward pass is in the weights' own format")
         exact = not (self.bf16_weights and self.use_ema)
         self.need(exact, "bf16_weights", "cannot be joined with --use_ema: an average in bf16 stands still")
 
@@ -203,6 +201,8 @@ class FineTuneSettings(TrainSettings):
     """Train pictures in their own shape, near --resolution squared pixels, instead of cropping them to squares."""
     masked_loss: bool = False
     """Learn only where the mask of a picture is white: a.mask.png beside a.png, or the metadata's column "mask"."""
+    gradient_checkpointing: bool = False
+    """Spare most of the memory of a step, and make it longer by a third: the backward computes layers again. Same result."""
     cache_latents: bool = True
     """Encode each picture once, before training, instead of at every step."""
     proportion_empty_prompts: float = 0.0
@@ -238,6 +238,7 @@ class FineTuneSettings(TrainSettings):
 
     HARMLESS = TrainSettings.HARMLESS | frozenset(
         "pretrained_model_name_or_path device instance_data_dir train_data_dir caption_column skip_bad resolution "
+        "gradient_checkpointing "
         "class_data_dir num_class_images sample_batch_size validation_data_dir "
         "validation_prompt num_validation_images validation_guidance_scale validation_inference_steps".split()
     )  # model, pictures, captions and size are compared by what they hold, not by where they lie: see data.py and common.py

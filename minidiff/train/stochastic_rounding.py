@@ -2,7 +2,7 @@
 
 A bf16 number has 8 bits of precision, so a step smaller than 2^-9 of a weight is lost when the result is rounded to the
 nearest: at fine-tuning's learning rates most weights would never move. Stochastic rounding (Gupta et al. 2015, arXiv
-1502.02551, section 2; for bf16 training Zamirai et al., arXiv 2010.06192) takes the neighbour below or above, each as often
+1502.02551; for training in bf16 Zamirai et al., arXiv 2010.06192) takes the neighbour below or above, each as often
 as x lies near to it. Then E[round(x)] = x, and small steps arrive, one time in many.
 
 bf16 is the upper half of an fp32 number. Adding 16 random bits to the lower half carries into the upper one with

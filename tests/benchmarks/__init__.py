@@ -9,4 +9,6 @@
     peers           diffusers and peft; nothing else here imports them
     models          random models of SD 1.5's size
     report          the table, the JSON, and (chart) the bar chart
+
+What did not help is in LOG.md.
 """

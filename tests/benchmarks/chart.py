@@ -11,6 +11,7 @@ from benchmarks.report import OURS, UNITS, Row
 from minidiff.images import HAIRLINE, INK, PAPER, save_png
 
 QUICKER, SLOWER, FAINT = "#1d4f8f", "#b3541e", "#6d7079"
+FLOORS = ("torch alone", "Python alone")  # in the table only: nobody can need less
 
 
 def draw(rows: Sequence[Row], path: Path | str, title: str, subtitle: str = "") -> None:
@@ -21,16 +22,19 @@ def draw(rows: Sequence[Row], path: Path | str, title: str, subtitle: str = "") 
     from matplotlib.figure import Figure
 
     lines = layout(rows)
-    height = 0.26 * len(lines) + 1.6
+    depth = lines[-1][0] + 1 if lines else 1
+    height = 0.25 * depth + 1.6
     figure = Figure(figsize=(10, height), dpi=130, facecolor=PAPER)
     axes = figure.add_axes((0.42, 0.55 / height, 0.5, 1 - 1.5 / height), facecolor=PAPER)
-    for place, line in enumerate(lines):
+    for place, line in lines:
         if isinstance(line, str):
-            axes.text(-0.82, place, line, transform=axes.get_yaxis_transform(), va="center", color=INK, weight="bold", size=9)
-            continue
-        bar(axes, place, line)
-    limits(axes, [row for row in lines if isinstance(row, Row)])
-    axes.set_ylim(len(lines) - 0.4, -0.6)
+            box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}  # over the grid's lines
+            at = {"transform": axes.get_yaxis_transform(), "va": "center", "bbox": box}
+            axes.text(-0.77, place, line, color=INK, weight="bold", size=9, **at)
+        else:
+            bar(axes, place, line)
+    limits(axes, [line for _, line in lines if isinstance(line, Row)])
+    axes.set_ylim(depth - 0.4, -0.6)
     figure.text(0.035, 1 - 0.35 / height, title, color=INK, size=13, weight="bold", va="center")
     figure.text(0.035, 1 - 0.65 / height, subtitle, color=FAINT, size=8, va="center")
     buffer = io.BytesIO()
@@ -38,15 +42,19 @@ def draw(rows: Sequence[Row], path: Path | str, title: str, subtitle: str = "") 
     save_png(Image.open(buffer).convert("RGB"), path)
 
 
-def layout(rows: Sequence[Row]) -> list[str | Row]:
-    """From top to bottom: a heading for each piece of work, with minidiff's own number, then its contenders."""
-    lines: list[str | Row] = []
+def layout(rows: Sequence[Row]) -> list[tuple[float, str | Row]]:
+    """What stands at which height, from top to bottom: each piece of work with minidiff's own number, then its contenders."""
+    lines: list[tuple[float, str | Row]] = []
+    place = -1.0
     for group, work in dict.fromkeys((row.group, row.work) for row in rows):
         same = [row for row in rows if (row.group, row.work) == (group, work)]
-        others = [row for row in same if row.contender != OURS and row.ratio]
-        if others:
-            own = next(row for row in same if row.contender == OURS)
-            lines += [f"{group}: {work}   {amount(own)}", *others]
+        others = [row for row in same if row.ratio and row.contender not in (OURS, *FLOORS)]
+        if not others:
+            continue
+        own = next(row for row in same if row.contender == OURS)
+        for line in (f"{group}: {work}   {amount(own)}", *others):
+            place += 1.4 if isinstance(line, str) and lines else 1.0
+            lines.append((place, line))
     return lines
 
 
@@ -56,7 +64,7 @@ def amount(row: Row) -> str:
     return f"{row.value * factor:,.3g} {unit}" if row.value * factor < 1000 else f"{row.value * factor:,.0f} {unit}"
 
 
-def bar(axes: "object", place: int, row: Row) -> None:
+def bar(axes: "object", place: float, row: Row) -> None:
     import matplotlib.axes
 
     assert isinstance(axes, matplotlib.axes.Axes) and row.ratio

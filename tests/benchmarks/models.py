@@ -47,7 +47,9 @@ def fill(module: nn.Module, device: str = "cpu", dtype: torch.dtype = torch.floa
     return module.requires_grad_(False).eval()
 
 
-def random_unet(config: UNetConfig = SD15_UNET, device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+def random_unet(
+    config: UNetConfig = SD15_UNET, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> UNet2DConditionModel:
     with without_init():
         unet = UNet2DConditionModel(config)
     fill(unet, device, dtype)
@@ -60,7 +62,11 @@ def sd15_folder(folder: Path) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     tokenizer = load_tokenizer(POCKET / "tokenizer")
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     with without_init():
         vae = AutoencoderKL(SD15_VAE)
     text_encoder = build_text_encoder(SD15_TEXT | {"vocab_size": len(tokenizer), **ids}, "SD 1.5")

@@ -11,6 +11,7 @@ the weights of minidiff's own where these are not trained, so that two of SD 1.5
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,19 @@ Batch = dict[str, Tensor]
 
 
 def missing() -> str:
-    """Why there are no peers; empty if there are."""
-    try:
-        import diffusers
-        import peft
-    except ImportError as error:
-        return f"diffusers and peft cannot be imported ({error}); pip install -e '.[bench]' brings them."
-    return "" if diffusers and peft else "?"
+    """Why there are no peers; empty if there are. Nothing is imported yet: that takes seconds."""
+    absent = [name for name in ("diffusers", "peft") if find_spec(name) is None]
+    return f"{' and '.join(absent)} cannot be imported; pip install -e '.[bench]' brings them." if absent else ""
 
 
 def load(folder: str | Path, device: str, dtype: torch.dtype = torch.float32) -> Any:
     """Their pipeline."""
     import diffusers
+    import transformers
 
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -127,7 +126,10 @@ def trainee(plan: Plan, level: str, compiled: bool, start: dict[str, Tensor] | N
     for network in networks:
         network.requires_grad_(False)
     if plan.half and plan.method != "dreambooth":
-        pipe.unet.to(plan.half), pipe.text_encoder.to(plan.half)
+        pipe.unet.to(plan.half)
+    if plan.half:  # the scripts' weight_dtype: for all that is frozen
+        pipe.vae.to(plan.half)
+        pipe.text_encoder.to(torch.float32 if plan.method == "textual_inversion" else plan.half)
     clip, after = True, lambda: None
     if plan.method in ("lora", "dora"):
         add_adapter(pipe.unet, plan, start or {})
@@ -182,7 +184,9 @@ def loss_of(pipe: Any, unet: Any, plan: Plan, level: str) -> Callable[[Batch], T
     import diffusers
 
     scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
-    ids = pipe.tokenizer(list(plan.prompts), padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    ids = pipe.tokenizer(
+        list(plan.prompts), padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
     ids, files = ids.to(plan.device), [plan.pictures[i % len(plan.pictures)] for i in range(len(ids))]
     learns_words, paired = plan.method == "textual_inversion", plan.method == "dreambooth"
     with torch.no_grad():

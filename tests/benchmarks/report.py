@@ -35,9 +35,7 @@ class Row:
     error: float | None = None  # relative Frobenius distance to the reference, before anything was timed
 
 
-def timed_rows(
-    group: str, work: str, wall: dict[str, Summary], cpu: dict[str, Summary], errors: dict[str, float]
-) -> list[Row]:
+def timed_rows(group: str, work: str, wall: dict[str, Summary], cpu: dict[str, Summary], errors: dict[str, float]) -> list[Row]:
     return [
         Row(group, work, name, s.median, "s", s.count, s.ratio, s.low, s.high, cpu[name].ratio, errors.get(name))
         for name, s in wall.items()
@@ -117,9 +115,11 @@ def commit() -> str | None:
 
 def processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if (
-        info.is_file()
-    ) else []
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if (info.is_file())
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 

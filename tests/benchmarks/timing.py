@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-HOPELESS = 5.0  # times slower than the quickest: measured once, for the record, so that the others get the time
+HOPELESS = 5.0  # times slower than minidiff: measured once, for the record, so that the others get the time
+FEW = 4  # rounds
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,29 @@ def wait_for_gpu() -> None:
         torch.cuda.synchronize()
 
 
-def measure(contenders: Mapping[str, Callable[[], Any]], seconds: float, most: int = 100) -> dict[str, list[Seconds]]:
-    """Whole ABBA pairs of rounds until `seconds` have passed, two rounds at least, after one round that only warms up."""
-    first = {name: [timed(call)[0]] for name, call in contenders.items()}
-    quickest = min(times[0].wall for times in first.values())
-    racing = [name for name, times in first.items() if times[0].wall <= HOPELESS * quickest]
+def measure(
+    contenders: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    most: int = 100,
+    hopeless: float = HOPELESS,
+    first: Mapping[str, Seconds] | None = None,
+) -> dict[str, list[Seconds]]:
+    """Whole ABBA pairs of rounds until `seconds` have passed, two rounds at least, after one round that only warms up.
+
+    `first`: the seconds of that round, where it has been made already. Contenders that were `hopeless` times slower in it
+    than the first one, minidiff, keep that number.
+    """
+    first = first or {name: timed(call)[0] for name, call in contenders.items()}
+    limit = hopeless * first[next(iter(contenders))].wall
+    racing = [name for name in contenders if first[name].wall <= limit]
     found: dict[str, list[Seconds]] = {name: [] for name in racing}
     end = time.perf_counter() + seconds
     for i, order in enumerate(abba(racing, most)):
-        if i >= 2 and i % 2 == 0 and time.perf_counter() > end:
+        if i and i % 2 == 0 and time.perf_counter() > end:
             break
         for name in order:
             found[name].append(timed(contenders[name])[0])
-    return {name: found.get(name) or first[name] for name in contenders}
+    return {name: found.get(name) or [first[name]] for name in contenders}
 
 
 @dataclass(frozen=True)
@@ -67,8 +78,8 @@ class Summary:
     median: float
     count: int
     ratio: float
-    low: float
-    high: float
+    low: float | None  # the interval; none of fewer than FEW rounds, which would look narrower than it is
+    high: float | None
 
 
 def summaries(times: Mapping[str, Sequence[float]], ours: str) -> dict[str, Summary]:
@@ -78,7 +89,8 @@ def summaries(times: Mapping[str, Sequence[float]], ours: str) -> dict[str, Summ
 
 def summary(numbers: Sequence[float], ours: Sequence[float]) -> Summary:
     median, base = float(np.median(numbers)), float(np.median(ours))
-    low, high = ratio_interval(numbers, ours)
+    enough = min(len(numbers), len(ours)) >= FEW
+    low, high = ratio_interval(numbers, ours) if enough else (None, None)
     return Summary(median, len(numbers), median / base, low, high)
 
 

@@ -99,12 +99,17 @@ class Enough(Exception):
 class Turns:
     """The task's `batch` and `loss`, with the peers' steps in between and a clock on all of them."""
 
-    def __init__(self, task: Task, others: dict[str, Callable[[Batch], Tensor]], seconds: float, least: int = 4) -> None:
-        self.task, self.others, self.seconds, self.least = task, others, seconds, least
+    def __init__(
+        self, task: Task, others: dict[str, Callable[[Batch], Tensor]], seconds: float, tolerance: float, least: int = 4
+    ) -> None:
+        self.task, self.others, self.seconds = task, others, seconds
+        self.tolerance, self.least = tolerance, least
         self.losses: dict[str, list[float]] = {name: [] for name in (OURS, *others)}
         self.times: dict[str, list[Seconds]] = {name: [] for name in (OURS, *others)}
         self.turns = rounds_of([OURS, *others])
         self.end, self.began = float("inf"), (0.0, 0.0)
+        self.errors: dict[str, float] = {}
+        self.wrong: list[str] = []
 
     def batch(self, step: int, micro: int) -> Batch:
         """The end of our step before this one, the others' turns, and the beginning of our next step."""
@@ -118,7 +123,7 @@ class Turns:
         if step == CHECKED:
             self.compare()
             self.end = time.perf_counter() + self.seconds
-        batch = self.task.batch(step, micro)
+        batch = self.task.batch(step, micro)  # once for the peers, and below once more on our own clock
         while (name := next(self.turns)) != OURS:
             with outside_the_loop():
                 peer = self.others[name]
@@ -128,7 +133,7 @@ class Turns:
             raise Enough
         wait_for_gpu()
         self.began = time.perf_counter(), time.process_time()
-        return self.task.batch(step, micro) if self.others else batch
+        return self.task.batch(step, micro)
 
     def stop_clock(self, step: int) -> None:
         if step > CHECKED:
@@ -139,14 +144,13 @@ class Turns:
     def loss(self, batch: Batch, step: int, micro: int) -> Tensor:
         value = self.task.loss(batch, step, micro)
         if step < CHECKED:
-            self.losses[OURS].append(float(value))
+            self.losses[OURS].append(float(value.detach()))
         return value
 
     def compare(self) -> None:
         """Peers whose losses are others do other work: they leave."""
-        tolerance = TOLERANCE["no"]
         self.errors = {name: relative(found, self.losses[OURS]) for name, found in self.losses.items()}
-        self.wrong = [name for name, error in self.errors.items() if not error <= tolerance]
+        self.wrong = [name for name, error in self.errors.items() if not error <= self.tolerance]
         for name in self.wrong:
             del self.others[name], self.times[name]
         self.turns = rounds_of([OURS, *self.others])
@@ -176,7 +180,7 @@ def training_rows(
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         task = RECIPES[type(settings)](settings)
         others = trainees(plan_of(method, settings, size.side), task, compiled) if with_peers else {}
-        turns = Turns(task, dict(others), seconds)
+        turns = Turns(task, dict(others), seconds, TOLERANCE[precision])
         with contextlib.suppress(Enough):
             fit(replace(task, batch=turns.batch, loss=turns.loss), settings)
     work = f"{method.replace('_', ' ')} step, {size.name}, batch {size.batch}"

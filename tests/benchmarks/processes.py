@@ -1,0 +1,163 @@
+"""What needs a process of its own: peak memory of a training step, loading a model, importing, `--help`.
+
+    python -m benchmarks.processes '{"task": "lora", "contender": "P0", "folder": "checkpoints/pocket", …}'
+
+does one such task and prints one line of JSON.
+"""
+
+import contextlib
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import Seconds
+
+TESTS = Path(__file__).resolve().parents[1]
+P0 = "P0 diffusers + peft"
+
+# --- the parent's side -----------------------------------------------------------------------------------------------
+
+
+def python(words: Sequence[str]) -> tuple[Seconds, str]:
+    """Run Python to its end: its time from start to end, its processor time with that of all its threads, and its output."""
+    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *words], capture_output=True, text=True, env=environment, check=False
+    )
+    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)[:200]} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+    return Seconds(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime), done.stdout
+
+
+def child(**task: Any) -> dict[str, Any]:
+    """One task, done elsewhere."""
+    found: dict[str, Any] = json.loads(python(["-m", "benchmarks.processes", json.dumps(task)])[1].splitlines()[-1])
+    return found
+
+
+IMPORTS = {
+    "minidiff": "from minidiff import StableDiffusionPipeline",
+    "torch alone": "import torch",
+    P0: "import peft; from diffusers import StableDiffusionPipeline",
+}
+HELP = {"minidiff": ["-m", "minidiff", "--help"], "Python alone": ["-c", "pass"]}
+
+
+def imports(with_peers: bool) -> dict[str, Callable[[], Seconds]]:
+    """What stands between a person and the first line of work."""
+    chosen = {name: code for name, code in IMPORTS.items() if with_peers or name != P0}
+    return {name: lambda code=code: python(["-c", code])[0] for name, code in chosen.items()}  # type: ignore[misc]
+
+
+def helps() -> dict[str, Callable[[], Seconds]]:
+    """`minidiff --help`, beside a Python that does nothing."""
+    return {name: lambda words=words: python(words)[0] for name, words in HELP.items()}  # type: ignore[misc]
+
+
+def loads(folder: str, with_peers: bool) -> dict[str, Callable[[], Seconds]]:
+    """From a folder to a pipeline that is ready; imports are not counted, nor those of transformers'."""
+
+    def load(contender: str) -> Seconds:
+        found = child(task="load", contender=contender, folder=folder)
+        return Seconds(found["wall"], found["cpu"])
+
+    return {name: lambda name=name: load(name) for name in ("minidiff", P0) if with_peers or name != P0}  # type: ignore[misc]
+
+
+# --- the child's side ------------------------------------------------------------------------------------------------
+
+
+def peak_memory(device: str) -> int:
+    """The most that this process ever had, in bytes; on a GPU, of the GPU's memory."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def load(task: dict[str, Any]) -> dict[str, float]:
+    """Seconds until the pipeline is there."""
+    if task["contender"] == "minidiff":
+        import transformers
+
+        from minidiff import StableDiffusionPipeline
+
+        read: Callable[[str], Any] = StableDiffusionPipeline.from_pretrained
+        _ = transformers.CLIPTextModel, transformers.CLIPTokenizer
+    else:
+        import diffusers
+        import peft  # noqa: F401
+        import transformers
+
+        _ = transformers.CLIPTextModel, transformers.CLIPTokenizer
+        diffusers.utils.logging.disable_progress_bar()
+        theirs = diffusers.StableDiffusionPipeline
+        read = lambda folder: theirs.from_pretrained(folder, local_files_only=True)  # noqa: E731
+    wall, cpu = time.perf_counter(), time.process_time()
+    read(task["folder"])
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
+def training_peak(task: dict[str, Any]) -> dict[str, float]:
+    """The peak of three steps of one contender, and of the same process without them: imports, model, pictures."""
+    import torch
+
+    from benchmarks import peers, training
+    from minidiff.train.loop import fit
+    from minidiff.train.recipes import RECIPES
+
+    device, level = task["device"], task["contender"]
+    size = training.Size("", Path(task["folder"]), task["side"], task["batch"])
+    with tempfile.TemporaryDirectory() as folder:
+        settings = training.settings_of(task["task"], size, Path(folder) / "run", device, task["precision"])
+        if level == "minidiff":
+            made = RECIPES[type(settings)](settings)
+            before = peak_memory(device)
+            steps = iter(range(4))
+
+            def batch(step: int, micro: int) -> dict[str, torch.Tensor]:
+                if next(steps) == 3:
+                    raise training.Enough
+                return made.batch(step, micro)
+
+            with contextlib.suppress(training.Enough):
+                fit(replace(made, batch=batch), settings)
+        else:
+            peer = peers.trainee(training.plan_of(task["task"], settings, size.side), level, compiled=False)
+            before = peak_memory(device)
+            for step in range(3):
+                peer(random_batch(task["side"] // 8, task["batch"] * (2 if task["task"] == "dreambooth" else 1), step))
+        return {"peak": peak_memory(device), "before": before}
+
+
+def random_batch(side: int, count: int, seed: int) -> Any:
+    """Latents, noise and timesteps: how much memory a step takes does not depend on what they are."""
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, count, 4, side, side, generator=draw)
+    return {"latents": x[0], "noise": x[1], "t": torch.randint(1000, (count,), generator=draw)}
+
+
+def main(task: dict[str, Any]) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = load(task) if task["task"] == "load" else training_peak(task)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

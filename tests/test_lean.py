@@ -69,7 +69,11 @@ def functions() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor],
         "GroupNorm": (lambda x: lean.group_norm(group, x), group, (image,)),
         "LayerNorm": (lambda x: lean.layer_norm(layer, x), layer, (tokens,)),
         "GEGLU": (lean.geglu, lambda x: x[..., :3] * F.gelu(x[..., 3:]), (tokens,)),
-        "join": (lean.join, lambda x, skip: torch.cat([x, skip], dim=1), (image, double(2, 3, 5, 3))),
+        "join": (
+            lambda x, skip: lean.join(x, skip, group),
+            lambda x, skip: torch.cat([x, skip], dim=1),
+            (image, double(2, 3, 5, 3)),
+        ),
         "convolution": (conv, lambda x: F.conv2d(x, conv.weight, conv.bias, padding=1), (image,)),
         "strided convolution": (stride, lambda x: F.conv2d(x, stride.weight, stride.bias, 2), (image,)),
         "LoRA linear": (
@@ -134,7 +138,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "DoRA": {"targets": EVERYWHERE, "dora": True},
     "dropout": {"targets": EVERYWHERE, "dropout": 0.3},
 }
-every_adapter = pytest.mark.parametrize("kind", ADAPTERS)
 with_none = pytest.mark.parametrize("kind", [*ADAPTERS, "none"])  # as in textual inversion: gradients of the text alone
 
 
@@ -185,7 +188,7 @@ def test_checkpointing_changes_no_bit(kind: str) -> None:
     assert kept.keys() == made_again.keys() and all(torch.equal(kept[name], made_again[name]) for name in kept)
 
 
-@every_adapter
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
 def test_five_steps_are_those_of_the_plain_way(kind: str, plainly: Callable[[], None]) -> None:
     def train() -> Grads:
         unet = tuned(kind)
@@ -241,6 +244,7 @@ def test_kept_bytes_with_checkpointing() -> None:
     assert 30 < kept(unet, *inputs) < 37
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, most", [({"targets": EVERYWHERE}, 498), ({"dora": True}, 593)])
 def test_kept_bytes_of_other_adapters(how: dict[str, Any], most: float) -> None:
     unet, *inputs = sd15(**how)
@@ -307,3 +311,14 @@ def test_the_table_knows_a_text_encoder_in_training() -> None:
     frozen_encoder = memory.activations(task, TrainSettings())
     task.modules["text_encoder"].requires_grad_(True)
     assert memory.activations(task, TrainSettings()) > frozen_encoder
+
+
+def test_full_fine_tuning_keeps_no_more_than_before(plainly: Callable[[], None]) -> None:
+    unet, x, text = tiny_unet(), random(2, 4, 8, 8), random(2, 7, 24)
+
+    def size() -> int:
+        return kept_bytes(lambda: unet(x, torch.tensor([3, 900]), text), unet.parameters())
+
+    ours = size()
+    plainly()
+    assert ours <= size()

@@ -42,7 +42,7 @@ class LeanLoRALinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
         y = F.linear(x, weight, bias)
         thin = F.linear(x, A.to(x.dtype))
-        rows(y).addmm_(rows(thin), B.to(y.dtype).mT, alpha=scale)
+        rows(y).addmm_(rows(scale * thin), B.to(y.dtype).mT)
         keep(ctx, x, thin, weight, A, B)
         ctx.scale = scale
         return y

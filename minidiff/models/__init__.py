@@ -1,7 +1,10 @@
 """What the network is: modules and nothing else. No files are read here, and no diffusion maths is done.
 
 attention.py  softmax(q kᵀ / √d) v, and the layer around it
+tiled.py      the same in tiles, in plain PyTorch: the algorithm to read
+flash*.py     the same as Triton kernels, forward and backward; imported only when used
 blocks.py     the bricks: time embedding, ResBlock, transformer block, down- and upsampling
+lean.py       layers that keep less for the backward pass, and give the same numbers
 unet.py       the denoiser
 vae.py        the autoencoder between pictures and latents
 prompt.py     the prompt language: weights, BREAK, LoRA tags

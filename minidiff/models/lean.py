@@ -16,7 +16,7 @@ Each function here equals the plain one that stands on its first lines, and is t
 gradients, as in sampling, and in full fine-tuning, which has to keep what its weights' gradients are made of.
 
 Made again: a tensor's `grad_fn` is the node of the graph that made it. The nodes below can make their output once more, so
-a later operation that needs its input in the backward keeps nothing, and asks the node (`keep` and `kept_input`). That node's
+a later operation that needs its input in the backward keeps nothing, and asks the node (`keep` and `kept`). That node's
 own turn comes later in the backward, so it still has what it keeps.
 """
 
@@ -62,9 +62,9 @@ def geglu(pre: Tensor) -> Tensor:
     return LeanGEGLU.apply(pre)
 
 
-def join(x: Tensor, skip: Tensor) -> Tensor:
-    """x (B, C, H, W) beside skip (B, C', H, W) -> (B, C + C', H, W)."""
-    if not (saves(x) and saves(skip)):
+def join(x: Tensor, skip: Tensor, reader: nn.GroupNorm) -> Tensor:
+    """x (B, C, H, W) beside skip (B, C', H, W) -> (B, C + C', H, W), for a norm to read."""
+    if not (saves(x, reader) and saves(skip)):
         return torch.cat([x, skip], dim=1)
     return LeanJoin.apply(x, skip)
 
@@ -86,7 +86,7 @@ def recomputed(layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
     return checkpoint(layer, *inputs, use_reentrant=False) if torch.is_grad_enabled() else layer(*inputs)
 
 
-def saves(x: Tensor, module: nn.GroupNorm | nn.LayerNorm | nn.Conv2d | None = None) -> bool:
+def saves(x: Tensor, module: nn.Module | None = None) -> bool:
     """Is x on the way of gradients, through a module without trained weights?"""
     return x.requires_grad and torch.is_grad_enabled() and not (module is not None and module.weight.requires_grad)
 

@@ -31,7 +31,8 @@ class Level(nn.Module):
 
     def layer(self, i: int, time: Tensor, text: Tensor, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """The i-th ResBlock and its transformer; on the way up, of x beside a skip."""
-        x = self.resnets[i](x if skip is None else join(x, skip), time)
+        resnet: ResBlock = self.resnets[i]  # type: ignore[assignment]
+        x = resnet(x if skip is None else join(x, skip, resnet.norm1), time)
         return self.attentions[i](x, text) if hasattr(self, "attentions") else x
 
     def run(self, i: int, *inputs: Tensor) -> Tensor:

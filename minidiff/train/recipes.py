@@ -58,7 +58,7 @@ def full(settings: FullSettings) -> Task:
 
     Comes out: a whole model folder.
     """
-    pipe, base_hash = load_base(replace(settings, mixed_precision="no", bf16_weights=False))  # what moves is fp32, and starts unrounded
+    pipe, base_hash = load_base(replace(settings, mixed_precision="no", bf16_weights=False))  # what moves starts unrounded
     live = settings.train_text_encoder
     data = load_data(pipe, settings, live)
     # From here to make_task the model still answers as the base does: class pictures and first sheets are drawn by it.

@@ -47,7 +47,8 @@ def pair(folder: Path, kind: str) -> tuple[StableDiffusionPipeline, Any]:
 
 def both(ours: Any, theirs: Any, sampler: str, ours_too: dict[str, Any], theirs_too: dict[str, Any]) -> Any:
     theirs.scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(theirs.scheduler.config)
-    call: dict[str, Any] = {"negative_prompt": NEGATIVE, "guidance_scale": 5.0, "num_inference_steps": 10, "output_type": "latent"}
+    call: dict[str, Any] = {"negative_prompt": NEGATIVE, "guidance_scale": 5.0, "num_inference_steps": 10}
+    call |= {"output_type": "latent"}
     a = ours(PROMPT, **call, **ours_too, sampler=sampler, generator=torch.Generator().manual_seed(7)).images
     b = theirs(PROMPT, **call, **theirs_too, generator=torch.Generator().manual_seed(7)).images
     return a, b

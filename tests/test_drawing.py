@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_adapters import shake
 
 from minidiff import drawing
 from minidiff.adapters.inject import adapter_weights, inject
@@ -18,7 +19,6 @@ from minidiff.files.lora import save_lora
 from minidiff.images import read_png_text, save_png
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.studio.foreign import picture_texts
-from tests.tiny_adapters import shake
 
 DOG = "a photo of a red dog"
 

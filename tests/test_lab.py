@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny_adapters import shake
 
 from minidiff import StableDiffusionPipeline
 from minidiff.adapters.inject import adapter_weights, inject
 from minidiff.files.lora import save_lora
 from minidiff.images import contact_sheet, to_tensor
 from minidiff.train.ladder import ImageTower
-from tests.tiny_adapters import shake
 
 POCKET = Path(__file__).parent.parent / "checkpoints" / "pocket"
 PROMPT = "a watercolor of a blue house in the snow"

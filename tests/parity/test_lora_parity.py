@@ -140,10 +140,13 @@ def target(step: int) -> Tensor:
     return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(100 + step))
 
 
+EPSILON = 1e-5  # of AdamW: at its usual 1e-8, an element whose gradient is rounding alone moves as far as any other
+
+
 def train_theirs(model: nn.Module) -> None:
     """Five steps of AdamW on drawn data, by hand."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, eps=EPSILON)
     for step in range(5):
         optimizer.zero_grad()
         F.mse_loss(predict(model, seed=step), target(step)).backward()
@@ -154,7 +157,7 @@ def train_theirs(model: nn.Module) -> None:
 def train_ours(model: nn.Module) -> None:
     """The same with minidiff's loss, clipping and optimizer."""
     parameters = list(trainable(model).values())
-    optimizer = adamw(parameters, TrainSettings(learning_rate=1e-2, adam_weight_decay=0.1))
+    optimizer = adamw(parameters, TrainSettings(learning_rate=1e-2, adam_weight_decay=0.1, adam_epsilon=EPSILON))
     for step in range(5):
         optimizer.zero_grad()
         mse(predict(model, seed=step), target(step)).backward()

@@ -65,6 +65,8 @@ def test_golden_trajectories(golden, case):
     tolerance = 1e-4 if special == "zero_snr" and "euler" in name else 1e-5
     for step, x in zip(walk, expected, strict=True):
         torch.testing.assert_close(step.x, x, rtol=0, atol=tolerance * x.abs().max().item())
+        if name in ("ddim", "euler_a", "dpm++_2m") and strength == 1 and not special:
+            torch.testing.assert_close(step.x, x, rtol=1e-5, atol=1e-5)  # small elements count as much as large ones
 
 
 # ------------------------------------------------------------------------------------------------- the common promises

@@ -40,7 +40,8 @@ def euler_a(run: Run) -> Iterator[Visit]:
         x0, eps = predict(run, x, t, sigma)
         sigma_up = sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2)  # 2011.13456, appendix F: its noise
         sigma_down = sqrt(sigma_next**2 - sigma_up**2)  # so that down^2 + up^2 = next^2
-        x = x0 + sigma_down * eps + sigma_up * run.fresh_noise(i)  # DDIM eq. 13, and the noise
+        x = x + eps * (sigma_down - sigma)  # DDIM eq. 13: Euler's step on eq. 14, in the reference's order of rounding
+        x = x + sigma_up * run.fresh_noise(i)
         yield t, vp(x, sigma_next), x0
 
 

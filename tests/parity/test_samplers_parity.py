@@ -73,6 +73,21 @@ def test_trajectories(name, prediction, special, spacing, steps):
         assert_same(ours, expected, 2e-3 if special == "zero_snr" and "euler" in name else 1e-5)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 20, 30, 50])
+@pytest.mark.parametrize("spacing", [None, *SPACINGS])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("name", "eta"), [("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0), ("euler_a", 0.0), ("dpm++_2m", 0.0)]
+)
+def test_trajectories_element_by_element(name, eta, prediction, spacing, steps):
+    """The stricter bound, where every sampler of SD's early days keeps it: small elements count as much as large ones."""
+    schedule = NoiseSchedule.from_config(NoiseConfig(prediction_type=prediction))
+    reference = GOLDEN["reference_scheduler"](name, prediction, spacing)
+    expected = GOLDEN["reference_trajectory"](reference, steps, SHAPE, eta)
+    ours = trajectory(name, schedule, steps, spacing=spacing, eta=eta)
+    torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(expected), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 @pytest.mark.parametrize("spacing", [None, *SPACINGS])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -94,7 +109,10 @@ def test_to_alpha_one(name, eta):
         pytest.skip("PNDM has no eta")
     schedule = NoiseSchedule.from_config(NoiseConfig(set_alpha_to_one=True))
     reference = GOLDEN["reference_scheduler"](name, "epsilon", None, set_alpha_to_one=True)
-    assert_same(trajectory(name, schedule, 10, eta=eta), GOLDEN["reference_trajectory"](reference, 10, SHAPE, eta))
+    ours, expected = trajectory(name, schedule, 10, eta=eta), GOLDEN["reference_trajectory"](reference, 10, SHAPE, eta)
+    assert_same(ours, expected)
+    if name == "ddim":
+        torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_pndm_from_an_image_in_the_reference():

@@ -38,6 +38,8 @@ from minidiff.errors import SettingsError
 from minidiff.files import embeddings, lora
 from minidiff.images import to_pil
 from minidiff.model_files import check_parts_fit, read_folder, read_single_file, write_folder
+from minidiff.models.attention import reading_once
+from minidiff.models.lean import standing_still
 from minidiff.models.prompt import Prompt, parse_prompt
 from minidiff.models.text import encode_prompt
 from minidiff.models.unet import UNet2DConditionModel
@@ -277,7 +279,8 @@ class StableDiffusionPipeline:
         """The last of a sampler's steps; a progress bar on stderr on the way, and `callback` sees each."""
         from tqdm import tqdm
 
-        with tqdm(total=total, unit="step", leave=False, disable=not self.progress_bar) as bar:
+        bar = tqdm(total=total, unit="step", leave=False, disable=not self.progress_bar)
+        with bar, standing_still([self.unet], large=True), reading_once(self.unet):
             for step in steps:
                 bar.total = step.total  # the sampler knows better: Heun calls the network twice a step
                 bar.update()

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minidiff.models.lean import as_autocast, conv_backward, keep, kept, release, wide
+from minidiff.models.lean import conv_backward, keep, kept, release
+from minidiff.models.precision import as_autocast, wide
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.adapters import lean
-from minidiff.models.lean import full_precision
+from minidiff.models.precision import full_precision
 
 AT_ONCE = 2**20  # numbers of a weight whose lengths are measured together
 SHORTEST = 1e-12  # a length that can be divided by, for rows of W that are zero

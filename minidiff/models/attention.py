@@ -4,12 +4,15 @@ B batch   N heads   L query tokens   S key tokens   D width of one head   C = N�
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.errors import SettingsError, did_you_mean
+from minidiff.models.lean import Linear
 from minidiff.models.tiled import tiled_attention
 
 IMPLS = ("auto", "naive", "tiled", "sdpa")  # on any device
@@ -64,24 +67,52 @@ class CrossAttention(nn.Module):
     Called `attn1` (self) and `attn2` (cross) in SD's files. q, k and v have no bias there; the output projection has.
     """
 
+    remembered: tuple[Tensor, ...] | None = None  # the last prompt, its k and its v; empty before it, None: none is
+
     def __init__(self, width: int, context_width: int, heads: int, qkv_bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=qkv_bias)
-        self.to_k = nn.Linear(context_width, width, bias=qkv_bias)
-        self.to_v = nn.Linear(context_width, width, bias=qkv_bias)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list, because the files say `to_out.0`
+        self.to_q = Linear(width, width, bias=qkv_bias)
+        self.to_k = Linear(context_width, width, bias=qkv_bias)
+        self.to_v = Linear(context_width, width, bias=qkv_bias)
+        self.to_out = nn.ModuleList([Linear(width, width)])  # a list, because the files say `to_out.0`
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, L, C), context (B, S, C_context) -> (B, L, C)."""
-        context = x if context is None else context
-        q, k, v = (self.split_heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q = self.split_heads(self.to_q(x))
+        k, v = self.keys_and_values(x) if context is None else self.read_once(context)
         merged = attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, L, D) -> (B, L, N·D)
         return self.to_out[0](merged)
+
+    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, C_context) -> k and v, each (B, N, S, D)."""
+        return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
+
+    def read_once(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """`keys_and_values`; inside `reading_once` those of the last prompt are remembered."""
+        if self.remembered is None:
+            return self.keys_and_values(context)
+        if not self.remembered or self.remembered[0] is not context:
+            self.remembered = (context, *self.keys_and_values(context))
+        _, k, v = self.remembered
+        return k, v
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, L, N·D) -> (B, N, L, D); a view, nothing is copied."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+@contextmanager
+def reading_once(model: nn.Module) -> Iterator[None]:
+    """Inside the `with`, each layer makes k and v of a prompt once, and not at each step. Weights must not change there."""
+    layers = [m for m in model.modules() if isinstance(m, CrossAttention)]
+    for layer in layers:
+        layer.remembered = ()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.remembered = None
 
 
 class SpatialAttention(CrossAttention):

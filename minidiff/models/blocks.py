@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidiff.models import cpu
 from minidiff.models.attention import CrossAttention
-from minidiff.models.lean import Conv2d, geglu, group_norm, layer_norm, norm_silu
+from minidiff.models.lean import Conv2d, Linear, geglu, group_norm, layer_norm, norm_silu
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -32,8 +33,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int, embedding_width: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(width, embedding_width)
-        self.linear_2 = nn.Linear(embedding_width, embedding_width)
+        self.linear_1 = Linear(width, embedding_width)
+        self.linear_2 = Linear(embedding_width, embedding_width)
 
     def forward(self, sinusoids: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(sinusoids)))
@@ -47,7 +48,7 @@ class ResBlock(nn.Module):
         self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
         self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
         if time_width is not None:
-            self.time_emb_proj = nn.Linear(time_width, c_out)
+            self.time_emb_proj = Linear(time_width, c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
         self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else None
@@ -66,7 +67,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, 2 * hidden)
+        self.proj = Linear(width, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return geglu(self.proj(x))
@@ -77,10 +78,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))  # net.1: dropout
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), Linear(4 * width, width))  # net.1: dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        return cpu.by_pieces(self.net, x)
 
 
 class TransformerBlock(nn.Module):

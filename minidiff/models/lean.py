@@ -20,8 +20,8 @@ a later operation that needs its input in the backward keeps nothing, and asks t
 own turn comes later in the backward, so it still has what it keeps.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from minidiff.models import cpu
+from minidiff.models.precision import as_autocast, wide
 
 # --- the plain operations, and when they are replaced ------------------------------------------------------------------
 
@@ -58,7 +61,7 @@ def geglu(pre: Tensor) -> Tensor:
     """GLU Variants Improve Transformer (arXiv 2002.05202), eq. 6: value ⊗ GELU(gate); pre (B, L, 2 D) -> (B, L, D)."""
     if not saves(pre):
         value, gate = pre.chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return value * F.gelu(gate) if torch.is_grad_enabled() else F.gelu(gate).mul_(value)
     return LeanGEGLU.apply(pre)
 
 
@@ -70,12 +73,47 @@ def join(x: Tensor, skip: Tensor, reader: nn.GroupNorm) -> Tensor:
 
 
 class Conv2d(nn.Conv2d):
-    """An `nn.Conv2d` that does not keep its input while it is frozen."""
+    """An `nn.Conv2d` with a square kernel, which does not keep its input while it is frozen, and is fast on a CPU."""
+
+    ready: tuple[cpu.Ready, cpu.Ready] | None = None  # what is made of weights that stand still: forward, backward
 
     def forward(self, x: Tensor) -> Tensor:
-        if not saves(x, self):
+        stride, padding = self.stride[0], int(self.padding[0])
+        if saves(x, self):
+            return FrozenConv2d.apply(as_autocast(x), self.weight, self.bias, stride, padding, self.ready)
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return super().forward(x)
-        return FrozenConv2d.apply(as_autocast(x), self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return cpu.conv2d(x, self.weight, self.bias, stride, padding, self.ready and self.ready[0])
+
+
+class Linear(nn.Linear):
+    """An `nn.Linear` that is fast on a CPU in half precision, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return super().forward(x)
+        return cpu.linear(x, self.weight, self.bias)
+
+
+@contextmanager
+def standing_still(models: Iterable[nn.Module], large: bool) -> Iterator[None]:
+    """Inside the `with`, no convolution of `models` changes, so what a CPU makes of its weights is made once.
+
+    In training, where gradients flow, that holds for the frozen ones alone. It takes memory: of `large` weights up to four
+    times their own; without them, a few MB.
+    """
+    training = torch.is_grad_enabled()
+    convolutions = [m for model in models for m in model.modules() if isinstance(m, Conv2d)]
+    still = [m for m in convolutions if not (training and m.weight.requires_grad)]
+    chosen = [m for m in still if large or m.weight.numel() <= cpu.MANY]
+    before = [m.ready for m in chosen]
+    for m in chosen:
+        m.ready = m.ready or ({}, {})
+    try:
+        yield
+    finally:
+        for m, old in zip(chosen, before):
+            m.ready = old
 
 
 def recomputed(layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -122,24 +160,6 @@ def made(ctx: Any) -> Tensor:
 def release(ctx: Any) -> None:
     """The node's turn is over, and so is that of all who read its output."""
     ctx.kept = ctx.made = None
-
-
-def wide(x: Tensor) -> Tensor:
-    """fp16 and bf16 as fp32, in which norms are computed, as under autocast."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def as_autocast(x: Tensor) -> Tensor:
-    """In the number format that autocast gives the inputs of a product, if it is on; it does not reach into a Function."""
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return x.to(torch.get_autocast_dtype(device)) if on else x
-
-
-def full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """Without autocast on x's device; `meta`, where there is nothing to round, does not know it."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 # --- the functions -------------------------------------------------------------------------------------------------------
@@ -265,18 +285,24 @@ class FrozenConv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: int,
+        padding: int,
+        ready: tuple[cpu.Ready, cpu.Ready] | None,
     ) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.how = x.shape, (stride, padding, dilation, groups)
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        ctx.shape, ctx.how, ctx.ready = x.shape, (stride, padding), ready and ready[1]
+        return cpu.conv2d(x, weight, bias, stride, padding, ready and ready[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        x = d.new_empty(ctx.shape)  # for its size: the numbers in it are not read
-        return conv_backward(d, x, weight, ctx.how, (True, False))[0], *[None] * 6
+        stride, padding = ctx.how
+        return cpu.conv2d_backward(d, ctx.shape, weight, stride, padding, ctx.ready), *[None] * 5
 
 
 def conv_backward(d: Tensor, x: Tensor, weight: Tensor, how: Any, needed: tuple[bool, bool]) -> tuple[Tensor, Tensor]:

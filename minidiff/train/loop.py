@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from minidiff.models.lean import standing_still
 from minidiff.nonfinite import first_nonfinite
 from minidiff.rng import hashed_seed
 from minidiff.train import distributed
@@ -97,7 +98,7 @@ def fit(task: Task, settings: TrainSettings) -> Report:
     run = Run(task, settings, total, optimizer, ema, world)
     forward = Forward(task, settings, world, device)
 
-    with in_backward(optimizer, settings, world) as early, run.claimed(), stop_signals() as asked, deterministic(device):
+    with in_backward(optimizer, settings, world) as early, run.claimed(), stop_signals() as asked, around(task, device):
         start = done = run.resume()
         skipped, smoothed = 0, math.nan
         with batches(task, settings, start, total) as data, progress(start, total, run.writes) as advance:
@@ -136,6 +137,13 @@ def fit(task: Task, settings: TrainSettings) -> Report:
         run.end(done, skipped)
         world.wait()  # nobody leaves before the first process has written everything
     return Report(done, smoothed, done == total)
+
+
+@contextmanager
+def around(task: Task, device: str) -> Iterator[None]:
+    """Inside the `with`, kernels repeat themselves to the bit, and what is frozen stands still."""
+    with deterministic(device), standing_still(task.modules.values(), large=False):
+        yield
 
 
 class Forward:

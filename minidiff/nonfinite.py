@@ -37,7 +37,7 @@ def first_nonfinite(modules: Mapping[str, nn.Module], forward: Callable[[], Tens
     def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
             if not found and not all(t.isfinite().all() for t in tensors_in(output)):
-                found.append(f"{name} ({type(module).__name__})")
+                found.append(f"{name} ({type(module).__name__}){blame(module)}")
 
         return module.register_forward_hook(look)
 
@@ -49,6 +49,12 @@ def first_nonfinite(modules: Mapping[str, nn.Module], forward: Callable[[], Tens
     finally:
         for handle in handles:
             handle.remove()
+
+
+def blame(module: nn.Module) -> str:
+    """Words for a module's own broken weights, if it has some: nothing that is computed with them can be whole."""
+    broken = [name for name, p in module.named_parameters() if not p.isfinite().all()]
+    return f", whose {broken[0]} itself holds NaN or infinity: get its file again" if broken else ""
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:

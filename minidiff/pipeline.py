@@ -34,7 +34,7 @@ from minidiff.diffusion.guidance import guided
 from minidiff.diffusion.samplers import Step, sampler_named
 from minidiff.diffusion.schedule import NoiseSchedule
 from minidiff.diffusion.tiling import tiled
-from minidiff.errors import SettingsError
+from minidiff.errors import MinidiffError, SettingsError
 from minidiff.files import embeddings, lora
 from minidiff.images import to_pil
 from minidiff.model_files import check_parts_fit, read_folder, read_single_file, write_folder
@@ -44,7 +44,7 @@ from minidiff.models.prompt import Prompt, parse_prompt
 from minidiff.models.text import encode_prompt
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.models.vae import AutoencoderKL, sample_posterior
-from minidiff.nonfinite import checked
+from minidiff.nonfinite import blame, checked
 from minidiff.picture_input import Pictures, as_mask, as_pictures, fitted, size_of
 
 if TYPE_CHECKING:
@@ -216,6 +216,8 @@ class StableDiffusionPipeline:
         rows = encode_prompt(
             self.tokenizer, self.text_encoder, distinct, self.placeholders, clip_skip=clip_skip, chunks=chunks
         )
+        if not rows.isfinite().all():
+            raise MinidiffError(f"NaN or infinity comes out of the text encoder{blame(self.text_encoder)}.")
         return rows[[distinct.index(p) for p in parsed]].to(self.dtype)
 
     def encode_captions(self, captions: Sequence[str]) -> Tensor:

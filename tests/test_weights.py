@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import struct
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minidiff import keymaps
+from minidiff import keymaps, weights
 from minidiff.config import TINY_UNET, TINY_VAE, UNetConfig, VAEConfig
-from minidiff.errors import WeightsError
+from minidiff.errors import MinidiffError, WeightsError
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.models.vae import AutoencoderKL
+from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.weights import find_weights, load_into, read_header, save, split_single_file, to_single_file
 
 UNET_FILE = "diffusion_pytorch_model.safetensors"
@@ -363,3 +365,43 @@ def test_an_inpainting_checkpoint_is_named(tmp_path: Path, unet: UNet2DCondition
     save(load_file(path) | nine, path)
     with pytest.raises(WeightsError, match="inpainting single file in the LDM layout"):
         load_into(on_meta(UNet2DConditionModel, TINY_UNET), split_single_file(path, TINY_UNET, TINY_VAE).unet)
+
+
+# --- large files -------------------------------------------------------------------------------------------------------
+
+
+def with_a_nan(folder: Path, part: str, end: str) -> None:
+    """Break one number of the first tensor whose name ends so."""
+    path = find_weights(folder / part)
+    tensors = read_header(path).read()
+    name = next(name for name in tensors if name.endswith(end))
+    tensors[name].view(-1)[0] = float("nan")
+    save(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("part", "end", "told"),
+    [
+        ("unet", "mid_block.resnets.0.conv1.weight", r"unet\.mid_block\.resnets\.0\.conv1 .*whose weight itself holds NaN"),
+        ("vae", "decoder.conv_in.bias", r"vae\.decoder\.conv_in .*whose bias itself holds NaN"),
+        ("text_encoder", "final_layer_norm.weight", r"text encoder.*final_layer_norm\.weight itself holds NaN"),
+    ],
+)
+def test_a_nan_in_a_large_file_is_named_when_it_is_used(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, end: str, told: str
+) -> None:
+    """Small files are looked at when they are read, and large ones, which are only mapped, when something is drawn."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    with_a_nan(folder, part, end)
+    with pytest.raises(WeightsError, match="NaN or infinite values"):
+        StableDiffusionPipeline.from_pretrained(folder)
+    monkeypatch.setattr(weights, "LARGE", 0)
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(MinidiffError, match=told):
+        pipe("a photo of a red dog", num_inference_steps=1, seed=0)
+    file = read_header(find_weights(folder / part))
+    with pytest.raises(WeightsError, match="NaN or infinite values"):  # cast, so every number is in hand anyway
+        file.read(torch.float64, mapped=True)
+    with pytest.raises(WeightsError, match="NaN or infinite values"):  # to be written into another file
+        file.read()

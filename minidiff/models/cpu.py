@@ -108,7 +108,7 @@ def direct(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
     """oneDNN's convolution; the weights in its own order if they stand still."""
     if ready is None or x.dtype != torch.float32 or not can_pack():
         return F.conv2d(x, weight, bias, stride, padding)
-    x, sizes = x.contiguous(memory_format=torch.channels_last), ((padding,) * 2, (stride,) * 2, (1, 1), 1)
+    sizes = ((padding,) * 2, (stride,) * 2, (1, 1), 1)
     packed = once(ready, "packed", lambda: torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, x.shape))
     return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *sizes, "none", [], "")
 

@@ -1,6 +1,6 @@
 """The `minidiff` command. Flags, help texts and checks come from dataclasses; here they only meet the code.
 
-Nothing heavy is imported before a command runs: `minidiff --help` answers at once. Bad input ends with one message and exit
+Nothing is imported before it is needed: `minidiff --help` answers at once. Bad input ends with one message and exit
 code 2; a traceback is a bug.
 """
 
@@ -14,41 +14,33 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from minidiff.commands import COMMANDS
 from minidiff.errors import MinidiffError, SettingsError, did_you_mean, printable
-from minidiff.flags import Sample
-from minidiff.train.settings import FineTuneSettings, from_toml
+from minidiff.usage import SUMMARIES, usage
+
+if TYPE_CHECKING:
+    from minidiff.flags import Sample
 
 # --- the command line ----------------------------------------------------------------------------------------------------
-
-
-def usage() -> str:
-    lines = [f"  minidiff {name:<23} {(kind.__doc__ or '').strip().splitlines()[0]}" for name, (kind, _) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "minidiff: Stable Diffusion you can read, and fine-tune.",
-            "",
-            *lines,
-            "",
-            "  minidiff COMMAND --help: its flags",
-        ]
-    )
 
 
 def parse(argv: list[str]) -> tuple[Any, Callable[[Any], None]]:
     """The command's settings and its function. tyro itself leaves with code 2 for unknown flags, and names the nearest."""
     if broken := [word for word in argv if any("\ud800" <= letter <= "\udfff" for letter in word)]:
         raise SettingsError(f"{broken[0]!r} is not UTF-8 text; is the terminal set to UTF-8?")
-    name = next((name for name in COMMANDS if argv[: len(name.split())] == name.split()), None)
+    name = next((name for name in SUMMARIES if argv[: len(name.split())] == name.split()), None)
     if name is None:
-        if known := [name.split()[1] for name in COMMANDS if name.startswith(f"{argv[0]} ")]:
+        if known := [name.split()[1] for name in SUMMARIES if name.startswith(f"{argv[0]} ")]:
             given = " ".join(argv[1:2])
             raise SettingsError(f"minidiff {argv[0]} needs one of {', '.join(known)}.{did_you_mean(given, known)}")
-        raise SettingsError(f'"{argv[0]}" is no command.{did_you_mean(argv[0], COMMANDS)}\n\n{usage()}')
+        raise SettingsError(f'"{argv[0]}" is no command.{did_you_mean(argv[0], SUMMARIES)}\n\n{usage()}')
+    import tyro
+
+    from minidiff.commands import COMMANDS
+    from minidiff.flags import Sample
+    from minidiff.train.settings import FineTuneSettings, from_toml
+
     kind, function = COMMANDS[name]
     rest, default = argv[len(name.split()) :], None
     if issubclass(kind, FineTuneSettings):
@@ -72,8 +64,11 @@ def taken_out(flag: str, words: list[str], what: str) -> tuple[str | None, list[
     return words[at + 1], words[:at] + words[at + 2 :]
 
 
-def drawn_again(path: str, rest: list[str]) -> Sample:
+def drawn_again(path: str, rest: list[str]) -> "Sample":
     """The settings of a picture, and over them the flags that were given; notes on what differs here go to stderr."""
+    import tyro
+
+    from minidiff.flags import Sample
     from minidiff.studio.replay import check_origin, read_origin
 
     origin = read_origin(path)

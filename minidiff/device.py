@@ -1,4 +1,7 @@
-"""Where the networks run."""
+"""Where the networks run, and in what memory."""
+
+import ctypes
+import os
 
 import torch
 
@@ -15,3 +18,18 @@ def chosen_device(name: str | None) -> str:
     if name not in known:
         raise SettingsError(f"--device {name} is no device; it can be {', '.join(known if gpus else known[:1])}.")
     return name
+
+
+def keep_memory() -> None:
+    """Have this process keep the memory that tensors leave, for the next ones. For programs that own their process.
+
+    On Linux a large tensor's memory is given back when it goes, and the next one gets it anew, page by page and filled with
+    zeros: about a tenth of a U-Net's time on a CPU. glibc is told to keep it, and PyTorch (before its first large tensor)
+    to take pages of 2 MB.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's own switch: "transparent huge pages"
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)

@@ -19,11 +19,13 @@ from PIL import Image
 
 from minidiff.adapters.textual_inversion import initial_vectors
 from minidiff.cli import main
+from minidiff.commands import COMMANDS
 from minidiff.files.embeddings import save_embedding
 from minidiff.images import read_png_text
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.train.loop import Report
 from minidiff.train.methods import LoRASettings
+from minidiff.usage import SUMMARIES
 from minidiff.weights import save
 
 POCKET = Path(__file__).parent.parent / "checkpoints" / "pocket"
@@ -406,9 +408,15 @@ def test_a_foreign_folder_is_left_alone(
     assert len(list(pictures.iterdir())) == 3
 
 
+def test_the_summaries_are_those_of_the_commands() -> None:
+    """They stand in a file of their own, so that `--help` need not import what it tells of."""
+    summaries = {name: (kind.__doc__ or "").strip().splitlines()[0] for name, (kind, _) in COMMANDS.items()}
+    assert summaries == SUMMARIES and list(summaries) == list(SUMMARIES)
+
+
 def test_help_is_quick_to_import() -> None:
     """No bound on the time: what costs the time is what is imported."""
-    code = "import sys, minidiff.cli; print(*{'torch', 'transformers', 'numpy', 'PIL', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, minidiff.cli; print(*{'torch', 'transformers', 'numpy', 'PIL', 'tyro', 'dataclasses'} & set(sys.modules))"
     began = time.perf_counter()
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == "", f"{said} after {time.perf_counter() - began:.2f} s"

@@ -17,6 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # A file imports only from lines above its own. A folder's files may import each other, but never in a circle.
 ORDER = """
     errors
+    usage
     device
     rng
     nonfinite

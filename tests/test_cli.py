@@ -416,7 +416,7 @@ def test_the_summaries_are_those_of_the_commands() -> None:
 
 def test_help_is_quick_to_import() -> None:
     """No bound on the time: what costs the time is what is imported."""
-    code = "import sys, minidiff.cli; print(*{'torch', 'transformers', 'numpy', 'PIL', 'tyro', 'dataclasses'} & set(sys.modules))"
+    code = "import sys, minidiff.cli; print(*{'torch', 'transformers', 'numpy', 'PIL', 'tyro'} & set(sys.modules))"
     began = time.perf_counter()
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == "", f"{said} after {time.perf_counter() - began:.2f} s"

@@ -73,7 +73,9 @@ ORDER = """
     train/guards
     train/run
     train/loop
+    train/metering
     train/memory
+    train/savings
     train/common
     train/recipes
     train/ladder

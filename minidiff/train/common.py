@@ -227,8 +227,12 @@ def make_task(
     card: Callable[[Path], None],
     preview: Callable[[int], Image.Image | None],
     optimizer: torch.optim.Optimizer | None = None,
+    untuned: nn.Module | None = None,
 ) -> Task:
-    """The task, with the validation loss on fixed noise, and a first look at whether the base predicts what it says."""
+    """The task, with the validation loss on fixed noise, and a first look at whether the base predicts what it says.
+
+    `untuned` is a copy of the U-Net as it was, if one is kept.
+    """
     validation, networks = data, {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     if settings.validation_data_dir:
         folder, plain = Path(settings.validation_data_dir), replace(settings, masked_loss=False)
@@ -246,6 +250,7 @@ def make_task(
 
     for network in networks.values():
         network.train()  # with dropout, where there is some
+    beside: dict[str, nn.Module] = {"VAE": pipe.vae} | ({} if untuned is None else {"untuned U-Net": untuned})
     return Task(
         trainable=trainable,
         batch=batches.batch,
@@ -258,6 +263,7 @@ def make_task(
         samples_per_epoch=data.samples_per_epoch,
         optimizer=optimizer,
         modules=networks,
+        beside=beside,
         describe=data.describe,
     )
 

@@ -57,6 +57,8 @@ ORDER = """
     train/tables
     train/folders
     train/buckets
+    train/durable
+    train/cache
     train/data
     train/check_data
     train/templates
@@ -68,7 +70,6 @@ ORDER = """
     train/optim
     train/in_backward
     train/muon
-    train/durable
     train/checkpoint
     train/guards
     train/run
@@ -76,6 +77,7 @@ ORDER = """
     train/metering
     train/memory
     train/savings
+    train/idle
     train/common
     train/recipes
     train/ladder

@@ -55,7 +55,8 @@ def budget(task: "Task", settings: TrainSettings, step: Step | None = None) -> B
     step = step or step_bytes(task, settings)
     first = next(iter(task.trainable.values()))
     trained, each = [p.numel() for p in task.trainable.values()], 2 if settings.bf16_weights else first.element_size()
-    networks = " and ".join(name.replace("_", " ").replace("unet", "U-Net") for name in task.modules)
+    there = [name for name, module in task.modules.items() if module_bytes(module, first.device.type)]
+    networks = " and ".join(name.replace("_", " ").replace("unet", "U-Net") for name in there)
     beside = [(name, module_bytes(module, first.device.type), "") for name, module in task.beside.items()]
     rounded = sum(trained) * (first.element_size() - each)  # --bf16_weights takes place after this
     held = [
@@ -78,12 +79,21 @@ def moments_of(task: "Task", settings: TrainSettings, step: Step, gradients: lis
     rows = [("forward, backward", step.fullest + (update if early else 0), told)]
     if not early:
         rows.append(("update", sum(gradients) + update, "gradients, and what AdamW works on"))
-    vae, after = task.beside.get("VAE"), 0 if early else sum(gradients)
-    if isinstance(vae, AutoencoderKL):
-        given = vae.config, next(vae.parameters()).dtype, task.batch(0, 0)["latents"].shape[1:]
-        rows.append(("pictures", vae_bytes(*given, "encode"), "the VAE encodes one at a time"))
-        if settings.validation_steps:
-            rows.append(("sample sheets", after + vae_bytes(*given, "decode"), "the VAE draws one at a time"))
+    return rows + drawing(task, settings, 0 if early else sum(gradients))
+
+
+def drawing(task: "Task", settings: TrainSettings, gradients: int) -> list[Row]:
+    """The moments of the VAE, with all that is away in training; gradients of the last update lie beside a sample sheet."""
+    vae, device = task.beside.get("VAE"), next(iter(task.trainable.values())).device.type
+    if not isinstance(vae, AutoencoderKL):
+        return []
+    given = vae.config, next(vae.parameters()).dtype, task.batch(0, 0)["latents"].shape[1:]
+    away = sum(t.nbytes for m in (vae, *task.modules.values()) for t in m.parameters() if t.device.type != device)
+    rows = []
+    if task.used_vae:
+        rows.append(("pictures", away + vae_bytes(*given, "encode"), "the VAE encodes one at a time"))
+    if settings.validation_steps:
+        rows.append(("sample sheets", gradients + away + vae_bytes(*given, "decode"), "the VAE draws one at a time"))
     return rows
 
 

@@ -14,12 +14,12 @@ from minidiff.adapters.inject import inject, trainable
 from minidiff.adapters.lora import LoRALayer
 from minidiff.config import SD15_UNET
 from minidiff.models import lean
-from minidiff.models.lean import Conv2d
+from minidiff.models.lean import Conv2d, standing_still
 from minidiff.models.text import build_text_encoder
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.train import memory
 from minidiff.train.loop import Task
-from minidiff.train.metering import fullest_bytes, kept_bytes, step_bytes
+from minidiff.train.metering import fullest_bytes, kept_bytes, ready_bytes, step_bytes
 from minidiff.train.optim import adamw
 from minidiff.train.settings import TrainSettings
 
@@ -285,10 +285,11 @@ def test_the_table_before_a_run() -> None:
     activations = kept_bytes(lambda: unet(batch["latents"], batch["t"], batch["text"]), unet.parameters())
     assert step_bytes(task, TrainSettings()).kept == activations  # on meta as in memory
     held = {name: size for name, size, _ in need.held}
+    assert held.pop("in order") > 0
     assert held == {"weights": 4 * weights + buffers, "optimizer": 2 * trained}
     moments = {name: size for name, size, _ in need.moments}
     assert moments["update"] == 2 * trained and moments["forward, backward"] > activations
-    assert need.together == sum(held.values()) + max(moments.values()) + need.allowance[1]
+    assert need.together == sum(size for _, size, _ in need.held) + max(moments.values()) + need.allowance[1]
     assert f"{need.together / MIB:,.1f} MiB" in str(need).splitlines()[-1]
     assert f"gradients {trained / MIB:,.1f}; kept for backward {activations / MIB:,.1f}" in str(need)
     assert all(p.device.type == "cpu" for p in unet.parameters())
@@ -325,6 +326,20 @@ def test_the_fullest_moment_counts() -> None:
 
     assert fullest_bytes(work, [weight]) == 120
     assert fullest_bytes(lambda: weight.view(15), [weight]) == 0
+
+
+def test_what_a_cpu_makes_of_frozen_weights_is_counted() -> None:
+    """Against what is there after a step: the copies that convolutions hold, of both ways through them."""
+    task = a_task()
+    unet, batch = task.modules["unet"], task.batch(0, 0)
+    with standing_still([unet], large=False):
+        unet(batch["latents"], batch["t"], batch["text"]).square().mean().backward()
+        made = [t for m in unet.modules() if isinstance(m, Conv2d) and m.ready for part in m.ready for t in part.values()]
+        there = sum(t.numel() * t.element_size() for t in made)
+    counted = ready_bytes(step_bytes(task, TrainSettings()).convolutions, drawing=False)
+    assert 0.8 * there < counted < 1.25 * there
+    unet.requires_grad_(True)
+    assert ready_bytes(step_bytes(task, TrainSettings()).convolutions, drawing=False) == 0
 
 
 def test_gradients_that_wait_and_that_do_not() -> None:

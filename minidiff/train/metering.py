@@ -8,7 +8,8 @@ B samples   C h w a latent   S text tokens   D text width
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minidiff.config import VAEConfig
+from minidiff.models import cpu
+from minidiff.models.lean import Conv2d
 from minidiff.models.vae import AutoencoderKL
 from minidiff.train import distributed
 from minidiff.train.loop import DTYPES
@@ -36,6 +39,7 @@ class Step(NamedTuple):
 
     kept: int  # between the two
     fullest: int  # most at once: what is kept, what lives for a moment, and the gradients of weights
+    convolutions: list[tuple[Conv2d, torch.Size]]  # and the shape of what each reads, (B, C, H, W)
 
 
 # --- a step of a task --------------------------------------------------------------------------------------------------
@@ -53,12 +57,13 @@ def step_bytes(task: "Task", settings: TrainSettings) -> Step:
     def run(and_back: bool) -> Any:
         return functional_call(walk, walk.as_computed(tensors), (and_back,))
 
-    kept = kept_bytes(lambda: run(and_back=False), tensors.values())
+    with read_by_convolutions(walk) as convolutions:
+        kept = kept_bytes(lambda: run(and_back=False), tensors.values())
     gathers = settings.gradient_accumulation_steps > 1
     for leaf in leaves if gathers or settings.optimizer_in_backward else []:
         leaf.register_post_accumulate_grad_hook(forget)
     fullest = fullest_bytes(lambda: run(and_back=True), tensors.values())
-    return Step(kept, fullest + (sum(leaf.nbytes for leaf in leaves) if gathers else 0))
+    return Step(kept, fullest + (sum(leaf.nbytes for leaf in leaves) if gathers else 0), convolutions)
 
 
 class Pass(nn.Module):
@@ -87,6 +92,32 @@ class Pass(nn.Module):
         """In the format of --mixed_precision what has the format of most: such copies autocast keeps until the backward."""
         most = {part: next(network.parameters()).dtype for part, network in self.named_children()}
         return {name: t.to(self.dtype) if t.dtype == most[name.partition(".")[0]] else t for name, t in tensors.items()}
+
+
+@contextmanager
+def read_by_convolutions(module: nn.Module) -> Iterator[list[tuple[Conv2d, torch.Size]]]:
+    """A list that fills with the convolutions that run inside the `with`, and the shapes of what they read."""
+    seen: list[tuple[Conv2d, torch.Size]] = []
+    found = [m for m in module.modules() if isinstance(m, Conv2d)]
+    handles = [m.register_forward_pre_hook(lambda m, inputs: seen.append((m, inputs[0].shape))) for m in found]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+def ready_bytes(convolutions: list[tuple[Conv2d, torch.Size]], drawing: bool) -> int:
+    """What a CPU makes once of weights that stand still (models/cpu.py), in fp32.
+
+    In training, the frozen ones that are not large, for the way back too; in `drawing`, all of them, for the way there.
+    """
+    total = 0
+    for m, shape in convolutions:
+        if not drawing and (m.weight.requires_grad or m.weight.numel() > cpu.MANY):
+            continue
+        way, cells = cpu.way_of(shape, m.weight, m.stride[0], int(m.padding[0]), still=True), shape[-1] * shape[-2]
+        times = {"direct": 1.0, "product": 0.0, "winograd": 36 / 9 if cells >= 1024 else 16 / 9}[way]
+        total += int(4 * m.weight.numel() * (times if drawing else 2 * times + 1))  # + 1: the kernels, turned
+    return total
 
 
 def on_meta(module: nn.Module, settings: TrainSettings) -> dict[str, Tensor]:

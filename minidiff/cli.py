@@ -6,7 +6,6 @@ code 2; a traceback is a bug.
 
 import io
 import os
-import re
 import signal
 import sys
 import threading
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minidiff.errors import MinidiffError, SettingsError, did_you_mean, printable
+from minidiff.errors import MinidiffError, SettingsError, did_you_mean, is_out_of_memory, printable
 from minidiff.usage import SUMMARIES, usage
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\nStopped.", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|t allocate memory", str(error)):
+        if not is_out_of_memory(error):
             raise
         print(f"minidiff: out of memory. {OUT_OF_MEMORY}", file=sys.stderr)
         sys.exit(2)

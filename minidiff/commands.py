@@ -43,15 +43,15 @@ def drawing(s: Sampling | Tokens) -> None:
 
 
 def train(s: FineTuneSettings) -> None:
-    from minidiff.train import memory
+    from minidiff.train import savings
     from minidiff.train.distributed import joined
     from minidiff.train.loop import fit
     from minidiff.train.recipes import RECIPES
 
     with joined(s.device):
         task = RECIPES[type(s)](s)
-        with memory.told(task, s):
-            report = fit(task, s)
+        with savings.told(task, s) as chosen:
+            report = fit(task, chosen)
         if report.finished:
             print(f"{s.output_dir}: the result and its card, loss.png, and samples/ with a sheet for each stage")
     if not report.finished:

@@ -35,6 +35,12 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f' Did you mean "{near[0]}"?' if near else ""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's own, CUDA's, and what PyTorch says on a CPU ("can't allocate memory", "not enough memory")."""
+    told = isinstance(error, RuntimeError) and re.search("out of memory|t allocate memory|not enough memory", str(error))
+    return isinstance(error, MemoryError) or bool(told)
+
+
 def listed(what: str, names: Iterable[str]) -> str:
     """Such as `  3 missing: a, b, c`; ten names at most."""
     names = sorted(f"{name:.200}" for name in names)

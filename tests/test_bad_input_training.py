@@ -14,7 +14,7 @@ The cases are numbered 1 to 25; those about files are in test_bad_input_files.py
     19  prior preservation                           case_19 (two)            test_priors: bad_settings, bad_class_folders
     20  rank, targets, alpha, rates, accumulation    case_20                  test_inject: bad_settings; test_methods; test_cli
     21  resume with other things, folders in use     case_21 (two)            test_loop: resume_refuses; test_checkpoint
-    22  no GPU, number formats, out of memory        case_22 (four)           test_loop: mixed_precision; test_cli
+    22  no GPU, number formats, out of memory        case_22 (four)           test_loop; test_cli; test_savings: memory
     23  numbers that break                           case_23                  test_loop: three_broken_steps, culprit, not_saved
     24  several adapters, merging twice, DoRA        case_24 (three)          test_inject; test_merging: bake_of_dora
     25  ControlNet, IP-Adapter                       no such thing yet

@@ -57,6 +57,8 @@ ORDER = """
     train/tables
     train/folders
     train/buckets
+    train/durable
+    train/cache
     train/data
     train/check_data
     train/templates
@@ -68,12 +70,14 @@ ORDER = """
     train/optim
     train/in_backward
     train/muon
-    train/durable
     train/checkpoint
     train/guards
     train/run
     train/loop
+    train/metering
     train/memory
+    train/savings
+    train/idle
     train/common
     train/recipes
     train/ladder

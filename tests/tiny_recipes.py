@@ -66,9 +66,11 @@ def base_of(settings: FineTuneSettings) -> StableDiffusionPipeline:
 
 
 def trained(task: Task, settings: FineTuneSettings) -> StableDiffusionPipeline:
-    """The networks as training left them, in memory."""
-    pipe = base_of(settings)
-    pipe.unet, pipe.text_encoder = task.modules["unet"].eval(), task.modules["text_encoder"].eval()  # type: ignore[assignment]
+    """The networks as training left them, in memory; a text encoder that was put away is the base's."""
+    pipe, text_encoder = base_of(settings), task.modules["text_encoder"].eval()
+    pipe.unet = task.modules["unet"].eval()  # type: ignore[assignment]
+    if not next(text_encoder.parameters()).is_meta:
+        pipe.text_encoder = text_encoder  # type: ignore[assignment]
     return pipe
 
 

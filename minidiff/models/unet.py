@@ -123,10 +123,10 @@ class UNet2DConditionModel(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def enable_gradient_checkpointing(self) -> None:
+    def enable_gradient_checkpointing(self, on: bool = True) -> None:
         """In training keep the inputs of each layer alone, and compute the rest again in the backward: same results, later."""
         for block in [*self.down_blocks, *self.up_blocks]:
-            block.gradient_checkpointing = True
+            block.gradient_checkpointing = on
 
     def forward(self, latents: Tensor, t: Tensor | float, text: Tensor) -> Tensor:
         """latents (B, 4, h, w), t (B,) or a number, text (B, S, D) -> (B, 4, h, w)."""

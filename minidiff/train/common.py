@@ -22,10 +22,13 @@ from minidiff.images import contact_sheet
 from minidiff.models.text import tokenize
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.train.buckets import bucket_sizes
+from minidiff.train.cache import Cache
 from minidiff.train.checkpoint import check_folder
 from minidiff.train.data import LatentData, check_pictures
 from minidiff.train.folders import read_folder
+from minidiff.train.idle import at_hand, put_away
 from minidiff.train.loop import DTYPES, Batch, Task
+from minidiff.train.methods import FullSettings
 from minidiff.train.priors import BasePrior, PairedData, base_target, class_examples, class_settings
 from minidiff.train.settings import FineTuneSettings
 from minidiff.train.validation import check_prediction_type, validation_set
@@ -74,13 +77,25 @@ def encoded(
     buckets = bucket_sizes(side, stride) if settings.aspect_ratio_buckets else []
     examples = read_folder(folder, prompt, settings.caption_column, settings.masked_loss)
     examples = check_pictures(examples, side, settings.skip_bad, buckets)
-    encode = text_of(pipe, live_text)
+    encode = text_of(pipe, settings, live_text)
     return LatentData(examples, settings, side, pipe.vae, encode, len(pipe.schedule.alphas_cumprod), templates)
 
 
-def text_of(pipe: StableDiffusionPipeline, live_text: bool) -> Callable[[list[str]], Tensor]:
+def text_of(pipe: StableDiffusionPipeline, settings: FineTuneSettings, live_text: bool) -> Callable[[list[str]], Tensor]:
     """Prompts -> (B, L, D) from the text encoder as it is now; or ids (B, L), to be encoded in each step."""
-    return (lambda prompts: tokenize(pipe.tokenizer, prompts, pipe.placeholders)) if live_text else pipe.encode_captions
+
+    def ids(prompts: list[str]) -> Tensor:
+        return tokenize(pipe.tokenizer, prompts, pipe.placeholders)
+
+    if live_text or not settings.cache_dir:
+        return ids if live_text else pipe.encode_captions
+    disk = Cache(settings.cache_dir, pipe.text_encoder)
+
+    def kept(prompt: str) -> Tensor:
+        origin = {"ids": ids([prompt])[0].tolist()}
+        return disk.kept(origin, lambda: {"text": pipe.encode_captions([prompt])[0]})["text"]
+
+    return lambda prompts: torch.stack([kept(prompt) for prompt in prompts])
 
 
 def training_side(pipe: StableDiffusionPipeline, settings: FineTuneSettings) -> tuple[int, int]:
@@ -99,7 +114,7 @@ def with_prior(pipe: StableDiffusionPipeline, data: LatentData) -> LatentData | 
     settings = data.settings
     if not has_prior(settings):
         return data
-    encode = text_of(pipe, data.live_text)
+    encode = text_of(pipe, settings, data.live_text)
     if settings.prior_from_base:
         return BasePrior(data, encode([settings.class_prompt or ""])[0])
     examples = check_pictures(class_examples(pipe, settings, data.resolution), data.resolution, settings.skip_bad)
@@ -166,7 +181,7 @@ def base_answer(
     """
     if not (settings.prior_from_base and has_prior(settings)):
         return None
-    words = pipe.encode_captions([settings.class_prompt or ""])  # (1, L, D)
+    words = text_of(pipe, settings, live_text=False)([settings.class_prompt or ""]).to(pipe.device)  # (1, L, D)
 
     def base(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         with as_base():
@@ -209,7 +224,9 @@ def sample_sheets(
     columns = [f"{prompt}, seed {seed}" for prompt in told for seed in seeds]
 
     def sheet(done: int) -> Image.Image:
-        return contact_sheet([base, row()], row_labels=["base", f"step {done}"], column_labels=columns)
+        with at_hand(idle_networks(pipe, data), pipe.device):
+            drawn = row()
+        return contact_sheet([base, drawn], row_labels=["base", f"step {done}"], column_labels=columns)
 
     return sheet
 
@@ -227,8 +244,12 @@ def make_task(
     card: Callable[[Path], None],
     preview: Callable[[int], Image.Image | None],
     optimizer: torch.optim.Optimizer | None = None,
+    untuned: nn.Module | None = None,
 ) -> Task:
-    """The task, with the validation loss on fixed noise, and a first look at whether the base predicts what it says."""
+    """The task, with the validation loss on fixed noise, and a first look at whether the base predicts what it says.
+
+    `untuned` is a copy of the U-Net as it was, if one is kept. What is not needed from here on leaves the GPU or the memory.
+    """
     validation, networks = data, {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     if settings.validation_data_dir:
         folder, plain = Path(settings.validation_data_dir), replace(settings, masked_loss=False)
@@ -246,6 +267,9 @@ def make_task(
 
     for network in networks.values():
         network.train()  # with dropout, where there is some
+    whole_model = isinstance(settings, FullSettings)  # is what comes out
+    put_away(idle_networks(pipe, data), needed_again=bool(settings.validation_steps) or whole_model)
+    beside: dict[str, nn.Module] = {"VAE": pipe.vae} | ({} if untuned is None else {"untuned U-Net": untuned})
     return Task(
         trainable=trainable,
         batch=batches.batch,
@@ -258,8 +282,15 @@ def make_task(
         samples_per_epoch=data.samples_per_epoch,
         optimizer=optimizer,
         modules=networks,
+        beside=beside,
+        used_vae=batches.used_vae or validation.used_vae or not settings.cache_latents,
         describe=data.describe,
     )
+
+
+def idle_networks(pipe: StableDiffusionPipeline, data: LatentData) -> list[nn.Module]:
+    """Those that no training step runs through."""
+    return [pipe.vae] * bool(data.cache) + [pipe.text_encoder] * (not data.live_text)
 
 
 @contextmanager

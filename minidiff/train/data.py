@@ -24,6 +24,8 @@ from minidiff.images import load_image, to_tensor
 from minidiff.models.vae import AutoencoderKL, sample_posterior
 from minidiff.rng import generator, normal
 from minidiff.train.buckets import Size, bucketed_order, nearest_bucket
+from minidiff.train.cache import Cache
+from minidiff.train.durable import sha256
 from minidiff.train.folders import Example
 from minidiff.train.settings import FineTuneSettings
 
@@ -125,12 +127,16 @@ class Encoded(NamedTuple):
     logvar: Tensor  # (C, h, w)
     mask: Tensor | None  # (1, h, w), the share of each cell that is learnt; None: without --masked_loss
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
+
 
 class LatentData:
     """What every latent diffusion recipe reads: `batch(step, micro)` gives latents, noise, timesteps and text.
 
     Prompts are encoded once. Pictures too, to the mean and log-variance of their latents (`cache_latents`); a latent
-    is drawn from these anew each time. With `random_flip` the mirror images are encoded as well.
+    is drawn from these anew each time. With `random_flip` the mirror images are encoded as well. What lies in `cache_dir`
+    from an earlier run is not encoded again.
 
     `encode_prompts` gives (B, L, D), which a batch holds as "text"; or whole numbers (B, L), token ids for a text encoder
     that is trained itself, which it holds as "ids". Where there are `templates`, one is drawn for each sample, and its
@@ -155,10 +161,15 @@ class LatentData:
         self.prompts = _each_encoded([*prompts, ""], encode_prompts)
         self.live_text = not self.prompts[""].is_floating_point()  # token ids: the text encoder is trained itself
         self.cache: dict[tuple[int, bool], Encoded] = {}
+        self.disk = Cache(settings.cache_dir, vae) if settings.cache_dir else None
+        self.used_vae = False
         if settings.cache_latents:
             for i in _with_bar(range(len(examples))):
                 for flip in (False, True) if settings.random_flip else (False,):
-                    self.cache[i, flip] = self._encode(i, MIDDLE, flip)
+                    self.cache[i, flip] = self._kept(i, flip)
+        if self.disk:
+            there = len(self.cache) - self.disk.made
+            print(f"{settings.cache_dir}: {there} of {len(self.cache)} latents were there already.")
         self.samples_per_epoch = len(self._order(0))  # with repeats, and with what fills the last batches of buckets
 
     @property
@@ -227,9 +238,20 @@ class LatentData:
     def _encoded(self, i: int, place: Place, flip: bool) -> Encoded:
         return self.cache[i, flip] if self.cache else self._encode(i, place, flip)
 
+    def _kept(self, i: int, flip: bool) -> Encoded:
+        """The middle of a picture, encoded now or in an earlier run."""
+        if self.disk is None:
+            return self._encode(i, MIDDLE, flip)
+        example, masked = self.examples[i], self.settings.masked_loss
+        mask = sha256(example.mask) if masked and example.mask else None
+        origin = {"picture": sha256(example.path), "size": self._size(i), "place": MIDDLE, "flip": flip}
+        tensors = self.disk.kept(origin | {"masked": masked, "mask": mask}, lambda: self._encode(i, MIDDLE, flip).tensors())
+        return Encoded(tensors["mean"], tensors["logvar"], tensors.get("mask"))
+
     @torch.no_grad()
     def _encode(self, i: int, place: Place, flip: bool) -> Encoded:
         """A picture through the VAE, and its mask: each cell is the mean of its pixels."""
+        self.used_vae = True
         example, size, weight = self.examples[i], self._size(i), next(self.vae.parameters())
         x = crop(load_image(example.path), size, place, flip)  # (3, H, W)
         mean, logvar = self.vae.encode(x[None].to(weight.device, weight.dtype))

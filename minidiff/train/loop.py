@@ -65,6 +65,8 @@ class Task:
     optimizer: torch.optim.Optimizer | None = None  # None: AdamW with the settings' numbers
     ema_decay: float | None = None  # None: as the settings say. With it, export, preview and validate see averaged weights
     modules: dict[str, nn.Module] = field(default_factory=dict)  # looked through when the loss is not finite
+    beside: dict[str, nn.Module] = field(default_factory=dict)  # what else there is, by what a person calls it, such as the VAE
+    used_vae: bool = False  # do pictures go through it in this run, or did they, before training?
     describe: Callable[[int, int], str] | None = None  # (step, micro) -> which samples these are, such as file names
 
 

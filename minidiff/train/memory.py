@@ -1,65 +1,135 @@
-"""Where the memory of a training step goes, by arithmetic: before the run, without computing a number.
+"""Where the memory of a run goes, by arithmetic: before it starts, without computing a number.
 
-B samples   C h w a latent   S text tokens   D text width
+    together  =  what is there all the time  +  the largest of what is there in turn
+
+In turn: the forward and backward pass, the update, the sample sheets. metering.py counts the first and the last.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
+from minidiff.models.vae import AutoencoderKL
 from minidiff.train import distributed
-from minidiff.train.loop import DTYPES
+from minidiff.train.adam8bit import BLOCK, LEAST, PIECE
+from minidiff.train.metering import Step, ready_bytes, step_bytes, vae_bytes
 from minidiff.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from minidiff.train.loop import Task
 
 MIB = 2**20
+# For what the arithmetic does not see: (a constant, a share of the fullest moment, whose constant it is). On the CPU they bound
+# what was measured on Linux with the pocket checkpoint, full and LoRA, from 4 to 32 samples; for CUDA they are a guess.
+ALLOWANCES = {"cpu": (570 * MIB, 0.60, "Python's and PyTorch's own"), "cuda": (600 * MIB, 0.15, "CUDA's own, not measured")}
+PIECE_BYTES = 48  # a number of what LeanAdamW unpacks at once: moments, codes, weight, gradient, noise
+
+Row = tuple[str, int, str]  # name, bytes, remark
 
 
-@contextmanager
-def told(task: "Task", settings: TrainSettings) -> Iterator[None]:
-    """Print the table before the run inside the `with`, and what was measured behind it; the first process does."""
-    first = distributed.world().rank == 0
-    if first:
-        print(table(task, settings))
-    yield
-    if first:
-        print(measured(next(iter(task.trainable.values())).device.type))
+@dataclass(frozen=True)
+class Budget:
+    """The memory of a run: `held` all the time, `moments` one after the other."""
+
+    held: list[Row]
+    moments: list[Row]
+    allowance: Row  # for what cannot be counted
+
+    @property
+    def together(self) -> int:
+        return sum(size for _, size, _ in self.held) + max(size for _, size, _ in self.moments) + self.allowance[1]
+
+    def __str__(self) -> str:
+        rows = [line(*row) for row in self.held]
+        rows += ["  and in turn", *(line(*row) for row in self.moments)]
+        rows += [line(*self.allowance), line("together", self.together, "at the fullest moment")]
+        return "\n".join(["Memory of the run, by arithmetic:", *rows])
 
 
-def table(task: "Task", settings: TrainSettings) -> str:
-    """The parts of a step's memory and their sum, in MiB. What the drawing of samples takes is not in it."""
-    trained = [p.numel() for p in task.trainable.values()]
-    each = 2 if settings.bf16_weights else 4
-    waiting = max(trained) if settings.optimizer_in_backward else sum(trained)
-    weights = list(chain.from_iterable((*m.parameters(), *m.buffers()) for m in task.modules.values()))
-    networks = " and ".join(name.replace("_", " ").replace("unet", "U-Net") for name in task.modules)
-    checkpointed = getattr(settings, "gradient_checkpointing", False)
-    rows = [
-        ("weights", sum(t.numel() * t.element_size() for t in weights), networks),
-        ("gradients", each * waiting, "one tensor's at a time" if settings.optimizer_in_backward else ""),
-        ("optimizer", optimizer_bytes(sum(trained), settings), "two running means a weight"),
+def budget(task: "Task", settings: TrainSettings, step: Step | None = None) -> Budget:
+    """The memory of the run; `step` if it has been counted already."""
+    step = step or step_bytes(task, settings)
+    first = next(iter(task.trainable.values()))
+    trained, each = [p.numel() for p in task.trainable.values()], 2 if settings.bf16_weights else first.element_size()
+    there = [name for name, module in task.modules.items() if module_bytes(module, first.device.type)]
+    networks = " and ".join(name.replace("_", " ").replace("unet", "U-Net") for name in there)
+    beside = [(name, module_bytes(module, first.device.type), "") for name, module in task.beside.items()]
+    on_cpu = first.device.type == "cpu"
+    rounded = sum(trained) * (first.element_size() - each)  # --bf16_weights takes place after this
+    held = [
+        ("weights", sum(module_bytes(m, first.device.type) for m in task.modules.values()) - rounded, networks),
+        *beside,
+        ("in order", on_cpu * ready_bytes(step.convolutions, drawing=False), "copies of frozen convolutions, for the CPU"),
+        ("optimizer", optimizer_bytes(trained, settings), "two running means a weight"),
         ("averaged weights", 4 * sum(trained) if settings.use_ema else 0, "--use_ema"),
-        ("kept for backward", activations(task, settings), "and one layer's, made again" if checkpointed else ""),
     ]
-    rows = [row for row in rows if row[1]]
-    rows.append(("together", sum(size for _, size, _ in rows), "beside the VAE, and what lives for a moment"))
-    return "\n".join(["Memory of a training step:", *(line(*row) for row in rows)])
+    held = [row for row in held if row[1]]
+    moments = moments_of(task, settings, step, [each * n for n in trained])
+    return Budget(held, moments, allowance(first.device.type, max(size for _, size, _ in moments)))
+
+
+def moments_of(task: "Task", settings: TrainSettings, step: Step, gradients: list[int]) -> list[Row]:
+    """What is there in turn. `gradients`: the bytes of each tensor's."""
+    early, numbers = settings.optimizer_in_backward, [p.numel() for p in task.trainable.values()]
+    waiting = max(gradients) if early else sum(gradients)
+    told = f"gradients {waiting / MIB:,.1f}{', one at a time' if early else ''}; kept for backward {step.kept / MIB:,.1f}"
+    update = update_bytes(numbers, settings)
+    rows = [("forward, backward", step.fullest + (update if early else 0), told)]
+    if not early:
+        rows.append(("update", sum(gradients) + update, "gradients, and what AdamW works on"))
+    return rows + drawing(task, settings, step, 0 if early else sum(gradients))
+
+
+def drawing(task: "Task", settings: TrainSettings, step: Step, gradients: int) -> list[Row]:
+    """The moments of the VAE, with all that is away in training; gradients of the last update lie beside a sample sheet."""
+    vae, device = task.beside.get("VAE"), next(iter(task.trainable.values())).device.type
+    if not isinstance(vae, AutoencoderKL):
+        return []
+    given = vae.config, next(vae.parameters()).dtype, task.batch(0, 0)["latents"].shape[1:]
+    away = sum(t.nbytes for m in (vae, *task.modules.values()) for t in m.parameters() if t.device.type != device)
+    rows = []
+    if task.used_vae:
+        rows.append(("pictures", away + vae_bytes(*given, "encode"), "the VAE encodes one at a time"))
+    if settings.validation_steps:
+        copies = ready_bytes(step.convolutions, drawing=True) if device == "cpu" else 0
+        size = gradients + away + copies + vae_bytes(*given, "decode")
+        rows.append(("sample sheets", size, "the VAE draws one at a time"))
+    return rows
+
+
+def allowance(device: str, fullest: int) -> Row:
+    """For what the arithmetic does not see, beside a `fullest` moment of so many bytes."""
+    constant, share, whose = ALLOWANCES["cuda" if device == "cuda" else "cpu"]
+    return "not counted", constant + int(share * fullest), f"an allowance: {whose}; {share:.0%} for kernels and gaps"
+
+
+def module_bytes(module: nn.Module, device: str) -> int:
+    """Of its tensors that are on the device."""
+    tensors = chain(module.parameters(), module.buffers())
+    return sum(t.nbytes for t in tensors if t.device.type == device)
+
+
+def optimizer_bytes(trained: list[int], settings: TrainSettings) -> int:
+    """AdamW's state for tensors of so many numbers: two of fp32 a weight, or two of 8 bits and an fp32 scale for each block."""
+    packed = [n for n in trained if settings.use_8bit_adam and n >= LEAST]
+    return 8 * (sum(trained) - sum(packed)) + sum(2 * (n + 4 * -(-n // BLOCK)) for n in packed)
+
+
+def update_bytes(trained: list[int], settings: TrainSettings) -> int:
+    """What an update makes for a moment: torch's AdamW an fp32 copy of all, ours of a piece; or what processes exchange."""
+    lean = settings.use_8bit_adam or settings.bf16_weights or settings.optimizer_in_backward
+    travels = 4 * min(distributed.BUCKET, sum(trained)) if distributed.world().size > 1 else 0
+    return max(travels, PIECE_BYTES * min(PIECE, max(trained)) if lean else 4 * sum(trained))
 
 
 def measured(device: str) -> str:
     """What was taken at most until now, in the form of a table's row."""
     if device == "cuda":
-        return line("measured peak", torch.cuda.max_memory_allocated(), "on the GPU, the samples drawn included")
+        return line("measured peak", torch.cuda.max_memory_allocated(), "of tensors on the GPU, the samples drawn included")
     if sys.platform == "win32":
         return "  measured peak      not known on Windows"
     import resource  # only now: Windows has no such module
@@ -72,63 +142,3 @@ def measured(device: str) -> str:
 
 def line(name: str, size: int, note: str) -> str:
     return f"  {name:18}{size / MIB:9,.1f} MiB   {note}".rstrip()
-
-
-def optimizer_bytes(weights: int, settings: TrainSettings) -> int:
-    """AdamW's state: two fp32 numbers a weight, or two of 8 bits, with an fp32 scale for each 256."""
-    return int(weights * 2 * (1 + 4 / 256)) if settings.use_8bit_adam else 8 * weights
-
-
-def activations(task: "Task", settings: TrainSettings) -> int:
-    """What the networks keep between forward and backward of the run's first batch."""
-    unet, text_encoder, batch = task.modules["unet"], task.modules["text_encoder"], task.batch(0, 0)
-    half = DTYPES[settings.mixed_precision]
-    networks = {name: on_meta(network, half) for name, network in (("unet", unet), ("text_encoder", text_encoder))}
-    x_t = torch.empty_like(batch["latents"], device="meta", dtype=half)
-
-    def step() -> Any:
-        if "ids" in batch:
-            ids = {"input_ids": batch["ids"].to("meta")}
-            text = functional_call(text_encoder, networks["text_encoder"], (), ids).last_hidden_state
-        else:
-            text = batch["text"].to("meta")
-        return functional_call(unet, networks["unet"], (x_t, batch["t"].to("meta"), text.to(half)))
-
-    return kept_bytes(step, chain.from_iterable(tensors.values() for tensors in networks.values()))
-
-
-def on_meta(network: nn.Module, half: torch.dtype) -> dict[str, Tensor]:
-    """Its tensors without their numbers, by name; those in the format of most of them in that of --mixed_precision."""
-    most = next(network.parameters()).dtype
-    named = chain(network.named_parameters(), network.named_buffers())
-    dtypes = ((name, t, half if t.dtype == most else t.dtype) for name, t in named)
-    return {name: torch.empty_like(t, device="meta", dtype=kind).requires_grad_(t.requires_grad) for name, t, kind in dtypes}
-
-
-def kept_bytes(step: Callable[[], Any], own: Iterable[Tensor]) -> int:
-    """How many bytes `step`, a forward pass, keeps for its backward; those of the model's `own` tensors not counted.
-
-    Exact on the `meta` device, where tensors have shapes but no numbers. Attention is counted as fused kernels keep it:
-    q, k, v, the output, and one number a row.
-    """
-    weights = {tensor.untyped_storage()._cdata for tensor in own}
-    seen: dict[int, Tensor] = {}  # the tensors too, so that no address is given out again
-
-    def look(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in weights:
-            seen.setdefault(storage, tensor)
-        return tensor
-
-    with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
-        step()
-    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
-
-
-class FusedAttention(TorchFunctionMode):
-    """On `meta` PyTorch would take attention apart, and keep the weights of all heads, as no device does."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is F.scaled_dot_product_attention and args[0].is_meta:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
-        return function(*args, **(kwargs or {}))

@@ -134,6 +134,10 @@ class PairedData:
         pictures = self.prior.examples
         return self.instance.facts | {"class_pictures": len(pictures), "class_data": fingerprint(pictures)}
 
+    @property
+    def used_vae(self) -> bool:
+        return self.instance.used_vae or self.prior.used_vae
+
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         """As `LatentData.batch`, with 2B rows."""
         instance, prior = self.instance.batch(step, micro), self.prior.batch(step, micro)
@@ -153,6 +157,10 @@ class BasePrior:
     def facts(self) -> dict[str, Any]:
         """What a resumed run must find unchanged."""
         return self.instance.facts
+
+    @property
+    def used_vae(self) -> bool:
+        return self.instance.used_vae
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         """As `LatentData.batch`, with 2B rows. The target of the last B comes from `base_target`."""

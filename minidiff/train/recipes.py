@@ -64,8 +64,8 @@ def full(settings: FullSettings) -> Task:
     # From here to make_task the model still answers as the base does: class pictures and first sheets are drawn by it.
     batches = with_prior(pipe, data)
     sheets = sample_sheets(pipe, settings, data)
-    untuned = copy.deepcopy(pipe.unet) if settings.prior_from_base and has_prior(settings) else pipe.unet
-    loss = diffusion_loss(pipe, settings, base_answer(pipe, settings, untuned))
+    untuned = copy.deepcopy(pipe.unet) if settings.prior_from_base and has_prior(settings) else None
+    loss = diffusion_loss(pipe, settings, base_answer(pipe, settings, untuned or pipe.unet))
 
     networks: dict[str, nn.Module] = {"unet": pipe.unet} | ({"text_encoder": pipe.text_encoder} if live else {})
     for network in networks.values():
@@ -86,6 +86,7 @@ def full(settings: FullSettings) -> Task:
         export=pipe.save_pretrained,
         card=card,
         preview=sheets,
+        untuned=untuned,
     )
 
 

@@ -7,6 +7,7 @@ Nothing here imports torch, so that `--help` is quick.
 
 import json
 import math
+import re
 import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -203,8 +204,12 @@ class FineTuneSettings(TrainSettings):
     """Learn only where the mask of a picture is white: a.mask.png beside a.png, or the metadata's column "mask"."""
     gradient_checkpointing: bool = False
     """Spare most of the memory of a step, and make it longer by a third: the backward computes layers again. Same result."""
+    fit: str | None = None
+    """Memory that the run may take, such as 8GB or 7.5GiB: switches on the cheapest of the savings above that suffice."""
     cache_latents: bool = True
     """Encode each picture once, before training, instead of at every step."""
+    cache_dir: str | None = None
+    """Keep encoded pictures and prompts in this folder, for the next run; as private as they, since they can be decoded."""
     proportion_empty_prompts: float = 0.0
     """Share of samples trained with an empty prompt (caption dropout)."""
     snr_gamma: float | None = None
@@ -237,12 +242,14 @@ class FineTuneSettings(TrainSettings):
     """Sampling steps of the sample sheet."""
 
     HARMLESS = TrainSettings.HARMLESS | frozenset(
-        "pretrained_model_name_or_path device instance_data_dir train_data_dir caption_column skip_bad resolution "
-        "gradient_checkpointing "
+        "pretrained_model_name_or_path device cache_dir instance_data_dir train_data_dir caption_column skip_bad resolution "
+        "gradient_checkpointing fit "
         "class_data_dir num_class_images sample_batch_size validation_data_dir "
         "validation_prompt num_validation_images validation_guidance_scale validation_inference_steps".split()
     )  # model, pictures, captions and size are compared by what they hold, not by where they lie: see data.py and common.py
-    UNTOLD = TrainSettings.UNTOLD | frozenset("instance_data_dir train_data_dir class_data_dir validation_data_dir".split())
+    UNTOLD = TrainSettings.UNTOLD | frozenset(
+        "instance_data_dir train_data_dir class_data_dir validation_data_dir cache_dir".split()
+    )
 
     def check(self) -> None:
         super().check()
@@ -255,9 +262,14 @@ class FineTuneSettings(TrainSettings):
         one_prompt = self.instance_prompt is None or self.instance_data_dir is not None
         self.need(one_prompt, "instance_prompt", "goes with --instance_data_dir; --train_data_dir has captions")
         self.need_count("resolution", 8)
+        sized = self.fit is None or size_in_bytes(self.fit) is not None
+        self.need(sized, "fit", "must be a size from 1MB to 100TB, such as 8GB or 7.5GiB")
         self.need(0 <= self.proportion_empty_prompts <= 1, "proportion_empty_prompts", "must lie in [0, 1]")
         self.need(self.snr_gamma is None or 0 < self.snr_gamma < math.inf, "snr_gamma", "must be a number above 0")
         crop_works = self.center_crop or not self.cache_latents
+        if self.cache_dir:
+            self.need(self.cache_latents, "cache_dir", "keeps what is encoded once: it does not go with --no-cache_latents")
+            self.need_apart("cache_dir")
         self.need(crop_works, "center_crop", "off needs --no-cache_latents too: a cached latent has one crop")
         self.need(0 <= self.noise_offset < math.inf, "noise_offset", "must not be negative")
         self._check_prior()
@@ -269,6 +281,11 @@ class FineTuneSettings(TrainSettings):
     def prompt(self) -> str | None:
         """What every picture in --instance_data_dir is called."""
         return self.instance_prompt
+
+    def need_apart(self, flag: str) -> None:
+        """A folder that outlives the run must not lie in that of the run."""
+        inside = Path(getattr(self, flag)).resolve().is_relative_to(Path(self.output_dir).resolve())
+        self.need(not inside, flag, f"lies in --output_dir {self.output_dir}, which is for what minidiff writes")
 
     def _check_prior(self) -> None:
         on, folder = self.with_prior_preservation, self.class_data_dir
@@ -292,10 +309,18 @@ class FineTuneSettings(TrainSettings):
         pictures = self.instance_data_dir or self.train_data_dir or ""
         apart = Path(folder).resolve() != Path(pictures).resolve()
         self.need(apart, "class_data_dir", f"is the folder of the training pictures {pictures} too: give another")
-        inside = Path(folder).resolve().is_relative_to(Path(self.output_dir).resolve())
-        self.need(not inside, "class_data_dir", f"lies in --output_dir {self.output_dir}, which is for what minidiff writes")
+        self.need_apart("class_data_dir")
         square = "cannot be joined with --class_data_dir, whose pictures are square; take --prior_from_base"
         self.need(not self.aspect_ratio_buckets, "aspect_ratio_buckets", square)
+
+
+def size_in_bytes(text: str) -> int | None:
+    """Such as 8GB, 7.5 GiB, 900mb (GB is 1000^3, GiB 1024^3); None for anything else, or below 1 MB or above 100 TB."""
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT])(i?)B\s*", text, re.IGNORECASE | re.ASCII)
+    if found is None:
+        return None
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2].upper()) + 1))
+    return size if 10**6 <= size <= 10**14 else None
 
 
 def to_toml(settings: TrainSettings) -> str:

@@ -9,22 +9,16 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton_tools import SHARED_MEMORY, Launch, assembly, compiled, launches_of, needs_gpu, needs_triton, spills
 
 from minidiff.errors import SettingsError
 from minidiff.models.attention import attention
-
-needs_triton = pytest.mark.skipif(not find_spec("triton"), reason='triton is not installed: pip install "minidiff[triton]"')
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 HEAD_DIMS = (40, 64, 72, 80, 128, 160)
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
@@ -71,33 +65,11 @@ def case(dtype: str, d: int, queries: int, keys: int, device: str = "cpu", heads
     return [x.requires_grad_() for x in (q, k, v)], d_out
 
 
-class Recorder:
-    """Stands in for a kernel, notes how it is launched, and launches it unless told otherwise."""
-
-    def __init__(self, kernel: Any, calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]], run: bool) -> None:
-        self.kernel, self.calls, self.run = kernel, calls, run
-
-    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            self.calls.append((self.kernel, args, kwargs))
-            if self.run:
-                self.kernel[grid](*args, **kwargs)
-
-        return launch
-
-
-@contextmanager
-def launches(run: bool = True) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+def launches(run: bool = True) -> AbstractContextManager[list[Launch]]:
     """The kernels, with their arguments, that flash.py launches meanwhile."""
     from minidiff.models import flash
 
-    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    kernels = {name: getattr(flash, name) for name in KERNELS}
-    for name, kernel in kernels.items():
-        setattr(flash, name, Recorder(kernel, calls, run))
-    yield calls
-    for name, kernel in kernels.items():
-        setattr(flash, name, kernel)
+    return launches_of(flash, KERNELS, run)
 
 
 def facts(device: str) -> dict[str, Any]:
@@ -215,7 +187,6 @@ def test_gpu_facts() -> None:
 
 # --- compiled ahead of time ------------------------------------------------------------------------------------------
 
-SHARED_MEMORY = {86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}  # bytes a program may have; CUDA's guide, table 28
 KERNELS = ("forward_kernel", "short_kernel", "d_q_kernel", "d_k_d_v_kernel")
 SD_SHAPES = {40: 4096, 80: 1024, 160: 256}  # D and L of SD 1.5 at 512², which has 8 heads
 
@@ -244,41 +215,6 @@ def planned(architecture: int, dtype: str, d: int, keys: int, padded: bool = Fal
     return plans
 
 
-def compiled(kernel: Any, arguments: dict[str, Any], architecture: int) -> Any:
-    """As a launch with these arguments would compile it: what 16 divides and what is 1 is known to the compiler."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    pointers = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-    signature, constants, attributes = {}, {}, {}
-    constexprs = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-    for i, name in enumerate(kernel.arg_names):
-        value = arguments[name]
-        if name in constexprs:
-            signature[name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, tuple):
-            signature[name] = tuple("constexpr" if stride == 1 else "i32" for stride in value)
-            constants |= {(i, j): 1 for j, stride in enumerate(value) if stride == 1}
-            attributes |= {(i, j): [["tt.divisibility", 16]] for j, stride in enumerate(value) if stride % 16 == 0}
-        else:
-            signature[name] = pointers[value.dtype] if isinstance(value, Tensor) else {int: "i32", float: "fp32"}[type(value)]
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    options = {name: arguments[name] for name in ("num_warps", "num_stages")}
-    return compile(ASTSource(kernel, signature, constants, attributes), GPUTarget("cuda", architecture, 32), options)
-
-
-def assembly(binary: Any) -> str:
-    """What the GPU will execute, from the disassembler that comes with Triton."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
-
-
 def multiplications(code: str) -> int:
     """Of all matrix instructions of a warp, or of a group of four on sm_90, where M x N x K is part of the name."""
     shapes = re.findall(r"\bH?G?MMA\.(\d+)x(\d+)x(\d+)", code)
@@ -299,8 +235,7 @@ def test_compiled_kernels_spill_nothing(architecture: int, dtype: str, d: int, k
     for name, (kernel, arguments) in planned(architecture, dtype, d, keys if isinstance(keys, int) else SD_SHAPES[d]).items():
         binary = compiled(kernel, arguments, architecture)
         code, where = assembly(binary), f"{name} {d} {keys} {dtype} sm_{architecture}"
-        spills = re.search(r"\b(STL|LDL)\b", code) is not None
-        assert not spills or (dtype == "float32" and d > 40), where
+        assert not spills(code) or (dtype == "float32" and d > 40), where
         assert binary.metadata.shared <= SHARED_MEMORY[architecture], where
         old_instructions = architecture == 90 and dtype != "float32" and " HMMA." in code
         assert not (old_instructions and arguments["BLOCK_L" if name != "d_k_d_v_kernel" else "BLOCK_S"] >= 64), where

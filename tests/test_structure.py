@@ -63,6 +63,7 @@ ORDER = """
     train/validation
     train/publish
     train/stochastic_rounding
+    train/adam8bit_kernel
     train/adam8bit
     train/optim
     train/in_backward

@@ -189,7 +189,15 @@ def test_gpu_facts() -> None:
 
 KERNELS = ("forward_kernel", "short_kernel", "d_q_kernel", "d_k_d_v_kernel")
 SD_SHAPES = {40: 4096, 80: 1024, 160: 256}  # D and L of SD 1.5 at 512², which has 8 heads
-
+SHAPES = SD_SHAPES | {64: 1024, 72: 1024, 128: 256}  # and of others
+FEW_SPILLS = {  # in fp32, instructions
+    ("d_k_d_v_kernel", 90, 72): 3,
+    ("d_k_d_v_kernel", 90, 80): 3,
+    ("d_k_d_v_kernel", 120, 128): 21,
+    ("d_k_d_v_kernel", 120, 160): 28,
+    ("d_q_kernel", 120, 128): 6,
+    ("d_q_kernel", 120, 160): 3,
+}
 
 Plans = dict[str, tuple[Any, dict[str, Any]]]
 
@@ -199,7 +207,7 @@ def planned(architecture: int, dtype: str, d: int, keys: int, padded: bool = Fal
     from minidiff.models import flash
 
     flash.generation = lambda device: architecture // 10
-    sizes = (SD_SHAPES[d], keys, keys)
+    sizes = (SHAPES[d], keys, keys)
     q, k, v = (torch.empty(2, n, 8, d, dtype=getattr(torch, dtype), device="meta").transpose(1, 2) for n in sizes)
     with launches(run=False) as calls:
         out, lse = flash.launch_forward(q, k, v)
@@ -224,18 +232,15 @@ def multiplications(code: str) -> int:
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("keys", ["as many", 77])
-@pytest.mark.parametrize("d", SD_SHAPES)
+@pytest.mark.parametrize("d", SHAPES)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_compiled_kernels_spill_nothing(architecture: int, dtype: str, d: int, keys: int | str) -> None:
-    """And fit into the memory of the chip, read 16 bytes at once, and on sm_90 use its own matrix instructions.
-
-    In fp32, of which half as much fits anywhere, D = 80 and 160 do spill.
-    """
-    for name, (kernel, arguments) in planned(architecture, dtype, d, keys if isinstance(keys, int) else SD_SHAPES[d]).items():
+    """But for few, in fp32. And they fit into the chip's memory, read 16 bytes at once, and use sm_90's own instructions."""
+    for name, (kernel, arguments) in planned(architecture, dtype, d, keys if isinstance(keys, int) else SHAPES[d]).items():
         binary = compiled(kernel, arguments, architecture)
         code, where = assembly(binary), f"{name} {d} {keys} {dtype} sm_{architecture}"
-        assert not spills(code) or (dtype == "float32" and d > 40), where
+        assert spills(code) <= (FEW_SPILLS.get((name, architecture, d), 0) if dtype == "float32" else 0), where
         assert binary.metadata.shared <= SHARED_MEMORY[architecture], where
         old_instructions = architecture == 90 and dtype != "float32" and " HMMA." in code
         assert not (old_instructions and arguments["BLOCK_L" if name != "d_k_d_v_kernel" else "BLOCK_S"] >= 64), where

@@ -195,6 +195,7 @@ FEW_SPILLS = {  # in fp32, instructions
     ("d_k_d_v_kernel", 90, 80): 3,
     ("d_k_d_v_kernel", 120, 128): 21,
     ("d_k_d_v_kernel", 120, 160): 28,
+    ("d_q_kernel", 120, 64): 6,
     ("d_q_kernel", 120, 128): 6,
     ("d_q_kernel", 120, 160): 3,
 }

@@ -26,6 +26,7 @@ ORDER = """
     diffusion/*
     keymaps
     adapters/*
+    graphs
     headers
     weights
     files/*

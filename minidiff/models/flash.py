@@ -86,7 +86,7 @@ HALF_TILES = {
 # fp32 takes twice the registers, and each operand of a 3xTF32 product twice that. Rows are shared out to warps 16 by 16; where
 # all warps have the same 16, the columns are shared out, if a tail is wider than the rows are many: hence the tails of 32. What
 # is left of spills, in instructions that store or load a register, of some 2,000: d_k_d_v on sm_90 3 (D = 72, 80), on sm_120 21
-# (D = 128) and 28 (160); d_q on sm_120 6 (128) and 3 (160). Tiles without them would multiply up to three times as much.
+# (D = 128) and 28 (160); d_q on sm_120 6 (64, 128) and 3 (160). Tiles without them would multiply up to three times as much.
 FP32_TILES = {
     "forward": {32: Tile(64, 16, 4), 64: Tile(16, 32, 4, tail=32), 128: Tile(16, 32, 4)},
     "d_q": {32: Tile(64, 16, 4), 64: Tile(16, 32, 4, tail=32), 128: Tile(16, 32, 4)},

@@ -190,14 +190,15 @@ def test_gpu_facts() -> None:
 KERNELS = ("forward_kernel", "short_kernel", "d_q_kernel", "d_k_d_v_kernel")
 SD_SHAPES = {40: 4096, 80: 1024, 160: 256}  # D and L of SD 1.5 at 512², which has 8 heads
 SHAPES = SD_SHAPES | {64: 1024, 72: 1024, 128: 256}  # and of others
-FEW_SPILLS = {  # in fp32, instructions
-    ("d_k_d_v_kernel", 90, 72): 3,
-    ("d_k_d_v_kernel", 90, 80): 3,
-    ("d_k_d_v_kernel", 120, 128): 21,
-    ("d_k_d_v_kernel", 120, 160): 28,
-    ("d_q_kernel", 120, 64): 6,
-    ("d_q_kernel", 120, 128): 6,
-    ("d_q_kernel", 120, 160): 3,
+FEW_SPILLS = {  # instructions; what the comment beside the tables says
+    ("d_q_kernel", 120, "half", 72): 26,
+    ("d_q_kernel", 120, "fp32", 64): 6,
+    ("d_q_kernel", 120, "fp32", 128): 6,
+    ("d_q_kernel", 120, "fp32", 160): 3,
+    ("d_k_d_v_kernel", 90, "fp32", 72): 3,
+    ("d_k_d_v_kernel", 90, "fp32", 80): 3,
+    ("d_k_d_v_kernel", 120, "fp32", 128): 21,
+    ("d_k_d_v_kernel", 120, "fp32", 160): 28,
 }
 
 Plans = dict[str, tuple[Any, dict[str, Any]]]
@@ -237,11 +238,11 @@ def multiplications(code: str) -> int:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_compiled_kernels_spill_nothing(architecture: int, dtype: str, d: int, keys: int | str) -> None:
-    """But for few, in fp32. And they fit into the chip's memory, read 16 bytes at once, and use sm_90's own instructions."""
+    """But for a few. And they fit into the chip's memory, read 16 bytes at once, and use sm_90's own instructions."""
     for name, (kernel, arguments) in planned(architecture, dtype, d, keys if isinstance(keys, int) else SHAPES[d]).items():
         binary = compiled(kernel, arguments, architecture)
         code, where = assembly(binary), f"{name} {d} {keys} {dtype} sm_{architecture}"
-        assert spills(code) <= (FEW_SPILLS.get((name, architecture, d), 0) if dtype == "float32" else 0), where
+        assert spills(code) <= FEW_SPILLS.get((name, architecture, "fp32" if dtype == "float32" else "half", d), 0), where
         assert binary.metadata.shared <= SHARED_MEMORY[architecture], where
         old_instructions = architecture == 90 and dtype != "float32" and " HMMA." in code
         assert not (old_instructions and arguments["BLOCK_L" if name != "d_k_d_v_kernel" else "BLOCK_S"] >= 64), where

@@ -193,6 +193,7 @@ SHAPES = SD_SHAPES | {64: 1024, 72: 1024, 128: 256}  # and of others
 FEW_SPILLS = {  # instructions; what the comment beside the tables says
     ("d_k_d_v_kernel", 86, "half", 72): 9,
     ("d_k_d_v_kernel", 89, "half", 72): 9,
+    ("d_k_d_v_kernel", 90, "half", 64): 25,
     ("d_k_d_v_kernel", 90, "half", 72): 19,
     ("d_q_kernel", 120, "half", 72): 26,
     ("d_q_kernel", 120, "fp32", 64): 6,

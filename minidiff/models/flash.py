@@ -75,8 +75,8 @@ class Tile(NamedTuple):
 
 
 # By MAIN (see `split`). Chosen by compiling for sm_86, 89, 90 and 120; no GPU has timed them yet. In fp16 and bf16 no kernel of
-# SD's runs out of registers, nor at D = 64 and 128; at D = 72, over a prompt, some instructions of 1,250 store or load one:
-# 9 of d_k_d_v on sm_86 and 89, 19 on sm_90, and 26 of d_q on sm_120.
+# SD's runs out of registers, nor at D = 128. Over a prompt, some instructions of 1,250 store or load one: of d_k_d_v 9 on sm_86
+# and 89 (D = 72), 25 (64) and 19 (72) on sm_90; of d_q 26 on sm_120 (72).
 HALF_TILES = {
     "forward": {32: Tile(128, 64, 8), 64: Tile(128, 64, 8), 128: Tile(64, 32, 4)},
     "short": {32: Tile(128, 0, 8), 64: Tile(128, 0, 8), 128: Tile(16, 0, 4)},

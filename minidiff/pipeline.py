@@ -9,6 +9,7 @@ r"""From a prompt to a picture: the three networks of Stable Diffusion, and what
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,7 +80,7 @@ class StableDiffusionPipeline:
         self.noise_config, self.schedule = noise_config, NoiseSchedule.from_config(noise_config)
         self.sampler, self.name_or_path, self.progress_bar = sampler, name_or_path, True
         self.tile_size: int | None = None
-        self.graphs: Graphs | None = None
+        self.graphs: Graphs | None = None  # with them, no prompt is remembered: a replay would be of another one's
         check_parts_fit(self)
 
     # --- loading and saving ------------------------------------------------------------------------------------------
@@ -216,9 +217,7 @@ class StableDiffusionPipeline:
         """
         parsed = [parse_prompt(p) if isinstance(p, str) else p for p in prompts]
         distinct = list(dict.fromkeys(parsed))
-        rows = encode_prompt(
-            self.tokenizer, self.text_encoder, distinct, self.placeholders, clip_skip=clip_skip, chunks=chunks
-        )
+        rows = encode_prompt(self.tokenizer, self.text_encoder, distinct, self.placeholders, clip_skip=clip_skip, chunks=chunks)
         if not rows.isfinite().all():
             raise MinidiffError(f"NaN or infinity comes out of the text encoder{blame(self.text_encoder)}.")
         return rows[[distinct.index(p) for p in parsed]].to(self.dtype)
@@ -278,7 +277,7 @@ class StableDiffusionPipeline:
         self.tile_size = pixels
 
     def set_cuda_graph(self, on: bool) -> None:
-        """Record the U-Net's calls on a GPU, and replay them (graphs.py); not yet measured. On a CPU nothing changes."""
+        """Record the U-Net's calls on a GPU, and replay them (graphs.py); not yet measured. Not for a CPU."""
         self.graphs = (self.graphs or Graphs()) if on else None
 
     def set_progress_bar_config(self, disable: bool = False) -> None:
@@ -289,7 +288,7 @@ class StableDiffusionPipeline:
         from tqdm import tqdm
 
         bar = tqdm(total=total, unit="step", leave=False, disable=not self.progress_bar)
-        with bar, standing_still([self.unet], large=True), reading_once(self.unet):
+        with bar, standing_still([self.unet], large=True), nullcontext() if self.graphs else reading_once(self.unet):
             for step in steps:
                 bar.total = step.total  # the sampler knows better: Heun calls the network twice a step
                 bar.update()

@@ -5,7 +5,7 @@ second call, a replay does not. It refuses to read a number back, as CUDA does w
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton_tools import needs_gpu
 
-from minidiff import graphs
+from minidiff import graphs, pipeline
 from minidiff.adapters import inject
 from minidiff.adapters.lora import LoRAWeights
 from minidiff.errors import MinidiffError
 from minidiff.graphs import WARM_UP, Graphs
+from minidiff.models.attention import reading_once
 from minidiff.pipeline import StableDiffusionPipeline
 
 # --- the stand-in ----------------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def test_weights_that_moved_are_recorded_anew(pipe: StableDiffusionPipeline, fak
 
 
 def test_what_python_looks_at_is_called(pipe: StableDiffusionPipeline, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hooks, gradients, autocast: recorded never."""
+    """Hooks, gradients, a remembered prompt, autocast: recorded never."""
     unet, graph, seen = pipe.unet, Graphs(), []
     hook = unet.mid_block.register_forward_hook(lambda *_: seen.append(1))
     assert same(unet, graph, 0) and len(seen) == 2
@@ -240,6 +241,8 @@ def test_what_python_looks_at_is_called(pipe: StableDiffusionPipeline, fake: Fak
     with torch.enable_grad():
         unet.requires_grad_()
         assert graph.call(unet, *inputs(0)).requires_grad
+    with reading_once(unet):
+        assert same(unet, graph, 0)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
         assert same(unet, graph, 0)
@@ -306,7 +309,11 @@ def test_strengths_in_prompts_and_tiles(pipe: StableDiffusionPipeline, fake: Fak
     assert recorded(fake) == 4 and torch.equal(tiles, latents(pipe, False, **wide))
 
 
-def test_a_callback_that_changes_strengths(pipe: StableDiffusionPipeline, fake: FakeCuda) -> None:
+def test_a_callback_that_changes_strengths(
+    pipe: StableDiffusionPipeline, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(Without graphs, the keys and values of the prompt would stay those of the first strength.)"""
+    monkeypatch.setattr(pipeline, "reading_once", lambda model: nullcontext())
     inject.attach(pipe.unet, adapter(pipe.unet, seed=1), "dog")
 
     def fade(step: Any) -> None:

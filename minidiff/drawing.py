@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Callback = Callable[["Step"], None]
 LOADED = (  # what decides which model is loaded, and what is attached to it
-    *("pretrained_model_name_or_path", "tokenizer", "torch_dtype", "device"),
+    *("pretrained_model_name_or_path", "tokenizer", "torch_dtype", "device", "cuda_graph"),
     *("lora", "lora_dir", "textual_inversion"),
 )
 MAX_WORDS = 100
@@ -202,6 +202,8 @@ def tokens(s: Tokens) -> None:
 def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
     """The model on its device, with the LoRAs and new words of the flags and of the prompts attached."""
     device = chosen_device(s.device)
+    if s.cuda_graph and device == "cpu":
+        raise SettingsError("--cuda_graph is for a GPU, and this would run on the CPU; leave it out.")
     dtype = getattr(torch, s.torch_dtype or ("float32" if device == "cpu" else "float16"))
     name = s.pretrained_model_name_or_path
     if single := Path(name).is_file():
@@ -219,6 +221,7 @@ def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
         pipe = StableDiffusionPipeline.from_pretrained(name, dtype)
     pipe.to(device)
     pipe.set_tile_size(s.tile_size)
+    pipe.set_cuda_graph(s.cuda_graph)
     attach(pipe, s, prompts)
     return pipe
 

@@ -9,7 +9,9 @@ r"""From a prompt to a picture: the three networks of Stable Diffusion, and what
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,7 @@ from minidiff.diffusion.schedule import NoiseSchedule
 from minidiff.diffusion.tiling import tiled
 from minidiff.errors import MinidiffError, SettingsError
 from minidiff.files import embeddings, lora
+from minidiff.graphs import Graphs
 from minidiff.images import to_pil
 from minidiff.model_files import check_parts_fit, read_folder, read_single_file, write_folder
 from minidiff.models.attention import reading_once
@@ -77,6 +80,7 @@ class StableDiffusionPipeline:
         self.noise_config, self.schedule = noise_config, NoiseSchedule.from_config(noise_config)
         self.sampler, self.name_or_path, self.progress_bar = sampler, name_or_path, True
         self.tile_size: int | None = None
+        self.graphs: Graphs | None = None  # with them, no prompt is remembered: a replay would be of another one's
         check_parts_fit(self)
 
     # --- loading and saving ------------------------------------------------------------------------------------------
@@ -213,9 +217,7 @@ class StableDiffusionPipeline:
         """
         parsed = [parse_prompt(p) if isinstance(p, str) else p for p in prompts]
         distinct = list(dict.fromkeys(parsed))
-        rows = encode_prompt(
-            self.tokenizer, self.text_encoder, distinct, self.placeholders, clip_skip=clip_skip, chunks=chunks
-        )
+        rows = encode_prompt(self.tokenizer, self.text_encoder, distinct, self.placeholders, clip_skip=clip_skip, chunks=chunks)
         if not rows.isfinite().all():
             raise MinidiffError(f"NaN or infinity comes out of the text encoder{blame(self.text_encoder)}.")
         return rows[[distinct.index(p) for p in parsed]].to(self.dtype)
@@ -241,7 +243,7 @@ class StableDiffusionPipeline:
     def unet_call(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """The U-Net, in tiles where `tile_size` is set; NaN and infinity are an error that names the module."""
         cells = (self.tile_size or MAX_SIDE) // self.vae.config.downscale
-        call = checked("unet", self.unet, self.unet)
+        call = checked("unet", self.unet, partial(self.graphs.call, self.unet) if self.graphs else self.unet)
         return tiled(lambda part: call(part, t, text), cells, cells // 4)(x)
 
     @property
@@ -274,6 +276,10 @@ class StableDiffusionPipeline:
             raise SettingsError(f"tile_size is {pixels}; it must be a multiple of {cell}, at least {8 * cell}.")
         self.tile_size = pixels
 
+    def set_cuda_graph(self, on: bool) -> None:
+        """Record the U-Net's calls on a GPU, and replay them (graphs.py); not yet measured. Not for a CPU."""
+        self.graphs = (self.graphs or Graphs()) if on else None
+
     def set_progress_bar_config(self, disable: bool = False) -> None:
         self.progress_bar = not disable
 
@@ -282,7 +288,7 @@ class StableDiffusionPipeline:
         from tqdm import tqdm
 
         bar = tqdm(total=total, unit="step", leave=False, disable=not self.progress_bar)
-        with bar, standing_still([self.unet], large=True), reading_once(self.unet):
+        with bar, standing_still([self.unet], large=True), nullcontext() if self.graphs else reading_once(self.unet):
             for step in steps:
                 bar.total = step.total  # the sampler knows better: Heun calls the network twice a step
                 bar.update()

@@ -27,6 +27,7 @@ ORDER = """
     diffusion/*
     keymaps
     adapters/*
+    graphs
     headers
     weights
     files/*
@@ -66,6 +67,7 @@ ORDER = """
     train/validation
     train/publish
     train/stochastic_rounding
+    train/adam8bit_kernel
     train/adam8bit
     train/optim
     train/in_backward

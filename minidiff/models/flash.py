@@ -71,10 +71,12 @@ class Tile(NamedTuple):
     queries: int
     keys: int  # of the short kernel, which takes all: unused
     warps: int
+    tail: int = 0  # columns of the tail, if there is one, at least
 
 
-# By MAIN (see `split`). Chosen by compiling for sm_86, 89, 90 and 120: in fp16 and bf16 no kernel of SD's runs out of registers
-# (in fp32, which is for checking more than for speed, those of D = 80 and 160 do). No GPU has timed them yet.
+# By MAIN (see `split`). Chosen by compiling for sm_86, 89, 90 and 120; no GPU has timed them yet. In fp16 and bf16 no kernel of
+# SD's runs out of registers, nor at D = 128. Over a prompt, some instructions of 1,250 store or load one: of d_k_d_v 9 on sm_86
+# and 89 (D = 72), 25 (64) and 19 (72) on sm_90; of d_q 26 on sm_120 (72).
 HALF_TILES = {
     "forward": {32: Tile(128, 64, 8), 64: Tile(128, 64, 8), 128: Tile(64, 32, 4)},
     "short": {32: Tile(128, 0, 8), 64: Tile(128, 0, 8), 128: Tile(16, 0, 4)},
@@ -82,10 +84,14 @@ HALF_TILES = {
     "d_k_d_v": {32: Tile(64, 64, 4), 64: Tile(32, 64, 4), 128: Tile(32, 16, 4)},
     "short d_k_d_v": {32: Tile(64, 16, 1), 64: Tile(32, 16, 1), 128: Tile(32, 16, 4)},
 }
+# fp32 takes twice the registers, and each operand of a 3xTF32 product twice that. Rows are shared out to warps 16 by 16; where
+# all warps have the same 16, the columns are shared out, if a tail is wider than the rows are many: hence the tails of 32. What
+# is left of spills, in instructions that store or load a register, of some 2,000: d_k_d_v on sm_90 3 (D = 72, 80), on sm_120 21
+# (D = 128) and 28 (160); d_q on sm_120 6 (64, 128) and 3 (160). Tiles without them would multiply up to three times as much.
 FP32_TILES = {
-    "forward": {32: Tile(64, 16, 4), 64: Tile(64, 16, 4), 128: Tile(16, 16, 4)},
-    "d_q": {32: Tile(32, 16, 4), 64: Tile(32, 16, 4), 128: Tile(16, 16, 4)},
-    "d_k_d_v": {32: Tile(16, 16, 4), 64: Tile(16, 16, 4), 128: Tile(16, 16, 4)},
+    "forward": {32: Tile(64, 16, 4), 64: Tile(16, 32, 4, tail=32), 128: Tile(16, 32, 4)},
+    "d_q": {32: Tile(64, 16, 4), 64: Tile(16, 32, 4, tail=32), 128: Tile(16, 32, 4)},
+    "d_k_d_v": {32: Tile(16, 64, 4), 64: Tile(32, 16, 4, tail=32), 128: Tile(16, 16, 4)},
 }
 
 
@@ -124,11 +130,11 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = empty_by_tokens(q), torch.empty(b, n, length, dtype=torch.float32, device=q.device)
     short = s <= SHORT and q.dtype != torch.float32  # of fp32, a row of all keys does not fit into the registers
     tile = tile_of("short" if short else "forward", q)
-    kernel, (block_s, rest_s) = (short_kernel, split(s)) if short else (forward_kernel, (tile.keys, rest(s, tile.keys)))
+    kernel, tiles = (short_kernel, whole_row(s)) if short else (forward_kernel, tiles_along("S", s, tile.keys, q.dtype))
     with torch.cuda.device_of(q):
         kernel[triton.cdiv(length, tile.queries), b * n](
             q, k, v, out, lse, q.stride(), k.stride(), v.stride(), out.stride(), n, length, s, scale_of(d),
-            **columns_of(q), BLOCK_L=tile.queries, BLOCK_S=block_s, REST_S=rest_s,
+            **columns_of(q, tile), BLOCK_L=tile.queries, **tiles,
             ALIGN=alignment(q, k, v, out), num_warps=tile.warps, num_stages=STAGES,
         )  # fmt: skip
     return out, lse
@@ -142,7 +148,7 @@ def launch_d_q(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out:
     with torch.cuda.device_of(q):
         d_q_kernel[triton.cdiv(length, tile.queries), b * n](
             q, k, v, out, d_out, lse, delta, d_q, q.stride(), k.stride(), v.stride(), out.stride(), d_out.stride(),
-            n, length, s, scale_of(d), **columns_of(q), BLOCK_L=tile.queries, BLOCK_S=tile.keys, REST_S=rest(s, tile.keys),
+            n, length, s, scale_of(d), **columns_of(q, tile), BLOCK_L=tile.queries, **tiles_along("S", s, tile.keys, q.dtype),
             ALIGN=alignment(q, k, v, out, d_out), num_warps=tile.warps, num_stages=STAGES,
         )  # fmt: skip
     return d_q, delta
@@ -158,8 +164,8 @@ def launch_d_k_d_v(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, 
     with torch.cuda.device_of(q):
         d_k_d_v_kernel[triton.cdiv(s, tile.keys), b * n, parts](
             q, k, v, d_out, lse, delta, d_k, d_v, q.stride(), k.stride(), v.stride(), d_out.stride(), d_k.stride(),
-            n, length, s, length if parts == 1 else PART, scale_of(d), **columns_of(q),
-            BLOCK_S=tile.keys, BLOCK_L=tile.queries, REST_L=rest(length, tile.queries),
+            n, length, s, length if parts == 1 else PART, scale_of(d), **columns_of(q, tile),
+            BLOCK_S=tile.keys, **tiles_along("L", length, tile.queries, q.dtype),
             ALIGN=alignment(q, k, v, d_out, d_k), num_warps=tile.warps, num_stages=STAGES,
         )  # fmt: skip
     if parts == 1:
@@ -180,11 +186,12 @@ def scale_of(d: int) -> float:
     return math.log2(math.e) / math.sqrt(d)
 
 
-def columns_of(q: Tensor) -> dict[str, int | str]:
+def columns_of(q: Tensor, tile: Tile) -> dict[str, int | str]:
     """How the D columns of a row are cut; see the picture."""
     d = q.shape[-1]
     main, tail = split(d)
-    out_tail = min(tail, power_of_two(d - main, narrowest_result(q.device)))
+    tail = max(tail, tile.tail) if tail else 0
+    out_tail = min(tail, power_of_two(d - main, max(narrowest_result(q.device), tile.tail)))
     return {"D": d, "MAIN": main, "TAIL": tail, "OUT_TAIL": out_tail, "PRECISION": "tf32x3"}
 
 
@@ -209,6 +216,23 @@ def split(length: int) -> tuple[int, int]:
     whole = power_of_two(length, 16)
     main, tail = whole // 2, power_of_two(length - whole // 2, 16)
     return (main, tail) if main + tail < whole else (whole, 0)
+
+
+def whole_row(s: int) -> dict[str, int]:
+    """Two tiles that hold all keys of a prompt."""
+    block, more = split(s)
+    return {"BLOCK_S": block, "REST_S": more}
+
+
+def tiles_along(axis: str, length: int, block: int, dtype: torch.dtype) -> dict[str, int]:
+    """How a kernel's loop walks along `length`: in whole blocks, and then a narrower one, if need be, with a mask.
+
+    The code for two sizes needs more registers than fp32 leaves: there, and where the narrower one would be as wide, all blocks
+    are whole, and with a mask where the last is not.
+    """
+    more = rest(length, block)
+    one_size = dtype == torch.float32 or more == block
+    return {f"BLOCK_{axis}": block, f"REST_{axis}": 0 if one_size else more, "MASK": int(one_size and more > 0)}
 
 
 def rest(length: int, block: int) -> int:

@@ -52,7 +52,7 @@ def d_q_tile(
 def d_q_kernel(
     q, k, v, out, d_out, lse, delta, d_q, q_strides, k_strides, v_strides, out_strides, d_out_strides, N, L, S, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, OUT_TAIL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, REST_S: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, REST_S: tl.constexpr, MASK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """A program: dq of BLOCK_L rows of one head, past all keys. Writes `delta` (B, N, L) too, which d_k_d_v_kernel reads.
 
@@ -75,11 +75,11 @@ def d_q_kernel(
     k, v = head_start(k, k_strides, head, N, ALIGN), head_start(v, v_strides, head, N, ALIGN)
     d_q_main = tl.zeros([BLOCK_L, MAIN], tl.float32)
     d_q_tail = tl.zeros([BLOCK_L, OUT_TAIL if OUT_TAIL > 0 else 1], tl.float32)
-    whole = S - S % BLOCK_S
+    whole = S if MASK else S - S % BLOCK_S
     for first in range(0, whole, BLOCK_S):
         d_q_main, d_q_tail = d_q_tile(
             d_q_main, d_q_tail, q_main, q_tail, d_o_main, d_o_tail, lse_rows, delta_rows, k, k_strides, v, v_strides,
-            first, S, scale, BLOCK_S, False, D, MAIN, TAIL, OUT_TAIL, PRECISION,
+            first, S, scale, BLOCK_S, MASK, D, MAIN, TAIL, OUT_TAIL, PRECISION,
         )  # fmt: skip
     if REST_S > 0:
         d_q_main, d_q_tail = d_q_tile(
@@ -118,7 +118,7 @@ def d_k_d_v_kernel(
     q, k, v, d_out, lse, delta, d_k, d_v, q_strides, k_strides, v_strides, d_out_strides, d_k_strides,
     N, L, S, queries_a_part, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, OUT_TAIL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, REST_L: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, REST_L: tl.constexpr, MASK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """A program: dk and dv of BLOCK_S keys of one head, past one part of the queries. `d_v` lies in memory as `d_k` does.
 
@@ -137,11 +137,11 @@ def d_k_d_v_kernel(
     d_v_main, d_v_tail = d_k_main, d_k_tail
     begin = tl.program_id(2) * queries_a_part
     end = tl.minimum(begin + queries_a_part, L)
-    whole = end - (end - begin) % BLOCK_L
+    whole = end if MASK else end - (end - begin) % BLOCK_L
     for first in range(begin, whole, BLOCK_L):
         d_k_main, d_k_tail, d_v_main, d_v_tail = d_k_d_v_tile(
             d_k_main, d_k_tail, d_v_main, d_v_tail, k_main, k_tail, v_main, v_tail, q, q_strides, d_out, d_out_strides,
-            lse, delta, first, end, scale, BLOCK_L, False, D, MAIN, TAIL, OUT_TAIL, PRECISION,
+            lse, delta, first, end, scale, BLOCK_L, MASK, D, MAIN, TAIL, OUT_TAIL, PRECISION,
         )  # fmt: skip
     if REST_L > 0:
         d_k_main, d_k_tail, d_v_main, d_v_tail = d_k_d_v_tile(

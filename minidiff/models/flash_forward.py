@@ -103,11 +103,12 @@ def forward_tile(
 def forward_kernel(
     q, k, v, out, lse, q_strides, k_strides, v_strides, out_strides, N, L, S, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, OUT_TAIL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, REST_S: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, REST_S: tl.constexpr, MASK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """A program: BLOCK_L rows of the output of one head, past all keys. Writes `out`, and `lse` (B, N, L) for the backward.
 
-    `scale` is log2(e) / √D: exp(x) is 2^(x · log2 e), and 2^x is what the hardware has. `lse` is in base 2 likewise.
+    `scale` is log2(e) / √D: exp(x) is 2^(x · log2 e), and 2^x is what the hardware has. `lse` is in base 2 likewise. With MASK
+    the last tile is as wide as the others.
     """
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -118,11 +119,11 @@ def forward_kernel(
     total = tl.zeros([BLOCK_L], tl.float32)  # the sum of 2^(score - m) so far
     o_main = tl.zeros([BLOCK_L, MAIN], tl.float32)  # the sum of 2^(score - m) · v so far
     o_tail = tl.zeros([BLOCK_L, OUT_TAIL if OUT_TAIL > 0 else 1], tl.float32)
-    whole = S - S % BLOCK_S
+    whole = S if MASK else S - S % BLOCK_S
     for first in range(0, whole, BLOCK_S):
         m, total, o_main, o_tail = forward_tile(
             m, total, o_main, o_tail, q_main, q_tail, k, k_strides, v, v_strides, first, S, scale,
-            BLOCK_S, False, D, MAIN, TAIL, OUT_TAIL, PRECISION,
+            BLOCK_S, MASK, D, MAIN, TAIL, OUT_TAIL, PRECISION,
         )  # fmt: skip
     if REST_S > 0:  # the last tile is as narrow as it can be, and the only one that needs a mask
         m, total, o_main, o_tail = forward_tile(

@@ -38,7 +38,7 @@ SCHEMA = 1
 CHUNK = "minidiff"  # the key of the text in the PNG
 TEXTS = ("prompt", "negative_prompt")
 AS_IT_WAS = ("device", "torch_dtype")  # they stand under "machine", and say what was used, not what was asked for
-NOT_PIXELS = ("output", "num_images_per_prompt", "preview", "lora_dir", *AS_IT_WAS)
+NOT_PIXELS = ("output", "num_images_per_prompt", "preview", "lora_dir", "cuda_graph", *AS_IT_WAS)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

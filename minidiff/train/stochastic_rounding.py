@@ -15,15 +15,19 @@ from torch import Tensor
 from minidiff.rng import hashed_seed
 
 
-def round_to_bf16(x: Tensor, seed: int, *where: int | str) -> Tensor:
-    """`x` (fp32, any shape) as bf16, with E[round(x)] = x. NaN and infinity stay what they are.
+def rounding_noise(count: int, device: torch.device, seed: int, *where: int | str) -> Tensor:
+    """16 random bits for each of `count` numbers, int16: a function of (seed, where), with no state.
 
-    The noise is a function of (seed, where) and has no state, so that a resumed run rounds as one that never stopped. It is
-    drawn where `x` is: sending bits for every weight from the CPU would take longer than the step. So CPU and GPU round
-    differently, as their sums differ anyway.
+    So a resumed run rounds as one that never stopped. They are drawn where the numbers are: sending bits for every weight
+    from the CPU would take longer than the step. So CPU and GPU round differently, as their sums differ anyway.
     """
-    generator = torch.Generator(x.device).manual_seed(hashed_seed(seed, "rounding", *where))
-    drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
-    noise = drawn.view(torch.int16)[: x.numel()].view(x.shape).int() & 0xFFFF  # four of 16 bits from each drawn number
+    generator = torch.Generator(device).manual_seed(hashed_seed(seed, "rounding", *where))
+    drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    return drawn.view(torch.int16)[:count]  # four of 16 bits from each drawn number
+
+
+def round_to_bf16(x: Tensor, seed: int, *where: int | str) -> Tensor:
+    """`x` (fp32, any shape) as bf16, with E[round(x)] = x, by the noise of (seed, where). NaN and infinity stay as they are."""
+    noise = rounding_noise(x.numel(), x.device, seed, *where).view(x.shape).int() & 0xFFFF
     cut = (x.view(torch.int32) + noise).bitwise_and_(-0x10000).view(torch.float32)
     return torch.where(x.isfinite(), cut, x).to(torch.bfloat16)  # a NaN could be carried over into a zero

@@ -37,17 +37,21 @@ from minidiff.train.settings import FineTuneSettings
 
 def drawing(s: Sampling | Tokens) -> None:
     s.check()
+    from minidiff.device import keep_memory
     from minidiff.drawing import DRAWING
 
+    keep_memory()
     DRAWING[type(s)](s)
 
 
 def train(s: FineTuneSettings) -> None:
+    from minidiff.device import keep_memory
     from minidiff.train import savings
     from minidiff.train.distributed import joined
     from minidiff.train.loop import fit
     from minidiff.train.recipes import RECIPES
 
+    keep_memory()
     with joined(s.device):
         task = RECIPES[type(s)](s)
         with savings.told(task, s) as chosen:

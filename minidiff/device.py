@@ -2,6 +2,9 @@
 
 import ctypes
 import os
+import re
+import sys
+from pathlib import Path
 
 import torch
 
@@ -33,3 +36,21 @@ def keep_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**30)
+
+
+def peak_memory(device: str) -> int | None:
+    """The most that this process has had so far, in bytes: of tensors on a GPU, else of everything. None on Windows.
+
+    Linux's `ru_maxrss` is no use: a process begins with that of the one that started it.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
+        return int(found[1]) * 1024 if found else None
+    if sys.platform == "win32":
+        return None
+    import resource  # only now: Windows has no such module
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS

@@ -165,7 +165,7 @@ class StableDiffusionPipeline:
         `prompt_embeds`, `negative_prompt_embeds` (B, 77 k, D), from `encode_prompt`, stand in for the prompts.
         `image`: a picture to start from, scaled to `width` and `height` if given; the last `strength` of the steps are walked
         (0.8 if nothing is said). `mask_image`: only what is white in it is drawn, at `strength` 1 if nothing is said.
-        `output_type`: "pil", "pt" (B, 3, H, W) in [-1, 1], "latent" (B, 4, h, w). `callback` sees each `Step`; it changes no weights."""
+        `output_type`: "pil", "pt" (B, 3, H, W) in [-1, 1], "latent" (B, 4, h, w). `callback` sees each `Step`."""
         check_output_type(output_type)
         prompts, negatives = pairs(prompt, negative_prompt, num_images_per_prompt, prompt_embeds)
         with at_strengths(self.adaptable, loras_of(prompts, negatives)):

@@ -5,14 +5,13 @@
 In turn: the forward and backward pass, the update, the sample sheets. metering.py counts the first and the last.
 """
 
-import sys
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
+from minidiff.device import peak_memory
 from minidiff.models.vae import AutoencoderKL
 from minidiff.train import distributed
 from minidiff.train.adam8bit import BLOCK, LEAST, PIECE
@@ -128,16 +127,9 @@ def update_bytes(trained: list[int], settings: TrainSettings) -> int:
 
 def measured(device: str) -> str:
     """What was taken at most until now, in the form of a table's row."""
-    if device == "cuda":
-        return line("measured peak", torch.cuda.max_memory_allocated(), "of tensors on the GPU, the samples drawn included")
-    if sys.platform == "win32":
-        return "  measured peak      not known on Windows"
-    import resource  # only now: Windows has no such module
-
-    unit = 1 if sys.platform == "darwin" else 1024  # what getrusage counts in
-    return line(
-        "measured peak", unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "the whole process, Python included"
-    )
+    whose = "of tensors on the GPU, the samples drawn included" if device == "cuda" else "the whole process, Python included"
+    peak = peak_memory(device)
+    return "  measured peak      not known on this system" if peak is None else line("measured peak", peak, whose)
 
 
 def line(name: str, size: int, note: str) -> str:

@@ -79,16 +79,6 @@ def loads(folder: str, with_peers: bool) -> dict[str, Callable[[], Seconds]]:
 # --- the child's side ------------------------------------------------------------------------------------------------
 
 
-def peak_memory(device: str) -> int:
-    """The most that this process ever had, in bytes; on a GPU, of the GPU's memory."""
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def load(task: dict[str, Any]) -> dict[str, float]:
     """Seconds until the pipeline is there."""
     if task["contender"] == "minidiff":
@@ -117,6 +107,7 @@ def training_peak(task: dict[str, Any]) -> dict[str, float]:
     import torch
 
     from benchmarks import peers, training
+    from minidiff.device import peak_memory
     from minidiff.train.loop import fit
     from minidiff.train.recipes import RECIPES
 

@@ -79,7 +79,7 @@ def unet(s: Session) -> Iterator[Callable[[], Found]]:
 
         def large(batch: int = batch, dtype: torch.dtype = dtype) -> work.Work:
             ours = models.random_unet(device=s.device, dtype=dtype)
-            return work.unet_work(ours, "SD 1.5 size", batch, s.device, s.compiled, s.peers)
+            return work.unet_work(ours, "SD 1.5 size", batch, s.device, s.compiled, s.peers, best=not s.quick)
 
         yield lambda large=large: one(large, s.seconds(20, 60))  # type: ignore[misc]
 
@@ -98,7 +98,7 @@ def picture(s: Session) -> Iterator[Callable[[], Found]]:
 
 def train(s: Session) -> Iterator[Callable[[], Found]]:
     for size in s.sizes():
-        for method in training.METHODS:
+        for method in training.METHODS[:: 2 if s.quick else 1]:
             if method == "dreambooth" and size.name != "pocket" and not s.gpu:
                 yield lambda: ([], [], ["train: dreambooth, SD 1.5 size: 14 GB for each contender, on a GPU only"])
                 continue
@@ -113,7 +113,7 @@ def train(s: Session) -> Iterator[Callable[[], Found]]:
 def attention(s: Session) -> Iterator[Callable[[], Found]]:
     dtypes = (torch.float32,) if s.quick else (torch.float32, s.half)
     for dtype in dtypes:
-        for made in work.attention_work(s.device, dtype, 1 if s.quick else 2):
+        for made in work.attention_work(s.device, dtype, 1 if s.quick else 2, every=2 if s.quick else 1):
             yield lambda made=made: (*work.run(made, s.seconds(2, 10)), [])  # type: ignore[misc]
 
 
@@ -126,7 +126,8 @@ def memory(s: Session) -> Iterator[Callable[[], Found]]:
             def one(method: str = method, size: training.Size = size) -> Found:
                 task = {"task": method, "folder": str(size.folder), "side": size.side, "batch": size.batch}
                 task |= {"device": s.device, "precision": s.precision}
-                peaks = {name: processes.child(**task, contender=name) for name in s.contenders()}
+                contenders = s.contenders()[: 2 if s.quick else None]
+                peaks = {name: processes.child(**task, contender=name) for name in contenders}
                 called = {name: peers.NAMES.get(name, name) for name in peaks}
                 what = f"{method.replace('_', ' ')} step, {size.name}, batch {size.batch}"
                 whole = {called[name]: float(peak["peak"]) for name, peak in peaks.items()}

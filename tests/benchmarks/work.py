@@ -98,9 +98,9 @@ BACKENDS = {
 WEIGHTS_LIMIT = 2**28  # bytes of attention weights; formulas that keep them all are left out beyond, but on a GPU
 
 
-def attention_work(device: str, dtype: torch.dtype, batch: int) -> Iterator[Work]:
-    """Forward and backward at the eight shapes, by every implementation that answers on this device."""
-    for L, S, D in SHAPES:
+def attention_work(device: str, dtype: torch.dtype, batch: int, every: int = 1) -> Iterator[Work]:
+    """Forward and backward at the eight shapes (or each second one), by every implementation that answers on this device."""
+    for L, S, D in SHAPES[::every]:
         q, k, v = (heads(batch, length, D, device, dtype, i) for i, length in enumerate((L, S, S)))
         big = device == "cpu" and batch * 8 * L * S * 4 > WEIGHTS_LIMIT
         calls = {name: call for name, call in implementations(device).items() if not (big and name.endswith(("naive", "math")))}
@@ -152,7 +152,7 @@ def gradients(out: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
 # --- the U-Net and pictures ------------------------------------------------------------------------------------------
 
 
-def unet_work(ours: Any, size: str, batch: int, device: str, compiled: bool, with_peers: bool) -> Work:
+def unet_work(ours: Any, size: str, batch: int, device: str, compiled: bool, with_peers: bool, best: bool = True) -> Work:
     """One call of the U-Net, as drawing makes it; with batch 2 a denoising step with guidance.
 
     The weights stand still then, and the prompt stays: so what our first call makes of them, the one that only warms up, is
@@ -180,8 +180,8 @@ def unet_work(ours: Any, size: str, batch: int, device: str, compiled: bool, wit
     contenders = {OURS: of(ours, False)}
     if with_peers:
         contenders[peers.NAMES["P0"]] = of(peers.unet_beside(ours), True)
-        best = of(peers.at_best(peers.unet_beside(ours), compiled), True)
-        contenders[peers.NAMES["P2"]] = best
+    if with_peers and best:
+        contenders[peers.NAMES["P2"]] = of(peers.at_best(peers.unet_beside(ours), compiled), True)
     kind = str(dtype).removeprefix("torch.")
     name = f"{size}, batch {batch}, {kind}"
     return Work("U-Net", name, contenders, TOLERANCE[dtype], list(contenders)[min(1, len(contenders) - 1)], around=still)

@@ -33,7 +33,8 @@ def parse(argv: list[str]) -> tuple[Any, Callable[[Any], None]]:
         if known := [name.split()[1] for name in SUMMARIES if name.startswith(f"{argv[0]} ")]:
             given = " ".join(argv[1:2])
             raise SettingsError(f"minidiff {argv[0]} needs one of {', '.join(known)}.{did_you_mean(given, known)}")
-        raise SettingsError(f'"{argv[0]}" is no command.{did_you_mean(argv[0], SUMMARIES)}\n\n{usage()}')
+        near = did_you_mean(argv[0], [*SUMMARIES, *(name.split()[0] for name in SUMMARIES)])
+        raise SettingsError(f'"{argv[0]}" is no command.{near}\n\n{usage()}')
     import tyro
 
     from minidiff.commands import COMMANDS

@@ -9,7 +9,6 @@ r"""From a prompt to a picture: the three networks of Stable Diffusion, and what
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -288,7 +287,8 @@ class StableDiffusionPipeline:
         from tqdm import tqdm
 
         bar = tqdm(total=total, unit="step", leave=False, disable=not self.progress_bar)
-        with bar, standing_still([self.unet], large=True), nullcontext() if self.graphs else reading_once(self.unet):
+        once = None if self.graphs or callback else self.unet  # a callback may change an adapter
+        with bar, standing_still([self.unet], large=True), reading_once(once):
             for step in steps:
                 bar.total = step.total  # the sampler knows better: Heun calls the network twice a step
                 bar.update()

@@ -29,6 +29,8 @@ CASES = [
     ((2, 24, 40, 15, 16, 3, 2, 1), "direct", "direct"),
     ((1, 8, 12, 17, 17, 3, 2, 0), "direct", "direct"),  # the VAE's step down
     ((3, 16, 24, 6, 6, 1, 1, 0), "direct", "direct"),
+    ((2, 1024, 1032, 4, 4, 1, 2, 0), "direct", "direct"),  # none of SD's, but right all the same
+    ((2, 6, 8, 9, 9, 2, 1, 1), "direct", "direct"),
     ((1, 4, 64, 40, 40, 3, 1, 1), "direct", "direct"),
 ]
 
@@ -58,9 +60,9 @@ def error(found: Tensor, right: Tensor) -> float:
 def test_toom_cook(m: int) -> None:
     """One axis of eq. 8: Aᵀ [(G g) ⊙ (Bᵀ d)] are the m sums of products of d, m + 2 numbers long, with g."""
     n = m + 2
-    A, B, G = (matrix.double() for matrix in cpu.transforms(m, torch.float64))
+    AA, BB, GG = cpu.transforms(m, torch.float64)
     g, d = drawn(3, 3, dtype=torch.float64), drawn(n, n, seed=1, dtype=torch.float64)
-    tile = (A @ ((G @ g.flatten()) * (B @ d.flatten()))).view(m, m)
+    tile = (AA @ ((GG @ g.flatten()) * (BB @ d.flatten()))).view(m, m)
     right = F.conv2d(d[None, None], g[None, None])[0, 0]
     torch.testing.assert_close(tile, right, rtol=1e-12, atol=1e-12)
 
@@ -193,12 +195,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     once = cpu.once
 
-    def watched(ready: cpu.Ready | None, name: str, make: Callable[[], Tensor]) -> Tensor:
+    def watched(ready: cpu.Ready | None, name: str, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
         def noted() -> Tensor:
             made.append(name)
             return make()
 
-        return once(ready, name, noted)
+        return once(ready, name, weight, noted)
 
     monkeypatch.setattr(cpu, "once", watched)
     return made
@@ -218,6 +220,36 @@ def test_what_is_made_of_weights_is_made_once_and_forgotten(monkeypatch: pytest.
     assert error(layer(x), F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)) < 1e-5
     with standing_still([layer], large=True):
         assert error(layer(x), F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)) < 1e-5
+
+
+@torch.no_grad()
+def test_a_weight_that_changes_all_the_same_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place, or by another one: `standing_still` is a promise, and this is what happens if it is broken."""
+    layer, x = Conv2d(64, 64, 3, padding=1), drawn(1, 64, 32, 32)
+    with standing_still([layer], large=True):
+        before = layer(x)
+        layer.weight.mul_(2)
+        layer.bias.mul_(2)
+        assert error(layer(x), 2 * before.double()) < 1e-5
+        layer.weight.data = layer.weight.data * 2
+        layer.bias.mul_(2)
+        assert error(layer(x), 4 * before.double()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_winograd_is_not_for_half_precision(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Where a processor computes in half itself, its transforms would lose a digit."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(cpu, "winograd", None)
+    x, w = drawn(1, 64, 32, 32, dtype=dtype), drawn(64, 64, 3, 3, dtype=dtype)
+    assert torch.equal(cpu.conv2d(x, w, None, 1, 1, {}), F.conv2d(x, w, padding=1))
+
+
+def test_a_frozen_weight_with_a_bias_that_learns() -> None:
+    layer = Conv2d(4, 4, 3)
+    layer.weight.requires_grad_(False)
+    layer(drawn(1, 4, 5, 5).requires_grad_()).sum().backward()
+    assert layer.bias is not None and layer.bias.grad is not None
 
 
 @torch.no_grad()

@@ -335,7 +335,7 @@ def test_what_a_cpu_makes_of_frozen_weights_is_counted() -> None:
     with standing_still([unet], large=False):
         unet(batch["latents"], batch["t"], batch["text"]).square().mean().backward()
         made = [t for m in unet.modules() if isinstance(m, Conv2d) and m.ready for part in m.ready for t in part.values()]
-        there = sum(t.numel() * t.element_size() for t in made)
+        there = sum(t.numel() * t.element_size() for _, t in made)
     counted = ready_bytes(step_bytes(task, TrainSettings()).convolutions, drawing=False)
     assert 0.8 * there < counted < 1.25 * there
     unet.requires_grad_(True)

@@ -21,7 +21,8 @@ from minidiff.train.metering import Step, step_bytes
 from minidiff.train.recipes import RECIPES
 from minidiff.train.run import Run
 from minidiff.train.savings import SAVINGS, chosen, possible, told, trials
-from minidiff.train.settings import FineTuneSettings, from_toml, size_in_bytes
+from minidiff.train.settings import FineTuneSettings, from_toml
+from minidiff.train.sizes import size_in_bytes
 
 FLAGS = [saving.flag for saving in SAVINGS]
 

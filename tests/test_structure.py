@@ -38,6 +38,7 @@ ORDER = """
     call
     canvas
     pipeline
+    train/sizes
     train/settings
     train/methods
     train/distributed

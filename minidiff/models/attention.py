@@ -90,12 +90,12 @@ class CrossAttention(nn.Module):
 
     def read_once(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """`keys_and_values`; inside `reading_once` those of the last prompt are remembered."""
-        if self.remembered is None:
+        found = self.remembered  # read once here, too: another thread may draw with the same network
+        if found is None:
             return self.keys_and_values(context)
-        if not self.remembered or self.remembered[0] is not context:
-            self.remembered = (context, *self.keys_and_values(context))
-        _, k, v = self.remembered
-        return k, v
+        if not found or found[0] is not context:
+            found = self.remembered = (context, *self.keys_and_values(context))
+        return found[1], found[2]
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, L, N·D) -> (B, N, L, D); a view, nothing is copied."""
@@ -103,9 +103,12 @@ class CrossAttention(nn.Module):
 
 
 @contextmanager
-def reading_once(model: nn.Module) -> Iterator[None]:
-    """Inside the `with`, each layer makes k and v of a prompt once, and not at each step. Weights must not change there."""
-    layers = [m for m in model.modules() if isinstance(m, CrossAttention)]
+def reading_once(model: nn.Module | None) -> Iterator[None]:
+    """Inside the `with`, each layer makes k and v of a prompt once, and not at each step. Weights must not change there.
+
+    None: of no model.
+    """
+    layers = [m for m in model.modules() if isinstance(m, CrossAttention)] if model else []
     for layer in layers:
         layer.remembered = ()
     try:

@@ -15,7 +15,8 @@ Which way a convolution goes depends on its shapes and on whether its weights st
 the same run gives the same numbers every time. All three give F.conv2d's numbers up to rounding: 3e-6 of the largest for
 winograd, where oneDNN has 1e-6 to 5e-6, and 3e-7 for product.
 
-fp16 and bf16 are computed as fp32, and rounded once, on processors that have no instructions for them.
+fp16 and bf16 are computed as fp32, and rounded once, on processors that have no instructions for them; where weights learn, all
+of this is left to PyTorch.
 """
 
 from collections.abc import Callable
@@ -25,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidiff.models.precision import as_autocast, full_precision, slow_half
+from minidiff.models.precision import HALF, as_autocast, full_precision, slow_half
 
-Ready = dict[str, Tensor]  # what was made of weights that stand still, by what it is for
+Ready = dict[str, tuple[object, Tensor]]  # what was made of weights that stand still, by what it is for, and of which weights
 
 MANY = 2**20  # weights: fewer are put in order in no time, and a copy of them costs little memory
 POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)  # and infinity: six that round little (Barabasz et al., arXiv 1803.10986)
@@ -61,24 +62,25 @@ def conv2d(
         return F.conv2d(x, weight, bias, stride, padding)
     x = as_autocast(x)
     dtype = torch.float32 if slow_half(x) else x.dtype
-    way = WAYS[way_of(x.shape, weight, stride, padding, ready is not None)]
+    way = direct if dtype in HALF else WAYS[way_of(x.shape, weight, stride, padding, ready is not None)]
     with full_precision(x):
         bias = None if bias is None else bias.to(dtype)
-        return way(x.to(dtype), weight.to(dtype), bias, stride, padding, ready).to(x.dtype)
+        return way(x.to(dtype), weight, bias, stride, padding, ready).to(x.dtype)
 
 
 def conv2d_backward(d: Tensor, shape: torch.Size, weight: Tensor, stride: int, padding: int, ready: Ready | None) -> Tensor:
     """The gradient of x, of which `shape` is (B, C, H, W), from that of the output, d (B, O, H', W'); as `conv2d`."""
     kernel, way = weight.shape[-1], way_of(shape, weight, stride, padding, ready is not None)
-    turns = stride == 1 and padding == kernel // 2  # then it is a convolution too, with every kernel turned by 180°
-    if d.device.type != "cpu" or (way == "direct" and not (turns and ready is not None)):
+    turns = stride == 1 and 2 * padding == kernel - 1  # then it is a convolution too, with every kernel turned by 180°
+    unfolds = way == "product" and kernel > 1
+    if d.device.type != "cpu" or not (unfolds or (turns and (way != "direct" or ready is not None))):
         x, rest = d.new_empty(shape), ((stride,) * 2, (padding,) * 2, (1, 1), False, (0, 0), 1, (True, False, False))
         return torch.ops.aten.convolution_backward(d, x, weight.to(d.dtype), None, *rest)[0]
-    if way == "product" and kernel > 1:
+    if unfolds:
         wide = torch.float32 if slow_half(d) else d.dtype
         patches = weight.to(wide).flatten(1).mT @ d.to(wide).flatten(2)  # (B, C·k², L)
         return F.fold(patches, shape[-2:], kernel, padding=padding, stride=stride).to(d.dtype)
-    turned = once(ready, "turned", lambda: weight.flip(-1, -2).transpose(0, 1))
+    turned = once(ready, "turned", weight, lambda: weight.flip(-1, -2).transpose(0, 1))
     return conv2d(d, turned, None, stride, padding, ready)
 
 
@@ -90,27 +92,31 @@ def way_of(shape: torch.Size, weight: Tensor, stride: int, padding: int, still: 
     tiles_pay = cells >= 1024 or (cells >= 256 and many and still)
     if (kernel, stride, padding) == (3, 1, 1) and tiles_pay and min(in_channels, out_channels) >= 64:
         return "winograd"
-    return "product" if many and shape[0] * cells <= out_channels * stride**2 else "direct"
+    few = shape[0] * cells <= out_channels * stride**2 and (kernel > 1 or (stride, padding) == (1, 0))
+    return "product" if many and few else "direct"
 
 
-def once(ready: Ready | None, name: str, make: Callable[[], Tensor]) -> Tensor:
-    """make(), or what it gave before."""
+def once(ready: Ready | None, name: str, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """make(), or what it gave before of the same weight, unchanged."""
     if ready is None:
         return make()
-    if name not in ready:
-        ready[name] = make()
-    return ready[name]
+    state = weight.data_ptr(), weight._version
+    found = ready.get(name)
+    if found is None or found[0] != state:
+        found = ready[name] = state, make()
+    return found[1]
 
 
-# --- the three ways, for x (B, C, H, W), weight (O, C, k, k) and bias (O,) of one dtype ----------------------------------
+# --- the three ways, for x (B, C, H, W), weight (O, C, k, k) of any dtype, and bias (O,) of that of x ----------------------
 
 
 def direct(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, ready: Ready | None) -> Tensor:
     """oneDNN's convolution; the weights in its own order if they stand still."""
     if ready is None or x.dtype != torch.float32 or not can_pack():
-        return F.conv2d(x, weight, bias, stride, padding)
+        return F.conv2d(x, weight.to(x.dtype), bias, stride, padding)
     sizes = ((padding,) * 2, (stride,) * 2, (1, 1), 1)
-    packed = once(ready, "packed", lambda: torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, x.shape))
+    reorder = torch.ops.mkldnn._reorder_convolution_weight
+    packed = once(ready, "packed", weight, lambda: reorder(weight.to(x.dtype), *sizes, x.shape))
     return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *sizes, "none", [], "")
 
 
@@ -123,7 +129,7 @@ def can_pack() -> bool:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, ready: Ready | None) -> Tensor:
     """A convolution is a matrix product once the patches that the kernel sees are columns (Chellapilla et al. 2006)."""
-    kernel = weight.shape[-1]
+    weight, kernel = weight.to(x.dtype), weight.shape[-1]
     sides = [(side + 2 * padding - kernel) // stride + 1 for side in x.shape[-2:]]
     if kernel == 1 and x.stride(1) == 1:  # a patch is a cell, and its channels lie side by side
         return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
@@ -142,8 +148,14 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
     (batch, channels, height, width), out_channels = x.shape, len(weight)
     m = 4 if height * width >= 1024 else 2
     n, down, across = m + 2, -(-height // m), -(-width // m)  # the last tiles may stand over
-    A, B, G = transforms(m, x.dtype)
-    U = once(ready, f"winograd {m}", lambda: (G @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(-1, channels, out_channels))
+    AA, BB, GG = transforms(m, x.dtype)
+
+    def transformed() -> Tensor:
+        """G g Gᵀ for every kernel: (n², C, O)."""
+        kernels = weight.to(x.dtype).permute(2, 3, 1, 0).reshape(9, -1)
+        return (GG @ kernels).view(-1, channels, out_channels)
+
+    U = once(ready, f"winograd {m}", weight, transformed)
     padded = x.new_zeros(batch, down * m + 2, across * m + 2, channels)
     padded[:, 1 : height + 1, 1 : width + 1] = x.movedim(1, -1)
     windows = padded.unfold(1, n, m).unfold(2, n, m).permute(4, 5, 0, 1, 2, 3)  # (n, n, B, down, across, C)
@@ -152,8 +164,8 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
 
     rows = max(1, AT_ONCE // (n * n * batch * across * max(channels, out_channels)))
     for i in range(0, down, rows):
-        V = (B @ windows[:, :, :, i : i + rows].reshape(n * n, -1)).view(n * n, -1, channels)
-        Y = (A @ torch.bmm(V, U).view(n * n, -1)).view(tiles[:, :, :, i : i + rows].shape)
+        V = (BB @ windows[:, :, :, i : i + rows].reshape(n * n, -1)).view(n * n, -1, channels)
+        Y = (AA @ torch.bmm(V, U).view(n * n, -1)).view(tiles[:, :, :, i : i + rows].shape)
         tiles[:, :, :, i : i + rows] = Y if bias is None else Y.add_(bias)
     return y.view(batch, down * m, across * m, out_channels)[:, :height, :width].movedim(-1, 1)
 
@@ -162,8 +174,12 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
 def transforms(m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Aᵀ ⊗ Aᵀ (m², n²), Bᵀ ⊗ Bᵀ (n², n²) and G ⊗ G (n², 9): each does both axes of eq. 8 at once.
 
-    A product of polynomials is a product of their values at enough points (Toom and Cook), and a convolution is that, read
-    the other way. So G and Aᵀ evaluate polynomials with 3 and with m coefficients, and Bᵀ interpolates one with n.
+    Along one axis, m = 2: y0 = d0 g0 + d1 g1 + d2 g2 and y1 = d1 g0 + d2 g1 + d3 g2 are 6 products. They are sums and
+    differences of 4: of (d0 - d2) g0, (d1 + d2)(g0 + g1 + g2)/2, (d2 - d1)(g0 - g1 + g2)/2 and (d1 - d3) g2.
+
+    Why that works: a product of polynomials is a product of their values at enough points (Toom and Cook), and a convolution is
+    that, read the other way. So G and Aᵀ evaluate polynomials with 3 and with m coefficients, and Bᵀ interpolates one with
+    n, at m + 1 points and at infinity.
     """
 
     def values(coefficients: int) -> Tensor:
@@ -172,8 +188,8 @@ def transforms(m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         return torch.tensor([*powers, [0.0] * (coefficients - 1) + [1.0]], dtype=torch.float64)
 
     matrices = values(m).mT, torch.linalg.inv(values(m + 2)).mT, values(3)
-    A, B, G = (torch.kron(matrix, matrix).to(dtype) for matrix in matrices)
-    return A, B, G
+    AA, BB, GG = (torch.kron(matrix, matrix).to(dtype) for matrix in matrices)
+    return AA, BB, GG
 
 
 WAYS = {"direct": direct, "product": product, "winograd": winograd}

@@ -78,12 +78,12 @@ class Conv2d(nn.Conv2d):
     ready: tuple[cpu.Ready, cpu.Ready] | None = None  # what is made of weights that stand still: forward, backward
 
     def forward(self, x: Tensor) -> Tensor:
-        stride, padding = self.stride[0], int(self.padding[0])
+        stride, padding, ready = self.stride[0], int(self.padding[0]), self.ready
         if saves(x, self):
-            return FrozenConv2d.apply(as_autocast(x), self.weight, self.bias, stride, padding, self.ready)
+            return FrozenConv2d.apply(as_autocast(x), self.weight, self.bias, stride, padding, ready)
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return super().forward(x)
-        return cpu.conv2d(x, self.weight, self.bias, stride, padding, self.ready and self.ready[0])
+        return cpu.conv2d(x, self.weight, self.bias, stride, padding, ready and ready[0])
 
 
 class Linear(nn.Linear):
@@ -126,7 +126,9 @@ def recomputed(layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 def saves(x: Tensor, module: nn.Module | None = None) -> bool:
     """Is x on the way of gradients, through a module without trained weights?"""
-    return x.requires_grad and torch.is_grad_enabled() and not (module is not None and module.weight.requires_grad)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    return module is None or not any(p.requires_grad for p in module._parameters.values() if p is not None)
 
 
 # --- what a node keeps, and makes again ----------------------------------------------------------------------------------

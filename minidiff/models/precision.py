@@ -1,5 +1,6 @@
 """In which number format something is computed."""
 
+import platform
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,8 +30,10 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def slow_half(x: Tensor) -> bool:
-    """Is x in half precision, on a processor whose vector instructions (AVX2) know none? PyTorch's own loops take ages there.
+    """Is x in half precision, on an x86 whose vector instructions (AVX2 at most) know none? PyTorch's loops take ages there.
 
     (A convolution in bf16 took 119 times as long as in fp32, a linear 6 times.)
     """
-    return x.dtype in HALF and x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if x.dtype not in HALF or x.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return not torch.backends.cpu.get_cpu_capability().startswith("AVX512")

@@ -76,6 +76,7 @@ class Cache:
         return {
             "format": FORMAT,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "pillow": PIL.__version__,

@@ -100,9 +100,11 @@ def read_by_convolutions(module: nn.Module) -> Iterator[list[tuple[Conv2d, torch
     seen: list[tuple[Conv2d, torch.Size]] = []
     found = [m for m in module.modules() if isinstance(m, Conv2d)]
     handles = [m.register_forward_pre_hook(lambda m, inputs: seen.append((m, inputs[0].shape))) for m in found]
-    yield seen
-    for handle in handles:
-        handle.remove()
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def ready_bytes(convolutions: list[tuple[Conv2d, torch.Size]], drawing: bool) -> int:

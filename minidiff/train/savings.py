@@ -17,7 +17,8 @@ from minidiff.train import checkpoint, distributed
 from minidiff.train.memory import MIB, Budget, budget, measured
 from minidiff.train.metering import Step, step_bytes
 from minidiff.train.methods import AdapterSettings, FullSettings
-from minidiff.train.settings import FineTuneSettings, size_in_bytes
+from minidiff.train.settings import FineTuneSettings
+from minidiff.train.sizes import size_in_bytes
 
 if TYPE_CHECKING:
     from minidiff.train.loop import Task

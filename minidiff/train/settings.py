@@ -7,7 +7,6 @@ Nothing here imports torch, so that `--help` is quick.
 
 import json
 import math
-import re
 import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from minidiff.config import fits
 from minidiff.errors import SettingsError, did_you_mean
+from minidiff.train.sizes import size_in_bytes
 
 AnySettings = TypeVar("AnySettings", bound="TrainSettings")
 DEFAULT_UPDATES = 400
@@ -267,7 +267,11 @@ class FineTuneSettings(TrainSettings):
         self.need(0 <= self.proportion_empty_prompts <= 1, "proportion_empty_prompts", "must lie in [0, 1]")
         self.need(self.snr_gamma is None or 0 < self.snr_gamma < math.inf, "snr_gamma", "must be a number above 0")
         crop_works = self.center_crop or not self.cache_latents
-        if self.cache_dir:
+        if self.cache_dir is not None:
+            self.need(bool(self.cache_dir.strip()), "cache_dir", "must name a folder")
+            folders = (self.instance_data_dir, self.train_data_dir, self.class_data_dir, self.validation_data_dir)
+            own = Path(self.cache_dir).resolve() not in {Path(folder).resolve() for folder in folders if folder}
+            self.need(own, "cache_dir", "has pictures in it: give the cache a folder of its own")
             self.need(self.cache_latents, "cache_dir", "keeps what is encoded once: it does not go with --no-cache_latents")
             self.need_apart("cache_dir")
         self.need(crop_works, "center_crop", "off needs --no-cache_latents too: a cached latent has one crop")
@@ -312,15 +316,6 @@ class FineTuneSettings(TrainSettings):
         self.need_apart("class_data_dir")
         square = "cannot be joined with --class_data_dir, whose pictures are square; take --prior_from_base"
         self.need(not self.aspect_ratio_buckets, "aspect_ratio_buckets", square)
-
-
-def size_in_bytes(text: str) -> int | None:
-    """Such as 8GB, 7.5 GiB, 900mb (GB is 1000^3, GiB 1024^3); None for anything else, or below 1 MB or above 100 TB."""
-    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT])(i?)B\s*", text, re.IGNORECASE | re.ASCII)
-    if found is None:
-        return None
-    size = int(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2].upper()) + 1))
-    return size if 10**6 <= size <= 10**14 else None
 
 
 def to_toml(settings: TrainSettings) -> str:

@@ -167,6 +167,11 @@ def test_a_cache_that_cannot_be(vae: CountingVAE, examples: list[Example], tmp_p
     given: dict[str, Any] = {"instance_data_dir": "x", "instance_prompt": "y"}
     with pytest.raises(SettingsError, match="--cache_dir lies in --output_dir out"):
         FineTuneSettings(**given, output_dir="out", cache_dir="out/cache").check()
+    for blank in ("", "  "):
+        with pytest.raises(SettingsError, match="--cache_dir must name a folder"):
+            FineTuneSettings(**given, cache_dir=blank).check()
+    with pytest.raises(SettingsError, match="--cache_dir has pictures in it: give the cache a folder of its own"):
+        FineTuneSettings(**given, cache_dir=f"{given['instance_data_dir']}/.").check()
     with pytest.raises(SettingsError, match="--cache_dir keeps what is encoded once"):
         FineTuneSettings(**given, cache_dir="cache", cache_latents=False).check()
 

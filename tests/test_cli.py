@@ -408,6 +408,12 @@ def test_a_foreign_folder_is_left_alone(
     assert len(list(pictures.iterdir())) == 3
 
 
+def test_the_nearest_command_may_be_a_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main(["trian"])
+    assert leave.value.code == 2 and 'Did you mean "train"?' in capsys.readouterr().err
+
+
 def test_the_summaries_are_those_of_the_commands() -> None:
     """They stand in a file of their own, so that `--help` need not import what it tells of."""
     summaries = {name: (kind.__doc__ or "").strip().splitlines()[0] for name, (kind, _) in COMMANDS.items()}

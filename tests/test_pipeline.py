@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minidiff.adapters.inject import adapter_weights, inject, lora_layers
+from minidiff.adapters.inject import adapter_weights, inject, lora_layers, set_adapters
 from minidiff.config import SD15_UNET, SD15_VAE, TINY_UNET, TINY_VAE, NoiseConfig, VAEConfig
 from minidiff.diffusion.samplers import SAMPLERS, Step
 from minidiff.errors import AdapterError, MinidiffError, SettingsError, WeightsError
@@ -629,3 +630,21 @@ def test_what_cannot_stand_in_for_a_prompt(pipe: StableDiffusionPipeline, call: 
         return
     with pytest.raises(SettingsError, match=message):
         pipe(**call)
+
+
+def test_a_callback_may_change_an_adapter(fresh: StableDiffusionPipeline) -> None:
+    """What attention remembers of a prompt was made with the adapter as it was."""
+    layers = inject(fresh.unet, 2, targets="attn2.to_k")
+    for layer in layers.values():
+        layer.lora_B["default"].data.normal_(0, 3, generator=torch.Generator().manual_seed(0))
+
+    def drawn(remembers: bool) -> Tensor:
+        set_adapters(fresh.unet, ["default"])
+        with pytest.MonkeyPatch.context() as patch:
+            if not remembers:
+                patch.setattr("minidiff.pipeline.reading_once", lambda model: nullcontext())
+            return latents(fresh, callback=lambda step: set_adapters(fresh.unet, []))
+
+    assert torch.equal(drawn(remembers=True), drawn(remembers=False))
+    set_adapters(fresh.unet, ["default"])
+    assert differ(latents(fresh), drawn(remembers=True))

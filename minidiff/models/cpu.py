@@ -56,7 +56,7 @@ def conv2d(
 ) -> Tensor:
     """F.conv2d for square kernels: x (B, C, H, W), weight (O, C, k, k), bias (O,) -> (B, O, H', W'). Not for autograd.
 
-    `ready` remembers what is made of the weight; who owns it empties it when the weight changes.
+    `ready` remembers what is made of the weight, for as long as its owner keeps it and the weight is the same (`once`).
     """
     if x.device.type != "cpu":
         return F.conv2d(x, weight, bias, stride, padding)

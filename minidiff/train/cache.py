@@ -6,8 +6,8 @@
 A file's name is the sha256 of everything its numbers come from: the picture's bytes, size, crop and flip, or the prompt's
 token ids; each number of the network; and what the last bits hang on, such as the device and PyTorch's version. So nothing
 ever has to be thrown away because it is out of date, and what is read is, bit for bit, what a processor or GPU of this kind
-computed with these versions. Each file
-also holds the sha256 of its own numbers: one that is damaged, or that somebody else put there, is made anew.
+computed with these versions. Each file also holds the sha256 of its own numbers: one that is damaged, or that somebody else put
+there, is made anew.
 
 It appears whole or not at all, so that several processes can share a folder, and be killed.
 """

@@ -7,7 +7,8 @@ call. Where a picture is small that takes longer than the convolution: at the 8 
 times as long. And where a picture is large, 9 multiplications for each weight and cell are more than it takes:
 
     direct     oneDNN; weights that stand still are put in its order once
-    product    W (O, C·k²) times the patches under the kernel (C·k², L): where weights are many and cells few
+    product    W (O, C·k²) times the patches under the kernel (C·k², L): kernels of 1 x 1, whose patches are the cells; and
+               where weights are many and cells few
     winograd   4 x 4 cells at a time with 36 multiplications instead of 144: kernels of 3 x 3 over 32 x 32 cells and more;
                2 x 2 with 16 instead of 36 over 16 x 16, if the weights stand still
 
@@ -51,9 +52,7 @@ def by_pieces(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([module(piece) for piece in x.split(PIECE, dim=1)], dim=1)
 
 
-def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, ready: Ready | None = None
-) -> Tensor:
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, ready: Ready | None = None) -> Tensor:
     """F.conv2d for square kernels: x (B, C, H, W), weight (O, C, k, k), bias (O,) -> (B, O, H', W'). Not for autograd.
 
     `ready` remembers what is made of the weight, for as long as its owner keeps it and the weight is the same (`once`).
@@ -88,12 +87,14 @@ def way_of(shape: torch.Size, weight: Tensor, stride: int, padding: int, still: 
     """direct, product or winograd, for x of `shape` (B, C, H, W) and weight (O, C, k, k), which may stand `still`."""
     out_channels, in_channels, kernel, _ = weight.shape
     cells = shape[-2] * shape[-1]
+    if (kernel, stride, padding) == (1, 1, 0):
+        return "product"
     many = weight.numel() > MANY
     tiles_pay = cells >= 1024 or (cells >= 256 and many and still)
     if (kernel, stride, padding) == (3, 1, 1) and tiles_pay and min(in_channels, out_channels) >= 64:
         return "winograd"
-    few = shape[0] * cells <= out_channels * stride**2 and (kernel > 1 or (stride, padding) == (1, 0))
-    return "product" if many and few else "direct"
+    few = shape[0] * cells <= out_channels * stride**2
+    return "product" if kernel > 1 and many and few else "direct"
 
 
 def once(ready: Ready | None, name: str, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
@@ -130,12 +131,13 @@ def can_pack() -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, ready: Ready | None) -> Tensor:
     """A convolution is a matrix product once the patches that the kernel sees are columns (Chellapilla et al. 2006)."""
     weight, kernel = weight.to(x.dtype), weight.shape[-1]
-    sides = [(side + 2 * padding - kernel) // stride + 1 for side in x.shape[-2:]]
     if kernel == 1 and x.stride(1) == 1:  # a patch is a cell, and its channels lie side by side
         return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+    sides = [(side + 2 * padding - kernel) // stride + 1 for side in x.shape[-2:]]
     patches = x.flatten(2) if kernel == 1 else F.unfold(x, kernel, padding=padding, stride=stride)  # (B, C·k², L)
-    y = weight.flatten(1) @ patches  # (B, O, L)
-    return (y if bias is None else y.add_(bias[:, None])).unflatten(-1, sides)
+    matrix = weight.flatten(1).expand(len(x), -1, -1)
+    y = torch.bmm(matrix, patches) if bias is None else torch.baddbmm(bias[:, None], matrix, patches)  # (B, O, L)
+    return y.unflatten(-1, sides)
 
 
 def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, ready: Ready | None) -> Tensor:

@@ -45,13 +45,13 @@ def drawing(s: Sampling | Tokens) -> None:
 
 
 def train(s: FineTuneSettings) -> None:
-    from minidiff.device import keep_memory
+    from minidiff.device import keep_memory, return_memory
     from minidiff.train import savings
     from minidiff.train.distributed import joined
     from minidiff.train.loop import fit
     from minidiff.train.recipes import RECIPES
 
-    keep_memory()
+    return_memory() if s.fit else keep_memory()
     with joined(s.device):
         task = RECIPES[type(s)](s)
         with savings.told(task, s) as chosen:

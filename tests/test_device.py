@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from minidiff.device import keep_memory, peak_memory
@@ -28,3 +29,28 @@ def test_kept_memory_changes_no_number() -> None:
     before = torch.arange(5 * MIB).float().mean()
     keep_memory()
     assert torch.equal(torch.arange(5 * MIB).float().mean(), before)
+
+
+LEFT = """
+import re, torch
+from minidiff import device
+device.{}()
+def resident():
+    with open("/proc/self/status") as status:
+        return int(re.search("VmRSS: *(.*) kB", status.read().replace("\\t", " "))[1]) // 1024
+before = resident()
+tensors = [torch.ones(2**20) for _ in range(50)]  # 4 MiB each
+peak = resident()
+pins = [torch.ones(2**10) for _ in range(50)]  # which may lie behind them
+del tensors
+print(peak - before, resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+@pytest.mark.parametrize("way, left", [("keep_memory", range(150, 300)), ("return_memory", range(50))])
+def test_what_tensors_leave(way: str, left: range) -> None:
+    """Kept for the next ones, or given back."""
+    command = [sys.executable, "-c", LEFT.format(way)]
+    peak, after = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert 150 < peak < 300 and after in left

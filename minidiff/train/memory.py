@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from minidiff.device import peak_memory
+from minidiff.device import peak_memory, returns_memory
 from minidiff.models.vae import AutoencoderKL
 from minidiff.train import distributed
 from minidiff.train.adam8bit import BLOCK, LEAST, PIECE
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 MIB = 2**20
 # For what the arithmetic does not see: (a constant, a share of the fullest moment, whose constant it is). On the CPU they bound
 # what was measured on Linux with the pocket checkpoint, full and LoRA, from 4 to 32 samples; for CUDA they are a guess.
-ALLOWANCES = {"cpu": (570 * MIB, 0.60, "Python's and PyTorch's own"), "cuda": (600 * MIB, 0.15, "CUDA's own, not measured")}
+ALLOWANCES = {
+    "cpu": (570 * MIB, 0.60, "Python's and PyTorch's own"),
+    "cpu, returned": (570 * MIB, 0.30, "Python's and PyTorch's own"),  # fewer gaps, under device.return_memory
+    "cuda": (600 * MIB, 0.15, "CUDA's own, not measured"),
+}
 PIECE_BYTES = 48  # a number of what LeanAdamW unpacks at once: moments, codes, weight, gradient, noise
 
 Row = tuple[str, int, str]  # name, bytes, remark
@@ -68,7 +72,8 @@ def budget(task: "Task", settings: TrainSettings, step: Step | None = None) -> B
     ]
     held = [row for row in held if row[1]]
     moments = moments_of(task, settings, step, [each * n for n in trained])
-    return Budget(held, moments, allowance(first.device.type, max(size for _, size, _ in moments)))
+    where = ("cpu, returned" if returns_memory() else "cpu") if on_cpu else "cuda"
+    return Budget(held, moments, allowance(where, max(size for _, size, _ in moments)))
 
 
 def moments_of(task: "Task", settings: TrainSettings, step: Step, gradients: list[int]) -> list[Row]:
@@ -100,9 +105,9 @@ def drawing(task: "Task", settings: TrainSettings, step: Step, gradients: int) -
     return rows
 
 
-def allowance(device: str, fullest: int) -> Row:
-    """For what the arithmetic does not see, beside a `fullest` moment of so many bytes."""
-    constant, share, whose = ALLOWANCES["cuda" if device == "cuda" else "cpu"]
+def allowance(where: str, fullest: int) -> Row:
+    """For what the arithmetic does not see, beside a `fullest` moment of so many bytes; `where` is one of ALLOWANCES."""
+    constant, share, whose = ALLOWANCES[where]
     return "not counted", constant + int(share * fullest), f"an allowance: {whose}; {share:.0%} for kernels and gaps"
 
 
@@ -127,7 +132,8 @@ def update_bytes(trained: list[int], settings: TrainSettings) -> int:
 
 def measured(device: str) -> str:
     """What was taken at most until now, in the form of a table's row."""
-    whose = "of tensors on the GPU, the samples drawn included" if device == "cuda" else "the whole process, Python included"
+    gpu = device.startswith("cuda")
+    whose = "of tensors on the GPU, the samples drawn included" if gpu else "the whole process, Python included"
     peak = peak_memory(device)
     return "  measured peak      not known on this system" if peak is None else line("measured peak", peak, whose)
 

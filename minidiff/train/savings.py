@@ -61,7 +61,7 @@ def told(task: "Task", settings: FineTuneSettings) -> Iterator[FineTuneSettings]
             raise
         raise MinidiffError(after_running_out(task, settings, need)) from error
     if first:
-        print(measured(next(iter(task.trainable.values())).device.type))
+        print(measured(str(next(iter(task.trainable.values())).device)))
 
 
 def chosen(task: "Task", settings: FineTuneSettings) -> tuple[FineTuneSettings, Budget, str]:

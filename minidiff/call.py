@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,15 @@ def one_for_each(name: str, given: Tensor, count: int, width: int) -> Tensor:
 def check_output_type(output_type: str) -> None:
     if output_type not in ("pil", "pt", "latent"):
         raise SettingsError(f'output_type "{output_type}" is unknown; it is pil, pt or latent.')
+
+
+def finished(drawn: Tensor, output_type: str) -> Any:
+    """Pictures (B, 3, H, W) in [-1, 1] as they are for "pt", else as PIL's."""
+    if output_type == "pt":
+        return drawn
+    from minidiff.images import to_pil  # only now: Pillow takes time to import
+
+    return to_pil(drawn)
 
 
 def check_floats(name: str, given: Tensor) -> Tensor:

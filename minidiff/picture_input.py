@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from minidiff.errors import SettingsError
-from minidiff.images import load_image, opaque, to_tensor
 
 Pictures = Any  # a PIL picture, a path, a tensor (B, 3, H, W) or (3, H, W) in [-1, 1], or a list of these
 EDGE = 4  # pixels inside a mask's edge over which new and old are mixed
@@ -33,6 +31,10 @@ def as_pictures(image: Pictures, count: int) -> Tensor:
 
 def _as_picture(image: Pictures, name: str = "image", under: str = "white") -> Tensor:
     """(3, H, W); `name` is the argument's, for errors; what is transparent is laid over the colour `under`."""
+    from PIL import Image  # only now: drawing from a prompt alone needs none of it
+
+    from minidiff.images import load_image, opaque, to_tensor
+
     if isinstance(image, (str, Path)):
         image = load_image(image, under)
     if isinstance(image, Image.Image):

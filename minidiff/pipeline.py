@@ -24,6 +24,7 @@ from minidiff.call import (
     at_strengths,
     check_output_type,
     encode_both,
+    finished,
     loras_of,
     noise_source,
     pairs,
@@ -38,7 +39,6 @@ from minidiff.diffusion.tiling import tiled
 from minidiff.errors import MinidiffError, SettingsError
 from minidiff.files import embeddings, lora
 from minidiff.graphs import Graphs
-from minidiff.images import to_pil
 from minidiff.model_files import check_parts_fit, read_folder, read_single_file, write_folder
 from minidiff.models.attention import reading_once
 from minidiff.models.lean import standing_still
@@ -187,8 +187,7 @@ class StableDiffusionPipeline:
             last = self.walked(steps, num_inference_steps, callback)
         if output_type == "latent":
             return PipelineOutput(last.x)
-        drawn = canvas.paste(self.decode(last.x))
-        return PipelineOutput(drawn if output_type == "pt" else to_pil(drawn))
+        return PipelineOutput(finished(canvas.paste(self.decode(last.x)), output_type))
 
     def canvas(
         self,

@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 import runpy
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,20 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="minidiff-tests-")  # has
 torch.set_num_threads(1)  # the same bits on every machine, and nothing here is big enough for two
 
 PROMPTS = ["a photo of a red dog on the beach", "a drawing of a blue cat in the snow"]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`pytest -n auto`: a process for each core, but each has PyTorch in memory."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of one file go to one process, where they share what is slow to make."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -127,13 +127,14 @@ def memory(s: Session) -> Iterator[Callable[[], Found]]:
                 task = {"task": method, "folder": str(size.folder), "side": size.side, "batch": size.batch}
                 task |= {"device": s.device, "precision": s.precision}
                 contenders = s.contenders()[: 2 if s.quick else None]
-                peaks = {name: processes.child(**task, contender=name) for name in contenders}
+                lean = () if s.gpu else (processes.LEAN,)
+                peaks = {name: processes.child(**task, contender=name) for name in (*contenders, *lean)}
                 called = {name: peers.NAMES.get(name, name) for name in peaks}
-                what = f"{method.replace('_', ' ')} step, {size.name}, batch {size.batch}"
-                whole = {called[name]: float(peak["peak"]) for name, peak in peaks.items()}
-                steps = {called[name]: float(peak["peak"] - peak["before"]) for name, peak in peaks.items()}
-                rows = counted_rows("peak memory", f"{what}, whole process", whole)
-                return rows + counted_rows("peak memory", f"{what}, the step alone", steps), [], []
+                what, rows = f"{method.replace('_', ' ')} step, {size.name}, batch {size.batch}", []
+                for key, said in (("peak", "at the peak"), ("held", "without files' pages, which the system may take back")):
+                    found = {called[name]: float(peak[key]) for name, peak in peaks.items() if peak[key]}
+                    rows += counted_rows("memory", f"{what}, {said}", found)
+                return rows, [], []
 
             yield one
 

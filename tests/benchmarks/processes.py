@@ -9,10 +9,12 @@ import contextlib
 import io
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,6 +33,7 @@ def python(words: Sequence[str]) -> tuple[Seconds, str]:
     """Run Python to its end: its time from start to end, its processor time with that of all its threads, and its output."""
     paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages are compiled already: minidiff after its first run
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *words], capture_output=True, text=True, env=environment, check=False
@@ -102,37 +105,75 @@ def load(task: dict[str, Any]) -> dict[str, float]:
     return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
-def training_peak(task: dict[str, Any]) -> dict[str, float]:
-    """The peak of three steps of one contender, and of the same process without them: imports, model, pictures."""
-    import torch
+LEAN = "minidiff --fit"  # minidiff with the saving that changes no number, and as --fit has it use memory
 
+
+def training_peak(task: dict[str, Any]) -> dict[str, float | None]:
+    """The peak of three steps of one contender: of the whole process, and of what it holds in the steps."""
     from benchmarks import peers, training
-    from minidiff.device import peak_memory
-    from minidiff.train.loop import fit
-    from minidiff.train.recipes import RECIPES
+    from minidiff.device import keep_memory, peak_memory, return_memory
 
     device, level = task["device"], task["contender"]
+    if level.startswith("minidiff"):  # as the command does
+        return_memory() if level == LEAN else keep_memory()
     size = training.Size("", Path(task["folder"]), task["side"], task["batch"])
     with tempfile.TemporaryDirectory() as folder:
         settings = training.settings_of(task["task"], size, Path(folder) / "run", device, task["precision"])
-        if level == "minidiff":
-            made = RECIPES[type(settings)](settings)
-            before = peak_memory(device)
-            steps = iter(range(4))
-
-            def batch(step: int, micro: int) -> dict[str, torch.Tensor]:
-                if next(steps) == 3:
-                    raise training.Enough
-                return made.batch(step, micro)
-
-            with contextlib.suppress(training.Enough):
-                fit(replace(made, batch=batch), settings)
+        if level.startswith("minidiff"):
+            held = steps_of_ours(replace(settings, gradient_checkpointing=level == LEAN))
         else:
             peer = peers.trainee(training.plan_of(task["task"], settings, size.side), level, compiled=False)
-            before = peak_memory(device)
-            for step in range(3):
-                peer(random_batch(task["side"] // 8, task["batch"] * (2 if task["task"] == "dreambooth" else 1), step))
-        return {"peak": peak_memory(device), "before": before}
+            with Held() as held:
+                for step in range(3):
+                    peer(random_batch(task["side"] // 8, task["batch"] * (2 if task["task"] == "dreambooth" else 1), step))
+        return {"peak": peak_memory(device), "held": held.most if device == "cpu" else None}
+
+
+def steps_of_ours(settings: Any) -> "Held":
+    """Three steps of the real loop."""
+    from benchmarks import training
+    from minidiff.train.loop import fit
+    from minidiff.train.recipes import RECIPES
+
+    made = RECIPES[type(settings)](settings)
+    steps = iter(range(4))
+
+    def batch(step: int, micro: int) -> Any:
+        if next(steps) == 3:
+            raise training.Enough
+        return made.batch(step, micro)
+
+    with Held() as held, contextlib.suppress(training.Enough):
+        fit(replace(made, batch=batch), settings)
+    return held
+
+
+class Held:
+    """The most that this process holds inside the `with`: of pages that the system cannot take back.
+
+    Not counted are those of files, as of weights that are mapped and not changed: where memory is short they go, and are read
+    again. Looked up a hundred times a second, on Linux; `most` is None elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self.most: int | None = None
+        self.over = threading.Event()
+        self.watch = threading.Thread(target=self.look, daemon=True)
+
+    def look(self) -> None:
+        status = Path("/proc/self/status")
+        while status.exists() and not self.over.wait(0.01):
+            found = re.search(r"^RssAnon:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
+            if found:
+                self.most = max(self.most or 0, int(found[1]) * 1024)
+
+    def __enter__(self) -> "Held":
+        self.watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.watch.join()
 
 
 def random_batch(side: int, count: int, seed: int) -> Any:

@@ -81,8 +81,11 @@ def drawn_again(path: str, rest: list[str]) -> "Sample":
 
 def run(argv: list[str]) -> None:
     """What the command line asks for."""
+    groups = {name.split()[0] for name in SUMMARIES if " " in name}
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
+    elif argv[0] in groups and argv[1:2] in (["-h"], ["--help"]):
+        print(usage(argv[0]))
     elif argv[0] == "--version":
         from minidiff import __version__
 

@@ -15,7 +15,10 @@ told: dict[int, int] = {}  # what malloc was told
 
 
 def chosen_device(name: str | None) -> str:
-    """The device of --device: cpu, cuda or cuda:1; for None a GPU if there is one. SettingsError for any other."""
+    """The device of --device: cpu, cuda or cuda:1; for None a GPU if there is one. SettingsError for any other.
+
+    A GPU with a number becomes the current one, which is what `cuda` alone means, to kernels and counters too.
+    """
     gpus = torch.cuda.device_count()
     name = name or ("cuda" if gpus else "cpu")
     known = ["cpu", "cuda", *(f"cuda:{i}" for i in range(gpus))]
@@ -23,6 +26,8 @@ def chosen_device(name: str | None) -> str:
         raise SettingsError(f"--device {name}: there is no GPU that torch can use here; leave the flag out, or say cpu.")
     if name not in known:
         raise SettingsError(f"--device {name} is no device; it can be {', '.join(known if gpus else known[:1])}.")
+    if ":" in name:
+        torch.cuda.set_device(name)
     return name
 
 

@@ -27,8 +27,9 @@ SUMMARIES = {
 }  # the first lines of the commands' settings; a test holds them together
 
 
-def usage() -> str:
-    """All commands, a line each."""
-    lines = [f"  minidiff {name:<23} {summary}" for name, summary in SUMMARIES.items()]
+def usage(group: str = "") -> str:
+    """All commands, or those of a `group` such as train, a line each."""
+    names = [name for name in SUMMARIES if not group or name.startswith(f"{group} ")]
+    lines = [f"  minidiff {name:<23} {SUMMARIES[name]}" for name in names]
     head = "minidiff: Stable Diffusion you can read, and fine-tune."
-    return "\n".join([head, "", *lines, "", "  minidiff COMMAND --help: its flags"])
+    return "\n".join([head, "", *lines, "", f"  minidiff {group and f'{group} '}COMMAND --help: its flags"])

@@ -104,6 +104,15 @@ def test_help_and_version_need_no_torch() -> None:
     assert "minidiff train lora" in said and "minidiff 0." in said
 
 
+@pytest.mark.parametrize("words", [["merge", "--help"], ["train", "-h"]])
+def test_help_of_a_group_of_commands(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(words)
+    listed = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if line.startswith(f"  minidiff {words[0]} ")]
+    assert listed == [["minidiff", *name.split()] for name in SUMMARIES if name.startswith(f"{words[0]} ")] + [
+        ["minidiff", words[0], "COMMAND"]
+    ]
+
+
 # --- wrong flags ---------------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from minidiff.device import keep_memory, peak_memory
+from minidiff.device import chosen_device, keep_memory, peak_memory
+from minidiff.errors import SettingsError
 
 MIB = 2**20
 
@@ -29,6 +30,16 @@ def test_kept_memory_changes_no_number() -> None:
     before = torch.arange(5 * MIB).float().mean()
     keep_memory()
     assert torch.equal(torch.arange(5 * MIB).float().mean(), before)
+
+
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[str] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    assert [chosen_device(name) for name in (None, "cpu", "cuda", "cuda:1")] == ["cuda", "cpu", "cuda", "cuda:1"]
+    assert current == ["cuda:1"]
+    with pytest.raises(SettingsError, match="cuda:2 is no device; it can be cpu, cuda, cuda:0, cuda:1"):
+        chosen_device("cuda:2")
 
 
 LEFT = """

@@ -30,7 +30,7 @@ class Session:
     def __init__(self, settings: Bench, scratch: Path) -> None:
         self.quick, self.scratch, self.output = settings.quick, scratch, Path(settings.output_dir)
         self.device = chosen_device(settings.device)
-        self.gpu, self.why_no_peers = self.device == "cuda", peers.missing()
+        self.gpu, self.why_no_peers = self.device.startswith("cuda"), peers.missing()
         self.peers = not self.why_no_peers
         self.compiled = not settings.quick and settings.compile
         self.half = torch.float16 if self.gpu else torch.bfloat16

@@ -138,7 +138,7 @@ def least_of(task: Task, settings: FineTuneSettings, *flags: str) -> str:
     return f"{savings.trial_budget(task, trial, {}).together / 1000 + 1:.3f}KB"
 
 
-def test_a_resumed_run_keeps_what_it_began_with(tiny_folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_what_it_began_with(tiny_folder: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Stopped, and gone on with --fit under a limit that would choose otherwise: the bytes of a run that never stopped."""
     often = {"resolution": 32, "checkpointing_steps": 1, "max_train_steps": 4, "fit": "100TB"}
     task, settings = made("full", tiny_folder, home, **often)
@@ -164,13 +164,16 @@ def test_a_resumed_run_keeps_what_it_began_with(tiny_folder: Path, home: Path, m
     run(home / "straight" / "run", fits)
     with pytest.raises(KeyError):
         run(home / "broken" / "run", fits, crash=2)
+    capsys.readouterr()
     assert on(run(home / "broken" / "run", "100TB")) == ["use_8bit_adam"]  # checkpointing changes no number
+    assert " MiB fit with\n  --use_8bit_adam: as the run was begun\n" in capsys.readouterr().out
     assert fingerprint(home / "broken" / "run") == fingerprint(home / "straight" / "run")
     assert rows(home / "broken" / "run") == rows(home / "straight" / "run")
     saved = from_toml(type(settings), home / "straight" / "run" / "train_config.toml")
     assert on(saved) == ["gradient_checkpointing", "use_8bit_adam"] and saved.fit == fits
-    with pytest.raises(SettingsError, match="with all the savings it can have and with what the run was begun with"):
+    with pytest.raises(SettingsError, match="with all the savings it can have and with what the run was begun with") as error:
         run(home / "straight" / "run", "1MB")
+    assert str(error.value).endswith("MiB of it are there whatever is trained.")  # and not: a smaller --resolution
 
 
 @pytest.mark.parametrize(

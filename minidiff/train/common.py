@@ -26,6 +26,7 @@ from minidiff.train.cache import Cache
 from minidiff.train.checkpoint import check_folder
 from minidiff.train.data import LatentData, check_pictures
 from minidiff.train.folders import read_folder
+from minidiff.train.guards import check_precision
 from minidiff.train.idle import at_hand, put_away
 from minidiff.train.loop import DTYPES, Batch, Task
 from minidiff.train.methods import FullSettings
@@ -45,12 +46,14 @@ def load_base(settings: FineTuneSettings) -> tuple[StableDiffusionPipeline, str]
     """
     settings.check()
     check_folder(settings)
+    device = chosen_device(settings.device)
+    check_precision(settings.mixed_precision, device)
     dtype = DTYPES[settings.mixed_precision]
     pipe = StableDiffusionPipeline.from_pretrained(settings.pretrained_model_name_or_path, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     if settings.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-    return pipe.to(chosen_device(settings.device)), model_fingerprint(pipe.unet, pipe.vae, pipe.text_encoder)
+    return pipe.to(device), model_fingerprint(pipe.unet, pipe.vae, pipe.text_encoder)
 
 
 def load_data(

@@ -20,11 +20,16 @@ def check_trainable(trainable: Mapping[str, nn.Parameter], settings: TrainSettin
     if wrong or not trainable:
         raise RuntimeError(f"a task trains fp32 parameters that require gradients; not so: {wrong[:5] or 'none'}")
     device = next(iter(trainable.values())).device.type
-    if settings.mixed_precision == "fp16" and device == "cpu":
-        raise SettingsError("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no.")
-    if settings.mixed_precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported():
-        raise SettingsError("--mixed_precision bf16 is more than this GPU can do; use fp16.")
+    check_precision(settings.mixed_precision, device)
     return device
+
+
+def check_precision(precision: str, device: str) -> None:
+    """SettingsError where the device cannot train in that --mixed_precision."""
+    if precision == "fp16" and device == "cpu":
+        raise SettingsError("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no.")
+    if precision == "bf16" and device != "cpu" and not torch.cuda.is_bf16_supported():
+        raise SettingsError("--mixed_precision bf16 is more than this GPU can do; use fp16.")
 
 
 def check_gradients(trainable: Mapping[str, nn.Parameter]) -> None:

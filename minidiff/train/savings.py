@@ -74,15 +74,15 @@ def chosen(task: "Task", settings: FineTuneSettings) -> tuple[FineTuneSettings, 
         return settings, budget(task, settings), ""
     limit = size_in_bytes(settings.fit) or 0
     counted: dict[tuple[object, ...], Step] = {}
-    settings, free = as_begun(task, settings)
+    begun, free = as_begun(task, settings)
     plain = least = None
-    for trial in trials(settings, free):
+    for trial in trials(begun, free):
         need = trial_budget(task, trial, counted)
         plain, least = plain or need, need if least is None or need.together < least.together else least
         if need.together <= limit:
-            return trial, need, why(settings, trial, plain, need)
+            return trial, need, why(settings, begun, trial, plain, need)
     assert least is not None
-    raise SettingsError(nothing_fits(settings, least))
+    raise SettingsError(nothing_fits(settings, least, limit))
 
 
 def trials(settings: FineTuneSettings, free: list[str]) -> Iterator[FineTuneSettings]:
@@ -131,20 +131,29 @@ def as_begun(task: "Task", settings: FineTuneSettings) -> tuple[FineTuneSettings
 # --- in words ----------------------------------------------------------------------------------------------------------
 
 
-def why(settings: FineTuneSettings, trial: FineTuneSettings, plain: Budget, need: Budget) -> str:
+def why(settings: FineTuneSettings, begun: FineTuneSettings, trial: FineTuneSettings, plain: Budget, need: Budget) -> str:
     """What was chosen, and why."""
-    new = [saving for saving in SAVINGS if getattr(trial, saving.flag) and not getattr(settings, saving.flag)]
+    kept = "".join(f"\n  --{flag}: as the run was begun" for flag in switched_on(settings, begun))
+    new = "".join(f"\n  --{saving.flag}: {saving.cost}" for saving in SAVINGS if saving.flag in switched_on(begun, trial))
     if not new:
-        return f"--fit {settings.fit}: {mib(need)} fit as it is.\n"
-    costs = "".join(f"\n  --{saving.flag}: {saving.cost}" for saving in new)
-    return f"--fit {settings.fit}: {mib(plain)} would not fit, {mib(need)} do, with the cheapest savings that suffice:{costs}\n"
+        return f"--fit {settings.fit}: {mib(need)} fit {'with' if kept else 'as it is.'}{kept}\n"
+    said = f"{mib(plain)} would not fit, {mib(need)} do, with the cheapest savings that suffice:"
+    return f"--fit {settings.fit}: {said}{kept}{new}\n"
 
 
-def nothing_fits(settings: FineTuneSettings, least: Budget) -> str:
+def switched_on(before: FineTuneSettings, after: FineTuneSettings) -> list[str]:
+    """The savings that are on after and were not before."""
+    return [saving.flag for saving in SAVINGS if getattr(after, saving.flag) and not getattr(before, saving.flag)]
+
+
+def nothing_fits(settings: FineTuneSettings, least: Budget, limit: int) -> str:
     begun = " and with what the run was begun with" if settings.resume_from_checkpoint else ""
+    hints = "; ".join(other_hints(settings))
+    if limit < least.allowance[1]:
+        hints = f"more memory alone: {least.allowance[1] / MIB:,.0f} MiB of it are there whatever is trained"
     return (
         f"--fit {settings.fit}: the run does not fit, with all the savings it can have{begun}; the least it takes:\n{least}\n"
-        f"What else helps: {'; '.join(other_hints(settings))}."
+        f"What else helps: {hints}."
     )
 
 

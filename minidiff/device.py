@@ -11,7 +11,7 @@ import torch
 from minidiff.errors import SettingsError
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # the options' numbers in glibc's malloc.h
-told: dict[int, int] = {}  # what malloc was told
+malloc_options: dict[int, int] = {}  # as this process has set them
 
 
 def chosen_device(name: str | None) -> str:
@@ -53,15 +53,15 @@ def return_memory() -> None:
 
 
 def returns_memory() -> bool:
-    """Is `return_memory` what malloc was told last?"""
-    return told.get(MMAP_THRESHOLD) == 2**20
+    """Did `return_memory` have the last word?"""
+    return malloc_options.get(MMAP_THRESHOLD) == 2**20
 
 
 def tell_malloc(option: int, value: int) -> None:
     """glibc's mallopt, where there is one."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt and mallopt(option, value):
-        told[option] = value
+        malloc_options[option] = value
 
 
 def peak_memory(device: str) -> int | None:

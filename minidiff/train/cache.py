@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import PIL
 import torch
@@ -39,10 +39,11 @@ Tensors = Mapping[str, Tensor]
 class Cache:
     """What one network makes of its inputs, in a folder. SettingsError for a folder that cannot be."""
 
+    unwritable: ClassVar[set[Path]] = set()  # folders of which this has been said; those of several networks are one
+
     def __init__(self, folder: str | Path, network: nn.Module) -> None:
         self.folder, self.network = Path(folder), network
         self.made = 0  # how often nothing was there that could be used
-        self.full = False  # could something not be written?
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -88,9 +89,9 @@ class Cache:
         try:
             save(tensors, path, {"key": key, "sha256": digest(tensors)})
         except OSError as error:
-            if not self.full:
+            if self.folder not in self.unwritable:
                 print(f"Note: --cache_dir: {path} could not be written ({error.strerror}); going on without.", file=sys.stderr)
-            self.full = True
+            self.unwritable.add(self.folder)
 
 
 def read(path: Path, key: str) -> dict[str, Tensor] | None:

@@ -2,7 +2,8 @@
 
     together  =  what is there all the time  +  the largest of what is there in turn
 
-In turn: the forward and backward pass, the update, the sample sheets. metering.py counts the first and the last.
+In turn: the forward and backward pass, the update, the pictures that the VAE encodes, the sample sheets that it draws.
+metering.py counts all but the update.
 """
 
 from dataclasses import dataclass

@@ -288,7 +288,7 @@ def test_the_table_before_a_run() -> None:
     assert held.pop("in order") > 0
     assert held == {"weights": 4 * weights + buffers, "optimizer": 2 * trained}
     moments = {name: size for name, size, _ in need.moments}
-    assert moments["update"] == 2 * trained and moments["forward, backward"] > activations
+    assert moments["update"] == trained and moments["forward, backward"] > activations
     assert need.together == sum(size for _, size, _ in need.held) + max(moments.values()) + need.allowance[1]
     assert f"{need.together / MIB:,.1f} MiB" in str(need).splitlines()[-1]
     assert f"gradients {trained / MIB:,.1f}; kept for backward {activations / MIB:,.1f}" in str(need)

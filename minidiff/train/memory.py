@@ -85,7 +85,7 @@ def moments_of(task: "Task", settings: TrainSettings, step: Step, gradients: lis
     update = update_bytes(numbers, settings)
     rows = [("forward, backward", step.fullest + (update if early else 0), told)]
     if not early:
-        rows.append(("update", sum(gradients) + update, "gradients, and what AdamW works on"))
+        rows.append(("update", sum(gradients) + update, f"gradients{', and what the update makes' if update else ''}"))
     return rows + drawing(task, settings, step, 0 if early else sum(gradients))
 
 
@@ -125,10 +125,10 @@ def optimizer_bytes(trained: list[int], settings: TrainSettings) -> int:
 
 
 def update_bytes(trained: list[int], settings: TrainSettings) -> int:
-    """What an update makes for a moment: torch's AdamW an fp32 copy of all, ours of a piece; or what processes exchange."""
+    """What an update makes for a moment: torch's AdamW nothing, ours what it unpacks; or what processes exchange."""
     lean = settings.use_8bit_adam or settings.bf16_weights or settings.optimizer_in_backward
     travels = 4 * min(distributed.BUCKET, sum(trained)) if distributed.world().size > 1 else 0
-    return max(travels, PIECE_BYTES * min(PIECE, max(trained)) if lean else 4 * sum(trained))
+    return max(travels, PIECE_BYTES * min(PIECE, max(trained)) if lean else 0)
 
 
 def measured(device: str) -> str:

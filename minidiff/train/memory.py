@@ -64,33 +64,38 @@ def budget(task: "Task", settings: TrainSettings, step: Step | None = None) -> B
     beside = [(name, module_bytes(module, first.device.type), "") for name, module in task.beside.items()]
     on_cpu = first.device.type == "cpu"
     rounded = sum(trained) * (first.element_size() - each)  # --bf16_weights takes place after this
-    held = [
-        ("weights", sum(module_bytes(m, first.device.type) for m in task.modules.values()) - rounded, networks),
-        *beside,
+    weights = sum(module_bytes(m, first.device.type) for m in task.modules.values()) - rounded
+    later = [  # than the pictures are encoded
         ("in order", on_cpu * ready_bytes(step.convolutions, drawing=False), "copies of frozen convolutions, for the CPU"),
         ("optimizer", optimizer_bytes(trained, settings), "two running means a weight"),
         ("averaged weights", 4 * sum(trained) if settings.use_ema else 0, "--use_ema"),
     ]
-    held = [row for row in held if row[1]]
-    moments = moments_of(task, settings, step, [each * n for n in trained])
+    held = [row for row in [("weights", weights, networks), *beside, *later] if row[1]]
+    gradients = [each * n for n in trained]
+    moments = moments_of(settings, step, gradients, trained)
+    waiting = 0 if settings.optimizer_in_backward else sum(gradients)
+    moments += drawing(task, settings, step, waiting, later=sum(size for _, size, _ in later))
     where = ("cpu, returned" if returns_memory() else "cpu") if on_cpu else "cuda"
     return Budget(held, moments, allowance(where, max(size for _, size, _ in moments)))
 
 
-def moments_of(task: "Task", settings: TrainSettings, step: Step, gradients: list[int]) -> list[Row]:
-    """What is there in turn. `gradients`: the bytes of each tensor's."""
-    early, numbers = settings.optimizer_in_backward, [p.numel() for p in task.trainable.values()]
+def moments_of(settings: TrainSettings, step: Step, gradients: list[int], numbers: list[int]) -> list[Row]:
+    """What a step has in turn. `gradients`: the bytes of each tensor's; `numbers`: how many it has."""
+    early = settings.optimizer_in_backward
     waiting = max(gradients) if early else sum(gradients)
     told = f"gradients {waiting / MIB:,.1f}{', one at a time' if early else ''}; kept for backward {step.kept / MIB:,.1f}"
     update = update_bytes(numbers, settings)
     rows = [("forward, backward", step.fullest + (update if early else 0), told)]
     if not early:
         rows.append(("update", sum(gradients) + update, f"gradients{', and what the update makes' if update else ''}"))
-    return rows + drawing(task, settings, step, 0 if early else sum(gradients))
+    return rows
 
 
-def drawing(task: "Task", settings: TrainSettings, step: Step, gradients: int) -> list[Row]:
-    """The moments of the VAE, with all that is away in training; gradients of the last update lie beside a sample sheet."""
+def drawing(task: "Task", settings: TrainSettings, step: Step, gradients: int, later: int) -> list[Row]:
+    """The moments of the VAE, with all that is away in training.
+
+    Pictures are encoded before `later` bytes of the rest are there; the last update's `gradients` lie beside a sample sheet.
+    """
     vae, device = task.beside.get("VAE"), next(iter(task.trainable.values())).device.type
     if not isinstance(vae, AutoencoderKL):
         return []
@@ -98,7 +103,8 @@ def drawing(task: "Task", settings: TrainSettings, step: Step, gradients: int) -
     away = sum(t.nbytes for m in (vae, *task.modules.values()) for t in m.parameters() if t.device.type != device)
     rows = []
     if task.used_vae:
-        rows.append(("pictures", away + vae_bytes(*given, "encode"), "the VAE encodes one at a time"))
+        size = max(0, away + vae_bytes(*given, "encode") - later)
+        rows.append(("pictures", size, "the VAE encodes one at a time; what comes later is not there yet"))
     if settings.validation_steps:
         copies = ready_bytes(step.convolutions, drawing=True) if device == "cpu" else 0
         size = gradients + away + copies + vae_bytes(*given, "decode")

@@ -131,7 +131,7 @@ def memory(s: Session) -> Iterator[Callable[[], Found]]:
                 peaks = {name: processes.child(**task, contender=name) for name in (*contenders, *lean)}
                 called = {name: peers.NAMES.get(name, name) for name in peaks}
                 what, rows = f"{method.replace('_', ' ')} step, {size.name}, batch {size.batch}", []
-                for key, said in (("peak", "at the peak"), ("held", "without files' pages, which the system may take back")):
+                for key, said in (("peak", "at the peak"), ("held", "without mapped files")):
                     found = {called[name]: float(peak[key]) for name, peak in peaks.items() if peak[key]}
                     rows += counted_rows("memory", f"{what}, {said}", found)
                 return rows, [], []

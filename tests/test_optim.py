@@ -282,3 +282,17 @@ def test_8_bit_moments_of_something_else(damage: str) -> None:
         state["0.exp_avg_absmax"] = torch.ones(21)
     with pytest.raises(WeightsError, match="0.exp_avg|without exp_avg_absmax"):
         load_optimizer_state(LeanAdamW([p], 0.1), state)
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_where_step_counts_go_in_a_resumed_run(eight_bit: bool) -> None:
+    """torch's fused AdamW wants them beside the weights; `meta` stands for a GPU. Ours counts on the CPU."""
+    p = nn.Parameter(torch.zeros(5000))
+    p.grad = torch.ones_like(p)
+    first = adamw([p], TrainSettings(use_8bit_adam=eight_bit))
+    first.step()
+    elsewhere = nn.Parameter(torch.zeros(5000, device="meta"))
+    second = adamw([elsewhere], TrainSettings(use_8bit_adam=eight_bit))
+    load_optimizer_state(second, optimizer_state(first))
+    where = {name: tensor.device.type for name, tensor in second.state[elsewhere].items()}
+    assert where.pop("step") == ("cpu" if eight_bit else "meta") and set(where.values()) == {"meta"}

@@ -84,13 +84,14 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Te
     (torch's own `load_state_dict` would make floats of 8-bit codes.)
     """
     parameters = {str(i): p for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    fused = any(group.get("fused") for group in optimizer.param_groups)
     state: dict[Tensor, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")
         p = parameters.get(number)
         if p is None or (tensor.shape, tensor.dtype) not in state_kinds(optimizer, p, name):
             raise WeightsError(f"the optimizer's {key}, {tuple(tensor.shape)}, belongs to nothing that this task trains")
-        state.setdefault(p, {})[name] = tensor.to(p.device) if tensor.ndim else tensor  # step counts stay on the CPU
+        state.setdefault(p, {})[name] = tensor.to(p.device) if tensor.ndim or fused else tensor  # ours counts steps on the CPU
     if isinstance(optimizer, LeanAdamW):
         for p, values in state.items():
             if lost := optimizer.kinds(p).keys() - values.keys():

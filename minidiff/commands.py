@@ -51,7 +51,10 @@ def train(s: FineTuneSettings) -> None:
     from minidiff.train.loop import fit
     from minidiff.train.recipes import RECIPES
 
-    return_memory() if s.fit else keep_memory()
+    if s.fit:
+        return_memory()
+    else:
+        keep_memory()
     with joined(s.device):
         task = RECIPES[type(s)](s)
         with savings.told(task, s) as chosen:

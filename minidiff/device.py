@@ -47,7 +47,7 @@ def return_memory() -> None:
     """Have this process give the memory of each tensor back when it goes: slower, and the peak is what tensors need.
 
     Left alone, glibc learns from freed tensors of up to 32 MB to keep such memory, and what it keeps does not always fit the
-    next one: a LoRA step of SD 1.5 in fp32 took 2.2 GB beside the weights, and 1.5 like this.
+    next one: a LoRA step of SD 1.5 in fp32 took 2.2 GiB beside the weights, and 1.5 like this.
     """
     tell_malloc(MMAP_THRESHOLD, 2**20)
 

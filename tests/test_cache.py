@@ -325,6 +325,23 @@ def test_the_table_after_a_warm_start(tiny_folder: Path, memory_path: Path) -> N
     assert warm.together <= cold.together
 
 
+def test_pictures_are_encoded_before_the_rest_is_there(
+    tiny_folder: Path,
+    memory_path: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So an average of the weights makes the run larger, and that moment not."""
+    monkeypatch.setattr(memory, "vae_bytes", lambda *_: 2**24)  # a VAE that takes more than all that comes later
+    settings = tiny("lora", tiny_folder, draw_pictures(memory_path / "pictures"), memory_path / "run")
+    task, then = RECIPES[type(settings)](settings), []
+    for use_ema in (False, True):
+        need = memory.budget(task, replace(settings, use_ema=use_ema))
+        pictures = {name: size for name, size, _ in need.moments}["pictures"]
+        held = sum(size for _, size, _ in need.held)
+        then.append((held + pictures, held))
+    assert then[0][0] == then[1][0] > then[1][1] > then[0][1]
+
+
 class Traveller(nn.Module):
     """Where it was sent."""
 

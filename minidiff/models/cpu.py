@@ -79,7 +79,8 @@ def conv2d_backward(d: Tensor, shape: torch.Size, weight: Tensor, stride: int, p
         wide = torch.float32 if slow_half(d) else d.dtype
         patches = weight.to(wide).flatten(1).mT @ d.to(wide).flatten(2)  # (B, C·k², L)
         return F.fold(patches, shape[-2:], kernel, padding=padding, stride=stride).to(d.dtype)
-    turned = once(ready, "turned", weight, lambda: weight.flip(-1, -2).transpose(0, 1))
+    across = weight.transpose(0, 1)
+    turned = across if kernel == 1 else once(ready, "turned", weight, lambda: across.flip(-1, -2))
     return conv2d(d, turned, None, stride, padding, ready)
 
 

@@ -118,7 +118,8 @@ def ready_bytes(convolutions: list[tuple[Conv2d, torch.Size]], drawing: bool) ->
             continue
         way, cells = cpu.way_of(shape, m.weight, m.stride[0], int(m.padding[0]), still=True), shape[-1] * shape[-2]
         times = {"direct": 1.0, "product": 0.0, "winograd": 36 / 9 if cells >= 1024 else 16 / 9}[way]
-        total += int(4 * m.weight.numel() * (times if drawing else 2 * times + 1))  # + 1: the kernels, turned
+        turned = 1.0 if m.kernel_size[0] > 1 else 0.0
+        total += int(4 * m.weight.numel() * (times if drawing else 2 * times + turned))
     return total
 
 

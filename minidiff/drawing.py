@@ -15,6 +15,7 @@ from minidiff.device import chosen_device
 from minidiff.diffusion.samplers import sampler_named
 from minidiff.errors import SettingsError
 from minidiff.flags import Attention, Filmstrip, Morph, Sample, Sampling, Sheet, Tokens
+from minidiff.graphs import check_graph
 from minidiff.images import contact_sheet, save_png
 from minidiff.layout import config_of, local_folder, sampler_of
 from minidiff.models.prompt import parse_prompt
@@ -202,8 +203,7 @@ def tokens(s: Tokens) -> None:
 def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
     """The model on its device, with the LoRAs and new words of the flags and of the prompts attached."""
     device = chosen_device(s.device)
-    if s.cuda_graph and device == "cpu":
-        raise SettingsError("--cuda_graph is for a GPU, and this would run on the CPU; leave it out.")
+    check_graph(s.cuda_graph, device)
     dtype = getattr(torch, s.torch_dtype or ("float32" if device == "cpu" else "float16"))
     name = s.pretrained_model_name_or_path
     if single := Path(name).is_file():

@@ -132,6 +132,19 @@ def test_8_bits_do_not_help_a_tiny_adapter(tiny_folder: Path, home: Path) -> Non
     assert [row for row in plain.held if row[0] == "optimizer"] == [row for row in eight.held if row[0] == "optimizer"]
 
 
+def test_a_recorded_pass_keeps_its_memory(tiny_folder: Path, home: Path) -> None:
+    task, plain = made("full", tiny_folder, home)
+    recorded = replace(plain, cuda_graph=True)
+    before, after = (savings.budget(task, settings) for settings in (plain, recorded))
+    (_, size, _), *others = before.moments
+    assert after.moments == others and after.held == [*before.held, ("recorded pass", size, before.moments[0][2])]
+    assert set(possible(task, plain)) - set(possible(task, recorded)) == {"gradient_checkpointing", "optimizer_in_backward"}
+    with pytest.raises(MinidiffError, match=r"(?s)  --use_8bit_adam.*\n  no --cuda_graph, .*\n  --train_batch_size 1"):
+        with told(task, recorded):
+            raise MemoryError
+    assert replace(recorded, cuda_graph=False).identity(3) == recorded.identity(3)  # what it asks for, a resumed run may do
+
+
 def least_of(task: Task, settings: FineTuneSettings, *flags: str) -> str:
     """A limit that these savings just meet."""
     trial = replace(settings, **dict.fromkeys(flags, True))

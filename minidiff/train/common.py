@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from minidiff.device import chosen_device
 from minidiff.diffusion.losses import min_snr_weights, mse, prior_preservation, squared_error
 from minidiff.diffusion.schedule import add_noise, training_target
 from minidiff.errors import SettingsError
+from minidiff.graphs import TrainingGraphs, check_graph
 from minidiff.images import contact_sheet
 from minidiff.models.text import tokenize
 from minidiff.pipeline import StableDiffusionPipeline
@@ -34,7 +36,7 @@ from minidiff.train.priors import BasePrior, PairedData, base_target, class_exam
 from minidiff.train.settings import FineTuneSettings
 from minidiff.train.validation import check_prediction_type, validation_set
 
-BaseAnswer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, text) -> what the untuned U-Net answers
+Answer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, text) -> what a U-Net answers
 
 # --- the base and the pictures ---------------------------------------------------------------------------------------
 
@@ -47,6 +49,7 @@ def load_base(settings: FineTuneSettings) -> tuple[StableDiffusionPipeline, str]
     settings.check()
     check_folder(settings)
     device = chosen_device(settings.device)
+    check_graph(settings.cuda_graph, device)
     check_precision(settings.mixed_precision, device)
     dtype = DTYPES[settings.mixed_precision]
     pipe = StableDiffusionPipeline.from_pretrained(settings.pretrained_model_name_or_path, torch_dtype=dtype)
@@ -133,8 +136,8 @@ def has_prior(settings: FineTuneSettings) -> bool:
 # --- the loss --------------------------------------------------------------------------------------------------------
 
 
-def predict(pipe: StableDiffusionPipeline, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The U-Net's answer (B, C, h, w) to a batch, and what it was asked: x_t, t, text (B, L, D)."""
+def predict(pipe: StableDiffusionPipeline, batch: Batch, unet: Answer | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The U-Net's answer (B, C, h, w) to a batch, or that of `unet`, and what it was asked: x_t, t, text (B, L, D)."""
     x0, noise, t = (batch[key].to(pipe.device) for key in ("latents", "noise", "t"))
     x_t = add_noise(pipe.schedule, x0, noise, t).to(pipe.dtype)
     if "ids" in batch:
@@ -142,7 +145,7 @@ def predict(pipe: StableDiffusionPipeline, batch: Batch) -> tuple[Tensor, Tensor
     else:
         text = batch["text"].to(pipe.device)
     text = text.to(pipe.dtype)
-    return pipe.unet(x_t, t, text), x_t, t, text
+    return (unet or pipe.unet)(x_t, t, text), x_t, t, text
 
 
 def target_of(pipe: StableDiffusionPipeline, batch: Batch) -> Tensor:
@@ -152,15 +155,16 @@ def target_of(pipe: StableDiffusionPipeline, batch: Batch) -> Tensor:
 
 
 def diffusion_loss(
-    pipe: StableDiffusionPipeline, settings: FineTuneSettings, base: BaseAnswer | None = None
+    pipe: StableDiffusionPipeline, settings: FineTuneSettings, base: Answer | None = None
 ) -> Callable[[Batch, int, int], Tensor]:
     """The simple loss of DDPM (arXiv 2006.11239, eq. 14) on latents, with what the settings add to it.
 
     `base` answers for the class half in place of its noise: --prior_from_base.
     """
+    unet = partial(TrainingGraphs().call, pipe.unet) if settings.cuda_graph else None
 
     def loss(batch: Batch, step: int, micro: int) -> Tensor:
-        (output, x_t, t, text), target = predict(pipe, batch), target_of(pipe, batch)
+        (output, x_t, t, text), target = predict(pipe, batch, unet), target_of(pipe, batch)
         if base is not None:
             target = base_target(target, x_t, t, text, base)
         weights = None if settings.snr_gamma is None else min_snr_weights(pipe.schedule, t, settings.snr_gamma)  # (B,)
@@ -177,7 +181,7 @@ def base_answer(
     settings: FineTuneSettings,
     unet: nn.Module,
     as_base: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> BaseAnswer | None:
+) -> Answer | None:
     """For --prior_from_base: what the base answers under the class prompt, which is what `unet` answers inside `as_base()`.
 
     Made while the text encoder still is the base's.

@@ -3,6 +3,7 @@
     together  =  what is there all the time  +  the largest of what is there in turn
 
 In turn: the forward and backward pass, the update, the pictures that the VAE encodes, the sample sheets that it draws.
+A pass that --cuda_graph records keeps its memory, so it is there all the time.
 metering.py counts all but the update.
 """
 
@@ -17,7 +18,7 @@ from minidiff.models.vae import AutoencoderKL
 from minidiff.train import distributed
 from minidiff.train.adam8bit import BLOCK, LEAST, PIECE
 from minidiff.train.metering import Step, ready_bytes, step_bytes, vae_bytes
-from minidiff.train.settings import TrainSettings
+from minidiff.train.settings import FineTuneSettings, TrainSettings
 
 if TYPE_CHECKING:
     from minidiff.train.loop import Task
@@ -74,6 +75,9 @@ def budget(task: "Task", settings: TrainSettings, step: Step | None = None) -> B
     gradients = [each * n for n in trained]
     moments = moments_of(settings, step, gradients, trained)
     waiting = 0 if settings.optimizer_in_backward else sum(gradients)
+    if isinstance(settings, FineTuneSettings) and settings.cuda_graph:
+        (_, size, told), *moments = moments  # of the gradients, the update has copies
+        held.append(("recorded pass", size, told))
     moments += drawing(task, settings, step, waiting, later=sum(size for _, size, _ in later))
     where = ("cpu, returned" if returns_memory() else "cpu") if on_cpu else "cuda"
     return Budget(held, moments, allowance(where, max(size for _, size, _ in moments)))

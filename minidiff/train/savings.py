@@ -40,6 +40,7 @@ SAVINGS = (
     Saving("bf16_weights", "weights of 8 bits' precision, rounded by chance"),
 )
 OTHER_HINTS = "--train_batch_size 1 with more --gradient_accumulation_steps", "--mixed_precision bf16", "a smaller --resolution"
+UNRECORDED = "no --cuda_graph, which keeps the memory of a step; then the savings that do not go with it"
 ADAPTERS = "a lower --rank, or fewer --lora_targets"
 WHOLE = "minidiff train lora, which trains a hundredth of the weights"
 
@@ -106,10 +107,12 @@ def trial_budget(task: "Task", settings: FineTuneSettings, counted: dict[tuple[o
 def possible(task: "Task", settings: FineTuneSettings) -> list[str]:
     """The savings that this run could still switch on, the cheapest first."""
     ours = task.optimizer is None  # a task's own optimizer is made already
+    once = not settings.cuda_graph  # it does not go with two of them
     rules = {
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": once,
         "use_8bit_adam": ours,
         "optimizer_in_backward": ours
+        and once
         and settings.gradient_accumulation_steps == 1
         and settings.mixed_precision != "fp16"
         and distributed.world().size == 1,
@@ -160,7 +163,8 @@ def nothing_fits(settings: FineTuneSettings, least: Budget, limit: int) -> str:
 def other_hints(settings: FineTuneSettings) -> list[str]:
     """What is no saving but another run: fewer or smaller pictures at once, fewer weights; the cheapest first."""
     smaller, half, picture = OTHER_HINTS
-    hints = [smaller] if settings.train_batch_size > 1 else []
+    hints = [UNRECORDED] if settings.cuda_graph else []
+    hints += [smaller] if settings.train_batch_size > 1 else []
     hints += [half] if settings.mixed_precision == "no" else []
     hints.append(picture)
     if isinstance(settings, AdapterSettings):
@@ -173,7 +177,8 @@ def after_running_out(task: "Task", settings: FineTuneSettings, need: Budget) ->
     flags = [f"--{saving.flag} ({saving.cost})" for saving in SAVINGS if saving.flag in possible(task, settings)]
     hints = "".join(f"\n  {hint}" for hint in [*flags, *other_hints(settings)])
     good = checkpoint.latest(Path(settings.output_dir))
-    goes_on = "--resume_from_checkpoint latest goes on from it, with no other change than --gradient_checkpointing"
+    change = "leaving out --cuda_graph" if settings.cuda_graph else "--gradient_checkpointing"
+    goes_on = f"--resume_from_checkpoint latest goes on from it, with no other change than {change}"
     kept = f"The last whole checkpoint is {good}; {goes_on}." if good else "No checkpoint had been saved yet."
     return f"out of memory while training.\n{need}\nWhat helps, the cheapest first:{hints}\n{kept}"
 

@@ -101,9 +101,8 @@ class TrainSettings:
         for name, value in asdict(self).items():
             self.need("\0" not in (value if isinstance(value, str) else ""), name, "cannot hold a NUL character")
         self.need(-(2**63) <= self.seed < 2**63, "seed", "must fit in 64 bits")
-        for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
-            self.need_count(name)
-        for name in ("max_train_steps", "num_train_epochs", "checkpoints_total_limit"):
+        steps = "gradient_accumulation_steps checkpointing_steps max_train_steps num_train_epochs"
+        for name in f"train_batch_size checkpoints_total_limit {steps}".split():
             self.need_count(name)
         one = self.max_train_steps is None or self.num_train_epochs is None
         self.need(one, "num_train_epochs", "and --max_train_steps both say how long to train: give one of them")
@@ -206,6 +205,8 @@ class FineTuneSettings(TrainSettings):
     """Spare most of the memory of a step, and make it longer by a third: the backward computes layers again. Same result."""
     fit: str | None = None
     """Memory that the run may take, such as 8GB or 7.5GiB: switches on the cheapest of the savings above that suffice."""
+    cuda_graph: bool = False
+    """On a GPU, record the U-Net's kernels once, forward and backward, and replay them; spares starting them, takes memory."""
     cache_latents: bool = True
     """Encode each picture once, before training, instead of at every step."""
     cache_dir: str | None = None
@@ -243,7 +244,7 @@ class FineTuneSettings(TrainSettings):
 
     HARMLESS = TrainSettings.HARMLESS | frozenset(
         "pretrained_model_name_or_path device cache_dir instance_data_dir train_data_dir caption_column skip_bad resolution "
-        "gradient_checkpointing fit "
+        "gradient_checkpointing fit cuda_graph "
         "class_data_dir num_class_images sample_batch_size validation_data_dir "
         "validation_prompt num_validation_images validation_guidance_scale validation_inference_steps".split()
     )  # model, pictures, captions and size are compared by what they hold, not by where they lie: see data.py and common.py
@@ -264,6 +265,9 @@ class FineTuneSettings(TrainSettings):
         self.need_count("resolution", 8)
         sized = self.fit is None or size_in_bytes(self.fit) is not None
         self.need(sized, "fit", "must be a size from 1MB to 100TB, such as 8GB or 7.5GiB")
+        for flag in ("gradient_checkpointing", "fit", "optimizer_in_backward"):
+            apart = not (self.cuda_graph and getattr(self, flag))
+            self.need(apart, flag, "cannot be joined with --cuda_graph, which replays one whole pass, with all gradients")
         self.need(0 <= self.proportion_empty_prompts <= 1, "proportion_empty_prompts", "must lie in [0, 1]")
         self.need(self.snr_gamma is None or 0 < self.snr_gamma < math.inf, "snr_gamma", "must be a number above 0")
         crop_works = self.center_crop or not self.cache_latents

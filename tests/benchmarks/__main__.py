@@ -7,6 +7,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +99,13 @@ def picture(s: Session) -> Iterator[Callable[[], Found]]:
 
 def train(s: Session) -> Iterator[Callable[[], Found]]:
     for size in s.sizes():
-        for method in training.METHODS[:: 2 if s.quick else 1]:
+        for method, graph in product(training.METHODS[:: 2 if s.quick else 1], (False, True) if s.gpu else (False,)):
             if method == "dreambooth" and size.name != "pocket" and not s.gpu:
                 yield lambda: ([], [], ["train: dreambooth, SD 1.5 size: 14 GB for each contender, on a GPU only"])
                 continue
 
-            def one(method: str = method, size: training.Size = size) -> Found:
-                asked = (method, size, s.scratch, s.device, s.precision, s.seconds(6, 60), s.compiled, s.peers)
+            def one(method: str = method, size: training.Size = size, graph: bool = graph) -> Found:
+                asked = (method, size, s.scratch, s.device, s.precision, s.seconds(6, 60), s.compiled, s.peers, graph)
                 return *training.training_rows(*asked), []
 
             yield one

@@ -173,17 +173,26 @@ def outside_the_loop() -> Iterator[None]:
 
 
 def training_rows(
-    method: str, size: Size, folder: Path, device: str, precision: str, seconds: float, compiled: bool, with_peers: bool
+    method: str,
+    size: Size,
+    folder: Path,
+    device: str,
+    precision: str,
+    seconds: float,
+    compiled: bool,
+    with_peers: bool,
+    cuda_graph: bool,
 ) -> tuple[list[Row], list[str]]:
     """Steps of one method: the rows, and what failed."""
-    settings = settings_of(method, size, folder / f"{size.name}-{method}", device, precision)
+    settings = settings_of(method, size, folder / f"{size.name}-{method}{'-graph' * cuda_graph}", device, precision)
+    settings = replace(settings, cuda_graph=cuda_graph)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         task = RECIPES[type(settings)](settings)
         others = trainees(plan_of(method, settings, size.side), task, compiled) if with_peers else {}
         turns = Turns(task, dict(others), seconds, TOLERANCE[precision])
         with contextlib.suppress(Enough):
             fit(replace(task, batch=turns.batch, loss=turns.loss), settings)
-    work = f"{method.replace('_', ' ')} step, {size.name}, batch {size.batch}"
+    work = f"{method.replace('_', ' ')} step, {size.name}, batch {size.batch}{', --cuda_graph' * cuda_graph}"
     wall = summaries({name: [t.wall for t in found] for name, found in turns.times.items()}, OURS)
     cpu = summaries({name: [max(t.cpu, 1e-9) for t in found] for name, found in turns.times.items()}, OURS)
     failed = [f"train: {work}: the losses of {name} differ by {turns.errors[name]:.1e}" for name in turns.wrong]

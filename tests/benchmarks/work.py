@@ -6,6 +6,7 @@ Each piece of work is checked before it is timed: a contender whose result is fu
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,10 +20,12 @@ from benchmarks import models, peers
 from benchmarks.report import OURS, Row, counted_rows, timed_rows
 from benchmarks.saved_bytes import saved_bytes
 from benchmarks.timing import Seconds, measure, summaries, timed
+from minidiff.graphs import Graphs
 from minidiff.models.attention import GPU_IMPLS, IMPLS, attention, reading_once
 from minidiff.models.lean import standing_still
 from minidiff.pipeline import StableDiffusionPipeline
 
+RECORDED = "minidiff --cuda_graph"  # on a GPU
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
@@ -178,34 +181,41 @@ def unet_work(ours: Any, size: str, batch: int, device: str, compiled: bool, wit
         still.enter_context(standing_still([ours], large=True))
         still.enter_context(reading_once(ours))
     contenders = {OURS: of(ours, False)}
+    if device != "cpu":
+        contenders[RECORDED] = of(partial(Graphs().call, deepcopy(ours)), False)  # a model that remembers no prompt
     if with_peers:
         contenders[peers.NAMES["P0"]] = of(peers.unet_beside(ours), True)
     if with_peers and best:
         contenders[peers.NAMES["P2"]] = of(peers.at_best(peers.unet_beside(ours), compiled), True)
     kind = str(dtype).removeprefix("torch.")
     name = f"{size}, batch {batch}, {kind}"
-    return Work("U-Net", name, contenders, TOLERANCE[dtype], list(contenders)[min(1, len(contenders) - 1)], around=still)
+    return Work("U-Net", name, contenders, TOLERANCE[dtype], peers.NAMES["P0"] if with_peers else OURS, around=still)
 
 
 def picture_work(folder: str, size: str, steps: int, device: str, compiled: bool, with_peers: bool) -> Work:
     """A whole picture, from the prompt to the pixels, from the same noise."""
-    ours = StableDiffusionPipeline.from_pretrained(folder).to(device)
-    ours.set_progress_bar_config(disable=True)
-    noise = torch.randn(ours.latent_shape(1, None, None), generator=torch.Generator().manual_seed(0)).to(device)
+    pipes = {OURS: StableDiffusionPipeline.from_pretrained(folder).to(device)}
+    if device != "cpu":
+        pipes[RECORDED] = StableDiffusionPipeline.from_pretrained(folder).to(device)
+        pipes[RECORDED].set_cuda_graph(True)
+    noise = torch.randn(pipes[OURS].latent_shape(1, None, None), generator=torch.Generator().manual_seed(0)).to(device)
     asked: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 5.0, "output_type": "pt"}
     prompt = "a photo of a red dog on the beach"
 
     def of(pipe: Any) -> Callable[[], Tensor]:
         return lambda: pipe(prompt, latents=noise.clone(), **asked).images * 2 - 1
 
-    contenders: dict[str, Callable[[], Tensor]] = {OURS: lambda: ours(prompt, latents=noise, **asked).images}
+    contenders: dict[str, Callable[[], Tensor]] = {}
+    for name, pipe in pipes.items():
+        pipe.set_progress_bar_config(disable=True)
+        contenders[name] = lambda pipe=pipe: pipe(prompt, latents=noise, **asked).images  # type: ignore[misc]
     if with_peers:
         contenders[peers.NAMES["P0"]] = of(peers.load(folder, device))
         best = peers.load(folder, device)
         best.vae = best.vae.to(memory_format=torch.channels_last)
         best.unet = peers.at_best(best.unet, compiled)
         contenders[peers.NAMES["P2"]] = of(best)
-    reference = list(contenders)[min(1, len(contenders) - 1)]
+    reference = peers.NAMES["P0"] if with_peers else OURS
     return Work("picture", f"{size}, {steps} steps, guidance", contenders, 1e-2, reference)
 
 

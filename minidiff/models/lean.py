@@ -190,8 +190,7 @@ class LeanGroupNorm(torch.autograd.Function):
         if ctx.silu:
             y, _, _ = group_norm_of(x, weight, bias, ctx.groups, ctx.eps)
             d = torch.ops.aten.silu_backward(wide(d), y)
-        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        d, wide_x = wide(d).contiguous(memory_format=layout), wide(x).contiguous(memory_format=layout)
+        d, wide_x = (wide(tensor).contiguous(memory_format=layout_of(x)) for tensor in (d, x))
         b, c, cells = len(x), x.shape[1], x[0, 0].numel()
         sizes = (b, c, cells, ctx.groups, [True, False, False])
         d_x, _, _ = torch.ops.aten.native_group_norm_backward(d, wide_x, mean, rstd, wide(weight), *sizes)
@@ -201,9 +200,14 @@ class LeanGroupNorm(torch.autograd.Function):
 
 def group_norm_of(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The norm in fp32 (or fp64), and the mean (B, groups) and 1 / std (B, groups) of each group."""
-    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    x = wide(x).contiguous(memory_format=layout)
+    x = wide(x).contiguous(memory_format=layout_of(x))
     return torch.native_group_norm(x, wide(weight), wide(bias), len(x), x.shape[1], x[0, 0].numel(), groups, eps)
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """In which order GroupNorm's kernels take x: a GPU's know one only."""
+    as_it_is = x.is_contiguous(memory_format=torch.channels_last) and not x.is_cuda
+    return torch.channels_last if as_it_is else torch.contiguous_format
 
 
 class LeanLayerNorm(torch.autograd.Function):

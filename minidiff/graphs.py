@@ -20,7 +20,6 @@ It has not run on a GPU yet, so nothing is known of what it saves. The tests run
 
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -204,16 +203,17 @@ def read_by(module: nn.Module) -> list[Any] | None:
     """What a call of `module` reads beside its inputs: every address, and every number that may change.
 
     None where it cannot be recorded: with hooks, or attention inside `reading_once`, whose k and v are of one prompt and go
-    with it. One walk through all parts, as it is made before each replay: for SD 1.5 2.4 ms, with a LoRA beside attention
-    5.3 ms, on the CPU that the tests were written on.
+    with it. One walk through all parts, as it is made before each replay: for SD 1.5 1.0 ms, with a LoRA beside attention
+    1.9 ms, on the CPU that the tests were written on.
     """
-    read: list[Any] = []
-    for part in module.modules():
-        remembers = isinstance(part, CrossAttention) and part.remembered is not None
-        if part._forward_hooks or part._forward_pre_hooks or remembers:
-            return None
-        tensors = (x for x in chain(part._parameters.values(), part._buffers.values()) if x is not None)
-        read += [id(part), part.training, *((id(x), x.data_ptr(), x.dtype, x.requires_grad) for x in tensors)]
-        if isinstance(part, LoRALayer):
-            read += [*part.strength.items(), *part.scale.items()]
-    return read
+    parts = [module]
+    for part in parts:  # which grows on the way; `modules()` takes three times as long
+        parts += [child for child in part._modules.values() if child is not None]
+    if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+        return None
+    if any(isinstance(part, CrossAttention) and part.remembered is not None for part in parts):
+        return None
+    tensors = [x for part in parts for own in (part._parameters, part._buffers) for x in own.values() if x is not None]
+    numbers = [[*part.strength.items(), *part.scale.items()] for part in parts if isinstance(part, LoRALayer)]
+    modes, kinds = [part.training for part in parts], [(x.dtype, x.requires_grad) for x in tensors]
+    return [[*map(id, parts)], [*map(id, tensors)], [x.data_ptr() for x in tensors], modes, kinds, numbers]

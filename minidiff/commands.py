@@ -57,7 +57,7 @@ def train(s: FineTuneSettings) -> None:
         keep_memory()
     with joined(s.device):
         task = RECIPES[type(s)](s)
-        with savings.told(task, s) as chosen:
+        with savings.budgeted(task, s) as chosen:
             report = fit(task, chosen)
         if report.finished:
             print(f"{s.output_dir}: the result and its card, loss.png, and samples/ with a sheet for each stage")

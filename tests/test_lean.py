@@ -213,7 +213,7 @@ def test_nothing_made_again_outlives_the_backward() -> None:
     y = lean.layer_norm(norm, double(2, 3, 6))
     node = y.grad_fn
     lean_adapters.down(y, double(2, 6)).sum().backward()
-    assert node.kept is None and node.made is None
+    assert node.kept is None and node.output is None
 
 
 # --- how little, at SD 1.5's size ----------------------------------------------------------------------------------------

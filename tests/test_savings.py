@@ -20,7 +20,7 @@ from minidiff.train.memory import MIB
 from minidiff.train.metering import Step, step_bytes
 from minidiff.train.recipes import RECIPES
 from minidiff.train.run import Run
-from minidiff.train.savings import SAVINGS, chosen, possible, told, trials
+from minidiff.train.savings import SAVINGS, budgeted, chosen, possible, trials
 from minidiff.train.settings import FineTuneSettings, from_toml
 from minidiff.train.sizes import size_in_bytes
 
@@ -140,7 +140,7 @@ def test_a_recorded_pass_keeps_its_memory(tiny_folder: Path, home: Path) -> None
     assert after.moments == others and after.held == [*before.held, ("recorded pass", size, before.moments[0][2])]
     assert set(possible(task, plain)) - set(possible(task, recorded)) == {"gradient_checkpointing", "optimizer_in_backward"}
     with pytest.raises(MinidiffError, match=r"(?s)  --use_8bit_adam.*\n  no --cuda_graph, .*\n  --train_batch_size 1"):
-        with told(task, recorded):
+        with budgeted(task, recorded):
             raise MemoryError
     assert replace(recorded, cuda_graph=False).identity(3) == recorded.identity(3)  # what it asks for, a resumed run may do
 
@@ -169,7 +169,7 @@ def test_a_resumed_run_keeps_what_it_began_with(tiny_folder: Path, home: Path, c
                 raise KeyError("crash")
             return plain(step, micro)
 
-        with told(task, now) as now:
+        with budgeted(task, now) as now:
             fit(replace(task, batch=batch), now)
         return now
 
@@ -228,9 +228,9 @@ def test_running_out_of_memory(
 
 def test_other_errors_stay_what_they_are(tiny_folder: Path, home: Path) -> None:
     task, settings = made("lora", tiny_folder, home)
-    with pytest.raises(RuntimeError, match="a bug"), told(task, settings):
+    with pytest.raises(RuntimeError, match="a bug"), budgeted(task, settings):
         raise RuntimeError("a bug")
-    with pytest.raises(MinidiffError, match="No checkpoint had been saved yet"), told(task, settings):
+    with pytest.raises(MinidiffError, match="No checkpoint had been saved yet"), budgeted(task, settings):
         raise MemoryError
 
 

@@ -139,7 +139,7 @@ def keep(ctx: Any, x: Tensor, *others: Tensor | None, again: Callable[[Any], Ten
     maker = x.grad_fn
     ctx.maker = maker if hasattr(maker, "again") else None
     ctx.save_for_backward(None if ctx.maker else x, *others)
-    ctx.kept = ctx.made = None
+    ctx.kept = ctx.output = None
     if again is not None:
         ctx.again = again
 
@@ -148,20 +148,20 @@ def kept(ctx: Any) -> tuple[Tensor, ...]:
     """What was saved, x included; fetched once, because under gradient checkpointing it can be fetched only once."""
     if ctx.kept is None:
         x, *others = ctx.saved_tensors
-        ctx.kept = (made(ctx.maker) if x is None else x, *others)
+        ctx.kept = (made_again(ctx.maker) if x is None else x, *others)
     return ctx.kept
 
 
-def made(ctx: Any) -> Tensor:
+def made_again(ctx: Any) -> Tensor:
     """The output of a node, made again: once, however many ask for it."""
-    if ctx.made is None:
-        ctx.made = ctx.again(ctx)
-    return ctx.made
+    if ctx.output is None:
+        ctx.output = ctx.again(ctx)
+    return ctx.output
 
 
 def release(ctx: Any) -> None:
     """The node's turn is over, and so is that of all who read its output."""
-    ctx.kept = ctx.made = None
+    ctx.kept = ctx.output = None
 
 
 # --- the functions -------------------------------------------------------------------------------------------------------

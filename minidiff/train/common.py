@@ -227,8 +227,8 @@ def sample_sheets(
             return [draw(prompt, seed) for prompt in prompts for seed in seeds]  # one at a time, to spare memory
 
     base = row() if settings.validation_steps else []
-    told = prompts if settings.validation_prompt or settings.prompt else ("the first caption",)  # captions are not published
-    columns = [f"{prompt}, seed {seed}" for prompt in told for seed in seeds]
+    shown = prompts if settings.validation_prompt or settings.prompt else ("the first caption",)  # captions are not published
+    columns = [f"{prompt}, seed {seed}" for prompt in shown for seed in seeds]
 
     def sheet(done: int) -> Image.Image:
         with at_hand(idle_networks(pipe, data), pipe.device):

@@ -76,8 +76,8 @@ def budget(task: "Task", settings: TrainSettings, step: Step | None = None) -> B
     moments = moments_of(settings, step, gradients, trained)
     waiting = 0 if settings.optimizer_in_backward else sum(gradients)
     if isinstance(settings, FineTuneSettings) and settings.cuda_graph:
-        (_, size, told), *moments = moments  # of the gradients, the update has copies
-        held.append(("recorded pass", size, told))
+        (_, size, remark), *moments = moments  # of the gradients, the update has copies
+        held.append(("recorded pass", size, remark))
     moments += drawing(task, settings, step, waiting, later=sum(size for _, size, _ in later))
     where = ("cpu, returned" if returns_memory() else "cpu") if on_cpu else "cuda"
     return Budget(held, moments, allowance(where, max(size for _, size, _ in moments)))
@@ -87,9 +87,9 @@ def moments_of(settings: TrainSettings, step: Step, gradients: list[int], number
     """What a step has in turn. `gradients`: the bytes of each tensor's; `numbers`: how many it has."""
     early = settings.optimizer_in_backward
     waiting = max(gradients) if early else sum(gradients)
-    told = f"gradients {waiting / MIB:,.1f}{', one at a time' if early else ''}; kept for backward {step.kept / MIB:,.1f}"
+    remark = f"gradients {waiting / MIB:,.1f}{', one at a time' if early else ''}; kept for backward {step.kept / MIB:,.1f}"
     update = update_bytes(numbers, settings)
-    rows = [("forward, backward", step.fullest + (update if early else 0), told)]
+    rows = [("forward, backward", step.fullest + (update if early else 0), remark)]
     if not early:
         rows.append(("update", sum(gradients) + update, f"gradients{', and what the update makes' if update else ''}"))
     return rows

@@ -46,7 +46,7 @@ WHOLE = "minidiff train lora, which trains a hundredth of the weights"
 
 
 @contextmanager
-def told(task: "Task", settings: FineTuneSettings) -> Iterator[FineTuneSettings]:
+def budgeted(task: "Task", settings: FineTuneSettings) -> Iterator[FineTuneSettings]:
     """Choose what --fit asks for, print the budget, and, behind the run inside the `with`, what was measured.
 
     Gives the settings to train with. The first process prints. Running out of memory becomes a MinidiffError.

@@ -15,6 +15,9 @@ numbers, not Python: nothing that Python decides can be different at a replay. S
 In training a call has a way back, which is a second graph (`StepRecording`). What the backward needs stays in the recordings'
 own memory between the two.
 
+A graph that dies takes things along that others of the same stream still use (cuBLAS's workspaces: PyTorch's issue 193402). So
+each module's recordings have a stream of their own (`Recorder`), and all of them are given up together.
+
 It has not run on a GPU yet, so nothing is known of what it saves. The tests run it on a stand-in that records as CUDA does.
 """
 
@@ -25,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, cuda, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from minidiff.adapters.lora import LoRALayer
 from minidiff.errors import SettingsError
@@ -40,6 +44,7 @@ class Graphs:
     def __init__(self) -> None:
         self.read: list[Any] | None = None  # by the recorded calls, see `read_by`
         self.recordings: dict[Hashable, Any] = {}
+        self.recorder: Recorder | None = None
 
     def call(self, module: nn.Module, *inputs: Tensor) -> Tensor:
         """`module(*inputs)`, replayed where it can be; on a CPU, and where gradients are wanted, it is simply called."""
@@ -53,21 +58,28 @@ class Graphs:
         """That of such a call, which is made if there is none yet; None where there can be none."""
         if (read := read_by(module)) is None:
             return None
-        if self.read != read:
+        if self.recorder is None or self.read != read:
             self.forget()
-            self.read, self.pool = read, cuda.graph_pool_handle()
+            self.read, self.recorder = read, Recorder()
         autocast = autocast_of(inputs[0].device.type)
         call = autocast, *((x.shape, x.dtype, x.device, x.requires_grad) for x in inputs)
         if call not in self.recordings:
-            with torch.random.fork_rng([x.device for x in inputs[:1] if x.is_cuda]):  # a warm-up draws, too
-                self.recordings[call] = kind(module, inputs, self.pool)
+            try:
+                with torch.random.fork_rng([x.device for x in inputs[:1] if x.is_cuda]):  # a warm-up draws, too
+                    self.recordings[call] = kind(module, inputs, self.recorder)
+            except BaseException:
+                self.forget()
+                raise
         return self.recordings[call]
 
     def forget(self) -> None:
         """Give the memory of all recordings back, once none of them is running any more."""
         if self.recordings:
             cuda.synchronize()
+        for recording in self.recordings.values():
+            recording.graphs = ()  # now, whoever still holds the recording
         self.recordings.clear()
+        self.recorder = None
 
 
 class TrainingGraphs(Graphs):
@@ -87,62 +99,96 @@ class TrainingGraphs(Graphs):
             return answer
 
 
-class Recording:
-    """One call with inputs of one kind, as a CUDA graph, in the memory of `pool`. Nothing may wait for the GPU in it."""
+class Recorder:
+    """Where the recordings of one module are made: on a stream aside, in a pool of memory for all of them."""
 
-    def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...], pool: Any) -> None:
+    def __init__(self) -> None:
+        self.stream, self.pool = cuda.Stream(), cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """On that stream, after all that came before and before all that comes after."""
+        self.stream.wait_stream(cuda.current_stream())
+        with cuda.stream(self.stream):
+            yield
+        cuda.current_stream().wait_stream(self.stream)
+
+    @contextmanager
+    def recording(self) -> Iterator[Any]:
+        """The graph of what is called inside the `with`. Nothing may wait for the GPU there; other threads may."""
+        graph = cuda.CUDAGraph()
+        with cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            yield graph
+
+
+class Recording:
+    """One call with inputs of one kind, as a CUDA graph."""
+
+    def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...], recorder: Recorder) -> None:
         self.inputs = [x.clone() for x in inputs]
-        with aside():
+        with recorder.warming_up():
             for _ in range(WARM_UP):
                 module(*self.inputs)
-        self.graph = cuda.CUDAGraph()
-        with cuda.graph(self.graph, pool=pool):
+        with recorder.recording() as graph:
             self.output = module(*self.inputs)
+        self.graphs = (graph,)
 
     def replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """The same call with these inputs; the answer is the caller's own."""
         copy_into(self.inputs, inputs)
-        self.graph.replay()
+        self.graphs[0].replay()
         return self.output.clone()
 
 
 class StepRecording:
-    """One call and its way back, as two CUDA graphs in the memory of `pool`. Nothing may wait for the GPU in them."""
+    """One call and its way back, as two CUDA graphs."""
 
-    def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...], pool: Any) -> None:
+    def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...], recorder: Recorder) -> None:
         self.inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
-        self.trained = [p for p in module.parameters() if p.requires_grad]
-        leaves = [*self.inputs, *self.trained]
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.trained = list(named.values())
+        # The same memory, but leaves of their own: the caller's may hang in a graph of autograd's, and on another stream.
+        aliases = {name: p.detach().requires_grad_() for name, p in named.items()}
+        leaves = [*self.inputs, *aliases.values()]
         wanted = [x for x in leaves if x.requires_grad]
+
+        def there() -> Tensor:
+            answer: Tensor = functional_call(module, aliases, tuple(self.inputs))
+            return answer
 
         def back(output: Tensor, d_output: Tensor) -> tuple[Tensor | None, ...]:
             with full_precision(output):  # as where a loop calls backward(): outside of autocast
                 return torch.autograd.grad(output, wanted, d_output, allow_unused=True)
 
         with without_cache(inputs[0].device.type):
-            with aside():
+            with recorder.warming_up():
                 for _ in range(WARM_UP):
-                    output = module(*self.inputs)
+                    output = there()
                     back(output, torch.zeros_like(output))
-            self.there, self.back = cuda.CUDAGraph(), cuda.CUDAGraph()
-            with cuda.graph(self.there, pool=pool):
-                output = module(*self.inputs)
+                del output
+            with recorder.recording() as forward:
+                output = there()
             self.output, self.d_output = output.detach(), torch.zeros_like(output)
-            with cuda.graph(self.back, pool=pool):
+            with recorder.recording() as backward:
                 found = iter(back(output, self.d_output))
         self.gradients = [next(found) if x.requires_grad else None for x in leaves]
+        self.graphs = forward, backward
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """The same call with these inputs; the answer is the caller's own."""
         copy_into(self.inputs, inputs)
-        self.there.replay()
+        self.graphs[0].replay()
         return self.output.clone()
 
     def backward(self, d_output: Tensor) -> list[Tensor | None]:
-        """The gradients of all inputs and of what is trained, or None: copies, as p.grad must not change at the next replay."""
+        """The gradients of all inputs and of what is trained, or None.
+
+        What becomes someone's `grad` is a copy, as that must not change at the next replay; what is added to one need not be.
+        """
         self.d_output.copy_(d_output)
-        self.back.replay()
-        return [None if gradient is None else gradient.clone() for gradient in self.gradients]
+        self.graphs[1].replay()
+        added = [*(False for _ in self.inputs), *(p.grad is not None for p in self.trained)]
+        return [g.clone() if g is not None and not add else g for g, add in zip(self.gradients, added, strict=True)]
 
 
 class Replay(torch.autograd.Function):
@@ -166,16 +212,6 @@ def copy_into(recorded: list[Tensor], inputs: tuple[Tensor, ...]) -> None:
     """The inputs, where the recording reads them."""
     for place, x in zip(recorded, inputs, strict=True):
         place.detach().copy_(x)
-
-
-@contextmanager
-def aside() -> Iterator[None]:
-    """On another stream, after all that came before and before all that comes after: a recording has to begin so."""
-    stream = cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(cuda.current_stream())
-    with cuda.stream(stream):
-        yield
-    cuda.current_stream().wait_stream(stream)
 
 
 def autocast_of(device: str) -> tuple[torch.dtype, bool]:
@@ -215,5 +251,5 @@ def read_by(module: nn.Module) -> list[Any] | None:
         return None
     tensors = [x for part in parts for own in (part._parameters, part._buffers) for x in own.values() if x is not None]
     numbers = [[*part.strength.items(), *part.scale.items()] for part in parts if isinstance(part, LoRALayer)]
-    modes, kinds = [part.training for part in parts], [(x.dtype, x.requires_grad) for x in tensors]
+    modes, kinds = [part.training for part in parts], [(x.shape, x.dtype, x.requires_grad) for x in tensors]
     return [[*map(id, parts)], [*map(id, tensors)], [x.data_ptr() for x in tensors], modes, kinds, numbers]

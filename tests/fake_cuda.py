@@ -69,10 +69,11 @@ class FakeCuda:
         self.events.append("on main")
 
     @contextmanager
-    def graph(self, tape: Tape, pool: int) -> Iterator[None]:
+    def graph(self, tape: Tape, pool: int, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"  # threads that encode pictures may do what a recording may not
         with tape:
             yield
-        self.events.append(f"recorded in pool {pool}")
+        self.events.append(f"recorded in pool {pool} on {stream.name}")
 
     @contextmanager
     def device_of(self, x: Tensor) -> Iterator[None]:

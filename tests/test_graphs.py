@@ -76,7 +76,7 @@ def test_it_is_warmed_up_aside(fake: FakeCuda) -> None:
             return 2 * x
 
     assert Graphs().call(Layer(), torch.ones(3)).tolist() == [2, 2, 2]
-    expected = ["aside waits for main", "on aside", "on main", "main waits for aside", "recorded in pool 1"]
+    expected = ["aside waits for main", "on aside", "on main", "main waits for aside", "recorded in pool 1 on aside"]
     assert fake.events == expected
     assert calls == [2] * WARM_UP + [4]
 

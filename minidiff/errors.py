@@ -36,9 +36,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Python's own, CUDA's, and what PyTorch says on a CPU ("can't allocate memory", "not enough memory")."""
-    told = isinstance(error, RuntimeError) and re.search("out of memory|t allocate memory|not enough memory", str(error))
-    return isinstance(error, MemoryError) or bool(told)
+    """Python's own, CUDA's with its libraries', and what PyTorch says on a CPU ("can't allocate memory")."""
+    words = "out of memory|t allocate memory|not enough memory|CU[A-Z]+_STATUS_ALLOC_FAILED"
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(words, str(error))))
 
 
 def listed(what: str, names: Iterable[str]) -> str:

@@ -1,13 +1,16 @@
 """In what memory things run."""
 
+import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from minidiff.device import chosen_device, keep_memory, peak_memory
 from minidiff.errors import SettingsError
+from minidiff.train.guards import deterministic
 
 MIB = 2**20
 
@@ -34,12 +37,32 @@ def test_kept_memory_changes_no_number() -> None:
 
 def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     current: list[str] = []
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "as it was")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.set_device", current.append)
     assert [chosen_device(name) for name in (None, "cpu", "cuda", "cuda:1")] == ["cuda", "cpu", "cuda", "cuda:1"]
     assert current == ["cuda:1"]
     with pytest.raises(SettingsError, match="cuda:2 is no device; it can be cpu, cuda, cuda:0, cuda:1"):
         chosen_device("cuda:2")
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_a_gpu_repeats_itself(monkeypatch: pytest.MonkeyPatch, in_use: bool) -> None:
+    """Strictly, where cuBLAS could still be set up for it: attention's backward looks at nothing less. And back again."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: in_use)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.random.fork_rng", lambda devices: nullcontext())
+
+    def modes() -> tuple[bool, bool]:
+        return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+    assert chosen_device("cuda") == "cuda" and modes() == (False, False)
+    with deterministic("cuda"):
+        assert modes() == (True, in_use)
+    assert modes() == (False, False) and ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is not in_use
 
 
 LEFT = """

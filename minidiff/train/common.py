@@ -164,11 +164,12 @@ def diffusion_loss(
     unet = partial(TrainingGraphs().call, pipe.unet) if settings.cuda_graph else None
 
     def loss(batch: Batch, step: int, micro: int) -> Tensor:
-        (output, x_t, t, text), target = predict(pipe, batch, unet), target_of(pipe, batch)
+        batch = {name: rows.to(pipe.device) for name, rows in batch.items()}  # all before the U-Net, behind which it would wait
+        target, mask = target_of(pipe, batch), batch.get("mask")  # (B, C, h, w), (B, 1, h, w)
+        weights = None if settings.snr_gamma is None else min_snr_weights(pipe.schedule, batch["t"], settings.snr_gamma)  # (B,)
+        output, x_t, t, text = predict(pipe, batch, unet)
         if base is not None:
             target = base_target(target, x_t, t, text, base)
-        weights = None if settings.snr_gamma is None else min_snr_weights(pipe.schedule, t, settings.snr_gamma)  # (B,)
-        mask = batch["mask"].to(pipe.device) if "mask" in batch else None  # (B, 1, h, w)
         if has_prior(settings):
             return prior_preservation(output, target, settings.prior_loss_weight, weights, mask)
         return mse(output, target, weights, mask)

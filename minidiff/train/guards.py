@@ -64,18 +64,19 @@ def stop_signals() -> Iterator[list[int]]:
 def deterministic(device: str) -> Iterator[None]:
     """The same bits each time: torch's own random state is ours inside, and on a GPU only kernels that repeat themselves run.
 
-    (Those of the CPU do so anyway.) Afterwards all is as it was.
+    (Those of the CPU do so anyway.) Afterwards all is as it was. If cuBLAS was in use before `chosen_device` could set it up,
+    PyTorch only warns, and its attention takes kernels that do not quite repeat themselves.
     """
     gpus = [torch.cuda.current_device()] if device == "cuda" else []
     memory: Any = torch.utils.deterministic
-    before, filled = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = memory.fill_uninitialized_memory
     if gpus:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True, warn_only=True)  # where there is such a kernel
+        torch.use_deterministic_algorithms(True, warn_only="CUBLAS_WORKSPACE_CONFIG" not in os.environ)
         memory.fill_uninitialized_memory = False  # writing zeros first is slow, and only hides bugs
     try:
         with torch.random.fork_rng(gpus):
             yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warned)
         memory.fill_uninitialized_memory = filled

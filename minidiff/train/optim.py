@@ -67,9 +67,9 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
     A norm that is not finite leaves them as they are, so that the culprit can be named.
     """
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if torch.isfinite(norm):
+    if math.isfinite(value := float(norm)):  # a GPU is waited for once
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return float(norm)
+    return value
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

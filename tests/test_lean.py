@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from tiny_adapters import EVERYWHERE, TEXT, random, shake, tiny_unet
 from torch import Tensor, nn
+from triton_tools import needs_gpu
 
 from minidiff.adapters import lean as lean_adapters
 from minidiff.adapters.inject import inject, trainable
@@ -107,6 +108,18 @@ def test_each_equals_its_plain_twin(name: str) -> None:
     pairs = zip(*(torch.autograd.grad(f(*inputs), inputs, direction) for f in (mine, plain)))
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("silu", [False, True])
+def test_group_norm_of_channels_last(device: str, silu: bool) -> None:
+    """A GPU's kernel does not take that order: there the tensor is turned first."""
+    norm = frozen(nn.GroupNorm(2, 4, eps=1e-5)).float().to(device)
+    x, direction = (random(2, 4, 5, 3, seed=seed).to(device, memory_format=torch.channels_last) for seed in (0, 1))
+    x.requires_grad_()
+    mine, plain = (lean.norm_silu(norm, x), F.silu(norm(x))) if silu else (lean.group_norm(norm, x), norm(x))
+    torch.testing.assert_close(mine, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, direction)[0] for y in (mine, plain)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -291,4 +291,4 @@ def test_gpu_a_recorded_run_is_the_run(tiny_folder: Path, tmp_path: Path, method
         folder, changes = tmp_path / str(on), {"mixed_precision": precision, "device": "cuda"}
         results.append(train(tiny(method, tiny_folder, pictures, folder, cuda_graph=on, **changes)).trainable)
     for name, plain in results[0].items():
-        assert torch.allclose(plain, results[1][name], rtol=1e-2, atol=1e-4), name
+        assert torch.equal(plain, results[1][name]), name  # which is why a resumed run may take the flag or leave it

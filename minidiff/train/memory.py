@@ -75,12 +75,13 @@ def budget(task: "Task", settings: TrainSettings, step: Step | None = None) -> B
     gradients = [each * n for n in trained]
     moments = moments_of(settings, step, gradients, trained)
     waiting = 0 if settings.optimizer_in_backward else sum(gradients)
+    moments += drawing(task, settings, step, waiting, later=sum(size for _, size, _ in later))
+    where = ("cpu, returned" if returns_memory() else "cpu") if on_cpu else "cuda"
+    uncounted = allowance(where, max(size for _, size, _ in moments))
     if isinstance(settings, FineTuneSettings) and settings.cuda_graph:
         (_, size, remark), *moments = moments  # of the gradients, the update has copies
         held.append(("recorded pass", size, remark))
-    moments += drawing(task, settings, step, waiting, later=sum(size for _, size, _ in later))
-    where = ("cpu, returned" if returns_memory() else "cpu") if on_cpu else "cuda"
-    return Budget(held, moments, allowance(where, max(size for _, size, _ in moments)))
+    return Budget(held, moments, uncounted)
 
 
 def moments_of(settings: TrainSettings, step: Step, gradients: list[int], numbers: list[int]) -> list[Row]:

@@ -101,8 +101,9 @@ class TrainSettings:
         for name, value in asdict(self).items():
             self.need("\0" not in (value if isinstance(value, str) else ""), name, "cannot hold a NUL character")
         self.need(-(2**63) <= self.seed < 2**63, "seed", "must fit in 64 bits")
-        steps = "gradient_accumulation_steps checkpointing_steps max_train_steps num_train_epochs"
-        for name in f"train_batch_size checkpoints_total_limit {steps}".split():
+        for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
+            self.need_count(name)
+        for name in ("max_train_steps", "num_train_epochs", "checkpoints_total_limit"):
             self.need_count(name)
         one = self.max_train_steps is None or self.num_train_epochs is None
         self.need(one, "num_train_epochs", "and --max_train_steps both say how long to train: give one of them")

@@ -38,10 +38,9 @@ def keep_memory() -> None:
     """Have this process keep the memory that tensors leave, for the next ones. For programs that own their process.
 
     On Linux a large tensor's memory is given back when it goes, and the next one gets it anew, page by page and filled with
-    zeros: about a tenth of a U-Net's time on a CPU. glibc is told to keep it, and PyTorch (before its first large tensor)
-    to take pages of 2 MB.
+    zeros: about a tenth of a U-Net's time on a CPU. glibc is told to keep it.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's own switch: "transparent huge pages"
+    large_pages()
     tell_malloc(TRIM_THRESHOLD, 2**31 - 1)
     tell_malloc(MMAP_THRESHOLD, 2**30)
 
@@ -52,7 +51,16 @@ def return_memory() -> None:
     Left alone, glibc learns from freed tensors of up to 32 MB to keep such memory, and what it keeps does not always fit the
     next one: a LoRA step of SD 1.5 in fp32 took 2.2 GiB beside the weights, and 1.5 like this.
     """
+    large_pages()
     tell_malloc(MMAP_THRESHOLD, 2**20)
+
+
+def large_pages() -> None:
+    """Have PyTorch take large tensors in pages of 2 MB; before the first of them, or it will not.
+
+    Memory that is given back comes anew in 512 times fewer pieces: a step of SD 1.5 under `return_memory` took 28 s, before 34.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's own switch: "transparent huge pages"
 
 
 def returns_memory() -> bool:

@@ -22,6 +22,7 @@ from minidiff.layout import (
     scheduler_values,
     write_json,
 )
+from minidiff.models.layers import cast_layerwise
 from minidiff.models.text import build_text_encoder, load_tokenizer, to_file_keys
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.models.vae import AutoencoderKL
@@ -42,9 +43,10 @@ class ModelParts(NamedTuple):
     name_or_path: str
 
 
-def read_folder(folder: str | Path, torch_dtype: torch.dtype) -> ModelParts:
+def read_folder(folder: str | Path, torch_dtype: torch.dtype, layerwise_casting: bool = False) -> ModelParts:
     """The folder, or the hub id in the local cache. The VAE is fp32 whatever `torch_dtype` says.
 
+    With `layerwise_casting`, half-precision weights of the U-Net's layers stay as the file has them: see models/layers.py.
     Raises WeightsError for anything that is missing, damaged or does not fit.
     """
     home = local_folder(str(folder))
@@ -55,11 +57,13 @@ def read_folder(folder: str | Path, torch_dtype: torch.dtype) -> ModelParts:
         vae = AutoencoderKL(VAEConfig.from_dict(*config_of(home / "vae")))
         text_encoder = build_text_encoder(*config_of(home / "text_encoder"))
     for model, part, dtype in (
-        (unet, "unet", torch_dtype),
+        (unet, "unet", None if layerwise_casting else torch_dtype),
         (vae, "vae", torch.float32),
         (text_encoder, "text_encoder", torch_dtype),
     ):
         weights.load_into(model, weights.find_weights(home / part), dtype)
+    if layerwise_casting:
+        cast_layerwise(unet, torch_dtype)
     noise, where = config_of(home / "scheduler", "scheduler_config.json")
     sampler, tokenizer = sampler_of(noise, where), load_tokenizer(home / "tokenizer")
     noise_config = NoiseConfig.from_dict(noise, where)

@@ -41,7 +41,7 @@ from minidiff.files import embeddings, lora
 from minidiff.graphs import Graphs
 from minidiff.model_files import check_parts_fit, read_folder, read_single_file, write_folder
 from minidiff.models.attention import reading_once
-from minidiff.models.lean import standing_still
+from minidiff.models.layers import standing_still
 from minidiff.models.prompt import Prompt, parse_prompt
 from minidiff.models.text import encode_prompt
 from minidiff.models.unet import UNet2DConditionModel
@@ -85,22 +85,22 @@ class StableDiffusionPipeline:
     # --- loading and saving ------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32) -> "StableDiffusionPipeline":
+    def from_pretrained(
+        cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32, layerwise_casting: bool = False
+    ) -> "StableDiffusionPipeline":
         """Read a folder in the diffusers layout, or a hub id whose files are in the local cache.
 
         The VAE stays in fp32 whatever `torch_dtype` says: in fp16 it overflows, and the picture is black.
+        With `layerwise_casting`, weights of the U-Net that the file has in half precision stay so: see models/layers.py.
         Raises WeightsError for anything that is missing, damaged or does not fit.
         """
-        return cls(*read_folder(folder, torch_dtype))
+        return cls(*read_folder(folder, torch_dtype, layerwise_casting))
 
     @classmethod
     def from_single_file(
         cls, path: str | Path, tokenizer: str | Path, torch_dtype: torch.dtype = torch.float32
     ) -> "StableDiffusionPipeline":
-        """Read an SD 1.x checkpoint in one LDM/CompVis `.safetensors` file.
-
-        Such a file has no vocabulary: `tokenizer` is the folder of any SD 1.x model's tokenizer.
-        """
+        """Read one LDM/CompVis `.safetensors` file of SD 1.x. It has no vocabulary: `tokenizer` is the folder of one."""
         return cls(*read_single_file(path, tokenizer, torch_dtype))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -123,8 +123,8 @@ class StableDiffusionPipeline:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The U-Net's; adapters are fp32, and come after it."""
-        return next(self.unet.parameters()).dtype
+        """In which the U-Net computes: that of its norms, which no layer widens, and no adapter changes."""
+        return self.unet.conv_norm_out.weight.dtype
 
     # --- from a prompt to a picture ----------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from minidiff.config import SD15_UNET, TINY_UNET
 from minidiff.models import cpu
 from minidiff.models.attention import CrossAttention, reading_once
 from minidiff.models.blocks import FeedForward
-from minidiff.models.lean import Conv2d, Linear, standing_still
+from minidiff.models.layers import Conv2d, Linear, standing_still
 from minidiff.models.precision import slow_half
 from minidiff.models.unet import UNet2DConditionModel
 

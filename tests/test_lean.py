@@ -15,7 +15,7 @@ from minidiff.adapters.inject import inject, trainable
 from minidiff.adapters.lora import LoRALayer
 from minidiff.config import SD15_UNET
 from minidiff.models import lean
-from minidiff.models.lean import Conv2d, standing_still
+from minidiff.models.layers import Conv2d, standing_still
 from minidiff.models.text import build_text_encoder
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.train import memory

@@ -21,7 +21,7 @@ from minidiff.diffusion.samplers import SAMPLERS, Step
 from minidiff.errors import AdapterError, MinidiffError, SettingsError, WeightsError
 from minidiff.files.lora import save_lora
 from minidiff.layout import SAMPLER_OF, SD15_TEXT
-from minidiff.models.lean import standing_still
+from minidiff.models.layers import standing_still
 from minidiff.models.text import build_text_encoder
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.models.vae import AutoencoderKL

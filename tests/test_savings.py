@@ -18,6 +18,7 @@ from minidiff.train import savings
 from minidiff.train.loop import Task, fit
 from minidiff.train.memory import MIB
 from minidiff.train.metering import Step, step_bytes
+from minidiff.train.methods import LoRASettings
 from minidiff.train.recipes import RECIPES
 from minidiff.train.run import Run
 from minidiff.train.savings import SAVINGS, budgeted, chosen, possible, trials
@@ -25,6 +26,7 @@ from minidiff.train.settings import FineTuneSettings, from_toml
 from minidiff.train.sizes import size_in_bytes
 
 FLAGS = [saving.flag for saving in SAVINGS]
+ALL_METHODS = [flag for flag in FLAGS if flag != "layerwise_casting"]  # which every method knows
 
 
 @pytest.fixture(autouse=True)
@@ -65,12 +67,12 @@ def made(method: str, base: Path, home: Path, **changes: Any) -> tuple[Task, Fin
 
 
 def on(settings: FineTuneSettings) -> list[str]:
-    return [flag for flag in FLAGS if getattr(settings, flag)]
+    return [flag for flag in FLAGS if getattr(settings, flag, False)]
 
 
 def test_trials_go_from_cheap_to_dear() -> None:
-    tried = [on(trial) for trial in trials(FineTuneSettings(), FLAGS)]
-    assert tried[:4] == [[], FLAGS[:1], FLAGS[1:2], FLAGS[:2]] and len(tried) == 16
+    tried = [on(trial) for trial in trials(LoRASettings(), FLAGS)]
+    assert tried[:4] == [[], FLAGS[:1], FLAGS[1:2], FLAGS[:2]] and len(tried) == 32
     dearness = [[flag in flags for flag in reversed(FLAGS)] for flags in tried]
     assert all(a < b for a, b in pairwise(dearness))  # by the dearest saving that differs
     kept = [on(trial) for trial in trials(FineTuneSettings(use_8bit_adam=True), ["gradient_checkpointing"])]
@@ -91,7 +93,7 @@ def test_the_cheapest_that_fits(tiny_folder: Path, home: Path, monkeypatch: pyte
 
     monkeypatch.setattr(savings, "step_bytes", counted)
     free = possible(task, settings)
-    assert free == FLAGS
+    assert free == ALL_METHODS
     needs: dict[tuple[str, ...], int] = {}
     for trial in trials(settings, free):
         needs[tuple(on(trial))] = savings.trial_budget(task, trial, {}).together
@@ -121,7 +123,7 @@ def test_only_what_can_be(tiny_folder: Path, home: Path, method: str, changes: d
     """And what is offered, trains."""
     task, settings = made(method, tiny_folder, home, **changes, max_train_steps=1)
     free = possible(task, settings)
-    assert set(FLAGS) - set(free) == without
+    assert set(ALL_METHODS) - set(free) == without
     assert fit(task, replace(settings, **dict.fromkeys(free, True))).finished
 
 
@@ -222,7 +224,14 @@ def test_running_out_of_memory(
         train(tiny_folder, pictures, tmp_path / "out", *flags)
     said = capsys.readouterr().err
     assert leave.value.code == 2 and "minidiff: out of memory while training.\nMemory of the run" in said
-    hints = ["--use_8bit_adam (", "--optimizer_in_backward (", "--mixed_precision bf16", "a smaller --resolution", "--rank"]
+    hints = [
+        "--use_8bit_adam (",
+        "--optimizer_in_backward (",
+        "--layerwise_casting, if",
+        "--mixed_precision bf16",
+        "a smaller --resolution",
+        "--rank",
+    ]
     assert [said.index(hint) for hint in hints] == sorted(said.index(hint) for hint in hints)
     assert "--gradient_checkpointing (" not in said  # it is on
     assert f"The last whole checkpoint is {tmp_path / 'out' / 'checkpoint-2'}; --resume_from_checkpoint latest" in said

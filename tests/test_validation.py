@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny_recipes import draw_pictures, tiny
 from torch import Tensor
 
 from minidiff.config import TINY_VAE, NoiseConfig
@@ -15,6 +16,7 @@ from minidiff.errors import SettingsError
 from minidiff.models.vae import AutoencoderKL
 from minidiff.train.data import LatentData
 from minidiff.train.folders import Example
+from minidiff.train.recipes import RECIPES
 from minidiff.train.settings import FineTuneSettings
 from minidiff.train.validation import ValidationSet, check_prediction_type, validation_set
 
@@ -93,3 +95,30 @@ def test_a_base_that_predicts_something_else_is_refused(fixed: ValidationSet) ->
     for schedule in (SCHEDULE, velocity):  # networks that have learnt nothing pass
         check_prediction_type(schedule, fixed, lambda b: torch.zeros(4, 4, 16, 16))
         check_prediction_type(schedule, fixed, lambda b: add_noise(SCHEDULE, b["latents"], b["noise"], b["t"]) * 0.01)
+
+
+def test_one_picture_is_enough_where_the_base_is_clear(tmp_path: Path) -> None:
+    """An untrained network answers to all of the first four; one that plainly does what its scheduler says, to one."""
+    fixed = validation_set(data(tmp_path, 6))
+    asked = 0
+
+    def answer(skill: float, batch: Batch) -> Tensor:
+        nonlocal asked
+        asked += 1
+        return skill * batch["noise"]
+
+    for skill, pictures in ((0.9, 1), (0.0, 4)):
+        asked = 0
+        check_prediction_type(SCHEDULE, fixed, lambda batch: answer(skill, batch))  # noqa: B023
+        assert asked == pictures
+
+
+@pytest.mark.parametrize("samples, calls", [(1, [1] * 4), (3, [3, 1]), (8, [4])])
+def test_no_more_samples_at_once_than_in_training(tiny_folder: Path, tmp_path: Path, samples: int, calls: list[int]) -> None:
+    draw_pictures(tmp_path / "pictures")
+    settings = tiny("lora", tiny_folder, tmp_path / "pictures", tmp_path / "run", train_batch_size=samples)
+    task = RECIPES[type(settings)](settings)
+    sizes: list[int] = []
+    task.modules["unet"].register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    assert task.validate is not None and task.validate()["val_loss"] > 0
+    assert sizes == 3 * calls  # three pictures

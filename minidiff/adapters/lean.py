@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minidiff.models.lean import conv_backward, keep, kept, release
+from minidiff.models import cpu
+from minidiff.models.lean import keep, kept, release
 from minidiff.models.precision import as_autocast, wide
 
 
@@ -41,7 +42,7 @@ class LeanLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        y = F.linear(x, weight, bias)
+        y = cpu.linear(x, weight, bias)
         thin = F.linear(x, A.to(x.dtype))
         rows(y).addmm_(rows(scale * thin), B.to(y.dtype).mT)
         keep(ctx, x, thin, weight, A, B)
@@ -56,7 +57,7 @@ class LeanLoRALinear(torch.autograd.Function):
         d_thin = ctx.scale * (d_rows @ B.to(d.dtype))
         d_A = (d_thin.mT @ rows(x)).to(A.dtype) if needed[3] else None
         d_B = (ctx.scale * (d_rows.mT @ rows(thin))).to(B.dtype) if needed[4] else None
-        d_x = (d_rows @ weight).addmm_(d_thin, A.to(d.dtype)).view(x.shape) if needed[0] else None
+        d_x = cpu.linear(d_rows, weight.mT, None).addmm_(d_thin, A.to(d.dtype)).view(x.shape) if needed[0] else None
         release(ctx)
         return d_x, None, None, d_A, d_B, None
 
@@ -113,6 +114,14 @@ class LeanDoRA(torch.autograd.Function):
 def parts(y: Tensor, thin: Tensor, B: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """W x and scale · B A x, in fp32 or fp64."""
     return wide(y) if bias is None else wide(y) - wide(bias), scale * wide(thin @ B.to(thin.dtype).mT)
+
+
+def conv_backward(d: Tensor, x: Tensor, weight: Tensor, how: Any, needed: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the weight, where `needed`; `how`: stride, padding, dilation and groups."""
+    stride, padding, dilation, groups = how
+    rest = (stride, padding, dilation, False, (0, 0), groups, (*needed, False))
+    d_x, d_weight, _ = torch.ops.aten.convolution_backward(d, x, weight, None, *rest)
+    return d_x, d_weight
 
 
 def rows(x: Tensor) -> Tensor:

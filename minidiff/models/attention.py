@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.errors import SettingsError, did_you_mean
-from minidiff.models.lean import Linear
+from minidiff.models.layers import Linear
 from minidiff.models.tiled import tiled_attention
 
 IMPLS = ("auto", "naive", "tiled", "sdpa")  # on any device

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from minidiff.models import cpu
 from minidiff.models.attention import CrossAttention
-from minidiff.models.lean import Conv2d, Linear, geglu, group_norm, layer_norm, norm_silu
+from minidiff.models.layers import Conv2d, Linear
+from minidiff.models.lean import geglu, group_norm, layer_norm, norm_silu
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:

@@ -38,9 +38,9 @@ AT_ONCE = 3 * 2**20  # numbers that winograd transforms together: 12 MB, which s
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear. (PyTorch's way in fp32 is as fast as these processors are.)"""
+    """F.linear, in x's number format. (PyTorch's way in fp32 is as fast as these processors are.) Not for autograd."""
     if not slow_half(x := as_autocast(x)):
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight.to(x.dtype), bias)
     with full_precision(x):
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
@@ -57,9 +57,9 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
 
     `ready` remembers what is made of the weight, for as long as its owner keeps it and the weight is the same (`once`).
     """
-    if x.device.type != "cpu":
-        return F.conv2d(x, weight, bias, stride, padding)
     x = as_autocast(x)
+    if x.device.type != "cpu":
+        return F.conv2d(x, weight.to(x.dtype), bias, stride, padding)
     dtype = torch.float32 if slow_half(x) else x.dtype
     way = direct if dtype in HALF else WAYS[way_of(x.shape, weight, stride, padding, ready is not None)]
     with full_precision(x):

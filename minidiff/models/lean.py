@@ -7,7 +7,7 @@ needed: the gradient of x in W x is Wᵀ dy, whatever x was. And of what is need
 
                          PyTorch keeps                       here
     GroupNorm, SiLU      x, the norm's output                x, two numbers a group
-    frozen convolution   its input                           nothing
+    frozen layers        a convolution its input             nothing (layers.py)
     LayerNorm, GroupNorm x, two numbers a row or group       the same, and those who read the output need not keep it
     GEGLU                value, gate, GELU(gate)             value, gate
     concatenation        nothing, but who reads it keeps it  its parts, which others keep anyway
@@ -20,8 +20,7 @@ a later operation that needs its input in the backward keeps nothing, and asks t
 own turn comes later in the backward, so it still has what it keeps.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from minidiff.models import cpu
-from minidiff.models.precision import as_autocast, wide
+from minidiff.models.precision import wide
 
 # --- the plain operations, and when they are replaced ------------------------------------------------------------------
 
@@ -70,50 +68,6 @@ def join(x: Tensor, skip: Tensor, reader: nn.GroupNorm) -> Tensor:
     if not (saves(x, reader) and saves(skip)):
         return torch.cat([x, skip], dim=1)
     return LeanJoin.apply(x, skip)
-
-
-class Conv2d(nn.Conv2d):
-    """An `nn.Conv2d` with a square kernel, which does not keep its input while it is frozen, and is fast on a CPU."""
-
-    ready: tuple[cpu.Ready, cpu.Ready] | None = None  # what is made of weights that stand still: forward, backward
-
-    def forward(self, x: Tensor) -> Tensor:
-        stride, padding, ready = self.stride[0], int(self.padding[0]), self.ready
-        if saves(x, self):
-            return FrozenConv2d.apply(as_autocast(x), self.weight, self.bias, stride, padding, ready)
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return super().forward(x)
-        return cpu.conv2d(x, self.weight, self.bias, stride, padding, ready and ready[0])
-
-
-class Linear(nn.Linear):
-    """An `nn.Linear` that is fast on a CPU in half precision, too."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return super().forward(x)
-        return cpu.linear(x, self.weight, self.bias)
-
-
-@contextmanager
-def standing_still(models: Iterable[nn.Module], large: bool) -> Iterator[None]:
-    """Inside the `with`, no convolution of `models` changes, so what a CPU makes of its weights is made once.
-
-    In training, where gradients flow, that holds for the frozen ones alone. It takes memory: of `large` weights up to four
-    times their own; without them, a few MB.
-    """
-    training = torch.is_grad_enabled()
-    convolutions = [m for model in models for m in model.modules() if isinstance(m, Conv2d)]
-    still = [m for m in convolutions if not (training and m.weight.requires_grad)]
-    chosen = [m for m in still if large or m.weight.numel() <= cpu.MANY]
-    before = [m.ready for m in chosen]
-    for m in chosen:
-        m.ready = m.ready or ({}, {})
-    try:
-        yield
-    finally:
-        for m, old in zip(chosen, before):
-            m.ready = old
 
 
 def recomputed(layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -284,36 +238,3 @@ class LeanJoin(torch.autograd.Function):
         release(ctx)
         d_x, d_skip = d.split([x.shape[1], skip.shape[1]], dim=1)
         return d_x, d_skip
-
-
-class FrozenConv2d(torch.autograd.Function):
-    """A convolution through which gradients pass. Keeps the size of its input."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: int,
-        padding: int,
-        ready: tuple[cpu.Ready, cpu.Ready] | None,
-    ) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.shape, ctx.how, ctx.ready = x.shape, (stride, padding), ready and ready[1]
-        return cpu.conv2d(x, weight, bias, stride, padding, ready and ready[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        stride, padding = ctx.how
-        return cpu.conv2d_backward(d, ctx.shape, weight, stride, padding, ctx.ready), *[None] * 5
-
-
-def conv_backward(d: Tensor, x: Tensor, weight: Tensor, how: Any, needed: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the weight, where `needed`; `how`: stride, padding, dilation and groups."""
-    stride, padding, dilation, groups = how
-    rest = (stride, padding, dilation, False, (0, 0), groups, (*needed, False))
-    d_x, d_weight, _ = torch.ops.aten.convolution_backward(d, x, weight, None, *rest)
-    return d_x, d_weight

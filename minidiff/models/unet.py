@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from minidiff.config import UNetConfig
 from minidiff.models.blocks import Downsample, ResBlock, SpatialTransformer, TimeEmbedding, Upsample, timestep_embedding
-from minidiff.models.lean import Conv2d, join, norm_silu, recomputed
+from minidiff.models.layers import Conv2d
+from minidiff.models.lean import join, norm_silu, recomputed
 
 
 class Level(nn.Module):

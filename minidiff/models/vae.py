@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minidiff.config import VAEConfig
 from minidiff.models.attention import SpatialAttention
 from minidiff.models.blocks import Downsample, ResBlock, Upsample
-from minidiff.models.lean import Conv2d
+from minidiff.models.layers import Conv2d
 
 EPS = 1e-6  # every norm of the VAE
 

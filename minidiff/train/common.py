@@ -4,6 +4,7 @@ Shapes: B samples, C h w a latent, L tokens, D width of the text.
 """
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -21,18 +22,21 @@ from minidiff.diffusion.schedule import add_noise, training_target
 from minidiff.errors import SettingsError
 from minidiff.graphs import TrainingGraphs, check_graph
 from minidiff.images import contact_sheet
+from minidiff.models.precision import HALF
 from minidiff.models.text import tokenize
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.train.buckets import bucket_sizes
 from minidiff.train.cache import Cache
 from minidiff.train.checkpoint import check_folder
 from minidiff.train.data import LatentData, check_pictures
+from minidiff.train.distributed import world
 from minidiff.train.folders import read_folder
 from minidiff.train.guards import check_precision
 from minidiff.train.idle import at_hand, put_away
 from minidiff.train.loop import DTYPES, Batch, Task
 from minidiff.train.methods import FullSettings
 from minidiff.train.priors import BasePrior, PairedData, base_target, class_examples, class_settings
+from minidiff.train.savings import is_on, may_cast
 from minidiff.train.settings import FineTuneSettings
 from minidiff.train.validation import check_prediction_type, validation_set
 
@@ -44,7 +48,7 @@ Answer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, text) -> what a 
 def load_base(settings: FineTuneSettings) -> tuple[StableDiffusionPipeline, str]:
     """The frozen base model on its device, after the checks that take no time; and its hash, which tells it from others.
 
-    The U-Net and the text encoder have the dtype of --mixed_precision, the VAE stays fp32.
+    The U-Net and the text encoder have the dtype of --mixed_precision (but see `may_cast`), the VAE stays fp32.
     """
     settings.check()
     check_folder(settings)
@@ -52,8 +56,10 @@ def load_base(settings: FineTuneSettings) -> tuple[StableDiffusionPipeline, str]
     check_graph(settings.cuda_graph, device)
     check_precision(settings.mixed_precision, device)
     dtype = DTYPES[settings.mixed_precision]
-    pipe = StableDiffusionPipeline.from_pretrained(settings.pretrained_model_name_or_path, torch_dtype=dtype)
+    pipe = StableDiffusionPipeline.from_pretrained(settings.pretrained_model_name_or_path, dtype, may_cast(settings))
     pipe.set_progress_bar_config(disable=True)
+    if is_on(settings, "layerwise_casting") and not any(p.dtype in HALF for p in pipe.unet.parameters()):
+        print("Note: --layerwise_casting changes nothing: the U-Net's file is not in half precision.", file=sys.stderr)
     if settings.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     return pipe.to(device), model_fingerprint(pipe.unet, pipe.vae, pipe.text_encoder)
@@ -146,6 +152,13 @@ def predict(pipe: StableDiffusionPipeline, batch: Batch, unet: Answer | None = N
         text = batch["text"].to(pipe.device)
     text = text.to(pipe.dtype)
     return (unet or pipe.unet)(x_t, t, text), x_t, t, text
+
+
+def by_pieces(pipe: StableDiffusionPipeline, settings: FineTuneSettings, batch: Batch) -> Tensor:
+    """The U-Net's answer to a batch; of as many samples at once as in training, for which there is memory."""
+    at_once = max(1, settings.train_batch_size // world().size)
+    pieces = zip(*(rows.split(at_once) for rows in batch.values()))
+    return torch.cat([predict(pipe, dict(zip(batch, piece)))[0] for piece in pieces])
 
 
 def target_of(pipe: StableDiffusionPipeline, batch: Batch) -> Tensor:
@@ -263,11 +276,13 @@ def make_task(
         folder, plain = Path(settings.validation_data_dir), replace(settings, masked_loss=False)
         validation = encoded(pipe, plain, folder, settings.prompt, data.live_text, data.templates)
     fixed = validation_set(validation)
-    check_prediction_type(pipe.schedule, fixed, lambda batch: predict(pipe, batch)[0])
+    whole_model = isinstance(settings, FullSettings)  # is what comes out
+    put_away(idle_networks(pipe, data), needed_again=bool(settings.validation_steps) or whole_model)
+    check_prediction_type(pipe.schedule, fixed, lambda batch: by_pieces(pipe, settings, batch))
 
     def errors(batch: Batch) -> Tensor:
         mask = batch["mask"].to(pipe.device) if "mask" in batch else None
-        return squared_error(predict(pipe, batch)[0], target_of(pipe, batch), mask)
+        return squared_error(by_pieces(pipe, settings, batch), target_of(pipe, batch), mask)
 
     def validate() -> dict[str, float]:
         with without_dropout(pipe):
@@ -275,8 +290,6 @@ def make_task(
 
     for network in networks.values():
         network.train()  # with dropout, where there is some
-    whole_model = isinstance(settings, FullSettings)  # is what comes out
-    put_away(idle_networks(pipe, data), needed_again=bool(settings.validation_steps) or whole_model)
     beside: dict[str, nn.Module] = {"VAE": pipe.vae} | ({} if untuned is None else {"untuned U-Net": untuned})
     return Task(
         trainable=trainable,

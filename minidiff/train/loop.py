@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.models.lean import standing_still
+from minidiff.models.layers import standing_still
 from minidiff.nonfinite import first_nonfinite
 from minidiff.rng import hashed_seed
 from minidiff.train import distributed

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from minidiff.device import peak_memory, returns_memory
 from minidiff.models.vae import AutoencoderKL
 from minidiff.train import distributed
 from minidiff.train.adam8bit import BLOCK, LEAST, PIECE
-from minidiff.train.metering import Step, ready_bytes, step_bytes, vae_bytes
+from minidiff.train.metering import Step, dtype_in, ready_bytes, step_bytes, vae_bytes
 from minidiff.train.settings import FineTuneSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ def budget(task: "Task", settings: TrainSettings, step: Step | None = None) -> B
     networks = " and ".join(name.replace("_", " ").replace("unet", "U-Net") for name in there)
     beside = [(name, module_bytes(module, first.device.type), "") for name, module in task.beside.items()]
     on_cpu = first.device.type == "cpu"
-    rounded = sum(trained) * (first.element_size() - each)  # --bf16_weights takes place after this
-    weights = sum(module_bytes(m, first.device.type) for m in task.modules.values()) - rounded
+    tensors = [t for module in task.modules.values() for t in tensors_on(module, first.device.type)]
+    weights = sum(t.numel() * dtype_in(settings, t).itemsize for t in tensors)
     later = [  # than the pictures are encoded
         ("in order", on_cpu * ready_bytes(step.convolutions, drawing=False), "copies of frozen convolutions, for the CPU"),
         ("optimizer", optimizer_bytes(trained, settings), "two running means a weight"),
@@ -124,9 +124,12 @@ def allowance(where: str, fullest: int) -> Row:
 
 
 def module_bytes(module: nn.Module, device: str) -> int:
-    """Of its tensors that are on the device."""
-    tensors = chain(module.parameters(), module.buffers())
-    return sum(t.nbytes for t in tensors if t.device.type == device)
+    return sum(t.nbytes for t in tensors_on(module, device))
+
+
+def tensors_on(module: nn.Module, device: str) -> list[Tensor]:
+    """Its tensors that are on the device."""
+    return [t for t in chain(module.parameters(), module.buffers()) if t.device.type == device]
 
 
 def optimizer_bytes(trained: list[int], settings: TrainSettings) -> int:

@@ -24,10 +24,12 @@ from torch.utils._pytree import tree_leaves
 
 from minidiff.config import VAEConfig
 from minidiff.models import cpu
-from minidiff.models.lean import Conv2d
+from minidiff.models.layers import Conv2d
+from minidiff.models.precision import HALF
 from minidiff.models.vae import AutoencoderKL
 from minidiff.train import distributed
 from minidiff.train.loop import DTYPES
+from minidiff.train.methods import FrozenSettings
 from minidiff.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -90,6 +92,8 @@ class Pass(nn.Module):
 
     def as_computed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """In the format of --mixed_precision what has the format of most: such copies autocast keeps until the backward."""
+        if self.dtype == torch.float32:
+            return tensors
         most = {part: next(network.parameters()).dtype for part, network in self.named_children()}
         return {name: t.to(self.dtype) if t.dtype == most[name.partition(".")[0]] else t for name, t in tensors.items()}
 
@@ -127,9 +131,17 @@ def on_meta(module: nn.Module, settings: TrainSettings) -> dict[str, Tensor]:
     """Its tensors as they are in training, without their numbers, by name."""
     table = {}
     for name, t in chain(module.named_parameters(), module.named_buffers()):
-        dtype = torch.bfloat16 if settings.bf16_weights and t.requires_grad else t.dtype
-        table[name] = torch.empty_like(t, device="meta", dtype=dtype).requires_grad_(t.requires_grad)
+        table[name] = torch.empty_like(t, device="meta", dtype=dtype_in(settings, t)).requires_grad_(t.requires_grad)
     return table
+
+
+def dtype_in(settings: TrainSettings, weight: Tensor) -> torch.dtype:
+    """Of a weight in training under these settings, which can be other ones than it was loaded for."""
+    if weight.requires_grad:
+        return torch.bfloat16 if settings.bf16_weights else weight.dtype
+    casts = isinstance(settings, FrozenSettings) and settings.layerwise_casting
+    widens = weight.dtype in HALF and settings.mixed_precision == "no" and not casts
+    return torch.float32 if widens else weight.dtype
 
 
 @cache

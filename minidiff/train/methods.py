@@ -39,7 +39,22 @@ class DreamBoothSettings(FullSettings):
 
 
 @dataclass(frozen=True)
-class AdapterSettings(FineTuneSettings):
+class FrozenSettings(FineTuneSettings):
+    """What all methods share under which the U-Net's own weights stay as they are."""
+
+    layerwise_casting: bool = False
+    """Leave weights in the half precision that their file has; each layer widens its own when it computes. Same result."""
+
+    HARMLESS = FineTuneSettings.HARMLESS | {"layerwise_casting"}
+
+    def check(self) -> None:
+        super().check()
+        rule = "goes with --mixed_precision no: under the others, weights are in half precision as it is"
+        self.need(not self.layerwise_casting or self.mixed_precision == "no", "layerwise_casting", rule)
+
+
+@dataclass(frozen=True)
+class AdapterSettings(FrozenSettings):
     """What LoRA and pivotal tuning share: the shape of the adapter."""
 
     rank: int = 4
@@ -84,7 +99,7 @@ class LoRASettings(AdapterSettings):
 
 
 @dataclass(frozen=True)
-class WordSettings(FineTuneSettings):
+class WordSettings(FrozenSettings):
     """What textual inversion and pivotal tuning share: the new word."""
 
     placeholder_token: str = "<subject>"

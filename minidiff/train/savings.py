@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minidiff.errors import MinidiffError, SettingsError, is_out_of_memory
+from minidiff.models.precision import HALF
 from minidiff.models.unet import UNet2DConditionModel
 from minidiff.train import checkpoint, distributed
 from minidiff.train.memory import MIB, Budget, budget, measured
 from minidiff.train.metering import Step, step_bytes
-from minidiff.train.methods import AdapterSettings, FullSettings
+from minidiff.train.methods import AdapterSettings, FrozenSettings, FullSettings
 from minidiff.train.settings import FineTuneSettings
 from minidiff.train.sizes import size_in_bytes
 
@@ -34,12 +35,14 @@ class Saving:
 
 # The cheapest first. Each costs more than all before it together: a dearer one never comes in where cheaper ones would do.
 SAVINGS = (
+    Saving("layerwise_casting", "a few hundredths more time, the same result"),
     Saving("gradient_checkpointing", "a third more time, the same result"),
     Saving("use_8bit_adam", "rounded running means, other last digits"),
     Saving("optimizer_in_backward", "each tensor's gradient clipped by itself, not all together"),
     Saving("bf16_weights", "weights of 8 bits' precision, rounded by chance"),
 )
 OTHER_HINTS = "--train_batch_size 1 with more --gradient_accumulation_steps", "--mixed_precision bf16", "a smaller --resolution"
+AS_STORED = "--layerwise_casting, if the model's file is in half precision"
 UNRECORDED = "no --cuda_graph, which keeps the memory of a step; then the savings that do not go with it"
 ADAPTERS = "a lower --rank, or fewer --lora_targets"
 WHOLE = "minidiff train lora, which trains a hundredth of the weights"
@@ -81,6 +84,8 @@ def chosen(task: "Task", settings: FineTuneSettings) -> tuple[FineTuneSettings, 
         need = trial_budget(task, trial, counted)
         plain, least = plain or need, need if least is None or need.together < least.together else least
         if need.together <= limit:
+            if may_cast(trial) and not is_on(trial, "layerwise_casting"):
+                task.modules["unet"].float()
             return trial, need, why(settings, begun, trial, plain, need)
     assert least is not None
     raise SettingsError(nothing_fits(settings, least, limit))
@@ -98,7 +103,7 @@ def trial_budget(task: "Task", settings: FineTuneSettings, counted: dict[tuple[o
     unet = task.modules["unet"]
     assert isinstance(unet, UNet2DConditionModel)
     unet.enable_gradient_checkpointing(settings.gradient_checkpointing)  # and the last trial is the one that is trained
-    key = (settings.gradient_checkpointing, settings.optimizer_in_backward, settings.bf16_weights)
+    key = tuple(is_on(settings, saving.flag) for saving in SAVINGS if saving.flag != "use_8bit_adam")
     if key not in counted:
         counted[key] = step_bytes(task, settings)
     return budget(task, settings, counted[key])
@@ -109,6 +114,7 @@ def possible(task: "Task", settings: FineTuneSettings) -> list[str]:
     ours = task.optimizer is None  # a task's own optimizer is made already
     once = not settings.cuda_graph  # it does not go with two of them
     rules = {
+        "layerwise_casting": may_cast(settings) and any(p.dtype in HALF for p in task.modules["unet"].parameters()),
         "gradient_checkpointing": once,
         "use_8bit_adam": ours,
         "optimizer_in_backward": ours
@@ -118,7 +124,18 @@ def possible(task: "Task", settings: FineTuneSettings) -> list[str]:
         and distributed.world().size == 1,
         "bf16_weights": ours and settings.mixed_precision == "bf16" and not settings.use_ema and task.ema_decay is None,
     }
-    return [saving.flag for saving in SAVINGS if rules[saving.flag] and not getattr(settings, saving.flag)]
+    return [saving.flag for saving in SAVINGS if rules[saving.flag] and not is_on(settings, saving.flag)]
+
+
+def may_cast(settings: FineTuneSettings) -> bool:
+    """Shall weights stay as the file has them, for each layer to widen? With --fit, `chosen` says so at last."""
+    asked = isinstance(settings, FrozenSettings) and (settings.layerwise_casting or settings.fit is not None)
+    return asked and settings.mixed_precision == "no"
+
+
+def is_on(settings: FineTuneSettings, flag: str) -> bool:
+    """Some methods do not know all of them."""
+    return bool(getattr(settings, flag, False))
 
 
 def as_begun(task: "Task", settings: FineTuneSettings) -> tuple[FineTuneSettings, list[str]]:
@@ -146,7 +163,7 @@ def why(settings: FineTuneSettings, begun: FineTuneSettings, trial: FineTuneSett
 
 def switched_on(before: FineTuneSettings, after: FineTuneSettings) -> list[str]:
     """The savings that are on after and were not before."""
-    return [saving.flag for saving in SAVINGS if getattr(after, saving.flag) and not getattr(before, saving.flag)]
+    return [saving.flag for saving in SAVINGS if is_on(after, saving.flag) and not is_on(before, saving.flag)]
 
 
 def nothing_fits(settings: FineTuneSettings, least: Budget, limit: int) -> str:
@@ -164,6 +181,8 @@ def other_hints(settings: FineTuneSettings) -> list[str]:
     """What is no saving but another run: fewer or smaller pictures at once, fewer weights; the cheapest first."""
     smaller, half, picture = OTHER_HINTS
     hints = [UNRECORDED] if settings.cuda_graph else []
+    stays = isinstance(settings, FrozenSettings) and settings.mixed_precision == "no" and not may_cast(settings)
+    hints += [AS_STORED] if stays else []
     hints += [smaller] if settings.train_batch_size > 1 else []
     hints += [half] if settings.mixed_precision == "no" else []
     hints.append(picture)

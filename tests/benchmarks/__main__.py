@@ -119,8 +119,11 @@ def attention(s: Session) -> Iterator[Callable[[], Found]]:
 
 
 def memory(s: Session) -> Iterator[Callable[[], Found]]:
-    for size in s.sizes():
-        for method in ("lora",) if s.quick else training.METHODS:
+    sizes = s.sizes()
+    if not (s.quick or s.gpu):  # the peers compute in fp32 whatever the file has
+        sizes.append(training.Size("SD 1.5 size, file in fp16", models.in_fp16(sizes[-1].folder), 512, 1))
+    for size in sizes:
+        for method in ("lora",) if s.quick or "fp16" in size.name else training.METHODS:
             if method == "dreambooth" and size.name != "pocket" and not s.gpu:
                 continue
 

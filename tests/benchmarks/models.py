@@ -76,6 +76,15 @@ def sd15_folder(folder: Path) -> Path:
     return folder
 
 
+def in_fp16(folder: Path) -> Path:
+    """The same model as most people download it, made once; beside `folder`."""
+    half = folder.with_name(f"{folder.name}-fp16")
+    if not (half / "model_index.json").is_file():
+        shutil.rmtree(half, ignore_errors=True)
+        StableDiffusionPipeline.from_pretrained(folder).save_pretrained(half, torch.float16)
+    return half
+
+
 def lora_unet_on_meta(rank: int = 8, dtype: torch.dtype = torch.float16) -> UNet2DConditionModel:
     """Shapes alone: the frozen U-Net in half precision and its adapters, as `minidiff train lora` has them."""
     with without_init():

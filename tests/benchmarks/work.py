@@ -22,7 +22,7 @@ from benchmarks.saved_bytes import saved_bytes
 from benchmarks.timing import Seconds, measure, summaries, timed
 from minidiff.graphs import Graphs
 from minidiff.models.attention import GPU_IMPLS, IMPLS, attention, reading_once
-from minidiff.models.lean import standing_still
+from minidiff.models.layers import standing_still
 from minidiff.pipeline import StableDiffusionPipeline
 
 RECORDED = "minidiff --cuda_graph"  # on a GPU

@@ -137,7 +137,7 @@ def test_fit_leaves_weights_as_stored_only_where_it_must(half_folder: Path, home
     tight = replace(settings, fit=f"{(wide.together - 1000) / 1000:.3f}KB")
     now, need, note = chosen(task, tight)
     assert now.layerwise_casting and need.together == narrow.together and layer_dtypes(task) == {torch.float16}
-    assert "--layerwise_casting: a few hundredths more time, the same result" in note
+    assert "--layerwise_casting: up to a tenth more time, the same result" in note
     now, need, _ = chosen(task, settings)
     assert not now.layerwise_casting and need.together == wide.together and layer_dtypes(task) == {torch.float32}
     assert savings.budget(task, now).together == wide.together  # in numbers as in memory

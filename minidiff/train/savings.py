@@ -35,7 +35,7 @@ class Saving:
 
 # The cheapest first. Each costs more than all before it together: a dearer one never comes in where cheaper ones would do.
 SAVINGS = (
-    Saving("layerwise_casting", "a few hundredths more time, the same result"),
+    Saving("layerwise_casting", "up to a tenth more time, the same result"),
     Saving("gradient_checkpointing", "a third more time, the same result"),
     Saving("use_8bit_adam", "rounded running means, other last digits"),
     Saving("optimizer_in_backward", "each tensor's gradient clipped by itself, not all together"),

@@ -75,6 +75,13 @@ def tell_malloc(option: int, value: int) -> None:
         malloc_options[option] = value
 
 
+def machine_memory() -> int | None:
+    """All that this machine has, in bytes; None on Windows, where Python cannot say."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def peak_memory(device: str) -> int | None:
     """The most that this process has had so far, in bytes: of tensors on a GPU, else of everything. None on Windows.
 

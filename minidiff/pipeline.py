@@ -91,7 +91,8 @@ class StableDiffusionPipeline:
         """Read a folder in the diffusers layout, or a hub id whose files are in the local cache.
 
         The VAE stays in fp32 whatever `torch_dtype` says: in fp16 it overflows, and the picture is black.
-        With `layerwise_casting`, weights of the U-Net that the file has in half precision stay so: see models/layers.py.
+        With `layerwise_casting`, weights of the U-Net that the file has in half precision stay so (models/layers.py);
+        a LoRA that is fused into them is rounded to it.
         Raises WeightsError for anything that is missing, damaged or does not fit.
         """
         return cls(*read_folder(folder, torch_dtype, layerwise_casting))
@@ -100,7 +101,7 @@ class StableDiffusionPipeline:
     def from_single_file(
         cls, path: str | Path, tokenizer: str | Path, torch_dtype: torch.dtype = torch.float32
     ) -> "StableDiffusionPipeline":
-        """Read one LDM/CompVis `.safetensors` file of SD 1.x. It has no vocabulary: `tokenizer` is the folder of one."""
+        """Read an SD 1.x checkpoint in one LDM/CompVis file. It has no vocabulary: `tokenizer` is any SD 1.x's folder."""
         return cls(*read_single_file(path, tokenizer, torch_dtype))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:

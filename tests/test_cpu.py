@@ -15,6 +15,7 @@ from minidiff.models.blocks import FeedForward
 from minidiff.models.layers import Conv2d, Linear, standing_still
 from minidiff.models.precision import slow_half
 from minidiff.models.unet import UNet2DConditionModel
+from minidiff.train.metering import ready_bytes
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # B, C, O, H, W, kernel, stride, padding; and the way it goes, with weights that may change and with weights that stand still
@@ -281,6 +282,21 @@ def test_in_training_only_what_is_frozen_stands_still() -> None:
         assert [layer.ready is None for layer in (moves, frozen, large)] == [True, False, True]
     with torch.no_grad(), standing_still([layers], large=True):
         assert not [layer for layer in (moves, frozen, large) if layer.ready is None]
+
+
+@torch.no_grad()
+def test_a_small_machine_is_not_crowded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of large weights only where there is four times their memory; the arithmetic before a run knows it."""
+    small, large = Conv2d(8, 8, 3, padding=1), Conv2d(512, 512, 3, padding=1)
+    weights = 4 * (small.weight.numel() + large.weight.numel())
+    shapes = [(layer, torch.Size((1, layer.in_channels, 32, 32))) for layer in (small, large)]
+    counted = []
+    for memory, kept in ((4 * weights, True), (4 * weights - 1, False), (None, True)):
+        monkeypatch.setattr("minidiff.device.machine_memory", lambda memory=memory: memory)
+        with standing_still([nn.ModuleList([small, large])], large=True):
+            assert small.ready is not None and (large.ready is not None) == kept
+        counted.append(ready_bytes(shapes, drawing=True))
+    assert counted[0] == counted[2] > counted[1] == ready_bytes(shapes[:1], drawing=True) > 0
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from minidiff.device import chosen_device, keep_memory, peak_memory
+from minidiff.device import chosen_device, keep_memory, machine_memory, peak_memory
 from minidiff.errors import SettingsError
 from minidiff.train.guards import deterministic
 
@@ -27,6 +27,11 @@ def test_the_peak_is_this_process_s_own() -> None:
     ).stdout
     assert ours is not None and ours > large.nbytes
     assert 20 * MIB < int(said) < ours - 300 * MIB
+
+
+def test_the_machine_has_more_than_this_process() -> None:
+    there, ours = machine_memory(), peak_memory("cpu")
+    assert there is None or (ours is not None and ours < there)
 
 
 def test_kept_memory_changes_no_number() -> None:

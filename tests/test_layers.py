@@ -12,7 +12,7 @@ from tiny_recipes import draw_pictures, tiny
 from torch import Tensor, nn
 
 from minidiff.cli import main
-from minidiff.errors import SettingsError
+from minidiff.errors import MinidiffError, SettingsError
 from minidiff.models.layers import Conv2d, Linear, cast_layerwise
 from minidiff.models.precision import HALF
 from minidiff.pipeline import StableDiffusionPipeline
@@ -20,7 +20,7 @@ from minidiff.train import savings
 from minidiff.train.loop import Task, fit
 from minidiff.train.metering import fullest_bytes
 from minidiff.train.recipes import RECIPES
-from minidiff.train.savings import chosen
+from minidiff.train.savings import budgeted, chosen
 
 
 @pytest.fixture(autouse=True)
@@ -144,10 +144,20 @@ def test_fit_leaves_weights_as_stored_only_where_it_must(half_folder: Path, home
     tight = replace(settings, fit=f"{(wide.together - 1000) / 1000:.3f}KB")
     now, need, note = chosen(task, tight)
     assert now.layerwise_casting and need.together == narrow.together and layer_dtypes(task) == {torch.float16}
-    assert "--layerwise_casting: up to a tenth more time, the same result" in note
+    assert "--layerwise_casting: about a tenth more time, the same result" in note
     now, need, _ = chosen(task, settings)
     assert not now.layerwise_casting and need.together == wide.together and layer_dtypes(task) == {torch.float32}
     assert savings.budget(task, now).together == wide.together  # in numbers as in memory
+
+
+def test_running_out_of_memory_names_it_first(half_folder: Path, home: Path) -> None:
+    """Also where --fit saw no need of it, and widened the weights."""
+    for changes in ({}, {"fit": "100TB"}):
+        settings = tiny("lora", half_folder, home / "pictures", home / "run", **changes)
+        task = RECIPES[type(settings)](settings)
+        with pytest.raises(MinidiffError, match=r"What helps, the cheapest first:\n  --layerwise_casting, if the model's file"):
+            with budgeted(task, settings):
+                raise MemoryError
 
 
 def test_a_file_in_fp32_has_nothing_to_leave(tiny_folder: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -225,9 +225,9 @@ def test_running_out_of_memory(
     said = capsys.readouterr().err
     assert leave.value.code == 2 and "minidiff: out of memory while training.\nMemory of the run" in said
     hints = [
+        "--layerwise_casting, if",
         "--use_8bit_adam (",
         "--optimizer_in_backward (",
-        "--layerwise_casting, if",
         "--mixed_precision bf16",
         "a smaller --resolution",
         "--rank",

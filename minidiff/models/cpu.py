@@ -12,7 +12,7 @@ times as long. And where a picture is large, 9 multiplications for each weight a
     winograd   4 x 4 cells at a time with 36 multiplications instead of 144: kernels of 3 x 3 over 32 x 32 cells and more;
                2 x 2 with 16 instead of 36 over 16 x 16, if the weights stand still
 
-Which way a convolution goes depends on its shapes and on whether its weights stand still (lean.py), and on no clock, so that
+Which way a convolution goes depends on its shapes and on whether its weights stand still (layers.py), and on no clock, so that
 the same run gives the same numbers every time. All three give F.conv2d's numbers up to rounding: 3e-6 of the largest for
 winograd, where oneDNN has 1e-6 to 5e-6, and 3e-7 for product.
 
@@ -38,7 +38,10 @@ AT_ONCE = 3 * 2**20  # numbers that winograd transforms together: 12 MB, which s
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear, in x's number format. (PyTorch's way in fp32 is as fast as these processors are.) Not for autograd."""
+    """F.linear; the weight may have fewer bits than x and the bias. Not for autograd.
+
+    (PyTorch's way in fp32 is as fast as these processors are.)
+    """
     if not slow_half(x := as_autocast(x)):
         return F.linear(x, weight.to(x.dtype), bias)
     with full_precision(x):

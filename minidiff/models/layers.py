@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from minidiff import device
 from minidiff.models import cpu, lean
 from minidiff.models.precision import HALF, as_autocast
 
@@ -59,11 +60,12 @@ def standing_still(models: Iterable[nn.Module], large: bool) -> Iterator[None]:
     """Inside the `with`, no convolution of `models` changes, so what a CPU makes of its weights is made once.
 
     In training, where gradients flow, that holds for the frozen ones alone. It takes memory: of `large` weights up to four
-    times their own; without them, a few MB.
+    times their own, if the machine has it (`roomy`); without them, a few MB.
     """
     training = torch.is_grad_enabled()
     convolutions = [m for model in models for m in model.modules() if isinstance(m, Conv2d)]
     still = [m for m in convolutions if not (training and m.weight.requires_grad)]
+    large = large and roomy(still)
     chosen = [m for m in still if large or m.weight.numel() <= cpu.MANY]
     before = [m.ready for m in chosen]
     for m in chosen:
@@ -73,6 +75,12 @@ def standing_still(models: Iterable[nn.Module], large: bool) -> Iterator[None]:
     finally:
         for m, old in zip(chosen, before):
             m.ready = old
+
+
+def roomy(convolutions: Iterable[Conv2d]) -> bool:
+    """Has this machine four times the memory of these weights in fp32? (9 GB for SD 1.5's, whose copies take 2.5.)"""
+    there = device.machine_memory()
+    return there is None or 4 * sum(4 * m.weight.numel() for m in convolutions) <= there
 
 
 # --- frozen, through which gradients pass -------------------------------------------------------------------------------

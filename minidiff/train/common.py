@@ -154,7 +154,7 @@ def predict(pipe: StableDiffusionPipeline, batch: Batch, unet: Answer | None = N
     return (unet or pipe.unet)(x_t, t, text), x_t, t, text
 
 
-def by_pieces(pipe: StableDiffusionPipeline, settings: FineTuneSettings, batch: Batch) -> Tensor:
+def answer_to(pipe: StableDiffusionPipeline, settings: FineTuneSettings, batch: Batch) -> Tensor:
     """The U-Net's answer to a batch; of as many samples at once as in training, for which there is memory."""
     at_once = max(1, settings.train_batch_size // world().size)
     pieces = zip(*(rows.split(at_once) for rows in batch.values()))
@@ -278,11 +278,11 @@ def make_task(
     fixed = validation_set(validation)
     whole_model = isinstance(settings, FullSettings)  # is what comes out
     put_away(idle_networks(pipe, data), needed_again=bool(settings.validation_steps) or whole_model)
-    check_prediction_type(pipe.schedule, fixed, lambda batch: by_pieces(pipe, settings, batch))
+    check_prediction_type(pipe.schedule, fixed, lambda batch: answer_to(pipe, settings, batch))
 
     def errors(batch: Batch) -> Tensor:
         mask = batch["mask"].to(pipe.device) if "mask" in batch else None
-        return squared_error(by_pieces(pipe, settings, batch), target_of(pipe, batch), mask)
+        return squared_error(answer_to(pipe, settings, batch), target_of(pipe, batch), mask)
 
     def validate() -> dict[str, float]:
         with without_dropout(pipe):

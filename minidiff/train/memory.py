@@ -124,11 +124,12 @@ def allowance(where: str, fullest: int) -> Row:
 
 
 def module_bytes(module: nn.Module, device: str) -> int:
+    """Of its tensors that are on the device."""
     return sum(t.nbytes for t in tensors_on(module, device))
 
 
 def tensors_on(module: nn.Module, device: str) -> list[Tensor]:
-    """Its tensors that are on the device."""
+    """Parameters and buffers."""
     return [t for t in chain(module.parameters(), module.buffers()) if t.device.type == device]
 
 

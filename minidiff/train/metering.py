@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from minidiff.config import VAEConfig
 from minidiff.models import cpu
-from minidiff.models.layers import Conv2d
+from minidiff.models.layers import Conv2d, roomy
 from minidiff.models.precision import HALF
 from minidiff.models.vae import AutoencoderKL
 from minidiff.train import distributed
@@ -92,7 +92,7 @@ class Pass(nn.Module):
 
     def as_computed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """In the format of --mixed_precision what has the format of most: such copies autocast keeps until the backward."""
-        if self.dtype == torch.float32:
+        if self.dtype == torch.float32:  # without autocast: each layer widens its own weight, for a moment
             return tensors
         most = {part: next(network.parameters()).dtype for part, network in self.named_children()}
         return {name: t.to(self.dtype) if t.dtype == most[name.partition(".")[0]] else t for name, t in tensors.items()}
@@ -114,11 +114,11 @@ def read_by_convolutions(module: nn.Module) -> Iterator[list[tuple[Conv2d, torch
 def ready_bytes(convolutions: list[tuple[Conv2d, torch.Size]], drawing: bool) -> int:
     """What a CPU makes once of weights that stand still (models/cpu.py), in fp32.
 
-    In training, the frozen ones that are not large, for the way back too; in `drawing`, all of them, for the way there.
+    In training, the frozen ones that are not large, for the way back too; in `drawing`, all that there is room for, one way.
     """
-    total = 0
+    total, large = 0, drawing and roomy(m for m, _ in convolutions)
     for m, shape in convolutions:
-        if not drawing and (m.weight.requires_grad or m.weight.numel() > cpu.MANY):
+        if (m.weight.requires_grad and not drawing) or (m.weight.numel() > cpu.MANY and not large):
             continue
         way, cells = cpu.way_of(shape, m.weight, m.stride[0], int(m.padding[0]), still=True), shape[-1] * shape[-2]
         times = {"direct": 1.0, "product": 0.0, "winograd": 36 / 9 if cells >= 1024 else 16 / 9}[way]

@@ -35,7 +35,7 @@ class Saving:
 
 # The cheapest first. Each costs more than all before it together: a dearer one never comes in where cheaper ones would do.
 SAVINGS = (
-    Saving("layerwise_casting", "up to a tenth more time, the same result"),
+    Saving("layerwise_casting", "about a tenth more time, the same result"),
     Saving("gradient_checkpointing", "a third more time, the same result"),
     Saving("use_8bit_adam", "rounded running means, other last digits"),
     Saving("optimizer_in_backward", "each tensor's gradient clipped by itself, not all together"),
@@ -71,7 +71,7 @@ def budgeted(task: "Task", settings: FineTuneSettings) -> Iterator[FineTuneSetti
 def chosen(task: "Task", settings: FineTuneSettings) -> tuple[FineTuneSettings, Budget, str]:
     """The settings with the cheapest savings under which the run fits, its budget, and why, in words.
 
-    A run that goes on keeps the savings it was begun with, but for gradient checkpointing, which changes no result.
+    A run that goes on keeps the savings it was begun with, but for those that change no result.
     SettingsError where nothing fits.
     """
     if settings.fit is None:
@@ -181,8 +181,6 @@ def other_hints(settings: FineTuneSettings) -> list[str]:
     """What is no saving but another run: fewer or smaller pictures at once, fewer weights; the cheapest first."""
     smaller, half, picture = OTHER_HINTS
     hints = [UNRECORDED] if settings.cuda_graph else []
-    stays = isinstance(settings, FrozenSettings) and settings.mixed_precision == "no" and not may_cast(settings)
-    hints += [AS_STORED] if stays else []
     hints += [smaller] if settings.train_batch_size > 1 else []
     hints += [half] if settings.mixed_precision == "no" else []
     hints.append(picture)
@@ -193,10 +191,13 @@ def other_hints(settings: FineTuneSettings) -> list[str]:
 
 def after_running_out(task: "Task", settings: FineTuneSettings, need: Budget) -> str:
     """The message of a run that ran out of memory: where it went, what helps, and what is saved."""
-    flags = [f"--{saving.flag} ({saving.cost})" for saving in SAVINGS if saving.flag in possible(task, settings)]
+    casts = isinstance(settings, FrozenSettings) and settings.mixed_precision == "no" and not settings.layerwise_casting
+    flags = [AS_STORED] if casts else []  # the weights were widened when they were loaded, or by `chosen`
+    flags += [f"--{saving.flag} ({saving.cost})" for saving in SAVINGS if saving.flag in possible(task, settings)]
     hints = "".join(f"\n  {hint}" for hint in [*flags, *other_hints(settings)])
     good = checkpoint.latest(Path(settings.output_dir))
     change = "leaving out --cuda_graph" if settings.cuda_graph else "--gradient_checkpointing"
+    change += " or --layerwise_casting" * casts
     goes_on = f"--resume_from_checkpoint latest goes on from it, with no other change than {change}"
     kept = f"The last whole checkpoint is {good}; {goes_on}." if good else "No checkpoint had been saved yet."
     return f"out of memory while training.\n{need}\nWhat helps, the cheapest first:{hints}\n{kept}"

@@ -205,7 +205,7 @@ class FineTuneSettings(TrainSettings):
     gradient_checkpointing: bool = False
     """Spare most of the memory of a step, and make it longer by a third: the backward computes layers again. Same result."""
     fit: str | None = None
-    """Memory that the run may take, such as 8GB or 7.5GiB: switches on the cheapest of the savings above that suffice."""
+    """Memory that the run may take, such as 8GB or 7.5GiB: switches on the cheapest savings that suffice."""
     cuda_graph: bool = False
     """On a GPU, record the U-Net's kernels once, forward and backward, and replay them; spares starting them, takes memory."""
     cache_latents: bool = True

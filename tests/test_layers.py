@@ -42,19 +42,7 @@ def home(memory_path: Path) -> Path:  # noqa: F811
     return memory_path
 
 
-def stored(layer: nn.Module, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The layer with a weight in half precision, and its twin, whose weight was widened before."""
-    layer = layer.requires_grad_(False)
-    for i, p in enumerate(layer.parameters()):
-        p.data = random(*p.shape, seed=i)
-    twin = type(layer)(**layer.how)  # type: ignore[arg-type, operator]
-    layer.to(dtype)
-    twin.load_state_dict(layer.state_dict())
-    cast_layerwise(layer, torch.float32)
-    return layer, twin.requires_grad_(False)
-
-
-LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = {
+LAYERS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...]]] = {
     "linear": (Linear, {"in_features": 6, "out_features": 5}, (2, 3, 6)),
     "linear without bias": (Linear, {"in_features": 6, "out_features": 5, "bias": False}, (2, 3, 6)),
     "direct": (Conv2d, {"in_channels": 4, "out_channels": 3, "kernel_size": 3, "padding": 1}, (2, 4, 8, 6)),
@@ -70,9 +58,11 @@ LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = {
 def test_a_layer_widens_its_weight_there_and_back(name: str, dtype: torch.dtype) -> None:
     """Equal to the bit to a layer whose weight was widened when it was loaded; the weight itself stays as it is."""
     kind, how, shape = LAYERS[name]
-    layer = kind(**how)
-    layer.how = how  # type: ignore[assignment]
-    layer, twin = stored(layer, dtype)
+    layer, twin = (kind(**how).requires_grad_(False) for _ in range(2))
+    for i, p in enumerate(layer.parameters()):
+        p.data = random(*p.shape, seed=i).to(dtype)
+    twin.load_state_dict(layer.state_dict())
+    cast_layerwise(layer, torch.float32)
     assert layer.weight.dtype == dtype and twin.weight.dtype == torch.float32
     assert layer.bias is None or layer.bias.dtype == torch.float32
 

@@ -123,7 +123,7 @@ def test_only_what_can_be(tiny_folder: Path, home: Path, method: str, changes: d
     """And what is offered, trains."""
     task, settings = made(method, tiny_folder, home, **changes, max_train_steps=1)
     free = possible(task, settings)
-    assert set(ALL_METHODS) - set(free) == without
+    assert set(FLAGS) - set(free) == without | {"layerwise_casting"}  # the file is in fp32
     assert fit(task, replace(settings, **dict.fromkeys(free, True))).finished
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_recipes import draw_pictures, tiny
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidiff.config import TINY_VAE, NoiseConfig
 from minidiff.diffusion.losses import squared_error
@@ -122,3 +122,19 @@ def test_no_more_samples_at_once_than_in_training(tiny_folder: Path, tmp_path: P
     task.modules["unet"].register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     assert task.validate is not None and task.validate()["val_loss"] > 0
     assert sizes == 3 * calls  # three pictures
+
+
+def test_who_is_done_leaves_before_the_first_look(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VAE and text encoder take memory that the U-Net's first call could need."""
+    draw_pictures(tmp_path / "pictures")
+    vaes: list[AutoencoderKL] = []
+    monkeypatch.setattr(AutoencoderKL, "eval", lambda self: vaes.append(self) or nn.Module.eval(self))
+    looked: list[bool] = []
+
+    def look(*_: object) -> None:
+        looked.append(next(vaes[0].parameters()).is_meta)
+
+    monkeypatch.setattr("minidiff.train.common.check_prediction_type", look)
+    settings = tiny("lora", tiny_folder, tmp_path / "pictures", tmp_path / "run")
+    RECIPES[type(settings)](settings)
+    assert looked == [True]

@@ -49,7 +49,7 @@ class FrozenSettings(FineTuneSettings):
 
     def check(self) -> None:
         super().check()
-        rule = "goes with --mixed_precision no: under the others, weights are in half precision as it is"
+        rule = "goes with --mixed_precision no: under the others, weights are in half precision anyway"
         self.need(not self.layerwise_casting or self.mixed_precision == "no", "layerwise_casting", rule)
 
 

@@ -85,7 +85,7 @@ def chosen(task: "Task", settings: FineTuneSettings) -> tuple[FineTuneSettings, 
         plain, least = plain or need, need if least is None or need.together < least.together else least
         if need.together <= limit:
             if may_cast(trial) and not is_on(trial, "layerwise_casting"):
-                task.modules["unet"].float()
+                task.modules["unet"].float()  # it was loaded as its file has it, and need not stay so
             return trial, need, why(settings, begun, trial, plain, need)
     assert least is not None
     raise SettingsError(nothing_fits(settings, least, limit))

@@ -34,16 +34,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from minidiff import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from minidiff.config import SD15_UNET, SD15_VAE, NoiseConfig
-from minidiff.diffusion.guidance import guided
-from minidiff.diffusion.samplers import ddim
-from minidiff.diffusion.schedule import NoiseSchedule
-from minidiff.images import HAIRLINE, INK, PAPER, contact_sheet, to_pil, to_tensor
-from minidiff.layout import SD15_TEXT
-from minidiff.models.text import build_text_encoder, tokenize
-from minidiff.models.vae import sample_posterior
+from minidiff.core.config import SD15_UNET, SD15_VAE, NoiseConfig
+from minidiff.core.grids import ddim
+from minidiff.core.guidance import guided
+from minidiff.core.rng import normal
+from minidiff.core.schedule import NoiseSchedule
+from minidiff.core.text import build_text_encoder, tokenize
+from minidiff.core.vae import sample_posterior
+from minidiff.draw.images import HAIRLINE, INK, PAPER, contact_sheet, to_pil, to_tensor
+from minidiff.files.folder import SD15_TEXT
 from minidiff.pocket.world import Picture, draw
-from minidiff.rng import normal
 
 LESSONS = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()  # a notebook has no __file__
 ROOT = LESSONS.parent

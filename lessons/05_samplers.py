@@ -25,11 +25,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from minidiff import StableDiffusionPipeline
-from minidiff.config import NoiseConfig
-from minidiff.diffusion.samplers import SAMPLERS
-from minidiff.diffusion.schedule import NoiseSchedule, karras_sigmas, sigmas_at, timesteps, timesteps_at
-from minidiff.images import HAIRLINE, INK, PAPER, contact_sheet, to_pil
-from minidiff.rng import normal
+from minidiff.core.config import NoiseConfig
+from minidiff.core.grids import SAMPLERS
+from minidiff.core.rng import normal
+from minidiff.core.schedule import NoiseSchedule, karras_sigmas, sigmas_at, timesteps, timesteps_at
+from minidiff.draw.images import HAIRLINE, INK, PAPER, contact_sheet, to_pil
 
 LESSONS = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()  # a notebook has no __file__
 ROOT = LESSONS.parent

@@ -11,22 +11,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minidiff.diffusion.schedule import NoiseSchedule
-    from minidiff.errors import MinidiffError
-    from minidiff.models.attention import attention
-    from minidiff.models.unet import UNet2DConditionModel
-    from minidiff.models.vae import AutoencoderKL
-    from minidiff.pipeline import StableDiffusionPipeline
+    from minidiff.core.errors import MinidiffError
+    from minidiff.core.schedule import NoiseSchedule
+    from minidiff.core.transformer import attention
+    from minidiff.core.unet import UNet2DConditionModel
+    from minidiff.core.vae import AutoencoderKL
+    from minidiff.draw.pipeline import StableDiffusionPipeline
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "StableDiffusionPipeline": "minidiff.pipeline",
-    "UNet2DConditionModel": "minidiff.models.unet",
-    "AutoencoderKL": "minidiff.models.vae",
-    "NoiseSchedule": "minidiff.diffusion.schedule",
-    "attention": "minidiff.models.attention",
-    "MinidiffError": "minidiff.errors",
+    "StableDiffusionPipeline": "minidiff.draw.pipeline",
+    "UNet2DConditionModel": "minidiff.core.unet",
+    "AutoencoderKL": "minidiff.core.vae",
+    "NoiseSchedule": "minidiff.core.schedule",
+    "attention": "minidiff.core.transformer",
+    "MinidiffError": "minidiff.core.errors",
 }
 __all__ = [
     "AutoencoderKL",

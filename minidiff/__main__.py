@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """cli.main, which has an answer to Ctrl-C; so that there is one while it is being imported, too."""
     try:
-        from minidiff.cli import main as command
+        from minidiff.cli.main import main as command
     except KeyboardInterrupt:
         sys.exit(130)
     command()

@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 import runpy
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="minidiff-tests-")  # hashes of files are kept in the user's cache
+sys.path += [str(folder) for folder in Path(__file__).parent.iterdir() if folder.is_dir()]  # tests use each other's helpers
 torch.set_num_threads(1)  # the same bits on every machine, and nothing here is big enough for two
 
 PROMPTS = ["a photo of a red dog on the beach", "a drawing of a blue cat in the snow"]
@@ -39,12 +41,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     The weights come from `fill` in golden/make_models.py, which keeps variances: the networks answer with numbers
     about 1, so that a difference shows, as it would not behind PyTorch's small initial weights.
     """
-    from minidiff.config import TINY_UNET, TINY_VAE, NoiseConfig
-    from minidiff.layout import SD15_TEXT
-    from minidiff.models.text import build_text_encoder, load_tokenizer
-    from minidiff.models.unet import UNet2DConditionModel
-    from minidiff.models.vae import AutoencoderKL
-    from minidiff.pipeline import StableDiffusionPipeline
+    from minidiff.core.config import TINY_UNET, TINY_VAE, NoiseConfig
+    from minidiff.core.text import build_text_encoder, load_tokenizer
+    from minidiff.core.unet import UNet2DConditionModel
+    from minidiff.core.vae import AutoencoderKL
+    from minidiff.draw.pipeline import StableDiffusionPipeline
+    from minidiff.files.folder import SD15_TEXT
     from minidiff.pocket.tokenizer import build_tokenizer
 
     fill = runpy.run_path(str(Path(__file__).parent / "golden" / "make_models.py"))["fill"]

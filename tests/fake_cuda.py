@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minidiff import graphs
+from minidiff.fast import graphs
 
 
 class Tape(TorchDispatchMode):

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from minidiff.adapters.inject import DEFAULT_TARGETS, adapter_weights, eject, inject, trainable
-from minidiff.adapters.lora import LoRAWeights
+from minidiff.core.inject import DEFAULT_TARGETS, adapter_weights, eject, inject, trainable
+from minidiff.core.lora import LoRAWeights
 
 EVERY = ("attention", "feed_forward", "projections", "resnets", "samplers")  # linear layers and convolutions
 

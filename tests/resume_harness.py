@@ -17,17 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minidiff import weights
-from minidiff.config import TINY_VAE
-from minidiff.models.vae import AutoencoderKL
-from minidiff.rng import hashed_seed, normal
-from minidiff.train import checkpoint
-from minidiff.train.data import LatentData
-from minidiff.train.folders import read_folder
-from minidiff.train.loop import Report, Task, fit
-from minidiff.train.muon import Muon
-from minidiff.train.run import read_metrics
-from minidiff.train.settings import FineTuneSettings, TrainSettings
+from minidiff.core.config import TINY_VAE
+from minidiff.core.rng import hashed_seed, normal
+from minidiff.core.train import Report, Task, fit
+from minidiff.core.vae import AutoencoderKL
+from minidiff.files import weights
+from minidiff.pocket.muon import Muon
+from minidiff.trainer import checkpoint
+from minidiff.trainer.dataset import read_folder
+from minidiff.trainer.latents import LatentData
+from minidiff.trainer.run import read_metrics
+from minidiff.trainer.settings import FineTuneSettings, TrainSettings
 
 PATHS = {"train_config.toml", "metrics.jsonl", ".lock"}  # these hold paths or times; rows of metrics are compared apart
 

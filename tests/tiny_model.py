@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from minidiff.config import TINY_UNET, TINY_VAE, NoiseConfig
-from minidiff.models.text import build_text_encoder, load_tokenizer
-from minidiff.models.unet import UNet2DConditionModel
-from minidiff.models.vae import AutoencoderKL
-from minidiff.pipeline import StableDiffusionPipeline
+from minidiff.core.config import TINY_UNET, TINY_VAE, NoiseConfig
+from minidiff.core.text import build_text_encoder, load_tokenizer
+from minidiff.core.unet import UNet2DConditionModel
+from minidiff.core.vae import AutoencoderKL
+from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.pocket.tokenizer import build_tokenizer
 
 

@@ -8,17 +8,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidiff.pipeline import StableDiffusionPipeline
-from minidiff.train.loop import Task, fit
-from minidiff.train.methods import (
+from minidiff.core.train import Task, fit
+from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.trainer.methods import (
     DreamBoothSettings,
     FullSettings,
     LoRASettings,
     PivotalSettings,
     TextualInversionSettings,
 )
-from minidiff.train.recipes import RECIPES
-from minidiff.train.settings import FineTuneSettings
+from minidiff.trainer.recipes import RECIPES
+from minidiff.trainer.settings import FineTuneSettings
 
 SKS = {"instance_prompt": "a photo of a sks dog"}
 WORD = {"placeholder_token": "<dog>", "initializer_token": "dog", "learning_rate": 1e-2, "num_vectors": 2}

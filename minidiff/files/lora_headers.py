@@ -8,12 +8,12 @@ dialects.py knows the names; lora.py reads the data.
 from dataclasses import dataclass
 from pathlib import Path
 
-from minidiff import keymaps
-from minidiff.config import UNetConfig
-from minidiff.errors import AdapterError
-from minidiff.files import embeddings
-from minidiff.files.dialects import place_of
-from minidiff.weights import TensorFile, TensorInfo
+from minidiff.core.config import UNetConfig
+from minidiff.core.errors import AdapterError
+from minidiff.files import names as keymaps
+from minidiff.files import word_file as embeddings
+from minidiff.files.lora_names import place_of
+from minidiff.files.weights import TensorFile, TensorInfo
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"

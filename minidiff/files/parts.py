@@ -16,10 +16,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from minidiff.adapters.lora import LoRAWeights
-from minidiff.errors import AdapterError
+from minidiff.core.errors import AdapterError
+from minidiff.core.lora import LoRAWeights
 from minidiff.files.peft_config import alpha_of
-from minidiff.weights import WEIGHT_DTYPES, TensorInfo, is_finite
+from minidiff.files.weights import WEIGHT_DTYPES, TensorInfo, is_finite
 
 Shape = tuple[int, ...]
 

@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minidiff import keymaps
-from minidiff.adapters.lora import LoRAWeights
-from minidiff.errors import AdapterError
-from minidiff.weights import TensorFile
+from minidiff.core.errors import AdapterError
+from minidiff.core.lora import LoRAWeights
+from minidiff.files import names as keymaps
+from minidiff.files.weights import TensorFile
 
 PEFT_CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import minidiff
-from minidiff.errors import WeightsError
-from minidiff.headers import NAMES, NOT_SAFETENSORS, check_ordinary
-from minidiff.weights import read_header, save
+from minidiff.core.errors import WeightsError
+from minidiff.files.headers import NAMES, NOT_SAFETENSORS, check_ordinary
+from minidiff.files.weights import read_header, save
 
 STARTS = (b"PK", b"\x80")  # how PyTorch's files begin
 REFUSED = 3  # the child's exit code when it can say why

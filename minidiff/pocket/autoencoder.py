@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from minidiff import weights
-from minidiff.config import POCKET_VAE
-from minidiff.device import chosen_device
-from minidiff.images import contact_sheet, to_pil, to_tensor
-from minidiff.models.vae import AutoencoderKL, sample_posterior
+from minidiff.core.config import POCKET_VAE
+from minidiff.core.rng import generator, hashed_seed
+from minidiff.core.train import Batch, Task
+from minidiff.core.vae import AutoencoderKL, sample_posterior
+from minidiff.draw.images import contact_sheet, to_pil, to_tensor
+from minidiff.fast.memory import chosen_device
+from minidiff.files import weights
 from minidiff.pocket.dataset import load_latents, load_world
+from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.settings import PretrainSettings
 from minidiff.pocket.stage import begun, channels_last, chosen, first_of, fused, run
 from minidiff.pocket.world import draw, held_out
-from minidiff.rng import generator, hashed_seed
-from minidiff.train.loop import Batch, Task
-from minidiff.train.muon import Muon, split
 
 KL_WEIGHT = 3e-5  # keeps the latents near a Gaussian, and the decoder used to a little noise in them
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff import weights
-from minidiff.errors import DataError, SettingsError
+from minidiff.core.errors import DataError, SettingsError
+from minidiff.files import weights
 from minidiff.pocket.world import Picture, draw, random_picture
 
 

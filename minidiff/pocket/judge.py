@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff import weights
-from minidiff.errors import WeightsError
-from minidiff.models.vae import AutoencoderKL
+from minidiff.core.errors import WeightsError
+from minidiff.core.rng import generator, hashed_seed
+from minidiff.core.vae import AutoencoderKL
+from minidiff.files import weights
+from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.world import COLOURS, OBJECTS, POSES, SCENES, STYLES, Picture, caption, draw, held_out
-from minidiff.rng import generator, hashed_seed
-from minidiff.train.muon import Muon, split
 
 QUESTIONS: dict[str, tuple[str, ...]] = {"object": OBJECTS, "colour": COLOURS, "scene": SCENES, "style": STYLES}
 
@@ -142,7 +142,7 @@ def judge_checkpoint(folder: str | Path, judge_path: Path, count: int = 500) -> 
     """Everything that the model card says, from `count` held-out prompts at guidance 5 and 25 DDIM steps."""
     from tqdm import tqdm
 
-    from minidiff.pipeline import StableDiffusionPipeline
+    from minidiff.draw.pipeline import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)

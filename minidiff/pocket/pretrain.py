@@ -25,28 +25,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidiff import weights
-from minidiff.config import POCKET_UNET, NoiseConfig
-from minidiff.device import chosen_device
-from minidiff.diffusion.losses import min_snr_weights, mse
-from minidiff.diffusion.schedule import NoiseSchedule, add_noise
-from minidiff.errors import SettingsError
-from minidiff.images import contact_sheet
-from minidiff.layout import read_json, write_json
-from minidiff.models.text import load_tokenizer, tokenize
-from minidiff.models.unet import UNet2DConditionModel
-from minidiff.pipeline import StableDiffusionPipeline
+from minidiff.core.config import POCKET_UNET, NoiseConfig
+from minidiff.core.errors import SettingsError
+from minidiff.core.losses import min_snr_weights, mse
+from minidiff.core.rng import generator, hashed_seed
+from minidiff.core.schedule import NoiseSchedule, add_noise
+from minidiff.core.text import load_tokenizer, tokenize
+from minidiff.core.train import Batch, Task
+from minidiff.core.unet import UNet2DConditionModel
+from minidiff.draw.images import contact_sheet
+from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.fast.memory import chosen_device
+from minidiff.files import weights
+from minidiff.files.folder import read_json, write_json
 from minidiff.pocket.autoencoder import encode_world, load_vae, train_decoder, train_vae
 from minidiff.pocket.dataset import hard_batch, load_latents, load_world, lookalikes
 from minidiff.pocket.judge import judge_checkpoint
+from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.settings import STAGES, PretrainSettings, Stage
 from minidiff.pocket.stage import begun, chosen, first_of, fused, run
 from minidiff.pocket.tokenizer import build_tokenizer
 from minidiff.pocket.towers import Towers, image_tower_config
 from minidiff.pocket.world import caption, held_out, random_caption
-from minidiff.rng import generator, hashed_seed
-from minidiff.train.loop import Batch, Task
-from minidiff.train.muon import Muon, split
 
 CAPTION_DROPOUT = 0.1  # classifier-free guidance (arXiv 2207.12598), algorithm 1
 

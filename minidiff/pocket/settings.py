@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from minidiff.errors import SettingsError
+from minidiff.core.errors import SettingsError
 
 Stage = Literal["world", "vae", "latents", "decoder", "clip", "unet", "assemble", "judge"]
 STAGES: tuple[Stage, ...] = get_args(Stage)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from minidiff import weights
-from minidiff.device import chosen_device
-from minidiff.errors import SettingsError
+from minidiff.core.errors import SettingsError
+from minidiff.core.rng import generator
+from minidiff.core.train import Batch, Task, fit
+from minidiff.fast.memory import chosen_device
+from minidiff.files import weights
 from minidiff.pocket.settings import PretrainSettings, Stage
-from minidiff.rng import generator
-from minidiff.train.loop import Batch, Task, fit
-from minidiff.train.settings import TrainSettings
+from minidiff.trainer.settings import TrainSettings
 
 
 def run(task: Task, settings: PretrainSettings, stage: Stage, steps: int, batch: int, warmup: int = 100) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minidiff.diffusion.samplers import SAMPLERS
-from minidiff.errors import DataError
+from minidiff.core.errors import DataError
+from minidiff.core.grids import SAMPLERS
 from minidiff.studio.foreign import GIVE_MODEL, Reading, clean, listing, needs_picture, shown, take
 
 OURS = {  # ComfyUI's name -> ours

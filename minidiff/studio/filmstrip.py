@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minidiff.diffusion.samplers import Step
-from minidiff.diffusion.schedule import NoiseSchedule
-from minidiff.errors import SettingsError
-from minidiff.images import contact_sheet, to_pil
+from minidiff.core.errors import SettingsError
+from minidiff.core.grids import Step
+from minidiff.core.schedule import NoiseSchedule
+from minidiff.draw.images import contact_sheet, to_pil
 
 if TYPE_CHECKING:
-    from minidiff.pipeline import StableDiffusionPipeline
+    from minidiff.draw.pipeline import StableDiffusionPipeline
 
 
 @dataclass(frozen=True, eq=False)

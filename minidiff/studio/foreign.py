@@ -17,10 +17,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from minidiff.diffusion.samplers import SAMPLERS
-from minidiff.errors import DataError
-from minidiff.images import READ_ERRORS, read_png_text
-from minidiff.models.prompt import clip_skip_from_a1111
+from minidiff.core.errors import DataError
+from minidiff.core.grids import SAMPLERS
+from minidiff.draw.images import READ_ERRORS, read_png_text
+from minidiff.draw.prompting import clip_skip_from_a1111
 
 MAX_TEXT = 1_000_000  # characters: no program writes so much
 MAX_LISTED = 12

@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from minidiff.errors import MinidiffError
-from minidiff.files.embeddings import find_file
-from minidiff.files.lora import find_lora
-from minidiff.layout import local_folder
-from minidiff.weights import find_weights
+from minidiff.core.errors import MinidiffError
+from minidiff.files.folder import local_folder
+from minidiff.files.lora_file import find_lora
+from minidiff.files.weights import find_weights
+from minidiff.files.word_file import find_file
 
 REMEMBERED = 1 << 20  # bytes: smaller files are read as quickly as the cache is asked
 SETTLED = 2.0  # seconds: a file that has just changed may change again within one tick of its file system's clock

@@ -22,16 +22,16 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from minidiff.call import noise_source
-from minidiff.diffusion.interpolation import lerp, slerp
-from minidiff.diffusion.samplers import sampler_named
-from minidiff.errors import MinidiffError, SettingsError, did_you_mean
-from minidiff.images import write_whole
-from minidiff.models.prompt import parse_prompt
-from minidiff.models.text import count_chunks
+from minidiff.core.errors import MinidiffError, SettingsError, did_you_mean
+from minidiff.core.grids import sampler_named
+from minidiff.core.text import count_chunks
+from minidiff.draw.call import noise_source
+from minidiff.draw.images import write_whole
+from minidiff.draw.prompting import parse_prompt
+from minidiff.studio.interpolation import lerp, slerp
 
 if TYPE_CHECKING:
-    from minidiff.pipeline import StableDiffusionPipeline
+    from minidiff.draw.pipeline import StableDiffusionPipeline
 
 Draw = Callable[[Tensor, Tensor], Image.Image]  # (noise (1, C, H, W), text (1, S, D)) -> picture
 EASES = ("even", "smooth")

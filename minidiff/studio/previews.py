@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from minidiff.diffusion.samplers import Step
-from minidiff.images import save_png, to_pil
-from minidiff.models.vae import AutoencoderKL
-from minidiff.rng import generator
+from minidiff.core.grids import Step
+from minidiff.core.rng import generator
+from minidiff.core.vae import AutoencoderKL
+from minidiff.draw.images import save_png, to_pil
 
 if TYPE_CHECKING:
     from collections.abc import Callable

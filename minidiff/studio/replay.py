@@ -19,14 +19,14 @@ from typing import Any, get_type_hints
 import torch
 
 from minidiff import __version__
-from minidiff.config import fits
-from minidiff.errors import DataError, MinidiffError, SettingsError
-from minidiff.flags import Attention, Filmstrip, Morph, Sample, Sheet
-from minidiff.images import check_writable
+from minidiff.cli.flags import Attention, Filmstrip, Morph, Sample, Sheet
+from minidiff.core.config import fits
+from minidiff.core.errors import DataError, MinidiffError, SettingsError
+from minidiff.draw.images import check_writable
 from minidiff.studio.comfyui import read_comfyui
 from minidiff.studio.foreign import Reading, clean, listing, parse_json, picture_texts, read_a1111, shown
 from minidiff.studio.hashes import HASHES, is_sha256, remembered_place
-from minidiff.studio.provenance import CHUNK, NOT_PIXELS, SCHEMA, TEXTS, public_path, several, versions
+from minidiff.studio.recipe import CHUNK, NOT_PIXELS, SCHEMA, TEXTS, public_path, several, versions
 
 Drawing = Sample | Sheet | Morph | Filmstrip | Attention
 # The last line of A1111's text, as provenance.py and previews.py write it.

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.report import OURS, UNITS, Row
-from minidiff.images import HAIRLINE, INK, PAPER, save_png
+from minidiff.draw.images import HAIRLINE, INK, PAPER, save_png
 
 QUICKER, SLOWER, FAINT = "#1d4f8f", "#b3541e", "#6d7079"
 FLOORS = ("torch alone", "Python alone")  # in the table only: nobody can need less

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minidiff.adapters.inject import inject
-from minidiff.config import SD15_UNET, SD15_VAE, NoiseConfig, UNetConfig
-from minidiff.layout import SD15_TEXT
-from minidiff.models.text import build_text_encoder, load_tokenizer
-from minidiff.models.unet import UNet2DConditionModel
-from minidiff.models.vae import AutoencoderKL
-from minidiff.pipeline import StableDiffusionPipeline
+from minidiff.core.config import SD15_UNET, SD15_VAE, NoiseConfig, UNetConfig
+from minidiff.core.inject import inject
+from minidiff.core.text import build_text_encoder, load_tokenizer
+from minidiff.core.unet import UNet2DConditionModel
+from minidiff.core.vae import AutoencoderKL
+from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.files.folder import SD15_TEXT
 
 ROOT = Path(__file__).resolve().parents[2]
 POCKET = ROOT / "checkpoints" / "pocket"

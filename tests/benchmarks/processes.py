@@ -111,7 +111,7 @@ LEAN = "minidiff, savings that change no number"  # and memory used as under --f
 def training_peak(task: dict[str, Any]) -> dict[str, float | None]:
     """The peak of three steps of one contender: of the whole process, and of what it holds in the steps."""
     from benchmarks import peers, training
-    from minidiff.device import keep_memory, peak_memory, return_memory
+    from minidiff.fast.memory import keep_memory, peak_memory, return_memory
 
     device, level = task["device"], task["contender"]
     if level.startswith("minidiff"):  # as the command does
@@ -133,8 +133,8 @@ def training_peak(task: dict[str, Any]) -> dict[str, float | None]:
 def steps_of_ours(settings: Any) -> "Held":
     """Three steps of the real loop."""
     from benchmarks import training
-    from minidiff.train.loop import fit
-    from minidiff.train.recipes import RECIPES
+    from minidiff.core.train import fit
+    from minidiff.trainer.recipes import RECIPES
 
     made = RECIPES[type(settings)](settings)
     steps = iter(range(4))

@@ -1,4 +1,4 @@
-"""Training steps. minidiff's are those of the real loop, `minidiff.train.loop.fit`, with logging and all that belongs to it.
+"""Training steps. minidiff's are those of the real loop, `minidiff.core.train.fit`, with logging and all that belongs to it.
 
 The loop asks its task for each batch; there the peers get their turns. So all of them take the same batches, in one
 process, in ABBA order, and nothing of minidiff's loop is copied here, where it could grow old.
@@ -19,11 +19,11 @@ from torch import Tensor
 from benchmarks import models, peers
 from benchmarks.report import OURS, Row, timed_rows
 from benchmarks.timing import Seconds, rounds_of, summaries, timed, wait_for_gpu
-from minidiff.adapters.inject import adapter_weights
-from minidiff.train.loop import Batch, Task, fit
-from minidiff.train.methods import DreamBoothSettings, LoRASettings, TextualInversionSettings
-from minidiff.train.recipes import RECIPES
-from minidiff.train.settings import FineTuneSettings
+from minidiff.core.inject import adapter_weights
+from minidiff.core.train import Batch, Task, fit
+from minidiff.trainer.methods import DreamBoothSettings, LoRASettings, TextualInversionSettings
+from minidiff.trainer.recipes import RECIPES
+from minidiff.trainer.settings import FineTuneSettings
 
 METHODS = ("lora", "dora", "dreambooth", "textual_inversion")
 CHECKED = 3  # steps whose losses must agree: the third one sees what two updates did

@@ -20,10 +20,10 @@ from benchmarks import models, peers
 from benchmarks.report import OURS, Row, counted_rows, timed_rows
 from benchmarks.saved_bytes import saved_bytes
 from benchmarks.timing import Seconds, measure, summaries, timed
-from minidiff.graphs import Graphs
-from minidiff.models.attention import GPU_IMPLS, IMPLS, attention, reading_once
-from minidiff.models.layers import standing_still
-from minidiff.pipeline import StableDiffusionPipeline
+from minidiff.core.transformer import GPU_IMPLS, IMPLS, attention, reading_once
+from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.fast.frozen import standing_still
+from minidiff.fast.graphs import Graphs
 
 RECORDED = "minidiff --cuda_graph"  # on a GPU
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}

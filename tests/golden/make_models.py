@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minidiff.config import TINY_UNET, TINY_VAE
-from minidiff.weights import save
+from minidiff.core.config import TINY_UNET, TINY_VAE
+from minidiff.files.weights import save
 
 SCALES = (1.0, 0.01)  # at 0.01 a wrong epsilon shows: the variance in the norms is 1e-4
 C, GROUPS, HEADS, TEXT, TIME = 32, 8, 2, 24, 48  # widths of the single modules

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minidiff.images import to_pil
-from minidiff.pipeline import StableDiffusionPipeline
-from minidiff.rng import normal
+from minidiff.core.rng import normal
+from minidiff.draw.images import to_pil
+from minidiff.draw.pipeline import StableDiffusionPipeline
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minidiff.adapters.inject import adaptable_layers, attach, lora_layers
-from minidiff.adapters.lora import LoRAWeights
-from minidiff.config import TINY_UNET
-from minidiff.files.lora import load_lora, read_lora, save_lora
-from minidiff.models.text import build_text_encoder
-from minidiff.models.unet import UNet2DConditionModel
+from minidiff.core.config import TINY_UNET
+from minidiff.core.inject import adaptable_layers, attach, lora_layers
+from minidiff.core.lora import LoRAWeights
+from minidiff.core.text import build_text_encoder
+from minidiff.core.unet import UNet2DConditionModel
+from minidiff.files.lora_file import load_lora, read_lora, save_lora
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.adapters.inject import (
+from minidiff.core.config import TINY_UNET
+from minidiff.core.inject import (
     adapter_weights,
     attach,
     inject,
@@ -17,14 +18,13 @@ from minidiff.adapters.inject import (
     set_adapters,
     trainable,
 )
-from minidiff.adapters.lora import LoRALayer, LoRAWeights
-from minidiff.config import TINY_UNET
-from minidiff.diffusion.losses import mse
-from minidiff.files.lora import load_lora, save_lora
-from minidiff.models import lean
-from minidiff.models.unet import UNet2DConditionModel
-from minidiff.train.optim import adamw, clip_gradients
-from minidiff.train.settings import TrainSettings
+from minidiff.core.lora import LoRALayer, LoRAWeights
+from minidiff.core.losses import mse
+from minidiff.core.unet import UNet2DConditionModel
+from minidiff.fast import lean
+from minidiff.files.lora_file import load_lora, save_lora
+from minidiff.trainer.optimizers import adamw, clip_gradients
+from minidiff.trainer.settings import TrainSettings
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minidiff.config import SD15_UNET, SD15_VAE, TINY_UNET, TINY_VAE, UNetConfig, VAEConfig
-from minidiff.layout import SD15_TEXT
-from minidiff.models.text import build_text_encoder, encode_prompt, to_file_keys
-from minidiff.models.unet import UNet2DConditionModel
-from minidiff.models.vae import AutoencoderKL
-from minidiff.pipeline import StableDiffusionPipeline
-from minidiff.weights import load_into, save
+from minidiff.core.config import SD15_UNET, SD15_VAE, TINY_UNET, TINY_VAE, UNetConfig, VAEConfig
+from minidiff.core.text import build_text_encoder, encode_prompt, to_file_keys
+from minidiff.core.unet import UNet2DConditionModel
+from minidiff.core.vae import AutoencoderKL
+from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.files.folder import SD15_TEXT
+from minidiff.files.weights import load_into, save
 
 diffusers = pytest.importorskip("diffusers")
 

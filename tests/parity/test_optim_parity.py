@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minidiff.train.adam8bit import LeanAdamW, dequantize, quantize, tree_values
-from minidiff.train.stochastic_rounding import round_to_bf16
+from minidiff.fast.adam8bit import LeanAdamW, dequantize, quantize, tree_values
+from minidiff.fast.stochastic_rounding import round_to_bf16
 
 quant_utils: Any = pytest.importorskip("torchao.optim.quant_utils")
 theirs: Any = pytest.importorskip("torchao.optim")

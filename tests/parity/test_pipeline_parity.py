@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from minidiff.pipeline import StableDiffusionPipeline
+from minidiff.draw.pipeline import StableDiffusionPipeline
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from minidiff import StableDiffusionPipeline
-from minidiff.adapters.inject import adapter_weights, inject, lora_layers
-from minidiff.files.lora import save_lora
-from minidiff.rng import normal
+from minidiff.core.inject import adapter_weights, inject, lora_layers
+from minidiff.core.rng import normal
+from minidiff.files.lora_file import save_lora
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minidiff.diffusion.losses import min_snr_weights, prior_preservation
-from minidiff.diffusion.schedule import NoiseSchedule, add_noise, training_target
+from minidiff.core.losses import min_snr_weights, prior_preservation
+from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -14,7 +14,7 @@ diffusers = pytest.importorskip("diffusers")
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0, 2.0])
 def test_prior_loss_of_train_dreambooth(prediction_type: str, weight: float) -> None:
     """Noising, target and both halves: the batch is chunked, and the class's mean is added with its weight."""
-    from minidiff.config import NoiseConfig
+    from minidiff.core.config import NoiseConfig
 
     draws = torch.Generator().manual_seed(0)
     x0, noise, output = (torch.randn(6, 4, 8, 8, generator=draws) for _ in range(3))
@@ -36,7 +36,7 @@ def test_prior_loss_of_train_dreambooth(prediction_type: str, weight: float) -> 
 def test_min_snr_weights_of_diffusers(prediction_type: str) -> None:
     from diffusers.training_utils import compute_snr
 
-    from minidiff.config import NoiseConfig
+    from minidiff.core.config import NoiseConfig
 
     reference = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     t = torch.arange(1000)

@@ -19,11 +19,11 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from minidiff.config import NoiseConfig
-from minidiff.diffusion.losses import min_snr_weights
-from minidiff.diffusion.samplers import SAMPLERS
-from minidiff.diffusion.schedule import SPACINGS, NoiseSchedule, add_noise, timesteps, training_target
-from minidiff.errors import SettingsError
+from minidiff.core.config import NoiseConfig
+from minidiff.core.errors import SettingsError
+from minidiff.core.grids import SAMPLERS
+from minidiff.core.losses import min_snr_weights
+from minidiff.core.schedule import SPACINGS, NoiseSchedule, add_noise, timesteps, training_target
 
 GOLDEN = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "make_samplers.py"))
 SHAPE = (2, 4, 6, 5)

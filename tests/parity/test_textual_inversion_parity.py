@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minidiff.adapters.textual_inversion import add_word, initial_vectors, placeholders
-from minidiff.config import TINY_UNET
-from minidiff.diffusion.losses import mse
-from minidiff.diffusion.schedule import add_noise, training_target
-from minidiff.files.embeddings import read_embedding, save_embedding
-from minidiff.models.text import encode_prompt
-from minidiff.pipeline import StableDiffusionPipeline
+from minidiff.core.config import TINY_UNET
+from minidiff.core.losses import mse
+from minidiff.core.schedule import add_noise, training_target
+from minidiff.core.text import encode_prompt
+from minidiff.core.textual_inversion import add_word, initial_vectors, placeholders
+from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.files.word_file import read_embedding, save_embedding
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from tiny_recipes import PRIOR, draw_pictures, loaded, tiny
 from torch import Tensor, nn
 
-from minidiff.adapters.inject import adapter_weights
-from minidiff.files.lora import read_lora
-from minidiff.train.loop import Batch, Task, fit
-from minidiff.train.recipes import RECIPES
+from minidiff.core.inject import adapter_weights
+from minidiff.core.train import Batch, Task, fit
+from minidiff.files.lora_file import read_lora
+from minidiff.trainer.recipes import RECIPES
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
@@ -32,7 +32,7 @@ INSTANCE, CLASS = "a photo of a sks dog", PRIOR["class_prompt"]
 
 @pytest.fixture
 def make(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("minidiff.train.run.loss_curve", lambda metrics, path: None)
+    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)
     pictures = draw_pictures(tmp_path / "pictures")
     often = {"max_train_steps": STEPS, "max_grad_norm": NORM, "adam_weight_decay": 0.1, "learning_rate": 1e-2}
     often |= {"adam_epsilon": EPSILON}

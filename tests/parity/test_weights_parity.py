@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from minidiff import keymaps
-from minidiff.config import SD15_UNET, SD15_VAE, TINY_UNET, TINY_VAE, UNetConfig, VAEConfig
-from minidiff.models.unet import UNet2DConditionModel
-from minidiff.models.vae import AutoencoderKL
-from minidiff.weights import find_weights, load_into, save
+from minidiff.core.config import SD15_UNET, SD15_VAE, TINY_UNET, TINY_VAE, UNetConfig, VAEConfig
+from minidiff.core.unet import UNet2DConditionModel
+from minidiff.core.vae import AutoencoderKL
+from minidiff.files import names as keymaps
+from minidiff.files.weights import find_weights, load_into, save
 
 diffusers = pytest.importorskip("diffusers")
 single_file_utils = pytest.importorskip("diffusers.loaders.single_file_utils")

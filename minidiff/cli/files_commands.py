@@ -1,0 +1,283 @@
+"""What `minidiff inspect`, `convert` and `merge` do, given their flags: files in, a new file and a few lines out.
+
+Everything that is written appears under its name when it is whole and has been read again, or not at all.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minidiff.cli.file_flags import Bake, Convert, Extract, Inspect, Join, Resize
+from minidiff.core.config import SD15_UNET, NoiseConfig
+from minidiff.core.errors import AdapterError, SettingsError
+from minidiff.core.inject import adapter_names, set_adapters
+from minidiff.core.lora import LoRAWeights
+from minidiff.core.text import load_tokenizer
+from minidiff.core.textual_inversion import check_spelling
+from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.files import merge as merging
+from minidiff.files import names as keymaps
+from minidiff.files import pickles
+from minidiff.files import word_file as embeddings
+from minidiff.files.checkpoints import SINGLE_FILE, Model, cast, empty_model, is_single_file, read_model
+from minidiff.files.convert import (
+    Proof,
+    appearing,
+    called,
+    check_proof,
+    compare_lora,
+    compare_weights,
+    convert_embedding,
+    convert_lora,
+    kept_metadata,
+)
+from minidiff.files.folder import config_of, sampler_of
+from minidiff.files.headers import PICKLES
+from minidiff.files.inspect import find_file, is_pickle
+from minidiff.files.inspect import inspect as reports_on
+from minidiff.files.lora_file import LoRAFile, load_lora, read_lora, save_lora
+from minidiff.files.weights import TensorFile, read_header, save, to_single_file
+
+WORST = 10  # rows of a table of errors
+OF_MODELS = ("pretrained_model_name_or_path", "tokenizer")  # flags
+
+
+def inspect(s: Inspect) -> None:
+    model = empty_model(s.pretrained_model_name_or_path) if s.pretrained_model_name_or_path else None
+    reports = reports_on(s.file, model)
+    if s.json:
+        print(json.dumps([report.as_dict() for report in reports], indent=2))
+    else:
+        print(*reports, sep="\n\n")
+
+
+# --- convert -------------------------------------------------------------------------------------------------------------
+
+
+def convert(s: Convert) -> None:
+    with appearing(Path(s.output)) as place:
+        source = Path(s.source)
+        if not source.is_dir() and (source.suffix in PICKLES or is_pickle(source)):
+            (folder := place.parent / "opened").mkdir()
+            source = pickles.unpickle(source, folder)
+        with called(source, s.source):
+            proof = converted(s, source, place)
+        check_proof(proof, Path(s.output))
+    print(proof, f"{s.output}: written, and read again", sep="\n")
+
+
+def converted(s: Convert, source: Path, place: Path) -> Proof:
+    """Write `source`, a safetensors file or a folder, to `place`, as what it is."""
+    if (source / "model_index.json").is_file():
+        return converted_model(s, source, place)
+    file = read_header(find_file(source))
+    if s.to == "safetensors":
+        return unpickled(s, file, place)
+    if keymaps.lora_dialect(file.tensors):
+        return converted_lora(s, source, file, place)
+    if embeddings.is_embedding(file.tensors):
+        return converted_embedding(s, source, file, place)
+    return converted_model(s, source, place)
+
+
+def converted_lora(s: Convert, source: Path, file: TensorFile, place: Path) -> Proof:
+    check_flags(s, "a LoRA", ("diffusers", "kohya", "peft"), "token", "tokenizer")
+    config = empty_model(s.pretrained_model_name_or_path).unet.config if s.pretrained_model_name_or_path else SD15_UNET
+    lora = read_lora(source, alpha=s.alpha, config=config)
+    print(lora)
+    return convert_lora(lora, place, s.to, dtype_named(s.dtype) or dtype_of(file), config)
+
+
+def converted_embedding(s: Convert, source: Path, file: TensorFile, place: Path) -> Proof:
+    check_flags(s, "a textual inversion", ("diffusers", "kohya"), "alpha", "dtype", *OF_MODELS)
+    if source != Path(s.source):  # it was a pickle, and may hold tables within tables
+        embedding = embeddings.embedding_in(pickles.content(file.path), Path(s.source), s.token)
+    else:
+        embedding = embeddings.read_embedding(source, s.token)
+    try:
+        check_spelling(embedding.word)
+    except AdapterError as error:
+        raise AdapterError(f"{s.source}: {error} --token gives the file's word another name.") from error
+    print(embedding)
+    if s.to == "kohya" and place.stem != embedding.word:
+        print(f'Note: programs that read this form take the file\'s name for the word: "{place.stem}".')
+    return convert_embedding(embedding, place, s.to, file.metadata)
+
+
+def converted_model(s: Convert, source: Path, place: Path) -> Proof:
+    check_flags(s, "a model", ("diffusers", "ldm"), "alpha", "token")
+    if (place.suffix == SINGLE_FILE) != (s.to == "ldm"):
+        form = f"a file that ends in {SINGLE_FILE}" if s.to == "ldm" else "a folder"
+        raise SettingsError(f"{s.output}: a model in the form {s.to} is {form}; choose another name, or another --to.")
+    model = read_model(source, s.pretrained_model_name_or_path)
+    before = model.weights()
+    if dtype := dtype_named(s.dtype):
+        cast(model, dtype)
+    write_model(model, place, s.tokenizer)
+    return compare_weights(before, read_model(place, model.home).weights())
+
+
+def unpickled(s: Convert, file: TensorFile, place: Path) -> Proof:
+    """A pickle's tensors, whatever they are; the sandbox has made a safetensors file of them, with its own notes in it."""
+    check_flags(s, "a pickle", ("safetensors",), "alpha", "token", "dtype", *OF_MODELS)
+    if file.path == Path(s.source) or place.suffix != SINGLE_FILE:
+        raise SettingsError(f"--to safetensors makes {SINGLE_FILE} files of pickles; {s.source} and {s.output} are not these.")
+    before = file.read()
+    save(before, place)
+    return compare_weights(before, read_header(place).read())
+
+
+def check_flags(s: Convert, kind: str, forms: Sequence[str], *meaningless: str) -> None:
+    """SettingsError for a form that this kind of file has not, and for flags that would be ignored."""
+    if s.to not in forms:
+        raise SettingsError(f"{s.source} is {kind}, and that has no form --to {s.to}; it has {', '.join(forms)}.")
+    if given := [flag for flag in meaningless if getattr(s, flag) is not None]:
+        raise SettingsError(f"{s.source} is {kind}, for which --{given[0]} means nothing; leave it out.")
+
+
+# --- merge ---------------------------------------------------------------------------------------------------------------
+
+
+def bake(s: Bake) -> None:
+    with appearing(Path(s.output)) as place:
+        model = read_model(s.pretrained_model_name_or_path)
+        strengths = {f"lora{i}": strength for i, strength in enumerate(s.strengths)}
+        for path, (name, strength) in zip(s.lora, strengths.items()):
+            lora = load_lora(model.adaptable, path, name)
+            print(f"{lora}; weight {strength:g}")
+            if strength != 1 and any(weights.magnitude is not None for weights in lora.modules.values()):
+                print(f"  DoRA at weight {strength:g}: W' lies on the straight line from the base (0) to what was trained (1).")
+        for network in model.adaptable.values():
+            if names := adapter_names(network):
+                set_adapters(network, names, [strengths[name] for name in names])
+        changed = merging.bake(model.adaptable.values())
+        if dtype := dtype_named(s.dtype):
+            cast(model, dtype)
+        write_model(model, place, s.tokenizer)
+        check_proof(compare_weights(model.weights(), read_model(place, model.home).weights()), Path(s.output))
+    if not changed:
+        print("Note: this is the base model again: the weights are 0, or the adapters change nothing.")
+    print(f"{s.output}: {changed} layers changed; written, and read again")
+
+
+def join(s: Join) -> None:
+    with appearing(Path(s.output)) as place:
+        loras = [read_lora(path) for path in s.lora]
+        for lora, strength in zip(loras, s.strengths):
+            print(f"{lora}; weight {strength:g}")
+        adapters = [lora.modules for lora in loras]
+        joined = merging.join(adapters, s.strengths)
+        if nothing := merging.cancelled(joined, adapters, s.strengths):
+            print(f"Note: in {len(nothing)} of {len(joined)} layers the changes add up to nothing.")
+        if cosines := merging.cosines(adapters):
+            furthest = max(cosines, key=lambda name: abs(cosines[name]))
+            print(
+                f"Cosine between the changes of a layer: {mean(cosines):.3f} on average, {cosines[furthest]:.3f} in {furthest};"
+            )
+            print("  near 0 the adapters leave each other alone.")
+        if naive := merging.error_of_adding_factors(adapters, s.strengths):
+            print(f"Adding up A and B instead, as some programs do, would be off by {mean(naive):.0%} on average.")
+        if s.rank is not None:
+            shorter = merging.cut(joined, s.rank)
+            joined = shorter.modules
+            print(table(f"Relative error of ΔW at rank {s.rank}", shorter.error))
+        save_and_check(s, joined, place, joined_metadata(loras, s.strengths))
+
+
+def joined_metadata(loras: Sequence[LoRAFile], strengths: Sequence[float]) -> dict[str, str]:
+    """What the adapters come from, and every word that calls one of them up."""
+    sources = ", ".join(f"{lora.path.name} x {strength:g}" for lora, strength in zip(loras, strengths))
+    words, bases = (
+        list(dict.fromkeys(lora.metadata[key] for lora in loras if lora.metadata.get(key)))
+        for key in ("modelspec.trigger_phrase", "base_model")
+    )
+    about = {"modelspec.merged_from": sources}
+    about |= {"modelspec.trigger_phrase": ", ".join(words)} if words else {}
+    return about | ({"base_model": bases[0]} if len(bases) == 1 else {})
+
+
+def extract(s: Extract) -> None:
+    with appearing(Path(s.output)) as place:
+        base = read_model(s.base, None if is_single_file(s.tuned) else s.tuned)
+        tuned = read_model(s.tuned, None if is_single_file(s.base) else s.base)
+        found = merging.extract(base.adaptable, tuned.adaptable, s.rank)
+        print(table(f"Relative error of ΔW at rank {s.rank}", found.error))
+        left = [*found.left_out, *merging.moved_tensors("vae", base.vae, tuned.vae)]
+        if left:
+            some = ", ".join(left[:3])
+            print(f"{len(left)} tensors moved that no adapter can hold (biases, norms, embeddings, the VAE): {some} …")
+        save_and_check(s, found.modules, place, {"base_model": s.base})
+
+
+def resize(s: Resize) -> None:
+    with appearing(Path(s.output)) as place:
+        lora = read_lora(s.adapter)
+        print(lora)
+        shorter = merging.cut(lora.modules, s.rank)
+        print(table(f"Relative error of ΔW at rank {s.rank}", shorter.error))
+        save_and_check(s, shorter.modules, place, kept_metadata(lora.metadata))
+
+
+def save_and_check(
+    s: Join | Extract | Resize, modules: Mapping[str, LoRAWeights], place: Path, metadata: Mapping[str, str]
+) -> None:
+    dtype = dtype_named(s.dtype) or torch.float32
+    written = save_lora(modules, place, s.to, dtype, metadata)
+    after = read_lora(written.parent if s.to == "peft" else written)
+    proof = compare_lora(modules, after.modules, dtype)
+    check_proof(proof, Path(s.output))
+    print(proof, str(after).replace(str(after.path), s.output), sep="\n")
+
+
+# --- what they share -----------------------------------------------------------------------------------------------------
+
+
+def write_model(model: Model, place: Path, tokenizer: str | None) -> None:
+    """As a single file or as a folder; the place's name says which."""
+    if place.suffix == SINGLE_FILE:
+        to_single_file(model.unet, model.vae, model.text_encoder, place)
+        return
+    if tokenizer is None and model.home is None:
+        raise SettingsError(
+            "a model folder needs a vocabulary, and a single file has none; give --tokenizer, the tokenizer folder of SD 1.5."
+        )
+    noise, sampler = NoiseConfig(), "ddim"
+    if model.home:
+        values, where = config_of(model.home / "scheduler", "scheduler_config.json")
+        noise, sampler = NoiseConfig.from_dict(values, where), sampler_of(values, where)
+    words = load_tokenizer(Path(tokenizer or f"{model.home}/tokenizer"))
+    StableDiffusionPipeline(model.unet, model.vae, model.text_encoder, words, noise, sampler).save_pretrained(place)
+
+
+def table(title: str, values: Mapping[str, float]) -> str:
+    """The largest values, and the mean of all."""
+    worst = sorted(values.items(), key=lambda item: -item[1])[:WORST]
+    heading = f"{title}: {len(values)} layers, {mean(values):.4f} on average; the largest:"
+    return "\n".join([heading, *(f"  {value:8.4f}  {name}" for name, value in worst)])
+
+
+def mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
+
+
+def dtype_of(file: TensorFile) -> torch.dtype:
+    """The one dtype of a file's matrices, if it is a half; else fp32."""
+    dtypes = {info.dtype for info in file.tensors.values() if len(info.shape) > 1}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16} else torch.float32
+
+
+TOOLS: dict[type, Callable[[Any], None]] = {
+    Inspect: inspect,
+    Convert: convert,
+    Bake: bake,
+    Join: join,
+    Extract: extract,
+    Resize: resize,
+}

@@ -1,0 +1,1 @@
+"""The textbook: Stable Diffusion and its fine-tuning, in plain PyTorch. It imports nothing else of minidiff."""

@@ -1,0 +1,176 @@
+"""Textual inversion: teach a frozen model one new word (arXiv 2208.01618).
+
+No weight changes. The word, such as `<dog>`, gets n vectors beside the model's token table, and only they are learned:
+
+    v* = arg min over v of E || eps - eps_theta(z_t, t, c(y)) ||²        eq. 2; c(y): a sentence with the word, encoded
+
+    ids < V     the row of the token table, frozen; it is never resized
+    ids >= V    the row of a new word
+
+So AdamW has nothing but the new vectors in its hands. (Where the table is enlarged and trained, its weight decay moves
+the other 49,408 words too, and memory for the gradients and moments of all of them is wasted.)
+
+    vectors = initial_vectors(tokenizer, text_encoder, "dog", 2)
+    row = add_word(tokenizer, text_encoder, "<dog>", vectors)        # train `row`
+    encode_prompt(tokenizer, text_encoder, ["a photo of <dog>"], placeholders(text_encoder))
+    eject(text_encoder)
+
+Shapes: B prompts, L tokens, D width of the text, V words in the table, n vectors of a new word.
+"""
+
+import warnings
+from itertools import cycle, islice
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff.core.errors import AdapterError
+from minidiff.core.text import LENGTH
+from minidiff.files import names as keymaps
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+MAX_VECTORS = LENGTH - 2  # a prompt has room for no more
+LONGEST = 100  # letters of a word
+RESERVED = ("__metadata__", "emb_params", "clip_l", "clip_g", "string_to_param")  # what files/word_file.py reads otherwise
+ADVICE = "Take a word of your own, such as <my-dog>."
+
+
+class ExtendedEmbedding(nn.Module):
+    """A frozen token table and the rows of new words, which take the ids behind it.
+
+    The rows are fp32 whatever the dtype of the table. Cast the model before, not after.
+    """
+
+    def __init__(self, base: nn.Embedding) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.vectors = nn.ParameterList()  # (n, D) each; a list, because "<v1.5>" cannot name a parameter
+        self.placeholders: dict[str, list[int]] = {}  # word -> ids, in the order of `vectors`
+
+    @property
+    def rows(self) -> dict[str, nn.Parameter]:
+        """Word -> its vectors (n, D)."""
+        return dict(zip(self.placeholders, self.vectors))
+
+    def add(self, word: str, vectors: Tensor) -> nn.Parameter:
+        """Give `word` the next n ids and a copy of `vectors` (n, D); the Parameter to train."""
+        row = nn.Parameter(vectors.detach().to(self.base.weight.device, torch.float32, copy=True))
+        first = self.base.num_embeddings + sum(map(len, self.vectors))
+        self.placeholders[word] = list(range(first, first + len(row)))
+        self.vectors.append(row)
+        return row
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, L) -> (B, L, D), in the dtype of the table."""
+        if not self.placeholders:
+            return self.base(ids)
+        V = self.base.num_embeddings
+        known = self.base(ids.clamp(max=V - 1))
+        new = F.embedding((ids - V).clamp(min=0), torch.cat(list(self.vectors)))
+        return torch.where((ids >= V)[..., None], new.to(known.dtype), known)
+
+
+# --- a text encoder and its words --------------------------------------------------------------------------------------
+
+
+def inject(text_encoder: "CLIPTextModel") -> ExtendedEmbedding:
+    """Put an ExtendedEmbedding around the token table, unless it is there already. It changes no prompt by itself."""
+    table = token_table(text_encoder)
+    if isinstance(table, nn.Embedding):
+        table = ExtendedEmbedding(table)
+        text_encoder.set_input_embeddings(table)
+    return table
+
+
+def eject(text_encoder: "CLIPTextModel") -> None:
+    """Take every new word out: the very same `nn.Embedding` returns, with the very same bits (still frozen)."""
+    table = token_table(text_encoder)
+    if isinstance(table, ExtendedEmbedding):
+        text_encoder.set_input_embeddings(table.base)
+
+
+def add_word(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", word: str, vectors: Tensor) -> nn.Parameter:
+    """Teach the encoder a word, given its vectors (n, D); the Parameter to train, fp32.
+
+    Raises AdapterError, before anything is changed, for a word that cannot be used or vectors that do not fit.
+    """
+    check_word(tokenizer, word, placeholders(text_encoder))
+    width = text_encoder.config.hidden_size
+    if vectors.ndim != 2 or vectors.shape[1] != width or not 1 <= len(vectors) <= MAX_VECTORS:
+        raise AdapterError(
+            f'the vectors of "{word}" have the shape {tuple(vectors.shape)}; '
+            f"this text encoder takes 1 to {MAX_VECTORS} vectors of width {width}."
+        )
+    return inject(text_encoder).add(word, vectors)
+
+
+def placeholders(text_encoder: "CLIPTextModel") -> dict[str, list[int]]:
+    """The new words and their ids, as `tokenize` and `encode_prompt` want them; empty where there are none."""
+    table = token_table(text_encoder)
+    return dict(table.placeholders) if isinstance(table, ExtendedEmbedding) else {}
+
+
+def initial_vectors(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", words: str, count: int) -> Tensor:
+    """Where learning starts: `count` vectors (n, D), fp32, copied from the tokens of `words`, in turn.
+
+    "dog" for three vectors gives three copies of it, as in diffusers: they stand at different places of the prompt, so
+    their gradients differ and they part. Where `words` has more tokens than that, the last ones are left out, with a
+    warning.
+    """
+    ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
+    if not ids:
+        raise AdapterError(f'"{words}" holds no word to begin with; take one that is near in meaning, such as "dog".')
+    if len(ids) > count:
+        left_out = tokenizer.decode(ids[count:])
+        warnings.warn(
+            f'"{words}" is {len(ids)} tokens and there are {count} vectors to begin at them; left out: "{left_out}".',
+            stacklevel=2,
+        )
+    table = token_table(text_encoder)
+    weight = table.base.weight if isinstance(table, ExtendedEmbedding) else table.weight
+    return weight.detach()[list(islice(cycle(ids), count))].float()
+
+
+def token_table(text_encoder: "CLIPTextModel") -> nn.Embedding | ExtendedEmbedding:
+    """The layer that ids go through first; the library's getter is the same in its versions 4 and 5."""
+    table = text_encoder.get_input_embeddings()
+    assert isinstance(table, nn.Embedding | ExtendedEmbedding)
+    return table
+
+
+# --- checks ------------------------------------------------------------------------------------------------------------
+
+
+def check_word(tokenizer: "CLIPTokenizer", word: str, taken: dict[str, list[int]]) -> None:
+    """AdapterError for a word that prompts or files could not name, or that means something already."""
+    check_spelling(word)
+    if not (ids := tokenizer(word, add_special_tokens=False, verbose=False).input_ids):
+        raise AdapterError(f"{word} has no character that the tokenizer sees. {ADVICE}")
+    if len(ids) == 1 or word.lower() in tokenizer.get_vocab():  # a piece of a word too: other programs would refuse it
+        raise AdapterError(f'"{word}" is in the model\'s vocabulary already, and its meaning would be overwritten. {ADVICE}')
+    if twin := next((other for other in taken if other.lower() == word.lower()), None):
+        raise AdapterError(f'"{word}": there is a new word "{twin}" already, and a prompt could not tell them apart. {ADVICE}')
+
+
+def check_spelling(word: str) -> None:
+    """The half of it that needs no vocabulary. In a file the word is the tensor's name, and must not read as another one's."""
+    if not word:
+        raise AdapterError(f"the new word is empty. {ADVICE}")
+    if any(letter.isspace() for letter in word):
+        raise AdapterError(f'"{word}" has a space in it; a new word is one word. {ADVICE}')
+    if not word.isprintable():
+        raise AdapterError(f"{word!a} has a character that nobody can see. {ADVICE}")
+    if len(word) > LONGEST:
+        raise AdapterError(f'"{word[:20]}…" has {len(word):,} letters; {LONGEST} are enough. {ADVICE}')
+    if word in RESERVED or word.endswith((".weight", ".bias")) or keymaps.lora_dialect([word]):
+        raise AdapterError(f'"{word}" means something else in files, so that the word could not be read again. {ADVICE}')
+
+
+def check_plain(text_encoder: "CLIPTextModel") -> None:
+    """AdapterError while there are new words: the state dict would have names that no other program knows."""
+    if words := placeholders(text_encoder):
+        raise AdapterError(f"the text encoder has new words ({', '.join(words)}); unload_textual_inversion first.")

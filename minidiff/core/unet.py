@@ -1,0 +1,144 @@
+"""The denoiser of SD 1.x: a U-Net whose transformers read the prompt (arXiv 2112.10752, section 3.3).
+
+    B batch   C channels   h w latent height and width   S text tokens   D text width   T width of the time embedding
+
+Attribute names are the keys of SD's files, so that a checkpoint loads with no map at all.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.core.blocks import Downsample, ResBlock, SpatialTransformer, TimeEmbedding, Upsample, timestep_embedding
+from minidiff.core.config import UNetConfig
+from minidiff.fast.frozen import Conv2d
+from minidiff.fast.lean import join, norm_silu, recomputed
+
+
+class Level(nn.Module):
+    """One resolution: ResBlocks, each followed by a transformer where the level has any, then a step down or up."""
+
+    gradient_checkpointing = False
+
+    def __init__(self, ins: list[int], c_out: int, config: UNetConfig, time_width: int, attend: bool, step: str | None):
+        super().__init__()
+        groups, heads = config.norm_num_groups, config.attention_head_dim
+        if attend:
+            self.attentions = nn.ModuleList(SpatialTransformer(c_out, config.cross_attention_dim, heads, groups) for _ in ins)
+        self.resnets = nn.ModuleList(ResBlock(c_in, c_out, time_width, groups, config.norm_eps) for c_in in ins)
+        if step == "down":
+            self.downsamplers = nn.ModuleList([Downsample(c_out, pad_all_around=True)])
+        if step == "up":
+            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+
+    def layer(self, i: int, time: Tensor, text: Tensor, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """The i-th ResBlock and its transformer; on the way up, of x beside a skip."""
+        resnet: ResBlock = self.resnets[i]  # type: ignore[assignment]
+        x = resnet(x if skip is None else join(x, skip, resnet.norm1), time)
+        return self.attentions[i](x, text) if hasattr(self, "attentions") else x
+
+    def run(self, i: int, *inputs: Tensor) -> Tensor:
+        """`layer`, of which only the inputs are kept if training shall spare memory."""
+        return recomputed(self.layer, i, *inputs) if self.gradient_checkpointing else self.layer(i, *inputs)
+
+
+class DownLevel(Level):
+    """Keeps every intermediate result for the way up."""
+
+    def forward(self, x: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
+        for i in range(len(self.resnets)):
+            x = self.run(i, time, text, x)
+            skips.append(x)
+        if hasattr(self, "downsamplers"):
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x
+
+
+class UpLevel(Level):
+    """Takes the kept results back, the last one first, beside its own features."""
+
+    def forward(self, x: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
+        for i in range(len(self.resnets)):
+            x = self.run(i, time, text, x, skips.pop())
+        if hasattr(self, "upsamplers"):
+            x = self.upsamplers[0](x, size=skips[-1].shape[-2:])  # an odd side was rounded up on the way down
+        return x
+
+
+class MidBlock(nn.Module):
+    """At the bottom: ResBlock, transformer, ResBlock."""
+
+    def __init__(self, channels: int, config: UNetConfig, time_width: int) -> None:
+        super().__init__()
+        groups, heads = config.norm_num_groups, config.attention_head_dim
+        self.attentions = nn.ModuleList([SpatialTransformer(channels, config.cross_attention_dim, heads, groups)])
+        self.resnets = nn.ModuleList(ResBlock(channels, channels, time_width, groups, config.norm_eps) for _ in range(2))
+
+    def forward(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        x = self.resnets[0](x, time)
+        return self.resnets[1](self.attentions[0](x, text), time)
+
+
+class UNet2DConditionModel(nn.Module):
+    """Predicts the noise (or the velocity) in a latent, given the timestep and the prompt.
+
+    SD 1.5, with C = 320, 640, 1280, 1280:
+
+        latent -> conv_in -> down 0 (320, 64²) -> down 1 (640, 32²) -> down 2 (1280, 16²) -> down 3 (1280, 8², no text)
+                                 |                    |                     |                      |
+                              12 skips            each one           handed straight            mid (8²)
+                                 |                 across                   |                      |
+        output <- conv_out <- up 3 (320, 64²) <- up 2 (640, 32²) <- up 1 (1280, 16²) <- up 0 (1280, 8², no text)
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, layers, time_width = (
+            config.block_out_channels,
+            config.layers_per_block,
+            4 * config.block_out_channels[0],
+        )
+        last = len(widths) - 1
+
+        self.time_embedding = TimeEmbedding(widths[0], time_width)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
+
+        skips = [widths[0]]  # channels of what the way down hands over
+        self.down_blocks = nn.ModuleList()
+        for i, (width, kind) in enumerate(zip(widths, config.down_block_types)):
+            ins = [skips[-1]] + [width] * (layers - 1)
+            step = "down" if i < last else None
+            self.down_blocks.append(DownLevel(ins, width, config, time_width, "CrossAttn" in kind, step))
+            skips += [width] * (layers + (step is not None))
+
+        self.mid_block = MidBlock(widths[-1], config, time_width)
+
+        c = widths[-1]
+        self.up_blocks = nn.ModuleList()
+        for i, (width, kind) in enumerate(zip(widths[::-1], config.up_block_types)):
+            ins = [before + skips.pop() for before in [c] + [width] * layers]  # one layer more than on the way down
+            self.up_blocks.append(UpLevel(ins, width, config, time_width, "CrossAttn" in kind, "up" if i < last else None))
+            c = width
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def enable_gradient_checkpointing(self, on: bool = True) -> None:
+        """In training keep the inputs of each layer alone, and compute the rest again in the backward: same results, later."""
+        for block in [*self.down_blocks, *self.up_blocks]:
+            block.gradient_checkpointing = on
+
+    def forward(self, latents: Tensor, t: Tensor | float, text: Tensor) -> Tensor:
+        """latents (B, 4, h, w), t (B,) or a number, text (B, S, D) -> (B, 4, h, w)."""
+        t = torch.as_tensor(t, device=latents.device).expand(len(latents))
+        sinusoids = timestep_embedding(t, self.config.block_out_channels[0])
+        time = self.time_embedding(sinusoids.to(latents.dtype))
+        x = self.conv_in(latents)
+        skips = [x]
+        for down in self.down_blocks:
+            x = down(x, time, text, skips)
+        x = self.mid_block(x, time, text)
+        for up in self.up_blocks:
+            x = up(x, time, text, skips)
+        return self.conv_out(norm_silu(self.conv_norm_out, x))

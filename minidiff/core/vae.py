@@ -1,0 +1,120 @@
+"""The autoencoder between pictures and latents: stage one of latent diffusion (arXiv 2112.10752, section 3.1).
+
+    B batch   C channels   H W picture height and width   h w = H/8, W/8 latent height and width (four levels)
+
+Attribute names are the keys of SD's files, so that a checkpoint loads with no map at all.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff.core.blocks import Downsample, ResBlock, Upsample
+from minidiff.core.config import VAEConfig
+from minidiff.core.transformer import SpatialAttention
+from minidiff.fast.frozen import Conv2d
+
+EPS = 1e-6  # every norm of the VAE
+
+
+class Level(nn.Module):
+    """ResBlocks at one resolution, then a step down or up (or neither: the last level)."""
+
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, step: str | None) -> None:
+        super().__init__()
+        widths = [c_in] + [c_out] * layers
+        self.resnets = nn.ModuleList(ResBlock(a, b, None, groups, EPS) for a, b in zip(widths, widths[1:]))
+        if step == "down":
+            self.downsamplers = nn.ModuleList([Downsample(c_out, pad_all_around=False)])
+        if step == "up":
+            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.children():  # resnets, then the one sampler
+            for layer in module:  # type: ignore[attr-defined]
+                x = layer(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    """At the smallest resolution: ResBlock, attention over all cells, ResBlock."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([SpatialAttention(channels, groups)])
+        self.resnets = nn.ModuleList(ResBlock(channels, channels, None, groups, EPS) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, 2·4, h, w): the mean and the log-variance, before `quant_conv` mixes them."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        steps = ["down"] * (len(widths) - 1) + [None]
+        ins = (widths[0], *widths[:-1])
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            Level(a, b, config.layers_per_block, groups, step) for a, b, step in zip(ins, widths, steps)
+        )
+        self.mid_block = MidBlock(widths[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """(B, 4, h, w) -> (B, 3, H, W): the encoder's mirror image, with one more ResBlock a level."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        steps = ["up"] * (len(widths) - 1) + [None]
+        ins = (widths[0], *widths[:-1])
+        self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.up_blocks = nn.ModuleList(
+            Level(a, b, config.layers_per_block + 1, groups, step) for a, b, step in zip(ins, widths, steps)
+        )
+        self.mid_block = MidBlock(widths[0], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """A variational autoencoder (arXiv 1312.6114) with a very small KL weight."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Picture (B, 3, H, W) in [-1, 1] -> mean and log-variance of the latent, each (B, 4, h, w), unscaled."""
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Unscaled latent (B, 4, h, w) -> picture (B, 3, H, W), about [-1, 1]. Divide by `scaling_factor` first."""
+        return self.decoder(self.post_quant_conv(z))
+
+
+def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """z = μ + σ ⊙ ε: Auto-Encoding Variational Bayes (arXiv 1312.6114), eq. 10, with σ = exp(½ log σ²)."""
+    return mean + torch.exp(0.5 * logvar) * noise

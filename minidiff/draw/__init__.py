@@ -1,0 +1,1 @@
+"""The pipeline: from prompts, pictures and masks to pictures, with the names that diffusers uses."""

@@ -1,0 +1,344 @@
+"""Pictures in and out: any file a camera or an editor writes -> RGB; tensors -> files, contact sheets.
+
+Shapes: B pictures, 3 channels, H rows, W columns; values of tensors lie in [-1, 1].
+"""
+
+import contextlib
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import re
+import struct
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from torch import Tensor
+
+from minidiff.core.errors import DataError, MinidiffError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever the file is called; EPS would run Ghostscript
+MAX_PIXELS = 100_000_000  # more is a mistake or a decompression bomb: a small file that fills the memory
+# What Pillow raises for a damaged file, by format and by the place of the damage.
+READ_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error)
+
+
+def load_image(path: Path | str, under: str = "white") -> Image.Image:
+    """A picture of any usual kind as 8-bit RGB, the way a viewer shows it.
+
+    Turned upright by its EXIF mark, 16 bits scaled to 8, transparency laid over white (or the colour `under`), CMYK and
+    wide-gamut colours brought to sRGB, the first frame of an animation (with a warning). Raises DataError for anything else.
+    """
+    path = Path(path)
+    with _open(path) as image:
+        if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a JPEG with a preview behind it
+            warnings.warn(f"{path}: {getattr(image, 'n_frames', '')} frames; only the first is used.", stacklevel=2)
+        try:
+            profile = image.info.get("icc_profile")
+            upright = ImageOps.exif_transpose(image)  # reads the pixels too
+            return _to_srgb(opaque(_to_8_bit(upright, path), under), profile)
+        except READ_ERRORS as error:
+            raise DataError(f"{path}: damaged or cut short ({error}). Copy it again, or leave it out.") from error
+
+
+def _open(path: Path) -> Image.Image:
+    """Read the header alone, and refuse what cannot be a picture."""
+    if not path.is_file():
+        there = "is a folder, not a picture" if path.is_dir() else "is no ordinary file" if path.exists() else "no such file"
+        hint = "Addresses are not read: download it first" if path.parts[:1] in (("http:",), ("https:",)) else "Check the path"
+        raise DataError(f"{path}: {there}. {hint}.")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty (0 bytes). Copy it again, or leave it out.")
+    huge = f"{path}: more than {MAX_PIXELS // 1_000_000} million pixels. Reduce it first; training needs 512 on a side."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is our own
+            Image.init()  # else Pillow knows half of the formats
+            image = Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise DataError(huge) from error
+    except READ_ERRORS as error:
+        foreign = path.suffix.lower() in (".heic", ".heif", ".raw", ".svg")
+        hint = "Convert it to PNG or JPEG" if foreign else "Leave it out"
+        hint = "A git-LFS pointer: run `git lfs pull`" if path.read_bytes().startswith(b"version https://git-lfs") else hint
+        raise DataError(f"{path}: not a picture that can be read here (JPEG, PNG, WebP, …). {hint}.") from error
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise DataError(huge)
+    return image
+
+
+def _to_8_bit(image: Image.Image, path: Path) -> Image.Image:
+    """16-bit gray -> L. Pillow's own conversion clips: all but the darkest 1/256 would be white."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise DataError(f"{path}: 32 bits a channel, of unknown range. Save it with 8 or 16 bits.")
+    return Image.fromarray((values / 257).round().astype(np.uint8))
+
+
+def opaque(image: Image.Image, under: str = "white") -> Image.Image:
+    """What is transparent, laid over a colour -> RGB; any other picture as it is."""
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, under), image).convert("RGB")
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Any mode without transparency -> RGB, the embedded colour profile applied where there is one."""
+    if profile and image.mode in ("RGB", "CMYK"):
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "srgb" not in ImageCms.getProfileDescription(source).lower():
+                target = ImageCms.createProfile("sRGB")
+                image = ImageCms.profileToProfile(image, source, target, outputMode="RGB") or image
+        except (ImageCms.PyCMSError, OSError):
+            pass  # a profile that cannot be read: the numbers are taken for sRGB, as browsers do
+    return image.convert("RGB")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W), fp32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32))
+    return pixels.permute(2, 0, 1) / 127.5 - 1
+
+
+def to_pil(pictures: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] -> RGB pictures. What lies outside is clipped; NaN and infinity are an error."""
+    bad = [i for i, picture in enumerate(pictures) if not picture.isfinite().all()]
+    if bad:
+        raise MinidiffError(
+            f"picture {bad[0] + 1} of {len(pictures)} holds NaN or infinity, so it would be black. Where half precision "
+            "overflowed, run in float32 or bfloat16; where training diverged, take an earlier checkpoint."
+        )
+    bytes_ = ((pictures.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in bytes_]
+
+
+def save_png(image: Image.Image, path: Path | str, text: Mapping[str, str] | None = None) -> None:
+    """Write a PNG with `text` chunks in it, whole or not at all. A1111's key is `parameters`: see `generation_text`."""
+    chunks = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_text(key, value)  # tEXt; where Latin-1 does not hold the text, iTXt
+    write_whole(path, lambda file: image.save(file, format="PNG", pnginfo=chunks))
+
+
+def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
+    """`write` fills a file beside `path`, which takes its place once it is whole: no reader ever sees half of it."""
+    path = Path(path)
+    part = _part_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def check_writable(path: Path | str) -> None:
+    """MinidiffError where `write_whole` could not write; for before long work. It tries, and leaves nothing behind."""
+    path = Path(path)
+    part, missing = _part_of(path), [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.open("wb").close()
+        part.unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _unwritable(path: Path, error: OSError) -> MinidiffError:
+    return MinidiffError(f"{path}: cannot be written ({error.strerror or error}). Choose another place.")
+
+
+def read_png_text(path: Path | str) -> dict[str, str]:
+    """The text chunks of a PNG, wherever they stand in the file; {} for a picture of another format."""
+    path = Path(path)
+    with _open(path) as image:
+        try:
+            image.load()  # chunks may follow the pixels
+            return {key: str(value) for key, value in getattr(image, "text", {}).items()}
+        except READ_ERRORS as error:
+            raise DataError(f"{path}: damaged or cut short ({error}).") from error
+
+
+def generation_text(prompt: str, negative_prompt: str, settings: Mapping[str, object]) -> str:
+    """How a picture was made, in the form A1111 reads back: prompt, `Negative prompt: …`, `Steps: 20, Sampler: …`."""
+    values = {key: str(value) for key, value in settings.items()}
+    quoted = {k: json.dumps(v, ensure_ascii=False) if set(v) & set(',:\n"') else v for k, v in values.items()}
+    lines = [prompt, f"Negative prompt: {negative_prompt}" if negative_prompt else ""]
+    return "\n".join([*filter(None, lines), ", ".join(f"{key}: {value}" for key, value in quoted.items())])
+
+
+PAPER, INK, HAIRLINE = "#f7f6f2", "#23262d", "#d9d7d0"  # warm and light: a card, on a white page and on a dark one
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    title: str = "",
+    tile: int = 256,
+    captions: Sequence[Sequence[str]] = (),
+) -> Image.Image:
+    """A labelled grid. Each picture is scaled to `tile` pixels on its longer side; labels are never cut off.
+
+    `captions`, in the shape of `rows`, stand under the single pictures.
+    """
+    _check_labels(rows, row_labels, column_labels, captions)
+    grid = [[_scale(image, tile) for image in row] for row in rows]
+    cell_w = max(image.width for row in grid for image in row)
+    cell_h = max(image.height for row in grid for image in row)
+    across = max(map(len, grid))
+    gap, margin = round(tile * 0.05), round(tile * 0.12)
+    # Shown on a page, a wide sheet is made smaller: its type is larger, up to what a cell holds.
+    size = max(14, round(tile * 0.08), min(round(tile * 0.12), across * cell_w // 56))
+    ascii_only = all(text.isascii() for text in (title, *row_labels, *column_labels, *itertools.chain(*captions)))
+    wide, narrow = round(cell_w * 0.94), round(tile * 0.6)
+    size = _type_size([(row_labels, narrow), *((texts, wide) for texts in (column_labels, *captions))], size, ascii_only)
+    heads, sides = _Labels(column_labels, wide, size, ascii_only), _Labels(row_labels, narrow, size, ascii_only)
+    under = [_Labels(texts, wide, size, ascii_only) for texts in captions]
+    left = margin + (sides.width + 2 * gap if row_labels else 0)
+    width = left + across * (cell_w + gap) - gap + margin
+    heading = _Labels([title], width - 2 * margin, round(size * 1.4), ascii_only)
+    head_top = margin + (heading.height + gap if title else 0)
+    top = head_top + (heads.height + gap if column_labels else 0)
+    feet = [labels.height + gap // 2 for labels in under] or [0] * len(grid)
+    heights = [max(cell_h + foot, sides.height) for foot in feet]
+    tops = [top + sum(heights[:row]) + row * gap for row in range(len(grid))]
+    sheet = Image.new("RGB", (width, tops[-1] + heights[-1] + margin), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    heading.draw(draw, 0, margin, margin)
+    for column in range(len(column_labels)):
+        heads.draw(draw, column, left + column * (cell_w + gap) + cell_w / 2, top - gap - heads.heights[column], centred=True)
+    for row, pictures in enumerate(grid):
+        body = heights[row] - feet[row]
+        if row_labels:
+            sides.draw(draw, row, margin, tops[row] + (body - sides.heights[row]) / 2)
+        for column, picture in enumerate(pictures):
+            x = left + column * (cell_w + gap)
+            x0, y0 = x + (cell_w - picture.width) // 2, tops[row] + (body - picture.height) // 2
+            draw.rectangle((x0 - 1, y0 - 1, x0 + picture.width, y0 + picture.height), outline=HAIRLINE)
+            sheet.paste(picture, (x0, y0))
+            if captions:
+                under[row].draw(draw, column, x + cell_w / 2, tops[row] + body + gap // 2, centred=True)
+    return sheet
+
+
+def _check_labels(
+    rows: Sequence[Sequence[Image.Image]], sides: Sequence[str], heads: Sequence[str], captions: Sequence[Sequence[str]]
+) -> None:
+    if len(sides) not in (0, len(rows)) or len(heads) not in (0, max(map(len, rows), default=0)):
+        raise ValueError(f"{len(sides)} row and {len(heads)} column labels do not fit the grid")
+    if captions and [len(texts) for texts in captions] != [len(row) for row in rows]:
+        raise ValueError(f"the captions, {[len(texts) for texts in captions]} in the rows, do not fit the grid")
+
+
+def _type_size(groups: Sequence[tuple[Sequence[str], int]], size: int, ascii_only: bool) -> int:
+    """One size for all (texts, width): the largest, down to 0.7 of `size`, that breaks no word and needs at most four lines.
+
+    Where none does, the smallest: long words are broken then, and there are as many lines as needed.
+    """
+    smallest = max(11, round(0.7 * size))
+    for smaller in range(size, smallest, -1):
+        font = _font(smaller, ascii_only)
+        if all(
+            all(font.getlength(piece) <= width for piece in _pieces(text)) and len(_wrap(text, font, width)) <= 4
+            for texts, width in groups
+            for text in texts
+        ):
+            return smaller
+    return smallest
+
+
+class _Labels:
+    """Texts in one size of type, in lines of at most `width`."""
+
+    def __init__(self, texts: Sequence[str], width: int, size: int, ascii_only: bool) -> None:
+        self.font = _font(size, ascii_only)
+        self.blocks = [_balanced(text, self.font, width) for text in texts]
+        self.leading = round(size * 1.28)
+        self.heights = [len(block) * self.leading for block in self.blocks]
+        self.height = max(self.heights, default=0)
+        self.width = math.ceil(max((self.font.getlength(line) for b in self.blocks for line in b), default=0))
+
+    def draw(self, draw: ImageDraw.ImageDraw, index: int, x: float, y: float, centred: bool = False) -> None:
+        for line in self.blocks[index]:
+            draw.text((x, y), line, fill=INK, font=self.font, anchor="ma" if centred else "la")
+            y += self.leading
+
+
+@functools.cache
+def _font(size: int, ascii_only: bool) -> ImageFont.FreeTypeFont:
+    """Aileron, which comes with Pillow and knows ASCII alone; DejaVu Sans, which comes with matplotlib, for the rest."""
+    if ascii_only:
+        font = ImageFont.load_default(size)
+        if isinstance(font, ImageFont.FreeTypeFont):
+            return font
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def _balanced(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Wrap to `width`, then as much narrower as costs no further line: no last line of one short word."""
+    lines = _wrap(text, font, width)
+    whole = [word for word in text.split() if font.getlength(word) <= width]
+    for narrower in range(width - 4, 0, -4):
+        attempt = _wrap(text, font, narrower)
+        if len(attempt) > len(lines) or any(font.getlength(word) > narrower for word in whole):
+            break
+        lines = attempt
+    return lines
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Greedy lines of at most `width` pixels; a word that is wider alone is broken at a mark such as _, or else anywhere."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += " " + word
+            continue
+        lines.append("")
+        for piece in _pieces(word):
+            if lines[-1] and font.getlength(lines[-1] + piece) > width:
+                lines.append("")
+            for letter in piece:
+                if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                    lines.append("")
+                lines[-1] += letter
+    return lines
+
+
+def _pieces(text: str) -> list[str]:
+    """The words of a text, and those of a file name: parted behind each _, -, / and before each dot."""
+    return [piece for word in text.split() for piece in re.findall(r"\.?[^_/.-]*[_/-]*", word) if piece]
+
+
+def _scale(image: Image.Image, tile: int) -> Image.Image:
+    factor = tile / max(image.size)
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)

@@ -1,0 +1,67 @@
+"""Who is to blame when numbers break: the first module whose output held NaN or infinity."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.core.errors import MinidiffError
+
+
+def checked(name: str, module: nn.Module, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`call`, a method of `module`, that raises a MinidiffError instead of returning NaN or infinity.
+
+    Without it the picture would be black, or confetti. The second run, which finds the culprit, happens only then.
+    """
+
+    def checked_call(*inputs: Tensor) -> Tensor:
+        output = call(*inputs)
+        if output.isfinite().all():
+            return output
+        if broken := [i for i, x in enumerate(inputs) if not x.isfinite().all()]:
+            raise MinidiffError(f"NaN or infinity goes into {name} (argument {broken[0] + 1}); what is before it broke.")
+        _, culprit = first_nonfinite({name: module}, lambda: call(*inputs))
+        raise MinidiffError(
+            f"NaN or infinity comes out of {culprit or name}, so the picture would be black. Where half precision overflowed, "
+            "run in float32 or bfloat16 (--torch_dtype); where training diverged, take an earlier checkpoint."
+        )
+
+    return checked_call
+
+
+def first_nonfinite(modules: Mapping[str, nn.Module], forward: Callable[[], Tensor]) -> tuple[Tensor, str | None]:
+    """What `forward` gives, and the first module, innermost first, whose output held NaN or infinity on the way."""
+    found: list[str] = []
+
+    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and not all(t.isfinite().all() for t in tensors_in(output)):
+                found.append(f"{name} ({type(module).__name__}){blame(module)}")
+
+        return module.register_forward_hook(look)
+
+    paths = ((f"{top}.{path}".rstrip("."), m) for top, model in modules.items() for path, m in model.named_modules())
+    handles = [watch(path, module) for path, module in paths]
+    try:
+        with torch.no_grad():
+            return forward(), found[0] if found else None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def blame(module: nn.Module) -> str:
+    """Words for a module's own broken weights, if it has some: nothing that is computed with them can be whole."""
+    broken = [name for name, p in module.named_parameters() if not p.isfinite().all()]
+    return f", whose {broken[0]} itself holds NaN or infinity: get its file again" if broken else ""
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors of floating point in what a module returned: one, several, or a dictionary of them."""
+    if isinstance(output, Tensor):
+        yield from [output] if output.is_floating_point() else []
+    elif isinstance(output, (Mapping, list, tuple)):
+        parts: Iterable[Any] = output.values() if isinstance(output, Mapping) else output
+        for part in parts:
+            yield from tensors_in(part)

@@ -1,0 +1,62 @@
+"""A large picture in overlapping tiles: the network sees one at a time, and memory stays that of a tile.
+
+    tile     ▁▂▄▆████████▆▄▂▁
+    the next            ▁▂▄▆████████▆▄▂▁      where two meet, each counts the less the nearer its own edge is
+
+Used on the U-Net at every step, the tiles agree on one picture: MultiDiffusion, arXiv 2302.08113, eq. 5. Used on the
+autoencoder, the overlap hides that each tile's norms see that tile alone.
+
+Shapes: B pictures, C channels, H W the whole, S the side of a tile.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minidiff.core.errors import SettingsError
+
+
+def tiled(call: Callable[[Tensor], Tensor], tile: int, overlap: int, unit: int = 1) -> Callable[[Tensor], Tensor]:
+    """`call`, (B, C, h, w) -> (B, C', s h, s w) for some scale s, made to see at most `tile` x `tile` cells at once.
+
+    Neighbours share at least `overlap` cells, and begin at multiples of `unit` (8 pixels for an encoder, whose s is 1/8).
+    Where the whole is no larger than a tile, the answer is that of `call`, to the bit.
+    """
+
+    def over_tiles(x: Tensor) -> Tensor:
+        rows, columns = ([unit * i for i in starts(side // unit, tile // unit, overlap // unit)] for side in x.shape[-2:])
+        if len(rows) == len(columns) == 1:
+            return call(x)
+        total, weight = torch.empty(0), torch.empty(0)
+        for top in rows:
+            for left in columns:
+                part = call(x[..., top : top + tile, left : left + tile])
+                h, w = part.shape[-2:]
+                scale = w / min(tile, x.shape[-1])
+                if not total.numel():
+                    whole = [round(side * scale) for side in x.shape[-2:]]
+                    total, weight = part.new_zeros(*part.shape[:-2], *whole), part.new_zeros(whole)
+                ramp = tent(h, overlap * scale).outer(tent(w, overlap * scale)).to(part)
+                y0, x0 = round(top * scale), round(left * scale)
+                total[..., y0 : y0 + h, x0 : x0 + w] += part * ramp
+                weight[y0 : y0 + h, x0 : x0 + w] += ramp
+        return total / weight  # 2302.08113 eq. 5: the weighted mean of what the tiles say
+
+    return over_tiles
+
+
+def starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where the tiles begin along one side: as few as will do, evenly spaced, the last one at the end."""
+    if not 0 <= overlap < tile:
+        raise SettingsError(f"tiles of {tile} that overlap by {overlap} do not advance; make the tiles larger.")
+    if length <= tile:
+        return [0]
+    gaps = -(-(length - tile) // (tile - overlap))
+    return [round(i * (length - tile) / gaps) for i in range(gaps + 1)]
+
+
+def tent(length: int, overlap: float) -> Tensor:
+    """(length,): 1 in the middle, falling towards both edges over `overlap` cells; never 0, for edges of the whole."""
+    from_edge = torch.minimum(torch.arange(length), torch.arange(length).flip(0)) + 0.5
+    return (from_edge / max(overlap, 1)).clamp(max=1)

@@ -1,0 +1,1 @@
+"""Speed and memory. Without this room minidiff draws the same pictures, more slowly."""

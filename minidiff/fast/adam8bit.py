@@ -1,0 +1,212 @@
+"""AdamW whose memory is small: two bytes of state for each weight in place of eight, and weights that may be bf16.
+
+Dettmers, Lewis, Shleifer & Zettlemoyer, "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861). Adam remembers
+two numbers a weight, and they need range more than precision:
+
+- Block-wise (section 2.1): a tensor is cut into blocks of 256 numbers, each scaled by its own largest magnitude, so that
+  one outlier spoils 256 numbers and not the whole tensor. (The paper's blocks are of 2048; today's libraries take 256.)
+- Dynamic tree (section 1.3; no sign bit for the second moment, section 2.2): of 8 bits, zeros up to the first one say how
+  many powers of ten to go down, and what is left divides that decade evenly. Seven decades, fine steps at the top.
+
+      0.001     0.01              0.1                                 1
+      | · · · · | · · · · · · · · | · · · · · · · · · · · · · · · · · |      (a few of them, not to scale)
+
+The moments are made fp32 for the update, and that uses them before they are rounded back, as in the paper's section 2. What
+is lost: a second moment under 1.6e-7 of the largest in its block is remembered as zero, that is a gradient under 1/2500 of
+the block's largest. Such a weight's steps can be too long: in 60 updates of the pocket checkpoint, which move no weight by
+more than 5.2e-4 with fp32 moments, one went 8.6e-4. The loss was the same to 3e-5.
+
+Shapes: n numbers of a tensor in row-major order, K = ceil(n / 256) blocks. State: codes (n), uint8; absmax (K,), fp32.
+On a GPU all of an update is one kernel, adam8bit_kernel.py, where Triton can run.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff.fast.stochastic_rounding import round_to_bf16, rounding_noise
+
+BLOCK = 256  # numbers that share one scale
+LEAST = 4096  # tensors with fewer numbers keep fp32 state (the reference's min_8bit_size): they cost little, and matter much
+PIECE = 2**21  # numbers that are updated at once: what is unpacked for it never takes more than some 100 MB
+
+# --- 8-bit numbers -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def tree_values(signed: bool) -> tuple[float, ...]:
+    """The 256 numbers that a code can mean, ascending; of two signs for the first moment, of one for the second.
+
+    Decade i below 1 is divided into 2^(6 - i) parts (2^(7 - i) without a sign), and a code means the middle of a part. Two
+    codes are left for 0 and for 1 itself, the largest of a block. -1 has none: it becomes -0.993.
+    """
+    values = [torch.tensor([0.0, 1.0])]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1.0, 2 ** (6 - i if signed else 7 - i) + 1)
+        middles = 10.0**-i * ((edges[:-1] + edges[1:]) / 2)
+        values += [middles, -middles] if signed else [middles]
+    return tuple(torch.cat(values).sort().values.tolist())
+
+
+@cache
+def tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For `quantize` and `dequantize`: values (256,), the boundaries above them (256,), and the first guess (65536,).
+
+    The upper half of an fp32 number has sign, exponent and 7 bits of the fraction. Among all numbers that begin with one
+    such half there is at most one boundary, so the code of the lowest of them is right, or one too low.
+    """
+    values = torch.tensor(tree_values(signed))
+    boundaries = (values[:-1] + values[1:]) / 2
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).roll(2**15) << 16  # every upper half, 0 … 0xFFFF
+    lowest = torch.where(halves < 0, halves | 0xFFFF, halves).view(torch.float32).nan_to_num(0.0)
+    guess = torch.bucketize(lowest, boundaries, right=True, out_int32=True)
+    return values.to(device), F.pad(boundaries, (0, 1), value=torch.inf).to(device), guess.to(device)
+
+
+def quantize(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Section 2.1: x (n,) fp32 -> codes (n,), absmax (K,); each number divided by its block's largest takes the nearest code.
+
+    Searching 255 boundaries takes a CPU ten times as long as looking the first guess up.
+    """
+    values, above, guess = tables(signed, x.device)
+    blocks = F.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)  # (K, 256): the last one is filled up with zeros
+    absmax = blocks.abs().amax(dim=1)
+    scaled = (blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).view(-1)[: len(x)]
+    codes = guess.index_select(0, (scaled.view(torch.int32) >> 16) & 0xFFFF)
+    codes += scaled >= above.index_select(0, codes)
+    return codes.to(torch.uint8), absmax
+
+
+def dequantize(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    """The reverse, up to rounding: codes (n,), absmax (K,) -> (n,) fp32."""
+    x = tables(signed, codes.device)[0].index_select(0, codes.int())
+    return x.mul_(absmax.repeat_interleave(BLOCK)[: len(x)])
+
+
+@cache
+def triton_runs(device: torch.device) -> bool:
+    """On a GPU, with the package, and with a C compiler, by which Triton builds what starts its kernels."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return device.type == "cuda" and find_spec("triton") is not None and compiler is not None
+
+
+# --- the optimizer -----------------------------------------------------------------------------------------------------
+
+
+class LeanAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) with `eight_bit` moments or fp32 ones, for fp32 or bf16 weights.
+
+    bf16 weights are rounded by chance (stochastic_rounding.py); the noise is a function of `seed`, the number of the update
+    and that of the tensor, by which its state is saved, too. With fp32 moments and fp32 weights it is torch's AdamW, up to
+    rounding. `kernel`: update 8-bit moments by the Triton kernel or not; None: where Triton runs.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        eight_bit: bool = True,
+        seed: int = 0,
+        kernel: bool | None = None,
+    ) -> None:
+        self.eight_bit, self.seed, self.kernel = eight_bit, seed, kernel
+        super().__init__(list(parameters), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; and every parameter is numbered, through all groups."""
+        super().add_param_group(param_group)
+        pairs = [(p, group) for group, g in enumerate(self.param_groups) for p in g["params"]]
+        self.places = {p: (number, group) for number, (p, group) in enumerate(pairs)}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for p in self.places:
+            if p.grad is not None:
+                self.update(p, p.grad)
+
+    @torch.no_grad()
+    def update(self, p: nn.Parameter, grad: Tensor) -> None:
+        """One update of one parameter, piece by piece: what is unpacked is small, however large the tensor."""
+        number, place = self.places[p]
+        group, state = self.param_groups[place], self.state[p]
+        if not state:
+            for name, (shape, dtype) in self.kinds(p).items():
+                state[name] = torch.zeros(shape, dtype=dtype, device="cpu" if name == "step" else p.device)
+        state["step"] += 1
+        w, g = p.reshape(-1), grad.reshape(-1)  # views where the memory is in row-major order
+        done, flat = int(state["step"]), {name: t.view(-1) for name, t in state.items() if name != "step"}
+        by_kernel = self.packed(p) and (triton_runs(p.device) if self.kernel is None else self.kernel)
+        for start in range(0, len(w), PIECE):
+            piece, noise_of = slice(start, start + PIECE), (self.seed, done, number, start)
+            if by_kernel:
+                update_by_kernel(w[piece], g[piece], flat, piece, done, group, noise_of)
+                continue
+            m, v = self.moments(flat, piece, g[piece].float(), group["betas"])
+            new = adamw_step(w[piece].float(), m, v, done, group)
+            w[piece] = new if w.dtype == torch.float32 else round_to_bf16(new, *noise_of)
+        if not p.is_contiguous():  # then w is a copy
+            p.copy_(w.view(p.shape))
+
+    def packed(self, p: Tensor) -> bool:
+        """Are its moments of 8 bits?"""
+        return self.eight_bit and p.numel() >= LEAST
+
+    def kinds(self, p: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """What is remembered of a parameter: name -> shape, dtype."""
+        packed = self.packed(p)
+        table = {"step": (torch.Size(), torch.float32)}
+        for name in ("exp_avg", "exp_avg_sq"):
+            table[name] = (p.shape, torch.uint8 if packed else torch.float32)
+            if packed:
+                table[f"{name}_absmax"] = (torch.Size([-(-p.numel() // BLOCK)]), torch.float32)
+        return table
+
+    def moments(self, flat: dict[str, Tensor], piece: slice, g: Tensor, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        """Adam (1412.6980), algorithm 1: both moments after this gradient, as fp32; and remembered, perhaps rounded."""
+        both = []
+        for name, target, beta in (("exp_avg", g, betas[0]), ("exp_avg_sq", g.square(), betas[1])):
+            kept, signed = flat[name][piece], name == "exp_avg"
+            if kept.dtype == torch.float32:
+                both.append(kept.lerp_(target, 1 - beta))
+                continue
+            absmax = flat[f"{name}_absmax"][piece.start // BLOCK : piece.stop // BLOCK]
+            moment = dequantize(kept, absmax, signed).lerp_(target, 1 - beta)
+            codes, largest = quantize(moment, signed)
+            kept.copy_(codes)
+            absmax.copy_(largest)
+            both.append(moment)
+        return both[0], both[1]
+
+
+def adamw_step(w: Tensor, m: Tensor, v: Tensor, done: int, group: dict[str, Any]) -> Tensor:
+    """Loshchilov & Hutter 2019, algorithm 2: the weights (n,) after update number `done`, from the new moments (n,)."""
+    beta1, beta2 = group["betas"]
+    denominator = (v / (1 - beta2**done)).sqrt_().add_(group["eps"])
+    w = w * (1 - group["lr"] * group["weight_decay"])
+    return w.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**done))
+
+
+def update_by_kernel(
+    w: Tensor, g: Tensor, flat: dict[str, Tensor], piece: slice, done: int, group: dict[str, Any], noise_of: tuple[int, ...]
+) -> None:
+    """`moments`, `adamw_step` and `round_to_bf16` at once, for weights and gradients (n,) of one piece of a tensor."""
+    from minidiff.fast.adam8bit_kernel import launch  # only now: Triton takes long to import, and may be missing
+
+    noise = None if w.dtype == torch.float32 else rounding_noise(len(w), w.device, *noise_of)
+    blocks = slice(piece.start // BLOCK, piece.stop // BLOCK)
+    moments = [
+        (flat[name][piece], flat[f"{name}_absmax"][blocks], *tables(name == "exp_avg", w.device))
+        for name in ("exp_avg", "exp_avg_sq")
+    ]
+    launch(w, g, noise, moments, done, group, BLOCK)

@@ -1,0 +1,282 @@
+"""LoRA files: an adapter on disk, in any program's dialect, and back into a model.
+
+    read_lora("dog.safetensors").modules     {"unet.down_blocks.0.….attn1.to_q": LoRAWeights, "text_encoder.…": …}
+    load_lora({"unet": unet, "text_encoder": text_encoder}, "dog.safetensors", "dog")
+    save_lora(modules, "dog.safetensors", dialect="kohya")
+
+The tensors alone do not say how strong an adapter is: scale = alpha / r, and alpha is a tensor of its own (kohya), a table in
+the metadata (diffusers) or in a second file (peft). Where the file is silent, alpha = r is the rule of all programs.
+
+dialects.py knows the names and lora_headers.py sorts a file by them; parts.py has the tensors of one module, peft_config.py
+the tables.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.core.config import SD15_UNET, UNetConfig
+from minidiff.core.errors import AdapterError, did_you_mean, listed
+from minidiff.core.inject import adaptable_layers, adapter_names, attach, check_adapter_name, lora_layers, set_adapters
+from minidiff.core.lora import LoRAWeights
+from minidiff.files import names as keymaps
+from minidiff.files.lora_headers import FILE_NAME, PEFT_FILE, LoRAHeader, find_lora, lora_header
+from minidiff.files.lora_names import WRITTEN, Place, key_of
+from minidiff.files.parts import changed_shape, check_parts, fitted, flat, parts_of, weights_of
+from minidiff.files.peft_config import (
+    COMPONENTS,
+    METADATA,
+    PEFT_CONFIG,
+    Config,
+    alpha_of,
+    config_scale,
+    peft_config,
+    read_configs,
+)
+from minidiff.files.weights import TensorFile, file_at, read_header, save
+
+
+@dataclass(frozen=True)
+class LoRAFile:
+    """What a file holds, in minidiff's words; as a string, one line for people."""
+
+    path: Path
+    dialect: str
+    modules: dict[str, LoRAWeights]
+    alpha_known: bool  # False: the file does not say it for every module, and alpha = r was taken
+    metadata: dict[str, str]
+    unknown: tuple[str, ...] = ()  # tensors that are no part of an adapter for SD
+    notes: tuple[str, ...] = ()  # what a person should hear
+
+    @property
+    def scales(self) -> dict[str, float]:
+        return {name: weights.scale for name, weights in self.modules.items()}
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {name: weights.rank for name, weights in self.modules.items()}
+
+    def __str__(self) -> str:
+        dora = "DoRA, " if any(weights.magnitude is not None for weights in self.modules.values()) else ""
+        text = sum(name.startswith("text_encoder.") for name in self.modules)
+        of_text = f" ({text} of the text encoder)" if text else ""
+        sizes = f"rank {_few(self.ranks.values())}, alpha/r {_few(self.scales.values())}"
+        line = f"{self.path}: {self.dialect} style, {dora}{len(self.modules)} layers{of_text}, {sizes}"
+        silent = "" if self.alpha_known else " (the file does not say; alpha = rank is the rule then)"
+        return "; ".join([line + silent, *self.notes])
+
+
+def _few(values: Iterable[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_lora(
+    path: str | Path,
+    weight_name: str | None = None,
+    alpha: float | None = None,
+    config: UNetConfig = SD15_UNET,
+    strict: bool = True,
+) -> LoRAFile:
+    """Every module of an adapter file, of a folder that diffusers or peft wrote, or of any folder with `weight_name`.
+
+    `alpha` is for files that do not say it. `config` is the U-Net in which LDM's names are counted. A tensor that belongs to
+    no adapter of an SD model is an AdapterError; with `strict=False` it is listed in `unknown`.
+    """
+    return read_modules(lora_header(read_header(find_lora(path, weight_name)), config), alpha, strict)
+
+
+def read_modules(header: LoRAHeader, alpha: float | None, strict: bool) -> LoRAFile:
+    """The data of a file whose header is known; the rest as in `read_lora`."""
+    file, modules, unknown = header.file, header.modules, header.unknown
+    if not modules or (unknown and strict):
+        raise AdapterError(
+            f"{file.path}: {len(file.tensors) - len(unknown)} of {len(file.tensors)} tensors have the names of an SD adapter. "
+            f"The file looks like {file.looks_like}.\n{listed('others', unknown)}"
+        )
+    for name, parts in modules.items():
+        check_parts(f"{file.path}: {name}", parts)
+    tensors = replace(file, tensors={key: info for key, info in file.tensors.items() if key not in unknown}).read()
+    values = {name: {part: tensors[info.key] for part, info in parts.items()} for name, parts in modules.items()}
+    configs = read_configs(file)
+    said = {name: said_scale(file.path, name, parts, configs) for name, parts in values.items()}
+    check_alpha(file.path, header.dialect, alpha, said)
+    found = {}
+    for name, scale in said.items():
+        default = 1.0 if alpha is None else alpha / len(values[name]["down"])
+        found[name] = weights_of(f"{file.path}: {name}", values[name], default if scale is None else scale)
+    zeros = sum("alpha" in parts and not parts["alpha"] for parts in values.values())
+    notes = (f"alpha is 0 in {zeros} layers, which stands for the rank",) if zeros else ()
+    known = alpha is not None or None not in said.values()
+    return LoRAFile(file.path, header.dialect, found, known, file.metadata, tuple(unknown), notes)
+
+
+def said_scale(path: Path, module: str, parts: Mapping[str, Tensor], configs: Mapping[str, Config]) -> float | None:
+    """What the file says of a module's scale, in a tensor of its own or in a table; None where it says nothing."""
+    rank = len(parts["down"])
+    if "alpha" in parts:
+        alpha = parts["alpha"].item()
+        if alpha < 0:
+            raise AdapterError(f"{path}: alpha of {module} is {alpha:g}; it must be a positive number.")
+        return alpha / rank if alpha else 1.0  # kohya's rule: 0 stands for the rank
+    config = configs.get(module.partition(".")[0])
+    return None if config is None else config_scale(config, module, rank, path)
+
+
+def check_alpha(path: Path, dialect: str, alpha: float | None, said: Mapping[str, float | None]) -> None:
+    """`alpha` is given where the file is silent, and only there. peft's files are never silent, if all of them are there."""
+    silent = None in said.values()
+    if alpha is None and silent and dialect == "peft":
+        raise AdapterError(
+            f"{path}: alpha is unknown, because {PEFT_CONFIG} is not beside it. Name the whole folder, or give alpha yourself: "
+            "minidiff convert --alpha, or load_lora_weights(…, alpha=…)."
+        )
+    if alpha is not None and not silent:
+        raise AdapterError(f"{path} says its alpha itself; --alpha is for files that do not.")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise AdapterError(f"--alpha is {alpha}; it must be a positive number.")
+
+
+# --- into a model ------------------------------------------------------------------------------------------------------
+
+
+def load_lora(
+    models: Mapping[str, nn.Module],
+    path: str | Path,
+    adapter_name: str = "default",
+    weight_name: str | None = None,
+    alpha: float | None = None,
+    strict: bool = True,
+) -> LoRAFile:
+    """Put the adapter of a file on the models, {"unet": …, "text_encoder": …}, and switch it on alone.
+
+    Every tensor must find its layer: no match, a part that matches and another model's shapes are AdapterErrors, raised
+    before anything is changed. `strict=False` takes what matches, if anything does, and says what was left.
+    """
+    for model in models.values():
+        check_adapter_name(model, adapter_name)
+    config = getattr(models.get("unet"), "config", SD15_UNET)
+    layers = {f"{part}.{name}": layer for part, model in models.items() for name, layer in adaptable_layers(model).items()}
+    header = lora_header(read_header(find_lora(path, weight_name)), config)
+    left = check_fit(models, layers, header, strict)
+    lora = read_modules(header, alpha, strict)
+    found = {name: fitted(weights, layers[name].weight) for name, weights in lora.modules.items() if name in layers}
+    for part, model in models.items():
+        mine = {name.removeprefix(f"{part}."): weights for name, weights in found.items() if name.startswith(f"{part}.")}
+        attach(model, mine, adapter_name)
+        if lora_layers(model):
+            set_adapters(model, [adapter_name] if adapter_name in adapter_names(model) else [])
+    notes = (*lora.notes, f"{len(left)} tensors that match nothing were left out") if left else lora.notes
+    return replace(lora, modules=found, notes=notes)
+
+
+def check_fit(
+    models: Mapping[str, nn.Module],
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    header: LoRAHeader,
+    strict: bool,
+) -> list[str]:
+    """The tensors that find no layer; none if `strict`. By the header alone, before any data is read."""
+    file, modules = header.file, header.modules
+    strangers = header.unknown + [info.key for name, parts in modules.items() if name not in layers for info in parts.values()]
+    matched = len(file.tensors) - len(strangers)
+    if strangers and (strict or not matched):
+        raise AdapterError(
+            f"{file.path}: {matched} of {len(file.tensors)} tensors match {_named(models)}. "
+            f"{_families(models, file)}\n{listed('without a layer', strangers)}"
+        )
+    misfits = []
+    for name in modules.keys() & layers.keys():
+        check_parts(f"{file.path}: {name}", modules[name])
+        shape, own = changed_shape(modules[name]), tuple(layers[name].weight.shape)
+        if shape != flat(own):
+            misfits.append(f"{name} is for {shape}, the model has {own}")
+    if misfits:
+        raise AdapterError(f"{file.path} is for another model. {_families(models, file)}\n{listed('misshapen', misfits)}")
+    return strangers
+
+
+def _named(models: Mapping[str, nn.Module]) -> str:
+    return " and ".join(type(model).__name__ for model in models.values())
+
+
+def _families(models: Mapping[str, nn.Module], file: TensorFile) -> str:
+    width = keymaps.cross_attention_width(models["unet"].state_dict()) if "unet" in models else None
+    return f"The file looks like {file.looks_like}" + (f"; this model has cross-attention width {width}." if width else ".")
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+def save_lora(
+    modules: Mapping[str, LoRAWeights],
+    path: str | Path,
+    dialect: str = "diffusers",
+    torch_dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write an adapter as "diffusers", "kohya" or "peft" has it, with its scale. Gives the path of the tensors' file.
+
+    `path` is a `.safetensors` file, or a folder that gets one; for peft always a folder. `metadata` (texts) is for
+    people and for other programs; what they need for loading is added.
+    """
+    check_writable(modules, dialect)
+    if dialect == "peft" and Path(path).suffix == ".safetensors":
+        raise AdapterError(f"{path}: peft's adapters are folders of two files; give the name of a folder.")
+    path = file_at(path, PEFT_FILE if dialect == "peft" else FILE_NAME)
+    tensors = {}
+    for name, weights in modules.items():
+        for part, tensor in parts_of(name, weights, dialect, torch_dtype).items():
+            tensors[key_of(Place(name, part), dialect)] = tensor
+    about = {key: text for key, text in (metadata or {}).items() if key != METADATA}  # another file's, if it is there
+    if dialect == "peft":
+        base = about.get("base_model", "")
+        config = {**configs_of(modules)["unet"], "base_model_name_or_path": base, "inference_mode": True}
+        beside = path.with_name(PEFT_CONFIG)
+        beside.unlink(missing_ok=True)  # the old one must not be taken for the new tensors'
+        save(tensors, path, about)
+        beside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return path
+    if dialect == "diffusers":
+        flat_config = {f"{c}.{key}": value for c, config in configs_of(modules).items() for key, value in config.items()}
+        about[METADATA] = json.dumps(flat_config, sort_keys=True)
+    else:
+        about |= kohya_metadata(modules)
+    save(tensors, path, about)
+    return path
+
+
+def check_writable(modules: Mapping[str, LoRAWeights], dialect: str) -> None:
+    if dialect not in WRITTEN:
+        raise AdapterError(
+            f'"{dialect}" is no style that minidiff writes; there is {", ".join(WRITTEN)}.{did_you_mean(dialect, WRITTEN)}'
+        )
+    if not modules:
+        raise AdapterError("there is no adapter to save: it has no layers.")
+    if dialect == "peft" and any(name.startswith("text_encoder.") for name in modules):
+        raise AdapterError("a peft folder holds the adapter of one network, and this one is for the text encoder too.")
+
+
+def configs_of(modules: Mapping[str, LoRAWeights]) -> dict[str, Config]:
+    """peft's configuration of each component that the adapter changes."""
+    split = {c: {n.removeprefix(f"{c}."): w for n, w in modules.items() if n.startswith(f"{c}.")} for c in COMPONENTS}
+    return {component: peft_config(mine) for component, mine in split.items() if mine}
+
+
+def kohya_metadata(modules: Mapping[str, LoRAWeights]) -> dict[str, str]:
+    """What kohya's scripts and A1111 look for beside the tensors; the tensors' own alpha counts."""
+    ranks = {str(weights.rank) for weights in modules.values()}
+    alphas = {f"{alpha_of(weights):g}" for weights in modules.values()}
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
+    }

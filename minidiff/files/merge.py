@@ -1,0 +1,255 @@
+"""The algebra of adapters: join them, cut their rank, get one out of two checkpoints, bake them into a model.
+
+An adapter's change of a layer is ΔW = scale · B A. Two of them together are the sum of their changes, never (B1 + B2)(A1 + A2):
+that has the terms B1 A2 and B2 A1, which nobody trained. A sum as one adapter, and a shorter form of it:
+
+    concatenation   [B1 B2] [A1; A2] = B1 A1 + B2 A2              exact; the ranks add up
+    truncated SVD   ΔW = U S Vᵀ, keep the largest r values of S   the best of rank r (Eckart and Young 1936); error known
+
+Shapes: A (r, in[, kh, kw]), B (out, r), W (out, in[, kh, kw]); convolutions are taken as (out, in · kh · kw).
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.core.errors import AdapterError
+from minidiff.core.inject import eject, lora_layers
+from minidiff.core.lora import LoRAWeights
+from minidiff.core.targets import adaptable_layers, plain_name
+from minidiff.files.parts import flat
+from minidiff.files.weights import is_finite
+
+Modules = Mapping[str, LoRAWeights]
+LEAST = 1e-6  # what is less than this part of the size is rounding, and no change
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An adapter of lower rank, and what was lost: ||ΔW - ΔW'|| / ||ΔW|| of each module, in the Frobenius norm."""
+
+    modules: dict[str, LoRAWeights]
+    error: dict[str, float]
+    left_out: tuple[str, ...] = ()  # tensors that moved, and that no adapter can hold: biases, norms, embeddings
+
+
+# --- join --------------------------------------------------------------------------------------------------------------
+
+
+def join(adapters: Sequence[Modules], strengths: Sequence[float]) -> dict[str, LoRAWeights]:
+    """Σ strength · ΔW as one adapter, exactly, by concatenation. A module need not be in each of them."""
+    if len(adapters) != len(strengths):
+        raise AdapterError(f"{len(adapters)} adapters but {len(strengths)} weights; give one weight for each.")
+    check_linear(adapters)
+    return {name: concatenated(name, parts) for name, parts in by_module(adapters, strengths).items()}
+
+
+def by_module(adapters: Sequence[Modules], strengths: Sequence[float]) -> dict[str, list[tuple[LoRAWeights, float]]]:
+    """Module -> its change in each of the adapters that have it, with the strength."""
+    found: dict[str, list[tuple[LoRAWeights, float]]] = {}
+    for modules, strength in zip(adapters, strengths):
+        for name, weights in modules.items():
+            found.setdefault(name, []).append((weights, strength))
+    return found
+
+
+def concatenated(name: str, parts: Sequence[tuple[LoRAWeights, float]]) -> LoRAWeights:
+    shapes = {(len(weights.B), *flat(tuple(weights.A.shape))[1:]) for weights, _ in parts}
+    if len(shapes) > 1:
+        raise AdapterError(f"{name} is of the shapes {sorted(shapes)} in these adapters; they are for different models.")
+    kernel = max((weights.A.shape[1:] for weights, _ in parts), key=len)  # a 1 x 1 convolution may be held as a matrix
+    A = torch.cat([weights.A.float().reshape(-1, *kernel) for weights, _ in parts])
+    B = torch.cat([strength * weights.scale * weights.B.float() for weights, strength in parts], dim=1)
+    return LoRAWeights(A, B, 1.0)
+
+
+# --- what a sum will be like -------------------------------------------------------------------------------------------
+
+
+def cosines(adapters: Sequence[Modules]) -> dict[str, float]:
+    """How much the changes of two adapters point the same way, by module: 1 the same, 0 they do not meet, -1 they fight.
+
+    Only of modules that two adapters change; the pair that is furthest from 0 counts.
+    """
+    found = {}
+    for name, parts in by_module(adapters, [1.0] * len(adapters)).items():
+        pairs = [cosine(one, other) for (one, _), (other, _) in combinations(parts, 2)]
+        if pairs:
+            found[name] = max(pairs, key=abs)
+    return found
+
+
+def cosine(one: LoRAWeights, other: LoRAWeights) -> float:
+    """⟨ΔW1, ΔW2⟩ / (||ΔW1|| ||ΔW2||); 0 where one of them is 0."""
+    sizes = math.sqrt(max(inner(one, one), 0.0) * max(inner(other, other), 0.0))  # rounding can make them less than 0
+    return inner(one, other) / sizes if sizes else 0.0
+
+
+def inner(one: LoRAWeights, other: LoRAWeights) -> float:
+    """⟨B1 A1, B2 A2⟩ = Σ (B1ᵀ B2) ∘ (A1 A2ᵀ): r x r numbers, or out x in where these are fewer."""
+    B1, A1, B2, A2 = one.B.double(), one.A.double().flatten(1), other.B.double(), other.A.double().flatten(1)
+    few = one.rank * other.rank <= len(B1) * A1.shape[1]
+    total = (B1.mT @ B2) * (A1 @ A2.mT) if few else (B1 @ A1) * (B2 @ A2)
+    return one.scale * other.scale * total.sum().item()
+
+
+def cancelled(joined: Modules, adapters: Sequence[Modules], strengths: Sequence[float]) -> list[str]:
+    """The modules whose changes add up to nothing: weights of 0, or two that are each other's opposite."""
+    return [name for name, parts in by_module(adapters, strengths).items() if vanishes(joined[name], parts)]
+
+
+def vanishes(total: LoRAWeights, parts: Sequence[tuple[LoRAWeights, float]]) -> bool:
+    """Is the sum of these parts nothing but rounding?"""
+    return inner(total, total) <= LEAST**2 * sum(strength**2 * inner(weights, weights) for weights, strength in parts)
+
+
+def error_of_adding_factors(adapters: Sequence[Modules], strengths: Sequence[float]) -> dict[str, float]:
+    """||ΔW' - ΔW|| / ||ΔW|| by module, had A and B been added up each by itself, as some programs do.
+
+    Each factor gets √(strength · scale), so that one adapter alone would stay as it is. Modules with one change, of different
+    ranks, or whose changes cancel, are left out: there is nothing to compare.
+    """
+    found = {}
+    for name, parts in by_module(adapters, strengths).items():
+        if len(parts) < 2 or len({weights.rank for weights, _ in parts}) > 1:
+            continue
+        exact = concatenated(name, parts)
+        if vanishes(exact, parts):
+            continue
+        roots = [math.sqrt(abs(strength * weights.scale)) for weights, strength in parts]
+        A = sum(root * weights.A.float().reshape(-1, *exact.A.shape[1:]) for (weights, _), root in zip(parts, roots))
+        B = sum(math.copysign(root, strength) * weights.B.float() for (weights, strength), root in zip(parts, roots))
+        assert isinstance(A, Tensor) and isinstance(B, Tensor)
+        difference = LoRAWeights(torch.cat([exact.A, A]), torch.cat([exact.B, -B], dim=1), 1.0)
+        found[name] = math.sqrt(max(inner(difference, difference), 0.0) / inner(exact, exact))
+    return found
+
+
+# --- rank --------------------------------------------------------------------------------------------------------------
+
+
+def cut(modules: Modules, rank: int) -> Cut:
+    """The best adapter of at most this rank: the truncated SVD of every ΔW."""
+    check_linear([modules])
+    shorter, error = {}, {}
+    for name, old in modules.items():
+        U, S, Vt = svd(old)
+        shorter[name] = split_evenly(U, S, Vt, rank, old.A.shape)
+        error[name] = lost(S, rank)
+    return Cut(shorter, error)
+
+
+def svd(weights: LoRAWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, r), S (r), Vᵀ (r, in · kh · kw) of scale · B A, in fp64.
+
+    B A is never multiplied out: with the QR decompositions B = Qb Rb and Aᵀ = Qa Ra, the SVD of the small Rb Raᵀ gives that
+    of B A, for B A = Qb (Rb Raᵀ) Qaᵀ, and Qb, Qa have orthonormal columns.
+    """
+    Qb, Rb = torch.linalg.qr(weights.scale * weights.B.double())
+    Qa, Ra = torch.linalg.qr(weights.A.double().flatten(1).mT)
+    U, S, Vt = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
+    return Qb @ U, S, Vt @ Qa.mT
+
+
+def split_evenly(U: Tensor, S: Tensor, Vt: Tensor, rank: int, shape: Sequence[int]) -> LoRAWeights:
+    """U S Vᵀ, cut to `rank`, as B A with √S in each half, so that neither is large; A gets the kernel of `shape` back."""
+    if rank < 1:
+        raise AdapterError(f"the rank is {rank}; it must be at least 1.")
+    root = S[:rank].sqrt()
+    A = (root[:, None] * Vt[:rank]).float().unflatten(1, tuple(shape[1:]))
+    return LoRAWeights(A.contiguous(), (U[:, :rank] * root).float().contiguous(), 1.0)
+
+
+def lost(S: Tensor, rank: int) -> float:
+    """√(Σ dropped σ² / Σ σ²): the relative error of the best approximation of that rank (Eckart and Young 1936)."""
+    total = S.square().sum().item()
+    return math.sqrt(S[rank:].square().sum().item() / total) if total else 0.0
+
+
+def rank_for(weights: LoRAWeights, energy: float) -> int:
+    """How many singular values of ΔW hold this share of Σ σ²; 0 for a change that is none."""
+    squares = svd(weights)[1].square()
+    return int((squares.cumsum(0) < energy * squares.sum()).sum()) + 1 if squares.any() else 0
+
+
+# --- models ------------------------------------------------------------------------------------------------------------
+
+
+def extract(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module], rank: int) -> Cut:
+    """The adapter of at most this rank that leads from one model to the other: the truncated SVD of every W' - W.
+
+    Both are {"unet": …, "text_encoder": …}. Layers that have not moved are left out.
+    """
+    from tqdm import tqdm
+
+    found, error, left_out = {}, {}, []
+    for part, model in base.items():
+        check_twins(part, model, tuned[part])
+        after, old = adaptable_layers(tuned[part]), adaptable_layers(model)
+        for name in tqdm(old, part, unit="layer", leave=False, disable=None):
+            W, change = old[name].weight, moved(old[name].weight, after[name].weight)
+            if change is not None:
+                U, S, Vt = torch.linalg.svd(change.flatten(1), full_matrices=False)
+                found[f"{part}.{name}"] = split_evenly(U, S, Vt, rank, W.shape)
+                error[f"{part}.{name}"] = lost(S, rank)
+        matrices = {f"{part}.{name}.weight" for name in old}
+        left_out += [name for name in moved_tensors(part, model, tuned[part]) if name not in matrices]
+    if not found:
+        raise AdapterError("the two models have the same matrices; there is no adapter between them.")
+    return Cut(found, error, tuple(left_out))
+
+
+def check_twins(part: str, base: nn.Module, tuned: nn.Module) -> None:
+    shapes = [{key: tuple(tensor.shape) for key, tensor in model.state_dict().items()} for model in (base, tuned)]
+    if odd := [key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key)]:
+        first = min(odd)
+        raise AdapterError(
+            f"the two models are of different shapes, and an adapter leads between two weights of one network: {part}.{first} "
+            f"is {shapes[0].get(first, 'missing')} in the base and {shapes[1].get(first, 'missing')} in the tuned model."
+        )
+
+
+def moved_tensors(part: str, base: nn.Module, tuned: nn.Module) -> list[str]:
+    """The names of the tensors that differ, in two networks of the same shapes."""
+    others = tuned.state_dict()
+    return [f"{part}.{plain_name(key)}" for key, W in base.state_dict().items() if moved(W, others[key]) is not None]
+
+
+@torch.no_grad()
+def moved(before: Tensor, after: Tensor) -> Tensor | None:
+    """W' - W in fp64, or None if it is nothing."""
+    change = after.double() - before.double()
+    return change if change.norm() > LEAST * before.double().norm() else None
+
+
+def bake(models: Iterable[nn.Module]) -> int:
+    """Fold the adapters, at their strengths of now, into the weights for good: added in fp32, rounded once to W's dtype.
+
+    Gives the number of layers that changed. Raises AdapterError where a weight would be infinite; the models are spoilt then.
+    """
+    changed = 0
+    for model in models:
+        for name, layer in lora_layers(model).items():
+            layer.unmerge()  # else `eject` would bring the old weights back
+            W = layer.base.weight.data
+            tuned = (W.float() + layer.delta()).to(W.dtype)
+            if not is_finite(tuned):
+                raise AdapterError(f"{name}: with the adapters its weights are too large for {W.dtype}; lower --lora_weight.")
+            changed += not torch.equal(tuned, W)
+            layer.base.weight.data = tuned
+        eject(model)
+    return changed
+
+
+def check_linear(adapters: Sequence[Modules]) -> None:
+    """DoRA's change depends on W and is no product of two thin matrices."""
+    for modules in adapters:
+        if dora := next((name for name, weights in modules.items() if weights.magnitude is not None), None):
+            raise AdapterError(
+                f"{dora} is DoRA, whose change is no product B A; it cannot be joined or cut. "
+                f"Bake it into the model: minidiff merge bake. From that, merge extract gets a plain LoRA."
+            )

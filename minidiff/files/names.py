@@ -1,0 +1,256 @@
+"""What other programs call things: the names of tensors in their files, and what those names give away.
+
+Only names and shapes here; nothing is opened or read. Three naming schemes for the same networks:
+
+    diffusers   down_blocks.0.resnets.1.norm1.weight              one file for each network; minidiff's own names
+    LDM         model.diffusion_model.input_blocks.2.0.in_layers.0.weight     CompVis, A1111, ComfyUI: everything in one
+    kohya       lora_unet_down_blocks_0_…_to_q.lora_down.weight   adapters of sd-scripts and A1111
+
+LDM counts the U-Net's layers straight through, where diffusers nests blocks and layers. So the map between the two is
+counting: a table of module prefixes is made for given numbers of levels and layers, and read in either direction.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
+
+from minidiff.core.config import UNetConfig, VAEConfig
+from minidiff.core.text import PREFIX as CLIP
+
+
+class HasShape(Protocol):
+    """A tensor, or what a file's header says about one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+# --- LDM <-> diffusers -----------------------------------------------------------------------------------------------
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+TEXT_PREFIX = "cond_stage_model.transformer."
+NOT_NEEDED = re.compile(r"[^.]+|model_ema\..*")  # names without a dot: the schedule's buffers; EMA: a second U-Net
+
+RESNET = {  # diffusers -> LDM, inside one ResBlock of the U-Net
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def unet_table(config: UNetConfig) -> dict[str, str]:
+    """Module prefixes of the U-Net, diffusers -> LDM."""
+    table: dict[str, str] = {}
+    for ours, theirs in _unet_blocks(config):
+        if ".resnets." in ours:
+            table |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in RESNET.items()}
+        else:
+            table[ours] = theirs
+    return table
+
+
+def _unet_blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
+    layers, last = config.layers_per_block, len(config.block_out_channels) - 1
+    n = layers + 1  # LDM's numbers for one level: down, its layers and a downsampler; up, one layer more
+    yield "conv_in", "input_blocks.0.0"
+    yield "time_embedding.linear_1", "time_embed.0"
+    yield "time_embedding.linear_2", "time_embed.2"
+    for i, kind in enumerate(config.down_block_types):
+        for j in range(layers):
+            yield f"down_blocks.{i}.resnets.{j}", f"input_blocks.{n * i + j + 1}.0"
+            if "CrossAttn" in kind:
+                yield f"down_blocks.{i}.attentions.{j}", f"input_blocks.{n * i + j + 1}.1"
+        if i < last:
+            yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{n * (i + 1)}.0.op"
+    yield "mid_block.resnets.0", "middle_block.0"
+    yield "mid_block.attentions.0", "middle_block.1"
+    yield "mid_block.resnets.1", "middle_block.2"
+    for i, kind in enumerate(config.up_block_types):
+        for j in range(n):
+            yield f"up_blocks.{i}.resnets.{j}", f"output_blocks.{n * i + j}.0"
+            if "CrossAttn" in kind:
+                yield f"up_blocks.{i}.attentions.{j}", f"output_blocks.{n * i + j}.1"
+        if i < last:  # the upsampler sits in the last layer of its level, behind ResBlock and transformer
+            yield f"up_blocks.{i}.upsamplers.0", f"output_blocks.{n * i + layers}.{2 if 'CrossAttn' in kind else 1}"
+    yield "conv_norm_out", "out.0"
+    yield "conv_out", "out.2"
+
+
+def vae_table(config: VAEConfig) -> dict[str, str]:
+    """Module prefixes of the VAE, diffusers -> LDM. LDM numbers the decoder's levels from the picture's side."""
+    levels = len(config.block_out_channels)
+    table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    for half in ("encoder", "decoder"):
+        table |= {f"{half}.conv_in": f"{half}.conv_in", f"{half}.conv_out": f"{half}.conv_out"}
+        table |= {f"{half}.conv_norm_out": f"{half}.norm_out"}
+        table |= {f"{half}.mid_block.resnets.{j}": f"{half}.mid.block_{j + 1}" for j in range(2)}
+        middle = f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1"
+        table |= {f"{middle[0]}.{a}": f"{middle[1]}.{b}" for a, b in VAE_ATTENTION.items()}
+    for i in range(levels):
+        blocks = [
+            (f"encoder.down_blocks.{i}.resnets.{j}", f"encoder.down.{i}.block.{j}")
+            for j in range(config.layers_per_block)
+        ]
+        up = levels - 1 - i
+        blocks += [
+            (f"decoder.up_blocks.{i}.resnets.{j}", f"decoder.up.{up}.block.{j}")
+            for j in range(config.layers_per_block + 1)
+        ]
+        for ours, theirs in blocks:
+            table |= {ours: theirs, f"{ours}.conv_shortcut": f"{theirs}.nin_shortcut"}
+        if i < levels - 1:
+            table[f"encoder.down_blocks.{i}.downsamplers.0"] = f"encoder.down.{i}.downsample"
+            table[f"decoder.up_blocks.{i}.upsamplers.0"] = f"decoder.up.{up}.upsample"
+    return table
+
+
+def rename(key: str, table: Mapping[str, str]) -> str:
+    """Replace the longest prefix of `key` that the table has; a key of which it has none stays as it is."""
+    words = key.split(".")
+    for n in range(len(words), 0, -1):
+        if prefix := table.get(".".join(words[:n])):
+            return ".".join([prefix, *words[n:]])
+    return key
+
+
+def inverse(table: Mapping[str, str]) -> dict[str, str]:
+    """LDM -> diffusers. Exact, because no two prefixes share a value."""
+    return {theirs: ours for ours, theirs in table.items()}
+
+
+def is_vae_attention(key: str) -> bool:
+    """Weights that LDM keeps as 1x1 convolutions (C, C, 1, 1) and diffusers as linear layers (C, C)."""
+    return bool(re.search(r"mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.weight$", key))
+
+
+# --- names that changed over the years -------------------------------------------------------------------------------
+
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # SD 1.4 and 1.5 repos
+
+
+def modern(key: str) -> str:
+    """One name for a tensor whichever year its file is from: the new attention names, CLIP without `text_model.`"""
+    old = re.search(r"mid_block\.attentions\.0\.(query|key|value|proj_attn)\.", key)
+    if old:
+        key = key.replace(f".{old[1]}.", f".{OLD_VAE_ATTENTION[old[1]]}.")
+    return key.removeprefix(CLIP)
+
+
+def is_position_ids(key: str) -> bool:
+    """The numbers 0 to 76, which old CLIP files hold as if they were weights."""
+    return key.endswith("embeddings.position_ids")
+
+
+# --- what is this file? ----------------------------------------------------------------------------------------------
+
+FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the text that cross-attention reads
+INPUTS = {4: "", 9: "inpainting ", 8: "InstructPix2Pix ", 5: "depth "}  # by the U-Net's input channels
+
+DIALECTS = {  # LoRA key styles, told apart by any key
+    "peft": r"base_model\.model\.",
+    "kohya": r"lora_(unet|te\d?|prior)_",
+    "cloneofsimo": r"(unet|text_encoder):\d+:",
+    "diffusers attention-processor (2023)": r".*(\.processor\.|\.self_attn\.).*_lora\.",
+    "diffusers down/up": r".*\.lora(_linear_layer)?\.(down|up)\.",
+    "diffusers": r"(unet|text_encoder\w*|transformer)\..*\.lora_[AB]\.",
+}
+KINDS = {  # LoRA's relatives, told by any key; the first that fits
+    "LoKr": "lokr_",
+    "LoHa": "hada_",
+    "OFT": "b?oft_",
+    "IA3": "(ia3_|on_input$)",
+    "GLoRA": r"[ab][12]\.weight$",
+    "full difference": r"(diff(_b)?|[wb]_norm)$",
+    "DoRA": "(dora_scale|lora_magnitude_vector)",
+}
+
+
+def describe(tensors: Mapping[str, HasShape]) -> str:
+    """What a file with these tensors looks like, in words that fit after "the file looks like"."""
+    if not tensors:
+        return "an empty file"
+    if dialect := lora_dialect(tensors):
+        return f"a {adapter_kind(tensors)} in the {dialect} style{_for_family(tensors)}"
+    if _any(tensors, "conditioner."):
+        return "an SDXL single file"
+    if _any(tensors, "cond_stage_model.model."):
+        return "an SD 2.x single file in the LDM layout"
+    if _any(tensors, UNET_PREFIX):
+        return f"an {_family(tensors)} {_inputs(tensors)}single file in the LDM layout"
+    if _any(tensors, "control_model.", "controlnet_cond_embedding.", "input_hint_block."):
+        return "a ControlNet"
+    if _any(tensors, "conv_in.weight") and _any(tensors, "time_embedding."):
+        return f"an {_family(tensors)} {_inputs(tensors)}U-Net in the diffusers layout"
+    if _any(tensors, "input_blocks."):
+        return f"an {_family(tensors)} {_inputs(tensors)}U-Net in the LDM layout, without VAE and text encoder"
+    if _any(tensors, "decoder.mid_block."):
+        return "a VAE in the diffusers layout"
+    if _any(tensors, "decoder.mid.", VAE_PREFIX):
+        return "a VAE in the LDM layout"
+    return _describe_text(tensors)
+
+
+def _describe_text(tensors: Mapping[str, HasShape]) -> str:
+    if _any(tensors, "vision_model.", "visual."):
+        return "a CLIP model with an image encoder"
+    for key, tensor in tensors.items():
+        if key.endswith("token_embedding.weight") and tensor.shape:
+            return f"a CLIP text encoder of width {tensor.shape[-1]}"
+    if len(tensors) <= 2 and all(len(tensor.shape) <= 2 for tensor in tensors.values()):
+        widths = " and ".join(str(tensor.shape[-1]) for tensor in tensors.values() if tensor.shape)
+        return f"a textual inversion embedding of width {widths}"
+    return f'nothing that minidiff knows: {len(tensors)} tensors, the first is "{next(iter(tensors))}"'
+
+
+def lora_dialect(keys: Iterable[str]) -> str | None:
+    """The key style of an adapter file, or None if it is no adapter; the first key that tells decides."""
+    for key in keys:
+        for dialect, pattern in DIALECTS.items():
+            if re.match(pattern, key):
+                return dialect
+    return None
+
+
+def adapter_kind(keys: Iterable[str]) -> str:
+    """LoRA, or which of its relatives."""
+    keys = list(keys)
+    for kind, pattern in KINDS.items():
+        if any(re.search(rf"\.{pattern}", key) for key in keys):
+            return kind
+    return "LoRA"
+
+
+def cross_attention_width(tensors: Mapping[str, HasShape]) -> int | None:
+    """The width of the prompt's tokens: 768 in SD 1.x. From a U-Net's keys in any layout, or an adapter's."""
+    to_k = re.compile(r"attn2[._](processor\.)?to_k(_lora)?\.(base\.)?(weight|.*(lora_A|down).*)$")
+    for key, tensor in tensors.items():
+        if to_k.search(key) and len(tensor.shape) > 1:
+            return tensor.shape[1]
+    return None
+
+
+def _family(tensors: Mapping[str, HasShape]) -> str:
+    width = cross_attention_width(tensors)
+    return FAMILIES.get(width or 0, f"SD (cross-attention width {width or 'unknown'})")
+
+
+def _for_family(tensors: Mapping[str, HasShape]) -> str:
+    width = cross_attention_width(tensors)
+    return f" for {FAMILIES.get(width, 'another model')} (cross-attention width {width})" if width else ""
+
+
+def _inputs(tensors: Mapping[str, HasShape]) -> str:
+    for name in ("conv_in.weight", "input_blocks.0.0.weight", f"{UNET_PREFIX}input_blocks.0.0.weight"):
+        if name in tensors and len(tensors[name].shape) > 1:
+            channels = tensors[name].shape[1]
+            return INPUTS.get(channels, f"{channels}-channel ")
+    return ""
+
+
+def _any(keys: Iterable[str], *prefixes: str) -> bool:
+    return any(key.startswith(prefixes) for key in keys)

@@ -1,0 +1,283 @@
+"""Model files, in and out. Safetensors only, and strict: a file fits the model exactly, or an error says how not.
+
+A safetensors file is 8 bytes (n, little-endian), n bytes of JSON (for each tensor its dtype, shape and place; and a
+`__metadata__` of strings), and the data. So everything can be checked before any data is read:
+
+    file = read_header("unet/diffusion_pytorch_model.safetensors")      # names, shapes, dtypes
+    load_into(unet, file, torch_dtype=torch.float32)                    # checks, then reads
+
+`headers.py` checks the header; `keymaps.py` knows the names that other programs use; `files/` reads and writes adapters.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from minidiff.core.config import SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
+from minidiff.core.errors import WeightsError, listed
+from minidiff.core.text import to_file_keys
+from minidiff.core.unet import UNet2DConditionModel
+from minidiff.core.vae import AutoencoderKL
+from minidiff.files import names as keymaps
+from minidiff.files.headers import NAMES, PICKLES, TensorInfo, check_ordinary, check_start, parse_json, tensor_info
+
+METADATA = "__metadata__"  # the one name in a header that is no tensor's
+LARGE = 2**28  # bytes: 256 MB
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file, or a part of one under other names. Holds no data: `read` gets it."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    looks_like: str
+
+    def read(self, torch_dtype: torch.dtype | None = None, mapped: bool = False) -> dict[str, Tensor]:
+        """Every tensor, cast to `torch_dtype` if one is given. NaN and infinity are refused.
+
+        With `mapped`, tensors of LARGE files that need no cast are not looked at: they are mapped into memory, and read from
+        the disk when they are first used. Looking at 4 GB takes three times as long as all else in loading SD 1.5; a NaN in
+        them is found when something is computed with it, and nonfinite.py then names the tensor.
+        """
+        tensors = {}
+        unseen = mapped and sum(prod(info.shape) * info.dtype.itemsize for info in self.tensors.values()) > LARGE
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                for name, info in self.tensors.items():
+                    tensors[name] = file.get_tensor(info.key).to(torch_dtype or info.dtype)
+                    if not (unseen and tensors[name].dtype == info.dtype) and not is_finite(tensors[name]):
+                        what = f"{info.key} has NaN or infinite values (as {tensors[name].dtype})"
+                        raise WeightsError(f"{self.path}: {what}. Get the file again; if it was cast to half, use float32.")
+        except SafetensorError as error:
+            raise WeightsError(f"{self.path} is damaged: {error}.") from error
+        return tensors
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """One pass and no copy: NaN survives min and max. (`isfinite().all()` takes twelve times as long.)"""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if tensor.dtype not in WEIGHT_DTYPES:
+        tensor = tensor.half()  # fp8, which PyTorch cannot compare; NaN and infinity stay what they are
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_header(path: str | Path) -> TensorFile:
+    """Names, dtypes and shapes of a safetensors file. WeightsError if it is missing, damaged or something else."""
+    path = Path(path)
+    check_ordinary(path)
+    with path.open("rb") as file:
+        size, start = path.stat().st_size, file.read(64)
+        if size == 0:
+            raise WeightsError(f"{path} is empty (0 bytes): an unfinished download? Get it again.")
+        length = check_start(path, start, size)
+        file.seek(8)
+        header = parse_json(path, file.read(length))
+    metadata = header.pop(METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise WeightsError(f"{path} is damaged: the header's {METADATA} is no table of texts.")
+    tensors = {name: tensor_info(path, name, entry, size - 8 - length) for name, entry in header.items()}
+    named, there = sum(prod(info.shape) * info.dtype.itemsize for info in tensors.values()), size - 8 - length
+    if named != there:
+        raise WeightsError(f"{path} is damaged: {there:,} bytes of data, and the header accounts for {named:,}.")
+    return TensorFile(path, tensors, metadata, keymaps.describe(tensors))
+
+
+def find_weights(folder: str | Path) -> Path:
+    """The weight file of one part of a model in the diffusers layout (`unet/`, `vae/`, `text_encoder/`)."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise WeightsError(f"{folder} is not a folder; a model in the diffusers layout has one of that name.")
+    for stem in ("diffusion_pytorch_model", "model"):
+        for ending in (".safetensors", ".fp16.safetensors"):
+            if (path := folder / f"{stem}{ending}").is_file():
+                return path
+    there = sorted(path.name for path in folder.iterdir())
+    if pickles := [name for name in there if name.endswith(PICKLES)]:
+        raise WeightsError(
+            f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code when it is opened. "
+            "Get the .safetensors version of it, or have it made in a sandbox: "
+            f"minidiff convert {folder / pickles[0]} {folder}/model.safetensors --to safetensors"
+        )
+    if any(name.endswith(".index.json") for name in there):
+        raise WeightsError(f"{folder}: the weights are split over several files; minidiff reads single ones.")
+    raise WeightsError(
+        f"{folder} has no diffusion_pytorch_model.safetensors and no model.safetensors; "
+        f"it has {', '.join(there) or 'nothing'}."
+    )
+
+
+# --- into a model ----------------------------------------------------------------------------------------------------
+
+
+def load_into(model: nn.Module, source: str | Path | TensorFile, torch_dtype: torch.dtype | None = None) -> None:
+    """Give `model` the tensors of a file, which must be exactly its own: no name missing, extra or of another shape.
+
+    Checked against the header before any data is read. The file's tensors become the parameters, so build the model on
+    the "meta" device (`with torch.device("meta")`): no time goes into random numbers, no memory into a second copy.
+    They keep the file's dtype unless `torch_dtype` is given.
+    """
+    file = source if isinstance(source, TensorFile) else read_header(source)
+    wanted = {keymaps.modern(key): tensor for key, tensor in model.state_dict().items()}
+    given = {keymaps.modern(key): info for key, info in file.tensors.items() if not keymaps.is_position_ids(key)}
+    check_fit(model, wanted, given, file)
+    tensors = replace(file, tensors=given).read(torch_dtype, mapped=True)
+    state = {key: tensors[keymaps.modern(key)].reshape(old.shape) for key, old in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    fill_position_ids(model)
+
+
+def check_fit(model: nn.Module, wanted: Mapping[str, Tensor], given: Mapping[str, TensorInfo], file: TensorFile) -> None:
+    """WeightsError with the first ten keys of each kind of misfit, and with what the file looks like."""
+    misfits = []
+    for name in wanted.keys() & given.keys():
+        model_shape, shape = tuple(wanted[name].shape), given[name].shape
+        if shape != model_shape and not (keymaps.is_vae_attention(name) and shape == (*model_shape, 1, 1)):
+            misfits.append(f"{name} is {shape}, in the model {model_shape}")
+        elif given[name].dtype not in WEIGHT_DTYPES:
+            misfits.append(f"{name} is {given[name].dtype}, which is no dtype for weights here")
+    problems = {
+        "missing": wanted.keys() - given.keys(),
+        "not in the model": given.keys() - wanted.keys(),
+        "misshapen": misfits,
+    }
+    if any(problems.values()):
+        raise WeightsError(
+            f"{file.path} does not fit {type(model).__name__}. The file looks like {file.looks_like}.\n"
+            + "\n".join(listed(what, names) for what, names in problems.items() if names)
+        )
+
+
+def fill_position_ids(model: nn.Module) -> None:
+    """The one tensor of CLIP that no file holds: a model built on "meta" has it without numbers."""
+    for module in model.modules():
+        ids = getattr(module, "position_ids", None)
+        if isinstance(ids, Tensor) and ids.is_meta:
+            module.position_ids = torch.arange(ids.shape[-1]).expand(ids.shape)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file: the whole of it appears under `path`, or nothing.
+
+    The same tensors and metadata give the same bytes (the safetensors package shuffles the metadata), in its order:
+    wide dtypes first, then by name. Views, shared and strided tensors are written out in full. An OSError names the path.
+    """
+    path = Path(path)
+    if METADATA in tensors:
+        raise WeightsError(f"{path}: no tensor can be called {METADATA}, where the format keeps its texts.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {METADATA: {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in order:
+        begin, end = end, end + tensors[name].nbytes
+        dtype, shape = NAMES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data starts at a multiple of 8
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name in order:
+                flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+                file.write(flat.view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:  # a full disk does not say where it is full
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def file_at(path: str | Path, name: str) -> Path:
+    """Where to write: `path` itself if it is a `.safetensors` file, else `name` in the folder `path`.
+
+    WeightsError for a folder that would be called as the pickles of other programs are.
+    """
+    path = Path(path)
+    if path.suffix in PICKLES:
+        raise WeightsError(f"{path}: minidiff writes no {path.suffix} files; name a .safetensors file, or a folder.")
+    return path if path.suffix == ".safetensors" else path / name
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- the LDM/CompVis single file -------------------------------------------------------------------------------------
+
+
+class SingleFile(NamedTuple):
+    """The three networks of a single file, under minidiff's names; nothing is read yet."""
+
+    unet: TensorFile
+    vae: TensorFile
+    text_encoder: TensorFile
+
+
+def split_single_file(
+    path: str | Path, unet_config: UNetConfig = SD15_UNET, vae_config: VAEConfig = SD15_VAE
+) -> SingleFile:
+    """Find U-Net, VAE and text encoder in an SD 1.x checkpoint. EMA weights and schedule buffers are left out."""
+    file = read_header(path)
+    tables = {
+        keymaps.UNET_PREFIX: keymaps.inverse(keymaps.unet_table(unet_config)),
+        keymaps.VAE_PREFIX: keymaps.inverse(keymaps.vae_table(vae_config)),
+        keymaps.TEXT_PREFIX: {},
+    }
+    parts: dict[str, dict[str, TensorInfo]] = {prefix: {} for prefix in tables}
+    unknown = []
+    for key, info in file.tensors.items():
+        if prefix := next((prefix for prefix in tables if key.startswith(prefix)), None):
+            parts[prefix][keymaps.rename(key.removeprefix(prefix), tables[prefix])] = info
+        elif not keymaps.NOT_NEEDED.fullmatch(key):
+            unknown.append(key)
+    absent = [prefix for prefix, tensors in parts.items() if not tensors]
+    if absent or unknown:
+        raise WeightsError(
+            f"{path} is no SD 1.x checkpoint in one file. It looks like {file.looks_like}.\n"
+            + "\n".join(listed(what, names) for what, names in (("parts missing", absent), ("unknown", unknown)) if names)
+        )
+    return SingleFile(*(replace(file, tensors=tensors) for tensors in parts.values()))
+
+
+def to_single_file(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: nn.Module, path: str | Path) -> None:
+    """Write the three networks as one checkpoint in the LDM layout, which A1111 and ComfyUI read."""
+    tensors = {}
+    table = keymaps.unet_table(unet.config)
+    for key, value in unet.state_dict().items():
+        tensors[keymaps.UNET_PREFIX + keymaps.rename(key, table)] = value
+    table = keymaps.vae_table(vae.config)
+    for key, value in vae.state_dict().items():
+        weight = value[:, :, None, None] if keymaps.is_vae_attention(key) else value
+        tensors[keymaps.VAE_PREFIX + keymaps.rename(key, table)] = weight
+    for key, value in to_file_keys(text_encoder.state_dict()).items():
+        tensors[keymaps.TEXT_PREFIX + key] = value
+    save(tensors, path)

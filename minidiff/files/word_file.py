@@ -1,0 +1,188 @@
+"""Textual inversion files: the vectors of a new word, from any program and for any.
+
+    diffusers   {"<dog>": (n, D) or (D,)}                                     the key is the word; A1111 and ComfyUI read it
+    kohya       {"emb_params": (n, D)}                                        the file's name is the word
+    A1111 .pt   {"string_to_param": {"*": (n, D)}, "string_to_token": …}      the file's name is the word; by `convert` only
+    bare        (n, D) or (D,)                                                the word must be given; by `convert` only
+    SDXL        {"clip_l": (n, 768), "clip_g": (n, 1280)}                     for two text encoders: refused
+
+minidiff's files also name the word in their metadata, so the kohya form keeps it whatever the file is called. A prompt
+names the word once, however many vectors it has.
+
+Shapes: n vectors, D width of the text: 768 in SD 1.x, 1024 in SD 2.x, 128 in the pocket checkpoint.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from minidiff import __version__
+from minidiff.core.errors import AdapterError, listed
+from minidiff.core.textual_inversion import MAX_VECTORS, add_word, check_spelling, check_word, placeholders
+from minidiff.files import names as keymaps
+from minidiff.files.weights import file_at, is_finite, read_header, save
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+FILE_NAME = "learned_embeds.safetensors"
+KOHYA = "emb_params"
+RENAME = 'minidiff convert --token "<my-dog>" writes it under that word; in Python, token="<my-dog>" reads it so.'
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A new word and its vectors, as a file holds them."""
+
+    path: Path
+    dialect: str
+    word: str
+    vectors: Tensor  # (n, D), fp32
+
+    def __str__(self) -> str:
+        n, width = self.vectors.shape
+        return f"{self.path}: {self.dialect} style, {self.word}, {n} vector{'s'[: n > 1]} of width {width}"
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+def load_embedding(
+    tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", path: str | Path, token: str | None = None
+) -> Embedding:
+    """Teach the text encoder the word of a file, under its own name or as `token`. The vectors are frozen.
+
+    Raises AdapterError or WeightsError, before anything is changed, for a file or a word that cannot be used.
+    """
+    embedding = read_embedding(path, token)
+    width, reads = embedding.vectors.shape[1], text_encoder.config.hidden_size
+    if width != reads:
+        raise AdapterError(
+            f"{embedding.path}: its vectors are {width} wide, {_family(width)}; this text encoder is {reads} wide, "
+            f"{_family(reads)}. Look for an embedding that was made for this model."
+        )
+    try:
+        check_word(tokenizer, embedding.word, placeholders(text_encoder))
+    except AdapterError as error:
+        raise AdapterError(f"{embedding.path}: {error} {RENAME}") from error
+    add_word(tokenizer, text_encoder, embedding.word, embedding.vectors).requires_grad_(False)
+    return embedding
+
+
+def _family(width: int) -> str:
+    return f"as in {keymaps.FAMILIES[width]}" if width in keymaps.FAMILIES else "as in no model of the SD family"
+
+
+def read_embedding(path: str | Path, token: str | None = None) -> Embedding:
+    """The word and the vectors of a safetensors file, or of a folder with one.
+
+    `token` gives the word another name; where a file holds several words, it says which one is meant.
+    """
+    file = read_header(find_file(Path(path)))
+    if not is_embedding(file.tensors):
+        raise AdapterError(f"{file.path} is no textual inversion. The file looks like {file.looks_like}.")
+    return embedding_in(file.read(), file.path, token, file.metadata.get("token"))
+
+
+def find_file(path: Path) -> Path:
+    """The file itself, or in a folder `learned_embeds.safetensors`, or the only one that is there."""
+    if not path.is_dir():
+        return path
+    if (path / FILE_NAME).is_file():
+        return path / FILE_NAME
+    there = sorted(path.glob("*.safetensors"))
+    if len(there) != 1:
+        names = ", ".join(file.name for file in there)
+        hint = f"it has {names}: name one of them" if there else "there is no .safetensors file in it"
+        raise AdapterError(f"{path} has no {FILE_NAME}; {hint}.")
+    return there[0]
+
+
+def is_embedding(tensors: Mapping[str, keymaps.HasShape]) -> bool:
+    """Rows of numbers under words, and no parts of a model or a LoRA."""
+    parts = keymaps.lora_dialect(tensors) or any(key.endswith((".weight", ".bias")) for key in tensors)
+    return bool(tensors) and not parts and all(1 <= len(tensor.shape) <= 2 for tensor in tensors.values())
+
+
+def embedding_in(content: Any, path: Path, token: str | None = None, said: str | None = None) -> Embedding:
+    """The vectors in what a file holds: a table of tensors, or the nested tables of a pickle that `convert` has opened.
+
+    `said` is the word according to the file's metadata; `path` names the file in errors, and the word in some dialects.
+    """
+    dialect, words = _words_in(content, path, said)
+    if token in words:
+        words = {token: words[token]}
+    if len(words) != 1:
+        raise AdapterError(
+            f"{path} holds {len(words)} words, where one is wanted.\n{listed('words', words)}\n"
+            "minidiff convert --token makes a file of one; in Python, token=… says which."
+        )
+    ((own, vectors),) = words.items()
+    if not (word := token or own):
+        raise AdapterError(f"{path} does not say what its word is. {RENAME}")
+    return Embedding(path, dialect, word, _checked(vectors, path))
+
+
+def _words_in(content: Any, path: Path, said: str | None) -> tuple[str, dict[str, Any]]:
+    """The dialect, and what it holds as word -> vectors."""
+    if isinstance(content, Tensor):
+        return "bare", {"": content}
+    if not isinstance(content, Mapping):
+        raise AdapterError(f"{path} is no textual inversion: it holds a {type(content).__name__}.")
+    if {"clip_l", "clip_g"} & content.keys():
+        raise AdapterError(f"{path} was made for SDXL, which has two text encoders (clip_l, clip_g); SD 1.x cannot use it.")
+    if "string_to_param" in content:
+        table = content["string_to_param"]  # nearly always one entry, "*"
+        if not isinstance(table, Mapping):
+            raise AdapterError(f"{path}: where its table of vectors should be is a {type(table).__name__}.")
+        return "A1111", {path.stem if len(table) == 1 else name: vectors for name, vectors in table.items()}
+    if set(content) == {KOHYA}:
+        return "kohya", {said or path.stem: content[KOHYA]}
+    return "diffusers", dict(content)
+
+
+def _checked(vectors: Any, path: Path) -> Tensor:
+    """(n, D) in fp32."""
+    if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
+        what = vectors.dtype if isinstance(vectors, Tensor) else type(vectors).__name__
+        raise AdapterError(f"{path} is no textual inversion: where its vectors should be is {what}.")
+    if vectors.ndim not in (1, 2) or not vectors.numel():
+        raise AdapterError(f"{path} is no textual inversion: its vectors have the shape {tuple(vectors.shape)}, not (n, D).")
+    if not is_finite(vectors):
+        raise AdapterError(f"{path}: its vectors have NaN or infinite values.")
+    rows = vectors.detach().float().reshape(-1, vectors.shape[-1])
+    if len(rows) > MAX_VECTORS:
+        raise AdapterError(f"{path} has {len(rows)} vectors for one word, and a prompt has room for {MAX_VECTORS}.")
+    return rows
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+def save_embedding(
+    path: str | Path, word: str, vectors: Tensor, dialect: str = "diffusers", metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write the vectors (n, D) of a word, in fp32, as "diffusers" or "kohya" has them. Gives the path of the file.
+
+    `path` is a `.safetensors` file, or a folder that gets `learned_embeds.safetensors`. Programs that read the kohya form
+    take the file's name for the word, so name it after the word.
+    """
+    check_spelling(word)
+    if dialect not in ("diffusers", "kohya"):
+        raise AdapterError(f'a textual inversion is written as diffusers or kohya; "{dialect}" is neither.')
+    path = file_at(path, FILE_NAME)
+    about = {
+        "token": word,
+        "vectors": str(len(vectors)),
+        "minidiff_version": __version__,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1/textual-inversion",
+        "modelspec.trigger_phrase": word,
+    }
+    tensor = vectors.detach().to(torch.float32)
+    save({KOHYA if dialect == "kohya" else word: tensor}, path, {**(metadata or {}), **about})
+    return path

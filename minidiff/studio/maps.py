@@ -1,0 +1,156 @@
+"""Which word looks where: the cross-attention of every layer and step, as one heat map a word.
+
+    with AttentionMaps(pipe) as maps:
+        picture = pipe(prompt, seed=0).images[0]
+    words = words_of(pipe.tokenizer, prompt, pipe.placeholders)
+    sheet = attention_sheet(picture, maps.mean(), words)
+
+In cross-attention each place of the picture asks (q), each token of the prompt answers (k), and softmax(q kᵀ / √D) says how
+much of its attention a place gives to which token. Averaged over heads, layers and steps, and laid over the picture, that is
+DAAM ("What the DAAM", arXiv 2210.04885, section 3). Only the half with the prompt counts, not the empty one of guidance.
+
+N heads   L h·w places   S tokens   D width of one head
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from minidiff.core.errors import SettingsError
+from minidiff.core.text import LENGTH, chunked, token_ids
+from minidiff.core.transformer import CrossAttention
+from minidiff.draw.prompting import parse_prompt
+from minidiff.studio.filmstrip import in_one_piece
+from minidiff.studio.sheet import gallery
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+    from minidiff.draw.pipeline import StableDiffusionPipeline
+
+Size = tuple[int, int]  # height and width, in cells
+HEAT = ((0.0, 0.35, 0.7, 1.0), (16, 112, 230, 255), (18, 32, 92, 236), (40, 104, 60, 150))  # heat; its red, green, blue
+
+
+class AttentionMaps:
+    """Watches every cross-attention of the U-Net while it draws. A context: it lets go of the U-Net behind it.
+
+    It asks the layers' own projections again, so that adapters count. Of a batch it keeps the last picture: with guidance
+    the half with the prompt comes last. What it holds is a sum for each resolution, however many steps there are: 1.7 MB at
+    512 pixels.
+    """
+
+    def __init__(self, pipe: "StableDiffusionPipeline") -> None:
+        self.pipe = pipe
+        self.sums: dict[Size, Tensor] = {}  # (S, h, w), fp32 on the CPU
+        self.counts: dict[Size, int] = {}  # layers times steps
+        self._latent: Size = (0, 0)
+
+    def __enter__(self) -> Self:
+        in_one_piece(self.pipe, "a map of attention")
+        layers = [module for name, module in self.pipe.unet.named_modules() if name.endswith("attn2")]
+        self._hooks = [layer.register_forward_hook(self._look) for layer in layers]
+        self._hooks.append(self.pipe.unet.register_forward_pre_hook(self._measure))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _measure(self, unet: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._latent = tuple(inputs[0].shape[-2:])
+
+    @torch.no_grad()
+    def _look(self, layer: CrossAttention, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """One layer's answer, once more, with the weights that the fused kernels do not show."""
+        x, text = (tensor[-1:] for tensor in inputs)  # (1, L, C), (1, S, D_text)
+        q, k = layer.split_heads(layer.to_q(x)).float(), layer.split_heads(layer.to_k(text)).float()
+        weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)  # 1706.03762 eq. 1: (1, N, L, S)
+        size = size_of(x.shape[1], self._latent)
+        total = weights.mean(dim=(0, 1)).T.unflatten(-1, size).cpu()  # (S, h, w)
+        self.sums[size] = self.sums[size] + total if size in self.sums else total
+        self.counts[size] = self.counts.get(size, 0) + 1
+
+    def mean(self, resolution: int | None = None) -> Tensor:
+        """(S, h, w): how much of its attention each place gives to each token; 1 in all. Over layers, heads and steps.
+
+        `resolution` chooses the layers whose maps are that high, in cells; without it all count, laid over each other at
+        the size of the largest (DAAM, arXiv 2210.04885, eq. 5).
+        """
+        if not self.sums:
+            raise SettingsError("the U-Net has not drawn anything yet; draw within `with AttentionMaps(pipe) as maps:`.")
+        heights = sorted({size[0] for size in self.sums})
+        if resolution not in (None, *heights):
+            known = ", ".join(map(str, heights))
+            raise SettingsError(f"no cross-attention is {resolution} cells high; in this picture there are {known}.")
+        chosen = [size for size in self.sums if resolution in (None, size[0])]
+        total = torch.stack([larger(self.sums[size], max(chosen)) for size in chosen]).sum(dim=0)
+        return total / sum(self.counts[size] for size in chosen)
+
+
+def larger(maps: Tensor, size: Size) -> Tensor:
+    """(S, h, w) -> (S, *size). Bilinear where DAAM is bicubic: no share goes below 0 or above 1."""
+    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def size_of(places: int, latent: Size) -> Size:
+    """The height and width of a feature map of so many places: the latent's, halved and rounded up until it fits."""
+    height, width = latent
+    while height * width > places:
+        height, width = -(-height // 2), -(-width // 2)
+    return height, width
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of the prompt, and where its tokens stand among the S."""
+
+    text: str
+    positions: tuple[int, ...]
+
+
+def words_of(tokenizer: "CLIPTokenizer", prompt: str, placeholders: Mapping[str, Sequence[int]] = {}) -> list[Word]:
+    """The words of a prompt, between spaces, each with all of its tokens; without the weights and marks of the language."""
+    parsed = parse_prompt(prompt)
+    chunks = chunked(tokenizer, parsed, placeholders)
+    free = [LENGTH * i + 1 + j for i, chunk in enumerate(chunks) for j in range(len(chunk))]  # each starts with a mark
+    words = []
+    for text in (word for section in parsed.sections for part in section for word in part.text.split()):
+        count = len(token_ids(tokenizer, text, placeholders))
+        own, free = free[:count], free[count:]
+        name = re.sub(r"^[^\w<]+|[^\w>]+$", "", text)
+        if name:
+            words.append(Word(name, tuple(own)))
+    return words
+
+
+def attention_sheet(picture: Image.Image, maps: Tensor, words: Sequence[Word], title: str = "", tile: int = 192) -> Image.Image:
+    """The picture, and a tile for each word: bright where the picture looks at it, dark where not.
+
+    `maps` (S, h, w) from `AttentionMaps.mean`. Each word is scaled to its own brightest place: the words differ a good deal
+    in how much attention they get at all, and the question here is where.
+    """
+    if not words:
+        raise SettingsError("the prompt has no words, so there is nothing to look at.")
+    heats = [maps[list(word.positions)].sum(dim=0) for word in words]  # a word's share is that of its tokens together
+    tiles = [over(picture, heat) for heat in heats]
+    return gallery([picture, *tiles], ["the picture", *(word.text for word in words)], title, tile)
+
+
+def over(picture: Image.Image, heat: Tensor) -> Image.Image:
+    """A heat map (h, w) laid over a picture in gray."""
+    low, high = float(heat.min()), float(heat.max())
+    scaled = (heat - low) / (high - low) if high > low else torch.zeros_like(heat)
+    size = (picture.height, picture.width)
+    smooth = F.interpolate(scaled[None, None], size=size, mode="bicubic", align_corners=False)[0, 0].clamp(0, 1).numpy()
+    glow = np.stack([np.interp(smooth, HEAT[0], channel) for channel in HEAT[1:]], axis=-1)
+    gray = np.asarray(picture.convert("L"), dtype=np.float64)[..., None]
+    return Image.fromarray((0.7 * glow + 0.3 * gray).round().astype(np.uint8))

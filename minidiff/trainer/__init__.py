@@ -1,0 +1,1 @@
+"""From a folder of pictures to a trained model or adapter; killed at any moment, it can go on."""

@@ -1,0 +1,112 @@
+"""A result that is ready to upload: the model card, and what the weight file itself says about its making.
+
+Neither holds a path, a caption or a date: where the pictures lay is nobody's business, and the same run gives the same bytes.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from minidiff.core.schedule import NoiseSchedule
+from minidiff.files.folder import local_folder
+from minidiff.trainer.latents import LatentData
+from minidiff.trainer.settings import FineTuneSettings
+
+TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"]
+LICENSE = ("license", "license_name", "license_link")
+NOT_PUBLISHED = ("checkpoint-*/", "metrics.jsonl", ".lock", ".tmp-*", "state/")  # git and huggingface_hub heed .gitignore
+
+
+def base_license(base: str) -> dict[str, str]:
+    """What the base model's card says of its licence, which what is made from it carries on; "other" if it says nothing."""
+    card = local_folder(base) / "README.md"
+    front = re.match(r"---\s*\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL) if card.is_file() else None
+    lines = dict(re.findall(r"^(\w+):[ \t]*(\S.*?)[ \t]*$", front[1], re.MULTILINE)) if front else {}
+    found = {key: lines[key].strip("\"'") for key in LICENSE if key in lines}
+    return found if "license" in found else {"license": "other", "license_name": "unknown"}
+
+
+def model_spec(
+    settings: FineTuneSettings, kind: str, data: LatentData, schedule: NoiseSchedule, base_hash: str
+) -> dict[str, str]:
+    """`__metadata__` of an adapter's file: ModelSpec 1.0.1, and the `ss_` fields of kohya's scripts that A1111 reads.
+
+    `kind` is "lora" or "textual-inversion", `base_hash` is the base's fingerprint. All values are texts, as the format demands.
+    """
+    name, resolution = Path(settings.output_dir).resolve().name, data.resolution
+    spec = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"stable-diffusion-v1/{kind}",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": name,
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.license": license_word(base_license(settings.pretrained_model_name_or_path)),
+        "modelspec.prediction_type": "v" if schedule.prediction_type == "v_prediction" else "epsilon",
+        "modelspec.trigger_phrase": settings.prompt or "",
+    }
+    return {key: value for key, value in spec.items() if value} | {
+        "ss_v2": "False",
+        "ss_base_model_version": "sd_v1",
+        "ss_output_name": name,
+        "ss_sd_model_name": Path(settings.pretrained_model_name_or_path).resolve().name,
+        "ss_learning_rate": f"{settings.learning_rate:g}",
+        "ss_max_train_steps": str(settings.updates(data.samples_per_epoch)),
+        "ss_seed": str(settings.seed),
+        "ss_resolution": f"({resolution}, {resolution})",
+        "ss_num_train_images": str(len(data.examples)),
+        "base_fingerprint": base_hash,
+    }
+
+
+USAGE = {  # by tag: how the result is used
+    "lora": 'pipe.load_lora_weights("{name}")',
+    "textual_inversion": 'pipe.load_textual_inversion("{name}")',
+    "pivotal": 'pipe.load_textual_inversion("{name}")\npipe.load_lora_weights("{name}")',
+}
+
+
+def write_card(
+    folder: Path, settings: FineTuneSettings, data: LatentData, method: str, tag: str, facts: Mapping[str, object]
+) -> None:
+    """`folder/README.md`, a model card with front matter, and .gitignore; `facts` become rows of the card's table."""
+    base, name = settings.pretrained_model_name_or_path, Path(settings.output_dir).resolve().name
+    short, terms, updates = Path(base).resolve().name, base_license(base), settings.updates(data.samples_per_epoch)
+    front: dict[str, object] = {"base_model": base if is_hub_id(base) else short, **terms}
+    front |= {"tags": [*TAGS, tag], "inference": True}
+    if settings.prompt:
+        front |= {"instance_prompt": settings.prompt, "widget": [{"text": settings.prompt}]}
+    rows = {
+        "method": method,
+        "base model": short,
+        **facts,
+        "updates": f"{updates:,}, of {settings.train_batch_size * settings.gradient_accumulation_steps} samples",
+        "learning rate": f"{settings.learning_rate:g}, {settings.lr_scheduler}",
+        "seed": settings.seed,
+    }
+    lines = [f"# {name}", f"{method} of {short}."]
+    if settings.validation_steps:
+        lines.insert(1, f"![The base above, this model below](samples/step-{updates:06d}.png)")
+    if settings.prompt:
+        lines.append(f"Its prompt: `{settings.prompt}`.")
+    lines.append("| | |\n|---|---|\n" + "\n".join(f"| {what} | {value} |" for what, value in rows.items()))
+    load = f'pipe = StableDiffusionPipeline.from_pretrained("{short if tag in USAGE else name}")'
+    use = "\n".join(filter(None, (load, USAGE.get(tag, "").replace("{name}", name))))
+    lines.append(f"```python\nfrom minidiff import StableDiffusionPipeline  # or from diffusers\n\n{use}\n```")
+    lines.append(
+        "Made with minidiff; `train_config.toml` makes it again, given the pictures. "
+        f"The licence ({license_word(terms)}) is that of the base model."
+    )
+    head = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in front.items())
+    (folder / "README.md").write_text(f"---\n{head}---\n\n" + "\n\n".join(lines) + "\n", encoding="utf-8")
+    (folder / ".gitignore").write_text("\n".join(NOT_PUBLISHED) + "\n", encoding="utf-8")
+
+
+def license_word(terms: Mapping[str, str]) -> str:
+    """A licence in a word: the hub calls those that it does not know "other", and their names stand beside."""
+    return terms.get("license_name", terms["license"])
+
+
+def is_hub_id(name: str) -> bool:
+    """ "owner/name", and not a path that exists here."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()

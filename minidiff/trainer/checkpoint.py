@@ -1,0 +1,307 @@
+"""A checkpoint is whole or absent, and a resumed run is bit-identical to one that never stopped.
+
+    my-lora/
+      .lock                        held by the one process that trains here
+      train_config.toml            the settings; marks the folder as a run of minidiff's
+      checkpoint-300/              has this name only once all of it is on the disk
+        state/weights.safetensors    what is trained, fp32 (or bf16)
+        state/optimizer.safetensors  AdamW's moments, or their 8-bit codes, and step counts
+        state/ema.safetensors        averaged weights, where the task has them
+        …                            what the task exports: the adapter of step 300, ready to use
+        manifest.json                sizes, sha256, step, versions, threads, what the run was made of
+
+The order that makes it so: write into a hidden folder, fsync each file, write the manifest, fsync, rename into place,
+fsync the parent, and only then take old checkpoints away (they are first renamed out of sight, too). Whenever the
+process dies, each visible checkpoint is complete. Nothing is pickled.
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minidiff.core.errors import SettingsError, WeightsError
+from minidiff.files import weights
+from minidiff.files.atomic import HIDDEN, fsync, fsync_tree, put_aside, remove, sha256, write_bytes
+from minidiff.trainer import distributed
+from minidiff.trainer.settings import TrainSettings, to_toml
+
+Groups = dict[str, dict[str, Tensor]]  # "weights" | "optimizer" | "ema" -> tensors by name
+CONFIG = "train_config.toml"
+STATE = {"state/weights.safetensors", "state/optimizer.safetensors"}  # what every checkpoint has
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on: tensors by group, and a dictionary of JSON values."""
+
+    path: Path
+    step: int
+    tensors: Groups
+    facts: dict[str, Any]
+
+
+def save(
+    folder: Path, step: int, tensors: Groups, facts: dict[str, Any], export: Callable[[Path], None], keep: int | None
+) -> Path:
+    """Write `folder/checkpoint-<step>`, then remove all but the `keep` newest. An OSError leaves the old ones whole."""
+    final, hidden = folder / f"checkpoint-{step}", folder / f"{HIDDEN}checkpoint-{step}"
+    try:
+        remove(hidden)
+        os.makedirs(hidden / "state")
+        for name, group in tensors.items():
+            weights.save(group, hidden / "state" / f"{name}.safetensors")
+        export(hidden)
+        _write_manifest(hidden, step, facts)
+        put_aside(final)  # exists only if it is damaged: an intact one is never written again
+        os.rename(hidden, final)
+        fsync(folder)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)  # give the space back
+        raise
+    prune(folder, keep, step)
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint back; raises WeightsError unless every byte is as it was written."""
+    manifest = verify(path)
+    files = (path / name for name in manifest["files"] if name.startswith("state/"))  # none that the manifest does not know
+    return Checkpoint(path, manifest["step"], {p.stem: weights.read_header(p).read() for p in files}, manifest)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest, if each file it lists has its size and sha256; else a WeightsError with the file's name."""
+    manifest = read_manifest(path)
+    for name, want in manifest["files"].items():
+        if sha256(path / name) != want["sha256"]:
+            raise WeightsError(f"{path / name} is damaged: its bytes are not those that were saved.")
+    return manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint that is whole by its files' sizes: `verify`, but in no time. Else a WeightsError."""
+    try:
+        if not (path / "manifest.json").is_file():
+            raise FileNotFoundError("it has no manifest.json")
+        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text("utf-8"))
+        files, step, told = manifest["files"], manifest["step"], (manifest["made_of"], manifest["environment"])
+        if type(step) is not int or step < 0 or not all(isinstance(table, dict) for table in told):
+            raise ValueError("its manifest.json makes no sense")
+        if not STATE <= files.keys():
+            raise ValueError("its manifest.json does not list what a run needs to go on")
+        if path.name.startswith("checkpoint-") and path.name != f"checkpoint-{step}":
+            raise ValueError(f"by its manifest.json it is that of step {step}")
+        for name, want in files.items():
+            if not (path / name).is_file() or (path / name).stat().st_size != want["bytes"] or "sha256" not in want:
+                raise ValueError(f"{name} is missing or cut short")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{path} is no complete checkpoint ({type(error).__name__}: {error}).") from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """What calls itself a checkpoint of a run, oldest first, whole or not."""
+    found = [(p.name.removeprefix("checkpoint-"), p) for p in folder.glob("checkpoint-*")]
+    return [p for _, p in sorted((int(step), p) for step, p in found if step.isascii() and step.isdecimal())]
+
+
+def latest(folder: Path) -> Path | None:
+    """The checkpoint with the highest step whose manifest verifies; says which ones do not."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            verify(path)
+            return path
+        except WeightsError as error:
+            print(f"Passing over a checkpoint: {error}", file=sys.stderr)
+    return None
+
+
+def prune(folder: Path, keep: int | None, step: int) -> None:
+    """After `step`, take away all but the `keep` newest whole checkpoints (None: keep all), and what `sweep` takes.
+
+    What is damaged, or bears the name of a later step, does not count, and stays for a person to look at.
+    """
+    whole = [] if keep is None else [p for p in checkpoints(folder) if _is_whole(p) and _step(p) <= step]
+    for path in whole[:-keep] if keep else []:
+        put_aside(path)
+    sweep(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Take away what a killed process of minidiff's left half done; hidden files of other names are not ours."""
+    for left in (f"{HIDDEN}*", ".loss.png.*.part", f"samples/{HIDDEN}*", "samples/.step-*.part"):  # .part: images.save_png
+        for path in folder.glob(left):
+            remove(path)
+
+
+def find(settings: TrainSettings) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means, or None where there is none yet to go on from."""
+    wanted, folder = settings.resume_from_checkpoint, Path(settings.output_dir)
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        newest = latest(folder)
+        if newest is None and checkpoints(folder):
+            raise SettingsError(f"{folder} has checkpoints, and none is whole. Start over with --overwrite_output_dir.")
+        return newest
+    path = next((p for p in (Path(wanted), folder / wanted) if p.is_dir()), None)
+    if path is None:
+        there = ", ".join(p.name for p in checkpoints(folder)) or "none"
+        raise SettingsError(
+            f'--resume_from_checkpoint {wanted}: no such folder. Checkpoints in {folder}: {there}; or "latest".'
+        )
+    step = verify(path)["step"]
+    newer = [p.name for p in checkpoints(folder) if _step(p) > step]
+    if newer:
+        raise SettingsError(
+            f"--resume_from_checkpoint {wanted}: {folder} holds newer ones ({', '.join(newer)}), which this run would "
+            'overwrite. Use "latest", another --output_dir, or move them away first.'
+        )
+    return path
+
+
+def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """Refuse to go on with other settings or data than the run was made of; the SettingsError lists the differences."""
+    # What is off (None, False, 0, nothing) is as if not there: a checkpoint from before a flag existed still fits.
+    keys = [k for k in {**saved, **now} if (saved.get(k) or None) != (now.get(k) or None)]
+    if keys:
+        rows = "".join(f"\n  {k}: was {_short(saved.get(k))}, is now {_short(now.get(k))}" for k in keys)
+        raise SettingsError(
+            f"{path} was made with other settings or data:{rows}\nSet these back, or start in another --output_dir."
+        )
+
+
+def environment() -> dict[str, Any]:
+    """What, apart from the settings, the last bits of a result hang on."""
+    try:
+        own = metadata.version("minidiff")
+    except metadata.PackageNotFoundError:  # read from a clone, not installed
+        own = "not installed"
+    versions = {"minidiff": own, "torch": torch.__version__, "python": platform.python_version()}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    here = {"threads": torch.get_num_threads(), "machine": platform.machine(), "gpu": gpu}
+    return {**versions, **here, "processes": distributed.world().size}
+
+
+# --- the folder of a run ---------------------------------------------------------------------------------------------
+
+
+def check_folder(settings: TrainSettings) -> Path:
+    """The output folder, unless it is a file, holds something else, or holds a run that was not mentioned."""
+    folder = Path(settings.output_dir)
+    if distributed.world().rank:
+        return folder  # the first process looks; by now it may have begun the run
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"--output_dir {folder} is a file.")
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+    if names and CONFIG not in names:
+        raise SettingsError(
+            f"--output_dir {folder} holds other files ({', '.join(names[:3])}{' …' if len(names) > 3 else ''}) and no "
+            f"{CONFIG} of an earlier run; choose a new or an empty folder."
+        )
+    if names and not (settings.resume_from_checkpoint or settings.overwrite_output_dir):
+        raise SettingsError(
+            f"--output_dir {folder} holds an earlier run. Go on with --resume_from_checkpoint latest, start over with "
+            "--overwrite_output_dir, or choose another folder."
+        )
+    return folder
+
+
+@contextmanager
+def claimed(settings: TrainSettings) -> Iterator[Path]:
+    """The output folder, checked, made if need be, and locked for this process."""
+    folder = check_folder(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as lock:
+        if not _try_lock(lock.fileno()):
+            raise SettingsError(f"--output_dir {folder}: another process is training there at this moment.")
+        check_folder(settings)  # again: another process may have come and gone
+        if settings.overwrite_output_dir:
+            clear(folder)
+        if (folder / CONFIG).exists():
+            sweep(folder)
+        yield folder
+
+
+def write_config(folder: Path, settings: TrainSettings) -> None:
+    write_bytes(folder / CONFIG, to_toml(settings).encode())
+
+
+def clear(folder: Path) -> None:
+    """Remove an earlier run's checkpoints, metrics and sheets. The old result stays until the new one replaces it."""
+    sheets = folder.glob("samples/step-*.png")  # beside which may lie a person's own pictures
+    for path in [*checkpoints(folder), folder / "metrics.jsonl", folder / "loss.png", *sheets]:
+        put_aside(path)
+    sweep(folder)
+
+
+def publish(folder: Path, export: Callable[[Path], None]) -> None:
+    """Let `export` write into a hidden folder, then move what it wrote into `folder`, each piece whole.
+
+    Only a .gitignore that is there already stays: the folder may be a clone of a repository, with rules of its own.
+    """
+    hidden = folder / f"{HIDDEN}export"
+    remove(hidden)
+    hidden.mkdir()
+    export(hidden)
+    fsync_tree(hidden)
+    for path in sorted(hidden.iterdir()):
+        if path.name == ".gitignore" and (folder / path.name).exists():
+            continue
+        if (folder / path.name).is_dir():
+            put_aside(folder / path.name)
+        os.replace(path, folder / path.name)
+    fsync(folder)
+    sweep(folder)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """An advisory lock that the system drops when the process ends, however it ends."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+
+
+def _write_manifest(folder: Path, step: int, facts: dict[str, Any]) -> None:
+    """The last file to be written, after all others are on the disk."""
+    files = fsync_tree(folder)
+    listed = {str(p.relative_to(folder).as_posix()): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    manifest = {"step": step, "environment": environment(), **facts, "files": listed}
+    write_bytes(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+
+
+def _step(path: Path) -> int:
+    """Of a checkpoint, by its name."""
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(read_manifest(path))
+    except WeightsError:
+        return False
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"

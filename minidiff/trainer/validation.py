@@ -1,0 +1,95 @@
+"""The validation loss: the same pictures, noise and timesteps every time, so that two numbers can be compared.
+
+The loss of a training step says little: it depends on the timestep that was drawn far more than on what was learnt. Here
+each picture is noised at one fixed timestep in each quarter of the schedule, and each quarter is a number of its own.
+
+Shapes: B = 4 samples, one a quarter; C h w a latent; L tokens, D width of the text; T training timesteps.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from minidiff.core.errors import SettingsError
+from minidiff.core.losses import squared_error
+from minidiff.core.rng import normal
+from minidiff.core.schedule import NoiseSchedule, training_target
+from minidiff.trainer.latents import LatentData
+
+QUARTERS = 4
+MOST = 16  # pictures; with more, as many are taken evenly from the whole set
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """A batch for each picture, as `LatentData.batch` gives them, and the bounds of the quarters (5 timesteps)."""
+
+    batches: list[dict[str, Tensor]]
+    bounds: list[int]
+
+    @torch.no_grad()
+    def loss(self, errors: Callable[[dict[str, Tensor]], Tensor]) -> dict[str, float]:
+        """val_loss, and val_loss_0_250 … for each quarter; `errors` gives the squared error of each sample, (B,).
+
+        The model should be as it is for sampling: no dropout, averaged weights if there are any.
+        """
+        seen = _with_bar(self.batches, "validation loss")
+        each = torch.stack([errors(batch).float().cpu() for batch in seen])  # (pictures, B)
+        names = [f"val_loss_{first}_{end}" for first, end in zip(self.bounds, self.bounds[1:])]
+        return {"val_loss": each.mean().item(), **dict(zip(names, each.mean(0).tolist()))}
+
+
+def validation_set(data: LatentData) -> ValidationSet:
+    """The pictures of `data` at fixed timesteps under fixed noise, whatever the run's seed is."""
+    T, count = data.timesteps, min(MOST, len(data.examples))
+    bounds = [T * quarter // QUARTERS for quarter in range(QUARTERS + 1)]
+    batches = []
+    for k in range(count):
+        still = data.still(k * len(data.examples) // count)
+        # picture k of n takes the (k + ½)/n-th part of each quarter: together they cover it
+        t = [first + (2 * k + 1) * (end - first) // (2 * count) for first, end in zip(bounds, bounds[1:])]
+        noise = [normal(still["latents"].shape, 0, "validation noise", k, quarter) for quarter in range(QUARTERS)]
+        batch = {name: row.expand(QUARTERS, *row.shape) for name, row in still.items()}
+        batches.append(batch | {"t": torch.tensor(t), "noise": torch.stack(noise)})
+    return ValidationSet(batches, bounds)
+
+
+@torch.no_grad()
+def check_prediction_type(
+    schedule: NoiseSchedule, fixed: ValidationSet, predict: Callable[[dict[str, Tensor]], Tensor]
+) -> None:
+    """SettingsError where the base clearly answers with v and its scheduler says eps, or the other way round.
+
+    `predict` gives the U-Net's output (B, C, h, w) for a batch. Clearly: the other reading explains more than half of
+    the target's variance, and errs less than half as much. An untrained network is neither, and passes. A picture is
+    enough where the base as clearly does what its scheduler says; else up to four are looked at.
+    """
+    kinds = ("epsilon", "v_prediction")
+    error, variance = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
+    named = schedule.prediction_type
+    other = kinds[1 - kinds.index(named)]
+    for batch in _with_bar(looked := fixed.batches[:4], "looking at the base"):
+        output = predict(batch).float().cpu()
+        for kind in kinds:
+            reading = replace(schedule, prediction_type=kind)
+            target = training_target(reading, batch["latents"], batch["noise"], batch["t"])
+            error[kind] += squared_error(output, target).mean().item()
+            variance[kind] += target.var().item()
+        if error[named] < 0.5 * min(variance[named], error[other]):
+            return
+    if error[other] < 0.5 * min(variance[other], error[named]):
+        raise SettingsError(
+            f'The base model\'s scheduler_config.json says prediction_type "{named}", but the U-Net answers with "{other}" '
+            f"(mean error {error[other] / len(looked):.2g}, not {error[named] / len(looked):.2g}). "
+            f'Set prediction_type to "{other}" there, else training would undo the model.'
+        )
+
+
+def _with_bar(batches: list[dict[str, Tensor]], what: str) -> Iterable[dict[str, Tensor]]:
+    """For people who wait: at SD 1.5's size, on a CPU, each takes half a minute."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(batches, desc=what, unit="picture", leave=False, disable=None, file=sys.stderr)  # type: ignore[no-any-return]

@@ -1,0 +1,317 @@
+"""The drawing commands from their flags to their files, on a tiny model; and what wrong flags get to hear."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_adapters import shake
+
+from minidiff.cli import draw_commands as drawing
+from minidiff.cli.draw_commands import lora_names
+from minidiff.cli.main import main
+from minidiff.core.errors import SettingsError
+from minidiff.core.inject import adapter_weights, inject
+from minidiff.draw.call import in_lora_dir
+from minidiff.draw.images import read_png_text, save_png
+from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.files.lora_file import save_lora
+from minidiff.studio.foreign import picture_texts
+
+DOG = "a photo of a red dog"
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def loras(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two LoRAs: dog.safetensors and chalk.v2.safetensors."""
+    folder = tmp_path_factory.mktemp("loras")
+    for seed, name in enumerate(("dog", "chalk.v2")):
+        pipe = StableDiffusionPipeline.from_pretrained(tiny_folder)
+        inject(pipe.unet, 2, seed=seed)
+        shake(pipe.unet, size=0.5 + seed)
+        save_lora(adapter_weights(pipe.adaptable), folder / f"{name}.safetensors")
+    return folder
+
+
+def run(tiny_folder: Path, *argv: str) -> None:
+    command, *rest = argv
+    main([command, *rest, "--pretrained_model_name_or_path", str(tiny_folder), "--num_inference_steps", "3"])
+
+
+def pixels(path: str) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def same(a: str, b: str) -> bool:
+    return np.array_equal(pixels(a), pixels(b))
+
+
+def refused(capsys: pytest.CaptureFixture[str], tiny_folder: Path, *argv: str) -> str:
+    """Code 2 and a message, and no file."""
+    before = sorted(Path().iterdir())
+    with pytest.raises(SystemExit) as leave:
+        run(tiny_folder, *argv)
+    said = capsys.readouterr().err
+    assert leave.value.code == 2 and "Traceback" not in said and sorted(Path().iterdir()) == before, said
+    return said
+
+
+# --- sample --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_pixels_from_a_picture(tiny_folder: Path, loras: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every setting that matters travels in the file: prompt language, sampler, LoRAs, an input picture, a mask."""
+    run(tiny_folder, "sample", "the beach", "--output", "start.png")
+    Image.new("L", (16, 16), 255).crop((0, 0, 16, 16)).save("mask.png")
+    run(
+        *(tiny_folder, "sample", f"({DOG}:1.3) [in the] snow", "--sampler", "euler_a", "--use_karras_sigmas", "False"),
+        *("--image", "start.png", "--mask_image", "mask.png", "--strength", "0.7", "--seed", "11", "--clip_skip", "1"),
+        *("--lora", str(loras / "dog.safetensors"), "--lora_weight", "0.4"),
+        *("--negative_prompt", "blue", "--output", "first.png"),
+    )
+    main(["sample", "--from", "first.png", "--output", "again.png"])
+    assert same("first.png", "again.png") and not same("first.png", "start.png")
+    main(["sample", "--from=first.png", "--seed", "12", "--output", "other.png"])
+    assert not same("first.png", "other.png")
+    assert "Clip skip: 2" in read_png_text("other.png")["parameters"]
+    capsys.readouterr()
+    said = refused(capsys, tiny_folder, "sample", "--from", "first.png", "--output", "first.png")
+    assert "--output first.png is the file of --from, too; choose another name" in said
+    said = refused(capsys, tiny_folder, "sample", "--from", "first.png", "--preview", "./first.png")
+    assert "--preview first.png is the file of --from, too" in said
+    with pytest.raises(SystemExit) as leave:
+        main(["sample", "a dog", "--from"])
+    assert leave.value.code == 2 and "--from needs a picture" in capsys.readouterr().err
+
+
+def test_one_of_several_is_as_if_alone(tiny_folder: Path) -> None:
+    run(tiny_folder, "sample", DOG, "--num_images_per_prompt", "2", "--seed", "4", "--output", "p.png")
+    run(tiny_folder, "sample", DOG, "--seed", "5", "--output", "alone.png")
+    assert same("p-1.png", "alone.png") and not same("p-0.png", "p-1.png")
+
+
+def test_a_lora_in_the_prompt(tiny_folder: Path, loras: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """<lora:NAME:w> is --lora NAME at w, for that prompt alone; a file's dots may be in NAME."""
+    run(tiny_folder, "sample", DOG, "--output", "plain.png")
+    for name in ("dog", "chalk.v2"):
+        run(tiny_folder, "sample", f"{DOG} <lora:{name}:0.6>", "--lora_dir", str(loras), "--output", "tag.png")
+        flags = ["--lora", str(loras / f"{name}.safetensors"), "--lora_weight"]
+        run(tiny_folder, "sample", f"{DOG} ", *flags, "0.6", "--output", "flag.png")
+        assert same("tag.png", "flag.png") and not same("tag.png", "plain.png")
+        run(tiny_folder, "sample", f"{DOG} <lora:{name}:0.6>", *flags, "1", "--output", "wins.png")
+        assert same("tag.png", "wins.png")
+    said = refused(capsys, tiny_folder, "sample", f"{DOG} <lora:cat:1>", "--lora_dir", str(loras), "--output", "no.png")
+    assert "<lora:cat>: no such file" in said and "chalk.v2, dog" in said
+    with pytest.raises(SettingsError, match="no such file"):
+        in_lora_dir(str(loras), "../loras/dog")  # a prompt does not walk through the disk
+    assert lora_names(["a/dog", "b/dog.safetensors", "c.v2"]) == ["dog", "dog-1", "c_v2"]
+
+
+def test_preview(tiny_folder: Path) -> None:
+    run(tiny_folder, "sample", DOG, "--preview", "soon.png")
+    assert Image.open("soon.png").size == (32, 32)
+
+
+def test_a_note_where_something_differs(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Drawn again with another torch than it was made with, a picture may differ: stderr says so, and it is drawn."""
+    run(tiny_folder, "sample", DOG, "--output", "first.png")
+    texts = read_png_text("first.png")
+    about = json.loads(texts["minidiff"])
+    about["versions"]["torch"] = "1.0"
+    save_png(Image.open("first.png"), "older.png", texts | {"minidiff": json.dumps(about)})
+    for name, noted in (("first.png", False), ("older.png", True)):
+        capsys.readouterr()
+        main(["sample", "--from", name, "--output", "again.png"])
+        assert ("Note: older.png was made with torch 1.0 (here " in capsys.readouterr().err) == noted
+    assert same("first.png", "again.png")
+
+
+FOREIGN = ["a dog, drawn by minidiff", "a dog\nSteps: 20, Seed: 1, Model: minidiff-merge, Version: v1.9", "minidiff preview"]
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+def test_a_picture_that_only_names_minidiff_is_left_alone(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    save_png(Image.new("RGB", (8, 8)), "theirs.png", {"parameters": text})
+    for flags in (["--output", "theirs.png"], ["--preview", "theirs.png"]):
+        said = refused(capsys, tiny_folder, "sample", DOG, *flags)
+        assert "theirs.png is there already, and does not say that minidiff drew it" in said
+    os.symlink("nowhere.png", "link.png")
+    assert "link.png is there already" in refused(capsys, tiny_folder, "sample", DOG, "--output", "link.png")
+
+
+def test_what_is_read_is_not_written_over(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Though minidiff drew it. Not one file may be read and written, or written twice."""
+    run(tiny_folder, "sample", DOG, "--output", "p-0.png")
+    run(tiny_folder, "sample", DOG, "--preview", "mask.png", "--output", "other.png")
+    os.symlink("p-0.png", "link.png")
+    kept = {path: path.read_bytes() for path in Path().iterdir()}
+    inputs = ["--image", "link.png", "--mask_image", "mask.png"]
+    for flags, said in (
+        (["--output", "p-0.png"], "--output p-0.png is the file of --image, too"),
+        (["--output", "p.png", "--num_images_per_prompt", "2"], "--output p-0.png is the file of --image, too"),
+        (["--output", "mask.png"], "--output mask.png is the file of --mask_image, too"),
+        (["--preview", "p-0.png"], "--preview p-0.png is the file of --image, too"),
+        (["--preview", "mask.png"], "--preview mask.png is the file of --mask_image, too"),
+        (["--output", "new.png", "--preview", "./new.png"], "--preview new.png is the file of --output, too"),
+    ):
+        assert said in refused(capsys, tiny_folder, "sample", DOG, *inputs, *flags)
+    sheet = ["sheet", DOG, "--columns", "image=p-0.png,other.png", "--output", "other.png"]
+    assert "--output other.png is the file of --image, too" in refused(capsys, tiny_folder, *sheet)
+    assert kept == {path: path.read_bytes() for path in Path().iterdir()}
+
+
+@pytest.mark.parametrize("command", ["sample", "sheet", "morph"])
+def test_a_place_that_cannot_be_written_is_told_first(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    Path("file").touch()
+    monkeypatch.setattr(drawing, "load", lambda *_: pytest.fail("a model was loaded"))
+    for output in ("file/a.png", f"new/folder/{'a' * 300}.png"):
+        said = refused(capsys, tiny_folder, command, DOG, "--output", output)
+        assert "cannot be written" in said
+
+
+# --- sheets, loops, strips -----------------------------------------------------------------------------------------------
+
+
+def test_a_sheet_over_two_settings(tiny_folder: Path, loras: Path) -> None:
+    lora = ["--lora", str(loras / "dog.safetensors")]
+    run(tiny_folder, "sheet", DOG, *lora, "--columns", "lora_weight=0,1", "--rows", "sampler=ddim,unipc,heun", "--tile", "32")
+    assert "Steps: 3" in read_png_text("sheet.png")["parameters"]
+    run(tiny_folder, "sheet", DOG, *lora, "--columns", "guidance=1,5", "--tile", "32", "--output", "one.png")
+    run(tiny_folder, "sheet", DOG, "the snow", "--columns", "seed=0..2", "--tile", "32", "--output", "prompts.png")
+    three, one, two = (Image.open(name) for name in ("sheet.png", "one.png", "prompts.png"))
+    assert three.height > one.height and two.width > one.width
+
+
+def test_a_sheet_can_compare_models(tiny_folder: Path, tmp_path: Path) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    pipe.unet.conv_out.weight.zero_()
+    pipe.save_pretrained(tmp_path / "other")
+    columns = f"pretrained_model_name_or_path={tiny_folder},{tmp_path / 'other'}"
+    main(["sheet", DOG, "--columns", columns, "--num_inference_steps", "2", "--tile", "32"])
+    sheet = pixels("sheet.png")
+    assert sheet.shape[1] > 64
+
+
+def test_a_loop(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tiny_folder, "morph", DOG, "the snow", "--frames", "3", "--fps", "10", "--output", "m.png")
+    assert "2 keyframes x 3 frames = 6 frames, at 10 frames a second" in capsys.readouterr().err
+    run(tiny_folder, "sample", DOG, "--output", "key.png")
+    loop = Image.open("m.png")
+    assert loop.n_frames == 6
+    assert np.array_equal(np.asarray(loop.convert("RGB")), pixels("key.png"))
+    Image.new("RGB", (8, 8)).save("holiday.png")
+    said = refused(capsys, tiny_folder, "morph", DOG, "--output", "holiday.png")
+    assert "is there already" in said
+    said = refused(capsys, tiny_folder, "morph", DOG, "--sampler", "euler_a", "--output", "n.gif")
+    assert "euler_a draws fresh noise" in said
+
+
+def test_a_prompt_names_no_folder_above(tmp_path: Path) -> None:
+    (tmp_path / "loras").mkdir()
+    for name in ("..", ".", ""):
+        with pytest.raises(SettingsError, match="no such file or folder"):
+            in_lora_dir(str(tmp_path / "loras"), name)
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "png"])
+def test_a_loop_is_drawn_over_its_own_file(tiny_folder: Path, ending: str) -> None:
+    for prompt in (DOG, "the snow, “neu”"):
+        run(tiny_folder, "morph", prompt, "--frames", "1", "--output", f"m.{ending}")
+        assert picture_texts(f"m.{ending}")["parameters"].startswith(f"{prompt}\nSteps: 3, ")
+    assert Image.open(f"m.{ending}").n_frames == 3
+
+
+def test_a_sheet_is_checked_before_its_first_tile(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a later tile cannot be costs no earlier one."""
+    monkeypatch.setattr(drawing, "load", lambda *_: pytest.fail("a model was loaded"))
+    for flags, said in (
+        (["--columns", "steps=2,1001"], "num_inference_steps is 1001; it can be 1 to 1000"),
+        (["--columns", "eta=0,2"], "eta is 2.0; give 0 … 1"),
+        (["--columns", "eta=0,1", "--rows", "sampler=none,euler"], "only ddim has one"),
+        (["--columns", "use_karras_sigmas=false,true"], "only these take Karras sigmas"),  # the model's own sampler is ddim
+        (["--columns", "width=16,0"], "width is 0"),
+        (["--columns", "clip_skip=0,-1"], "clip_skip is -1"),
+        (["--columns", "lora=none,nowhere"], "lora nowhere: no such file or folder"),
+        (["--columns", f"model={tiny_folder},nowhere"], "nowhere: there is no such folder"),
+        (["--columns", "seed=0,1", "--num_images_per_prompt", "2"], "num_images_per_prompt does nothing with --columns"),
+        (["--columns", ""], '"" is no setting'),
+        (["--num_images_per_prompt", "401"], "1 columns by 401 rows are 401 pictures"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["sheet", DOG, "--pretrained_model_name_or_path", str(tiny_folder), *flags])
+        assert said in capsys.readouterr().err, flags
+
+
+def test_a_filmstrip_and_attention(tiny_folder: Path) -> None:
+    run(tiny_folder, "filmstrip", DOG, "--count", "3")
+    run(tiny_folder, "attention", f"({DOG}:1.1) on the beach")
+    for name in ("filmstrip.png", "attention.png"):
+        assert "Seed: 0" in read_png_text(name)["parameters"]
+
+
+def test_tokens(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["tokens", f"({DOG}:1.3)", "--pretrained_model_name_or_path", str(tiny_folder), "--trigger", "dog"])
+    said = capsys.readouterr().out
+    assert "x1.30" in said and '"dog" is one token' in said
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------------
+
+WRONG = [
+    (["sample"], "there is no prompt"),
+    (["sample", DOG, "--sampler", "euler-a"], 'sampler "euler-a" is unknown'),
+    (["sample", DOG, "--sampler", "eular"], 'Did you mean "euler"?'),
+    (["sample", DOG, "--sampler", "ddim", "--use_karras_sigmas", "True"], "only these take Karras sigmas"),
+    (["sample", DOG, "--sampler", "euler", "--eta", "0.5"], "only ddim has one"),
+    (["sample", DOG, "--strength", "0.5"], "--strength needs a picture to start from; give --image"),
+    (["sample", DOG, "--mask_image", "m.png"], "--mask_image needs a picture to work on; give --image"),
+    (["sample", DOG, "--image", "none.png"], "none.png: no such file"),
+    (["sample", DOG, "--image", "none.png", "--strength", "1.5"], "--strength is 1.5; give a number above 0, up to 1"),
+    (["sample", DOG, "--tile_size", "15"], "tile_size is 15"),
+    (["sample", DOG, "--clip_skip", "9"], "clip_skip is 9; this text encoder has 2 layers"),
+    (["sample", f"({DOG}:1e999)"], '"1e999" is no finite number'),
+    (["sample", "--from", "none.png"], "none.png: no such file"),
+    (["sample", DOG, "--tokenizer", "words"], "--tokenizer is for a model in a single file"),
+    (["sample", DOG, "--textual_inversion", ""], "--textual_inversion is empty"),
+    (["sample", DOG, "--preview", "a.jpg"], '--preview "a.jpg": pictures are written as PNG'),
+    (["attention", "dog " * 101], "the prompt has 101 words, and each gets a tile; give 100 at most"),
+    (["sheet", DOG, "--columns", "sampler=ddim,eular"], 'Did you mean "euler"?'),
+    (["sheet", DOG, "--columns", "guidence=1,2"], "guidance_scale"),
+    (["sheet", DOG, "--columns", "seed=0..1000"], "by 399 at most"),
+    (["sheet", DOG, "--columns", "seed=0,1", "--rows", "seed=2,3"], "rows and columns are both seed"),
+    (["sheet", DOG, "the snow", "--columns", "seed=0,1", "--rows", "eta=0,1"], "three axes"),
+    (["morph", DOG, "--seeds", "1"], "1 keyframes make no loop"),
+    (["morph", DOG, "--output", "m.mp4"], "m.mp4"),
+    (["morph", DOG, "--frames", "100000"], "1 … 2000 in all"),
+    (["filmstrip", DOG, "--count", "0"], "--count is 0; give 1 … 50"),
+    (["attention", DOG, "--resolution", "5"], "no cross-attention is 5 cells high"),
+    (["sample", DOG, "--cuda_graph", "--device", "cpu"], "--cuda_graph is for a GPU, and this would run on the CPU"),
+    (["sheet", DOG, "--device", "cpu", "--columns", "cuda_graph=true"], "--cuda_graph is for a GPU"),
+    (["filmstrip", DOG, "--cuda_graph"], "--cuda_graph hides from this command what it looks at; give no --cuda_graph"),
+    (["attention", DOG, "--cuda_graph"], "--cuda_graph hides from this command what it looks at"),
+    (["tokens"], "there is no prompt"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), WRONG, ids=[" ".join(argv)[:60] for argv, _ in WRONG])
+def test_wrong_flags(capsys: pytest.CaptureFixture[str], tiny_folder: Path, argv: list[str], message: str) -> None:
+    flags = ["--pretrained_model_name_or_path", str(tiny_folder)]
+    flags += [] if argv[0] == "tokens" else ["--num_inference_steps", "3"]
+    with pytest.raises(SystemExit) as leave:
+        main([*argv, *flags])
+    said = capsys.readouterr().err
+    assert leave.value.code == 2 and message in said and "Traceback" not in said, said
+    assert not list(Path().iterdir())

@@ -1,0 +1,81 @@
+"""Classifier-free guidance: the formula, the batch, and what scale 1 means."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from minidiff.core.errors import SettingsError
+from minidiff.core.guidance import guided
+
+X, T = torch.arange(2 * 4 * 2 * 2.0).reshape(2, 4, 2, 2), torch.tensor([7.0, 7.0])
+COND, UNCOND = torch.full((2, 77, 3), 2.0), torch.full((2, 77, 3), -1.0)
+
+
+class FakeUNet:
+    """x times the text's first number, plus t; remembers the shapes and dtypes it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = []
+
+    def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        self.calls.append((tuple(x.shape), tuple(text.shape), x.dtype))
+        assert len(x) == len(t) == len(text)
+        return x * text[:, :1, :1, None] + t.view(-1, 1, 1, 1).to(x.dtype)
+
+
+def test_guidance_eq6():
+    """2207.12598 eq. 6: (1 + w) eps(c) - w eps(), with w = scale - 1."""
+    unet, scale = FakeUNet(), 7.5
+    got = guided(unet, COND, UNCOND, scale)(X, T)
+    w = scale - 1
+    torch.testing.assert_close(got, (1 + w) * unet(X, T, COND) - w * unet(X, T, UNCOND))
+
+
+def test_one_batch_of_2b():
+    unet = FakeUNet()
+    guided(unet, COND, UNCOND, 1.1)(X, T)
+    assert unet.calls == [((4, 4, 2, 2), (4, 77, 3), torch.float32)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0, -1.0])
+def test_scale_up_to_one_is_conditional_only(scale):
+    unet = FakeUNet()
+    got = guided(unet, COND, None, scale)(X, T)
+    assert [shapes[0] for shapes in unet.calls] == [(2, 4, 2, 2)]
+    assert torch.equal(got, unet(X, T, COND))
+
+
+def test_scale_one_is_continuous():
+    """Just above 1, guidance gives what the conditional branch alone gives."""
+    above, at = guided(FakeUNet(), COND, UNCOND, 1 + 1e-6), guided(FakeUNet(), COND, UNCOND, 1.0)
+    torch.testing.assert_close(above(X, T), at(X, T), rtol=1e-5, atol=1e-4)
+
+
+def test_one_negative_prompt_serves_the_batch():
+    unet = FakeUNet()
+    assert torch.equal(guided(unet, COND, UNCOND[:1], 3.0)(X, T), guided(unet, COND, UNCOND, 3.0)(X, T))
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_network_in_half_precision(dtype, scale):
+    """The network sees its own dtype, the sampler gets fp32, and the difference is amplified in fp32."""
+    unet = FakeUNet()
+    got = guided(unet, COND.to(dtype), UNCOND.to(dtype), scale)(X, T)
+    assert unet.calls[0][2] == dtype
+    assert got.dtype == torch.float32
+
+
+def test_each_picture_alone_or_in_a_batch():
+    unet = FakeUNet()
+    together = guided(unet, COND, UNCOND, 4.0)(X, T)
+    alone = guided(unet, COND[1:], UNCOND[1:], 4.0)(X[1:], T[1:])
+    assert torch.equal(together[1:], alone)
+
+
+def test_bad_settings():
+    with pytest.raises(SettingsError, match="needs a negative prompt"):
+        guided(FakeUNet(), COND, None, 7.5)
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(SettingsError, match="guidance_scale is"):
+            guided(FakeUNet(), COND, UNCOND, scale)

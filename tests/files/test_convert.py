@@ -1,0 +1,373 @@
+"""`minidiff convert`: from any form to any other, with the proof; and one message for each thing that cannot be done."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from random_adapters import EVERY, random_adapter
+from safetensors.torch import load_file
+from torch import nn
+
+from minidiff.cli.main import main
+from minidiff.core.errors import MinidiffError, WeightsError
+from minidiff.core.lora import LoRAWeights
+from minidiff.files import pickles
+from minidiff.files.checkpoints import Model, cast, empty_model, read_model
+from minidiff.files.convert import (
+    Proof,
+    appearing,
+    check_proof,
+    compare_lora,
+    compare_weights,
+    convert_lora,
+    kept_metadata,
+    product_bound,
+    rounding,
+)
+from minidiff.files.lora_file import read_lora, save_lora
+from minidiff.files.names import UNET_PREFIX
+from minidiff.files.weights import read_header, save
+from minidiff.files.word_file import read_embedding, save_embedding
+
+NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: Path) -> Model:
+    """For reading only."""
+    return read_model(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def modules(model: Model) -> dict[str, LoRAWeights]:
+    return random_adapter(model.adaptable, 1, targets=EVERY)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickles without the sandbox's process, which takes seconds to start: what it does is tested elsewhere."""
+
+    def unpickle(source: Path, folder: Path) -> Path:
+        pickles.rewrite(source, folder / f"{source.stem}.safetensors")
+        return folder / f"{source.stem}.safetensors"
+
+    monkeypatch.setattr(pickles, "unpickle", unpickle)
+
+
+def convert(*words: str | Path) -> None:
+    main(["convert", *map(str, words)])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    """The message of a command that leaves with code 2."""
+    with pytest.raises(SystemExit) as leave:
+        convert(*words)
+    said = capsys.readouterr().err
+    assert leave.value.code == 2 and "Traceback" not in said, said
+    return said
+
+
+def differences(one: dict[str, LoRAWeights], other: dict[str, LoRAWeights]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[n].product().flatten(1) - other[n].product().flatten(1)).abs().max().item() for n in one)
+
+
+# --- LoRA --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["diffusers", "kohya"])
+@pytest.mark.parametrize("then", ["diffusers", "kohya"])
+def test_lora_between_styles(modules: dict[str, LoRAWeights], tmp_path: Path, first: str, then: str, capsys: Any) -> None:
+    about = {"modelspec.trigger_phrase": "sks", "ss_network_dim": "99", "sshs_model_hash": "old", "base_model": "pocket"}
+    source = save_lora(modules, tmp_path / "a.safetensors", first, metadata=about)
+    convert(source, tmp_path / "b.safetensors", "--to", then)
+    after = read_lora(tmp_path / "b.safetensors")
+    assert after.dialect == then and differences(modules, after.modules) < 1e-6
+    assert {weights.scale for weights in after.modules.values()} == {1.5}
+    assert after.metadata["modelspec.trigger_phrase"] == "sks" and after.metadata["base_model"] == "pocket"
+    assert "sshs_model_hash" not in after.metadata and after.metadata.get("ss_network_dim") == {"kohya": "2"}.get(then)
+    said = capsys.readouterr().out
+    assert "max |ΔW_before − ΔW_after| = 0; rounding may make it" in said and said.startswith(f"{source}: {first} style")
+
+
+def test_lora_to_peft_and_back(modules: dict[str, LoRAWeights], tmp_path: Path) -> None:
+    unet = {name: weights for name, weights in modules.items() if name.startswith("unet.")}
+    source = save_lora(unet, tmp_path / "a.safetensors", "kohya")
+    convert(source, tmp_path / "peft", "--to", "peft")
+    convert(tmp_path / "peft", tmp_path / "b.safetensors")
+    assert (tmp_path / "peft" / "adapter_config.json").is_file()
+    assert differences(unet, read_lora(tmp_path / "b.safetensors").modules) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lora_in_another_dtype_stays_within_the_bound(
+    modules: dict[str, LoRAWeights], tmp_path: Path, dtype: str, capsys: Any
+) -> None:
+    source = save_lora(modules, tmp_path / "a.safetensors")
+    convert(source, tmp_path / "b.safetensors", "--to", "kohya", "--dtype", dtype)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "b.safetensors").values()} >= {DTYPES[dtype]}
+    said = capsys.readouterr().out
+    number = float(said.split("ΔW_after| = ")[1].split(";")[0])
+    assert number == pytest.approx(differences(modules, read_lora(tmp_path / "b.safetensors").modules), rel=1e-2)
+    assert (number == 0) == (dtype == "float32")
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors")  # keeps its dtype
+    kinds = {tensor.dtype for tensor in load_file(tmp_path / "c.safetensors").values()}
+    assert kinds == {DTYPES[dtype]}
+
+
+def test_dora_keeps_its_magnitude(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(1)
+    for axis, m in (("rows", torch.rand(6, 1, 1, 1)), ("columns", torch.rand(1, 4, 1, 1))):
+        weights = LoRAWeights(torch.randn(2, 4, 3, 3, generator=g), torch.randn(6, 2, generator=g), 0.5, m)
+        name = "unet.down_blocks.0.resnets.0.conv1"
+        source = save_lora({name: weights}, tmp_path / f"{axis}.safetensors", "kohya")
+        convert(source, tmp_path / f"{axis}.2.safetensors", "--to", "kohya")
+        after = read_lora(tmp_path / f"{axis}.2.safetensors").modules[name]
+        assert after.magnitude is not None and torch.equal(after.magnitude, m)
+
+
+def test_dora_by_columns_cannot_be_diffusers(tmp_path: Path, capsys: Any) -> None:
+    weights = LoRAWeights(torch.ones(2, 4), torch.ones(6, 2), 0.5, torch.ones(1, 4))
+    source = save_lora({NAME: weights}, tmp_path / "a.safetensors", "kohya")
+    assert "Write it in the kohya style, or bake it" in refused(capsys, source, tmp_path / "b.safetensors")
+
+
+def test_alpha_is_given_where_the_file_is_silent(tmp_path: Path, capsys: Any) -> None:
+    save({f"{NAME}.lora_A.weight": torch.ones(2, 4), f"{NAME}.lora_B.weight": torch.ones(6, 2)}, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--alpha", "8")
+    assert read_lora(tmp_path / "b.safetensors").scales == {NAME: 4}
+    said = refused(capsys, tmp_path / "b.safetensors", tmp_path / "c.safetensors", "--alpha", "8")
+    assert "says its alpha itself" in said
+    assert "--alpha is -1.0; give a positive number" in refused(capsys, "a", "b", "--alpha", "-1")
+
+
+def test_a_model_says_what_ldm_names_count(model: Model, tiny_folder: Path, tmp_path: Path) -> None:
+    """LDM numbers layers straight through, so input_blocks_4_1 is another module in another architecture."""
+    stem = "lora_unet_output_blocks_3_1_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{stem}.lora_down.weight": torch.ones(2, 16), f"{stem}.lora_up.weight": torch.ones(16, 2)}
+    save(tensors, tmp_path / "f.safetensors")
+    convert(tmp_path / "f.safetensors", tmp_path / "b.safetensors", "--pretrained_model_name_or_path", tiny_folder)
+    assert list(read_lora(tmp_path / "b.safetensors").modules) == [
+        "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q"
+    ]
+
+
+# --- the proof ---------------------------------------------------------------------------------------------------------
+
+
+def test_rounding_bound_higham_2_1() -> None:
+    x = torch.randn(2000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 3, 2000)
+    for dtype in DTYPES.values():
+        assert ((x - x.to(dtype).float()).abs() <= rounding(x, dtype)).all()
+
+
+def test_product_bound_holds_and_is_not_slack() -> None:
+    g = torch.Generator().manual_seed(0)
+    for dtype in (torch.float16, torch.bfloat16):
+        weights = LoRAWeights(torch.randn(4, 50, generator=g), torch.randn(60, 4, generator=g), 2.0)
+        rounded = LoRAWeights(weights.A.to(dtype), weights.B.to(dtype), 2.0)
+        moved, bound = (weights.product() - rounded.product()).abs(), product_bound(weights, dtype)
+        assert (moved <= bound).all() and moved.max() > bound.max() / 20
+
+
+def test_a_change_is_found(modules: dict[str, LoRAWeights], model: Model) -> None:
+    one = {NAME: modules[NAME]}
+    stronger = {NAME: LoRAWeights(modules[NAME].A, modules[NAME].B, modules[NAME].scale * 1.01)}
+    assert compare_lora(one, one, torch.float16).within
+    assert not compare_lora(one, stronger, torch.float16).within and not compare_lora(one, {}, torch.float16).within
+    W = {"a": torch.tensor([1.0, 2.0])}
+    assert compare_weights(W, W).within and compare_weights(W, {"a": W["a"].half()}).within
+    assert not compare_weights(W, {"a": W["a"] + 1e-7}).within and not compare_weights(W, {}).within
+    with pytest.raises(MinidiffError, match=r"x: what was written is not what was read: max \|W_before − W_after\| = 1; .*bug"):
+        check_proof(Proof("W", 1.0, 0.5, False), Path("x"))
+
+
+def test_convert_lora_gives_the_proof(modules: dict[str, LoRAWeights], tmp_path: Path) -> None:
+    lora = read_lora(save_lora({NAME: modules[NAME]}, tmp_path / "a.safetensors"))
+    proof = convert_lora(lora, tmp_path / "b.safetensors", "kohya", torch.float16)
+    assert proof.within and 0 < proof.moved < proof.bound < 1e-3
+    assert str(proof).startswith("max |ΔW_before − ΔW_after| = ")
+
+
+def test_kept_metadata() -> None:
+    about = {"format": "pt", "ss_network_dim": "4", "ss_seed": "1", "modelspec.hash_sha256": "x", "sshs_model_hash": "y"}
+    assert kept_metadata(about) == {"ss_seed": "1"}
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "deep" / "x.txt"
+    with pytest.raises(ZeroDivisionError), appearing(output) as place:
+        place.write_text("half")
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with appearing(output) as place:
+        place.write_text("whole")
+        assert not output.exists()
+    assert output.read_text() == "whole" and [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+# --- textual inversion -------------------------------------------------------------------------------------------------
+
+
+def test_textual_inversion_between_styles(tmp_path: Path, capsys: Any) -> None:
+    vectors = torch.randn(2, 24)
+    save_embedding(tmp_path / "a.safetensors", "<dog>", vectors, metadata={"ss_seed": "1"})
+    convert(tmp_path / "a.safetensors", tmp_path / "dog.safetensors", "--to", "kohya")
+    assert list(load_file(tmp_path / "dog.safetensors")) == ["emb_params"]
+    said = capsys.readouterr().out
+    assert "max |vectors_before − vectors_after| = 0" in said
+    assert 'programs that read this form take the file\'s name for the word: "dog"' in said
+    convert(tmp_path / "dog.safetensors", tmp_path / "c.safetensors", "--token", "<cat>")
+    again = read_embedding(tmp_path / "c.safetensors")
+    assert again.word == "<cat>" and torch.equal(again.vectors, vectors)
+    assert read_header(again.path).metadata["ss_seed"] == "1"
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("name", "content", "word"),
+    [
+        ("dog.pt", {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 24)}, "name": "x"}, "dog"),
+        ("old.pt", {"string_to_param": nn.ParameterDict({"*": nn.Parameter(torch.ones(2, 24))})}, "old"),
+        ("learned_embeds.bin", {"<dog>": torch.ones(24)}, "<dog>"),
+        ("bare.bin", torch.ones(1, 24), None),
+    ],
+)
+def test_pickled_textual_inversion(tmp_path: Path, name: str, content: Any, word: str | None, capsys: Any) -> None:
+    torch.save(content, tmp_path / name)
+    out = tmp_path / "out.safetensors"
+    if word is None:
+        said = refused(capsys, tmp_path / name, out)
+        assert 'bare.bin does not say what its word is. minidiff convert --token "<my-dog>" writes it under that word' in said
+        convert(tmp_path / name, out, "--token", "<dog>")
+    else:
+        convert(tmp_path / name, out)
+    again = read_embedding(out)
+    assert again.word == (word or "<dog>") and torch.equal(again.vectors, torch.ones_like(again.vectors))
+
+
+# --- models and pickles ------------------------------------------------------------------------------------------------
+
+
+def test_folder_to_single_file_and_back(tiny_folder: Path, model: Model, tmp_path: Path, capsys: Any) -> None:
+    single = tmp_path / "tiny.safetensors"
+    convert(tiny_folder, single, "--to", "ldm")
+    assert f"{UNET_PREFIX}input_blocks.0.0.weight" in load_file(single)
+    assert "max |W_before − W_after| = 0; rounding may make it 0" in capsys.readouterr().out
+    convert(single, tmp_path / "back", "--pretrained_model_name_or_path", tiny_folder)
+    after = read_model(tmp_path / "back").weights()
+    assert all(torch.equal(after[key], tensor) for key, tensor in model.weights().items())
+    assert (tmp_path / "back" / "tokenizer" / "vocab.json").is_file()
+
+
+def test_a_model_in_half_precision(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    convert(tiny_folder, tmp_path / "half", "--dtype", "float16")
+    assert {tensor.dtype for tensor in read_model(tmp_path / "half").weights().values()} == {torch.float16}
+    moved = float(capsys.readouterr().out.split("W_after| = ")[1].split(";")[0])
+    assert 0 < moved < 0.01
+
+
+def test_numbers_too_large_for_fp16(model: Model) -> None:
+    large = deepcopy(model)
+    large.unet.conv_in.bias.data[0] = 1e6
+    with pytest.raises(WeightsError, match="unet.conv_in.bias has numbers too large for torch.float16; take bfloat16"):
+        cast(large, torch.float16)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_pickled_checkpoint(tiny_folder: Path, model: Model, tmp_path: Path) -> None:
+    convert(tiny_folder, tmp_path / "tiny.safetensors", "--to", "ldm")
+    tensors = load_file(tmp_path / "tiny.safetensors")
+    torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "old.ckpt")
+    convert(tmp_path / "old.ckpt", tmp_path / "as_is.safetensors", "--to", "safetensors")
+    as_is = load_file(tmp_path / "as_is.safetensors")
+    assert as_is.keys() == tensors.keys() and all(torch.equal(as_is[key], tensors[key]) for key in tensors)
+    convert(tmp_path / "old.ckpt", tmp_path / "folder", "--pretrained_model_name_or_path", tiny_folder)
+    after = read_model(tmp_path / "folder").weights()
+    assert all(torch.equal(after[key], tensor) for key, tensor in model.weights().items())
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_pickled_lora(modules: dict[str, LoRAWeights], tmp_path: Path) -> None:
+    save_lora({NAME: modules[NAME]}, tmp_path / "a.safetensors", "kohya")
+    torch.save(load_file(tmp_path / "a.safetensors"), tmp_path / "a.weights")  # known by its first bytes
+    convert(tmp_path / "a.weights", tmp_path / "b.safetensors")
+    assert differences({NAME: modules[NAME]}, read_lora(tmp_path / "b.safetensors").modules) < 1e-6
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("owned",))
+
+
+def test_refusals(modules: dict[str, LoRAWeights], tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    lora = save_lora({NAME: modules[NAME]}, tmp_path / "lora.safetensors")
+    infinite = LoRAWeights(torch.full((2, 32), 3e38), torch.full((32, 2), 3e38), 1.0)
+    huge = save_lora({NAME: infinite}, tmp_path / "huge.safetensors")
+    word = save_embedding(tmp_path / "word.safetensors", "<dog>", torch.ones(1, 24))
+    vae = tiny_folder / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save({"x": Evil()}, tmp_path / "evil.pt")
+    torch.save({"__metadata__": torch.ones(1)}, tmp_path / "odd.pt")
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    new = tmp_path / "out" / "x.safetensors"
+    cases: dict[tuple[str | Path, ...], str] = {
+        (lora, lora): "lora.safetensors is there already, and nothing is overwritten; choose another name",
+        (lora, new, "--to", "ldm"): "is a LoRA, and that has no form --to ldm; it has diffusers, kohya, peft",
+        (lora, new, "--token", "x"): "is a LoRA, for which --token means nothing; leave it out",
+        (lora, new, "--to", "peft"): "peft's adapters are folders of two files; give the name of a folder",
+        (lora, new, "--to", "safetensors"): "--to safetensors makes .safetensors files of pickles",
+        (word, new, "--to", "peft"): "is a textual inversion, and that has no form --to peft; it has diffusers, kohya",
+        (word, new, "--dtype", "float16"): "is a textual inversion, for which --dtype means nothing",
+        (tiny_folder, new, "--to", "kohya"): "is a model, and that has no form --to kohya; it has diffusers, ldm",
+        (tiny_folder, new): "a model in the form diffusers is a folder; choose another name, or another --to",
+        (tiny_folder, tmp_path / "out", "--to", "ldm"): "is a file that ends in .safetensors",
+        (vae, tmp_path / "out"): "is no SD 1.x checkpoint in one file. It looks like a VAE in the diffusers layout",
+        (tmp_path / "evil.pt", new): "evil.pt",
+        (tmp_path / "odd.pt", new): "odd.pt: no tensor can be called __metadata__",
+        (tmp_path / "none.pt", new): "none.pt does not exist",
+        (tmp_path / "none.safetensors", new): "none.safetensors does not exist",
+        (tmp_path / "pointer.safetensors", new): "is a git-LFS pointer, not the file itself",
+        (lora, tmp_path / "out" / "x.ckpt"): "x.ckpt: minidiff writes no .ckpt files; name a .safetensors file, or a folder",
+        (tiny_folder, tmp_path / "out" / "x.pt"): "x.pt: minidiff writes no .pt files",
+        (huge, new): "its numbers are so large that B A is infinite",
+        (word, new, "--token", "two words"): '"two words" has a space in it; a new word is one word',
+        (lora, ""): "the output has no name; give a new file or folder",
+    }
+    for words, message in cases.items():
+        said = refused(capsys, *words)
+        assert message in said and "owned" not in said and ".minidiff-" not in said and "a bug" not in said, words
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".minidiff-*"))
+
+
+@pytest.mark.usefixtures("in_process")
+def test_errors_name_the_users_own_file(tmp_path: Path, capsys: Any) -> None:
+    torch.save({"a": torch.tensor([1.0, torch.nan])}, tmp_path / "nan.pt")
+    said = refused(capsys, tmp_path / "nan.pt", tmp_path / "x.safetensors", "--to", "safetensors")
+    assert f"minidiff: {tmp_path / 'nan.pt'}: a has NaN or infinite values" in said
+
+
+def test_an_output_beyond_a_folder_that_is_not_there(modules: dict[str, LoRAWeights], tmp_path: Path) -> None:
+    lora = save_lora({NAME: modules[NAME]}, tmp_path / "lora.safetensors")
+    convert(lora, tmp_path / "x" / ".." / "new.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"lora.safetensors", "new.safetensors"}
+
+
+def test_a_folder_may_be_called_as_a_pickle_is(modules: dict[str, LoRAWeights], tmp_path: Path) -> None:
+    save_lora({NAME: modules[NAME]}, tmp_path / "dog").parent.rename(tmp_path / "dog.pt")
+    convert(tmp_path / "dog.pt", tmp_path / "new.safetensors")
+    assert read_lora(tmp_path / "new.safetensors").modules.keys() == {NAME}
+
+
+def test_empty_tensors_have_not_moved() -> None:
+    proof = compare_weights({"a": torch.ones(0, 3)}, {"a": torch.ones(0, 3, dtype=torch.float16)})
+    assert proof.within and proof.moved == 0
+    assert not compare_weights({"a": torch.ones(0, 3)}, {"a": torch.ones(0, 4)}).within
+
+
+def test_empty_model_is_sd15_without_numbers() -> None:
+    model = empty_model(None)
+    assert sum(tensor.numel() for tensor in model.unet.state_dict().values()) == 859_520_964
+    assert next(model.unet.parameters()).is_meta

@@ -1,0 +1,122 @@
+"""The names in adapter files: every program's find their layer, and none is guessed."""
+
+import pytest
+import torch
+
+from minidiff.core.config import POCKET_UNET, SD15_UNET, TINY_UNET, UNetConfig
+from minidiff.core.inject import adaptable_layers
+from minidiff.core.unet import UNet2DConditionModel
+from minidiff.files.lora_names import WRITTEN, Place, key_of, kohya_names, place_of, text_paths, unet_paths
+
+DOWN = "down_blocks.0.attentions.0"
+TO_Q, TO_OUT = f"{DOWN}.transformer_blocks.0.attn1.to_q", f"{DOWN}.transformer_blocks.0.attn1.to_out.0"
+TEXT_Q = "encoder.layers.0.self_attn.q_proj"
+NAMES = {
+    # a1
+    f"unet.{TO_Q}.lora_A.weight": (f"unet.{TO_Q}", "down"),
+    f"unet.{TO_OUT}.lora_B.weight": (f"unet.{TO_OUT}", "up"),
+    "unet.conv_in.lora_A.weight": ("unet.conv_in", "down"),
+    f"unet.{TO_Q}.lora_magnitude_vector": (f"unet.{TO_Q}", "magnitude"),
+    f"text_encoder.text_model.{TEXT_Q}.lora_A.weight": (f"text_encoder.{TEXT_Q}", "down"),
+    f"text_encoder.{TEXT_Q}.lora_A.weight": (f"text_encoder.{TEXT_Q}", "down"),
+    # a2
+    f"unet.{TO_Q}.lora.down.weight": (f"unet.{TO_Q}", "down"),
+    f"text_encoder.text_model.{TEXT_Q}.lora_linear_layer.up.weight": (f"text_encoder.{TEXT_Q}", "up"),
+    # b
+    f"unet.{DOWN}.transformer_blocks.0.attn1.processor.to_q_lora.down.weight": (f"unet.{TO_Q}", "down"),
+    f"{DOWN}.transformer_blocks.0.attn1.processor.to_out_lora.up.weight": (f"unet.{TO_OUT}", "up"),
+    "text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.down.weight": (f"text_encoder.{TEXT_Q}", "down"),
+    "text_model.encoder.layers.3.self_attn.to_out_lora.up.weight": ("text_encoder.encoder.layers.3.self_attn.out_proj", "up"),
+    # c
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight": (f"unet.{TO_Q}", "down"),
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.alpha": (f"unet.{TO_OUT}", "alpha"),
+    "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj.lora_up.weight": (
+        "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj",
+        "up",
+    ),
+    "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": ("unet.mid_block.attentions.0.proj_in", "up"),
+    "lora_unet_up_blocks_3_resnets_2_time_emb_proj.lora_mid.weight": ("unet.up_blocks.3.resnets.2.time_emb_proj", "mid"),
+    "lora_unet_down_blocks_2_downsamplers_0_conv.dora_scale": ("unet.down_blocks.2.downsamplers.0.conv", "dora_scale"),
+    "lora_unet_time_embedding_linear_1.alpha": ("unet.time_embedding.linear_1", "alpha"),
+    "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": (f"text_encoder.{TEXT_Q}", "down"),
+    "lora_te1_text_model_encoder_layers_11_mlp_fc2.alpha": ("text_encoder.encoder.layers.11.mlp.fc2", "alpha"),
+    "lora_te_encoder_layers_0_self_attn_q_proj.lora_down.weight": (f"text_encoder.{TEXT_Q}", "down"),
+    # d
+    f"base_model.model.{TO_Q}.lora_A.weight": (f"unet.{TO_Q}", "down"),
+    f"base_model.model.text_model.{TEXT_Q}.lora_B.weight": (f"text_encoder.{TEXT_Q}", "up"),
+    # f: SD 1.5 has three of LDM's blocks to a level
+    "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q.lora_down.weight": (f"unet.{TO_Q}", "down"),
+    "lora_unet_input_blocks_4_0_in_layers_2.alpha": ("unet.down_blocks.1.resnets.0.conv1", "alpha"),
+    "lora_unet_input_blocks_3_0_op.alpha": ("unet.down_blocks.0.downsamplers.0.conv", "alpha"),
+    "lora_unet_middle_block_1_proj_out.alpha": ("unet.mid_block.attentions.0.proj_out", "alpha"),
+    "lora_unet_output_blocks_2_1_conv.alpha": ("unet.up_blocks.0.upsamplers.0.conv", "alpha"),
+    "lora_unet_output_blocks_11_0_skip_connection.alpha": ("unet.up_blocks.3.resnets.2.conv_shortcut", "alpha"),
+    "lora_unet_time_embed_0.alpha": ("unet.time_embedding.linear_1", "alpha"),
+    "lora_unet_out_2.alpha": ("unet.conv_out", "alpha"),
+}
+
+
+@pytest.mark.parametrize("key", NAMES)
+def test_names_of_every_dialect(key: str) -> None:
+    assert place_of(key, SD15_UNET) == NAMES[key]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.alpha",  # SDXL's second text encoder
+        "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+        "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q.alpha",  # SDXL has several in a row
+        "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",  # Flux
+        f"unet.{TEXT_Q}.lora_A.weight",
+        f"text_encoder.{TO_Q}.lora_A.weight",
+        f"unet.{TO_Q}.lora_A.bias",
+        f"unet.{TO_Q}.weight",
+        "unet:0:down",
+        "unet.lora_A.weight",
+        ".lora_A.weight",
+        "",
+    ],
+)
+def test_other_names_have_no_place(key: str) -> None:
+    assert place_of(key, SD15_UNET) is None
+
+
+@pytest.mark.parametrize("config", [SD15_UNET, POCKET_UNET, TINY_UNET], ids=["sd15", "pocket", "tiny"])
+def test_every_layer_of_a_unet_has_a_name(config: UNetConfig) -> None:
+    with torch.device("meta"):
+        layers = adaptable_layers(UNet2DConditionModel(config))
+    assert layers.keys() <= set(unet_paths())
+    assert config != SD15_UNET or len(layers) == 282
+
+
+@pytest.mark.parametrize("path", ["conv_in.\x1b[2J", "conv_in.a b", "conv_in.\n"])
+def test_letters_that_no_module_has(path: str) -> None:
+    assert place_of(f"unet.{path}.lora_A.weight", SD15_UNET) is None
+
+
+def test_no_two_layers_share_an_underscored_name() -> None:
+    paths = [*unet_paths(), *text_paths()]
+    assert len(set(paths)) == len(paths) == len({path.replace(".", "_") for path in paths})
+    names = kohya_names(SD15_UNET)
+    assert set(names.values()) == {f"unet.{p}" for p in unet_paths()} | {f"text_encoder.{p}" for p in text_paths()}
+
+
+@pytest.mark.parametrize("config", [SD15_UNET, POCKET_UNET, TINY_UNET], ids=["sd15", "pocket", "tiny"])
+@pytest.mark.parametrize("dialect", WRITTEN)
+def test_written_names_are_read_back(dialect: str, config: UNetConfig) -> None:
+    magnitude = "dora_scale" if dialect == "kohya" else "magnitude"
+    for module in {f"unet.{path}" for path in unet_paths()} | {f"text_encoder.{path}" for path in text_paths()}:
+        for part in ("down", "up", magnitude):
+            assert place_of(key_of(Place(module, part), dialect), config) == (module, part)
+
+
+def test_written_names() -> None:
+    """To the letter, as in FORMATS: other programs look for these."""
+    q, text = Place(f"unet.{TO_Q}", "down"), Place(f"text_encoder.{TEXT_Q}", "up")
+    assert key_of(q, "diffusers") == f"unet.{TO_Q}.lora_A.weight"
+    assert key_of(text, "diffusers") == f"text_encoder.text_model.{TEXT_Q}.lora_B.weight"
+    kohya = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight"
+    assert key_of(q, "kohya") == kohya
+    assert key_of(text, "kohya") == "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight"
+    assert key_of(q, "peft") == f"base_model.model.{TO_Q}.lora_A.weight"

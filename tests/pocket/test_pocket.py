@@ -1,0 +1,308 @@
+"""How the pocket checkpoint is trained: its losses, its optimizer, the judge; and one update of every stage, to the end."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff.core.config import TINY_VAE, NoiseConfig
+from minidiff.core.errors import DataError
+from minidiff.core.schedule import NoiseSchedule
+from minidiff.core.vae import AutoencoderKL
+from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.files import weights
+from minidiff.pocket import autoencoder, judge, pretrain
+from minidiff.pocket.dataset import hard_batch, load_world, lookalikes
+from minidiff.pocket.muon import Muon, orthogonalize, split
+from minidiff.pocket.settings import PretrainSettings
+from minidiff.pocket.towers import contrastive_loss
+from minidiff.pocket.world import OBJECTS, held_out, is_held_out, random_picture
+
+POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
+
+
+# --- losses --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("junk", [b"", b"junk", b"\x93NUMPY\x01\x00v\x00{"])
+def test_a_damaged_world_is_named(tmp_path: Path, junk: bytes) -> None:
+    (tmp_path / "world.npy").write_bytes(junk)
+    with pytest.raises(DataError, match="delete it to draw it again"):
+        load_world(tmp_path, 2)
+
+
+def test_clip_figure3() -> None:
+    """arXiv 2103.00020, figure 3, as it is written there."""
+    image, text = (F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(i)), dim=-1) for i in (0, 1))
+    logits = 10.0 * image @ text.T
+    labels = torch.arange(5)
+    expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    torch.testing.assert_close(contrastive_loss(image, text, torch.tensor(10.0), torch.eye(5)), expected)
+
+
+def test_contrastive_loss_forgives_equal_captions() -> None:
+    """Two pictures with one caption may change places; with different captions they may not."""
+    image, text = (F.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(i)), dim=-1) for i in (0, 1))
+    text[1] = text[0]
+    same = torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]])
+    loss, swapped = (contrastive_loss(x, text, torch.tensor(5.0), same) for x in (image, image[[1, 0, 2]]))
+    torch.testing.assert_close(loss, swapped)
+    assert contrastive_loss(image[[2, 1, 0]], text, torch.tensor(5.0), same) != loss
+
+
+class OneLatent(nn.Module):
+    """Stands in for the autoencoder: a fixed posterior, and a decoder that gives back the picture it was told."""
+
+    def __init__(self, mean: Tensor, logvar: Tensor, picture: Tensor) -> None:
+        super().__init__()
+        self.mean, self.logvar, self.picture = mean, logvar, picture
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mean, self.logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.picture
+
+
+def test_vae_appendix_b_kl() -> None:
+    """arXiv 1312.6114, appendix B: the KL of a Gaussian to the standard one, here against torch's own."""
+    mean, logvar = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2)
+    x = torch.zeros(2, 3, 16, 16)
+    vae: AutoencoderKL = OneLatent(mean, logvar, x)  # type: ignore[assignment]
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mean, (0.5 * logvar).exp()), normal(0.0, 1.0)).mean()
+    loss = autoencoder.vae_loss(vae, x, torch.zeros_like(mean), torch.tensor(0.0))
+    torch.testing.assert_close(loss, autoencoder.KL_WEIGHT * kl)
+
+
+def test_reconstruction_loss_by_hand() -> None:
+    """A constant error has no edges; a checkerboard has nothing else."""
+    x = torch.zeros(1, 3, 8, 8)
+    torch.testing.assert_close(autoencoder.reconstruction_loss(x + 0.5, x), torch.tensor(0.5 + 0.25))
+    board = (torch.arange(8)[:, None] + torch.arange(8)) % 2 - 0.5
+    torch.testing.assert_close(autoencoder.reconstruction_loss(x + board, x), torch.tensor(0.5 + 0.25 + 0.5 * 2))
+
+
+def test_standardize_changes_units_and_no_pictures() -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(TINY_VAE)
+    x, centre, spread = torch.randn(3, 3, 16, 16), torch.tensor([1.0, -2, 0, 3]), torch.tensor([2.0, 1, 0.5, 4])
+    with torch.no_grad():
+        mean, logvar = vae.encode(x)
+        picture = vae.decode(mean)
+        autoencoder.standardize(vae, centre, spread)
+        new_mean, new_logvar = vae.encode(x)
+        torch.testing.assert_close(new_mean, (mean - centre.view(1, 4, 1, 1)) / spread.view(1, 4, 1, 1))
+        torch.testing.assert_close(new_logvar.exp(), logvar.exp() / spread.view(1, 4, 1, 1) ** 2)
+        torch.testing.assert_close(vae.decode(new_mean), picture)
+
+
+def test_unet_loss_2112_10752_eq3() -> None:
+    """The weighted mean of || ε - ε_θ(z_t, t, τ(y)) ||², by hand, with a network that answers a fixed noise."""
+    schedule = NoiseSchedule.from_config(NoiseConfig())
+    draws = torch.Generator().manual_seed(0)
+    z, noise, answer = (torch.randn(3, 4, 2, 2, generator=draws) for _ in range(3))
+    t, text, seen = torch.tensor([0, 300, 999]), torch.randn(3, 77, 8, generator=draws), []
+
+    def unet(z_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        seen.append((z_t, text))
+        return answer
+
+    loss = pretrain.unet_loss(unet, schedule, {"z": z, "noise": noise, "t": t}, text)  # type: ignore[arg-type]
+    a_bar = schedule.alphas_cumprod[t].view(3, 1, 1, 1)
+    torch.testing.assert_close(seen[0][0], a_bar.sqrt() * z + (1 - a_bar).sqrt() * noise)
+    assert seen[0][1] is text
+    snr = (a_bar / (1 - a_bar)).view(3)
+    weights_by_hand = snr.clamp(max=5.0) / snr
+    torch.testing.assert_close(loss, (weights_by_hand * (noise - answer).square().mean((1, 2, 3))).mean())
+
+
+# --- Muon ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (4, 30), (30, 4)])
+def test_orthogonalize_evens_out_singular_values(shape: tuple[int, int]) -> None:
+    G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalize(G))
+    assert 0.6 < values.min() and values.max() < 1.3
+    U, _, V = torch.linalg.svd(G, full_matrices=False)
+    assert F.cosine_similarity(orthogonalize(G).flatten(), (U @ V).flatten(), dim=0) > 0.95
+
+
+def test_orthogonalize_is_the_newton_schulz_iteration_of_the_article() -> None:
+    """Jordan 2024: five times X <- a X + (b X Xᵀ + c (X Xᵀ)²) X, without the detour over the Gram matrix."""
+    G = torch.randn(12, 40, generator=torch.Generator().manual_seed(2))
+    X = G / G.norm()
+    for _ in range(5):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    torch.testing.assert_close(orthogonalize(G), X, atol=1e-5, rtol=1e-4)
+
+
+def test_muon_2502_16982_eq4_step() -> None:
+    """The first step: 0.2 √max(m, n) times the orthogonalized gradient, the momentum's factor being lost in it."""
+    p = nn.Parameter(torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(0)))
+    before = p.detach().clone()
+    p.grad = torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(1))
+    Muon([p], [], lr=0.1, adam_lr=0.1).step()
+    expected = before - 0.1 * 0.2 * 6**0.5 * orthogonalize(p.grad.flatten(1)).view_as(p)
+    torch.testing.assert_close(p.detach(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_adam_1412_6980_algorithm1_is_the_other_part() -> None:
+    a, b = (nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2))
+    ours = Muon([], [a], lr=0.1, adam_lr=0.01)
+    theirs = torch.optim.Adam([b], lr=0.01, betas=(0.9, 0.99))
+    for step in range(4):
+        for p, optimizer in ((a, ours), (b, theirs)):
+            p.grad = torch.sin(torch.arange(5.0) + step)
+            optimizer.step()
+    torch.testing.assert_close(a, b)
+
+
+def test_split_keeps_every_parameter_once() -> None:
+    model = nn.ModuleDict({"conv_in": nn.Conv2d(3, 4, 3), "hidden": nn.Linear(4, 4)})
+    hidden, others = split(model, ("conv_in",))
+    assert [p.shape for p in hidden] == [(4, 4)] and len(hidden) + len(others) == 4
+
+
+# --- the judge -------------------------------------------------------------------------------------------------------------
+
+
+def test_judge_scores_what_it_is_shown() -> None:
+    """A judge that always gives the first word scores exactly the share of pictures for which that is right."""
+
+    class First(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {q: F.one_hot(torch.zeros(len(x), dtype=torch.long), len(w)).float() for q, w in judge.QUESTIONS.items()}
+
+    pictures = held_out(30)
+    scores = judge.score(First(), pictures, lambda part: torch.zeros(len(part), 3, 128, 128), batch=7).right  # type: ignore[arg-type]
+    for question, words in judge.QUESTIONS.items():
+        assert scores[question] == pytest.approx(sum(getattr(p, question) == words[0] for p in pictures) / 30)
+
+
+def test_judge_learns_from_few_drawings() -> None:
+    """Two dozen updates are enough to tell scenes much better than by chance (1 in 8), on drawings it has not seen."""
+    some = judge.train_judge(steps=24, batch=12)
+    pictures = held_out(40)
+    images = judge.to_batch([judge.draw(p, 77) for p in pictures])
+    scores = judge.score(some, pictures, lambda part: images[[pictures.index(p) for p in part]])
+    assert scores.right["scene"] > 0.3
+
+
+# --- all stages ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_runs_and_is_passed_over_when_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (pretrain, autoencoder):
+        monkeypatch.setattr(module, "fused", lambda function: function)  # a compiler would take longer than the test
+    monkeypatch.setattr(pretrain, "sample_sheet", lambda home, unet, settings: None)
+    monkeypatch.setattr(autoencoder, "reconstruction_sheet", lambda vae: None)
+    stages = ("world", "vae", "latents", "decoder", "clip", "unet", "assemble")
+    settings = PretrainSettings(
+        str(tmp_path),
+        stages,  # type: ignore[arg-type]
+        device="cpu",
+        pictures=4,
+        vae_steps=1,
+        vae_batch=1,
+        decoder_steps=1,
+        clip_steps=1,
+        unet_steps=1,
+        unet_batch=2,
+    )
+    folder = pretrain.pretrain(settings)
+    assert not any(is_held_out(p) for p in load_world(tmp_path, 4).pictures)
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    assert pipe("a sks dog", num_inference_steps=1, seed=0).images[0].size == (128, 128)
+
+    further = PretrainSettings(
+        str(tmp_path / "further"),
+        ("world", "latents", "unet", "assemble"),
+        init_from=str(folder),
+        device="cpu",
+        pictures=4,
+        unet_steps=1,
+        unet_batch=2,
+    )  # the U-Net alone goes on; the other parts are those of the first checkpoint
+    text = "text_encoder/model.safetensors"
+    assert (pretrain.pretrain(further) / text).read_bytes() == (folder / text).read_bytes()
+
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("unet/model.safetensors")}
+    again = pretrain.pretrain(settings)
+    assert again == folder and json.loads((folder / "model_index.json").read_text())["unet"][1] == "UNet2DConditionModel"
+    before = weights.read_header(folder / "unet" / "diffusion_pytorch_model.safetensors").tensors
+    assert written and all(info.dtype == torch.float16 for info in before.values())
+
+
+# --- the committed checkpoint ------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_has_the_layout_of_sd15_and_is_small() -> None:
+    names = {str(path.relative_to(POCKET)) for path in POCKET.rglob("*") if path.is_file()}
+    assert names == {
+        "README.md",
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "image_encoder/config.json",
+        "image_encoder/model.safetensors",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/special_tokens_map.json",
+        "scheduler/scheduler_config.json",
+    }
+    assert sum((POCKET / name).stat().st_size for name in names) < 32_000_000
+
+
+def test_checkpoint_draws_what_it_is_told() -> None:
+    """Not a score, which is the judge's affair: over four seeds, night is darker than snow, and red redder than blue."""
+    pipe = StableDiffusionPipeline.from_pretrained(POCKET)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a photo of a red car at night"] * 4 + ["a photo of a blue car in the snow"] * 4
+    seeds = [0, 1, 2, 3] * 2
+    pictures = pipe(prompts, guidance_scale=5.0, num_inference_steps=10, seed=seeds, output_type="pt").images
+    night, snow = pictures[:4].mean(0), pictures[4:].mean(0)
+    assert night.mean() < snow.mean() - 0.3
+    middle = slice(32, 96)
+    assert (night[0] - night[2])[middle, middle].mean() > (snow[0] - snow[2])[middle, middle].mean() + 0.3
+
+
+def test_checkpoint_knows_the_rare_words_as_one_token() -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(POCKET)
+    for word in ("sks", "ohwx", "dog"):
+        assert len(pipe.tokenizer(word, add_special_tokens=False).input_ids) == 1
+
+
+def test_hard_batches_hold_lookalikes() -> None:
+    """Within a group only the object (and the pose) differs, each object once; and no picture is a group of its own."""
+    pictures = [random_picture(random.Random(i)) for i in range(3000)]
+    groups = lookalikes(pictures)
+    assert sorted(i for group in groups for same in group for i in same) == list(range(3000))
+    for group in groups:
+        first = [pictures[same[0]] for same in group]
+        assert len({(p.colour, p.scene, p.style) for p in first}) == 1
+        assert len({p.object for p in first}) == len(group)
+    batch = hard_batch(groups, 96, random.Random(0))
+    assert len(batch) == 96 and batch == hard_batch(groups, 96, random.Random(0))
+    backgrounds = {(pictures[i].colour, pictures[i].scene, pictures[i].style) for i in batch}
+    assert len(backgrounds) < 24  # of 96 random pictures, all but a few would stand alone
+
+
+def test_checkpoint_tells_its_objects_apart() -> None:
+    """The words of two objects must reach the U-Net as two different things: once dog and fish were all but one."""
+    pipe = StableDiffusionPipeline.from_pretrained(POCKET)
+    text = pipe.encode_prompt([f"a photo of a red {thing} on the beach" for thing in OBJECTS])
+    apart = (text[:, None] - text[None]).norm(dim=-1).amax(-1) / text.norm(dim=-1).mean()
+    apart.fill_diagonal_(torch.inf)
+    assert apart.min() > 0.5

@@ -1,0 +1,121 @@
+"""Settings as TOML, and what makes two runs the same."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minidiff.core.errors import SettingsError
+from minidiff.trainer.methods import LoRASettings
+from minidiff.trainer.settings import MOST, FineTuneSettings, TrainSettings, from_toml, to_toml
+
+
+def test_toml_round_trip(tmp_path: Path) -> None:
+    settings = LoRASettings(
+        instance_prompt='a "sks" dog, naïve \\ 🐕 \x7f \x01',
+        validation_prompt=("one", "two"),
+        learning_rate=1e-5,
+        adam_weight_decay=0,
+        checkpoints_total_limit=5,
+        random_flip=True,
+    )
+    (tmp_path / "train_config.toml").write_text(to_toml(settings), "utf-8")
+    assert from_toml(LoRASettings, tmp_path / "train_config.toml") == settings
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("rnak = 4", 'Did you mean "rank"'),
+        ('rank = "4"', "rank = '4' is not of its kind"),
+        ("rank = true", "rank = True"),
+        ("random_flip = 1", "random_flip = 1"),
+        ('lr_scheduler = "step"', "lr_scheduler"),
+        ("lora_targets = [1]", "lora_targets"),
+        ("rank 4", "cannot be read as TOML"),
+        ("x = " + "[" * 5000, "cannot be read as TOML"),
+        ("seed = " + "9" * 5000, "cannot be read as TOML"),
+        ("rank = 4.0", "not of its kind, int"),
+        ("learning_rate = " + "9" * 401, "learning_rate = 999.* does not fit in 64 bits"),
+    ],
+)
+def test_bad_toml(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "x.toml").write_text(line)
+    with pytest.raises(SettingsError, match=message):
+        from_toml(LoRASettings, tmp_path / "x.toml")
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="x.toml: cannot be read"):
+        from_toml(LoRASettings, tmp_path / "x.toml")
+
+
+def test_harmless_fields_exist_and_are_left_out() -> None:
+    assert FineTuneSettings.HARMLESS <= {f.name for f in fields(FineTuneSettings)}
+    here = LoRASettings(output_dir="a", validation_steps=1, device="cpu")
+    assert here.identity(9) == LoRASettings(output_dir="b", checkpointing_steps=7, ema_decay=0.5).identity(9)
+    assert here.identity(9) != replace(here, rank=8).identity(9) and here.identity(9) != replace(here, use_ema=True).identity(9)
+    assert "max_train_steps" not in here.identity(9)
+    by_epochs, by_steps = (replace(here, lr_scheduler="linear", **n) for n in ({"num_train_epochs": 3}, {"max_train_steps": 9}))
+    assert by_epochs.identity(9) == by_steps.identity(9) and by_steps.identity(9)["max_train_steps"] == 9
+
+
+def test_updates() -> None:
+    assert TrainSettings().updates(None) == 400 and TrainSettings(max_train_steps=7).updates(10) == 7
+    epochs = TrainSettings(num_train_epochs=3, train_batch_size=4, gradient_accumulation_steps=2)
+    assert epochs.updates(16) == 6 and epochs.updates(17) == 7 and epochs.updates(1) == 1
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (TrainSettings(max_train_steps=400, num_train_epochs=2), "--num_train_epochs and --max_train_steps both say how long"),
+        (TrainSettings(num_train_epochs=0), "--num_train_epochs must be at least 1; it is 0"),
+        (TrainSettings(max_train_steps=0), "--max_train_steps must be at least 1; it is 0"),
+        (TrainSettings(ema_decay=1.0), "--ema_decay must lie in"),
+        (TrainSettings(dataloader_num_workers=-1), "--dataloader_num_workers must lie in 0 … 64; it is -1"),
+        (TrainSettings(lr_scheduler="linear", lr_warmup_steps=401), "--lr_warmup_steps must not exceed the 400 updates in all"),
+    ],
+)
+def test_settings_that_cannot_work(settings: TrainSettings, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        settings.check()
+
+
+PICTURES: dict[str, Any] = {"instance_data_dir": "dog", "instance_prompt": "a sks dog"}
+HUGE = 10**400  # more than a float can be
+
+
+@pytest.mark.parametrize("name", ["max_train_steps", "num_train_epochs", "gradient_accumulation_steps", "train_batch_size",
+                                  "resolution", "num_validation_images", "sample_batch_size", "seed"])  # fmt: skip
+def test_absurd_numbers(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"--{name} must "):
+        FineTuneSettings(**PICTURES, **{name: HUGE}).check()
+    if name in MOST:
+        FineTuneSettings(**PICTURES, **{name: MOST[name]}).check()
+        with pytest.raises(SettingsError, match=f"--{name} must be at most {MOST[name]}; it is {MOST[name] + 1}"):
+            FineTuneSettings(**PICTURES, **{name: MOST[name] + 1}).check()
+
+
+def test_more_epochs_than_anybody_lives() -> None:
+    with pytest.raises(SettingsError, match="--num_train_epochs makes 25000000 updates, and a run has at most 10000000"):
+        TrainSettings(num_train_epochs=1_000_000).updates(100)
+
+
+@pytest.mark.parametrize("name", ["output_dir", "instance_data_dir", "validation_data_dir", "pretrained_model_name_or_path"])
+def test_no_path_holds_a_nul(name: str) -> None:
+    """A TOML file can: name = "a\\u0000"."""
+    with pytest.raises(SettingsError, match=f"--{name} cannot hold a NUL character"):
+        FineTuneSettings(**PICTURES | {name: "a\0"}).check()
+
+
+def test_every_field_has_its_help() -> None:
+    import ast
+    import inspect
+
+    for kind in (TrainSettings, FineTuneSettings, LoRASettings):
+        body = ast.parse(inspect.getsource(kind)).body[0].body  # type: ignore[attr-defined]
+        for here, after in zip(body, body[1:], strict=False):
+            if isinstance(here, ast.AnnAssign) and "ClassVar" not in ast.unparse(here.annotation):
+                assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), ast.unparse(here.target)

@@ -32,7 +32,7 @@ class Convert:
     """Write a file in another program's form, read it again, and say how far its numbers moved."""
 
     source: Positional[str]
-    """A LoRA, a textual inversion or a whole model; pickles (.ckpt, .pt, .bin) are opened here, in a sandbox."""
+    """A LoRA, a textual inversion or a whole model; pickles (.ckpt, .pt, .bin) are opened here; no code of theirs runs."""
     output: Positional[str]
     """A new .safetensors file or, where the form is one, a new folder."""
     to: Literal["diffusers", "kohya", "peft", "ldm", "safetensors"] = "diffusers"

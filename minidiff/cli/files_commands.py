@@ -20,7 +20,6 @@ from minidiff.core.textual_inversion import check_spelling
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files import merge as merging
 from minidiff.files import names as keymaps
-from minidiff.files import pickles
 from minidiff.files import word_file as embeddings
 from minidiff.files.checkpoints import SINGLE_FILE, Model, cast, empty_model, is_single_file, read_model
 from minidiff.files.convert import (
@@ -33,10 +32,11 @@ from minidiff.files.convert import (
     convert_embedding,
     convert_lora,
     kept_metadata,
+    read_pickle,
 )
 from minidiff.files.folder import config_of, sampler_of
-from minidiff.files.headers import PICKLES
-from minidiff.files.inspect import find_file, is_pickle
+from minidiff.files.headers import PICKLES, is_pickle
+from minidiff.files.inspect import find_file
 from minidiff.files.inspect import inspect as reports_on
 from minidiff.files.lora_file import LoRAFile, load_lora, read_lora, save_lora
 from minidiff.files.weights import TensorFile, read_header, save, to_single_file
@@ -61,8 +61,9 @@ def convert(s: Convert) -> None:
     with appearing(Path(s.output)) as place:
         source = Path(s.source)
         if not source.is_dir() and (source.suffix in PICKLES or is_pickle(source)):
-            (folder := place.parent / "opened").mkdir()
-            source = pickles.unpickle(source, folder)
+            source = place.parent / "opened" / f"{source.stem}.safetensors"
+            with called(source, s.source):
+                save(read_pickle(Path(s.source)), source)
         with called(source, s.source):
             proof = converted(s, source, place)
         check_proof(proof, Path(s.output))
@@ -93,10 +94,7 @@ def converted_lora(s: Convert, source: Path, file: TensorFile, place: Path) -> P
 
 def converted_embedding(s: Convert, source: Path, file: TensorFile, place: Path) -> Proof:
     check_flags(s, "a textual inversion", ("diffusers", "kohya"), "alpha", "dtype", *OF_MODELS)
-    if source != Path(s.source):  # it was a pickle, and may hold tables within tables
-        embedding = embeddings.embedding_in(pickles.content(file.path), Path(s.source), s.token)
-    else:
-        embedding = embeddings.read_embedding(source, s.token)
+    embedding = embeddings.read_embedding(source, s.token)
     try:
         check_spelling(embedding.word)
     except AdapterError as error:
@@ -121,11 +119,11 @@ def converted_model(s: Convert, source: Path, place: Path) -> Proof:
 
 
 def unpickled(s: Convert, file: TensorFile, place: Path) -> Proof:
-    """A pickle's tensors, whatever they are; the sandbox has made a safetensors file of them, with its own notes in it."""
+    """A pickle's tensors, whatever they are."""
     check_flags(s, "a pickle", ("safetensors",), "alpha", "token", "dtype", *OF_MODELS)
     if file.path == Path(s.source) or place.suffix != SINGLE_FILE:
         raise SettingsError(f"--to safetensors makes {SINGLE_FILE} files of pickles; {s.source} and {s.output} are not these.")
-    before = file.read()
+    before = {key or "tensor": tensor for key, tensor in file.read().items()}
     save(before, place)
     return compare_weights(before, read_header(place).read())
 

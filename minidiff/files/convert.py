@@ -1,5 +1,7 @@
 """Any file into any other form, with proof: what was written is read again, and must be what was there before.
 
+A pickle (.ckpt, .pt, .bin) is opened here and nowhere else, and becomes a safetensors file first.
+
     convert_lora(read_lora("dog.safetensors"), path, "kohya", torch.float16)        a Proof: max |ΔW_before - ΔW_after|
 
 A number that is rounded to another dtype moves by at most u of itself, u = eps / 2, or by half of the smallest number that
@@ -9,22 +11,90 @@ Shapes: A (r, in[, kh, kw]), B (out, r), W any.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor
 
 from minidiff.core.config import SD15_UNET, UNetConfig
-from minidiff.core.errors import AdapterError, MinidiffError, SettingsError
+from minidiff.core.errors import AdapterError, MinidiffError, SettingsError, WeightsError
 from minidiff.core.lora import LoRAWeights
-from minidiff.files.headers import PICKLES
+from minidiff.files.headers import NAMES, PICKLES, check_pickle
 from minidiff.files.lora_file import LoRAFile, read_lora, save_lora
 from minidiff.files.weights import is_finite, sync_folder
 from minidiff.files.word_file import Embedding, read_embedding, save_embedding
+
+ADVICE = "Get the .safetensors version of it, or convert it where it was made."
+
+
+# --- pickles -----------------------------------------------------------------------------------------------------------
+
+
+class Fields:
+    """Takes the place of two harmless classes that old files name. It keeps their fields and does nothing."""
+
+
+HARMLESS = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",  # in SD 1.4's checkpoint
+    "torch.nn.modules.container.ParameterDict",  # in A1111's old embeddings
+)
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle by name; in tables within tables, the names are joined by "/". A single tensor has the name "".
+
+    A pickle is a program: it can run any code when it is opened. PyTorch's reader with `weights_only` builds tensors and
+    tables alone and refuses the rest. Of a training checkpoint, {"state_dict": …, "optimizer_states": …}, only the state dict
+    is taken. WeightsError for a file that is refused, damaged, or unpacks to more bytes than it has.
+    """
+    check_pickle(path)
+    zipped, size = is_zipfile(path), path.stat().st_size
+    try:
+        if zipped and sum(entry.file_size for entry in ZipFile(path).infolist()) > size:
+            raise WeightsError(f"{path} is refused: it is packed, and would unpack to more than its {size:,} bytes. {ADVICE}")
+        with torch.serialization.safe_globals([(Fields, name) for name in HARMLESS]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except WeightsError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way; PyTorch's own messages advise to run the code
+        if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise WeightsError(f"{path} is refused: it asks for {asked[1]}, and no file's code is run. {ADVICE}") from None
+        raise WeightsError(f"{path} cannot be read: it is damaged, or holds no weights of PyTorch. {ADVICE}") from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in tensors_in(content):
+        if name in tensors:
+            raise WeightsError(f"{path} has two tensors of one name: {name}. {ADVICE}")
+        if tensor.dtype not in NAMES or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise WeightsError(f"{path}: {name} is a tensor of an odd kind: complex, sparse, quantized or empty. {ADVICE}")
+        tensors[name] = tensor
+    if not tensors:
+        raise WeightsError(f"{path} is no file of weights: there is no tensor in it.")
+    if (wanted := sum(tensor.nbytes for tensor in tensors.values())) > 2 * size + 2**26:  # a view can repeat one number
+        raise WeightsError(f"{path} is refused: its tensors would have {wanted:,} bytes, and it has {size:,}. {ADVICE}")
+    return tensors
+
+
+def tensors_in(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in tables and lists within each other."""
+    if isinstance(content, Fields):
+        content = vars(content).get("_parameters", {})
+    if isinstance(content, Tensor):
+        yield name, content
+    elif isinstance(content, Mapping | list | tuple):
+        for key, inner in content.items() if isinstance(content, Mapping) else enumerate(content):
+            yield from tensors_in(inner, f"{name}/{key}" if name else str(key))
+
+
+# --- how far numbers moved -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")  # how the names of pickled weights end
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 
-PICKLE = "which can run code when it is opened; get the .safetensors version of it, or `minidiff convert` it in a sandbox."
+PICKLE = "which can run code when it is opened; get the .safetensors version of it, or `minidiff convert` it."
 NOT_SAFETENSORS = {  # how other files begin
     b"version https://git-lfs": "is a git-LFS pointer, not the file itself; run `git lfs pull` in its folder.",
     b"PK": f"is a PyTorch pickle (zip), {PICKLE}",
@@ -58,6 +58,30 @@ def check_ordinary(path: Path) -> None:
     if not path.is_file():
         what = "leads nowhere: a link without its file" if path.is_symlink() else "is no ordinary file"
         raise WeightsError(f"{path} {what if os.path.lexists(path) else 'does not exist'}.")
+
+
+def is_pickle(path: Path) -> bool:
+    """By its first bytes. A safetensors file can begin with any eight, the length of its header, and then has a brace."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start.startswith((b"PK", b"\x80")) and start[8:] != b"{"
+
+
+def check_pickle(path: Path) -> None:
+    """WeightsError for what is no pickle at all, by its first bytes."""
+    check_ordinary(path)
+    if is_pickle(path):
+        return
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise WeightsError(f"{path} is empty (0 bytes): an unfinished download? Get it again.")
+    if start[8:9] == b"{":
+        raise WeightsError(f"{path} is a safetensors file under another name; rename it to {path.stem}.safetensors.")
+    what = next((what for magic, what in NOT_SAFETENSORS.items() if start.startswith(magic)), "is no pickle of PyTorch.")
+    raise WeightsError(f"{path} {what}")
 
 
 def check_start(path: Path, start: bytes, size: int) -> int:

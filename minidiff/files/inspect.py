@@ -29,11 +29,11 @@ from minidiff.files import names as keymaps
 from minidiff.files import word_file as embeddings
 from minidiff.files.checkpoints import Model
 from minidiff.files.folder import read_json
+from minidiff.files.headers import is_pickle
 from minidiff.files.lora_headers import Headers, lora_header
 from minidiff.files.merge import rank_for
 from minidiff.files.parts import changed_shape, check_parts, flat, weights_of
 from minidiff.files.peft_config import METADATA, read_configs
-from minidiff.files.pickles import STARTS
 from minidiff.files.weights import TensorFile, find_weights, is_finite, read_header
 
 Parts = dict[str, Tensor]  # a module's tensors by part
@@ -116,7 +116,7 @@ def describe(path: Path, model: Model | None) -> Report:
     """WeightsError for what is no safetensors file, or a damaged one."""
     if is_pickle(path):
         raise WeightsError(
-            f"{path} is a pickle, which can run code when it is opened. Convert it first, which is done in a sandbox: "
+            f"{path} is a pickle, which can run code when it is opened. Convert it first, which runs none: "
             f"minidiff convert {path} NEW.safetensors --to safetensors"
         )
     file = read_header(path)
@@ -129,15 +129,6 @@ def describe(path: Path, model: Model | None) -> Report:
     if about := {key: text for key, text in sorted(file.metadata.items()) if key not in ("format", METADATA)}:
         facts["metadata"] = about
     return Report(path, file.looks_like, {"size": size(file), **facts})
-
-
-def is_pickle(path: Path) -> bool:
-    """By its first bytes. A safetensors file can begin with any eight, the length of its header, and then has a brace."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        start = file.read(9)
-    return start.startswith(STARTS) and start[8:] != b"{"
 
 
 def size(file: TensorFile) -> str:

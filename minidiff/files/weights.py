@@ -111,7 +111,7 @@ def find_weights(folder: str | Path) -> Path:
     if pickles := [name for name in there if name.endswith(PICKLES)]:
         raise WeightsError(
             f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code when it is opened. "
-            "Get the .safetensors version of it, or have it made in a sandbox: "
+            "Get the .safetensors version of it, or make it: "
             f"minidiff convert {folder / pickles[0]} {folder}/model.safetensors --to safetensors"
         )
     if any(name.endswith(".index.json") for name in there):

@@ -15,7 +15,7 @@ Shapes: n vectors, D width of the text: 768 in SD 1.x, 1024 in SD 2.x, 128 in th
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "learned_embeds.safetensors"
 KOHYA = "emb_params"
+A1111 = "string_to_param/"  # a table in a pickle; `convert` joins its name and those in it
 RENAME = 'minidiff convert --token "<my-dog>" writes it under that word; in Python, token="<my-dog>" reads it so.'
 
 
@@ -108,12 +109,12 @@ def is_embedding(tensors: Mapping[str, keymaps.HasShape]) -> bool:
     return bool(tensors) and not parts and all(1 <= len(tensor.shape) <= 2 for tensor in tensors.values())
 
 
-def embedding_in(content: Any, path: Path, token: str | None = None, said: str | None = None) -> Embedding:
-    """The vectors in what a file holds: a table of tensors, or the nested tables of a pickle that `convert` has opened.
+def embedding_in(tensors: Mapping[str, Tensor], path: Path, token: str | None = None, said: str | None = None) -> Embedding:
+    """The vectors among the tensors of a file, safetensors or a pickle that `convert` has opened.
 
     `said` is the word according to the file's metadata; `path` names the file in errors, and the word in some dialects.
     """
-    dialect, words = _words_in(content, path, said)
+    dialect, words = _words_in(tensors, path, said)
     if token in words:
         words = {token: words[token]}
     if len(words) != 1:
@@ -127,29 +128,21 @@ def embedding_in(content: Any, path: Path, token: str | None = None, said: str |
     return Embedding(path, dialect, word, _checked(vectors, path))
 
 
-def _words_in(content: Any, path: Path, said: str | None) -> tuple[str, dict[str, Any]]:
+def _words_in(tensors: Mapping[str, Tensor], path: Path, said: str | None) -> tuple[str, dict[str, Tensor]]:
     """The dialect, and what it holds as word -> vectors."""
-    if isinstance(content, Tensor):
-        return "bare", {"": content}
-    if not isinstance(content, Mapping):
-        raise AdapterError(f"{path} is no textual inversion: it holds a {type(content).__name__}.")
-    if {"clip_l", "clip_g"} & content.keys():
+    if {"clip_l", "clip_g"} & tensors.keys():
         raise AdapterError(f"{path} was made for SDXL, which has two text encoders (clip_l, clip_g); SD 1.x cannot use it.")
-    if "string_to_param" in content:
-        table = content["string_to_param"]  # nearly always one entry, "*"
-        if not isinstance(table, Mapping):
-            raise AdapterError(f"{path}: where its table of vectors should be is a {type(table).__name__}.")
+    if table := {name.removeprefix(A1111): tensor for name, tensor in tensors.items() if name.startswith(A1111)}:
         return "A1111", {path.stem if len(table) == 1 else name: vectors for name, vectors in table.items()}
-    if set(content) == {KOHYA}:
-        return "kohya", {said or path.stem: content[KOHYA]}
-    return "diffusers", dict(content)
+    if set(tensors) == {KOHYA}:
+        return "kohya", {said or path.stem: tensors[KOHYA]}
+    return "bare" if set(tensors) == {""} else "diffusers", dict(tensors)
 
 
-def _checked(vectors: Any, path: Path) -> Tensor:
+def _checked(vectors: Tensor, path: Path) -> Tensor:
     """(n, D) in fp32."""
-    if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
-        what = vectors.dtype if isinstance(vectors, Tensor) else type(vectors).__name__
-        raise AdapterError(f"{path} is no textual inversion: where its vectors should be is {what}.")
+    if not vectors.is_floating_point():
+        raise AdapterError(f"{path} is no textual inversion: where its vectors should be is {vectors.dtype}.")
     if vectors.ndim not in (1, 2) or not vectors.numel():
         raise AdapterError(f"{path} is no textual inversion: its vectors have the shape {tuple(vectors.shape)}, not (n, D).")
     if not is_finite(vectors):

@@ -13,7 +13,6 @@ from torch import nn
 from minidiff.cli.main import main
 from minidiff.core.errors import MinidiffError, WeightsError
 from minidiff.core.lora import LoRAWeights
-from minidiff.files import pickles
 from minidiff.files.checkpoints import Model, cast, empty_model, read_model
 from minidiff.files.convert import (
     Proof,
@@ -44,17 +43,6 @@ def model(tiny_folder: Path) -> Model:
 @pytest.fixture(scope="module")
 def modules(model: Model) -> dict[str, LoRAWeights]:
     return random_adapter(model.adaptable, 1, targets=EVERY)
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pickles without the sandbox's process, which takes seconds to start: what it does is tested elsewhere."""
-
-    def unpickle(source: Path, folder: Path) -> Path:
-        pickles.rewrite(source, folder / f"{source.stem}.safetensors")
-        return folder / f"{source.stem}.safetensors"
-
-    monkeypatch.setattr(pickles, "unpickle", unpickle)
 
 
 def convert(*words: str | Path) -> None:
@@ -226,7 +214,6 @@ def test_textual_inversion_between_styles(tmp_path: Path, capsys: Any) -> None:
     assert read_header(again.path).metadata["ss_seed"] == "1"
 
 
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
     ("name", "content", "word"),
     [
@@ -277,7 +264,6 @@ def test_numbers_too_large_for_fp16(model: Model) -> None:
         cast(large, torch.float16)
 
 
-@pytest.mark.usefixtures("in_process")
 def test_a_pickled_checkpoint(tiny_folder: Path, model: Model, tmp_path: Path) -> None:
     convert(tiny_folder, tmp_path / "tiny.safetensors", "--to", "ldm")
     tensors = load_file(tmp_path / "tiny.safetensors")
@@ -290,7 +276,6 @@ def test_a_pickled_checkpoint(tiny_folder: Path, model: Model, tmp_path: Path) -
     assert all(torch.equal(after[key], tensor) for key, tensor in model.weights().items())
 
 
-@pytest.mark.usefixtures("in_process")
 def test_a_pickled_lora(modules: dict[str, LoRAWeights], tmp_path: Path) -> None:
     save_lora({NAME: modules[NAME]}, tmp_path / "a.safetensors", "kohya")
     torch.save(load_file(tmp_path / "a.safetensors"), tmp_path / "a.weights")  # known by its first bytes
@@ -342,7 +327,6 @@ def test_refusals(modules: dict[str, LoRAWeights], tiny_folder: Path, tmp_path: 
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".minidiff-*"))
 
 
-@pytest.mark.usefixtures("in_process")
 def test_errors_name_the_users_own_file(tmp_path: Path, capsys: Any) -> None:
     torch.save({"a": torch.tensor([1.0, torch.nan])}, tmp_path / "nan.pt")
     said = refused(capsys, tmp_path / "nan.pt", tmp_path / "x.safetensors", "--to", "safetensors")

@@ -26,9 +26,9 @@ from PIL import Image
 
 from minidiff import StableDiffusionPipeline
 from minidiff.core.config import NoiseConfig
-from minidiff.core.grids import SAMPLERS
+from minidiff.core.grids import SAMPLERS, karras_sigmas, sigmas_at, timesteps, timesteps_at
 from minidiff.core.rng import normal
-from minidiff.core.schedule import NoiseSchedule, karras_sigmas, sigmas_at, timesteps, timesteps_at
+from minidiff.core.schedule import NoiseSchedule
 from minidiff.draw.images import HAIRLINE, INK, PAPER, contact_sheet, to_pil
 
 LESSONS = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()  # a notebook has no __file__

@@ -1,77 +1,72 @@
-"""Samplers: from pure noise to a clean latent, one network call at a time.
-
-A sampler is an iterator of `Step`s, one after each network call, so progress bars, previews and lessons live outside:
+"""Which timesteps a sampler visits, at which noise levels, and where it starts: one row of `SAMPLERS` for each sampler.
 
     for step in SAMPLERS["ddim"](model, noise, schedule, steps=30, step_noise=draw):
         show(step.x0)
     latents = step.x
 
-What they share:
+A sampler is an iterator of `Step`s, one after each call of the network, so progress bars and previews live outside.
 
-| argument     | meaning                                                                                              |
-|--------------|------------------------------------------------------------------------------------------------------|
-| `model`      | (x, t) -> raw output (eps or v) for fp32 x (B, C, H, W) of variance about 1 and fp32 t (B,); `guided` |
-|              | makes one. The output may be of any float dtype: the sampler's own arithmetic is fp32                |
-| `noise`      | (B, C, H, W), standard normal; its device is where everything happens                                |
-| `step_noise` | i -> standard normal noise (B, C, H, W) for step i, on any device; only stochastic samplers call it  |
-| `image`      | clean latents (B, C, H, W) to start from: noise is added to them, as much as `strength` says         |
-| `strength`   | the share of the steps that is walked, 0 to 1; the first ones are left out. 1 without an image       |
-| `fix_x0`     | x0 as the network believes it -> x0 as it shall be: inpainting knows a part of it                    |
-| `spacing`    | which timesteps (see `schedule.timesteps`); None: the model's own choice, else the sampler's default |
-| `karras`     | sigmas by EDM eq. 5, for samplers that can; None: the model's own choice                             |
-| `eta`        | the share of fresh noise, for DDIM: 0 is deterministic, 1 is DDPM's                                  |
+| argument     | meaning                                                                                               |
+|--------------|-------------------------------------------------------------------------------------------------------|
+| `model`      | (x, t) -> eps or v, for fp32 x (B, C, H, W) with a variance of about 1 and fp32 t (B,); see `guided`. |
+|              | The answer may have any float dtype: the sampler computes in fp32                                     |
+| `noise`      | (B, C, H, W), standard normal; the sampler computes on its device                                     |
+| `step_noise` | i -> standard normal noise (B, C, H, W) for step i, on any device; only stochastic samplers call it   |
+| `image`      | clean latents (B, C, H, W) to start from, under as much noise as `strength` says                      |
+| `strength`   | the share of the steps that is taken, 0 to 1; the first ones are left out. 1 without an image         |
+| `fix_x0`     | corrects the predicted x0: inpainting knows a part of the picture                                     |
+| `spacing`    | which timesteps (see `timesteps`); None: the model's own choice, else the sampler's default           |
+| `karras`     | sigmas by EDM eq. 5, for samplers that can use them; None: the model's own choice                     |
+| `eta`        | the share of fresh noise, for DDIM only: 0 is deterministic, 1 is DDPM                                |
 
-| in the code          | in the papers                                                                                |
-|----------------------|----------------------------------------------------------------------------------------------|
-| `a_bar`, `a_bar_prev`| alpha_t and alpha_{t-1} in DDIM, alpha-bar in DDPM. "prev" is the next one visited: t falls   |
-| `sigma`, `sigma_next`| sigma in EDM and k-diffusion, noise / signal; a_bar = 1 / (1 + sigma^2)                      |
-| `x0`, `eps`          | the network's output read as a clean latent ("predicted x_0", x_theta) and as noise           |
-| `h`                  | lambda_{t_i} - lambda_{t_{i-1}} in DPM-Solver++, where lambda = -log sigma                   |
-
-The update rules are in walkers.py, for those that walk the timesteps of training, and in solvers.py, for those that solve
-an equation over sigma. To add a sampler: one rule there, one row in `SAMPLERS` here, its name for A1111 in
-studio/foreign.py, and the help in flags.py.
-Shapes: B pictures, C H W one latent.
+To add a sampler: one function in samplers.py, one row here, its A1111 name in studio/foreign.py, the help in cli/flags.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil
+from functools import partial
+from itertools import pairwise
+from math import ceil, sqrt
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from minidiff.core import samplers as walkers
-from minidiff.core import solvers
+from minidiff.core import samplers
 from minidiff.core.errors import SettingsError, did_you_mean
-from minidiff.core.runs import Grid, Model, Rule, Run, StepNoise, Visit
+from minidiff.core.samplers import Denoiser, Grid, Model, StepNoise, Visit
 from minidiff.core.schedule import NoiseSchedule
 
-MAX_STEPS = 1000  # those of training; the grid, which knows this model's own, refuses more
+SPACINGS = ("leading", "linspace", "trailing")
+RHO = 7.0  # EDM, table 1: steps are equal in sigma^(1/RHO), so a larger RHO puts more of them where sigma is small
+LCM_STEPS = 50  # the timesteps that a latent consistency model was distilled on
+MAX_STEPS = 1000  # training's timesteps; `timesteps` knows the number of this model and refuses more
+LARGEST_SIGMA = 1000.0  # for Heun: above all sigmas of training, below the 4096 of zero terminal SNR
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Where the sampler stands after one network call. All tensors fp32, (B, C, H, W)."""
+    """Where the sampler stands after one call of the network. Tensors are (B, C, H, W), fp32."""
 
     index: int  # 0 .. total - 1
-    total: int  # network calls: Heun makes two a step, PNDM one more than there are steps
-    t: float  # the timestep the network saw
-    x: Tensor  # the latents after the step, VP scale; after the last step: what vae.decode wants
-    x0: Tensor  # the clean latents as the network saw them at t: decode these for a preview
+    total: int  # calls of the network: Heun makes two per step, PNDM one more than there are steps
+    t: float  # the timestep that the network saw
+    x: Tensor  # the latents after the step; after the last step: what the VAE decodes
+    x0: Tensor  # the clean latents as the network sees them at t: decode these for a preview
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """One row of `SAMPLERS`: an update rule, the grid it walks on, where it starts, and what it can be asked for."""
+    """One row of `SAMPLERS`: an update rule, its grid, its start, and the settings that it takes."""
 
-    rule: Rule
-    grid: Callable[[NoiseSchedule, int, int, str, bool], Grid]  # (schedule, steps, the first one walked, spacing, karras)
+    rule: Callable[..., Iterator[Visit]]
+    grid: Callable[[NoiseSchedule, int, int, str, bool], Grid]  # (schedule, steps, how many to leave out, spacing, karras)
     start: Callable[[Tensor, Tensor | None, float, str], Tensor]  # (noise, image, the first level, spacing) -> x
-    spacing: str | None  # the default; None: it has timesteps of its own
+    spacing: str | None  # the default; None: the sampler has its own timesteps
     karras: bool = False
     eta: bool = False
-    fresh_noise: bool = False  # asks for `step_noise` even where eta is 0
-    calls: Callable[[int], int] = lambda length: length  # of the network, on a grid of that length
+    fresh_noise: bool = False  # calls `step_noise` even where eta is 0
+    calls: Callable[[int], int] = lambda length: length  # calls of the network for a grid of this length
 
     def __call__(
         self,
@@ -88,19 +83,20 @@ class Sampler:
         karras: bool | None = None,
         eta: float = 0.0,
     ) -> Iterator[Step]:
-        """Draw. SettingsError, at once, for settings that this sampler cannot have."""
+        """Draw. Raises SettingsError at once, before the first step, for settings that this sampler cannot have."""
         self.check(spacing, karras, eta)
-        first = first_step(steps, strength, image)
-        spacing = spacing or schedule.timestep_spacing or self.spacing or ""
-        karras = self.karras and (schedule.use_karras_sigmas if karras is None else karras)
-        grid = self.grid(schedule, steps, first, spacing, karras)
+        config = schedule.config
+        spacing = spacing or config.timestep_spacing or self.spacing or ""
+        karras = self.karras and (config.use_karras_sigmas if karras is None else karras)
+        grid = self.grid(schedule, steps, left_out(steps, strength, image), spacing, karras)
         noise = noise.float()
         x = self.start(noise, None if image is None else image.to(noise), grid[0][1], spacing)
-        run = Run(model, schedule.prediction_type, x, grid, step_noise, eta, fix_x0)
-        return numbered(self.rule(run), self.calls(len(grid)))
+        denoise = Denoiser(model, config.prediction_type, fix_x0)
+        rule = partial(self.rule, eta=eta) if self.eta else self.rule
+        return numbered(rule(denoise, x, grid, lambda i: step_noise(i).to(x)), self.calls(len(grid)))
 
     def check(self, spacing: str | None, karras: bool | None, eta: float) -> None:
-        """Refuse what is not this sampler's."""
+        """Refuse settings that this sampler does not take."""
         if spacing and self.spacing is None:
             raise SettingsError(f'timestep_spacing is "{spacing}"; lcm visits the timesteps it was distilled on. Leave it out.')
         if karras and not self.karras:
@@ -112,52 +108,216 @@ class Sampler:
             raise SettingsError(f"eta is {eta}; only ddim has one. Leave it out, or use ddim.")
 
 
-def first_step(steps: int, strength: float, image: Tensor | None) -> int:
-    """How many of the steps are left out: none from pure noise, all but strength · steps, rounded down, from an image."""
+def numbered(visits: Iterator[Visit], total: int) -> Iterator[Step]:
+    """The visits of an update rule as `Step`s."""
+    for index, (t, x, x0) in enumerate(visits):
+        yield Step(index, total, t, x, x0)
+
+
+def left_out(steps: int, strength: float, image: Tensor | None) -> int:
+    """How many of the first steps are left out: all but strength * steps, rounded down; none without an image."""
     if not 0 < strength <= 1:
         raise SettingsError(f"strength is {strength}; it can be above 0 (the image as it is) up to 1 (hardly anything of it).")
     if image is None and strength != 1:
         raise SettingsError(f"strength is {strength} and there is no image to start from; give one, or leave strength out.")
     if strength == 1:
         return 0
-    walked = int(min(steps, MAX_STEPS) * strength)  # no float holds a number of 400 digits
-    if walked < 1 <= steps:
+    taken = int(min(steps, MAX_STEPS) * strength)  # min: a float cannot hold a number of 400 digits
+    if taken < 1 <= steps:
         enough = f", or {ceil(1 / strength)} steps or more" if strength * MAX_STEPS >= 1 else ""
         raise SettingsError(
             f"0 denoising steps: {steps} steps at strength {strength} are less than one. Use a higher strength{enough}."
         )
-    return steps - walked
+    return steps - taken
 
 
-def numbered(visits: Iterator[Visit], total: int) -> Iterator[Step]:
-    for index, (t, x, x0) in enumerate(visits):
-        yield Step(index, total, t, x, x0)
+# --- timesteps and levels ----------------------------------------------------------------------------------------------
 
 
-# Karras sigmas for euler_a are k-diffusion's: diffusers has none, and draws a folder that asks for them without.
+def timesteps(schedule: NoiseSchedule, steps: int, spacing: str, whole: bool = True, spare: int = 0) -> list[float]:
+    """`steps` timesteps from noisy to clean. For T = 1000 and 4 steps:
+
+    leading   751, 501, 251, 1    multiples of T // steps, plus `steps_offset`; never reaches pure noise
+    linspace  999, 666, 333, 0    both ends, rounded if `whole`
+    trailing  999, 749, 499, 249  from pure noise down; the best choice for very few steps (2305.08891, table 2)
+
+    With `spare` = 1 the grid has one more point, the cleanest, which is not returned: DPM-Solver++ ends at sigma = 0.
+    One step of leading or linspace starts at t = 1 or 0, where there is no noise left to remove.
+    SettingsError for an unknown spacing, or where there are not that many different timesteps.
+    """
+    # numpy, not torch: 499.5 and similar numbers are rounded as in the reference only with the reference's arithmetic
+    T, points = len(schedule.alphas_cumprod), steps + spare
+    if not 1 <= steps <= T:
+        raise SettingsError(f"num_inference_steps is {steps}; it can be 1 to {T}, the timesteps this model was trained on.")
+    if spacing == "leading":
+        grid = np.arange(points - 1, -1, -1.0) * (T // points) + schedule.config.steps_offset
+    elif spacing == "linspace":
+        grid = np.linspace(0, T - 1, points)[::-1]
+    elif spacing == "trailing":
+        grid = np.arange(T, 0, -T / steps).round() - 1
+    else:
+        known, hint = ", ".join(SPACINGS), did_you_mean(spacing, SPACINGS)
+        raise SettingsError(f'timestep_spacing "{spacing}" is unknown; it is one of {known}.{hint}')
+    t: list[float] = (grid.round() if whole else grid)[:steps].tolist()
+    if t[0] > T - 1 or t[-1] < 0 or any(later >= earlier for earlier, later in pairwise(t)):
+        raise SettingsError(
+            f'num_inference_steps is {steps}: with "{spacing}" spacing this sampler has fewer different timesteps '
+            f"between 0 and {T - 1}. Use fewer steps or another timestep_spacing."
+        )
+    return t
+
+
+def sigmas_at(schedule: NoiseSchedule, t: Sequence[float]) -> list[float]:
+    """Sigma at timesteps `t`, linear between whole ones; and a final 0, so one number more than `t` has."""
+    at = torch.tensor(t, dtype=torch.float64)
+    low, high = at.floor().long(), at.ceil().long()
+    table = schedule.sigmas.double()
+    between: list[float] = torch.lerp(table[low], table[high], at - low).tolist()
+    return [*between, 0.0]
+
+
+def karras_sigmas(sigma_max: float, sigma_min: float, steps: int) -> list[float]:
+    """`steps` sigmas from `sigma_max` down to `sigma_min`, dense where little noise is left: details are made there."""
+    ramp = np.linspace(0, 1, steps)
+    high, low = sigma_max ** (1 / RHO), sigma_min ** (1 / RHO)
+    sigmas: list[float] = ((high + ramp * (low - high)) ** RHO).tolist()  # EDM eq. 5
+    return sigmas
+
+
+def timesteps_at(schedule: NoiseSchedule, sigmas: Sequence[float]) -> list[float]:
+    """The timesteps with these noise levels, rarely whole: linear in log sigma between those of the table."""
+    table = schedule.sigmas.log().double().numpy()
+    t: list[float] = np.interp(np.log(sigmas), table, np.arange(len(table))).tolist()
+    return t
+
+
+def a_bar_at(schedule: NoiseSchedule, t: float) -> float:
+    """a_bar at a whole timestep. Below 0, where the last step of DDIM and PNDM ends: 1 or a_bar[0]."""
+    if t < 0:
+        return 1.0 if schedule.config.set_alpha_to_one else schedule.alphas_cumprod[0].item()
+    return schedule.alphas_cumprod[int(t)].item()
+
+
+def rows(ts: list[float], levels: list[float]) -> Grid:
+    """A grid from timesteps and one level more: each step goes to the level where the next one starts."""
+    return list(zip(ts, levels, levels[1:], strict=False))
+
+
+# --- grids: levels are a_bar -------------------------------------------------------------------------------------------
+
+
+def ancestors(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
+    """DDPM: from each timestep to the next on the list, and at last to the clean picture, a_bar = 1."""
+    ts = timesteps(schedule, steps, spacing)[first:]
+    return rows(ts, [*(a_bar_at(schedule, t) for t in ts), 1.0])
+
+
+def equal_jumps(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
+    """DDIM: always T // steps back. With leading spacing this is the next t on the list, otherwise a t near it."""
+    ts = timesteps(schedule, steps, spacing)[first:]
+    jump = len(schedule.alphas_cumprod) // steps
+    return [(t, a_bar_at(schedule, t), a_bar_at(schedule, t - jump)) for t in ts]
+
+
+def first_jump_twice(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
+    """PNDM: DDIM's grid, but the first jump is made again after the network was asked at its end.
+
+    In this row t is the timestep at the end of the jump, but the noise level is the one at its start. With linspace spacing,
+    t + T // steps is only close to the start; the reference uses it anyway.
+
+    From an image, the first jump that is taken is the one that is repeated. The reference repeats the second entry of the
+    whole list, and so asks the network at a t that is one jump away from the noise level of x.
+    """
+    grid = equal_jumps(schedule, steps, first, spacing, karras)
+    if len(grid) == 1:
+        return grid
+    t, a_bar, _ = grid[1]
+    return [grid[0], (t, a_bar_at(schedule, t + len(schedule.alphas_cumprod) // steps), a_bar), *grid[1:]]
+
+
+def distilled(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
+    """LCM: every T / 50th timestep, as in distillation; of these, `steps` evenly spread ones, the noisiest first."""
+    T = len(schedule.alphas_cumprod)
+    if not 1 <= steps <= min(LCM_STEPS, T):
+        raise SettingsError(f"num_inference_steps is {steps}; lcm takes 1 to {min(LCM_STEPS, T)} steps, and 4 to 8 are usual.")
+    known = np.arange(LCM_STEPS, 0, -1) * (T // LCM_STEPS) - 1  # 999, 979, ... 19
+    ts = [float(t) for t in known[np.floor(np.linspace(0, LCM_STEPS, steps, endpoint=False)).astype(int)][first:]]
+    return rows(ts, [*(a_bar_at(schedule, t) for t in ts), 1.0])
+
+
+# --- grids: levels are sigma -------------------------------------------------------------------------------------------
+
+
+def between_timesteps(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
+    """Euler: timesteps need not be whole. Karras sigmas go between the first and the last sigma of the spacing."""
+    ts = timesteps(schedule, steps, spacing, whole=False)
+    sigmas = sigmas_at(schedule, ts)
+    if karras:
+        sigmas = [*karras_sigmas(sigmas[0], sigmas[-2], steps), 0.0]
+        ts = timesteps_at(schedule, sigmas[:-1])
+    return rows(ts, sigmas)[first:]
+
+
+def without_infinity(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
+    """Heun: Euler's grid, but not from sigma = 4096, which stands for infinity: there a mean of two directions is noise."""
+    grid = between_timesteps(schedule, steps, first, spacing, karras)
+    if grid[0][1] > LARGEST_SIGMA:
+        raise SettingsError(
+            f"heun cannot begin at zero terminal SNR, where sigma is {grid[0][1]:.0f}; use euler, dpm++_2m or unipc, or "
+            '"leading" timestep_spacing.'
+        )
+    return grid
+
+
+def whole_timesteps(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
+    """DPM-Solver++ and UniPC: whole timesteps; sigma = 0 replaces the cleanest one.
+
+    Karras sigmas go between the first and the last sigma of training, for any spacing; the network sees the nearest t.
+    """
+    ts = timesteps(schedule, steps, spacing, spare=1)
+    sigmas = sigmas_at(schedule, ts)
+    if karras:
+        sigmas = [*karras_sigmas(schedule.sigmas[-1].item(), schedule.sigmas[0].item(), steps), 0.0]
+        ts = [float(round(t)) for t in timesteps_at(schedule, sigmas[:-1])]
+    return rows(ts, sigmas)[first:]
+
+
+# --- where to start ----------------------------------------------------------------------------------------------------
+
+
+def start_vp(noise: Tensor, image: Tensor | None, a_bar: float, spacing: str) -> Tensor:
+    """x for the first step: pure noise, or `image` under as much noise as there is at `a_bar`."""
+    return noise if image is None else sqrt(a_bar) * image + sqrt(1 - a_bar) * noise  # DDPM eq. 4
+
+
+def start_ve(noise: Tensor, image: Tensor | None, sigma: float, spacing: str) -> Tensor:
+    """The same for x0 + sigma eps, with the variance that it has where x0 has 1."""
+    return sqrt(sigma**2 + 1) * noise if image is None else image + sigma * noise  # DDPM eq. 4 over sqrt(a_bar)
+
+
+def start_euler(noise: Tensor, image: Tensor | None, sigma: float, spacing: str) -> Tensor:
+    """`start_ve`; but with sigma for sqrt(sigma^2 + 1), unless spacing is leading, as the reference starts Euler and Heun."""
+    return sigma * noise if image is None and spacing != "leading" else start_ve(noise, image, sigma, spacing)
+
+
+# Karras sigmas for euler_a are k-diffusion's. diffusers has none, and ignores the setting.
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(walkers.ddpm, walkers.ancestors, walkers.start_vp, "leading", fresh_noise=True),
-    "ddim": Sampler(walkers.ddim, walkers.equal_jumps, walkers.start_vp, "leading", eta=True),
-    "pndm": Sampler(walkers.pndm, walkers.first_jump_twice, walkers.start_vp, "leading"),
-    "euler": Sampler(solvers.euler, solvers.between_timesteps, solvers.start_euler, "linspace", karras=True),
-    "euler_a": Sampler(
-        solvers.euler_a, solvers.between_timesteps, solvers.start_euler, "linspace", karras=True, fresh_noise=True
-    ),
-    "heun": Sampler(
-        solvers.heun, solvers.without_infinity, solvers.start_euler, "linspace", karras=True, calls=lambda n: 2 * n - 1
-    ),
-    "dpm++_2m": Sampler(solvers.dpmpp_2m, solvers.whole_timesteps, solvers.start_ve, "linspace", karras=True),
-    "dpm++_2m_sde": Sampler(
-        solvers.dpmpp_2m_sde, solvers.whole_timesteps, solvers.start_ve, "linspace", karras=True, fresh_noise=True
-    ),
-    "unipc": Sampler(solvers.unipc, solvers.whole_timesteps, solvers.start_ve, "linspace", karras=True),
-    "lcm": Sampler(walkers.lcm, walkers.distilled, walkers.start_vp, None, fresh_noise=True),
+    "ddpm": Sampler(samplers.ddpm, ancestors, start_vp, "leading", fresh_noise=True),
+    "ddim": Sampler(samplers.ddim, equal_jumps, start_vp, "leading", eta=True),
+    "pndm": Sampler(samplers.pndm, first_jump_twice, start_vp, "leading"),
+    "euler": Sampler(samplers.euler, between_timesteps, start_euler, "linspace", karras=True),
+    "euler_a": Sampler(samplers.euler_a, between_timesteps, start_euler, "linspace", karras=True, fresh_noise=True),
+    "heun": Sampler(samplers.heun, without_infinity, start_euler, "linspace", karras=True, calls=lambda n: 2 * n - 1),
+    "dpm++_2m": Sampler(samplers.dpmpp_2m, whole_timesteps, start_ve, "linspace", karras=True),
+    "dpm++_2m_sde": Sampler(samplers.dpmpp_2m_sde, whole_timesteps, start_ve, "linspace", karras=True, fresh_noise=True),
+    "unipc": Sampler(samplers.unipc, whole_timesteps, start_ve, "linspace", karras=True),
+    "lcm": Sampler(samplers.lcm, distilled, start_vp, None, fresh_noise=True),
 }
 ddim = SAMPLERS["ddim"]
 
 
 def sampler_named(name: str) -> Sampler:
-    """The row of `SAMPLERS`, or a SettingsError that lists them."""
+    """The row of `SAMPLERS`, or a SettingsError that lists the names."""
     if name not in SAMPLERS:
         known = ", ".join(SAMPLERS)
         raise SettingsError(f'sampler "{name}" is unknown; it is one of {known}.{did_you_mean(name, SAMPLERS)}')

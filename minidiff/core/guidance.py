@@ -1,35 +1,37 @@
-"""Classifier-free guidance: ask the network twice, with the prompt and without, and go further in that direction.
+"""Classifier-free guidance (arXiv 2207.12598): ask the network twice, with the prompt and without, and go further that way.
 
-Shapes: B pictures, C H W one latent, L tokens (77), D their width.
-Paper: arXiv 2207.12598.
+Shapes: B pictures, C H W one latent, L tokens (77 or a multiple of it), D their width.
 """
 
+from collections.abc import Callable
 from math import isfinite
 
 import torch
 from torch import Tensor
 
 from minidiff.core.errors import SettingsError
-from minidiff.core.runs import Model, UNetCall
+from minidiff.core.samplers import Model
+
+UNetCall = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, text) -> eps or v
 
 
-def guided(unet_call: UNetCall, cond: Tensor, uncond: Tensor | None, scale: float) -> Model:
+def guided(unet: UNetCall, cond: Tensor, uncond: Tensor | None, scale: float) -> Model:
     """A model(x, t) for the samplers: x (B, C, H, W) and t (B,) in, fp32 (B, C, H, W) out.
 
-    `cond` and `uncond` are text embeddings (B, L, D), `uncond` may have B = 1; the network sees x in their dtype.
-    `scale` > 1 guides, with both halves in one batch of 2B. Otherwise the answer is the conditional one alone, as in
-    every other program: scale 1 means "no guidance", not "no prompt". SettingsError for a scale that is no number.
+    `cond` and `uncond` are encoded prompts (B, L, D), `uncond` may have B = 1; the network sees x in their dtype.
+    Above 1, `scale` guides, and both questions go through the network as one batch of 2B. Otherwise only the prompt is
+    asked, as in every other program: scale 1 means "no guidance", not "no prompt". SettingsError for NaN and infinity.
     """
     if not isfinite(scale):
         raise SettingsError(f"guidance_scale is {scale}; it has to be a number, 7.5 for instance.")
     if scale <= 1:
-        return lambda x, t: unet_call(x.to(cond.dtype), t, cond).float()
+        return lambda x, t: unet(x.to(cond.dtype), t, cond).float()
     if uncond is None:
         raise SettingsError(f"guidance_scale is {scale}: above 1 it needs a negative prompt, if only an empty one.")
     text = torch.cat([uncond.expand_as(cond), cond])  # (2B, L, D)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
-        output = unet_call(torch.cat([x, x]).to(cond.dtype), torch.cat([t, t]), text)  # (2B, C, H, W)
+        output = unet(torch.cat([x, x]).to(cond.dtype), torch.cat([t, t]), text)  # (2B, C, H, W)
         without, with_prompt = output.float().chunk(2)
         return without + scale * (with_prompt - without)  # 2207.12598 eq. 6, whose w is scale - 1
 

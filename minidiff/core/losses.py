@@ -66,4 +66,4 @@ def min_snr_weights(schedule: NoiseSchedule, t: Tensor, gamma: float = 5.0) -> T
     a_bar = schedule.alphas_cumprod.to(t.device)[t]
     snr = a_bar / (1 - a_bar)
     x0_weight = snr.clamp(max=gamma)  # min-SNR-gamma: 2303.09556, section 3.4
-    return x0_weight / (snr if schedule.prediction_type == "epsilon" else snr + 1)
+    return x0_weight / (snr if schedule.config.prediction_type == "epsilon" else snr + 1)

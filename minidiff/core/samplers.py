@@ -1,150 +1,255 @@
-"""Samplers that walk the timesteps of training: DDPM, DDIM, PNDM, LCM.
+"""Samplers: from noise to a clean latent, one call of the network at a time. Each sampler is one function.
 
-They know the noise level as a_bar_t, from the table of training, and visit whole timesteps only. x is on the VP scale.
-The legend is in samplers.py. A rule yields once after each network call: the t that the network saw, x, x0.
+    def sampler(denoise, x, grid, noise): yields (t, x, x0) after every call of the network
+
+| argument  | meaning                                                                                                  |
+|-----------|----------------------------------------------------------------------------------------------------------|
+| `denoise` | (x, t, a_bar) -> x0 and eps: the network's answer, read as a clean latent and as noise (`Denoiser`)      |
+| `x`       | where to start: (B, C, H, W), fp32                                                                       |
+| `grid`    | one row per step: the timestep t, the noise level at t, the level that the step goes to (`grids.py`)     |
+| `noise`   | i -> fresh standard normal noise for step i, like x; only stochastic samplers call it                    |
+
+| in the code           | in the papers                                                                                |
+|-----------------------|----------------------------------------------------------------------------------------------|
+| `a_bar`, `a_bar_prev` | alpha_t and alpha_{t-1} in DDIM, alpha-bar in DDPM. "prev" is the next one visited: t falls    |
+| `sigma`, `sigma_next` | sigma in EDM and k-diffusion: noise / signal; a_bar = 1 / (1 + sigma^2)                        |
+| `x0`, `eps`           | the network's answer as a clean latent ("predicted x_0", x_theta) and as noise                 |
+| `h`                   | lambda_{t_i} - lambda_{t_{i-1}} in DPM-Solver++, where lambda = -log sigma                     |
+
+The same noisy latent is written on two scales. DDPM, DDIM, PNDM and LCM use x_t itself, whose variance stays near 1. The
+network sees this scale, too. The others solve dx = eps dsigma (DDIM eq. 14) for x_t / sqrt(a_bar) = x0 + sigma eps. For an
+x0 that is constant over a step of length h, the exact solution is x e^-h + x0 (1 - e^-h).
+
+Shapes: B pictures, C H W one latent.
 """
 
-from collections.abc import Iterator
-from math import sqrt
+from collections.abc import Callable, Iterator
+from math import exp, expm1, inf, log, sqrt
 
-import numpy as np
+import torch
 from torch import Tensor
 
-from minidiff.core.errors import SettingsError
-from minidiff.core.runs import Grid, Run, Visit, grid_of
-from minidiff.core.schedule import NoiseSchedule, timesteps
+from minidiff.core.schedule import read_output
 
-ADAMS_BASHFORTH = {  # how much each of the last outputs counts, newest first
+Grid = list[tuple[float, float, float]]  # t, the level there, the level that the step goes to
+Visit = tuple[float, Tensor, Tensor]  # the t that the network saw; x after the step, with a variance of about 1; x0
+StepNoise = Callable[[int], Tensor]  # i -> noise
+Model = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> eps or v
+
+ADAMS_BASHFORTH = {  # PNDM: how much each of the last outputs counts, newest first
     1: (1.0,),
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 }
-LCM_STEPS = 50  # the timesteps that a latent consistency model was distilled on, of which a few are visited
 LCM_SIGMA_DATA, LCM_TIMESTEP_SCALING = 0.5, 10.0  # LCM, 2310.04378, authors' code: sigma_data, and t / 0.1 in c_skip and c_out
 
 
-# ------------------------------------------------------------------------------------------------------ update rules
+class Denoiser:
+    """The network as samplers see it. `fix_x0` corrects the predicted x0: inpainting knows a part of the picture."""
+
+    def __init__(self, model: Model, prediction_type: str, fix_x0: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.model, self.prediction_type, self.fix_x0 = model, prediction_type, fix_x0
+
+    def output(self, x: Tensor, t: float) -> Tensor:
+        """The raw answer to x, in fp32 even where the network computes in half precision."""
+        return self.model(x, torch.full((len(x),), float(t), device=x.device)).float()
+
+    def read(self, output: Tensor, x: Tensor, a_bar: float) -> tuple[Tensor, Tensor]:
+        """A raw answer as x0 and eps."""
+        x0, eps = read_output(output, x, a_bar, self.prediction_type)
+        if self.fix_x0:
+            x0 = self.fix_x0(x0)
+            eps = (x - a_bar**0.5 * x0) / (1 - a_bar) ** 0.5  # DDPM eq. 4, solved for eps
+        return x0, eps
+
+    def __call__(self, x: Tensor, t: float, a_bar: float) -> tuple[Tensor, Tensor]:
+        """x0 and eps at `x`: one call of the network."""
+        return self.read(self.output(x, t), x, a_bar)
 
 
-def ddpm(run: Run) -> Iterator[Visit]:
-    """DDPM (2006.11239): draw from the posterior q(x_prev | x_t, x0), with the network's x0 for the true one."""
-    x = run.x
-    for i, (t, a_bar, a_bar_prev) in enumerate(run.grid):
-        x0, _ = run.predict(x, t, a_bar)
+# --- samplers that walk the timesteps of training; levels are a_bar ----------------------------------------------------
+
+
+def ddpm(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator[Visit]:
+    """DDPM (2006.11239): draw from the posterior q(x_prev | x_t, x0), with the predicted x0 for the true one."""
+    for i, (t, a_bar, a_bar_prev) in enumerate(grid):
+        x0, _ = denoise(x, t, a_bar)
         alpha = a_bar / a_bar_prev
         beta = 1 - alpha
         mean_x0, mean_x = sqrt(a_bar_prev) * beta / (1 - a_bar), sqrt(alpha) * (1 - a_bar_prev) / (1 - a_bar)
-        variance = (1 - a_bar_prev) / (1 - a_bar) * beta  # DDPM eq. 7, its beta tilde; 0 in the last step
-        x = mean_x0 * x0 + mean_x * x + sqrt(variance) * run.fresh_noise(i)  # DDPM eq. 6, and eq. 7 for the mean
+        variance = (1 - a_bar_prev) / (1 - a_bar) * beta  # DDPM eq. 7, beta tilde; 0 in the last step
+        x = mean_x0 * x0 + mean_x * x + sqrt(variance) * noise(i)  # DDPM eq. 6; eq. 7 for the mean
         yield t, x, x0
 
 
-def ddim(run: Run) -> Iterator[Visit]:
-    """DDIM (2010.02502): go back to x0, then forward again to the previous noise level, with the same eps.
+def ddim(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise, eta: float = 0.0) -> Iterator[Visit]:
+    """DDIM (2010.02502): back to x0, then forward again to the previous noise level, with the same eps.
 
-    `eta` is the share of fresh noise: 0 is deterministic, 1 is DDPM's posterior sampling.
+    `eta` is the share of fresh noise: 0 is deterministic, 1 is DDPM's posterior.
     """
-    x = run.x
-    for i, (t, a_bar, a_bar_prev) in enumerate(run.grid):
-        x0, eps = run.predict(x, t, a_bar)
-        sigma = run.eta * sqrt((1 - a_bar_prev) / (1 - a_bar)) * sqrt(1 - a_bar / a_bar_prev)  # DDIM eq. 16
+    for i, (t, a_bar, a_bar_prev) in enumerate(grid):
+        x0, eps = denoise(x, t, a_bar)
+        sigma = eta * sqrt((1 - a_bar_prev) / (1 - a_bar)) * sqrt(1 - a_bar / a_bar_prev)  # DDIM eq. 16
         x = sqrt(a_bar_prev) * x0 + sqrt(1 - a_bar_prev - sigma**2) * eps  # DDIM eq. 12: "predicted x_0", "direction"
-        if run.eta > 0:
-            x = x + sigma * run.fresh_noise(i)  # DDIM eq. 12: "random noise"
+        if eta > 0:
+            x = x + sigma * noise(i)  # DDIM eq. 12: "random noise"
         yield t, x, x0
 
 
-def pndm(run: Run) -> Iterator[Visit]:
+def pndm(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator[Visit]:
     """PNDM without its Runge-Kutta start (2202.09778; PLMS): DDIM's step, with an output extrapolated from the last four.
 
-    The first step has no past. It is taken twice: once as DDIM, to ask the network at its end, then with the mean of
-    both outputs. So N steps take N + 1 calls. As in the reference, it is the raw output that is extrapolated: for eps
-    that is of high order, for v only of the first.
+    The first step has no past, so it is taken twice: as DDIM, to ask the network at its end; then with the mean of both
+    outputs. N steps take N + 1 calls. As in the reference, the raw output is extrapolated. For eps this is of high order,
+    for v only of the first.
     """
-    x, past = run.x, list[Tensor]()
-    for i, (t, a_bar, a_bar_prev) in enumerate(run.grid):
-        output = run.output(x, t)
+    start, past = x, list[Tensor]()
+    for i, (t, a_bar, a_bar_prev) in enumerate(grid):
+        output = denoise.output(x, t)
         if i == 1:  # the first step again, from its start
-            x, output = run.x, (output + past[-1]) / 2  # Heun's mean: second order
+            x, output = start, (output + past[-1]) / 2  # Heun's mean: second order
         else:
             past = [*past[-3:], output]
             weights = ADAMS_BASHFORTH[len(past)]
             output = sum((w * p for w, p in zip(weights, reversed(past))), start=0 * output)  # PNDM eq. 12
-        x0, eps = run.read(output, x, a_bar)
-        x = sqrt(a_bar_prev) * x0 + sqrt(1 - a_bar_prev) * eps  # PNDM eq. 11, which is DDIM eq. 12 with sigma = 0
+        x0, eps = denoise.read(output, x, a_bar)
+        x = sqrt(a_bar_prev) * x0 + sqrt(1 - a_bar_prev) * eps  # PNDM eq. 11 = DDIM eq. 12 with sigma = 0
         yield t, x, x0
 
 
-def lcm(run: Run) -> Iterator[Visit]:
-    """Latent consistency models (2310.04378): jump to x0 at once, add fresh noise of a lower level, jump again.
+def lcm(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator[Visit]:
+    """Latent consistency models (2310.04378): jump to x0, add fresh noise of a lower level, jump again.
 
-    For models and LoRAs that were distilled to know where the jump ends.
+    Only for models and LoRAs that were distilled for it.
     """
-    x = run.x
-    for i, (t, a_bar, a_bar_prev) in enumerate(run.grid):
-        x0, _ = run.predict(x, t, a_bar)
+    for i, (t, a_bar, a_bar_prev) in enumerate(grid):
+        x0, _ = denoise(x, t, a_bar)
         scaled = LCM_TIMESTEP_SCALING * t
         c_skip = LCM_SIGMA_DATA**2 / (scaled**2 + LCM_SIGMA_DATA**2)
         c_out = scaled / sqrt(scaled**2 + LCM_SIGMA_DATA**2)
         x = x0 = c_skip * x + c_out * x0  # LCM eq. 9: at t = 0 it changes nothing, as a consistency function must
-        if i + 1 < len(run.grid):
-            x = sqrt(a_bar_prev) * x0 + sqrt(1 - a_bar_prev) * run.fresh_noise(i)  # LCM algorithm 3
+        if i + 1 < len(grid):
+            x = sqrt(a_bar_prev) * x0 + sqrt(1 - a_bar_prev) * noise(i)  # LCM algorithm 3
         yield t, x, x0
 
 
-# ----------------------------------------------------------------------------------------------- grids and the start
+# --- samplers that solve an equation over sigma; levels are sigma ------------------------------------------------------
 
 
-def ancestors(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
-    """DDPM: from each timestep to the next on the list, and at last to the clean picture, a_bar = 1."""
-    ts = timesteps(schedule, steps, spacing)[first:]
-    return grid_of(ts, [*(a_bar_at(schedule, t) for t in ts), 1.0])
+def euler(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator[Visit]:
+    """Euler's method (EDM, 2206.00364): follow the noise that the network sees, straight to the next sigma.
 
-
-def equal_jumps(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
-    """DDIM: always T // steps back. With leading spacing that is the next t, with the others only near it."""
-    ts = timesteps(schedule, steps, spacing)[first:]
-    jump = len(schedule.alphas_cumprod) // steps
-    return [(t, a_bar_at(schedule, t), a_bar_at(schedule, t - jump)) for t in ts]
-
-
-def first_jump_twice(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
-    """PNDM: DDIM's grid, where the first jump is made again once the network was asked at its end.
-
-    Unlike other rows of a Grid, that row holds the t at the jump's end and the level at its start. With linspace spacing
-    t + T // steps is only near that start; the reference takes it all the same.
-
-    From an image, too, it is the first jump walked. The reference repeats the second entry of the whole list wherever the
-    walk begins, and so asks the network at a t one jump away from the level that x is at.
+    The step is written as x0 + sigma_next eps, which is x + (sigma_next - sigma) eps because x = x0 + sigma eps. So it does
+    not lose three digits at zero terminal SNR, where sigma is 4096.
     """
-    grid = equal_jumps(schedule, steps, first, spacing, karras)
-    if len(grid) == 1:
-        return grid
-    t, a_bar, _ = grid[1]
-    jump = len(schedule.alphas_cumprod) // steps
-    return [grid[0], (t, a_bar_at(schedule, t + jump), a_bar), *grid[1:]]
+    for t, sigma, sigma_next in grid:
+        x0, eps = denoise(unit_variance(x, sigma), t, a_bar_of(sigma))
+        x = x0 + sigma_next * eps  # DDIM eq. 13: Euler's step on eq. 14. EDM algorithm 1, line 5
+        yield t, unit_variance(x, sigma_next), x0
 
 
-def distilled(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
-    """LCM: every T / 50th timestep, as in distillation; of these, `steps` evenly spread ones, the noisiest first."""
-    T = len(schedule.alphas_cumprod)
-    if not 1 <= steps <= min(LCM_STEPS, T):
-        raise SettingsError(f"num_inference_steps is {steps}; lcm takes 1 to {min(LCM_STEPS, T)} steps, and 4 to 8 are usual.")
-    known = np.arange(LCM_STEPS, 0, -1) * (T // LCM_STEPS) - 1  # the reference's schedule: 999, 979, ... 19
-    ts = [float(t) for t in known[np.floor(np.linspace(0, LCM_STEPS, steps, endpoint=False)).astype(int)][first:]]
-    return grid_of(ts, [*(a_bar_at(schedule, t) for t in ts), 1.0])
+def euler_a(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator[Visit]:
+    """Euler ancestral (k-diffusion): an Euler step to less noise than wanted, then fresh noise up to the wanted level."""
+    for i, (t, sigma, sigma_next) in enumerate(grid):
+        x0, eps = denoise(unit_variance(x, sigma), t, a_bar_of(sigma))
+        sigma_up = sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2)  # 2011.13456, appendix F: its noise
+        sigma_down = sqrt(sigma_next**2 - sigma_up**2)  # so that down^2 + up^2 = next^2
+        x = x + eps * (sigma_down - sigma)  # DDIM eq. 13, in the reference's order of rounding
+        x = x + sigma_up * noise(i)
+        yield t, unit_variance(x, sigma_next), x0
 
 
-def a_bar_at(schedule: NoiseSchedule, t: float) -> float:
-    """a_bar at a whole timestep. For t < 0, where the last step of DDIM and PNDM ends: 1 or a_bar[0], as
-    `set_alpha_to_one` says.
+def heun(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator[Visit]:
+    """Heun's method (EDM, 2206.00364, algorithm 1): an Euler step, the direction at its end, the step again with the mean.
+
+    Second order for two calls per step. The last step goes to sigma = 0, where there is no direction: it is Euler's.
     """
-    if t < 0:
-        return 1.0 if schedule.set_alpha_to_one else schedule.alphas_cumprod[0].item()
-    return schedule.alphas_cumprod[int(t)].item()
+    for i, (t, sigma, sigma_next) in enumerate(grid):
+        x0, eps = denoise(unit_variance(x, sigma), t, a_bar_of(sigma))
+        x_euler = x + (sigma_next - sigma) * eps  # EDM algorithm 1, line 5
+        yield t, unit_variance(x_euler, sigma_next), x0
+        if sigma_next > 0:
+            t_next = grid[i + 1][0]
+            x0, eps_next = denoise(unit_variance(x_euler, sigma_next), t_next, a_bar_of(sigma_next))
+            x = x + (sigma_next - sigma) * (eps + eps_next) / 2  # EDM algorithm 1, line 8
+            yield t_next, unit_variance(x, sigma_next), x0
 
 
-def start_vp(noise: Tensor, image: Tensor | None, a_bar: float, spacing: str) -> Tensor:
-    """x for the first step: pure noise, or `image` under as much of it as is there at `a_bar`."""
-    return noise if image is None else sqrt(a_bar) * image + sqrt(1 - a_bar) * noise  # DDPM eq. 4
+def dpmpp_2m(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator[Visit]:
+    """DPM-Solver++ 2M (2211.01095, algorithm 2): second order for one call per step, by remembering the last x0.
+
+    In log sigma the linear part of the equation is solved exactly; only x0 has to be extrapolated over the step. The first
+    step has no past, and the last one is infinitely long in log sigma: both are first order, that is DDIM.
+    """
+    x0s, hs = list[Tensor](), list[float]()  # x0 and h of the steps so far
+    for t, sigma, sigma_next in grid:
+        x0, _ = denoise(unit_variance(x, sigma), t, a_bar_of(sigma))
+        h = step_length(sigma, sigma_next)
+        x = exp(-h) * x - expm1(-h) * half_a_step_ahead(x0, h, x0s, hs)  # algorithm 2: x_{t_i}
+        x0s, hs = [x0], [h]
+        yield t, unit_variance(x, sigma_next), x0
+
+
+def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator[Visit]:
+    """DPM-Solver++ 2M for the SDE (2211.01095): a step of twice the length in log sigma, then fresh noise up to the level."""
+    x0s, hs = list[Tensor](), list[float]()
+    for i, (t, sigma, sigma_next) in enumerate(grid):
+        x0, _ = denoise(unit_variance(x, sigma), t, a_bar_of(sigma))
+        h = step_length(sigma, sigma_next)
+        x = exp(-2 * h) * x - expm1(-2 * h) * half_a_step_ahead(x0, h, x0s, hs)  # SDE-DPM-Solver++(2M): its mean
+        x = x + sigma_next * sqrt(-expm1(-2 * h)) * noise(i)  # and its noise
+        x0s, hs = [x0], [h]
+        yield t, unit_variance(x, sigma_next), x0
+
+
+def unipc(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator[Visit]:
+    """UniPC (2302.04867; order 2, B(h) = e^h - 1, on x0): the step of 2M, corrected once its end is known.
+
+    The network's answer at the end of a step is needed for the next step anyway, so the correction costs no call.
+    """
+    x_start, x0s, hs = x, list[Tensor](), list[float]()
+    for t, sigma, sigma_next in grid:
+        x0, _ = denoise(unit_variance(x, sigma), t, a_bar_of(sigma))
+        if hs:
+            x = exp(-hs[-1]) * x_start - expm1(-hs[-1]) * corrected(x0, x0s, hs)  # UniC-2; after the first step UniC-1
+        x_start, h = x, step_length(sigma, sigma_next)
+        x = exp(-h) * x - expm1(-h) * half_a_step_ahead(x0, h, x0s, hs)  # UniP-2 is 2M's step
+        x0s, hs = [*x0s[-1:], x0], [*hs[-1:], h]
+        yield t, unit_variance(x, sigma_next), x0
+
+
+def unit_variance(x: Tensor, sigma: float) -> Tensor:
+    """x0 + sigma eps as the network sees it: times sqrt(a_bar)."""
+    return x / sqrt(sigma**2 + 1)
+
+
+def a_bar_of(sigma: float) -> float:
+    """The share of signal where noise / signal is `sigma`."""
+    return 1 / (sigma**2 + 1)
+
+
+def step_length(sigma: float, sigma_next: float) -> float:
+    """h: how far a step goes in lambda = -log sigma; to sigma = 0 infinitely far."""
+    return log(sigma / sigma_next) if sigma_next > 0 else inf
+
+
+def half_a_step_ahead(x0: Tensor, h: float, x0s: list[Tensor], hs: list[float]) -> Tensor:
+    """D of 2211.01095, algorithm 2: x0 in the middle of this step, on the line through this x0 and the last one."""
+    if not hs or h == inf:
+        return x0
+    r = hs[-1] / h
+    return (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0s[-1]
+
+
+def corrected(x0: Tensor, x0s: list[Tensor], hs: list[float]) -> Tensor:
+    """UniC's replacement for D of the last step, which went from `x0s[-1]` to `x0`: now both of its ends are known."""
+    if len(hs) == 1:
+        return x0s[-1] + (x0 - x0s[-1]) / 2
+    z, r = -hs[-1], -hs[-2] / hs[-1]  # on x0 the exponent is -h
+    phi_1 = expm1(z) / z
+    phi_2 = (phi_1 - 1) / z  # 2302.04867: phi_{k+1}(z) = (phi_k(z) - 1 / k!) / z
+    phi_3 = (phi_2 - 1 / 2) / z
+    b_1, b_2 = z * phi_2 / expm1(z), 2 * z * phi_3 / expm1(z)  # k! z phi_{k+1}(z) / B(z)
+    rho_before = (b_1 - b_2) / (1 - r)  # 2302.04867, theorem 3.1: rho_before + rho = b_1, r rho_before + rho = b_2
+    return x0s[-1] + rho_before * (x0s[-2] - x0s[-1]) / r + (b_1 - rho_before) * (x0 - x0s[-1])

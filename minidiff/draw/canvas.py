@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from minidiff.core.errors import SettingsError
-from minidiff.core.runs import UNetCall
+from minidiff.core.guidance import UNetCall
 from minidiff.draw.call import Draw, check_latents
 from minidiff.draw.inpainting import keep_outside, latent_mask, with_surroundings
 from minidiff.draw.picture_input import pasted

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
-from minidiff.core.runs import UNetCall
+from minidiff.core.guidance import UNetCall
 
 
 def keep_outside(image: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:

@@ -42,7 +42,7 @@ def model_spec(
         "modelspec.title": name,
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.license": license_word(base_license(settings.pretrained_model_name_or_path)),
-        "modelspec.prediction_type": "v" if schedule.prediction_type == "v_prediction" else "epsilon",
+        "modelspec.prediction_type": "v" if schedule.config.prediction_type == "v_prediction" else "epsilon",
         "modelspec.trigger_phrase": settings.prompt or "",
     }
     return {key: value for key, value in spec.items() if value} | {

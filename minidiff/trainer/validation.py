@@ -69,12 +69,12 @@ def check_prediction_type(
     """
     kinds = ("epsilon", "v_prediction")
     error, variance = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
-    named = schedule.prediction_type
+    named = schedule.config.prediction_type
     other = kinds[1 - kinds.index(named)]
     for batch in _with_bar(looked := fixed.batches[:4], "looking at the base"):
         output = predict(batch).float().cpu()
         for kind in kinds:
-            reading = replace(schedule, prediction_type=kind)
+            reading = replace(schedule, config=replace(schedule.config, prediction_type=kind))
             target = training_target(reading, batch["latents"], batch["noise"], batch["t"])
             error[kind] += squared_error(output, target).mean().item()
             variance[kind] += target.var().item()

@@ -110,7 +110,7 @@ def test_min_snr_section_3_4(schedule, gamma):
     x_t, target = add_noise(schedule, x0, noise, T_ALL), training_target(schedule, x0, noise, T_ALL)
     output = target + 0.1
     a_bar = schedule.alphas_cumprod
-    predicted_x0, _ = read_output(output, x_t, a_bar.view(-1, 1, 1, 1), schedule.prediction_type)
+    predicted_x0, _ = read_output(output, x_t, a_bar.view(-1, 1, 1, 1), schedule.config.prediction_type)
     snr = a_bar / (1 - a_bar)
     expected = snr.clamp(max=gamma) * (predicted_x0 - x0).square().flatten(1).mean(1)
     got = min_snr_weights(schedule, T_ALL, gamma) * (output - target).square().flatten(1).mean(1)

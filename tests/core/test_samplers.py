@@ -13,8 +13,8 @@ from torch import Tensor
 
 from minidiff.core.config import NoiseConfig
 from minidiff.core.errors import SettingsError
-from minidiff.core.grids import SAMPLERS, Step, ddim, sampler_named
-from minidiff.core.schedule import NoiseSchedule, sigmas_at
+from minidiff.core.grids import SAMPLERS, Step, ddim, sampler_named, sigmas_at
+from minidiff.core.schedule import NoiseSchedule
 
 HERE = Path(__file__).parents[1]
 GOLDEN = runpy.run_path(str(HERE / "golden" / "make_samplers.py"))

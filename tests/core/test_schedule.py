@@ -5,18 +5,8 @@ import torch
 
 from minidiff.core.config import NoiseConfig
 from minidiff.core.errors import SettingsError, WeightsError
-from minidiff.core.grids import SAMPLERS
-from minidiff.core.schedule import (
-    NoiseSchedule,
-    add_noise,
-    karras_sigmas,
-    read_output,
-    sigmas_at,
-    timesteps,
-    timesteps_at,
-    training_target,
-    zero_terminal_snr,
-)
+from minidiff.core.grids import SAMPLERS, karras_sigmas, sigmas_at, timesteps, timesteps_at
+from minidiff.core.schedule import NoiseSchedule, add_noise, read_output, training_target, zero_terminal_snr
 from minidiff.files.folder import sampler_of, scheduler_values
 
 SCHEDULE = NoiseSchedule.from_config(NoiseConfig())

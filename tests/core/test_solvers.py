@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from minidiff.core.config import NoiseConfig
-from minidiff.core.grids import SAMPLERS, Step, ddim
-from minidiff.core.schedule import NoiseSchedule, sigmas_at
-from minidiff.core.solvers import corrected
+from minidiff.core.grids import SAMPLERS, Step, ddim, sigmas_at
+from minidiff.core.samplers import corrected
+from minidiff.core.schedule import NoiseSchedule
 
 fake_network = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "make_samplers.py"))["fake_network"]
 SCHEDULE = NoiseSchedule.from_config(NoiseConfig())
@@ -47,7 +47,7 @@ def gaussian_network(schedule: NoiseSchedule) -> Callable[[Tensor, Tensor], Tens
         a_bar = a_bar_at(t[0].item())
         x0 = MU + a_bar**0.5 * S**2 / (a_bar * S**2 + 1 - a_bar) * (x - a_bar**0.5 * MU)
         eps = (x - a_bar**0.5 * x0) / (1 - a_bar) ** 0.5
-        return eps if schedule.prediction_type == "epsilon" else a_bar**0.5 * eps - (1 - a_bar) ** 0.5 * x0
+        return eps if schedule.config.prediction_type == "epsilon" else a_bar**0.5 * eps - (1 - a_bar) ** 0.5 * x0
 
     return network
 

@@ -279,7 +279,7 @@ def test_the_folder_says_which_sampler(folder: Path, tmp_path: Path, class_name:
 def test_v_prediction_is_kept(folder: Path, tmp_path: Path, pipe: StableDiffusionPipeline) -> None:
     change(folder / "scheduler/scheduler_config.json", prediction_type="v_prediction")
     other = load(folder)
-    assert other.schedule.prediction_type == "v_prediction" and differ(latents(other), latents(pipe))
+    assert other.schedule.config.prediction_type == "v_prediction" and differ(latents(other), latents(pipe))
     other.save_pretrained(tmp_path / "again")
     assert load(tmp_path / "again").noise_config == replace(NoiseConfig(), prediction_type="v_prediction")
 

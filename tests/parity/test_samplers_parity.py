@@ -21,9 +21,9 @@ pytest.importorskip("diffusers")
 
 from minidiff.core.config import NoiseConfig
 from minidiff.core.errors import SettingsError
-from minidiff.core.grids import SAMPLERS
+from minidiff.core.grids import SAMPLERS, SPACINGS, timesteps
 from minidiff.core.losses import min_snr_weights
-from minidiff.core.schedule import SPACINGS, NoiseSchedule, add_noise, timesteps, training_target
+from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
 
 GOLDEN = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "make_samplers.py"))
 SHAPE = (2, 4, 6, 5)

@@ -80,12 +80,12 @@ def test_a_better_model_has_a_lower_loss(fixed: ValidationSet) -> None:
 
 def predicting(kind: str, fixed: ValidationSet, schedule: NoiseSchedule = SCHEDULE) -> None:
     """Check `schedule` against a network that predicts `kind`, nearly right."""
-    truth = replace(SCHEDULE, prediction_type=kind)
+    truth = NoiseSchedule.from_config(NoiseConfig(prediction_type=kind))
     check_prediction_type(schedule, fixed, lambda b: 0.9 * training_target(truth, b["latents"], b["noise"], b["t"]))
 
 
 def test_a_base_that_predicts_something_else_is_refused(fixed: ValidationSet) -> None:
-    velocity = replace(SCHEDULE, prediction_type="v_prediction")
+    velocity = NoiseSchedule.from_config(NoiseConfig(prediction_type="v_prediction"))
     fixed = ValidationSet([b | {"latents": torch.randn(4, 4, 16, 16)} for b in fixed.batches], fixed.bounds)
     predicting("epsilon", fixed), predicting("v_prediction", fixed, velocity)
     with pytest.raises(SettingsError, match='says prediction_type "epsilon", but the U-Net answers with "v_prediction"'):

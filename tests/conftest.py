@@ -6,14 +6,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 import runpy
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="minidiff-tests-")  # hashes of files are kept in the user's cache
 sys.path += [str(folder) for folder in Path(__file__).parent.iterdir() if folder.is_dir()]  # tests use each other's helpers
 torch.set_num_threads(1)  # the same bits on every machine, and nothing here is big enough for two
 

@@ -50,8 +50,6 @@ DEBT: set[tuple[str, str]] = {
     ("fast/in_backward", "trainer/settings"),
     ("files/model_files", "fast/frozen"),
     ("pocket/ladder", "cli/flags"),
-    ("studio/recipe", "cli/flags"),
-    ("studio/replay", "cli/flags"),
 }
 
 

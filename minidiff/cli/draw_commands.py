@@ -21,8 +21,7 @@ from minidiff.fast.graphs import check_graph
 from minidiff.fast.memory import chosen_device
 from minidiff.files.folder import config_of, local_folder, sampler_of
 from minidiff.files.weights import read_header
-from minidiff.studio.recipe import chunks, parameters, several
-from minidiff.studio.replay import output_files
+from minidiff.studio.recipe import check_outputs, parameters, recipe_texts, several
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,9 +46,10 @@ def sample(s: Sample) -> None:
     names = output_files(s)
     pipe = load(s, [s.prompt])
     preview = preview_of(pipe, s.preview)
-    for name, seed in zip(names, range(s.seed, s.seed + s.num_images_per_prompt)):  # each alone: see `chunks`
-        image = draw(pipe, replace(s, seed=seed), s.prompt, callback=preview)
-        save_png(image, name, chunks(s, pipe, seed, image))
+    for name, seed in zip(names, range(s.seed, s.seed + s.num_images_per_prompt)):  # each alone: see `recipe_texts`
+        alone = replace(s, seed=seed)
+        image = draw(pipe, alone, s.prompt, callback=preview)
+        save_png(image, name, recipe_texts(vars(alone), pipe, image.size))
         print(name)
 
 
@@ -75,7 +75,7 @@ def before_and_after(s: Sheet) -> tuple[Image, str]:
         for seed in range(s.seed, s.seed + s.num_images_per_prompt):
             rows.append([draw(pipe, replace(s, seed=seed), prompt) for prompt in s.prompts])
             labels.append(", ".join(filter(None, (when, f"seed {seed}" if s.num_images_per_prompt > 1 else ""))))
-    about = parameters(s, pipe, " | ".join(s.prompts), s.seed, rows[0][0])
+    about = how(s, pipe, " | ".join(s.prompts), rows[0][0])
     return contact_sheet(rows, labels if any(labels) else (), s.prompts, s.title, s.tile), about
 
 
@@ -104,7 +104,7 @@ def over_settings(s: Sheet) -> tuple[Image, str]:
         set_weights(pipe, settings)
         image = draw(pipe, settings, settings.prompts[0])
         if not about:
-            about.append(parameters(settings, pipe, " | ".join(s.prompts), settings.seed, image))
+            about.append(how(settings, pipe, " | ".join(s.prompts), image))
         return image
 
     return sheets.contact_sheet_of(s, axes[0], axes[1], tile, s.title, s.tile, check=check_tile), about[0]
@@ -157,7 +157,7 @@ def morph(s: Morph) -> None:
 
     pipe.set_progress_bar_config(disable=True)  # the loop has one of its own
     pictures = list(frames_of(loop, noises, texts, frame))
-    save_animation(pictures, s.output, s.fps, parameters(s, pipe, " | ".join(s.prompts), seeds[0], pictures[0]))
+    save_animation(pictures, s.output, s.fps, how(replace(s, seed=seeds[0]), pipe, " | ".join(s.prompts), pictures[0]))
     print(s.output)
 
 
@@ -169,7 +169,7 @@ def filmstrip(s: Filmstrip) -> None:
     pipe = load(s, [s.prompt or ""])
     with Film(pipe) as film:
         image = draw(pipe, s, s.prompt, callback=film)
-    about = {"parameters": parameters(s, pipe, s.prompt or "", s.seed, image)}
+    about = {"parameters": how(s, pipe, s.prompt or "", image)}
     save_png(strip(film, pipe.decode, pipe.schedule, s.prompt or "", s.count), s.output, about)
     print(s.output)
 
@@ -184,7 +184,7 @@ def attention(s: Attention) -> None:
         raise SettingsError(f"the prompt has {len(words)} words, and each gets a tile; give {MAX_WORDS} at most.")
     with AttentionMaps(pipe) as maps:
         image = draw(pipe, s, s.prompt)
-    about = {"parameters": parameters(s, pipe, s.prompt or "", s.seed, image)}
+    about = {"parameters": how(s, pipe, s.prompt or "", image)}
     save_png(attention_sheet(image, maps.mean(s.resolution), words, s.prompt or ""), s.output, about)
     print(s.output)
 
@@ -198,6 +198,24 @@ def tokens(s: Tokens) -> None:
 
 
 # --- what they share ---------------------------------------------------------------------------------------------------
+
+
+def output_files(s: Sample | Sheet | Morph | Filmstrip | Attention, origin: Path | None = None) -> list[Path]:
+    """The files that a command writes; SettingsError where that would cost a file. `origin`: the picture of --from."""
+    path = Path(s.output)
+    count, preview = (s.num_images_per_prompt, s.preview) if isinstance(s, Sample) else (1, None)
+    for flag, given in (("--output", s.output), ("--preview", preview)):
+        if given is not None and Path(given).suffix.lower() != ".png" and not isinstance(s, Morph):
+            raise SettingsError(f'{flag} "{given}": pictures are written as PNG; give a name that ends in .png.')
+    names = [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
+    written = [("--output", name) for name in names] + ([("--preview", Path(preview))] if preview else [])
+    check_outputs(written, {"--image": s.image, "--mask_image": s.mask_image, "--from": origin})
+    return names
+
+
+def how(s: Sampling, pipe: StableDiffusionPipeline, prompt: str, image: Image) -> str:
+    """A1111's text on how a picture was made."""
+    return parameters(vars(s) | {"prompt": prompt}, pipe, image.size)
 
 
 def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:

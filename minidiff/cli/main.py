@@ -47,7 +47,7 @@ def parse(argv: list[str]) -> tuple[Any, Callable[[Any], None]]:
         path, rest = taken_out("--config", rest, "a TOML file, such as the train_config.toml of an earlier run")
         default = from_toml(kind, Path(path)) if path else None
     if kind is Sample:
-        path, rest = taken_out("--from", rest, "a picture that minidiff, A1111 or ComfyUI drew")
+        path, rest = taken_out("--from", rest, "a picture that minidiff or A1111 drew")
         if path:
             return drawn_again(path, rest), function
     return tyro.cli(kind, args=rest, prog=f"minidiff {name}", default=default), function
@@ -68,13 +68,16 @@ def drawn_again(path: str, rest: list[str]) -> "Sample":
     """The settings of a picture, and over them the flags that were given; notes on what differs here go to stderr."""
     import tyro
 
+    from minidiff.cli.draw_commands import output_files
     from minidiff.cli.flags import Sample
-    from minidiff.studio.replay import check_origin, read_origin
+    from minidiff.studio.recipe import check_origin, read_origin
 
-    origin = read_origin(path)
-    settings = tyro.cli(Sample, args=rest, prog="minidiff sample", default=origin.settings)
+    origin = read_origin(path, Sample)
+    default = Sample(output=f"{origin.path.stem}-again.png", **origin.settings)
+    settings = tyro.cli(Sample, args=rest, prog="minidiff sample", default=default)
     settings.check()
-    for note in check_origin(origin, settings):
+    output_files(settings, origin.path)
+    for note in check_origin(origin, vars(settings)):
         warnings.warn(note, stacklevel=1)
     return settings
 

@@ -19,7 +19,7 @@ A sampler is an iterator of `Step`s, one after each call of the network, so prog
 | `karras`     | sigmas by EDM eq. 5, for samplers that can use them; None: the model's own choice                     |
 | `eta`        | the share of fresh noise, for DDIM only: 0 is deterministic, 1 is DDPM                                |
 
-To add a sampler: one function in samplers.py, one row here, its A1111 name in studio/foreign.py, the help in cli/flags.py.
+To add a sampler: one function in samplers.py, one row here, its A1111 name in studio/a1111.py, the help in cli/flags.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -37,7 +37,7 @@ def load_image(path: Path | str, under: str = "white") -> Image.Image:
     wide-gamut colours brought to sRGB, the first frame of an animation (with a warning). Raises DataError for anything else.
     """
     path = Path(path)
-    with _open(path) as image:
+    with open_image(path) as image:
         if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a JPEG with a preview behind it
             warnings.warn(f"{path}: {getattr(image, 'n_frames', '')} frames; only the first is used.", stacklevel=2)
         try:
@@ -48,8 +48,8 @@ def load_image(path: Path | str, under: str = "white") -> Image.Image:
             raise DataError(f"{path}: damaged or cut short ({error}). Copy it again, or leave it out.") from error
 
 
-def _open(path: Path) -> Image.Image:
-    """Read the header alone, and refuse what cannot be a picture."""
+def open_image(path: Path) -> Image.Image:
+    """Open a picture: only the header is read. DataError for a file that cannot be a picture."""
     if not path.is_file():
         there = "is a folder, not a picture" if path.is_dir() else "is no ordinary file" if path.exists() else "no such file"
         hint = "Addresses are not read: download it first" if path.parts[:1] in (("http:",), ("https:",)) else "Check the path"
@@ -177,7 +177,7 @@ def _unwritable(path: Path, error: OSError) -> MinidiffError:
 def read_png_text(path: Path | str) -> dict[str, str]:
     """The text chunks of a PNG, wherever they stand in the file; {} for a picture of another format."""
     path = Path(path)
-    with _open(path) as image:
+    with open_image(path) as image:
         try:
             image.load()  # chunks may follow the pixels
             return {key: str(value) for key, value in getattr(image, "text", {}).items()}

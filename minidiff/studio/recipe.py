@@ -1,112 +1,73 @@
-"""How a picture was made, in the picture: for people and A1111 as `parameters`, and exactly as JSON in the text `minidiff`.
+"""How a picture was made: written into the PNG, and read back.
 
-    save_png(image, path, chunks(settings, pipe, seed, image))
+    save_png(image, path, recipe_texts(settings, pipe, image.size))     # settings: the values of the flags by name
+    origin = read_origin("picture.png", Sample)                         # origin.settings draws the same pixels again
+    notes = check_origin(origin, settings)                              # what differs here and may change pixels
 
-studio/replay.py reads it back.
+A picture holds two texts. `parameters` has the form of AUTOMATIC1111 (studio/a1111.py). `minidiff` is
+JSON: every setting, the sha256 of every file that was used, the versions and the machine. Of an absolute path, or one
+through `..` or `~`, only the last name is written, so a picture does not show its maker's folders. No date, user or host.
 
-What is stored: every setting, with this picture's own seed; sha256 of the model, the adapters and the input pictures; the
-versions of minidiff, torch, transformers and Python; device, precision, threads. What is not: where files lie on the maker's
-machine. A path that was typed relative to the working folder, or a hub id, stays as typed; of an absolute path, of one
-through `..` or `~`, only the last name stays, as in A1111. On the same machine it is found again by its hash, because
-studio/hashes.py remembers the place, outside the picture. No date, no user, no host.
+A text in a picture may come from anybody: types and sizes are checked, and a path in it leads down from the working folder.
 """
 
 import json
 import os
 import platform
-from dataclasses import fields, replace
-from pathlib import PureWindowsPath
-from typing import Any, TypeVar
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any, get_type_hints
 
 import torch
-from PIL import Image
 
 from minidiff import __version__
-from minidiff.cli.flags import Sample, Sampling
-from minidiff.core.grids import SAMPLERS
-from minidiff.draw.call import adapter_name_of, in_lora_dir
-from minidiff.draw.canvas import IMAGE_STRENGTH
-from minidiff.draw.images import generation_text
+from minidiff.core.config import fits
+from minidiff.core.errors import DataError, MinidiffError, SettingsError, printable
+from minidiff.draw.images import READ_ERRORS, check_writable, open_image, read_png_text
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.draw.prompting import parse_prompt
-from minidiff.files.lora_file import find_lora
-from minidiff.studio.foreign import SAMPLER_NAMES
-from minidiff.studio.hashes import HASHES, remember_place, sha256_of
+from minidiff.studio.a1111 import Settings, parameters, read_a1111, strength_of, with_named_loras
+from minidiff.studio.hashes import HASHES
 
-AnySampling = TypeVar("AnySampling", bound=Sampling)
-SCHEMA = 1
-CHUNK = "minidiff"  # the key of the text in the PNG
-TEXTS = ("prompt", "negative_prompt")
-AS_IT_WAS = ("device", "torch_dtype")  # they stand under "machine", and say what was used, not what was asked for
-NOT_PIXELS = ("output", "num_images_per_prompt", "preview", "lora_dir", "cuda_graph", *AS_IT_WAS)
+SCHEMA, KEY = 1, "minidiff"
+MAX_TEXT = 1_000_000  # characters: no program writes so much
+PROMPTS = ("prompt", "negative_prompt")
+MACHINE = ("device", "torch_dtype")  # under "machine" stands what was used, not what was asked for
+NOT_PIXELS = ("output", "num_images_per_prompt", "preview", "lora_dir", "cuda_graph", *MACHINE)
 
-
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- writing -----------------------------------------------------------------------------------------------------------
 
 
-def chunks(settings: Sample, pipe: StableDiffusionPipeline, seed: int, image: Image.Image) -> dict[str, str]:
-    """The texts of one picture, for `save_png`. `seed` is its own, and it must have been drawn alone: in a batch, matrix
-    products round differently, and one value in ten thousand would differ by 1."""
-    about = recipe(with_named_loras(settings, settings.prompt or ""), pipe, seed, image.size)
-    text = parameters(settings, pipe, settings.prompt or "", seed, image)
-    return {"parameters": text, CHUNK: json.dumps(about, separators=(",", ":"), allow_nan=False)}
-
-
-def recipe(settings: Sample, pipe: StableDiffusionPipeline, seed: int, size: tuple[int, int]) -> dict[str, Any]:
-    """What the JSON says: schema, settings, sha256 by setting, size (W, H), versions, machine.
-
-    Paths in it are public (see above); private ones are remembered for this user under their hash.
-    """
-    values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in NOT_PIXELS}
-    values |= {"seed": seed, "sampler": settings.sampler or pipe.sampler, "strength": _strength(settings)}
-    values["lora_weight"] = settings.lora_weight or (1.0,) * len(settings.lora)
-    hashes: dict[str, str | list[str]] = {}
-    for name, value in values.items():
-        if name in HASHES and value:
-            found = [(path, HASHES[name](path)) for path in several(value)]
-            for path, sha256 in found:
-                if public_path(path) != path:
-                    remember_place(sha256, path)
-            hashes[name] = [sha256 for _, sha256 in found] if isinstance(value, tuple) else found[0][1]
-        if name not in TEXTS:
-            values[name] = _public(value)
-    return {
+def recipe_texts(settings: Settings, pipe: StableDiffusionPipeline, size: tuple[int, int]) -> dict[str, str]:
+    """The texts of one picture of `size` (W, H), for `save_png`. It must have been drawn alone, from `seed` in `settings`: in
+    a batch matrix products round differently, and one value in ten thousand would differ by 1."""
+    values = with_named_loras(settings)
+    values |= {"sampler": values["sampler"] or pipe.sampler, "strength": strength_of(values)}
+    recipe = {
         "schema": SCHEMA,
-        "settings": values,
-        "sha256": hashes,
-        "size": list(size),
+        "settings": {name: _public(name, value) for name, value in values.items() if name not in NOT_PIXELS},
+        "sha256": {name: [hashed(path) for path in several(values[name])] for name, hashed in HASHES.items() if values[name]},
+        "size": size,
         "versions": versions(),
-        "machine": machine(pipe),
+        "machine": machine(pipe.device) | {"dtype": str(pipe.dtype).removeprefix("torch.")},
     }
-
-
-def with_named_loras(settings: AnySampling, prompt: str) -> AnySampling:
-    """The settings with the LoRAs that only the prompt names, <lora:dog:0.8>, as if --lora had given their files."""
-    given = {adapter_name_of(_title(path)) for path in settings.lora}
-    named = dict(parse_prompt(prompt).loras)
-    found = {name: weight for name, weight in sorted(named.items()) if adapter_name_of(name) not in given}
-    paths = tuple(str(in_lora_dir(settings.lora_dir, name)) for name in found)
-    weights = settings.lora_weight or (1.0,) * len(settings.lora)
-    return replace(settings, lora=(*settings.lora, *paths), lora_weight=(*weights, *found.values()))
+    text = parameters(settings, pipe, size)
+    return {"parameters": text, KEY: json.dumps(recipe, separators=(",", ":"), allow_nan=False)}
 
 
 def versions() -> dict[str, str]:
     import transformers
 
-    return {
-        "minidiff": __version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
+    libraries = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    return {"minidiff": __version__, **libraries, "python": platform.python_version()}
 
 
-def machine(pipe: StableDiffusionPipeline) -> dict[str, str | int]:
-    """What the last bit of a pixel depends on: the kernels are those of the CPU's instructions, or of the GPU."""
-    gpu = pipe.device.type == "cuda"
-    kernels = torch.cuda.get_device_name(pipe.device) if gpu else torch.backends.cpu.get_cpu_capability()
-    dtype = str(pipe.dtype).removeprefix("torch.")
-    return {"device": pipe.device.type, "dtype": dtype, "threads": torch.get_num_threads(), "kernels": kernels}
+def machine(device: torch.device) -> dict[str, str]:
+    """What the last bit of a pixel depends on: the GPU, or the instructions of the CPU and its number of threads."""
+    gpu = device.type == "cuda"
+    kernels = torch.cuda.get_device_name(device) if gpu else torch.backends.cpu.get_cpu_capability()
+    return {"device": device.type, "threads": str(torch.get_num_threads()), "kernels": kernels}
 
 
 def public_path(path: str) -> str:
@@ -117,60 +78,152 @@ def public_path(path: str) -> str:
     return "unnamed" if pure.name in ("", "..") or path.startswith("~") and len(pure.parts) == 1 else pure.name
 
 
-def _public(value: Any) -> Any:
-    """Any setting but the prompts: whatever looks like a private path is shortened."""
-    if isinstance(value, str):
-        return public_path(value)
-    return [_public(one) for one in value] if isinstance(value, tuple) else value
+def _public(name: str, value: Any) -> Any:
+    """The value of a setting without private folders."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_public(name, one) for one in value)
+    return public_path(value) if isinstance(value, str) and name not in PROMPTS else value
 
 
 def several(value: Any) -> list[Any]:
-    """One value, or many, as a list."""
-    return list(value) if isinstance(value, (tuple, list)) else [value]
+    """One value, or many, or none, as a list."""
+    return list(value) if isinstance(value, (tuple, list)) else [] if value is None else [value]
 
 
-# --- A1111's text ----------------------------------------------------------------------------------------------------
+# --- reading -----------------------------------------------------------------------------------------------------------
 
 
-def parameters(settings: Sampling, pipe: StableDiffusionPipeline, prompt: str, seed: int, image: Image.Image) -> str:
-    """How a picture was made, in the words and the order of A1111, which reads it back."""
-    settings = with_named_loras(settings, prompt)
-    sampler = settings.sampler or pipe.sampler
-    loras = zip(map(_title, settings.lora), settings.lora_weight or (1.0,) * len(settings.lora))
-    tags = [f"<lora:{name}:{weight:g}>" for name, weight in loras if f"<lora:{name}:" not in prompt]
-    said: dict[str, object] = {"Steps": settings.num_inference_steps, "Sampler": SAMPLER_NAMES[sampler]}
-    if SAMPLERS[sampler].karras:
-        said["Schedule type"] = "Karras" if _karras(settings, pipe) else "Uniform"
-    said |= {"CFG scale": settings.guidance_scale, "Seed": seed, "Size": f"{image.width}x{image.height}"}
-    said["Model hash"] = HASHES["pretrained_model_name_or_path"](settings.pretrained_model_name_or_path)[:10]
-    said["Model"] = _title(settings.pretrained_model_name_or_path)
-    if settings.image:
-        said["Denoising strength"] = _strength(settings)
-    if settings.clip_skip:
-        said["Clip skip"] = settings.clip_skip + 1  # theirs counts from 1
-    if sampler == "ddim" and settings.eta:
-        said["Eta DDIM"] = settings.eta
-    if settings.lora:
-        hashed = [f"{_title(path)}: {sha256_of(find_lora(path, None), data_only=True)[:12]}" for path in settings.lora]
-        said["Lora hashes"] = ", ".join(hashed)
-    if settings.textual_inversion:
-        found = [f"{_title(path)}: {HASHES['textual_inversion'](path)[:12]}" for path in settings.textual_inversion]
-        said["TI hashes"] = ", ".join(found)
-    said["Version"] = f"minidiff {__version__}"
-    return generation_text(" ".join(filter(None, [prompt, *tags])), settings.negative_prompt, said)
+@dataclass(frozen=True)
+class Origin:
+    """How a picture says that it was made."""
+
+    path: Path
+    settings: dict[str, Any]  # by flag
+    sha256: dict[str, list[str]]  # by setting, one for each file
+    made_with: dict[str, str]  # versions and machine
+    notes: list[str]
 
 
-def _title(path: str) -> str:
-    """The name of a file without its ending, or of a folder; without the letters that part A1111's fields."""
-    return os.path.basename(os.path.abspath(path)).removesuffix(".safetensors").replace(":", "").replace(",", "")
+def read_origin(path: str | Path, kind: type) -> Origin:
+    """The settings that draw a picture again; `kind` is the dataclass that has them as fields.
+
+    DataError, one message, for a picture without a text, and for a text that is damaged, too long or no recipe.
+    """
+    path = Path(path)
+    texts = read_png_text(path)
+    text = texts.get(KEY) or texts.get("parameters", "").strip()
+    if not text:
+        raise DataError(
+            f"{path} does not say how it was made: there is no text of minidiff or A1111 in it. Editors and messengers "
+            "take it out; look for the original PNG."
+        )
+    if len(text) > MAX_TEXT:
+        raise DataError(f"{path}: its text has {len(text):,} characters, more than any program writes; not read.")
+    if KEY in texts:
+        return _own(path, text, {name: hint for name, hint in get_type_hints(kind).items() if name not in NOT_PIXELS})
+    settings, left = read_a1111(text)
+    note = f"{path} was made with A1111 or its like. Its settings are taken over, but its noise is another, so are the pixels."
+    if left:
+        note += f" Not taken over: {', '.join(shown(field) for field in left[:12])}."
+    return Origin(path, settings, {}, {}, [note])
 
 
-def _strength(settings: Sampling) -> float | None:
-    """What is used where there is a picture to start from."""
-    if settings.strength is not None or not settings.image:
-        return settings.strength
-    return 1.0 if settings.mask_image else IMAGE_STRENGTH
+def _own(path: Path, text: str, hints: Mapping[str, Any]) -> Origin:
+    try:
+        recipe = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f'{path}: its text "{KEY}" is no JSON ({shown(error)}). Look for the original file.') from None
+    if not isinstance(recipe, dict) or not isinstance(given := recipe.get("settings"), dict):
+        raise DataError(f'{path}: its text "{KEY}" is no recipe of minidiff\'s. Look for the original file.')
+    if (schema := recipe.get("schema")) != SCHEMA:
+        raise DataError(f"{path}: a recipe of kind {shown(schema)}; this minidiff {__version__} reads kind {SCHEMA}.")
+    settings = {name: _public(name, value) for name, value in given.items() if name in hints}
+    for name in settings:
+        if not fits(given[name], hints[name]) or not (name == "seed" or _usable(given[name])):
+            raise DataError(f"{path}: its recipe says {name} is {shown(given[name])}. That cannot be; look for the original.")
+    unknown = ", ".join(f"{shown(name)}: {shown(given[name])}" for name in list(given.keys() - hints.keys())[:5])
+    notes = [f"{path}: this minidiff does not have the settings {unknown}. The pixels may differ."] if unknown else []
+    sha256 = {name: several(digests) for name, digests in _table(recipe.get("sha256")).items() if name in HASHES}
+    found = {**_table(recipe.get("versions")), **_table(recipe.get("machine"))}
+    made_with = {name: shown(value, 40) for name, value in found.items()}
+    device, dtype = made_with.get("device"), made_with.get("dtype")
+    if device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
+        settings |= {"device": device} | ({"torch_dtype": dtype} if dtype in ("float32", "float16", "bfloat16") else {})
+    return Origin(path, settings, sha256, made_with, notes)
 
 
-def _karras(settings: Sampling, pipe: StableDiffusionPipeline) -> bool:
-    return pipe.noise_config.use_karras_sigmas if settings.use_karras_sigmas is None else settings.use_karras_sigmas
+def _usable(value: object) -> bool:
+    """JSON can also hold 1e999, which is infinity, whole numbers that no float holds, and halves of UTF-16 letters."""
+    return all(
+        abs(one) < 2**63 if isinstance(one, (int, float)) else str(one).encode("utf-8", "ignore").decode() == str(one)
+        for one in several(value)
+    )
+
+
+def _table(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def shown(value: object, length: int = 60) -> str:
+    """Anything from a file as part of one line of a message."""
+    line = " ".join(printable(str(value)).split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+# --- drawing again -----------------------------------------------------------------------------------------------------
+
+
+def check_origin(origin: Origin, settings: Settings) -> list[str]:
+    """Notes on what differs here and may change pixels. `settings` are the origin's and, over them, the flags that were given.
+
+    SettingsError, naming the flag, for a file that is not here.
+    """
+    notes = list(origin.notes)
+    for name, digests in origin.sha256.items():
+        if settings[name] != origin.settings.get(name):
+            continue  # a flag wins
+        for path, digest in zip(several(settings[name]), digests):
+            file = f"{shown(path, 300)} (sha256 {shown(digest, 10)})"
+            try:
+                same = HASHES[name](path) == digest
+            except (MinidiffError, OSError, ValueError):
+                raise SettingsError(f"{origin.path} was made with {file}, which is not here; give it with --{name}.") from None
+            notes += [] if same else [f"{origin.path} was made with {file}; the file of that name here is another one."]
+    now = versions() | machine(torch.device(settings["device"] or ("cuda" if torch.cuda.is_available() else "cpu")))
+    changed = [f"{key} {was} (here {now[key]})" for key in now if (was := origin.made_with.get(key, "?")) != now[key]]
+    if origin.made_with and changed:
+        notes.append(f"{origin.path} was made with {', '.join(changed)}; pixels may differ. OMP_NUM_THREADS sets the threads.")
+    return notes
+
+
+# --- what may be written over ------------------------------------------------------------------------------------------
+
+OURS = re.compile(r"(Steps: .*, Version: minidiff [^,\n]+|minidiff preview, step [0-9]+ of [0-9]+)$")
+
+
+def drawn_here(path: Path) -> bool:
+    """Does a file say that minidiff drew it? A model or a prompt of that name is not enough."""
+    try:
+        with open_image(path) as image:
+            image.load()  # texts of a PNG may follow its pixels
+            texts = getattr(image, "text", {})
+            loop = image.info.get("comment", b"") + image.info.get("exif", b"")  # of a GIF, of a WebP
+    except (DataError, *READ_ERRORS):
+        return False
+    text = texts.get("parameters") or loop.replace(b"\0", b"").decode("utf-8", "replace")
+    return KEY in texts or OURS.search(text) is not None
+
+
+def check_outputs(written: Sequence[tuple[str, Path]], read: Mapping[str, str | Path | None]) -> None:
+    """Before anything is loaded: SettingsError where drawing would cost a file. Both are files by the flags that name them.
+
+    A file that minidiff drew is drawn over: it says how to draw it again. Any other file is left alone, and so is every picture
+    that is read.
+    """
+    taken = {os.path.realpath(path): flag for flag, path in read.items() if path is not None}
+    for flag, path in written:
+        if (other := taken.setdefault(os.path.realpath(path), flag)) != flag:
+            raise SettingsError(f"{flag} {path} is the file of {other}, too; choose another name.")
+        if os.path.lexists(path) and not drawn_here(path):
+            raise SettingsError(f"{flag} {path} is there already, and does not say that minidiff drew it; choose another name.")
+        check_writable(path)

@@ -1,0 +1,136 @@
+"""The text `parameters` in a picture: how it was made, in the words of AUTOMATIC1111 (A1111), for people and other programs.
+
+    text = parameters(settings, pipe, image.size)       # settings: the values of the flags by name
+    settings, left = read_a1111(text)                   # what minidiff has, and what it has not
+
+A file is named with the first digits of its sha256, as in A1111.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from minidiff import __version__
+from minidiff.core.grids import SAMPLERS
+from minidiff.draw.call import adapter_name_of, in_lora_dir
+from minidiff.draw.canvas import IMAGE_STRENGTH
+from minidiff.draw.images import generation_text
+from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.draw.prompting import parse_prompt
+from minidiff.files.lora_file import find_lora
+from minidiff.studio.hashes import HASHES, model_sha256, sha256_of
+
+Settings = Mapping[str, Any]
+SAMPLER_NAMES = {  # ours -> A1111's
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "pndm": "PLMS",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm++_2m": "DPM++ 2M",
+    "dpm++_2m_sde": "DPM++ 2M SDE",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+}
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+def parameters(settings: Settings, pipe: StableDiffusionPipeline, size: tuple[int, int]) -> str:
+    """How a picture was made, in the words and the order of A1111, which reads it back."""
+    settings = with_named_loras(settings)
+    prompt, sampler, model = settings["prompt"], settings["sampler"] or pipe.sampler, settings["pretrained_model_name_or_path"]
+    loras = list(zip(map(title_of, settings["lora"]), settings["lora_weight"]))
+    tags = [f"<lora:{name}:{weight:g}>" for name, weight in loras if f"<lora:{name}:" not in prompt]
+    fields: dict[str, object] = {"Steps": settings["num_inference_steps"], "Sampler": SAMPLER_NAMES[sampler]}
+    if SAMPLERS[sampler].karras:
+        asked = settings["use_karras_sigmas"]
+        fields["Schedule type"] = "Karras" if (pipe.noise_config.use_karras_sigmas if asked is None else asked) else "Uniform"
+    fields |= {"CFG scale": settings["guidance_scale"], "Seed": settings["seed"], "Size": "{}x{}".format(*size)}
+    fields |= {"Model hash": model_sha256(model)[:10], "Model": title_of(model)}
+    if settings["image"]:
+        fields["Denoising strength"] = strength_of(settings)
+    if settings["clip_skip"]:
+        fields["Clip skip"] = settings["clip_skip"] + 1  # A1111 counts from 1
+    if sampler == "ddim" and settings["eta"]:
+        fields["Eta DDIM"] = settings["eta"]
+    if settings["lora"]:
+        hashes = [f"{title_of(path)}: {sha256_of(find_lora(path, None), data_only=True)[:12]}" for path in settings["lora"]]
+        fields["Lora hashes"] = ", ".join(hashes)
+    if words := settings["textual_inversion"]:
+        fields["TI hashes"] = ", ".join(f"{title_of(path)}: {HASHES['textual_inversion'](path)[:12]}" for path in words)
+    fields["Version"] = f"minidiff {__version__}"
+    return generation_text(" ".join(filter(None, [prompt, *tags])), settings["negative_prompt"], fields)
+
+
+def title_of(path: str) -> str:
+    """The name of a file without its ending, or of a folder; without the marks that separate A1111's fields."""
+    return os.path.basename(os.path.abspath(path)).removesuffix(".safetensors").replace(":", "").replace(",", "")
+
+
+def strength_of(settings: Settings) -> float | None:
+    """The strength that is used where there is a picture to start from."""
+    if settings["strength"] is not None or not settings["image"]:
+        return settings["strength"]  # type: ignore[no-any-return]
+    return 1.0 if settings["mask_image"] else IMAGE_STRENGTH
+
+
+def with_named_loras(settings: Settings) -> dict[str, Any]:
+    """The settings with the LoRAs that only the prompt names, <lora:dog:0.8>, as if --lora had given their files."""
+    given = {adapter_name_of(title_of(path)) for path in settings["lora"]}
+    named = dict(parse_prompt(settings["prompt"]).loras)
+    found = {name: weight for name, weight in sorted(named.items()) if adapter_name_of(name) not in given}
+    paths = (str(in_lora_dir(settings["lora_dir"], name)) for name in found)
+    weights = settings["lora_weight"] or (1.0,) * len(settings["lora"])
+    return {**settings, "lora": (*settings["lora"], *paths), "lora_weight": (*weights, *found.values())}
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+FIELD = re.compile(r'(\w[\w /-]{0,60}): *("(?:\\.|[^"\\])*"|[^,]*)')  # A1111's own, with a limit: time stays linear
+NUMBERS = {"Steps": "num_inference_steps", "Seed": "seed", "CFG scale": "guidance_scale", "Clip skip": "clip_skip"}
+SCHEDULES = ("karras", "automatic", "uniform", "normal")
+
+
+def read_a1111(text: str) -> tuple[dict[str, Any], list[str]]:
+    """The settings in a text of A1111 (written by `create_infotext` there), and the fields that were not taken over.
+
+    First the prompt, then `Negative prompt: …`, then one line `Steps: 20, Sampler: Euler a, …`. A tag <lora:NAME:0.8> stays in
+    the prompt; drawing looks NAME up in --lora_dir.
+    """
+    head, found, line = f"\n{text}".rpartition("\nSteps: ")
+    prompt, _, negative = (head if found else line).partition("\nNegative prompt:")
+    fields = dict(FIELD.findall("Steps: " + line.partition("\n")[0])) if found else {}
+    fields.pop("Version", None)
+    settings = {"prompt": prompt.strip(), "negative_prompt": negative.strip(), **_a1111_sampler(fields)}
+    for label in [label for label in fields if label in (*NUMBERS, "Size")]:
+        try:
+            if label == "Size":
+                settings["width"], settings["height"] = map(int, fields[label].split("x"))
+            else:
+                settings[NUMBERS[label]] = (float if label == "CFG scale" else int)(fields[label]) - (label == "Clip skip")
+        except ValueError:
+            continue  # no number: it stays among those that are not taken over
+        del fields[label]
+    return settings, [f"{label}: {value}" for label, value in fields.items()]
+
+
+def _a1111_sampler(fields: dict[str, str]) -> dict[str, Any]:
+    """`DPM++ 2M Karras`, or since version 1.9 `DPM++ 2M` and `Schedule type: Karras`; taken out of `fields`."""
+    name = fields.get("Sampler", "").lower()
+    plain = name.removesuffix(" karras")
+    sampler = next((ours for ours, theirs in SAMPLER_NAMES.items() if plain in (ours, theirs.lower())), None)
+    if sampler is None or (plain != name and not SAMPLERS[sampler].karras):
+        return {}
+    del fields["Sampler"]
+    if not SAMPLERS[sampler].karras:
+        return {"sampler": sampler}
+    schedule = fields.get("Schedule type", "").lower()
+    if schedule in SCHEDULES:
+        del fields["Schedule type"]
+    automatic = schedule == "automatic" and sampler.startswith("dpm++")  # as A1111 1.9 chooses
+    return {"sampler": sampler, "use_karras_sigmas": plain != name or schedule == "karras" or automatic}

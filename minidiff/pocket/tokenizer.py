@@ -10,32 +10,32 @@ How CLIP turns text into ids (byte-pair encoding, Sennrich et al. 2016, arXiv:15
 4. Look the pieces up in `vocab.json`, put `<|startoftext|>` in front and `<|endoftext|>` behind, and fill up to 77 ids.
 
 The ids follow from the merges, in CLIP's order: 256 bytes, 256 bytes with `</w>`, one token for each merge, the two marks.
-CLIP learned 48,894 merges from the text of the web; here some hundreds are learned from the captions of the pocket world.
+CLIP learned 48,894 merges from the text of the web. Here the `tokenizers` library learns some hundreds from the captions of the
+pocket world.
 """
 
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
 START, END = "<|startoftext|>", "<|endoftext|>"
-Word = tuple[str, ...]  # a word in pieces: ("ca", "t</w>")
 
 
 def build_tokenizer(folder: Path, words: Iterable[str], rare: Sequence[str] = ("sks", "ohwx", "zwx")) -> None:
     """Write the `tokenizer` folder of an SD 1.5 checkpoint, learned from `words`: single words or whole captions.
 
-    Every word of `words` becomes one token. So does each of `rare`, names for DreamBooth to fill with meaning; the same
-    texts must not use them, or they would have a meaning already. The same words, in any order, give the same files.
+    Every word of `words` becomes one token. So does each of `rare`, names that DreamBooth fills with meaning. The texts must
+    not use these names: they would have a meaning already. The same words, in any order, give the same files.
     """
     counts = Counter(word for text in words for word in re.findall(r"[^\W\d_]+", text.lower()))
     if used := sorted(set(rare) & set(counts)):
         raise ValueError(f"rare tokens occur in the training texts: {', '.join(used)}")
-    merges = learn_merges(counts | dict.fromkeys(rare, 0))
-    letters = list(byte_letters().values())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
+    merges = learn_merges(counts, rare)
+    tokens = [*alphabet(), *("".join(pair) for pair in merges), START, END]
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n", encoding="utf-8")
@@ -45,54 +45,31 @@ def build_tokenizer(folder: Path, words: Iterable[str], rare: Sequence[str] = ("
     _write_json(folder / "tokenizer_config.json", settings | marks | {"tokenizer_class": "CLIPTokenizer"})
 
 
-def learn_merges(counts: dict[str, int]) -> list[tuple[str, str]]:
-    """Join the most frequent pair of neighbours, again and again, until every word of `counts` is one piece.
+def alphabet() -> list[str]:
+    """A printable letter for each byte, in CLIP's order ("!" is 0); then the same letters with the end of a word."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return [*letters, *(letter + "</w>" for letter in letters)]
 
-    Words that count 0 come last: they cannot change how any word of the training texts is cut.
-    """
-    words: dict[Word, int] = {_spell(word): count for word, count in counts.items()}
-    merges: list[tuple[str, str]] = []
-    while pairs := _count_pairs(words):
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # ties: by the alphabet, not by the order of the words
-        words = {_join(word, best): count for word, count in words.items()}
-        merges.append(best)
+
+def learn_merges(counts: dict[str, int], rare: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """The merges that make every word of `counts` one piece. Those of the `rare` words come last and change no other word."""
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=10**6,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+        special_tokens=alphabet(),  # type: ignore[arg-type]  # gives each letter a fixed id, and ids decide between equal counts
+    )
+    tokenizer.train_from_iterator((word for word, count in sorted(counts.items()) for _ in range(count)), trainer)
+    merges = [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
+    for word in rare:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:  # from the left: "s k s</w>" -> "sk s</w>" -> "sks</w>"
+            if (pieces[0], pieces[1]) not in merges:
+                merges.append((pieces[0], pieces[1]))
+            pieces[:2] = [pieces[0] + pieces[1]]
     return merges
-
-
-def byte_letters() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte, in CLIP's order of ids: "!" is 0.
-
-    Printable Latin-1 bytes stand for themselves and come first; the other 68 borrow the letters from U+0100 on.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
-
-
-def _spell(word: str) -> Word:
-    """ "cat" -> ("c", "a", "t</w>")."""
-    letters = byte_letters()
-    *front, last = (letters[byte] for byte in word.encode())
-    return (*front, last + "</w>")
-
-
-def _count_pairs(words: dict[Word, int]) -> Counter[tuple[str, str]]:
-    pairs: Counter[tuple[str, str]] = Counter()
-    for word, count in words.items():
-        for pair in pairwise(word):
-            pairs[pair] += count
-    return pairs
-
-
-def _join(word: Word, pair: tuple[str, str]) -> Word:
-    """Join every occurrence of `pair`, from the left."""
-    pieces: list[str] = []
-    for piece in word:
-        if pieces and (pieces[-1], piece) == pair:
-            pieces[-1] += piece
-        else:
-            pieces.append(piece)
-    return tuple(pieces)
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -28,7 +28,7 @@ from minidiff.fast.frozen import standing_still
 from minidiff.files.folder import SAMPLER_OF, SD15_TEXT
 from minidiff.files.lora_file import save_lora
 from minidiff.files.weights import load_into, split_single_file, to_single_file
-from minidiff.pocket.tokenizer import END, START, build_tokenizer, byte_letters
+from minidiff.pocket.tokenizer import END, START, alphabet, build_tokenizer
 
 DOG, CAT = "a photo of a red dog", "a drawing of a blue cat"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -309,7 +309,7 @@ def test_a_tiny_model_is_no_sd15_single_file(pipe: StableDiffusionPipeline, tiny
 def sd15_sized_tokenizer(folder: Path) -> Path:
     """49,408 tokens as in CLIP, of made-up merges: two letters each."""
     build_tokenizer(folder, ["a"])
-    letters = list(byte_letters().values())
+    letters = alphabet()[:256]
     pairs = [(a, f"{b}</w>") for a in letters for b in letters][:48_894]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, pairs), START, END]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))

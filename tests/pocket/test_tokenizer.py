@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import CLIPTokenizer
 
-from minidiff.pocket.tokenizer import END, START, build_tokenizer, byte_letters, learn_merges
+from minidiff.pocket.tokenizer import END, START, alphabet, build_tokenizer, learn_merges
 
 CAPTION = "a photo of a red dog on the beach drawing watercolor wearing sunglasses with hat and cat"
 WORDS = CAPTION.split()
@@ -27,12 +27,13 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
 def test_merges_by_hand() -> None:
     # "at" counts 5, "ca" 3, "ha" 2: the pair (a, t</w>) first, then (c, at</w>), then (h, at</w>)
     assert learn_merges({"cat": 3, "hat": 2}) == [("a", "t</w>"), ("c", "at</w>"), ("h", "at</w>")]
+    assert learn_merges({"cat": 3}, rare=["sks"])[-2:] == [("s", "k"), ("sk", "s</w>")]
 
 
-def test_byte_letters_are_the_alphabet_of_clip() -> None:
-    letters = byte_letters()
-    assert sorted(letters) == list(range(256)) and len(set(letters.values())) == 256
-    assert next(iter(letters.values())) == "!" and letters[ord(" ")] == "Ġ" and letters[ord("\n")] == "Ċ"
+def test_alphabet_is_that_of_clip() -> None:
+    letters = alphabet()
+    assert len(set(letters)) == 512 and letters[0] == "!" and letters[256] == "!</w>"
+    assert {"Ġ", "Ċ", "ÿ"} <= set(letters)  # a space, a line break, the last byte
 
 
 def test_ids_stand_in_the_order_of_clip(folder: Path) -> None:

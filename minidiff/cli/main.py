@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minidiff.cli.usage import SUMMARIES, usage
 from minidiff.core.errors import MinidiffError, SettingsError, did_you_mean, is_out_of_memory, printable
 
 if TYPE_CHECKING:
@@ -28,16 +27,17 @@ def parse(argv: list[str]) -> tuple[Any, Callable[[Any], None]]:
     """The command's settings and its function. tyro itself leaves with code 2 for unknown flags, and names the nearest."""
     if broken := [word for word in argv if any("\ud800" <= letter <= "\udfff" for letter in word)]:
         raise SettingsError(f"{broken[0]!r} is not UTF-8 text; is the terminal set to UTF-8?")
-    name = next((name for name in SUMMARIES if argv[: len(name.split())] == name.split()), None)
-    if name is None:
-        if known := [name.split()[1] for name in SUMMARIES if name.startswith(f"{argv[0]} ")]:
-            given = " ".join(argv[1:2])
-            raise SettingsError(f"minidiff {argv[0]} needs one of {', '.join(known)}.{did_you_mean(given, known)}")
-        near = did_you_mean(argv[0], [*SUMMARIES, *(name.split()[0] for name in SUMMARIES)])
-        raise SettingsError(f'"{argv[0]}" is no command.{near}\n\n{usage()}')
     import tyro
 
     from minidiff.cli.commands import COMMANDS
+
+    name = next((name for name in COMMANDS if argv[: len(name.split())] == name.split()), None)
+    if name is None:
+        if known := [name.split()[1] for name in COMMANDS if name.startswith(f"{argv[0]} ")]:
+            given = " ".join(argv[1:2])
+            raise SettingsError(f"minidiff {argv[0]} needs one of {', '.join(known)}.{did_you_mean(given, known)}")
+        near = did_you_mean(argv[0], [*COMMANDS, *(name.split()[0] for name in COMMANDS)])
+        raise SettingsError(f'"{argv[0]}" is no command.{near}\n\n{usage()}')
     from minidiff.cli.flags import Sample
     from minidiff.trainer.settings import FineTuneSettings, from_toml
 
@@ -84,10 +84,9 @@ def drawn_again(path: str, rest: list[str]) -> "Sample":
 
 def run(argv: list[str]) -> None:
     """What the command line asks for."""
-    groups = {name.split()[0] for name in SUMMARIES if " " in name}
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
-    elif argv[0] in groups and argv[1:2] in (["-h"], ["--help"]):
+    elif argv[1:2] in (["-h"], ["--help"]) and argv[0] in ("train", "data", "merge"):
         print(usage(argv[0]))
     elif argv[0] == "--version":
         from minidiff import __version__
@@ -96,6 +95,16 @@ def run(argv: list[str]) -> None:
     else:
         settings, function = parse(argv)
         function(settings)
+
+
+def usage(group: str = "") -> str:
+    """All commands, or those of a `group` such as train: a line for each, with the first line of its settings' docstring."""
+    from minidiff.cli.commands import COMMANDS
+
+    table = {name: (kind.__doc__ or "").partition("\n")[0] for name, (kind, _) in COMMANDS.items()}
+    lines = [f"  minidiff {name:<23} {about}" for name, about in table.items() if name.startswith(f"{group} ".lstrip())]
+    head = "minidiff: Stable Diffusion you can read, and fine-tune."
+    return "\n".join([head, "", *lines, "", f"  minidiff {group} COMMAND --help: its flags".replace("  C", " C")])
 
 
 def main(argv: list[str] | None = None) -> None:

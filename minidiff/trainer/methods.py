@@ -1,24 +1,28 @@
-"""The settings of each way of fine-tuning; what they share is in settings.py, what they do in recipes.py."""
+"""The settings of each fine-tuning method. settings.py holds what all methods share."""
 
-import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from minidiff.core.errors import SettingsError
-from minidiff.trainer.settings import FineTuneSettings
+from minidiff.files.values import Rule, between
+from minidiff.trainer.settings import Count, Decay, FineTuneSettings, Folder, Positive
+
+NewWord = Annotated[str, Rule("must be a new word such as <my-dog>", lambda word: bool(word.strip()))]
+KnownWord = Annotated[str, Rule('must be a word such as "dog"', lambda word: bool(word.strip()))]
+Layers = Annotated[tuple[str, ...], Rule("must name at least one layer", bool)]
 
 
 @dataclass(frozen=True)
 class FullSettings(FineTuneSettings):
-    """Fine-tune every weight of the U-Net, and of the text encoder if asked."""
+    """Fine-tune all weights of the U-Net and, if asked, of the text encoder."""
 
-    output_dir: str = "minidiff-full"
-    """Folder for the tuned model, its checkpoints, metrics.jsonl and sample sheets."""
-    learning_rate: float = 1e-5
-    """AdamW's learning rate after warm-up."""
+    output_dir: Folder = "minidiff-full"
+    """Folder for the fine-tuned model, its checkpoints, metrics.jsonl and sample sheets."""
+    learning_rate: Positive = 1e-5
+    """Learning rate of AdamW after warm-up."""
     train_text_encoder: bool = False
-    """Train the text encoder as well."""
+    """Train the text encoder, too."""
 
     def check(self) -> None:
         super().check()
@@ -28,58 +32,54 @@ class FullSettings(FineTuneSettings):
 
 @dataclass(frozen=True)
 class DreamBoothSettings(FullSettings):
-    """Teach the whole model a subject, while it rehearses the subject's class (DreamBooth)."""
+    """Teach the whole model a subject without forgetting the subject's class (DreamBooth)."""
 
-    output_dir: str = "minidiff-dreambooth"
-    """Folder for the tuned model, its checkpoints, metrics.jsonl and sample sheets."""
-    learning_rate: float = 5e-6
-    """AdamW's learning rate after warm-up."""
+    output_dir: Folder = "minidiff-dreambooth"
+    """Folder for the fine-tuned model, its checkpoints, metrics.jsonl and sample sheets."""
+    learning_rate: Positive = 5e-6
+    """Learning rate of AdamW after warm-up."""
     with_prior_preservation: bool = True
-    """Rehearse the class: pictures of --class_prompt are trained beside those of the subject."""
+    """Also train on pictures of --class_prompt, so that the model does not forget the class."""
 
 
 @dataclass(frozen=True)
 class FrozenSettings(FineTuneSettings):
-    """What all methods share under which the U-Net's own weights stay as they are."""
+    """The settings of all methods that freeze the U-Net's own weights."""
 
     layerwise_casting: bool = False
-    """Leave weights in the half precision that their file has; each layer widens its own: a tenth more time. Same result."""
+    """Keep frozen weights in the half precision of their file, and cast them layer by layer. A tenth slower, same result."""
 
     HARMLESS = FineTuneSettings.HARMLESS | {"layerwise_casting"}
 
     def check(self) -> None:
         super().check()
-        rule = "goes with --mixed_precision no: under the others, weights are in half precision anyway"
+        rule = "goes with --mixed_precision no: with the others, frozen weights are in half precision anyway"
         self.need(not self.layerwise_casting or self.mixed_precision == "no", "layerwise_casting", rule)
 
 
 @dataclass(frozen=True)
 class AdapterSettings(FrozenSettings):
-    """What LoRA and pivotal tuning share: the shape of the adapter."""
+    """The adapter's settings, for LoRA and pivotal tuning."""
 
-    rank: int = 4
-    """Rank r of the update (alpha / r) B A of each layer."""
-    lora_alpha: float | None = None
-    """The numerator of that scale; default: the rank, so that the scale is 1."""
-    lora_targets: tuple[str, ...] = ("attention",)
-    """Which layers: attention, cross_attention, feed_forward, projections, resnets, samplers; or ends of names ("to_q")."""
+    rank: Count = 4
+    """Rank r of each layer's update, alpha / r * B A."""
+    lora_alpha: Positive | None = None
+    """The number alpha in alpha / r * B A. Default: the rank, so that the scale is 1."""
+    lora_targets: Layers = ("attention",)
+    """Layers: attention, cross_attention, feed_forward, projections, resnets, samplers; or ends of layer names: "to_q"."""
     rank_pattern: tuple[str, ...] = ()
     """Other ranks for some of the U-Net's layers: resnets=8 attn2.to_k=16."""
     use_rslora: bool = False
-    """Scale alpha / √r, which lets high ranks learn as fast as low ones."""
+    """Scale the update by alpha / √r instead of alpha / r, so that high ranks learn as fast as low ones (rsLoRA)."""
     use_dora: bool = False
-    """DoRA: learn the length of each weight row apart from its direction."""
-    lora_dropout: float = 0.0
-    """Share of the detour's inputs that are dropped while training."""
+    """Learn the length of each weight row separately from its direction (DoRA)."""
+    lora_dropout: Decay = 0.0
+    """Share of the adapter's inputs that are set to zero during training."""
     train_text_encoder: bool = False
-    """Adapt the text encoder's attention as well."""
+    """Adapt the text encoder's attention, too."""
 
     def check(self) -> None:
         super().check()
-        self.need(self.rank >= 1, "rank", "must be at least 1")
-        self.need(self.lora_alpha is None or 0 < self.lora_alpha < math.inf, "lora_alpha", "must be a number above 0")
-        self.need(len(self.lora_targets) > 0, "lora_targets", "must name at least one layer")
-        self.need(0 <= self.lora_dropout < 1, "lora_dropout", "must lie in [0, 1)")
         for entry in self.rank_pattern:
             if not re.fullmatch(r"[^=]+=[1-9][0-9]{0,5}", entry):
                 raise SettingsError(f'--rank_pattern "{entry}": give a layer and its rank, such as resnets=8.')
@@ -92,35 +92,32 @@ class AdapterSettings(FrozenSettings):
 
 @dataclass(frozen=True)
 class LoRASettings(AdapterSettings):
-    """Teach a frozen model a subject or a style through small additions to its layers (LoRA, DoRA)."""
+    """Teach a frozen model a subject or a style with small additions to its layers (LoRA, DoRA)."""
 
-    output_dir: str = "minidiff-lora"
+    output_dir: Folder = "minidiff-lora"
     """Folder for the adapter, its checkpoints, metrics.jsonl and sample sheets."""
 
 
 @dataclass(frozen=True)
 class WordSettings(FrozenSettings):
-    """What textual inversion and pivotal tuning share: the new word."""
+    """The new word's settings, for textual inversion and pivotal tuning."""
 
-    placeholder_token: str = "<subject>"
+    placeholder_token: NewWord = "<subject>"
     """The new word."""
-    initializer_token: str = ""
-    """A known word or words at whose meaning it begins, such as "dog"."""
-    num_vectors: int = 1
-    """How many vectors it has: more can say more, and leave less room in the prompt."""
+    initializer_token: KnownWord = ""
+    """A known word or words, such as "dog". The new word starts with its meaning."""
+    num_vectors: Annotated[int, between(1, 75)] = 1
+    """Vectors of the new word. More vectors can describe more, and leave less room for the rest of the prompt."""
     learnable_property: Literal["object", "style"] = "object"
-    """Which sentences the word is practised in, where neither --instance_prompt nor captions say."""
+    """Which template sentences to train with, if there is neither --instance_prompt nor captions."""
 
     @property
     def prompt(self) -> str | None:
-        """The new word alone, where there is no --instance_prompt: then templates make sentences of it."""
+        """--instance_prompt, or the new word alone, which TEMPLATES turn into sentences."""
         return self.instance_prompt or (self.placeholder_token if self.instance_data_dir else None)
 
     def check(self) -> None:
-        self.need(bool(self.placeholder_token.strip()), "placeholder_token", "must be a new word such as <my-dog>")
         super().check()
-        self.need(bool(self.initializer_token.strip()), "initializer_token", 'must be a word such as "dog"')
-        self.need(1 <= self.num_vectors <= 75, "num_vectors", "must lie in 1 … 75")
         word, prompt = self.placeholder_token, self.instance_prompt
         self.need(prompt is None or word.lower() in prompt.lower(), "instance_prompt", f"must contain the new word, {word}")
         apart = word.lower() not in (self.class_prompt or "").lower()
@@ -129,12 +126,12 @@ class WordSettings(FrozenSettings):
 
 @dataclass(frozen=True)
 class TextualInversionSettings(WordSettings):
-    """Teach a frozen model one new word: only the word's vectors are learned (textual inversion)."""
+    """Teach a frozen model one new word by learning only the word's vectors (textual inversion)."""
 
-    output_dir: str = "minidiff-textual-inversion"
+    output_dir: Folder = "minidiff-textual-inversion"
     """Folder for the vectors, their checkpoints, metrics.jsonl and sample sheets."""
-    learning_rate: float = 5e-4
-    """AdamW's learning rate after warm-up."""
+    learning_rate: Positive = 5e-4
+    """Learning rate of AdamW after warm-up."""
 
     def check(self) -> None:
         none = "means nothing here: the model is frozen, and the class prompt is without the new word. Leave it out"
@@ -146,11 +143,28 @@ class TextualInversionSettings(WordSettings):
 class PivotalSettings(AdapterSettings, WordSettings):
     """Learn a new word and a LoRA together (pivotal tuning)."""
 
-    output_dir: str = "minidiff-pivotal"
-    """Folder for vectors and adapter, their checkpoints, metrics.jsonl and sample sheets."""
-    learning_rate_embedding: float = 5e-4
-    """The learning rate of the word's vectors; --learning_rate is the adapter's."""
+    output_dir: Folder = "minidiff-pivotal"
+    """Folder for the vectors and the adapter, their checkpoints, metrics.jsonl and sample sheets."""
+    learning_rate_embedding: Positive = 5e-4
+    """Learning rate of the word's vectors. --learning_rate is that of the adapter."""
 
-    def check(self) -> None:
-        super().check()
-        self.need(0 < self.learning_rate_embedding < math.inf, "learning_rate_embedding", "must be a number above 0")
+
+# Sentences to train a new word {} with, if there are no captions; by --learnable_property. As in the appendix of arXiv
+# 2208.01618: many neutral sentences, true of any picture, so that the word learns what the pictures have in common. They use
+# only words that the pocket checkpoint knows, too: those of the captions in pocket/world.py.
+TEMPLATES = {
+    "object": (
+        "a photo of {}", "a photo of a {}", "a photo of the {}", "the photo of {}", "the photo of a {}", "the photo of the {}",
+        "photo of {}", "photo of a {}", "photo of the {}",
+        "a picture of {}", "a picture of a {}", "a picture of the {}", "the picture of {}", "the picture of a {}",
+        "the picture of the {}", "picture of a {}", "picture of the {}",
+        "{}", "a {}", "the {}",
+    ),
+    "style": (
+        "a picture in {}", "the picture in {}", "picture in {}", "art in {}",
+        "a picture in the style of {}", "the picture in the style of {}", "a picture in {} style", "art in the style of {}",
+        "a picture in {} art", "the picture in {} art", "a picture of {} art", "the picture of {} art", "{} art", "the {} art",
+        "a {} picture", "the {} picture", "{} picture",
+        "{}", "a {}", "the {}",
+    ),
+}  # fmt: skip

@@ -30,6 +30,7 @@ from minidiff.files.word_file import save_embedding
 from minidiff.trainer.card import model_spec, write_card
 from minidiff.trainer.latents import LatentData
 from minidiff.trainer.methods import (
+    TEMPLATES,
     AdapterSettings,
     DreamBoothSettings,
     FullSettings,
@@ -50,7 +51,6 @@ from minidiff.trainer.task import (
     sample_sheets,
     with_prior,
 )
-from minidiff.trainer.templates import TEMPLATES
 
 
 def full(settings: FullSettings) -> Task:

@@ -18,8 +18,7 @@ from minidiff.trainer import checkpoint, distributed
 from minidiff.trainer.memory import MIB, Budget, budget, measured
 from minidiff.trainer.metering import Step, step_bytes
 from minidiff.trainer.methods import AdapterSettings, FrozenSettings, FullSettings
-from minidiff.trainer.settings import FineTuneSettings
-from minidiff.trainer.sizes import size_in_bytes
+from minidiff.trainer.settings import FineTuneSettings, size_in_bytes
 
 if TYPE_CHECKING:
     from minidiff.core.train import Task

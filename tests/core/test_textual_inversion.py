@@ -24,7 +24,7 @@ from minidiff.core.textual_inversion import (
     token_table,
 )
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.trainer.templates import OBJECT, STYLE, TEMPLATES
+from minidiff.trainer.methods import TEMPLATES
 
 POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
 
@@ -274,5 +274,5 @@ def test_templates_say_the_word_once_and_differ(templates: tuple[str, ...]) -> N
 
 def test_the_pocket_checkpoint_knows_the_words_of_the_templates() -> None:
     tokenizer = load_tokenizer(POCKET / "tokenizer")
-    strange = {word for word in words_of(OBJECT + STYLE) if len(tokenizer.tokenize(word)) > 1}
+    strange = {word for word in words_of(TEMPLATES["object"] + TEMPLATES["style"]) if len(tokenizer.tokenize(word)) > 1}
     assert strange == {"style"}

@@ -172,7 +172,7 @@ def test_a_cache_that_cannot_be(vae: CountingVAE, examples: list[Example], tmp_p
             FineTuneSettings(**given, cache_dir=blank).check()
     with pytest.raises(SettingsError, match="--cache_dir has pictures in it: give the cache a folder of its own"):
         FineTuneSettings(**given, cache_dir=f"{given['instance_data_dir']}/.").check()
-    with pytest.raises(SettingsError, match="--cache_dir keeps what is encoded once"):
+    with pytest.raises(SettingsError, match="--cache_dir cannot be joined with --no-cache_latents"):
         FineTuneSettings(**given, cache_dir="cache", cache_latents=False).check()
 
 

@@ -22,8 +22,7 @@ from minidiff.trainer.methods import LoRASettings
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.run import Run
 from minidiff.trainer.savings import SAVINGS, budgeted, chosen, possible, trials
-from minidiff.trainer.settings import FineTuneSettings, from_toml
-from minidiff.trainer.sizes import size_in_bytes
+from minidiff.trainer.settings import FineTuneSettings, from_toml, size_in_bytes
 
 FLAGS = [saving.flag for saving in SAVINGS]
 ALL_METHODS = [flag for flag in FLAGS if flag != "layerwise_casting"]  # which every method knows

@@ -1,0 +1,67 @@
+"""Rules for the values of a settings dataclass, declared beside the types: `rank: Annotated[int, at_least(1)] = 4`.
+
+`check_values` reads types and rules from the fields, so each range is written once.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from minidiff.core.errors import SettingsError, did_you_mean
+
+
+class Rule(NamedTuple):
+    """A condition, and the words for it: "must be at least 1"."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(least: float) -> Rule:
+    return Rule(f"must be at least {least}", lambda value: value >= least)
+
+
+def at_most(most: float) -> Rule:
+    return Rule(f"must be at most {most}", lambda value: value <= most)
+
+
+def between(least: float, most: float) -> Rule:
+    return Rule(f"must lie in {least} … {most}", lambda value: least <= value <= most)
+
+
+POSITIVE = Rule("must be a number above 0", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Rule("must not be negative", lambda value: 0 <= value < math.inf)
+FINITE = Rule("must be a finite number", lambda value: -math.inf < value < math.inf)
+BELOW_ONE = Rule("must lie in [0, 1)", lambda value: 0 <= value < 1)
+A_FOLDER = Rule("must name a folder", lambda value: bool(value.strip()))
+A_PATH = Rule("must name a file or folder", lambda value: bool(value.strip()))
+NO_NUL = Rule("cannot hold a NUL character", lambda value: "\0" not in value)
+
+
+def check_values(settings: Any) -> None:
+    """Raise SettingsError, naming the flag, for the first field of a dataclass whose value breaks a rule."""
+    hints = get_type_hints(type(settings), include_extras=True)
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if broken := broken_rule(value, hints[field.name]):
+            raise SettingsError(f"--{field.name} {broken}; it is {value!r}.")
+
+
+def broken_rule(value: Any, hint: Any) -> str | None:
+    """The words of the first rule of the type `hint` that `value` breaks; None if it keeps all of them."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if value is None:
+        return None
+    if origin is Annotated:
+        rules = (rule for rule in arguments[1:] if isinstance(rule, Rule))
+        return next((rule.words for rule in rules if not rule.holds(value)), None) or broken_rule(value, arguments[0])
+    if origin is Literal:
+        words = f"must be one of {', '.join(arguments)}.{did_you_mean(str(value), arguments)}".rstrip(".")
+        return None if value in arguments else words
+    if origin is tuple:
+        return next(filter(None, (broken_rule(one, arguments[0]) for one in value)), None)
+    if origin in (Union, UnionType):  # X | None
+        return broken_rule(value, arguments[0])
+    return NO_NUL.words if isinstance(value, str) and not NO_NUL.holds(value) else None

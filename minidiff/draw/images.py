@@ -9,13 +9,12 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import struct
+import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from minidiff.core.errors import DataError, MinidiffError
+from minidiff.files.atomic import write_bytes
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever the file is called; EPS would run Ghostscript
 MAX_PIXELS = 100_000_000  # more is a mistake or a decompression bomb: a small file that fills the memory
@@ -126,52 +126,42 @@ def to_pil(pictures: Tensor) -> list[Image.Image]:
 
 def save_png(image: Image.Image, path: Path | str, text: Mapping[str, str] | None = None) -> None:
     """Write a PNG with `text` chunks in it, whole or not at all. A1111's key is `parameters`: see `generation_text`."""
-    chunks = PngImagePlugin.PngInfo()
+    chunks, png = PngImagePlugin.PngInfo(), io.BytesIO()
     for key, value in (text or {}).items():
         chunks.add_text(key, value)  # tEXt; where Latin-1 does not hold the text, iTXt
-    write_whole(path, lambda file: image.save(file, format="PNG", pnginfo=chunks))
+    with _naming(path):
+        image.save(png, format="PNG", pnginfo=chunks)
+    write_picture(path, png.getvalue())
 
 
-def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
-    """`write` fills a file beside `path`, which takes its place once it is whole: no reader ever sees half of it."""
-    path = Path(path)
-    part = _part_of(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise _unwritable(path, error) from error
+def write_picture(path: Path | str, data: bytes) -> None:
+    """Write a file and its folders; any reader sees the old file or the new one whole."""
+    with _naming(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(Path(path), data)
 
 
 def check_writable(path: Path | str) -> None:
-    """MinidiffError where `write_whole` could not write; for before long work. It tries, and leaves nothing behind."""
+    """MinidiffError where `write_picture` could not write; for before long work. It tries, and leaves nothing behind."""
     path = Path(path)
-    part, missing = _part_of(path), [folder for folder in path.parents if not folder.exists()]
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.open("wb").close()
-        part.unlink()
-    except OSError as error:
-        raise _unwritable(path, error) from error
+        with _naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name).close()
     finally:
         for folder in missing:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
-def _part_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
-def _unwritable(path: Path, error: OSError) -> MinidiffError:
-    return MinidiffError(f"{path}: cannot be written ({error.strerror or error}). Choose another place.")
+@contextlib.contextmanager
+def _naming(path: Path | str) -> Iterator[None]:
+    """An OSError inside becomes a message that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise MinidiffError(f"{path}: cannot be written ({error.strerror or error}). Choose another place.") from error
 
 
 def read_png_text(path: Path | str) -> dict[str, str]:
@@ -193,6 +183,8 @@ def generation_text(prompt: str, negative_prompt: str, settings: Mapping[str, ob
     return "\n".join([*filter(None, lines), ", ".join(f"{key}: {value}" for key, value in quoted.items())])
 
 
+# --- contact sheets ----------------------------------------------------------------------------------------------------
+
 PAPER, INK, HAIRLINE = "#f7f6f2", "#23262d", "#d9d7d0"  # warm and light: a card, on a white page and on a dark one
 
 
@@ -204,47 +196,46 @@ def contact_sheet(
     tile: int = 256,
     captions: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """A labelled grid. Each picture is scaled to `tile` pixels on its longer side; labels are never cut off.
+    """A labelled grid. Each picture is scaled to `tile` pixels on its longer side; labels are wrapped, never cut off.
 
     `captions`, in the shape of `rows`, stand under the single pictures.
     """
     _check_labels(rows, row_labels, column_labels, captions)
     grid = [[_scale(image, tile) for image in row] for row in rows]
-    cell_w = max(image.width for row in grid for image in row)
-    cell_h = max(image.height for row in grid for image in row)
-    across = max(map(len, grid))
-    gap, margin = round(tile * 0.05), round(tile * 0.12)
-    # Shown on a page, a wide sheet is made smaller: its type is larger, up to what a cell holds.
-    size = max(14, round(tile * 0.08), min(round(tile * 0.12), across * cell_w // 56))
+    cell_w, cell_h = (max(getattr(image, side) for row in grid for image in row) for side in ("width", "height"))
+    across, gap, margin = max(map(len, grid)), round(tile * 0.05), round(tile * 0.12)
+    # A wide sheet is shown smaller, so its letters are larger, up to what a cell holds.
+    size = max(14, min(24, round(tile * 0.08)), min(round(tile * 0.12), across * cell_w // 56))
     ascii_only = all(text.isascii() for text in (title, *row_labels, *column_labels, *itertools.chain(*captions)))
-    wide, narrow = round(cell_w * 0.94), round(tile * 0.6)
-    size = _type_size([(row_labels, narrow), *((texts, wide) for texts in (column_labels, *captions))], size, ascii_only)
-    heads, sides = _Labels(column_labels, wide, size, ascii_only), _Labels(row_labels, narrow, size, ascii_only)
-    under = [_Labels(texts, wide, size, ascii_only) for texts in captions]
-    left = margin + (sides.width + 2 * gap if row_labels else 0)
+    font = _font(size, ascii_only)
+    sides = [_Label(text, font, round(tile * 0.8)) for text in row_labels]
+    heads = [_Label(text, font, cell_w - gap) for text in column_labels]
+    under = [[_Label(text, font, cell_w - gap) for text in texts] for texts in captions] or [[] for _ in grid]
+    left = margin + (max(side.width for side in sides) + 2 * gap if sides else 0)
     width = left + across * (cell_w + gap) - gap + margin
-    heading = _Labels([title], width - 2 * margin, round(size * 1.4), ascii_only)
-    head_top = margin + (heading.height + gap if title else 0)
-    top = head_top + (heads.height + gap if column_labels else 0)
-    feet = [labels.height + gap // 2 for labels in under] or [0] * len(grid)
-    heights = [max(cell_h + foot, sides.height) for foot in feet]
-    tops = [top + sum(heights[:row]) + row * gap for row in range(len(grid))]
-    sheet = Image.new("RGB", (width, tops[-1] + heights[-1] + margin), PAPER)
+    heading = _Label(title, _font(round(size * 1.4), ascii_only), width - 2 * margin)
+
+    head = max((label.height for label in heads), default=-gap)
+    y = margin + (heading.height + gap if title else 0) + head + gap  # where the first row of pictures begins
+    bodies = [max([cell_h, *(side.height for side in sides[i : i + 1])]) for i in range(len(grid))]
+    feet = [max((label.height + gap // 2 for label in labels), default=0) for labels in under]
+    sheet = Image.new("RGB", (width, y + sum(bodies) + sum(feet) + (len(grid) - 1) * gap + margin), PAPER)
     draw = ImageDraw.Draw(sheet)
-    heading.draw(draw, 0, margin, margin)
-    for column in range(len(column_labels)):
-        heads.draw(draw, column, left + column * (cell_w + gap) + cell_w / 2, top - gap - heads.heights[column], centred=True)
+    if title:
+        heading.draw(draw, margin, margin, "la")
+    for column, label in enumerate(heads):
+        label.draw(draw, left + column * (cell_w + gap) + cell_w / 2, y - gap - label.height, "ma")
     for row, pictures in enumerate(grid):
-        body = heights[row] - feet[row]
-        if row_labels:
-            sides.draw(draw, row, margin, tops[row] + (body - sides.heights[row]) / 2)
+        for label in sides[row : row + 1]:
+            label.draw(draw, margin, y + (bodies[row] - label.height) / 2, "la")
         for column, picture in enumerate(pictures):
             x = left + column * (cell_w + gap)
-            x0, y0 = x + (cell_w - picture.width) // 2, tops[row] + (body - picture.height) // 2
+            x0, y0 = x + (cell_w - picture.width) // 2, y + (bodies[row] - picture.height) // 2
             draw.rectangle((x0 - 1, y0 - 1, x0 + picture.width, y0 + picture.height), outline=HAIRLINE)
             sheet.paste(picture, (x0, y0))
-            if captions:
-                under[row].draw(draw, column, x + cell_w / 2, tops[row] + body + gap // 2, centred=True)
+            for label in under[row][column : column + 1]:
+                label.draw(draw, x + cell_w / 2, y + bodies[row] + gap // 2, "ma")
+        y += bodies[row] + feet[row] + gap
     return sheet
 
 
@@ -257,85 +248,43 @@ def _check_labels(
         raise ValueError(f"the captions, {[len(texts) for texts in captions]} in the rows, do not fit the grid")
 
 
-def _type_size(groups: Sequence[tuple[Sequence[str], int]], size: int, ascii_only: bool) -> int:
-    """One size for all (texts, width): the largest, down to 0.7 of `size`, that breaks no word and needs at most four lines.
+class _Label:
+    """A text in lines of at most `width` pixels, and the width and height that it takes."""
 
-    Where none does, the smallest: long words are broken then, and there are as many lines as needed.
-    """
-    smallest = max(11, round(0.7 * size))
-    for smaller in range(size, smallest, -1):
-        font = _font(smaller, ascii_only)
-        if all(
-            all(font.getlength(piece) <= width for piece in _pieces(text)) and len(_wrap(text, font, width)) <= 4
-            for texts, width in groups
-            for text in texts
-        ):
-            return smaller
-    return smallest
+    def __init__(self, text: str, font: ImageFont.FreeTypeFont, width: int) -> None:
+        pieces = re.findall(r"\.?[^\s_/.-]+[_/-]*|[_/.-]+|\s+", text)  # a line ends at a space, behind _ / - or before .
+        longest = min(width, math.ceil(max(map(font.getlength, pieces), default=0)))
+        attempts = (_wrap(pieces, font, narrower) for narrower in range(longest, width + 1, width // 40 + 1))
+        self.lines = min([*attempts, _wrap(pieces, font, width)], key=len)  # the narrowest: no last line of one short word
+        self.font, self.leading = font, round(font.size * 1.28)
+        self.width, self.height = math.ceil(max(map(font.getlength, self.lines))), len(self.lines) * self.leading
 
-
-class _Labels:
-    """Texts in one size of type, in lines of at most `width`."""
-
-    def __init__(self, texts: Sequence[str], width: int, size: int, ascii_only: bool) -> None:
-        self.font = _font(size, ascii_only)
-        self.blocks = [_balanced(text, self.font, width) for text in texts]
-        self.leading = round(size * 1.28)
-        self.heights = [len(block) * self.leading for block in self.blocks]
-        self.height = max(self.heights, default=0)
-        self.width = math.ceil(max((self.font.getlength(line) for b in self.blocks for line in b), default=0))
-
-    def draw(self, draw: ImageDraw.ImageDraw, index: int, x: float, y: float, centred: bool = False) -> None:
-        for line in self.blocks[index]:
-            draw.text((x, y), line, fill=INK, font=self.font, anchor="ma" if centred else "la")
+    def draw(self, draw: ImageDraw.ImageDraw, x: float, y: float, anchor: str) -> None:
+        for line in self.lines:
+            draw.text((x, y), line, fill=INK, font=self.font, anchor=anchor)
             y += self.leading
+
+
+def _wrap(pieces: Sequence[str], font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of at most `width` pixels; a piece that is wider is broken anywhere."""
+    lines = [""]
+    for piece in pieces:
+        too_wide = font.getlength(piece) > width
+        for part in piece if too_wide else [piece]:
+            if font.getlength((lines[-1] + part).rstrip()) > width:
+                lines.append("")
+            lines[-1] = (lines[-1] + part).lstrip()
+    return [line.rstrip() for line in lines]
 
 
 @functools.cache
 def _font(size: int, ascii_only: bool) -> ImageFont.FreeTypeFont:
     """Aileron, which comes with Pillow and knows ASCII alone; DejaVu Sans, which comes with matplotlib, for the rest."""
-    if ascii_only:
-        font = ImageFont.load_default(size)
-        if isinstance(font, ImageFont.FreeTypeFont):
-            return font
+    if ascii_only and isinstance(font := ImageFont.load_default(size), ImageFont.FreeTypeFont):
+        return font
     import matplotlib
 
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
-
-
-def _balanced(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Wrap to `width`, then as much narrower as costs no further line: no last line of one short word."""
-    lines = _wrap(text, font, width)
-    whole = [word for word in text.split() if font.getlength(word) <= width]
-    for narrower in range(width - 4, 0, -4):
-        attempt = _wrap(text, font, narrower)
-        if len(attempt) > len(lines) or any(font.getlength(word) > narrower for word in whole):
-            break
-        lines = attempt
-    return lines
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Greedy lines of at most `width` pixels; a word that is wider alone is broken at a mark such as _, or else anywhere."""
-    lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += " " + word
-            continue
-        lines.append("")
-        for piece in _pieces(word):
-            if lines[-1] and font.getlength(lines[-1] + piece) > width:
-                lines.append("")
-            for letter in piece:
-                if lines[-1] and font.getlength(lines[-1] + letter) > width:
-                    lines.append("")
-                lines[-1] += letter
-    return lines
-
-
-def _pieces(text: str) -> list[str]:
-    """The words of a text, and those of a file name: parted behind each _, -, / and before each dot."""
-    return [piece for word in text.split() for piece in re.findall(r"\.?[^_/.-]*[_/-]*", word) if piece]
 
 
 def _scale(image: Image.Image, tile: int) -> Image.Image:

@@ -13,6 +13,7 @@ cross-attention reads it through linear maps, so that halfway the network reads 
 Shapes: C H W one latent, S tokens, D text width.
 """
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from minidiff.core.errors import MinidiffError, SettingsError, did_you_mean
 from minidiff.core.grids import sampler_named
 from minidiff.core.text import count_chunks
 from minidiff.draw.call import noise_source
-from minidiff.draw.images import write_whole
+from minidiff.draw.images import write_picture
 from minidiff.draw.prompting import parse_prompt
 from minidiff.studio.interpolation import lerp, slerp
 
@@ -180,9 +181,10 @@ def save_animation(frames: Iterable[Image.Image], path: Path | str, fps: float, 
     if len({picture.size for picture in pictures}) > 1:
         raise SettingsError(f"{path}: the frames differ in size; a loop has one size.")
     try:
-        write_whole(path, lambda file: write(file, pictures, fps, text))
+        write(file := io.BytesIO(), pictures, fps, text)
     except (ValueError, RuntimeError) as error:  # Pillow's, for example where a side is beyond the format's limit
         raise MinidiffError(f"{path}: cannot be written ({error}). Choose another format.") from error
+    write_picture(path, file.getvalue())
 
 
 def durations(count: int, fps: float, unit: int) -> list[int]:

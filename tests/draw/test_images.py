@@ -301,15 +301,6 @@ def test_file_names_part_at_their_marks(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(lines) > 1 and all(line.endswith("_") or following.startswith(".") for line, following in zip(lines, lines[1:]))
 
 
-def test_a_word_that_is_a_little_too_wide_makes_the_type_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[tuple[str, float]] = []
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, xy, line, font, **rest: drawn.append((line, font.size)))
-    for label in ("short", "internationalizationtestinggg"):
-        contact_sheet([[Image.new("RGB", (8, 8))]], (), [label], tile=256)
-    (short, usual), (long, smaller) = drawn
-    assert (short, long) == ("short", "internationalizationtestinggg") and 14 <= smaller < usual
-
-
 def test_captions_that_do_not_fit_the_grid() -> None:
     with pytest.raises(ValueError, match=r"captions, \[1\] in the rows"):
         contact_sheet([[Image.new("RGB", (8, 8))] * 2], captions=[["a"]])

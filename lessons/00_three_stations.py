@@ -39,10 +39,11 @@ from minidiff.core.grids import ddim
 from minidiff.core.guidance import guided
 from minidiff.core.rng import normal
 from minidiff.core.schedule import NoiseSchedule
-from minidiff.core.text import build_text_encoder, tokenize
+from minidiff.core.text import tokenize
 from minidiff.core.vae import sample_posterior
 from minidiff.draw.images import HAIRLINE, INK, PAPER, contact_sheet, to_pil, to_tensor
 from minidiff.files.folder import SD15_TEXT
+from minidiff.files.text_files import build_text_encoder
 from minidiff.pocket.world import Picture, draw
 
 LESSONS = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()  # a notebook has no __file__

@@ -40,11 +40,11 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     about 1, so that a difference shows, as it would not behind PyTorch's small initial weights.
     """
     from minidiff.core.config import TINY_UNET, TINY_VAE, NoiseConfig
-    from minidiff.core.text import build_text_encoder, load_tokenizer
     from minidiff.core.unet import UNet2DConditionModel
     from minidiff.core.vae import AutoencoderKL
     from minidiff.draw.pipeline import StableDiffusionPipeline
     from minidiff.files.folder import SD15_TEXT
+    from minidiff.files.text_files import build_text_encoder, load_tokenizer
     from minidiff.pocket.tokenizer import build_tokenizer
 
     fill = runpy.run_path(str(Path(__file__).parent / "golden" / "make_models.py"))["fill"]

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from minidiff.core.config import TINY_UNET
 from minidiff.core.inject import lora_layers
-from minidiff.core.text import build_text_encoder
 from minidiff.core.unet import UNet2DConditionModel
+from minidiff.files.text_files import build_text_encoder
 
 EVERYWHERE = ("attention", "feed_forward", "projections", "resnets", "samplers")  # linear layers and all convolutions
 TEXT = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

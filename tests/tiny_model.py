@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from minidiff.core.config import TINY_UNET, TINY_VAE, NoiseConfig
-from minidiff.core.text import build_text_encoder, load_tokenizer
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.files.text_files import build_text_encoder, load_tokenizer
 from minidiff.pocket.tokenizer import build_tokenizer
 
 

@@ -74,7 +74,8 @@ def ladder(s: Ladder) -> None:
 
 def data_check(s: DataCheck) -> None:
     s.check()
-    from minidiff.core.text import load_tokenizer, token_ids
+    from minidiff.core.text import token_ids
+    from minidiff.files.text_files import load_tokenizer
     from minidiff.trainer.buckets import bucket_sizes
     from minidiff.trainer.check_data import as_table, check_dataset
 

@@ -13,8 +13,8 @@ from minidiff.cli.flags import Attention, Filmstrip, Morph, Sample, Sampling, Sh
 from minidiff.core.errors import SettingsError
 from minidiff.core.grids import sampler_named
 from minidiff.core.inject import adapter_names
-from minidiff.draw.call import adapter_name_of, in_lora_dir
 from minidiff.draw.images import contact_sheet, save_png
+from minidiff.draw.lora_tags import adapter_name_of, in_lora_dir
 from minidiff.draw.pipeline import MAX_SIDE, StableDiffusionPipeline
 from minidiff.draw.prompting import parse_prompt
 from minidiff.fast.graphs import check_graph
@@ -190,7 +190,7 @@ def attention(s: Attention) -> None:
 
 
 def tokens(s: Tokens) -> None:
-    from minidiff.core.text import load_tokenizer
+    from minidiff.files.text_files import load_tokenizer
     from minidiff.studio.tokens import token_view
 
     tokenizer = load_tokenizer(local_folder(s.pretrained_model_name_or_path) / "tokenizer")

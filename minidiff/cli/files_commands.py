@@ -15,7 +15,6 @@ from minidiff.core.config import SD15_UNET, NoiseConfig
 from minidiff.core.errors import AdapterError, SettingsError
 from minidiff.core.inject import adapter_names, set_adapters
 from minidiff.core.lora import LoRAWeights
-from minidiff.core.text import load_tokenizer
 from minidiff.core.textual_inversion import check_spelling
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files import merge as merging
@@ -39,6 +38,7 @@ from minidiff.files.headers import PICKLES, is_pickle
 from minidiff.files.inspect import find_file
 from minidiff.files.inspect import inspect as reports_on
 from minidiff.files.lora_file import LoRAFile, load_lora, read_lora, save_lora
+from minidiff.files.text_files import load_tokenizer
 from minidiff.files.weights import TensorFile, read_header, save, to_single_file
 
 WORST = 10  # rows of a table of errors

@@ -84,16 +84,19 @@ class Sampler:
         eta: float = 0.0,
     ) -> Iterator[Step]:
         """Draw. Raises SettingsError at once, before the first step, for settings that this sampler cannot have."""
-        self.check(spacing, karras, eta)
+        if spacing or karras or eta:
+            self.check(spacing, karras, eta)
         config = schedule.config
         spacing = spacing or config.timestep_spacing or self.spacing or ""
         karras = self.karras and (config.use_karras_sigmas if karras is None else karras)
-        grid = self.grid(schedule, steps, left_out(steps, strength, image), spacing, karras)
+        first = 0 if strength == 1 else left_out(steps, strength, image)
+        grid = self.grid(schedule, steps, first, spacing, karras)
         noise = noise.float()
         x = self.start(noise, None if image is None else image.to(noise), grid[0][1], spacing)
         denoise = Denoiser(model, config.prediction_type, fix_x0)
         rule = partial(self.rule, eta=eta) if self.eta else self.rule
-        return numbered(rule(denoise, x, grid, lambda i: step_noise(i).to(x)), self.calls(len(grid)))
+        visits, total = rule(denoise, x, grid, lambda i: step_noise(i).to(x)), self.calls(len(grid))
+        return (Step(index, total, t, x, x0) for index, (t, x, x0) in enumerate(visits))
 
     def check(self, spacing: str | None, karras: bool | None, eta: float) -> None:
         """Refuse settings that this sampler does not take."""
@@ -108,20 +111,12 @@ class Sampler:
             raise SettingsError(f"eta is {eta}; only ddim has one. Leave it out, or use ddim.")
 
 
-def numbered(visits: Iterator[Visit], total: int) -> Iterator[Step]:
-    """The visits of an update rule as `Step`s."""
-    for index, (t, x, x0) in enumerate(visits):
-        yield Step(index, total, t, x, x0)
-
-
 def left_out(steps: int, strength: float, image: Tensor | None) -> int:
-    """How many of the first steps are left out: all but strength * steps, rounded down; none without an image."""
+    """How many of the first steps are left out, from an image: all but strength * steps, rounded down."""
     if not 0 < strength <= 1:
         raise SettingsError(f"strength is {strength}; it can be above 0 (the image as it is) up to 1 (hardly anything of it).")
-    if image is None and strength != 1:
+    if image is None:
         raise SettingsError(f"strength is {strength} and there is no image to start from; give one, or leave strength out.")
-    if strength == 1:
-        return 0
     taken = int(min(steps, MAX_STEPS) * strength)  # min: a float cannot hold a number of 400 digits
     if taken < 1 <= steps:
         enough = f", or {ceil(1 / strength)} steps or more" if strength * MAX_STEPS >= 1 else ""

@@ -24,6 +24,7 @@ Shapes: B pictures, C H W one latent.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from math import exp, expm1, inf, log, sqrt
 
 import torch
@@ -45,11 +46,13 @@ ADAMS_BASHFORTH = {  # PNDM: how much each of the last outputs counts, newest fi
 LCM_SIGMA_DATA, LCM_TIMESTEP_SCALING = 0.5, 10.0  # LCM, 2310.04378, authors' code: sigma_data, and t / 0.1 in c_skip and c_out
 
 
+@dataclass(frozen=True)
 class Denoiser:
-    """The network as samplers see it. `fix_x0` corrects the predicted x0: inpainting knows a part of the picture."""
+    """The network as samplers see it."""
 
-    def __init__(self, model: Model, prediction_type: str, fix_x0: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.model, self.prediction_type, self.fix_x0 = model, prediction_type, fix_x0
+    model: Model
+    prediction_type: str  # "epsilon" or "v_prediction"
+    fix_x0: Callable[[Tensor], Tensor] | None = None  # corrects the predicted x0: inpainting knows a part of the picture
 
     def output(self, x: Tensor, t: float) -> Tensor:
         """The raw answer to x, in fp32 even where the network computes in half precision."""

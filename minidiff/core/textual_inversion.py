@@ -12,7 +12,7 @@ the other 49,408 words too, and memory for the gradients and moments of all of t
 
     vectors = initial_vectors(tokenizer, text_encoder, "dog", 2)
     row = add_word(tokenizer, text_encoder, "<dog>", vectors)        # train `row`
-    encode_prompt(tokenizer, text_encoder, ["a photo of <dog>"], placeholders(text_encoder))
+    encode_captions(tokenizer, text_encoder, ["a photo of <dog>"], placeholders(text_encoder))
     eject(text_encoder)
 
 Shapes: B prompts, L tokens, D width of the text, V words in the table, n vectors of a new word.
@@ -109,7 +109,7 @@ def add_word(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", word: st
 
 
 def placeholders(text_encoder: "CLIPTextModel") -> dict[str, list[int]]:
-    """The new words and their ids, as `tokenize` and `encode_prompt` want them; empty where there are none."""
+    """The new words and their ids, as `tokenize` and `encode_captions` want them; empty where there are none."""
     table = token_table(text_encoder)
     return dict(table.placeholders) if isinstance(table, ExtendedEmbedding) else {}
 

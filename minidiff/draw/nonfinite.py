@@ -1,4 +1,4 @@
-"""Who is to blame when numbers break: the first module whose output held NaN or infinity."""
+"""NaN and infinity: which module was the first to output them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -9,29 +9,17 @@ from torch import Tensor, nn
 from minidiff.core.errors import MinidiffError
 
 
-def checked(name: str, module: nn.Module, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`call`, a method of `module`, that raises a MinidiffError instead of returning NaN or infinity.
-
-    Without it the picture would be black, or confetti. The second run, which finds the culprit, happens only then.
-    """
-
-    def checked_call(*inputs: Tensor) -> Tensor:
-        output = call(*inputs)
-        if output.isfinite().all():
-            return output
-        if broken := [i for i, x in enumerate(inputs) if not x.isfinite().all()]:
-            raise MinidiffError(f"NaN or infinity goes into {name} (argument {broken[0] + 1}); what is before it broke.")
-        _, culprit = first_nonfinite({name: module}, lambda: call(*inputs))
-        raise MinidiffError(
-            f"NaN or infinity comes out of {culprit or name}, so the picture would be black. Where half precision overflowed, "
-            "run in float32 or bfloat16 (--torch_dtype); where training diverged, take an earlier checkpoint."
-        )
-
-    return checked_call
+def nonfinite_error(name: str, module: nn.Module, again: Callable[[], Tensor]) -> MinidiffError:
+    """The error for NaN or infinity in a picture. `again` repeats the computation, to find the part of `module` that broke."""
+    _, culprit = first_nonfinite({name: module}, again)
+    return MinidiffError(
+        f"NaN or infinity comes out of {culprit or name}, so the picture would be black. Where half precision overflowed, "
+        "run in float32 or bfloat16 (--torch_dtype); where training diverged, take an earlier checkpoint."
+    )
 
 
 def first_nonfinite(modules: Mapping[str, nn.Module], forward: Callable[[], Tensor]) -> tuple[Tensor, str | None]:
-    """What `forward` gives, and the first module, innermost first, whose output held NaN or infinity on the way."""
+    """The output of `forward`, and the name of the first module, innermost first, whose output had NaN or infinity."""
     found: list[str] = []
 
     def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
@@ -52,13 +40,13 @@ def first_nonfinite(modules: Mapping[str, nn.Module], forward: Callable[[], Tens
 
 
 def blame(module: nn.Module) -> str:
-    """Words for a module's own broken weights, if it has some: nothing that is computed with them can be whole."""
+    """Words for a module's own weights, if they have NaN or infinity; otherwise nothing."""
     broken = [name for name, p in module.named_parameters() if not p.isfinite().all()]
     return f", whose {broken[0]} itself holds NaN or infinity: get its file again" if broken else ""
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
-    """The tensors of floating point in what a module returned: one, several, or a dictionary of them."""
+    """The floating-point tensors in a module's output: one, several, or a dictionary of them."""
     if isinstance(output, Tensor):
         yield from [output] if output.is_floating_point() else []
     elif isinstance(output, (Mapping, list, tuple)):

@@ -1,122 +1,48 @@
-r"""From a prompt to a picture: the three networks of Stable Diffusion, and what goes from one to the next.
+"""StableDiffusionPipeline: the field's API over core/generate.py, which says how a prompt becomes a picture.
 
-    prompt --text encoder--> (B, 77, D) --\
-    noise  (B, 4, h, w) ----------------- U-Net, once a step, through guidance and a sampler --> latents --VAE--> picture
-                                         /
-    a picture to start from --VAE-------/   if there is one: image to image, inpainting, upscaling
-    B pictures   D text width   H W picture height and width   h w = H/8, W/8 latent height and width
+B pictures   D text width   H W picture height and width   h w = H/8, W/8 latent height and width
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from operator import index
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from minidiff.core import inject, textual_inversion
-from minidiff.core.config import NoiseConfig
 from minidiff.core.errors import MinidiffError, SettingsError
-from minidiff.core.grids import Step, sampler_named
-from minidiff.core.guidance import guided
-from minidiff.core.schedule import NoiseSchedule
-from minidiff.core.text import encode_prompt
+from minidiff.core.generate import Stations, generate
+from minidiff.core.grids import MAX_STEPS, Step, sampler_named
+from minidiff.core.guidance import UNetCall
+from minidiff.core.rng import Draw, noise_source
+from minidiff.core.text import encode_captions
 from minidiff.core.transformer import reading_once
-from minidiff.core.unet import UNet2DConditionModel
-from minidiff.core.vae import AutoencoderKL, sample_posterior
-from minidiff.draw.call import (
-    Draw,
-    as_list,
-    at_strengths,
-    check_output_type,
-    encode_both,
-    finished,
-    loras_of,
-    noise_source,
-    pairs,
-    whole,
-)
-from minidiff.draw.canvas import Canvas, blank, on_picture
-from minidiff.draw.nonfinite import blame, checked
-from minidiff.draw.picture_input import Pictures, as_mask, as_pictures, fitted, size_of
-from minidiff.draw.prompting import Prompt, parse_prompt
-from minidiff.draw.tiles import tiled
+from minidiff.core.vae import sample_posterior
+from minidiff.draw.canvas import Canvas, Pictures, as_mask, as_pictures, fitted, on_picture, size_of
+from minidiff.draw.given import Side, check_floats, checked_latents, with_vectors
+from minidiff.draw.lora_tags import at_strengths, loras_of
+from minidiff.draw.model import Model
+from minidiff.draw.nonfinite import blame, nonfinite_error
+from minidiff.draw.prompting import Prompt, count_chunks, encode_prompts, parse_prompt
+from minidiff.draw.tiles import in_tiles, tiled
 from minidiff.fast.frozen import standing_still
 from minidiff.fast.graphs import Graphs
-from minidiff.files import lora_file as lora
-from minidiff.files import word_file as embeddings
-from minidiff.files.model_files import check_parts_fit, read_folder, read_single_file, write_folder
-
-if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
 
 MAX_SIDE = 8192  # pixels: beyond, attention takes days
 
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """`images`: PIL pictures; or one tensor, where `output_type` asked for it."""
+    """`images`: PIL pictures; or one tensor, if `output_type` says so."""
 
     images: Any
 
 
-class StableDiffusionPipeline:
+class StableDiffusionPipeline(Model):
     """Text to image, image to image, inpainting. The parts are plain attributes: `unet`, `vae`, `text_encoder`, `tokenizer`."""
-
-    def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
-        text_encoder: "CLIPTextModel",
-        tokenizer: "CLIPTokenizer",
-        noise_config: NoiseConfig,
-        sampler: str = "ddim",
-        name_or_path: str = "",
-    ) -> None:
-        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
-        self.noise_config, self.schedule = noise_config, NoiseSchedule.from_config(noise_config)
-        self.sampler, self.name_or_path, self.progress_bar = sampler, name_or_path, True
-        self.tile_size: int | None = None
-        self.graphs: Graphs | None = None  # with them, no prompt is remembered: a replay would be of another one's
-        check_parts_fit(self)
-
-    # --- loading and saving ------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32, layerwise_casting: bool = False
-    ) -> "StableDiffusionPipeline":
-        """Read a folder in the diffusers layout, or a hub id whose files are in the local cache.
-
-        The VAE stays in fp32 whatever `torch_dtype` says: in fp16 it overflows, and the picture is black.
-        With `layerwise_casting`, weights of the U-Net that the file has in half precision stay so (fast/frozen.py);
-        a LoRA that is fused into them is rounded to it.
-        Raises WeightsError for anything that is missing, damaged or does not fit.
-        """
-        return cls(*read_folder(folder, torch_dtype, layerwise_casting))
-
-    @classmethod
-    def from_single_file(
-        cls, path: str | Path, tokenizer: str | Path, torch_dtype: torch.dtype = torch.float32
-    ) -> "StableDiffusionPipeline":
-        """Read an SD 1.x checkpoint in one LDM/CompVis file. It has no vocabulary: `tokenizer` is any SD 1.x's folder."""
-        return cls(*read_single_file(path, tokenizer, torch_dtype))
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the folder that `from_pretrained` reads, and diffusers too; weights as they are, or cast to `dtype`.
-
-        Raises AdapterError while a LoRA or a new word is attached: take it out, or `fuse_lora` and eject, first.
-        """
-        write_folder(self, folder, dtype)
-
-    def to(self, device: str | torch.device) -> "StableDiffusionPipeline":
-        """Move the networks."""
-        parts: tuple[nn.Module, ...] = (self.unet, self.vae, self.text_encoder)
-        for module in parts:
-            module.to(device)
-        return self
 
     @property
     def device(self) -> torch.device:
@@ -124,10 +50,15 @@ class StableDiffusionPipeline:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the U-Net computes: that of its norms, which no layer widens, and no adapter changes."""
+        """The dtype in which the U-Net computes: that of its norms, which neither layerwise casting nor adapters change."""
         return self.unet.conv_norm_out.weight.dtype
 
-    # --- from a prompt to a picture ----------------------------------------------------------------------------------
+    @property
+    def placeholders(self) -> dict[str, list[int]]:
+        """The new words that prompts may use, and the ids of their vectors."""
+        return dict(getattr(self.text_encoder.get_input_embeddings(), "placeholders", {}))
+
+    # --- from a prompt to a picture --------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(
@@ -156,110 +87,145 @@ class StableDiffusionPipeline:
         output_type: str = "pil",
         callback: Callable[[Step], None] | None = None,
     ) -> PipelineOutput:
-        """Draw one picture for each prompt (times `num_images_per_prompt`). SettingsError for what cannot be drawn.
+        """Draw one picture for each prompt (times `num_images_per_prompt`). SettingsError for impossible settings.
 
-        `width`, `height`: pixels; the model's own if not given. `guidance_scale`: 1 or less turns guidance off, and the
-        negative prompt with it. `sampler` and its settings: see samplers.py. `clip_skip`: leave out so many of the text
-        encoder's last layers. `seed`: picture i is drawn from seed + i (or from seed[i]), alone or in a batch, on any device;
-        `generator` draws in the order of diffusers instead; `latents` (B, 4, h, w): unit-variance noise to start from.
-        `prompt_embeds`, `negative_prompt_embeds` (B, 77 k, D), from `encode_prompt`, stand in for the prompts.
-        `image`: a picture to start from, scaled to `width` and `height` if given; the last `strength` of the steps are walked
-        (0.8 if nothing is said). `mask_image`: only what is white in it is drawn, at `strength` 1 if nothing is said.
-        `output_type`: "pil", "pt" (B, 3, H, W) in [-1, 1], "latent" (B, 4, h, w). `callback` sees each `Step`."""
-        check_output_type(output_type)
+        `width`, `height`: pixels, default the model's own. `guidance_scale`: 1 or less turns guidance and the negative prompt
+        off. `sampler` and its settings: see core/grids.py. `clip_skip`: leave out so many of the text encoder's last layers.
+        `seed`: picture i uses seed + i (or seed[i]), alone or in a batch, on any device; `generator` draws in the order of
+        diffusers instead; `latents` (B, 4, h, w): unit-variance noise to start from. `prompt_embeds`, `negative_prompt_embeds`
+        (B, 77 k, D), from `encode_prompt`, replace the prompts. `image`: a picture to start from, scaled to `width` and
+        `height` if given; the last `strength` (default 0.8) of the steps are taken. `mask_image`: only its white part is drawn
+        (default `strength` 1). `output_type`: "pil", "pt" (B, 3, H, W) in [-1, 1], "latent". `callback` sees each `Step`."""
+        if output_type not in ("pil", "pt", "latent"):
+            raise SettingsError(f'output_type "{output_type}" is unknown; it is pil, pt or latent.')
         prompts, negatives = pairs(prompt, negative_prompt, num_images_per_prompt, prompt_embeds)
-        with at_strengths(self.adaptable, loras_of(prompts, negatives)):
-            embeds = (prompt_embeds, negative_prompt_embeds)
-            text, no_text = encode_both(self, prompts, negatives, clip_skip, embeds, guidance_scale > 1)
-            pictures = None if image is None else as_pictures(image, len(text))
-            shape = self.latent_shape(len(text), height, width, pictures)
-            draw = noise_source(shape, seed, generator)
-            canvas = self.canvas(pictures, mask_image, shape, strength, draw, latents)
-            model = guided(canvas.unet_call, text, no_text, guidance_scale)
-            steps = sampler_named(self.sampler if sampler is None else sampler)(
-                *(model, canvas.noise.to(self.device), self.schedule, whole("num_inference_steps", num_inference_steps), draw),
-                image=canvas.image,
-                strength=canvas.strength,
-                fix_x0=canvas.fix_x0,
-                spacing=timestep_spacing,
-                karras=use_karras_sigmas,
-                eta=eta,
-            )
-            last = self.walked(steps, num_inference_steps, callback)
-        if output_type == "latent":
-            return PipelineOutput(last.x)
-        return PipelineOutput(finished(canvas.paste(self.decode(last.x)), output_type))
+        sides: tuple[Side, Side] = (prompts, negatives)
+        chunks = count_chunks(self.tokenizer, prompts + negatives if guidance_scale > 1 else prompts, self.placeholders)
+        if prompt_embeds is not None or negative_prompt_embeds is not None:
+            width_of_text = self.text_encoder.config.hidden_size
+            sides, chunks = with_vectors(prompts, negatives, prompt_embeds, negative_prompt_embeds, width_of_text, chunks)
+        pictures = None if image is None else as_pictures(image, len(prompts))
+        shape = self.latent_shape(len(prompts), height, width, pictures)
+        draw = noise_source(shape, check_seeds(seed, generator, len(prompts)))
+        canvas = self.canvas(pictures, mask_image, strength, shape, draw, latents)
+        chosen = sampler_named(self.sampler if sampler is None else sampler)
+        walk = partial(chosen, image=canvas.image, strength=canvas.strength, fix_x0=canvas.fix_x0)
+        walk = partial(walk, spacing=timestep_spacing, karras=use_karras_sigmas, eta=eta)
+        steps = as_int("num_inference_steps", num_inference_steps)
+        encode = partial(self.encode_prompt, clip_skip=clip_skip, chunks=chunks)
+        stations = Stations(encode, canvas.unet, self.decode, self.schedule)
+        drawing = partial(generate, stations, *sides, canvas.noise.to(self.device), draw, steps, guidance_scale, walk)
+        named = any(one.loras for one in prompts + negatives)
+        with at_strengths(self.adaptable, loras_of(prompts, negatives)) if named else nullcontext():
+            drawn = self.run(drawing, steps, callback, decode=output_type != "latent")
+        return PipelineOutput(drawn if output_type == "latent" else finished(canvas.paste(drawn), output_type))
+
+    def run(
+        self,
+        drawing: Callable[[], Iterator[Any]],
+        steps: int,
+        callback: Callable[[Step], None] | None,
+        decode: bool,
+    ) -> Tensor:
+        """Go through the stations of `generate`: the pictures, or the last latents. A progress bar on stderr and `callback` see
+        each step. NaN and infinity never go away again, so one look at the last latents finds them.
+        """
+        from tqdm import tqdm
+
+        stations = drawing()
+        bar = tqdm(total=min(steps, MAX_STEPS), unit="step", leave=False, disable=not self.progress_bar)
+        once = None if self.graphs or callback else self.unet  # a callback may change an adapter
+        with bar, standing_still([self.unet], large=True), reading_once(once):
+            for step in stations:
+                bar.total = step.total  # Heun calls the network twice a step
+                bar.update()
+                if callback:
+                    callback(step)
+                if step.index + 1 == step.total:
+                    break
+        if not step.x.isfinite().all():
+            broken = (again.x for again in drawing() if not again.x.isfinite().all())
+            raise nonfinite_error("unet", self.unet, lambda: next(broken, step.x))
+        drawn: Tensor = next(stations) if decode else step.x
+        return drawn
 
     def canvas(
         self,
         pictures: Tensor | None,
         mask_image: Pictures | None,
-        shape: tuple[int, int, int, int],
         strength: float | None,
+        shape: tuple[int, ...],
         draw: Draw,
         latents: Tensor | None,
     ) -> Canvas:
-        """What the sampler begins with, for latents of `shape`."""
+        """The start for latents of `shape`: noise, or a picture under noise. `latents` replace the noise."""
+        unet: UNetCall = partial(self.graphs.call, self.unet) if self.graphs else self.unet
+        if self.tile_size is not None:
+            unet = in_tiles(unet, self.tile_size // self.downscale)
+        trained_for_it = self.unet.config.in_channels != self.vae.config.latent_channels  # the U-Net sees the mask, too
         if pictures is None:
+            if trained_for_it:
+                raise SettingsError(
+                    f"{self.name_or_path}: an inpainting model ({self.unet.config.in_channels} input channels) draws into a "
+                    "picture; give it an image and a mask_image, or take a plain model."
+                )
             for name, value in (("mask_image", mask_image), ("strength", strength)):
                 if value is not None:
                     raise SettingsError(f"{name} was given and there is no image to work on; give one, or leave {name} out.")
-            return blank(self, shape, draw, latents)
-        height, width = (side * self.vae.config.downscale for side in shape[2:])
+            return Canvas(draw("latents") if latents is None else checked_latents(latents, shape), unet)
+        if trained_for_it and mask_image is None:
+            raise SettingsError(f"{self.name_or_path}: an inpainting model needs a mask_image; white is what it draws anew.")
+        height, width = (side * self.downscale for side in shape[2:])
         mask = None if mask_image is None else fitted(as_mask(mask_image, pictures), height, width)
-        return on_picture(self, fitted(pictures, height, width), mask, strength, draw, latents)
+        pictures = fitted(pictures, height, width)
+        canvas = on_picture(pictures, mask, strength, draw, self.encode_pictures, unet, trained_for_it)
+        return canvas if latents is None else replace(canvas, noise=checked_latents(latents, shape))
 
-    def encode_prompt(self, prompts: Sequence[str | Prompt], clip_skip: int = 0, chunks: int = 1) -> Tensor:
-        """Prompts in the prompt language -> (B, 77 k, D) in the U-Net's dtype, k >= `chunks`; each distinct one once.
+    def encode_prompt(self, prompts: Sequence[str | Prompt] | Tensor, clip_skip: int = 0, chunks: int = 1) -> Tensor:
+        """Prompts in the prompt language -> (B, 77 k, D) in the U-Net's dtype, k >= `chunks`; equal prompts are encoded once.
 
-        LoRA tags are left to `__call__`.
+        LoRA tags have no effect here, only in `__call__`. Encoded prompts only move to the U-Net's device.
         """
+        if isinstance(prompts, Tensor):
+            return prompts.to(self.device, self.dtype)
         parsed = [parse_prompt(p) if isinstance(p, str) else p for p in prompts]
         distinct = list(dict.fromkeys(parsed))
-        rows = encode_prompt(self.tokenizer, self.text_encoder, distinct, self.placeholders, clip_skip=clip_skip, chunks=chunks)
+        rows = encode_prompts(self.tokenizer, self.text_encoder, distinct, self.placeholders, clip_skip, chunks)
         if not rows.isfinite().all():
             raise MinidiffError(f"NaN or infinity comes out of the text encoder{blame(self.text_encoder)}.")
         return rows[[distinct.index(p) for p in parsed]].to(self.dtype)
 
     def encode_captions(self, captions: Sequence[str]) -> Tensor:
         """Captions as training reads them, without the prompt language and cut off at 75 tokens -> (B, 77, D)."""
-        return encode_prompt(self.tokenizer, self.text_encoder, captions, self.placeholders).to(self.dtype)
+        return encode_captions(self.tokenizer, self.text_encoder, captions, self.placeholders).to(self.dtype)
 
     def encode_pictures(self, pictures: Tensor, noise: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, h, w), drawn from the VAE's posterior with `noise`."""
         x, tile = pictures.to(self.vae.post_quant_conv.weight), self.tile_size or MAX_SIDE
-        encode = tiled(lambda part: torch.cat(self.vae.encode(part), dim=1), tile, tile // 4, unit=self.vae.config.downscale)
+        encode = tiled(lambda part: torch.cat(self.vae.encode(part), dim=1), tile, tile // 4, unit=self.downscale)
         mean, logvar = torch.cat([encode(row[None]) for row in x]).chunk(2, dim=1)
         return sample_posterior(mean, logvar, noise.to(mean)) * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, 4, h, w) -> pictures (B, 3, H, W) in [-1, 1], one at a time to spare memory."""
+        """Scaled latents (B, 4, h, w) -> pictures (B, 3, H, W) in [-1, 1], one at a time to save memory."""
         z = latents.to(self.vae.post_quant_conv.weight) / self.vae.config.scaling_factor
-        cells = (self.tile_size or MAX_SIDE) // self.vae.config.downscale
-        decode = tiled(checked("vae", self.vae, self.vae.decode), cells, cells // 4)
-        return torch.cat([decode(row[None]) for row in z]).clamp(-1, 1)
-
-    def unet_call(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The U-Net, in tiles where `tile_size` is set; NaN and infinity are an error that names the module."""
-        cells = (self.tile_size or MAX_SIDE) // self.vae.config.downscale
-        call = checked("unet", self.unet, partial(self.graphs.call, self.unet) if self.graphs else self.unet)
-        return tiled(lambda part: call(part, t, text), cells, cells // 4)(x)
-
-    @property
-    def for_inpainting(self) -> bool:
-        """Does the U-Net see the mask and the picture around it, beside the noisy latents?"""
-        return self.unet.config.in_channels != self.vae.config.latent_channels
+        cells = (self.tile_size or 0) // self.downscale
+        decode = tiled(self.vae.decode, cells, cells // 4) if self.tile_size else self.vae.decode
+        pictures = torch.cat([decode(row[None]) for row in z])
+        if not pictures.isfinite().all():
+            raise nonfinite_error("vae", self.vae, lambda: torch.cat([decode(row[None]) for row in z]))
+        return pictures.clamp(-1, 1)
 
     def latent_shape(
         self, count: int, height: int | None, width: int | None, pictures: Tensor | None = None
     ) -> tuple[int, int, int, int]:
         """(B, 4, h, w) for sides in pixels, or those of `pictures`, or the model's own; SettingsError for impossible ones."""
-        factor, usual = self.vae.config.downscale, self.unet.config.sample_size
+        factor, usual = self.downscale, self.unet.config.sample_size
         if pictures is not None:
             height, width = size_of(pictures, height, width, factor)
         sides = []
         for flag, side in (("height", height), ("width", width)):
-            side = usual * factor if side is None else whole(flag, side)
+            side = usual * factor if side is None else as_int(flag, side)
             if not factor <= side <= MAX_SIDE or side % factor:
                 below = min(max(side // factor, 1), MAX_SIDE // factor - 1) * factor
                 raise SettingsError(
@@ -269,9 +235,9 @@ class StableDiffusionPipeline:
         return count, self.vae.config.latent_channels, sides[0], sides[1]
 
     def set_tile_size(self, pixels: int | None) -> None:
-        """Draw large pictures in overlapping tiles of so many pixels, so that they need the memory of one; None: whole."""
-        cell = self.vae.config.downscale
-        if pixels is not None and (whole("tile_size", pixels) < 8 * cell or pixels % cell):
+        """Draw large pictures in overlapping tiles of so many pixels, with the memory of one tile; None: no tiles."""
+        cell = self.downscale
+        if pixels is not None and (as_int("tile_size", pixels) < 8 * cell or pixels % cell):
             raise SettingsError(f"tile_size is {pixels}; it must be a multiple of {cell}, at least {8 * cell}.")
         self.tile_size = pixels
 
@@ -282,69 +248,64 @@ class StableDiffusionPipeline:
     def set_progress_bar_config(self, disable: bool = False) -> None:
         self.progress_bar = not disable
 
-    def walked(self, steps: Iterable[Step], total: int, callback: Callable[[Step], None] | None) -> Step:
-        """The last of a sampler's steps; a progress bar on stderr on the way, and `callback` sees each."""
-        from tqdm import tqdm
 
-        bar = tqdm(total=total, unit="step", leave=False, disable=not self.progress_bar)
-        once = None if self.graphs or callback else self.unet  # a callback may change an adapter
-        with bar, standing_still([self.unet], large=True), reading_once(once):
-            for step in steps:
-                bar.total = step.total  # the sampler knows better: Heun calls the network twice a step
-                bar.update()
-                if callback:
-                    callback(step)
-        return step
+# --- checks at the door --------------------------------------------------------------------------------------------------
 
-    # --- LoRA ----------------------------------------------------------------------------------------------------------
 
-    @property
-    def adaptable(self) -> nn.ModuleDict:
-        """The networks that adapters go into, as one."""
-        return nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
+def pairs(
+    prompt: str | Sequence[str] | None,
+    negative_prompt: str | Sequence[str] | None,
+    per_prompt: int,
+    embeds: Tensor | None = None,
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Each prompt `per_prompt` times, and a negative prompt for each; `embeds` (B, 77 k, D) replace the prompts."""
+    if per_prompt < 1:
+        raise SettingsError(f"num_images_per_prompt is {per_prompt}; it must be at least 1.")
+    if (prompt is None) == (embeds is None):
+        raise SettingsError("give either a prompt or prompt_embeds.")
+    if embeds is not None:
+        prompt = [""] * len(check_floats("prompt_embeds", embeds))
+    lists: list[list[Any]] = [
+        list(p) if isinstance(p, Iterable) and not isinstance(p, str) else [p] for p in (prompt, negative_prompt or "")
+    ]
+    prompts, negatives = lists
+    if not prompts or not all(isinstance(p, str) for p in prompts + negatives):
+        raise SettingsError("prompt and negative_prompt must be a text, or a list of texts.")
+    prompts = [p for p in prompts for _ in range(per_prompt)]
+    negatives = negatives * len(prompts) if len(negatives) == 1 else [n for n in negatives for _ in range(per_prompt)]
+    if len(prompts) != len(negatives):
+        raise SettingsError(f"{len(negatives)} negative prompts for {len(prompts)} pictures; give one, or one for each prompt.")
+    return [parse_prompt(p) for p in prompts], [parse_prompt(n) for n in negatives]
 
-    def load_lora_weights(
-        self,
-        path: str | Path,
-        adapter_name: str = "default",
-        weight_name: str | None = None,
-        alpha: float | None = None,
-        strict: bool = True,
-    ) -> lora.LoRAFile:
-        """Attach the adapter of a file or folder, and switch it on alone; what came of it, as one line, if printed.
 
-        `alpha` is for files that do not say it. A file of which only a part matches this model is an AdapterError;
-        with `strict=False` that part is attached, and the line says how many tensors were left out.
-        """
-        return lora.load_lora(dict(self.adaptable.items()), path, adapter_name, weight_name, alpha, strict)
+def check_seeds(seed: int | Sequence[int] | None, generator: torch.Generator | None, count: int) -> list[int] | torch.Generator:
+    """One seed for each picture, or the generator. Plain ints: the hash of numpy's would draw other pictures."""
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise SettingsError(f"generator is a {type(generator).__name__}; give one torch.Generator, or seeds.")
+        return generator
+    seed = int(torch.randint(2**31, ())) if seed is None else seed
+    try:
+        seeds = [index(s) for s in seed] if isinstance(seed, Iterable) else [index(seed) + i for i in range(count)]
+    except TypeError:
+        raise SettingsError(f"seed is {seed!r}; it must be a whole number, or one for each picture.") from None
+    if len(seeds) != count:
+        raise SettingsError(f"{len(seeds)} seeds were given for {count} pictures; give one number, or one for each.")
+    return seeds
 
-    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Sequence[float] | None = None) -> None:
-        """Switch on these adapters, each at its weight (1 if none are given), and every other one off."""
-        inject.set_adapters(self.adaptable, as_list(adapter_names), adapter_weights)
 
-    def fuse_lora(self) -> None:
-        """Fold the adapters into the weights: the same pictures, a little faster."""
-        inject.merge(self.adaptable)
+def as_int(name: str, value: int) -> int:
+    """A plain int from any integer type; SettingsError for 64.0 and other types."""
+    try:
+        return index(value)
+    except TypeError:
+        raise SettingsError(f"{name} is {value!r}; it must be a whole number.") from None
 
-    def unfuse_lora(self) -> None:
-        """Undo `fuse_lora`, to the bit."""
-        inject.unmerge(self.adaptable)
 
-    def unload_lora_weights(self) -> None:
-        """Take every adapter out; the base model is what it was, to the bit."""
-        inject.eject(self.adaptable)
+def finished(drawn: Tensor, output_type: str) -> Any:
+    """Pictures (B, 3, H, W) in [-1, 1] as they are for "pt", else as PIL's."""
+    if output_type == "pt":
+        return drawn
+    from minidiff.draw.images import to_pil  # only now: Pillow takes time to import
 
-    # --- textual inversion -------------------------------------------------------------------------------------------
-
-    @property
-    def placeholders(self) -> dict[str, list[int]]:
-        """The new words that prompts may use, and the ids of their vectors."""
-        return textual_inversion.placeholders(self.text_encoder)
-
-    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> embeddings.Embedding:
-        """Learn the word of a file or folder, or call it `token`; what came of it, as one line, if printed."""
-        return embeddings.load_embedding(self.tokenizer, self.text_encoder, path, token)
-
-    def unload_textual_inversion(self) -> None:
-        """Forget every new word; the text encoder is what it was, to the bit."""
-        textual_inversion.eject(self.text_encoder)
+    return to_pil(drawn)

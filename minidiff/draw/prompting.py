@@ -1,4 +1,4 @@
-r"""The prompt language that A1111 made common: weights, BREAK, and LoRAs by name. Pure parsing: no torch, no vocabulary.
+r"""A1111's prompt language: weights, BREAK, LoRAs by name; then its chunks, and the vectors of weighted tokens.
 
     (x)    x 1.1                      nested brackets multiply
     [x]    / 1.1                      \( \) \[ \] \\     the letters themselves
@@ -9,26 +9,37 @@ r"""The prompt language that A1111 made common: weights, BREAK, and LoRAs by nam
         sections  ("a " x 1, "red" x 0.909, " " x 1, "dog" x 1.3), ("on a beach " x 1)
         loras     chalk at 0.8
 
-What is malformed is read as in A1111, as plain letters, and a warning names its column. Three things of A1111 are not
-here, and are read as plain letters too: prompt editing [from:to:when], alternation [a|b], and AND. In one place minidiff
-differs on purpose: a backslash before any other letter stays in the text, and A1111 drops it.
+Malformed markup is read as plain letters, as in A1111, and a warning names its column. So are three features that minidiff
+does not have: prompt editing [from:to:when], alternation [a|b], and AND. minidiff keeps a backslash before any other letter;
+A1111 drops it. Parsing takes linear time.
 
-Parsing takes time in proportion to the length of the prompt, however deep its brackets are.
+A prompt becomes k chunks of 75 tokens. Each is encoded alone, between its own marks, and the states are concatenated: the
+U-Net's cross-attention takes any number of them. Shapes: B prompts, D width of the text.
 """
 
 import math
 import re
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from minidiff.core.errors import SettingsError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import CLIPTextModel, CLIPTokenizer
+
 ROUND, SQUARE = 1.1, 1 / 1.1
-HEAVIEST = 2.0  # a warning above it
+HEAVIEST = 2.0  # a larger weight gets a warning
+CHUNK = 75  # tokens, without the two marks
+COMMA_REACH = 20  # tokens; A1111's setting "Increase coherency by padding from the last comma within n tokens"
+MAX_CHUNKS = 100  # A1111 has no limit, but memory has
+STANDS_OUT = 0.01  # times the standard deviation: a mean below it is chance
+
+Token = tuple[int, float]  # id, weight
 
 LEXEMES = re.compile(
     r"""
@@ -36,7 +47,7 @@ LEXEMES = re.compile(
   | (?P<cut_tag>  < lora : )
   | \\ (?P<escaped> [()\[\]\\] )
   | : \s* (?P<weight> [+-]? [.\d]+ ) \s* \)
-  | : \s* (?P<odd>    [+-]? (?: inf | infinity | nan | [.,\d]+ (?: e [+-]? \d+ )? %? ) ) \s* \)  # as A1111, not a weight
+  | : \s* (?P<odd>    [+-]? (?: inf | infinity | nan | [.,\d]+ (?: e [+-]? \d+ )? %? ) ) \s* \)  # no weight in A1111 either
   | (?P<when>     : \s* [+-]? [.\d]+ \s* (?=\]) )
   | (?P<bracket>  [()\[\]] )
   | (?P<bar>      \| )
@@ -44,8 +55,7 @@ LEXEMES = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
 )
-BREAK = re.compile(r"\bBREAK\b")  # a whole word in capitals, as AND
-AND = re.compile(r"\bAND\b")
+BREAK, AND = re.compile(r"\bBREAK\b"), re.compile(r"\bAND\b")
 
 NOTES = {
     "cut_tag": "a LoRA tag without its >, which is read as text. Write <lora:name:0.8>.",
@@ -60,30 +70,24 @@ NOTES = {
 }
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A piece of text without its markup, and its weight."""
 
     text: str
     weight: float
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What a prompt says: its parts, in the sections that BREAK separates, and the adapters that it names, in order.
-
-    There is one section at least, and a section may be empty.
-    """
+class Prompt(NamedTuple):
+    """A parsed prompt: parts in the sections between BREAKs (at least one, perhaps empty); adapters in order, with weights."""
 
     sections: tuple[tuple[Part, ...], ...]
     loras: tuple[tuple[str, float], ...] = ()
 
 
 def parse_prompt(prompt: str) -> Prompt:
-    """A prompt of the language above; without brackets and BREAK it is one part of weight 1, its text untouched.
+    """Parse a prompt. Without brackets and BREAK it is one part of weight 1, with its text unchanged.
 
-    Warns of what is probably not meant; columns count from 1. SettingsError for weights that are no finite numbers, and
-    for a LoRA tag that cannot be followed.
+    Warns of probable mistakes; columns count from 1. SettingsError for weights that are not finite, and for bad LoRA tags.
     """
     reading = _Reading()
     for found in LEXEMES.finditer(prompt):
@@ -95,24 +99,17 @@ def parse_prompt(prompt: str) -> Prompt:
         for i, piece in enumerate(others):
             sections.append([Part(piece.lstrip() if i == len(others) - 1 else piece.strip(), weight)])
     for kind, columns in sorted(reading.notes.items()):
-        where = _place(prompt, sorted(columns))
-        warnings.warn(f"{where}: {NOTES[kind]}", stacklevel=1)  # from here, whoever asks: so Python says it once
-    return Prompt(tuple(map(_merged, sections)), tuple(reading.loras))
-
-
-def escape(text: str) -> str:
-    r"""A text as `parse_prompt` must get it to see no brackets in it. BREAK and <lora:…> cannot be escaped."""
-    return re.sub(r"([\\()\[\]])", r"\\\1", text)
+        warnings.warn(f"{_place(prompt, sorted(columns))}: {NOTES[kind]}", stacklevel=1)  # Python shows it once per line
+    # as in A1111, neighbours of the same weight are joined: a word that markup has cut becomes one word again
+    runs = [[(w, "".join(part.text for part in run)) for w, run in groupby(s, lambda part: part.weight)] for s in sections]
+    return Prompt(tuple(tuple(Part(text, w) for w, text in own if text) for own in runs), tuple(reading.loras))
 
 
 def clip_skip_from_a1111(number: int) -> int:
-    """A1111's "Clip skip", where 1 is the last layer, as `clip_skip`, where 0 is (diffusers' numbering)."""
+    """A1111's "Clip skip", which counts the last layer as 1, in diffusers' numbering, which counts it as 0."""
     if number < 1:
         raise SettingsError(f"A1111's Clip skip {number}: it counts from 1, which skips nothing.")
     return number - 1
-
-
-# --- how it is read ----------------------------------------------------------------------------------------------------
 
 
 class _Letters(NamedTuple):
@@ -126,7 +123,7 @@ class _Opening:
     at: int
     letter: str
     weight: float
-    literal: bool = False  # of [from:to:when] or [a|b]: both its brackets are letters, if it is closed
+    literal: bool = False  # [from:to:when] or [a|b]: both brackets are read as letters, if it is closed
     closed: bool = False
 
 
@@ -138,7 +135,7 @@ class _Closing(NamedTuple):
 
 @dataclass
 class _Reading:
-    """The lexemes so far. Round and square brackets are matched apart, as in A1111: "(a [b) c]" is well formed."""
+    """The lexemes so far. Round and square brackets are matched separately, as in A1111: "(a [b) c]" is well formed."""
 
     items: list[_Letters | _Opening | _Closing] = field(default_factory=list)
     open: dict[str, list[_Opening]] = field(default_factory=lambda: {"(": [], "[": []})
@@ -179,7 +176,7 @@ class _Reading:
             self.note("unopened", at)
 
     def take_weight(self, at: int, text: str, number: str, odd: bool) -> None:
-        """`:1.3)`, which is text and a bracket where no round bracket is open."""
+        """`:1.3)`: a weight, if a round bracket is open; otherwise text and a bracket."""
         weight = _number(number)
         if self.open["("]:
             if weight is not None and not math.isfinite(weight):
@@ -196,8 +193,7 @@ class _Reading:
         kind, name, *given = (word.strip() for word in tag[1:-1].split(":"))
         where = f'prompt, column {at}: "{textwrap.shorten(tag, 80, placeholder="…")}"'
         if kind.lower() == "hypernet":
-            self.note("hypernet", at)
-            return
+            return self.note("hypernet", at)
         if not name:
             raise SettingsError(f"{where} names no adapter; write <lora:name:0.8>.")
         if len(given) > 1:
@@ -208,22 +204,22 @@ class _Reading:
         self.loras.append((name, weight))
 
     def innermost(self) -> _Opening | None:
-        """The bracket that was opened last and is still open."""
+        """The last opened bracket that is still open."""
         return max((waiting[-1] for waiting in self.open.values() if waiting), key=lambda opening: opening.at, default=None)
 
     def note(self, kind: str, at: int) -> None:
         self.notes.setdefault(kind, []).append(at)
 
     def weighed(self) -> Iterator[tuple[_Letters, float]]:
-        """The text in order, each piece with the product of the brackets around it; and the last notes."""
+        """The text in order, each piece with the product of the brackets around it. Adds the last notes."""
         scales = {"(": [1.0], "[": [1.0]}  # products of the open brackets, outermost first
-        for waiting in self.open.values():
-            for opening in waiting:
-                self.note("unclosed", opening.at)
+        for opening in self.open["("] + self.open["["]:
+            self.note("unclosed", opening.at)
         for item in self.items:
             if isinstance(item, _Letters):
                 weight = scales["("][-1] * scales["["][-1]
-                self.check(item, weight)
+                if weight != 1 or AND.search(item.text):
+                    self.check(item, weight)
                 yield item, weight
                 continue
             opening = item.opening if isinstance(item, _Closing) else item
@@ -241,9 +237,8 @@ class _Reading:
             raise SettingsError(f'prompt, column {item.at}: the weights around "{words}" multiply to {weight}; use fewer.')
         if not 0 <= weight <= HEAVIEST and item.text.strip():
             self.note("heavy" if weight > 0 else "negative", item.at)
-        if item.words:
-            for found in AND.finditer(item.text):
-                self.note("missing", item.at + found.start())
+        for found in AND.finditer(item.text) if item.words else ():
+            self.note("missing", item.at + found.start())
 
 
 def _number(text: str) -> float | None:
@@ -261,7 +256,89 @@ def _place(prompt: str, columns: list[int]) -> str:
     return f'prompt, column {columns[0]} ("{first}"){others}'
 
 
-def _merged(section: Iterable[Part]) -> tuple[Part, ...]:
-    """Neighbours of the same weight become one part: the words that markup cut are whole again, as in A1111."""
-    runs = [(weight, "".join(part.text for part in run)) for weight, run in groupby(section, lambda part: part.weight)]
-    return tuple(Part(text, weight) for weight, text in runs if text)
+# --- chunks ------------------------------------------------------------------------------------------------------------
+
+
+def chunked(tokenizer: "CLIPTokenizer", prompt: Prompt, placeholders: Mapping[str, Sequence[int]] = {}) -> list[list[Token]]:
+    """The chunks of a prompt, at least one: ids and weights, at most 75 in each, without the marks.
+
+    As in A1111: if a full chunk has a comma among its last 20 tokens, the tokens after the comma move to the next chunk. The
+    vectors of a placeholder stay together. BREAK ends a chunk, full or not. SettingsError for more than 100 chunks.
+    """
+    from minidiff.core.text import pieces  # only now: it imports torch, and parsing needs none
+
+    comma = list(tokenizer(",", add_special_tokens=False, verbose=False).input_ids)
+    chunks: list[list[Token]] = []
+    for section in prompt.sections:
+        chunks.append([])
+        for part in section:
+            for ids in pieces(tokenizer, part.text, placeholders):
+                while chunks[-1] and len(chunks[-1]) + len(ids) > CHUNK:
+                    chunks.append([] if list(ids) == comma else _after_comma(chunks[-1], comma))
+                chunks[-1] += [(index, part.weight) for index in ids]
+    if len(chunks) > 1 and not chunks[-1]:  # nothing after the last BREAK
+        chunks.pop()
+    if len(chunks) > MAX_CHUNKS:
+        raise SettingsError(f"the prompt fills {len(chunks)} chunks of {CHUNK} tokens; {MAX_CHUNKS} is the limit.")
+    return chunks
+
+
+def _after_comma(full: list[Token], comma: list[int]) -> list[Token]:
+    """Take the tokens after the last comma out of a full chunk, if the comma is near its end."""
+    near = [i for i, (index, _) in enumerate(full) if [index] == comma and len(full) - i <= COMMA_REACH]
+    moved = full[near[-1] + 1 :] if near and len(full) == CHUNK else []
+    del full[len(full) - len(moved) :]
+    return moved
+
+
+def count_chunks(tokenizer: "CLIPTokenizer", prompts: Sequence[Prompt], placeholders: Mapping[str, Sequence[int]] = {}) -> int:
+    """How many chunks the longest of these prompts needs."""
+    return max((len(chunked(tokenizer, prompt, placeholders)) for prompt in prompts), default=1)
+
+
+def encode_prompts(
+    tokenizer: "CLIPTokenizer",
+    text_encoder: "CLIPTextModel",
+    prompts: Sequence[Prompt],
+    placeholders: Mapping[str, Sequence[int]] = {},
+    clip_skip: int = 0,
+    chunks: int = 1,
+) -> "Tensor":
+    """Prompts -> (B, 77 k, D): states after the final LayerNorm, on the encoder's device, in its dtype.
+
+    k is the number of chunks of the longest prompt, at least `chunks`; empty chunks are added to the others. `clip_skip` = n
+    takes the states n layers before the last (diffusers' numbering; A1111's is one higher). Gradients flow if they are on.
+    """
+    import torch
+
+    from minidiff.core.text import encode, with_marks
+
+    layers = text_encoder.config.num_hidden_layers
+    if not isinstance(clip_skip, int) or clip_skip not in range(layers):
+        raise SettingsError(
+            f"clip_skip is {clip_skip}; this text encoder has {layers} layers, so it is 0 (none skipped) to {layers - 1}. "
+            f"A1111's Clip skip counts one higher: 1 to {layers}."
+        )
+    split = [chunked(tokenizer, prompt, placeholders) for prompt in prompts]
+    k = max(chunks, *map(len, split))
+    flat = [chunk for own in split for chunk in own + [[]] * (k - len(own))]  # B k chunks, those of a prompt side by side
+    ids = torch.tensor([with_marks(tokenizer, [index for index, _ in chunk]) for chunk in flat])
+    hidden = encode(text_encoder, ids, clip_skip)  # (B k, 77, D)
+    weights = [[weight for _, weight in chunk] for chunk in flat]
+    weighted = [_weighted(z, own) if any(w != 1 for w in own) else z for z, own in zip(hidden, weights)]
+    return torch.stack(weighted).reshape(len(prompts), -1, hidden.shape[-1])
+
+
+def _weighted(z: "Tensor", weights: list[float]) -> "Tensor":
+    """States (77, D) times the weights of their tokens, with the mean that they had before. Marks and padding weigh 1.
+
+    A1111's rule (sd_emphasis.py, "Original"):  z' = z w,  z'' = z' mean(z) / mean(z'). The mean is taken over the chunk, not
+    over the batch, so a prompt's states do not depend on other prompts. Where a mean is small beside the standard deviation
+    (0.001 beside 1 in the pocket checkpoint), the quotient is chance: it can enlarge all states (A1111's issue 14867) or
+    change their sign. Then z' is the result, as with A1111's "No norm".
+    """
+    before = z.float()
+    after = before * before.new_tensor([1.0, *weights] + [1.0] * (len(z) - 1 - len(weights)))[:, None]
+    old, new = before.mean(), after.mean()
+    chance = (old.abs() < STANDS_OUT * before.std()) | (new.abs() < STANDS_OUT * after.std()) | (old * new < 0)
+    return (after if chance else after * (old / new)).to(z.dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minidiff.core.errors import SettingsError
+from minidiff.core.guidance import UNetCall
 
 
 def tiled(call: Callable[[Tensor], Tensor], tile: int, overlap: int, unit: int = 1) -> Callable[[Tensor], Tensor]:
@@ -44,6 +45,11 @@ def tiled(call: Callable[[Tensor], Tensor], tile: int, overlap: int, unit: int =
         return total / weight  # 2302.08113 eq. 5: the weighted mean of what the tiles say
 
     return over_tiles
+
+
+def in_tiles(unet: UNetCall, tile: int) -> UNetCall:
+    """The U-Net, made to see at most `tile` x `tile` latent cells at once; neighbours share a quarter of them."""
+    return lambda x, t, text: tiled(lambda part: unet(part, t, text), tile, tile // 4)(x)
 
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from minidiff.core.config import SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
 from minidiff.core.errors import WeightsError
-from minidiff.core.text import build_text_encoder
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.files import names as keymaps
 from minidiff.files.folder import SD15_TEXT, check_class, config_of, local_folder, read_json
+from minidiff.files.text_files import build_text_encoder
 from minidiff.files.weights import find_weights, is_finite, load_into, split_single_file
 
 if TYPE_CHECKING:

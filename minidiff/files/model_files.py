@@ -9,7 +9,6 @@ from torch import nn
 from minidiff.core import inject, textual_inversion
 from minidiff.core.config import SD15_UNET, SD15_VAE, NoiseConfig, UNetConfig, VAEConfig
 from minidiff.core.errors import WeightsError
-from minidiff.core.text import build_text_encoder, load_tokenizer, to_file_keys
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.fast.frozen import cast_layerwise
@@ -26,6 +25,7 @@ from minidiff.files.folder import (
     scheduler_values,
     write_json,
 )
+from minidiff.files.text_files import build_text_encoder, load_tokenizer, to_file_keys
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer

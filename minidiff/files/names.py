@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 from minidiff.core.config import UNetConfig, VAEConfig
-from minidiff.core.text import PREFIX as CLIP
+from minidiff.files.text_files import PREFIX as CLIP
 
 
 class HasShape(Protocol):

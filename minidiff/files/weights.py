@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from minidiff.core.config import SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
 from minidiff.core.errors import WeightsError, listed
-from minidiff.core.text import to_file_keys
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.files import names as keymaps
 from minidiff.files.headers import NAMES, PICKLES, TensorInfo, check_ordinary, check_start, parse_json, tensor_info
+from minidiff.files.text_files import to_file_keys
 
 METADATA = "__metadata__"  # the one name in a header that is no tensor's
 LARGE = 2**28  # bytes: 256 MB

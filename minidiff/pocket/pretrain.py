@@ -30,7 +30,7 @@ from minidiff.core.errors import SettingsError
 from minidiff.core.losses import min_snr_weights, mse
 from minidiff.core.rng import generator, hashed_seed
 from minidiff.core.schedule import NoiseSchedule, add_noise
-from minidiff.core.text import load_tokenizer, tokenize
+from minidiff.core.text import tokenize
 from minidiff.core.train import Batch, Task
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.images import contact_sheet
@@ -38,6 +38,7 @@ from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.fast.memory import chosen_device
 from minidiff.files import weights
 from minidiff.files.folder import read_json, write_json
+from minidiff.files.text_files import load_tokenizer
 from minidiff.pocket.autoencoder import encode_world, load_vae, train_decoder, train_vae
 from minidiff.pocket.dataset import hard_batch, load_latents, load_world, lookalikes
 from minidiff.pocket.judge import judge_checkpoint

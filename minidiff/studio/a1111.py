@@ -13,9 +13,9 @@ from typing import Any
 
 from minidiff import __version__
 from minidiff.core.grids import SAMPLERS
-from minidiff.draw.call import adapter_name_of, in_lora_dir
 from minidiff.draw.canvas import IMAGE_STRENGTH
 from minidiff.draw.images import generation_text
+from minidiff.draw.lora_tags import adapter_name_of, in_lora_dir
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.prompting import parse_prompt
 from minidiff.files.lora_file import find_lora

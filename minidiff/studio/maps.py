@@ -25,9 +25,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minidiff.core.errors import SettingsError
-from minidiff.core.text import LENGTH, chunked, token_ids
+from minidiff.core.text import LENGTH, token_ids
 from minidiff.core.transformer import CrossAttention
-from minidiff.draw.prompting import parse_prompt
+from minidiff.draw.prompting import chunked, parse_prompt
 from minidiff.studio.filmstrip import in_one_piece
 from minidiff.studio.sheet import gallery
 

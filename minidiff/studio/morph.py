@@ -17,7 +17,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -25,14 +25,11 @@ from torch import Tensor
 
 from minidiff.core.errors import MinidiffError, SettingsError, did_you_mean
 from minidiff.core.grids import sampler_named
-from minidiff.core.text import count_chunks
-from minidiff.draw.call import noise_source
+from minidiff.core.rng import noise_source
 from minidiff.draw.images import write_picture
-from minidiff.draw.prompting import parse_prompt
+from minidiff.draw.pipeline import StableDiffusionPipeline, check_seeds
+from minidiff.draw.prompting import count_chunks, parse_prompt
 from minidiff.studio.interpolation import lerp, slerp
-
-if TYPE_CHECKING:
-    from minidiff.draw.pipeline import StableDiffusionPipeline
 
 Draw = Callable[[Tensor, Tensor], Image.Image]  # (noise (1, C, H, W), text (1, S, D)) -> picture
 EASES = ("even", "smooth")
@@ -90,7 +87,7 @@ def eased(t: float) -> float:
 
 
 def keyframe_tensors(
-    pipe: "StableDiffusionPipeline",
+    pipe: StableDiffusionPipeline,
     keyframes: Sequence[Keyframe],
     height: int | None = None,
     width: int | None = None,
@@ -106,7 +103,7 @@ def keyframe_tensors(
             "a keyframe's prompt names a LoRA, and no way leads from one to another. Attach it for all, by --lora."
         )
     shape = pipe.latent_shape(1, height, width)
-    noises = [noise_source(shape, key.seed, None)("latents") for key in keyframes]
+    noises = [noise_source(shape, check_seeds(key.seed, None, 1))("latents") for key in keyframes]
     chunks = count_chunks(pipe.tokenizer, [parse_prompt(negative_prompt)], pipe.placeholders)
     return noises, [pipe.encode_prompt([key.prompt], clip_skip, chunks) for key in keyframes]
 

@@ -9,8 +9,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from minidiff.core.text import LENGTH, Token, chunked, spelled, token_ids
-from minidiff.draw.prompting import parse_prompt
+from minidiff.core.text import LENGTH, spelled, token_ids
+from minidiff.draw.prompting import Token, chunked, parse_prompt
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

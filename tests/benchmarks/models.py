@@ -10,11 +10,11 @@ from torch import nn
 
 from minidiff.core.config import SD15_UNET, SD15_VAE, NoiseConfig, UNetConfig
 from minidiff.core.inject import inject
-from minidiff.core.text import build_text_encoder, load_tokenizer
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.folder import SD15_TEXT
+from minidiff.files.text_files import build_text_encoder, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 POCKET = ROOT / "checkpoints" / "pocket"

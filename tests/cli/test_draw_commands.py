@@ -14,8 +14,8 @@ from minidiff.cli.draw_commands import lora_names
 from minidiff.cli.main import main
 from minidiff.core.errors import SettingsError
 from minidiff.core.inject import adapter_weights, inject
-from minidiff.draw.call import in_lora_dir
 from minidiff.draw.images import read_png_text, save_png
+from minidiff.draw.lora_tags import in_lora_dir
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.lora_file import save_lora
 from minidiff.studio.recipe import drawn_here

@@ -23,9 +23,9 @@ from minidiff.core.inject import (
     unmerge,
 )
 from minidiff.core.lora import LoRAConv2d, LoRALinear, LoRAWeights
-from minidiff.core.text import build_text_encoder
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files.folder import SD15_TEXT
+from minidiff.files.text_files import build_text_encoder
 
 FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from minidiff.core import blocks
 from minidiff.core.config import SD15_UNET, SD15_VAE, TINY_UNET, TINY_VAE
 from minidiff.core.errors import SettingsError
-from minidiff.core.text import build_text_encoder
 from minidiff.core.transformer import IMPLS, CrossAttention, SpatialAttention, attention
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL, sample_posterior
 from minidiff.files.folder import SD15_TEXT
+from minidiff.files.text_files import build_text_encoder
 
 FOLDER = Path(__file__).parents[1] / "golden"
 MAKER = runpy.run_path(str(FOLDER / "make_models.py"))

@@ -10,19 +10,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minidiff.core.errors import SettingsError, WeightsError
-from minidiff.core.text import (
-    PREFIX,
-    build_text_encoder,
-    chunked,
-    count_chunks,
-    encode_prompt,
-    load_tokenizer,
-    to_file_keys,
-    token_ids,
-    tokenize,
-)
-from minidiff.draw.prompting import Part, Prompt, parse_prompt
+from minidiff.core.text import encode_captions, token_ids, tokenize
+from minidiff.draw.prompting import Part, Prompt, chunked, count_chunks, encode_prompts, parse_prompt
 from minidiff.files import weights
+from minidiff.files.text_files import PREFIX, build_text_encoder, load_tokenizer, to_file_keys
 from minidiff.pocket.tokenizer import build_tokenizer
 from minidiff.studio.tokens import token_view
 
@@ -57,6 +48,20 @@ def config(tokenizer: CLIPTokenizer) -> dict[str, object]:
 def encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     torch.manual_seed(0)
     return build_text_encoder(config(tokenizer), "config.json")
+
+
+def encode_prompt(
+    tokenizer: CLIPTokenizer,
+    tower: CLIPTextModel,
+    prompts: list[str] | list[Prompt],
+    placeholders: dict[str, list[int]] = {},  # noqa: B006
+    **options: int,
+) -> Tensor:
+    """Captions (`str`) by core's way, prompts by draw's; captions with options as prompts of one part."""
+    if not options and all(isinstance(prompt, str) for prompt in prompts):
+        return encode_captions(tokenizer, tower, prompts, placeholders)
+    whole = [Prompt(((Part(p, 1.0),),)) if isinstance(p, str) else p for p in prompts]
+    return encode_prompts(tokenizer, tower, whole, placeholders, **options)
 
 
 def test_tokenize_is_what_the_library_gives(tokenizer: CLIPTokenizer) -> None:
@@ -164,7 +169,7 @@ PLACEHOLDERS = {"<dog>": [1001, 1002, 1003], "<long>": list(range(1100, 1160))}
 )
 def test_where_chunks_end(tokenizer: CLIPTokenizer, prompt: str, lengths: list[int]) -> None:
     assert [len(chunk) for chunk in chunked(tokenizer, parse_prompt(prompt), PLACEHOLDERS)] == lengths
-    assert count_chunks(tokenizer, [parse_prompt(prompt), "dog", "dog " * 75], PLACEHOLDERS) == len(lengths)
+    assert count_chunks(tokenizer, [parse_prompt("dog"), parse_prompt(prompt)], PLACEHOLDERS) == len(lengths)
 
 
 @pytest.mark.parametrize("seed", range(20))

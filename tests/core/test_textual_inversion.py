@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minidiff.core.errors import AdapterError
-from minidiff.core.text import encode_prompt, load_tokenizer
+from minidiff.core.text import encode_captions
 from minidiff.core.textual_inversion import (
     ExtendedEmbedding,
     add_word,
@@ -24,6 +24,7 @@ from minidiff.core.textual_inversion import (
     token_table,
 )
 from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.files.text_files import load_tokenizer
 from minidiff.trainer.methods import TEMPLATES
 
 POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
@@ -47,7 +48,7 @@ def encoder(base: StableDiffusionPipeline) -> CLIPTextModel:
 
 
 def hidden(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, *prompts: str) -> Tensor:
-    return encode_prompt(tokenizer, encoder, list(prompts), placeholders(encoder))
+    return encode_captions(tokenizer, encoder, list(prompts), placeholders(encoder))
 
 
 def random(*shape: int) -> Tensor:

@@ -16,9 +16,8 @@ from minidiff.core.rng import normal
 from minidiff.core.schedule import add_noise
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import sample_posterior
+from minidiff.draw.canvas import as_mask, as_pictures, fitted, latent_mask, pasted, size_of
 from minidiff.draw.images import to_pil, to_tensor
-from minidiff.draw.inpainting import latent_mask
-from minidiff.draw.picture_input import as_mask, as_pictures, fitted, pasted, size_of
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.tiles import starts, tent, tiled
 

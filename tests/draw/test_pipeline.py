@@ -20,13 +20,13 @@ from minidiff.core.errors import AdapterError, MinidiffError, SettingsError, Wei
 from minidiff.core.grids import SAMPLERS, Step
 from minidiff.core.inject import adapter_weights, inject, lora_layers, set_adapters
 from minidiff.core.rng import normal
-from minidiff.core.text import build_text_encoder
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.fast.frozen import standing_still
 from minidiff.files.folder import SAMPLER_OF, SD15_TEXT
 from minidiff.files.lora_file import save_lora
+from minidiff.files.text_files import build_text_encoder
 from minidiff.files.weights import load_into, split_single_file, to_single_file
 from minidiff.pocket.tokenizer import END, START, alphabet, build_tokenizer
 

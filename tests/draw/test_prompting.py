@@ -1,5 +1,6 @@
 """The prompt language: A1111's grammar, its warnings and their columns, and prompts that mean harm."""
 
+import re
 import subprocess
 import sys
 import warnings
@@ -8,13 +9,17 @@ from pathlib import Path
 import pytest
 
 from minidiff.core.errors import SettingsError
-from minidiff.draw.prompting import Part, Prompt, clip_skip_from_a1111, escape, parse_prompt
+from minidiff.draw.prompting import Part, Prompt, clip_skip_from_a1111, parse_prompt
 
 
 def quietly(prompt: str) -> Prompt:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return parse_prompt(prompt)
+
+
+def escape(text: str) -> str:
+    return re.sub(r"([\\()\[\]])", r"\\\1", text)
 
 
 def parts(prompt: str) -> list[tuple[str, float]]:

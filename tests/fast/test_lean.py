@@ -13,12 +13,12 @@ from triton_tools import needs_gpu
 from minidiff.core.config import SD15_UNET
 from minidiff.core.inject import inject, trainable
 from minidiff.core.lora import LoRALayer
-from minidiff.core.text import build_text_encoder
 from minidiff.core.train import Task
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.fast import lean
 from minidiff.fast import lean_lora as lean_adapters
 from minidiff.fast.frozen import Conv2d, standing_still
+from minidiff.files.text_files import build_text_encoder
 from minidiff.trainer import memory
 from minidiff.trainer.metering import fullest_bytes, kept_bytes, ready_bytes, step_bytes
 from minidiff.trainer.optimizers import adamw

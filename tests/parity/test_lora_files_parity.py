@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from minidiff.core.config import TINY_UNET
 from minidiff.core.inject import adaptable_layers, attach, lora_layers
 from minidiff.core.lora import LoRAWeights
-from minidiff.core.text import build_text_encoder
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files.lora_file import load_lora, read_lora, save_lora
+from minidiff.files.text_files import build_text_encoder
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.core.config import SD15_UNET, SD15_VAE, TINY_UNET, TINY_VAE, UNetConfig, VAEConfig
-from minidiff.core.text import build_text_encoder, encode_prompt, to_file_keys
+from minidiff.core.text import encode_captions
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.draw.prompting import encode_prompts, parse_prompt
 from minidiff.files.folder import SD15_TEXT
+from minidiff.files.text_files import build_text_encoder, to_file_keys
 from minidiff.files.weights import load_into, save
 
 diffusers = pytest.importorskip("diffusers")
@@ -150,7 +152,7 @@ def test_a_folder_of_ours_in_diffusers(tiny_folder: Path) -> None:
     prompts = ["a photo of a red dog", "", "ünknown wörds 42!"]
     batch = theirs.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
     expected = theirs.text_encoder(batch.input_ids)[0]
-    assert error(encode_prompt(ours.tokenizer, ours.text_encoder, prompts), expected) <= TOLERANCE
+    assert error(encode_captions(ours.tokenizer, ours.text_encoder, prompts), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("clip_skip", [0, 1])
@@ -162,7 +164,8 @@ def test_clip_skip_is_that_of_diffusers(tiny_folder: Path, clip_skip: int) -> No
         object.__setattr__(theirs.text_encoder, "text_model", theirs.text_encoder)  # nn.Module's own would make a circle
     for prompt in ("a photo of a red dog", ""):
         expected = theirs.encode_prompt(prompt, "cpu", 1, False, clip_skip=clip_skip or None)[0]
-        assert error(encode_prompt(ours.tokenizer, ours.text_encoder, [prompt], clip_skip=clip_skip), expected) <= TOLERANCE
+        text = encode_prompts(ours.tokenizer, ours.text_encoder, [parse_prompt(prompt)], clip_skip=clip_skip)
+        assert error(text, expected) <= TOLERANCE
 
 
 def test_a_folder_of_diffusers_in_ours(tiny_folder: Path, tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ from minidiff.core.inject import adapters_off
 from minidiff.core.losses import min_snr_weights, mse
 from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
 from minidiff.core.targets import DEFAULT_TARGETS, GROUPS
-from minidiff.core.text import to_file_keys
 from minidiff.core.train import Batch, Task, fit
 from minidiff.files.folder import SAMPLER_OF, write_json
+from minidiff.files.text_files import to_file_keys
 from minidiff.trainer import checkpoint
 from minidiff.trainer import task as common
 from minidiff.trainer.methods import LoRASettings

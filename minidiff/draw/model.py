@@ -1,0 +1,123 @@
+"""The networks of a pipeline: loading, saving, moving; LoRAs and new words, with the field's method names."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import nn
+
+from minidiff.core import inject, textual_inversion
+from minidiff.core.config import NoiseConfig
+from minidiff.core.schedule import NoiseSchedule
+from minidiff.core.unet import UNet2DConditionModel
+from minidiff.core.vae import AutoencoderKL
+from minidiff.fast.graphs import Graphs
+from minidiff.files import lora_file, word_file
+from minidiff.files.model_files import check_parts_fit, read_folder, read_single_file, write_folder
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+
+class Model:
+    """The parts are plain attributes: `unet`, `vae`, `text_encoder`, `tokenizer`, `schedule`."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: "CLIPTextModel",
+        tokenizer: "CLIPTokenizer",
+        noise_config: NoiseConfig,
+        sampler: str = "ddim",
+        name_or_path: str = "",
+    ) -> None:
+        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.noise_config, self.schedule = noise_config, NoiseSchedule.from_config(noise_config)
+        self.sampler, self.name_or_path, self.progress_bar = sampler, name_or_path, True
+        self.downscale = vae.config.downscale  # pixels per latent cell
+        self.tile_size: int | None = None
+        self.graphs: Graphs | None = None  # with them, no prompt is remembered: a replay would be of another one's
+        check_parts_fit(self)
+
+    # --- loading and saving ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32, layerwise_casting: bool = False
+    ) -> Self:
+        """Read a folder in the diffusers layout, or a hub id whose files are in the local cache.
+
+        The VAE stays in fp32 for any `torch_dtype`: in fp16 it overflows, and the picture is black. With `layerwise_casting`,
+        half-precision weights of the U-Net stay as in the file (fast/frozen.py), and a LoRA that is fused into them is rounded.
+        Raises WeightsError for anything that is missing, damaged or does not fit.
+        """
+        return cls(*read_folder(folder, torch_dtype, layerwise_casting))
+
+    @classmethod
+    def from_single_file(
+        cls, path: str | Path, tokenizer: str | Path, torch_dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Read an SD 1.x checkpoint in one LDM/CompVis file. It has no vocabulary: `tokenizer` is any SD 1.x's folder."""
+        return cls(*read_single_file(path, tokenizer, torch_dtype))
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the folder that `from_pretrained` and diffusers read; weights as they are, or cast to `dtype`.
+
+        Raises AdapterError while a LoRA or a new word is attached: remove it first, or `fuse_lora` and eject it.
+        """
+        write_folder(self, folder, dtype)
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the networks."""
+        for module in (self.unet, self.vae, self.text_encoder):
+            nn.Module.to(module, device)
+        return self
+
+    # --- LoRA and textual inversion --------------------------------------------------------------------------------------
+
+    @property
+    def adaptable(self) -> nn.ModuleDict:
+        """The networks that can have adapters."""
+        return nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
+
+    def load_lora_weights(
+        self,
+        path: str | Path,
+        adapter_name: str = "default",
+        weight_name: str | None = None,
+        alpha: float | None = None,
+        strict: bool = True,
+    ) -> lora_file.LoRAFile:
+        """Attach the adapter of a file or folder and make it the only active one. Print the result for a one-line summary.
+
+        `alpha` is for files that do not contain it. If only a part of a file matches this model, that is an AdapterError;
+        with `strict=False` the part is attached, and the summary says how many tensors were left out.
+        """
+        return lora_file.load_lora(dict(self.adaptable.items()), path, adapter_name, weight_name, alpha, strict)
+
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Sequence[float] | None = None) -> None:
+        """Make these adapters active, each with its weight (default 1), and all others inactive."""
+        names = adapter_names if isinstance(adapter_names, Iterable) and not isinstance(adapter_names, str) else [adapter_names]
+        inject.set_adapters(self.adaptable, list(names), adapter_weights)
+
+    def fuse_lora(self) -> None:
+        """Add the adapters to the weights: the same pictures, a little faster."""
+        inject.merge(self.adaptable)
+
+    def unfuse_lora(self) -> None:
+        """Undo `fuse_lora`, to the bit."""
+        inject.unmerge(self.adaptable)
+
+    def unload_lora_weights(self) -> None:
+        """Remove every adapter; the base model is restored to the bit."""
+        inject.eject(self.adaptable)
+
+    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> word_file.Embedding:
+        """Add the word of a file or folder, under the name `token` if given. Print the result for a one-line summary."""
+        return word_file.load_embedding(self.tokenizer, self.text_encoder, path, token)
+
+    def unload_textual_inversion(self) -> None:
+        """Remove every new word; the text encoder is restored to the bit."""
+        textual_inversion.eject(self.text_encoder)

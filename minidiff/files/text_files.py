@@ -1,0 +1,80 @@
+"""The text tower's files: vocab.json and merges.txt, config.json, and the names of its weights.
+
+transformers 4 keeps the tower one level down, `text_model.encoder…`; transformers 5 has `encoder…`. Files of SD 1.5 have the
+first form, and minidiff writes no other; weights.py reads both.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from minidiff.core.errors import WeightsError
+from minidiff.core.text import LENGTH
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+PREFIX = "text_model."
+
+
+def load_tokenizer(folder: Path) -> "CLIPTokenizer":
+    """The tokenizer of an SD folder (`<checkpoint>/tokenizer`): `vocab.json` and `merges.txt`, or `tokenizer.json`."""
+    from transformers import CLIPTokenizer
+
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        _check_vocabulary(folder)
+    elif not (folder / "tokenizer.json").is_file():
+        raise WeightsError(f"{folder}: no CLIP tokenizer here; vocab.json or merges.txt is missing. Copy the folder again.")
+    try:  # the length is passed explicitly: without tokenizer_config.json the library assumes 10^30
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), model_max_length=LENGTH, local_files_only=True)
+    except Exception as error:  # the library raises bare Exception for a damaged file
+        raise WeightsError(f"{folder}: the tokenizer cannot be read: {error}. Copy the folder again.") from error
+    if None in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        raise WeightsError(f"{folder}: the start, end or padding token is not in the vocabulary; not a CLIP tokenizer.")
+    return tokenizer
+
+
+def _check_vocabulary(folder: Path) -> None:
+    """Refuse files that do not belong together: the library accepts a truncated merges.txt, and gets other ids."""
+    try:
+        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8")).keys()
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    except (ValueError, AttributeError, RecursionError) as error:  # not JSON, not UTF-8, not a table
+        raise WeightsError(f"{folder}: vocab.json or merges.txt is damaged ({error}). Copy both again.") from error
+    joined = {line.replace(" ", "") for line in lines if line and not line.startswith("#version")}
+    longer = {token for token in vocabulary if len(token.removesuffix("</w>")) > 1}
+    if odd := {token for token in joined ^ longer if not token.startswith("<|")}:  # the two marks are in no merge
+        some = ", ".join(sorted(odd)[:3])
+        raise WeightsError(f"{folder}: vocab.json and merges.txt disagree on {len(odd)} tokens ({some} …). Copy both again.")
+
+
+def build_text_encoder(values: Mapping[str, Any], where: str) -> "CLIPTextModel":
+    """The tower that `text_encoder/config.json` describes, with random weights; `where` names the file in errors.
+
+    Under `torch.device("meta")` it takes no memory and no time; `weights.load_into` then brings the weights.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    if missing := [key for key in needed if key not in values]:
+        raise WeightsError(f"{where}: not the configuration of a CLIP text model; {', '.join(missing)} missing.")
+    if (positions := values.get("max_position_embeddings", LENGTH)) != LENGTH:
+        raise WeightsError(f"{where}: max_position_embeddings is {positions}; the text tower of SD 1.x has {LENGTH}.")
+    if (layers := values["num_hidden_layers"]) not in range(1, 101):
+        raise WeightsError(f"{where}: num_hidden_layers is {layers!r}; CLIP's text towers have 12 to 32.")
+    try:
+        return CLIPTextModel(CLIPTextConfig(**values)).eval()
+    except Exception as error:  # each version of the library checks in its own way and raises its own classes
+        raise WeightsError(f"{where}: not a usable configuration: {error}.") from error
+
+
+def to_file_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys of either layout -> the keys of SD 1.5's files, with `text_model.` in front.
+
+    `position_ids`, the numbers 0 … 76 that old files carry as if they were weights, are left out.
+    """
+    named = {PREFIX + key.removeprefix(PREFIX): value for key, value in state.items()}
+    return {key: value for key, value in named.items() if not key.endswith("embeddings.position_ids")}

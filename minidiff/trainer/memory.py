@@ -1,158 +1,226 @@
-"""Where the memory of a run goes, by arithmetic: before it starts, without computing a number.
+"""How much memory a run needs, estimated before it starts.
 
-    together  =  what is there all the time  +  the largest of what is there in turn
+    total  =  what is held during the whole run  +  the larger of a training step and drawing  +  an allowance
 
-In turn: the forward and backward pass, the update, the pictures that the VAE encodes, the sample sheets that it draws.
-A pass that --cuda_graph records keeps its memory, so it is there all the time.
-metering.py counts all but the update.
+On the `meta` device tensors have shapes and no numbers, so a forward pass takes a second. Autograd reports each tensor that it
+saves for the backward pass. The allowance is for what cannot be counted: memory inside kernels, and gaps in the allocator.
 """
 
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 
+from minidiff.core.blocks import ResBlock, SpatialTransformer
+from minidiff.core.train import DTYPES
+from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
-from minidiff.fast.adam8bit import BLOCK, LEAST, PIECE
-from minidiff.fast.memory import peak_memory, returns_memory
-from minidiff.trainer import distributed
-from minidiff.trainer.metering import Step, dtype_in, ready_bytes, step_bytes, vae_bytes
-from minidiff.trainer.settings import FineTuneSettings, TrainSettings
+from minidiff.trainer.settings import FineTuneSettings
 
 if TYPE_CHECKING:
     from minidiff.core.train import Task
 
-MIB = 2**20
-# For what the arithmetic does not see: (a constant, a share of the fullest moment, whose constant it is). On the CPU they bound
-# what was measured on Linux with the pocket checkpoint, full and LoRA, from 4 to 32 samples; for CUDA they are a guess.
-ALLOWANCES = {
-    "cpu": (570 * MIB, 0.60, "Python's and PyTorch's own"),
-    "cpu, returned": (570 * MIB, 0.30, "Python's and PyTorch's own"),  # fewer gaps, under device.return_memory
-    "cuda": (600 * MIB, 0.15, "CUDA's own, not measured"),
-}
-PIECE_BYTES = 48  # a number of what LeanAdamW unpacks at once: moments, codes, weight, gradient, noise
+MIB, HALF = 2**20, (torch.float16, torch.bfloat16)
+# The allowance: a constant (Python and PyTorch, or CUDA), and a share of the largest moment. For a CPU they were measured on
+# Linux; with --fit, freed memory is returned at once, which leaves fewer gaps. For a GPU they are a guess.
+BASE, SHARE, SHARE_WITH_FIT, SHARE_ON_GPU = 570 * MIB, 0.60, 0.30, 0.15
+
+SMALL = 2**20  # weights of a convolution; larger ones are not copied in training (fast/conv.py)
 
 Row = tuple[str, int, str]  # name, bytes, remark
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The memory of a run: `held` all the time, `moments` one after the other."""
+    """The memory of a run: rows that are `held` all the time, `moments` one after the other, and the allowance."""
 
     held: list[Row]
     moments: list[Row]
-    allowance: Row  # for what cannot be counted
+    allowance: Row
 
     @property
     def together(self) -> int:
-        return sum(size for _, size, _ in self.held) + max(size for _, size, _ in self.moments) + self.allowance[1]
+        return sum(size for _, size, _ in [*self.held, self.allowance]) + max(size for _, size, _ in self.moments)
 
     def __str__(self) -> str:
-        rows = [line(*row) for row in self.held]
-        rows += ["  and in turn", *(line(*row) for row in self.moments)]
-        rows += [line(*self.allowance), line("together", self.together, "at the fullest moment")]
-        return "\n".join(["Memory of the run, by arithmetic:", *rows])
+        rows = [*map(line, self.held), "  one after the other", *map(line, self.moments), line(self.allowance)]
+        return "\n".join(["Memory of the run, estimated:", *rows, line(("together", self.together, "at the largest moment"))])
 
 
-def budget(task: "Task", settings: TrainSettings, step: Step | None = None) -> Budget:
-    """The memory of the run; `step` if it has been counted already."""
-    step = step or step_bytes(task, settings)
-    first = next(iter(task.trainable.values()))
-    trained, each = [p.numel() for p in task.trainable.values()], 2 if settings.bf16_weights else first.element_size()
-    there = [name for name, module in task.modules.items() if module_bytes(module, first.device.type)]
-    networks = " and ".join(name.replace("_", " ").replace("unet", "U-Net") for name in there)
-    beside = [(name, module_bytes(module, first.device.type), "") for name, module in task.beside.items()]
-    on_cpu = first.device.type == "cpu"
-    tensors = [t for module in task.modules.values() for t in tensors_on(module, first.device.type)]
-    weights = sum(t.numel() * dtype_in(settings, t).itemsize for t in tensors)
-    later = [  # than the pictures are encoded
-        ("in order", on_cpu * ready_bytes(step.convolutions, drawing=False), "copies of frozen convolutions, for the CPU"),
-        ("optimizer", optimizer_bytes(trained, settings), "two running means a weight"),
+def line(row: Row) -> str:
+    name, size, note = row
+    return f"  {name:20}{size / MIB:9,.1f} MiB   {note}".rstrip()
+
+
+# --- counting ------------------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """Bytes of a training step."""
+
+    saved: int  # for the backward pass
+    fullest: int  # the most that there is at once, gradients included
+    copies: int  # of frozen weights
+
+
+class Counter:
+    """Counts the bytes that autograd saves. Tensors that share a storage count once; those in `seen` do not count."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, torch.UntypedStorage] = {}  # by id; the storages are held, so that no id is used twice
+        self.saved = 0
+        self.begun: list[int] = []  # bytes that were saved when each of the running modules began
+        self.ended: list[tuple[int, int]] = []  # for each module, when it ends: bytes saved so far, numbers of its gradients
+        self.inside: dict[type, int] = {}  # the most that one module of a class saves
+        self.copies = 0  # of frozen weights, which fast convolutions keep on a CPU
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in self.seen:
+            self.seen[id(storage)] = storage
+            self.saved += storage.nbytes()
+        return tensor
+
+    def begin(self, module: nn.Module, inputs: object) -> None:
+        self.begun.append(self.saved)
+
+    def end(self, module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+        self.inside[type(module)] = max(self.inside.get(type(module), 0), self.saved - self.begun.pop())
+        if isinstance(module, nn.Conv2d) and type(module) is not nn.Conv2d and module.kernel_size == (3, 3):
+            if not module.weight.requires_grad and module.weight.numel() <= SMALL:
+                self.copies += 4 * module.weight.numel() * (9 if inputs[0].shape[-2:].numel() >= 1024 else 3)
+        self.ended.append((self.saved, sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad)))
+
+
+class FusedAttention(TorchFunctionMode):
+    """On meta, PyTorch's attention would save the weights of all heads. With this it saves what the fused kernels save."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        fused = function is F.scaled_dot_product_attention and args[0].is_meta
+        return Fused.apply(*args[:3]) if fused else function(*args, **(kwargs or {}))
+
+
+class Fused(torch.autograd.Function):
+    """Shapes of q (…, L, D), k and v (…, S, D) -> (…, L, D). Saves these, and one number a row (arXiv 2307.08691, 3.1)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)  # the kernels' layout
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+
+def forward_pass(task: "Task", settings: FineTuneSettings) -> Counter:
+    """Count a forward pass of the run's first batch on meta."""
+    counter, dtype = Counter(), DTYPES[settings.mixed_precision]
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    batch = {name: rows[: len(rows) // processes].to("meta") for name, rows in task.batch(0, 0).items()}
+
+    def run(network: nn.Module, *inputs: Tensor) -> Any:
+        tensors, most = {}, next(network.parameters()).dtype
+        for name, t in chain(network.named_parameters(), network.named_buffers()):
+            t_meta = torch.empty_like(t, device="meta", dtype=dtype_in(settings, t)).requires_grad_(t.requires_grad)
+            counter.seen[id(t_meta.untyped_storage())] = t_meta.untyped_storage()
+            copied = t.dtype == most and dtype != torch.float32  # autocast keeps such copies until the backward pass
+            tensors[name] = t_meta.to(dtype) if copied else t_meta
+        return functional_call(network, tensors, inputs)
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor)
+    begin, end = register_module_forward_pre_hook(counter.begin), register_module_forward_hook(counter.end)
+    with begin, end, hooks, FusedAttention():
+        text = batch["text"] if "text" in batch else run(task.modules["text_encoder"], batch["ids"]).last_hidden_state
+        run(task.modules["unet"], batch["latents"].to(dtype), batch["t"], text.to(dtype))
+    return counter
+
+
+def dtype_in(settings: FineTuneSettings, weight: Tensor) -> torch.dtype:
+    """Of a weight in training with these settings, which may differ from those that it was loaded with."""
+    if weight.requires_grad:
+        return torch.bfloat16 if settings.bf16_weights else weight.dtype
+    in_fp32 = settings.mixed_precision == "no" and not getattr(settings, "layerwise_casting", False)
+    return torch.float32 if in_fp32 and weight.dtype in HALF else weight.dtype
+
+
+def step_bytes(task: "Task", settings: FineTuneSettings) -> Step:
+    """The memory of one training step: a forward and a backward pass."""
+    unet, accumulates = task.modules["unet"], settings.gradient_accumulation_steps > 1
+    assert isinstance(unet, UNet2DConditionModel)
+    unet.enable_gradient_checkpointing(False)
+    counter = forward_pass(task, settings)
+    layer = sum(counter.inside.get(kind, 0) for kind in (ResBlock, SpatialTransformer))
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing(True)
+        counter = forward_pass(task, settings)
+    size, fullest = gradient_size(settings), 0
+    gradients = size * sum(p.numel() for p in task.trainable.values()) if accumulates else 0  # of the passes before
+    for saved, numbers in reversed(counter.ended):  # the backward pass: saved tensors go, and gradients come
+        fullest = max(fullest, saved + gradients + size * numbers)
+        gradients += 0 if accumulates or settings.optimizer_in_backward else size * numbers
+    # In a layer's backward pass there are gradients of all that it saved; with checkpointing it has to be computed again, too.
+    return Step(counter.saved, fullest + layer * (1 + settings.gradient_checkpointing), counter.copies)
+
+
+def gradient_size(settings: FineTuneSettings) -> int:
+    return 2 if settings.bf16_weights else 4
+
+
+def vae_bytes(vae: AutoencoderKL, latent: torch.Size, method: str) -> int:
+    """What the VAE needs to "encode" or "decode" one picture with `latent` (C, h, w): about three of its largest tensor."""
+    sizes = []
+    scale, channels = (vae.config.downscale, vae.config.in_channels) if method == "encode" else (1, latent[0])
+    hook = register_module_forward_hook(lambda module, inputs, y: sizes.append(y.nbytes if isinstance(y, Tensor) else 0))
+    with hook, torch.no_grad(), torch.device("meta"):
+        copy, dtype = AutoencoderKL(vae.config), next(vae.parameters()).dtype
+        getattr(copy.to(dtype), method)(torch.empty(1, channels, scale * latent[1], scale * latent[2], dtype=dtype))
+    return 3 * max(sizes)
+
+
+def optimizer_bytes(trained: list[int], settings: FineTuneSettings) -> int:
+    """AdamW's two running means for tensors of so many numbers: fp32, or 8 bits with a scale for each block."""
+    if not settings.use_8bit_adam:
+        return 8 * sum(trained)
+    from minidiff.fast.adam8bit import BLOCK, LEAST
+
+    return sum(2 * (n + 4 * -(-n // BLOCK)) if n >= LEAST else 8 * n for n in trained)
+
+
+def budget(task: "Task", settings: FineTuneSettings) -> Budget:
+    """The memory of the run, in rows."""
+    device, trained = next(iter(task.trainable.values())).device.type, [p.numel() for p in task.trainable.values()]
+    networks = [*task.modules.values(), *task.beside.values()]
+    there = [t for network in networks for t in chain(network.parameters(), network.buffers()) if t.device.type == device]
+    away = sum(p.nbytes for network in networks for p in network.parameters() if p.device.type != device)
+    step = step_bytes(task, settings)
+    gradients = 0 if settings.optimizer_in_backward else gradient_size(settings) * sum(trained)
+    rows = [
+        ("weights", sum(t.numel() * dtype_in(settings, t).itemsize for t in there), "of all networks"),
+        ("copies", step.copies if device == "cpu" else 0, "of frozen convolutions, in another order"),
+        ("optimizer", optimizer_bytes(trained, settings), "AdamW's two running means"),
         ("averaged weights", 4 * sum(trained) if settings.use_ema else 0, "--use_ema"),
     ]
-    held = [row for row in [("weights", weights, networks), *beside, *later] if row[1]]
-    gradients = [each * n for n in trained]
-    moments = moments_of(settings, step, gradients, trained)
-    waiting = 0 if settings.optimizer_in_backward else sum(gradients)
-    moments += drawing(task, settings, step, waiting, later=sum(size for _, size, _ in later))
-    where = ("cpu, returned" if returns_memory() else "cpu") if on_cpu else "cuda"
-    uncounted = allowance(where, max(size for _, size, _ in moments))
-    if isinstance(settings, FineTuneSettings) and settings.cuda_graph:
-        (_, size, remark), *moments = moments  # of the gradients, the update has copies
-        held.append(("recorded pass", size, remark))
-    return Budget(held, moments, uncounted)
-
-
-def moments_of(settings: TrainSettings, step: Step, gradients: list[int], numbers: list[int]) -> list[Row]:
-    """What a step has in turn. `gradients`: the bytes of each tensor's; `numbers`: how many it has."""
-    early = settings.optimizer_in_backward
-    waiting = max(gradients) if early else sum(gradients)
-    remark = f"gradients {waiting / MIB:,.1f}{', one at a time' if early else ''}; kept for backward {step.kept / MIB:,.1f}"
-    update = update_bytes(numbers, settings)
-    rows = [("forward, backward", step.fullest + (update if early else 0), remark)]
-    if not early:
-        rows.append(("update", sum(gradients) + update, f"gradients{', and what the update makes' if update else ''}"))
-    return rows
-
-
-def drawing(task: "Task", settings: TrainSettings, step: Step, gradients: int, later: int) -> list[Row]:
-    """The moments of the VAE, with all that is away in training.
-
-    Pictures are encoded before `later` bytes of the rest are there; the last update's `gradients` lie beside a sample sheet.
-    """
-    vae, device = task.beside.get("VAE"), next(iter(task.trainable.values())).device.type
-    if not isinstance(vae, AutoencoderKL):
-        return []
-    given = vae.config, next(vae.parameters()).dtype, task.batch(0, 0)["latents"].shape[1:]
-    away = sum(t.nbytes for m in (vae, *task.modules.values()) for t in m.parameters() if t.device.type != device)
-    rows = []
-    if task.used_vae:
-        size = max(0, away + vae_bytes(*given, "encode") - later)
-        rows.append(("pictures", size, "the VAE encodes one at a time; what comes later is not there yet"))
-    if settings.validation_steps:
-        copies = ready_bytes(step.convolutions, drawing=True) if device == "cpu" else 0
-        size = gradients + away + copies + vae_bytes(*given, "decode")
-        rows.append(("sample sheets", size, "the VAE draws one at a time"))
-    return rows
-
-
-def allowance(where: str, fullest: int) -> Row:
-    """For what the arithmetic does not see, beside a `fullest` moment of so many bytes; `where` is one of ALLOWANCES."""
-    constant, share, whose = ALLOWANCES[where]
-    return "not counted", constant + int(share * fullest), f"an allowance: {whose}; {share:.0%} for kernels and gaps"
-
-
-def module_bytes(module: nn.Module, device: str) -> int:
-    """Of its tensors that are on the device."""
-    return sum(t.nbytes for t in tensors_on(module, device))
-
-
-def tensors_on(module: nn.Module, device: str) -> list[Tensor]:
-    """Parameters and buffers."""
-    return [t for t in chain(module.parameters(), module.buffers()) if t.device.type == device]
-
-
-def optimizer_bytes(trained: list[int], settings: TrainSettings) -> int:
-    """AdamW's state for tensors of so many numbers: two of fp32 a weight, or two of 8 bits and an fp32 scale for each block."""
-    packed = [n for n in trained if settings.use_8bit_adam and n >= LEAST]
-    return 8 * (sum(trained) - sum(packed)) + sum(2 * (n + 4 * -(-n // BLOCK)) for n in packed)
-
-
-def update_bytes(trained: list[int], settings: TrainSettings) -> int:
-    """What an update makes for a moment: torch's AdamW nothing, ours what it unpacks; or what processes exchange."""
-    lean = settings.use_8bit_adam or settings.bf16_weights or settings.optimizer_in_backward
-    travels = 4 * min(distributed.BUCKET, sum(trained)) if distributed.world().size > 1 else 0
-    return max(travels, PIECE_BYTES * min(PIECE, max(trained)) if lean else 0)
+    about = f"gradients {gradients / MIB:,.1f}; saved for backward {step.saved / MIB:,.1f}"
+    moments = [("training step", step.fullest, about), ("update", gradients, "gradients")]
+    vae = task.beside.get("VAE")
+    if isinstance(vae, AutoencoderKL):
+        latent = task.batch(0, 0)["latents"].shape[1:]
+        sheets = gradients + vae_bytes(vae, latent, "decode") if settings.validation_steps else 0
+        pictures = vae_bytes(vae, latent, "encode") if task.used_vae else 0
+        moments.append(("pictures", away + max(sheets, pictures), "the VAE encodes and draws one at a time"))
+    share = (SHARE_WITH_FIT if settings.fit else SHARE) if device == "cpu" else SHARE_ON_GPU
+    rest = BASE + int(share * max(size for _, size, _ in moments))
+    return Budget([row for row in rows if row[1]], moments, ("allowance", rest, f"not counted: {BASE // MIB} + {share:.0%}"))
 
 
 def measured(device: str) -> str:
-    """What was taken at most until now, in the form of a table's row."""
-    gpu = device.startswith("cuda")
-    whose = "of tensors on the GPU, the samples drawn included" if gpu else "the whole process, Python included"
+    """The peak until now, as a line of the table."""
+    from minidiff.fast.memory import peak_memory
+
     peak = peak_memory(device)
-    return "  measured peak      not known on this system" if peak is None else line("measured peak", peak, whose)
-
-
-def line(name: str, size: int, note: str) -> str:
-    return f"  {name:18}{size / MIB:9,.1f} MiB   {note}".rstrip()
+    about = "of tensors on the GPU, drawing included" if device == "cuda" else "of the whole process, Python included"
+    return "  measured peak       not known on this system" if peak is None else line(("measured peak", peak, about))

@@ -53,7 +53,7 @@ class FrozenSettings(FineTuneSettings):
 
     def check(self) -> None:
         super().check()
-        rule = "goes with --mixed_precision no: with the others, frozen weights are in half precision anyway"
+        rule = "goes with --mixed_precision no: under the others, frozen weights are in half precision anyway"
         self.need(not self.layerwise_casting or self.mixed_precision == "no", "layerwise_casting", rule)
 
 

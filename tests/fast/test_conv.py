@@ -15,7 +15,6 @@ from minidiff.core.unet import UNet2DConditionModel
 from minidiff.fast import conv as cpu
 from minidiff.fast.frozen import Conv2d, Linear, standing_still
 from minidiff.fast.precision import slow_half
-from minidiff.trainer.metering import ready_bytes
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # B, C, O, H, W, kernel, stride, padding; and the way it goes, with weights that may change and with weights that stand still
@@ -286,17 +285,13 @@ def test_in_training_only_what_is_frozen_stands_still() -> None:
 
 @torch.no_grad()
 def test_a_small_machine_is_not_crowded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies of large weights only where there is four times their memory; the arithmetic before a run knows it."""
+    """Copies of large weights only where there is four times their memory."""
     small, large = Conv2d(8, 8, 3, padding=1), Conv2d(512, 512, 3, padding=1)
     weights = 4 * (small.weight.numel() + large.weight.numel())
-    shapes = [(layer, torch.Size((1, layer.in_channels, 32, 32))) for layer in (small, large)]
-    counted = []
     for memory, kept in ((4 * weights, True), (4 * weights - 1, False), (None, True)):
         monkeypatch.setattr("minidiff.fast.memory.machine_memory", lambda memory=memory: memory)
         with standing_still([nn.ModuleList([small, large])], large=True):
             assert small.ready is not None and (large.ready is not None) == kept
-        counted.append(ready_bytes(shapes, drawing=True))
-    assert counted[0] == counted[2] > counted[1] == ready_bytes(shapes[:1], drawing=True) > 0
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from living import fullest_bytes
 from resume_harness import Case, fingerprint, memory_path, rows  # noqa: F401
 from tiny_adapters import random
 from tiny_recipes import draw_pictures, tiny
@@ -18,7 +19,6 @@ from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.fast.frozen import Conv2d, Linear, cast_layerwise
 from minidiff.fast.precision import HALF
 from minidiff.trainer import savings
-from minidiff.trainer.metering import fullest_bytes
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.savings import budgeted, chosen
 
@@ -126,7 +126,7 @@ def test_fit_leaves_weights_as_stored_only_where_it_must(half_folder: Path, home
     settings = tiny("lora", half_folder, home / "pictures", home / "run", fit="100TB")
     task = RECIPES[type(settings)](settings)
     assert layer_dtypes(task) == {torch.float16}  # until it is settled
-    wide, narrow = (savings.trial_budget(task, replace(settings, layerwise_casting=on), {}) for on in (False, True))
+    wide, narrow = (savings.budget(task, replace(settings, layerwise_casting=on)) for on in (False, True))
     layers = [m.weight for m in task.modules["unet"].modules() if isinstance(m, (Conv2d, Linear))]
     saved = sum(2 * w.numel() for w in layers)
     (_, before, _), (_, after, _) = (next(row for row in need.held if row[0] == "weights") for need in (wide, narrow))

@@ -1,28 +1,23 @@
 """Training that keeps little: the same numbers as the plain way, and how little, counted on the meta device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_adapters import EVERYWHERE, TEXT, random, shake, tiny_unet
+from benchmarks.saved_bytes import saved_bytes
+from tiny_adapters import EVERYWHERE, random, shake, tiny_unet
 from torch import Tensor, nn
 from triton_tools import needs_gpu
 
 from minidiff.core.config import SD15_UNET
 from minidiff.core.inject import inject, trainable
 from minidiff.core.lora import LoRALayer
-from minidiff.core.train import Task
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.fast import lean
 from minidiff.fast import lean_lora as lean_adapters
-from minidiff.fast.frozen import Conv2d, standing_still
-from minidiff.files.text_files import build_text_encoder
-from minidiff.trainer import memory
-from minidiff.trainer.metering import fullest_bytes, kept_bytes, ready_bytes, step_bytes
-from minidiff.trainer.optimizers import adamw
-from minidiff.trainer.settings import TrainSettings
+from minidiff.fast.frozen import Conv2d
 
 MIB = 2**20
 Grads = dict[str, Tensor]
@@ -241,6 +236,10 @@ def sd15(**how: Any) -> tuple[UNet2DConditionModel, Tensor, Tensor, Tensor]:
         return unet.train(), torch.empty(1, 4, 64, 64, **half), torch.empty(1), torch.empty(1, 77, 768, **half)
 
 
+def kept_bytes(forward: Callable[[], object], weights: Iterable[Tensor]) -> int:
+    return saved_bytes(forward, weights)["bytes"]  # type: ignore[no-any-return]
+
+
 def kept(unet: UNet2DConditionModel, *inputs: Tensor) -> float:
     return kept_bytes(lambda: unet(*inputs), unet.parameters()) / MIB
 
@@ -272,130 +271,6 @@ def test_kept_bytes_counts() -> None:
     assert kept_bytes(lambda: linear(x), linear.parameters()) == 15 * 4
     linear.requires_grad_(False)
     assert kept_bytes(lambda: linear(x), linear.parameters()) == 0
-
-
-# --- what a person is told -----------------------------------------------------------------------------------------------
-
-
-def a_task(**batch: Tensor) -> Task:
-    unet = tuned("LoRA")
-    text_encoder = build_text_encoder({**TEXT, "hidden_size": 24, "bos_token_id": 38, "eos_token_id": 39}, "tiny")
-    text_encoder.requires_grad_(False)
-    given = {"latents": random(2, 4, 8, 8), "t": torch.tensor([3, 900]), "text": random(2, 7, 24), **batch}
-    networks = {"unet": unet, "text_encoder": text_encoder}
-    return Task(trainable(unet), lambda step, micro: given, loss=None, export=None, modules=networks)  # type: ignore[arg-type]
-
-
-def test_the_table_before_a_run() -> None:
-    task = a_task()
-    unet = task.modules["unet"]
-    assert isinstance(unet, UNet2DConditionModel)
-    need = memory.budget(task, TrainSettings())
-    weights = sum(p.numel() for m in task.modules.values() for p in m.parameters())
-    buffers = sum(b.numel() * b.element_size() for m in task.modules.values() for b in m.buffers())
-    trained = 4 * sum(p.numel() for p in task.trainable.values())
-    batch = task.batch(0, 0)
-    activations = kept_bytes(lambda: unet(batch["latents"], batch["t"], batch["text"]), unet.parameters())
-    assert step_bytes(task, TrainSettings()).kept == activations  # on meta as in memory
-    held = {name: size for name, size, _ in need.held}
-    assert held.pop("in order") > 0
-    assert held == {"weights": 4 * weights + buffers, "optimizer": 2 * trained}
-    moments = {name: size for name, size, _ in need.moments}
-    assert moments["update"] == trained and moments["forward, backward"] > activations
-    assert need.together == sum(size for _, size, _ in need.held) + max(moments.values()) + need.allowance[1]
-    assert f"{need.together / MIB:,.1f} MiB" in str(need).splitlines()[-1]
-    assert f"gradients {trained / MIB:,.1f}; kept for backward {activations / MIB:,.1f}" in str(need)
-    assert all(p.device.type == "cpu" for p in unet.parameters())
-
-
-@pytest.mark.parametrize(
-    "changes, row",
-    [
-        ({"use_8bit_adam": True}, "optimizer"),
-        ({"bf16_weights": True, "mixed_precision": "bf16"}, "weights"),
-        ({"use_ema": True}, "averaged weights"),
-    ],
-)
-def test_what_the_savings_say(changes: dict[str, Any], row: str) -> None:
-    """A saving makes its row smaller; an average makes one."""
-    task = a_task()
-    task.modules["unet"].requires_grad_(True)
-    task.trainable.update(trainable(task.modules["unet"]))  # large enough for 8 bits
-    before, after = (
-        {name: size for name, size, _ in [*need.held, *need.moments]}
-        for need in (memory.budget(task, TrainSettings()), memory.budget(task, TrainSettings(**changes)))
-    )
-    assert (row not in before) if row == "averaged weights" else (0 < after[row] < before[row])
-
-
-def test_the_fullest_moment_counts() -> None:
-    """By hand: two tensors of 60 bytes live at once, a third comes when the first is gone; a view and a weight are none."""
-    weight = torch.empty(3, 5, device="meta")
-
-    def work() -> None:
-        x = weight + 1
-        x = (x + 1).view(15)
-        x = x * 2
-
-    assert fullest_bytes(work, [weight]) == 120
-    assert fullest_bytes(lambda: weight.view(15), [weight]) == 0
-
-
-def test_what_a_cpu_makes_of_frozen_weights_is_counted() -> None:
-    """Against what is there after a step: the copies that convolutions hold, of both ways through them."""
-    task = a_task()
-    unet, batch = task.modules["unet"], task.batch(0, 0)
-    with standing_still([unet], large=False):
-        unet(batch["latents"], batch["t"], batch["text"]).square().mean().backward()
-        made = [t for m in unet.modules() if isinstance(m, Conv2d) and m.ready for part in m.ready for t in part.values()]
-        there = sum(t.numel() * t.element_size() for _, t in made)
-    counted = ready_bytes(step_bytes(task, TrainSettings()).convolutions, drawing=False)
-    assert 0.8 * there < counted < 1.25 * there
-    unet.requires_grad_(True)
-    assert ready_bytes(step_bytes(task, TrainSettings()).convolutions, drawing=False) == 0
-
-
-def test_gradients_that_wait_and_that_do_not() -> None:
-    """Full fine-tuning: in the backward pass each goes at once; accumulation has all those of the passes before."""
-    task = a_task()
-    task.modules["unet"].requires_grad_(True)
-    gradients = sum(p.nbytes for p in task.modules["unet"].parameters())
-    plain, early, gathered = (
-        step_bytes(task, TrainSettings(**changes)).fullest
-        for changes in ({}, {"optimizer_in_backward": True}, {"gradient_accumulation_steps": 2})  # type: ignore[arg-type]
-    )
-    assert gradients < plain <= gathered == early + gradients and early < plain
-
-
-def test_autocast_keeps_copies_of_weights() -> None:
-    """In bf16 activations are half as large, but what is trained in fp32 is there in bf16 too."""
-    task = a_task()
-    task.modules["unet"].requires_grad_(True)
-    copies = sum(p.nbytes for name, p in task.modules["unet"].named_parameters() if name.endswith("weight")) / 2
-    fp32 = step_bytes(task, TrainSettings()).kept
-    assert step_bytes(task, TrainSettings(mixed_precision="bf16")).kept > fp32 / 2 + copies / 2
-    unrounded = step_bytes(task, TrainSettings(mixed_precision="bf16")).fullest
-    assert step_bytes(task, TrainSettings(mixed_precision="bf16", bf16_weights=True)).fullest < unrounded - copies
-
-
-def test_the_optimizers_bytes_are_those_it_has() -> None:
-    for eight_bit in (False, True):
-        settings = TrainSettings(use_8bit_adam=eight_bit, optimizer_in_backward=True)
-        parameters = [nn.Parameter(torch.zeros(n)) for n in (300, 4096, 5000)]
-        optimizer = adamw(parameters, settings)
-        for p in parameters:
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-        there = sum(t.nbytes for state in optimizer.state.values() for name, t in state.items() if name != "step")
-        assert memory.optimizer_bytes([p.numel() for p in parameters], settings) == there
-
-
-def test_the_table_knows_a_text_encoder_in_training() -> None:
-    ids = torch.randint(0, 38, (2, 7), generator=torch.Generator().manual_seed(0))
-    task = a_task(ids=ids)
-    frozen_encoder = step_bytes(task, TrainSettings()).kept
-    task.modules["text_encoder"].requires_grad_(True)
-    assert step_bytes(task, TrainSettings()).kept > frozen_encoder
 
 
 def test_full_fine_tuning_keeps_no_more_than_before(plainly: Callable[[], None]) -> None:

@@ -138,10 +138,10 @@ def named_weights(axis: "Axis", s: Sheet) -> "Axis":
 
 def morph(s: Morph) -> None:
     """A loop through keyframes, and its length before it starts."""
-    from minidiff.studio.morph import Keyframe, Loop, check_sampler, keyframe_tensors, save_animation, writer_for
+    from minidiff.studio.morph import Keyframe, Loop, check_animation, check_sampler, keyframe_tensors, save_animation
     from minidiff.studio.morph import morph as frames_of
 
-    writer_for(s.output, s.fps)  # refuses other formats
+    check_animation(s.output, s.fps)
     output_files(s)
     seeds = s.seeds or (tuple(range(s.seed, s.seed + 3)) if len(s.prompts) == 1 else (s.seed,))
     count = max(len(s.prompts), len(seeds))

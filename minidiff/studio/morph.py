@@ -6,20 +6,21 @@
     def draw(noise, text): return pipe(prompt_embeds=text, latents=noise, sampler="ddim").images[0]
     save_animation(morph(loop, noises, texts, draw), "morph.gif", loop.fps)
 
-A keyframe is a prompt and a seed. Between two of them the noise goes around the sphere (`slerp`: noise is always about
-√n long, and the network knows no other), and the encoded prompt goes straight (`lerp`): text lives on no sphere, and
-cross-attention reads it through linear maps, so that halfway the network reads the mean of what both prompts say.
+A keyframe is a prompt and a seed. Between two keyframes the noise moves along an arc (`slerp`), and the encoded prompt along
+a straight line (`lerp`). Noise of n numbers is always about √n long. Halfway along a straight line between two noises it would
+be √(n/2) long; the network has never seen such weak noise, and draws fog. An arc keeps the length. The encoded prompt is read
+by linear maps, so halfway the network reads the mean of both prompts.
 
-Shapes: C H W one latent, S tokens, D text width.
+Shapes: B pictures, C H W one latent, S tokens, D text width.
 """
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
+import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
@@ -28,12 +29,59 @@ from minidiff.core.grids import sampler_named
 from minidiff.core.rng import noise_source
 from minidiff.draw.images import write_picture
 from minidiff.draw.pipeline import StableDiffusionPipeline, check_seeds
+from minidiff.draw.progress import progress
 from minidiff.draw.prompting import count_chunks, parse_prompt
-from minidiff.studio.interpolation import lerp, slerp
 
 Draw = Callable[[Tensor, Tensor], Image.Image]  # (noise (1, C, H, W), text (1, S, D)) -> picture
 EASES = ("even", "smooth")
 MAX_FRAMES = 2000
+FORMATS = (".gif", ".webp", ".png")  # .png: APNG
+PARALLEL = 1e-4  # radians: below, arc and line agree to 1e-9 of their length, and at 0 the arc is 0 / 0
+OPPOSITE = 1e-3  # radians from half a turn: there every arc is as short as any other
+
+# --- between two tensors -----------------------------------------------------------------------------------------------
+
+
+def lerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """(1 - t) a + t b: the straight line, from exactly a at t = 0 to exactly b at t = 1. Any two equal shapes."""
+    return a if t == 0 else b if t == 1 else (1 - t) * a + t * b
+
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """sin((1 - t) θ) / sin θ · a + sin(t θ) / sin θ · b: the arc (Shoemake, "Animating Rotation with Quaternion Curves",
+    SIGGRAPH 1985, section 3.3), at an even speed; exactly a at t = 0 and b at t = 1.
+
+    a, b (B, …): each picture is one vector and has its own angle θ. Between two vectors of one length all have that length.
+    SettingsError for vectors that point opposite ways, or nowhere.
+    """
+    if t in (0, 1):
+        return a if t == 0 else b
+    angle = angle_between(a, b)  # (B, 1, …), fp64
+    near = angle < PARALLEL
+    sine = torch.where(near, 1.0, angle.sin())
+    of_a = torch.where(near, 1 - t, ((1 - t) * angle).sin() / sine)  # Shoemake 1985, section 3.3
+    of_b = torch.where(near, t, (t * angle).sin() / sine)
+    return of_a.to(a.dtype) * a + of_b.to(a.dtype) * b
+
+
+def angle_between(a: Tensor, b: Tensor) -> Tensor:
+    """The angle of each pair of vectors in radians, (B, 1, …) in fp64.
+
+    2 atan2(|u - v|, |u + v|) for unit vectors u, v (Kahan, "How Futile are Mindless Assessments of Roundoff", 2006,
+    section 12): exact for small angles too, where the arc cosine has lost half of its digits.
+    """
+    u, v = (x.double().flatten(1) for x in (a, b))
+    lengths = [x.norm(dim=1, keepdim=True) for x in (u, v)]
+    if not all((length > 0).all() and length.isfinite().all() for length in lengths):
+        raise SettingsError("slerp: one of the two is zero or not finite, so it points nowhere; give two noises.")
+    u, v = u / lengths[0], v / lengths[1]
+    angle = 2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))
+    if (angle > torch.pi - OPPOSITE).any():
+        raise SettingsError("slerp: the two point opposite ways, so no arc is the shortest; take another seed.")
+    return angle.reshape(-1, *[1] * (a.ndim - 1))
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -69,10 +117,8 @@ class Loop:
         return self.keyframes * self.frames
 
     def __str__(self) -> str:
-        return (
-            f"{self.keyframes} keyframes x {self.frames} frames = {self.total} frames, at {self.fps:g} frames a second: "
-            f"a loop of {self.total / self.fps:.1f} s"
-        )
+        count = f"{self.keyframes} keyframes x {self.frames} frames = {self.total} frames"
+        return f"{count}, at {self.fps:g} frames a second: a loop of {self.total / self.fps:.1f} s"
 
     def places(self) -> Iterator[tuple[int, int, float]]:
         """(from keyframe, to keyframe, t in [0, 1)) of each frame. After the last frame comes the first again."""
@@ -82,7 +128,7 @@ class Loop:
 
 
 def eased(t: float) -> float:
-    """3 t² - 2 t³: Hermite's cubic with both ends at rest, so that the loop turns at its keyframes without a jerk."""
+    """3 t² - 2 t³: Hermite's cubic with speed 0 at both ends, so that the loop turns at its keyframes without a jerk."""
     return t * t * (3 - 2 * t)
 
 
@@ -99,9 +145,7 @@ def keyframe_tensors(
     `negative_prompt` counts where it is longer than 75 tokens: S is that of the longer of the two.
     """
     if any(parse_prompt(key.prompt).loras for key in keyframes):
-        raise SettingsError(
-            "a keyframe's prompt names a LoRA, and no way leads from one to another. Attach it for all, by --lora."
-        )
+        raise SettingsError("a keyframe's prompt names a LoRA, which cannot be faded in or out. Attach it for all, by --lora.")
     shape = pipe.latent_shape(1, height, width)
     noises = [noise_source(shape, check_seeds(key.seed, None, 1))("latents") for key in keyframes]
     chunks = count_chunks(pipe.tokenizer, [parse_prompt(negative_prompt)], pipe.placeholders)
@@ -109,26 +153,13 @@ def keyframe_tensors(
 
 
 def morph(
-    loop: Loop, noises: Sequence[Tensor], texts: Sequence[Tensor], draw: Draw, progress: bool = True
+    loop: Loop, noises: Sequence[Tensor], texts: Sequence[Tensor], draw: Draw, show: bool = True
 ) -> Iterator[Image.Image]:
-    """Draw the frames, one by one. `noises` (1, C, H, W) and `texts` (1, S, D): one for each keyframe.
+    """Draw the frames, one by one, with a progress bar. `noises` (1, C, H, W) and `texts` (1, S, D): one for each keyframe.
 
     The first frame of each keyframe is drawn from exactly its noise and its text. SettingsError, before anything is drawn,
     for keyframes that do not fit together.
     """
-    check_keyframes(loop, noises, texts)
-    return _drawn(loop, noises, texts, draw, progress)
-
-
-def _drawn(loop: Loop, noises: Sequence[Tensor], texts: Sequence[Tensor], draw: Draw, progress: bool) -> Iterator[Image.Image]:
-    from tqdm import tqdm
-
-    for here, there, t in tqdm(loop.places(), total=loop.total, unit="frame", leave=False, disable=not progress):
-        yield draw(slerp(noises[here], noises[there], t), lerp(texts[here], texts[there], t))
-
-
-def check_keyframes(loop: Loop, noises: Sequence[Tensor], texts: Sequence[Tensor]) -> None:
-    """As many as the loop has, all of one size."""
     if not len(noises) == len(texts) == loop.keyframes:
         raise SettingsError(f"{len(noises)} noises and {len(texts)} texts for {loop.keyframes} keyframes; give one of each.")
     if len({text.shape for text in texts}) > 1:
@@ -136,10 +167,12 @@ def check_keyframes(loop: Loop, noises: Sequence[Tensor], texts: Sequence[Tensor
         raise SettingsError(f"the prompts take {chunks} chunks of 75 tokens; all have to take as many. Shorten the longest.")
     if len({noise.shape for noise in noises}) > 1:
         raise SettingsError("the noises differ in size; all keyframes need the same width and height.")
+    places = progress(loop.places(), "frame", total=loop.total, show=show)
+    return (draw(slerp(noises[a], noises[b], t), lerp(texts[a], texts[b], t)) for a, b, t in places)
 
 
 def check_sampler(name: str, eta: float, keyframes: Sequence[Keyframe]) -> None:
-    """Fresh noise in each step has no way from seed to seed: the frames would flicker, or jump at each keyframe."""
+    """The fresh noise of each step cannot be interpolated from seed to seed: the frames would flicker."""
     if (sampler_named(name).fresh_noise or eta > 0) and len({key.seed for key in keyframes}) > 1:
         raise SettingsError(
             f"{name}{f' with eta {eta:g}' if eta else ''} draws fresh noise in each step, so the frames would flicker between "
@@ -150,36 +183,43 @@ def check_sampler(name: str, eta: float, keyframes: Sequence[Keyframe]) -> None:
 # --- files -------------------------------------------------------------------------------------------------------------
 
 
-Writer = Callable[[BinaryIO, list[Image.Image], float, str], None]  # (file, frames, fps, how they were made)
-
-
-def writer_for(path: Path | str, fps: float) -> Writer:
-    """By the ending of the name; SettingsError for another one, or more frames a second than the format has."""
-    path = Path(path)
-    write = {".gif": _write_gif, ".webp": _write_webp, ".png": _write_apng}.get(path.suffix.lower())
-    if write is None:
+def check_animation(path: Path | str, fps: float) -> None:
+    """SettingsError for a file whose ending is not in FORMATS, and for more frames a second than a GIF has."""
+    ending = Path(path).suffix.lower()
+    if ending not in FORMATS:
         raise SettingsError(f'"{path}": loops are written as GIF, WebP or APNG; give a name that ends in .gif, .webp or .png.')
-    if fps > 50 and write is _write_gif:
+    if fps > 50 and ending == ".gif":
         raise SettingsError(f"{path}: {fps:g} frames a second; GIF goes up to 50. Give less, or a name that ends in .webp.")
-    return write
 
 
 def save_animation(frames: Iterable[Image.Image], path: Path | str, fps: float, text: str = "") -> None:
     """Write an endless loop as .gif, .webp or .png (APNG), whole or not at all. The format is checked before a frame is drawn.
 
-    GIF has 256 colours: one palette for all frames, and a fixed pattern of dots for the tones between. WebP is written at
-    quality 90, APNG without loss. `text` says how it was made; `picture_texts` reads it back, as "parameters".
-    SettingsError for another ending, or no frames.
+    GIF has 256 colours, the same ones for all frames. WebP is written at quality 90, APNG without loss. `text` says how the
+    loop was made. SettingsError for another ending, or no frames.
     """
-    write = writer_for(path, fps)
+    check_animation(path, fps)
     pictures = [frame.convert("RGB") for frame in frames]
     if not pictures:
         raise SettingsError(f"{path}: there are no frames to write.")
     if len({picture.size for picture in pictures}) > 1:
         raise SettingsError(f"{path}: the frames differ in size; a loop has one size.")
+    ending, options = Path(path).suffix.lower(), dict[str, Any]()
+    if ending == ".gif":
+        pictures, options = one_palette(pictures), {"optimize": False, "disposal": 1, "comment": text.encode()}
+    elif ending == ".webp":
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")  # EXIF's UserComment, as A1111 writes it
+        options = {"quality": 90, "method": 4, "minimize_size": False, "exif": exif}
+    else:
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_text("parameters", text)
+        options = {"default_image": False, "pnginfo": chunks}
+    file, times = io.BytesIO(), durations(len(pictures), fps, 10 if ending == ".gif" else 1)
     try:
-        write(file := io.BytesIO(), pictures, fps, text)
-    except (ValueError, RuntimeError) as error:  # Pillow's, for example where a side is beyond the format's limit
+        first, *rest = pictures
+        first.save(file, ending[1:].upper(), save_all=True, append_images=rest, duration=times, loop=0, **options)
+    except (ValueError, RuntimeError, OSError) as error:  # Pillow's, for example where a side is beyond the format's limit
         raise MinidiffError(f"{path}: cannot be written ({error}). Choose another format.") from error
     write_picture(path, file.getvalue())
 
@@ -190,55 +230,12 @@ def durations(count: int, fps: float, unit: int) -> list[int]:
     return [after - before for before, after in zip(ends, ends[1:])]
 
 
-def _write_webp(file: BinaryIO, pictures: list[Image.Image], fps: float, text: str) -> None:
-    times, exif = durations(len(pictures), fps, 1), Image.Exif()
-    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")  # the Exif table, and UserComment, as A1111's
-    _write(file, "WEBP", pictures, times, {"quality": 90, "method": 4, "minimize_size": False, "exif": exif})
-
-
-def _write_apng(file: BinaryIO, pictures: list[Image.Image], fps: float, text: str) -> None:
-    chunks = PngImagePlugin.PngInfo()
-    chunks.add_text("parameters", text)
-    _write(file, "PNG", pictures, durations(len(pictures), fps, 1), {"default_image": False, "pnginfo": chunks})
-
-
-def _write_gif(file: BinaryIO, pictures: list[Image.Image], fps: float, text: str) -> None:
-    options = {"optimize": False, "disposal": 1, "comment": text.encode()}
-    _write(file, "GIF", one_palette(pictures), durations(len(pictures), fps, 10), options)
-
-
-def _write(file: BinaryIO, kind: str, pictures: list[Image.Image], times: list[int], options: dict[str, Any]) -> None:
-    first, *rest = pictures
-    first.save(file, format=kind, save_all=True, append_images=rest, duration=times, loop=0, **options)
-
-
 def one_palette(pictures: Sequence[Image.Image]) -> list[Image.Image]:
-    """Pictures -> 256 colours, the same ones for all.
-
-    A palette for each frame, and errors spread from pixel to pixel (Floyd and Steinberg), make still parts crawl. Here the
-    tones between are made by a threshold that depends on the place alone (Bayer, 1973), which stands still.
-    """
-    sample = [pictures[i] for i in sorted({round(i * (len(pictures) - 1) / 31) for i in range(32)})]
-    pixels = np.concatenate([np.asarray(picture).reshape(-1, 3) for picture in sample])
-    every = pixels[:: max(1, len(pixels) // 500_000)]
-    palette = Image.fromarray(every[None]).quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
+    """Pictures -> 256 colours, the same ones for all, without dithering: so still parts of a loop do not flicker."""
     width, height = pictures[0].size
-    dots = np.tile(bayer(8) - 0.5, (height // 8 + 1, width // 8 + 1))[:height, :width, None]
-    plain = np.asarray(nearest(every[None], palette).convert("RGB"))[0]
-    step = 4 * np.median(np.abs(plain - every.astype(float)))  # tones a step apart: the nearest is a quarter of it away
-    dotted = (np.clip(np.asarray(picture) + step * dots, 0, 255).round().astype(np.uint8) for picture in pictures)
-    return [nearest(values, palette) for values in dotted]
-
-
-def nearest(pixels: np.ndarray, palette: Image.Image) -> Image.Image:
-    """(H, W, 3) bytes -> the nearest colours of the palette."""
-    return Image.fromarray(pixels).quantize(palette=palette, dither=Image.Dither.NONE)
-
-
-def bayer(size: int) -> np.ndarray:
-    """The threshold matrix of ordered dithering, (size, size) in [0, 1), size a power of 2: Bayer, "An optimum method for
-    two-level rendition of continuous-tone pictures", ICC 1973: M(2n) = [[4M, 4M + 2], [4M + 3, 4M + 1]]."""
-    matrix = np.zeros((1, 1))
-    while len(matrix) < size:
-        matrix = np.block([[4 * matrix, 4 * matrix + 2], [4 * matrix + 3, 4 * matrix + 1]])
-    return matrix / size**2
+    sample = pictures[:: len(pictures) // 16 + 1]
+    montage = Image.new("RGB", (width, height * len(sample)))
+    for i, picture in enumerate(sample):
+        montage.paste(picture, (0, i * height))
+    palette = montage.quantize(256)
+    return [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]

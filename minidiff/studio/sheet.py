@@ -21,6 +21,7 @@ from PIL import Image
 from minidiff.core.errors import MinidiffError, SettingsError, did_you_mean
 from minidiff.core.grids import sampler_named
 from minidiff.draw.images import contact_sheet
+from minidiff.draw.progress import progress
 
 MAX_TILES = 400
 MAX_ABREAST = 6  # tiles of a single axis beside each other, before they are laid in rows
@@ -184,7 +185,7 @@ def contact_sheet_of(
     draw: Callable[[S], Image.Image],
     title: str = "",
     tile: int = 256,
-    progress: bool = True,
+    show: bool = True,
     check: Callable[[S], None] = lambda settings: None,
 ) -> Image.Image:
     """Draw a picture for each pair of values, and lay them out with labels. `settings` is a dataclass; it stays as it is.
@@ -193,14 +194,12 @@ def contact_sheet_of(
     One axis alone is laid in rows, with captions. SettingsError for axes that cannot be; any error while drawing says which
     tile it was.
     """
-    from tqdm import tqdm
-
     across, down = columns or Axis("", ("",)), rows or Axis("", ("",))
     cells = {(i, j): with_values(settings, [a for a in ((rows, i), (columns, j)) if a[0]]) for i, j in places(down, across)}
     for changed in cells.values():
         check(changed)
     tiles = {}
-    for place in tqdm(cells, unit="picture", leave=False, disable=not progress):
+    for place in progress(cells, "picture", show=show):
         try:
             tiles[place] = draw(cells[place])
         except MinidiffError as error:

@@ -9,7 +9,7 @@ Shapes: B samples, 3 H W a picture in [-1, 1], C h w its latent, L tokens, D wid
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from minidiff.core.errors import DataError
 from minidiff.core.rng import generator, normal
 from minidiff.core.vae import AutoencoderKL, sample_posterior
 from minidiff.draw.images import load_image, to_tensor
+from minidiff.draw.progress import progress
 from minidiff.files.atomic import sha256
 from minidiff.trainer.buckets import Size, bucketed_order, nearest_bucket
 from minidiff.trainer.cache import Cache
@@ -164,7 +165,7 @@ class LatentData:
         self.disk = Cache(settings.cache_dir, vae) if settings.cache_dir else None
         self.used_vae = False
         if settings.cache_latents:
-            for i in _with_bar(range(len(examples))):
+            for i in progress(range(len(examples)), "picture", "encoding pictures", show=True):
                 for flip in (False, True) if settings.random_flip else (False,):
                     self.cache[i, flip] = self._kept(i, flip)
         if self.disk:
@@ -267,9 +268,3 @@ def _each_encoded(prompts: list[str], encode_prompts: Callable[[list[str]], Tens
     """Each distinct prompt -> (L, D), fp32, or (L,), whole numbers."""
     rows = {p: encode_prompts([p])[0].cpu() for p in dict.fromkeys(prompts)}
     return {p: row.float() if row.is_floating_point() else row for p, row in rows.items()}
-
-
-def _with_bar(numbers: Iterable[int]) -> Iterable[int]:
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    return tqdm(numbers, desc="encoding pictures", leave=False, file=sys.stderr)  # type: ignore[no-any-return]

@@ -12,7 +12,6 @@ The paper has the first alone. The second is distillation from the model before 
 Shapes: B samples of each half, C h w a latent, L tokens, D width of the text.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count, islice
@@ -27,6 +26,7 @@ from minidiff.core.errors import DataError
 from minidiff.core.rng import generator, hashed_seed, normal
 from minidiff.draw.images import generation_text, read_png_text, save_png
 from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.draw.progress import progress
 from minidiff.trainer import distributed
 from minidiff.trainer.dataset import PICTURES, Example, read_folder
 from minidiff.trainer.latents import LatentData, fingerprint
@@ -51,7 +51,8 @@ def class_examples(pipe: StableDiffusionPipeline, settings: FineTuneSettings, si
     missing = list(islice(free, max(0, settings.num_class_images - len(have))))
     world = distributed.world()
     if world.rank == 0:  # the first process draws for all
-        for i, image in _with_bar(_drawn(pipe, settings, side, missing), len(missing)):
+        drawn = _drawn(pipe, settings, side, missing)
+        for i, image in progress(drawn, "picture", "drawing class pictures", len(missing), show=bool(missing)):
             save_png(image, folder / DRAWN.format(i), {"parameters": _how(settings, i)})
     world.wait()
     return read_folder(folder, prompt)
@@ -106,12 +107,6 @@ def _how(settings: FineTuneSettings, i: int) -> str:
         "Model": Path(settings.pretrained_model_name_or_path).name,
     }
     return generation_text(settings.class_prompt or "", "", numbers)
-
-
-def _with_bar(pictures: Iterator[tuple[int, Image.Image]], total: int) -> Iterator[tuple[int, Image.Image]]:
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    return iter(tqdm(pictures, desc="drawing class pictures", total=total, disable=total == 0, file=sys.stderr))
 
 
 # --- batches of two halves -------------------------------------------------------------------------------------------

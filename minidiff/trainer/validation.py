@@ -6,8 +6,7 @@ each picture is noised at one fixed timestep in each quarter of the schedule, an
 Shapes: B = 4 samples, one a quarter; C h w a latent; L tokens, D width of the text; T training timesteps.
 """
 
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +16,7 @@ from minidiff.core.errors import SettingsError
 from minidiff.core.losses import squared_error
 from minidiff.core.rng import normal
 from minidiff.core.schedule import NoiseSchedule, training_target
+from minidiff.draw.progress import progress
 from minidiff.trainer.latents import LatentData
 
 QUARTERS = 4
@@ -36,7 +36,7 @@ class ValidationSet:
 
         The model should be as it is for sampling: no dropout, averaged weights if there are any.
         """
-        seen = _with_bar(self.batches, "validation loss")
+        seen = progress(self.batches, "picture", "validation loss")
         each = torch.stack([errors(batch).float().cpu() for batch in seen])  # (pictures, B)
         names = [f"val_loss_{first}_{end}" for first, end in zip(self.bounds, self.bounds[1:])]
         return {"val_loss": each.mean().item(), **dict(zip(names, each.mean(0).tolist()))}
@@ -71,7 +71,7 @@ def check_prediction_type(
     error, variance = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
     named = schedule.config.prediction_type
     other = kinds[1 - kinds.index(named)]
-    for batch in _with_bar(looked := fixed.batches[:4], "looking at the base"):
+    for batch in progress(looked := fixed.batches[:4], "picture", "looking at the base"):
         output = predict(batch).float().cpu()
         for kind in kinds:
             reading = replace(schedule, config=replace(schedule.config, prediction_type=kind))
@@ -86,10 +86,3 @@ def check_prediction_type(
             f"(mean error {error[other] / len(looked):.2g}, not {error[named] / len(looked):.2g}). "
             f'Set prediction_type to "{other}" there, else training would undo the model.'
         )
-
-
-def _with_bar(batches: list[dict[str, Tensor]], what: str) -> Iterable[dict[str, Tensor]]:
-    """For people who wait: at SD 1.5's size, on a CPU, each takes half a minute."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    return tqdm(batches, desc=what, unit="picture", leave=False, disable=None, file=sys.stderr)  # type: ignore[no-any-return]

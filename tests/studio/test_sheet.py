@@ -126,7 +126,7 @@ def colours(sheet: Image.Image) -> set[tuple[int, int, int]]:
 
 def test_a_picture_for_each_pair_of_values() -> None:
     columns, rows = parse_axis("guidance=1,2", Settings), parse_axis("seed=1..3", Settings)
-    sheet = contact_sheet_of(Settings(), columns, rows, picture, "title", tile=32, progress=False)
+    sheet = contact_sheet_of(Settings(), columns, rows, picture, "title", tile=32, show=False)
     by_hand = [[Image.new("RGB", (8, 8), (seed, 10 * scale, 5)) for scale in (1, 2)] for seed in (1, 2, 3)]
     labels = ["seed 1", "seed 2", "seed 3"], ["guidance 1", "guidance 2"]
     assert sheet.tobytes() == contact_sheet(by_hand, *labels, "title", 32).tobytes()
@@ -136,13 +136,13 @@ def test_a_picture_for_each_pair_of_values() -> None:
 @pytest.mark.parametrize("count", [1, 6, 7, 13])
 def test_one_axis_alone(count: int, swap: bool) -> None:
     axis = parse_axis(f"seed=1..{count}", Settings)
-    sheet = contact_sheet_of(Settings(), *((None, axis) if swap else (axis, None)), picture, tile=32, progress=False)
+    sheet = contact_sheet_of(Settings(), *((None, axis) if swap else (axis, None)), picture, tile=32, show=False)
     assert {(seed, 50, 5) for seed in range(1, count + 1)} <= colours(sheet)
     assert sheet.width < 8 * 40  # many values are laid in rows
 
 
 def test_no_axis_is_one_picture() -> None:
-    assert (0, 50, 5) in colours(contact_sheet_of(Settings(), None, None, picture, tile=32, progress=False))
+    assert (0, 50, 5) in colours(contact_sheet_of(Settings(), None, None, picture, tile=32, show=False))
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -154,7 +154,7 @@ def test_what_takes_loading_changes_seldom(swap: bool) -> None:
         drawn.append(settings.pretrained_model_name_or_path)
         return picture(settings)
 
-    contact_sheet_of(Settings(), *((seeds, models) if swap else (models, seeds)), draw, tile=32, progress=False)
+    contact_sheet_of(Settings(), *((seeds, models) if swap else (models, seeds)), draw, tile=32, show=False)
     assert "".join(drawn) == "aaaabbbbcccc"
 
 
@@ -172,7 +172,7 @@ def test_nothing_is_drawn_for_axes_that_cannot_be(columns: str, rows: str, messa
         raise AssertionError("drawn")
 
     with pytest.raises(SettingsError, match=message):
-        contact_sheet_of(Settings(), parse_axis(columns, Settings), parse_axis(rows, Settings), never, progress=False)
+        contact_sheet_of(Settings(), parse_axis(columns, Settings), parse_axis(rows, Settings), never, show=False)
 
 
 def test_an_error_while_drawing_names_its_tile() -> None:
@@ -183,11 +183,11 @@ def test_an_error_while_drawing_names_its_tile() -> None:
 
     with pytest.raises(DataError, match="^seed 2, guidance 7: the disk is gone$"):
         axes = parse_axis("guidance=5,7", Settings), parse_axis("seed=1..3", Settings)
-        contact_sheet_of(Settings(), *axes, draw, progress=False)
+        contact_sheet_of(Settings(), *axes, draw, show=False)
 
 
 def test_prompt_is_an_axis_of_settings_that_have_one() -> None:
-    sheet = contact_sheet_of(Settings(), Axis("prompt", ("a", "a b")), None, picture, tile=32, progress=False)
+    sheet = contact_sheet_of(Settings(), Axis("prompt", ("a", "a b")), None, picture, tile=32, show=False)
     assert {(0, 50, 1), (0, 50, 3)} <= colours(sheet)
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
@@ -49,8 +50,8 @@ CASES: list[tuple[str, float, str, str | None, float, str]] = [
 
 def fake_network(x: Tensor, t: Tensor) -> Tensor:
     """A fixed smooth function of x (B, 4, H, W) and t (a number or (B,)) in place of a U-Net."""
-    weight = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1)) / 6
-    shift = torch.as_tensor(t, dtype=torch.float32).reshape(-1, 1, 1, 1) / 500
+    weight = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1)).to(x.dtype) / 6
+    shift = torch.as_tensor(t, dtype=x.dtype).reshape(-1, 1, 1, 1) / 500
     return torch.tanh(conv2d(x, weight, padding=1) + torch.cos(shift))
 
 
@@ -109,6 +110,27 @@ def reference_trajectory(scheduler: Any, steps: int, shape: tuple[int, ...], eta
         x = scheduler.step(output, t, x, **draws, **only_ddim).prev_sample
         trajectory.append(x / level_after(scheduler, i) if ve_scale else x)
     return torch.stack(trajectory)
+
+
+def exact_trajectory(scheduler: Any, steps: int, shape: tuple[int, ...], eta: float = 0.0) -> Tensor:
+    """`reference_trajectory` in float64: from the scheduler's float32 tables and the same noise, but without further rounding.
+
+    The schedulers say float32 in many places; while they run, it means float64.
+    """
+    for name, table in vars(scheduler).items():
+        if isinstance(table, Tensor) and table.is_floating_point():
+            setattr(scheduler, name, table.double())
+    module, single = sys.modules[type(scheduler).__module__], torch.float32
+
+    def draw(*shape: Any, generator: torch.Generator | None = None, **how: Any) -> Tensor:
+        return randn(*shape, generator=generator, dtype=single).double()
+
+    randn, old = torch.randn, (torch.randn, torch.float32, np.float32, getattr(module, "randn_tensor", None))
+    try:
+        torch.randn, torch.float32, np.float32, module.randn_tensor = draw, torch.float64, np.float64, draw
+        return reference_trajectory(scheduler, steps, shape, eta)
+    finally:
+        torch.randn, torch.float32, np.float32, module.randn_tensor = old
 
 
 def repeated_second(timesteps: Tensor, first: int) -> Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exact import assert_as_near
 
 pytest.importorskip("diffusers")
 
@@ -27,6 +28,7 @@ from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
 
 GOLDEN = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "make_samplers.py"))
 SHAPE = (2, 4, 6, 5)
+MANY = (32, 4, 6, 5)  # so many that two roundings have nearly the same size
 EVERY_STEPS = [1, 2, 3, 10, 20, *(pytest.param(n, marks=pytest.mark.slow) for n in (30, 50))]  # a minute for these two
 VARIANTS = [
     (name, prediction, special)
@@ -38,9 +40,9 @@ VARIANTS = [
 ]
 
 
-def trajectory(name, schedule, steps, strength=1.0, **settings):
-    noise = GOLDEN["noises"](SHAPE, steps)
-    image = None if strength == 1 else GOLDEN["picture"](SHAPE)
+def trajectory(name, schedule, steps, strength=1.0, shape=SHAPE, **settings):
+    noise = GOLDEN["noises"](shape, steps)
+    image = None if strength == 1 else GOLDEN["picture"](shape)
     walk = SAMPLERS[name](
         GOLDEN["fake_network"], noise[0], schedule, steps, lambda i: noise[i + 1], image=image, strength=strength, **settings
     )
@@ -80,12 +82,16 @@ def test_trajectories(name, prediction, special, spacing, steps):
     ("name", "eta"), [("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0), ("euler_a", 0.0), ("dpm++_2m", 0.0)]
 )
 def test_trajectories_element_by_element(name, eta, prediction, spacing, steps):
-    """The stricter bound, where every sampler of SD's early days keeps it: small elements count as much as large ones."""
+    """Small elements count as much as large ones. Both programs round, and 50 steps of the fake network enlarge that, on some
+    processors beyond 1e-5: so each is judged by the reference in float64.
+    """
     schedule = NoiseSchedule.from_config(NoiseConfig(prediction_type=prediction))
-    reference = GOLDEN["reference_scheduler"](name, prediction, spacing)
-    expected = GOLDEN["reference_trajectory"](reference, steps, SHAPE, eta)
-    ours = trajectory(name, schedule, steps, spacing=spacing, eta=eta)
-    torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(expected), rtol=1e-5, atol=1e-5)
+    single, double = (GOLDEN["reference_scheduler"](name, prediction, spacing) for _ in range(2))
+    expected = GOLDEN["reference_trajectory"](single, steps, MANY, eta)
+    exact = GOLDEN["exact_trajectory"](double, steps, MANY, eta)
+    ours = trajectory(name, schedule, steps, shape=MANY, spacing=spacing, eta=eta)
+    for a, b, c in zip(ours, expected, exact, strict=True):
+        assert_as_near([a], [b], [c])
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])

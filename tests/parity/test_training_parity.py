@@ -5,6 +5,7 @@ encoded, noise is added, the model answers, the loss is taken and the weights mo
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import assert_as_near
 from tiny_recipes import PRIOR, draw_pictures, loaded, tiny
 from torch import Tensor, nn
 
@@ -117,6 +119,12 @@ def trained_in(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def numbers_of(layer: Any) -> list[Tensor]:
+    """A, B and m of a layer of peft's, in minidiff's shapes."""
+    magnitude = [layer.lora_magnitude_vector["default"].weight.reshape(-1, 1)] if layer.use_dora["default"] else []
+    return [t.detach() for t in (layer.lora_A["default"].weight, layer.lora_B["default"].weight, *magnitude)]
+
+
 @pytest.mark.parametrize(
     "method, changes",
     [
@@ -137,21 +145,28 @@ def test_lora_and_dora(make: Any, theirs: Any, tmp_path: Path, method: str, chan
         parts["text_encoder"] = (theirs.text_encoder, ["q_proj", "k_proj", "v_proj", "out_proj"])
     for part, (model, targets) in parts.items():
         add_adapter(model, untrained[part], targets, settings.use_dora)
+    exactly = deepcopy(theirs)
+    exactly.unet.double(), exactly.text_encoder.double()
     _, batches = train_ours(settings)
-    loss_of = prior_loss(theirs, 0.7) if with_prior else plain_loss(theirs, [INSTANCE] * 2)
-    train_by_hand([{"params": [p for model, _ in parts.values() for p in trained_in(model)], "lr": 1e-2}], batches, loss_of)
+    found = []
+    for pipe, dtype in ((theirs, torch.float32), (exactly, torch.float64)):
+        loss_of = prior_loss(pipe, 0.7) if with_prior else plain_loss(pipe, [INSTANCE] * 2)
+        networks = {part: getattr(pipe, part) for part in parts}
+        trained = [p for network in networks.values() for p in trained_in(network)]
+        own = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
+        train_by_hand([{"params": trained, "lr": 1e-2}], own, loss_of)
+        layers = {(part, k): v for part, m in networks.items() for k, v in peft_layers(m).items()}
+        found.append({f"{part}.{k.removeprefix('text_model.')}": layer for (part, k), layer in layers.items()})
 
     result = read_lora(settings.output_dir).modules  # what the files say
     start = {f"{part}.{name}": w for part in parts for name, w in adapter_weights(untrained[part]).items()}
-    found = {f"{part}.{k.removeprefix('text_model.')}": v for part, (m, _) in parts.items() for k, v in peft_layers(m).items()}
-    assert result.keys() == found.keys()
-    for name, layer in found.items():
-        assert result[name].scale == layer.scaling["default"] == 1.5
-        close(result[name].A, layer.lora_A["default"].weight, start[name].A)
-        close(result[name].B, layer.lora_B["default"].weight, start[name].B)
-        if settings.use_dora:
-            magnitude = layer.lora_magnitude_vector["default"].weight.reshape(-1, 1)
-            close(result[name].magnitude, magnitude, start[name].magnitude)
+    assert result.keys() == found[0].keys()
+    for name, weights in result.items():
+        assert weights.scale == found[0][name].scaling["default"] == 1.5
+        for moved, before in ((weights.A, start[name].A), (weights.B, start[name].B)):
+            assert (moved - before).abs().max() > 1e-4
+    ours = [t for name in result for t in (result[name].A, result[name].B, result[name].magnitude) if t is not None]
+    assert_as_near(ours, *([t for name in result for t in numbers_of(layers[name])] for layers in found))
 
 
 @pytest.mark.parametrize("method", ["full", "full, text encoder too"])

@@ -31,6 +31,7 @@ DEBT: set[tuple[str, str]] = {
     ("core/lora", "fast/precision"),
     ("core/textual_inversion", "files/names"),
     ("core/train", "draw/nonfinite"),
+    ("core/train", "fast/compiled"),
     ("core/train", "fast/frozen"),
     ("core/train", "fast/in_backward"),
     ("core/train", "trainer/distributed"),

@@ -17,7 +17,7 @@ from minidiff.draw.images import contact_sheet, save_png
 from minidiff.draw.lora_tags import adapter_name_of, in_lora_dir
 from minidiff.draw.pipeline import MAX_SIDE, StableDiffusionPipeline
 from minidiff.draw.prompting import parse_prompt
-from minidiff.fast.graphs import check_graph
+from minidiff.fast.compiled import compile_unet
 from minidiff.fast.memory import chosen_device
 from minidiff.files.folder import config_of, local_folder, sampler_of
 from minidiff.files.weights import read_header
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Callback = Callable[["Step"], None]
 LOADED = (  # what decides which model is loaded, and what is attached to it
-    *("pretrained_model_name_or_path", "tokenizer", "torch_dtype", "device", "cuda_graph"),
+    *("pretrained_model_name_or_path", "tokenizer", "torch_dtype", "device", "compile"),
     *("lora", "lora_dir", "textual_inversion"),
 )
 MAX_WORDS = 100
@@ -221,7 +221,6 @@ def how(s: Sampling, pipe: StableDiffusionPipeline, prompt: str, image: Image) -
 def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
     """The model on its device, with the LoRAs and new words of the flags and of the prompts attached."""
     device = chosen_device(s.device)
-    check_graph(s.cuda_graph, device)
     dtype = getattr(torch, s.torch_dtype or ("float32" if device == "cpu" else "float16"))
     name = s.pretrained_model_name_or_path
     if single := Path(name).is_file():
@@ -239,8 +238,9 @@ def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
         pipe = StableDiffusionPipeline.from_pretrained(name, dtype)
     pipe.to(device)
     pipe.set_tile_size(s.tile_size)
-    pipe.set_cuda_graph(s.cuda_graph)
     attach(pipe, s, prompts)
+    if s.compile:
+        compile_unet(pipe.unet)
     return pipe
 
 

@@ -64,8 +64,8 @@ class Sampling:
     """Share of the steps walked from --image: 0.3 retouches, 1 hardly looks at it. Default: 0.8; with a mask 1."""
     tile_size: int | None = None
     """Draw in overlapping tiles of so many pixels, for pictures larger than the memory; default: in one piece."""
-    cuda_graph: bool = False
-    """On a GPU, record the U-Net's kernels once and replay them; saves time where starting them takes longest."""
+    compile: bool = False
+    """Compile the U-Net (torch.compile) before the first step: takes a minute, and then saves time at every step."""
     torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Number format of the U-Net and text encoder; default: float16 on a GPU, else float32."""
     device: str | None = None
@@ -178,7 +178,7 @@ class Filmstrip(Sampling):
     def check(self) -> None:
         need(self.prompt is not None, "there is no prompt", 'one, as in minidiff filmstrip "a red dog"', flag=False)
         need(1 <= self.count <= 50, f"count is {self.count}", "1 … 50")
-        not_replayed(self)
+        not_compiled(self)
         super().check()
 
 
@@ -195,13 +195,13 @@ class Attention(Sampling):
 
     def check(self) -> None:
         need(self.prompt is not None, "there is no prompt", 'one, as in minidiff attention "a red dog"', flag=False)
-        not_replayed(self)
+        not_compiled(self)
         super().check()
 
 
-def not_replayed(s: Sampling) -> None:
-    """A replay shows nothing of what happens inside."""
-    need(not s.cuda_graph, "cuda_graph hides from this command what it looks at", "no --cuda_graph")
+def not_compiled(s: Sampling) -> None:
+    """A compiled network shows nothing of what happens inside."""
+    need(not s.compile, "compile hides from this command what it looks at", "no --compile")
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,14 @@ from torch import Tensor, nn
 
 from minidiff.core.rng import hashed_seed
 from minidiff.draw.nonfinite import first_nonfinite
+from minidiff.fast.compiled import compile_unet
 from minidiff.fast.frozen import standing_still
 from minidiff.fast.in_backward import in_backward
 from minidiff.trainer import distributed
 from minidiff.trainer.guards import check_gradients, check_trainable, deterministic, stop_signals
 from minidiff.trainer.optimizers import EMA, adamw, clip_gradients, lr_factor, to_bf16, unscaled
 from minidiff.trainer.run import PATIENCE, Run, progress
-from minidiff.trainer.settings import TrainSettings
+from minidiff.trainer.settings import FineTuneSettings, TrainSettings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -92,6 +93,8 @@ def fit(task: Task, settings: TrainSettings) -> Report:
     device = check_trainable(task.trainable, settings)
     if settings.bf16_weights:
         to_bf16(task.trainable, settings)
+    if isinstance(settings, FineTuneSettings) and settings.compile:
+        compile_unet(task.modules["unet"])
     parameters = list(task.trainable.values())
     optimizer = task.optimizer or adamw(parameters, settings)
     rates = [group["lr"] for group in optimizer.param_groups]

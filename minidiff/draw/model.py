@@ -12,7 +12,6 @@ from minidiff.core.config import NoiseConfig
 from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
-from minidiff.fast.graphs import Graphs
 from minidiff.files import lora_file, word_file
 from minidiff.files.model_files import check_parts_fit, read_folder, read_single_file, write_folder
 
@@ -38,7 +37,6 @@ class Model:
         self.sampler, self.name_or_path, self.progress_bar = sampler, name_or_path, True
         self.downscale = vae.config.downscale  # pixels per latent cell
         self.tile_size: int | None = None
-        self.graphs: Graphs | None = None  # with them, no prompt is remembered: a replay would be of another one's
         check_parts_fit(self)
 
     # --- loading and saving ----------------------------------------------------------------------------------------------

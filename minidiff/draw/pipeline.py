@@ -29,7 +29,6 @@ from minidiff.draw.nonfinite import blame, nonfinite_error
 from minidiff.draw.prompting import Prompt, count_chunks, encode_prompts, parse_prompt
 from minidiff.draw.tiles import in_tiles, tiled
 from minidiff.fast.frozen import standing_still
-from minidiff.fast.graphs import Graphs
 
 MAX_SIDE = 8192  # pixels: beyond, attention takes days
 
@@ -134,7 +133,8 @@ class StableDiffusionPipeline(Model):
 
         stations = drawing()
         bar = tqdm(total=min(steps, MAX_STEPS), unit="step", leave=False, disable=not self.progress_bar)
-        once = None if self.graphs or callback else self.unet  # a callback may change an adapter
+        compiled = self.unet._compiled_call_impl is not None  # then a cache would compile again for each prompt
+        once = None if compiled or callback else self.unet  # a callback may change an adapter
         with bar, standing_still([self.unet], large=True), reading_once(once):
             for step in stations:
                 bar.total = step.total  # Heun calls the network twice a step
@@ -159,7 +159,7 @@ class StableDiffusionPipeline(Model):
         latents: Tensor | None,
     ) -> Canvas:
         """The start for latents of `shape`: noise, or a picture under noise. `latents` replace the noise."""
-        unet: UNetCall = partial(self.graphs.call, self.unet) if self.graphs else self.unet
+        unet: UNetCall = self.unet
         if self.tile_size is not None:
             unet = in_tiles(unet, self.tile_size // self.downscale)
         trained_for_it = self.unet.config.in_channels != self.vae.config.latent_channels  # the U-Net sees the mask, too
@@ -240,10 +240,6 @@ class StableDiffusionPipeline(Model):
         if pixels is not None and (as_int("tile_size", pixels) < 8 * cell or pixels % cell):
             raise SettingsError(f"tile_size is {pixels}; it must be a multiple of {cell}, at least {8 * cell}.")
         self.tile_size = pixels
-
-    def set_cuda_graph(self, on: bool) -> None:
-        """Record the U-Net's calls on a GPU, and replay them (graphs.py); not yet measured. Not for a CPU."""
-        self.graphs = (self.graphs or Graphs()) if on else None
 
     def set_progress_bar_config(self, disable: bool = False) -> None:
         self.progress_bar = not disable

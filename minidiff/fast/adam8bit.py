@@ -17,21 +17,17 @@ the block's largest. Such a weight's steps can be too long: in 60 updates of the
 more than 5.2e-4 with fp32 moments, one went 8.6e-4. The loss was the same to 3e-5.
 
 Shapes: n numbers of a tensor in row-major order, K = ceil(n / 256) blocks. State: codes (n), uint8; absmax (K,), fp32.
-On a GPU all of an update is one kernel, adam8bit_kernel.py, where Triton can run.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterable
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.fast.stochastic_rounding import round_to_bf16, rounding_noise
+from minidiff.fast.stochastic_rounding import round_to_bf16
 
 BLOCK = 256  # numbers that share one scale
 LEAST = 4096  # tensors with fewer numbers keep fp32 state (the reference's min_8bit_size): they cost little, and matter much
@@ -90,13 +86,6 @@ def dequantize(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     return x.mul_(absmax.repeat_interleave(BLOCK)[: len(x)])
 
 
-@cache
-def triton_runs(device: torch.device) -> bool:
-    """On a GPU, with the package, and with a C compiler, by which Triton builds what starts its kernels."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return device.type == "cuda" and find_spec("triton") is not None and compiler is not None
-
-
 # --- the optimizer -----------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +94,7 @@ class LeanAdamW(torch.optim.Optimizer):
 
     bf16 weights are rounded by chance (stochastic_rounding.py); the noise is a function of `seed`, the number of the update
     and that of the tensor, by which its state is saved, too. With fp32 moments and fp32 weights it is torch's AdamW, up to
-    rounding. `kernel`: update 8-bit moments by the Triton kernel or not; None: where Triton runs.
+    rounding.
     """
 
     def __init__(
@@ -117,9 +106,8 @@ class LeanAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         eight_bit: bool = True,
         seed: int = 0,
-        kernel: bool | None = None,
     ) -> None:
-        self.eight_bit, self.seed, self.kernel = eight_bit, seed, kernel
+        self.eight_bit, self.seed = eight_bit, seed
         super().__init__(list(parameters), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -146,12 +134,8 @@ class LeanAdamW(torch.optim.Optimizer):
         state["step"] += 1
         w, g = p.reshape(-1), grad.reshape(-1)  # views where the memory is in row-major order
         done, flat = int(state["step"]), {name: t.view(-1) for name, t in state.items() if name != "step"}
-        by_kernel = self.packed(p) and (triton_runs(p.device) if self.kernel is None else self.kernel)
         for start in range(0, len(w), PIECE):
             piece, noise_of = slice(start, start + PIECE), (self.seed, done, number, start)
-            if by_kernel:
-                update_by_kernel(w[piece], g[piece], flat, piece, done, group, noise_of)
-                continue
             m, v = self.moments(flat, piece, g[piece].float(), group["betas"])
             new = adamw_step(w[piece].float(), m, v, done, group)
             w[piece] = new if w.dtype == torch.float32 else round_to_bf16(new, *noise_of)
@@ -196,17 +180,3 @@ def adamw_step(w: Tensor, m: Tensor, v: Tensor, done: int, group: dict[str, Any]
     w = w * (1 - group["lr"] * group["weight_decay"])
     return w.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**done))
 
-
-def update_by_kernel(
-    w: Tensor, g: Tensor, flat: dict[str, Tensor], piece: slice, done: int, group: dict[str, Any], noise_of: tuple[int, ...]
-) -> None:
-    """`moments`, `adamw_step` and `round_to_bf16` at once, for weights and gradients (n,) of one piece of a tensor."""
-    from minidiff.fast.adam8bit_kernel import launch  # only now: Triton takes long to import, and may be missing
-
-    noise = None if w.dtype == torch.float32 else rounding_noise(len(w), w.device, *noise_of)
-    blocks = slice(piece.start // BLOCK, piece.stop // BLOCK)
-    moments = [
-        (flat[name][piece], flat[f"{name}_absmax"][blocks], *tables(name == "exp_avg", w.device))
-        for name in ("exp_avg", "exp_avg_sq")
-    ]
-    launch(w, g, noise, moments, done, group, BLOCK)

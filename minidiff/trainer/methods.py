@@ -24,11 +24,6 @@ class FullSettings(FineTuneSettings):
     train_text_encoder: bool = False
     """Train the text encoder, too."""
 
-    def check(self) -> None:
-        super().check()
-        one = not (self.cuda_graph and self.aspect_ratio_buckets)
-        self.need(one, "aspect_ratio_buckets", "cannot be joined with --cuda_graph here: each shape would keep all gradients")
-
 
 @dataclass(frozen=True)
 class DreamBoothSettings(FullSettings):

@@ -79,13 +79,12 @@ def chosen(task: "Task", settings: FineTuneSettings) -> tuple[FineTuneSettings, 
 def possible(task: "Task", settings: FineTuneSettings) -> list[str]:
     """The savings that this run can still switch on, the cheapest first."""
     ours = task.optimizer is None  # a task's own optimizer exists already
-    once = not settings.cuda_graph
     early = settings.gradient_accumulation_steps == 1 and settings.mixed_precision != "fp16" and distributed.world().size == 1
     rules = {
         "layerwise_casting": may_cast(settings) and any(p.dtype in HALF for p in task.modules["unet"].parameters()),
-        "gradient_checkpointing": once,
+        "gradient_checkpointing": True,
         "use_8bit_adam": ours,
-        "optimizer_in_backward": ours and once and early,
+        "optimizer_in_backward": ours and early,
         "bf16_weights": ours and settings.mixed_precision == "bf16" and not settings.use_ema and task.ema_decay is None,
     }
     return [flag for flag in SAVINGS if rules[flag] and not is_on(settings, flag)]
@@ -132,8 +131,7 @@ def nothing_fits(settings: FineTuneSettings, least: Budget, limit: int) -> str:
 
 def other_hints(settings: FineTuneSettings) -> list[str]:
     """What saves memory by training something else: fewer or smaller pictures at once, or fewer weights."""
-    hints = ["no --cuda_graph, which keeps the memory of a step"] if settings.cuda_graph else []
-    hints += ["--train_batch_size 1 with more --gradient_accumulation_steps"] if settings.train_batch_size > 1 else []
+    hints = ["--train_batch_size 1 with more --gradient_accumulation_steps"] if settings.train_batch_size > 1 else []
     hints += ["--mixed_precision bf16"] if settings.mixed_precision == "no" else []
     hints.append("a smaller --resolution")
     hints += ["a lower --rank, or fewer --lora_targets"] if isinstance(settings, AdapterSettings) else []
@@ -147,8 +145,7 @@ def after_running_out(task: "Task", settings: FineTuneSettings, need: Budget) ->
     helps = "".join(f"\n  {hint}" for hint in [*hints, *other_hints(settings)])
     good, kept = checkpoint.latest(Path(settings.output_dir)), "No checkpoint had been saved yet."
     if good:
-        change = "leave out --cuda_graph" if settings.cuda_graph else "add --gradient_checkpointing"
-        change += " or --layerwise_casting" * casts
+        change = "add --gradient_checkpointing" + " or --layerwise_casting" * casts
         kept = f"The last checkpoint is {good}. --resume_from_checkpoint latest continues from it; you may {change}."
     return f"out of memory while training.\n{need}\nWhat helps, the cheapest first:{helps}\n{kept}"
 

@@ -198,8 +198,8 @@ class FineTuneSettings(TrainSettings):
     """Save most of the memory of a step: the backward pass computes the layers again. A third slower, same result."""
     fit: MemorySize | None = None
     """Memory that the run may use, such as 8GB or 7.5GiB. Switches on the cheapest savings that are enough."""
-    cuda_graph: bool = False
-    """On a GPU, record the U-Net's kernels once and replay them. Each step starts faster, and memory use grows."""
+    compile: bool = False
+    """Compile the U-Net with torch.compile before the first step. It takes minutes, and then each step is faster."""
     cache_latents: bool = True
     """Encode each picture once, before training, instead of in every step."""
     cache_dir: Folder | None = None
@@ -238,7 +238,7 @@ class FineTuneSettings(TrainSettings):
     # Model, pictures, captions and resolution are compared by their content, not by their paths: see latents.py and task.py.
     HARMLESS = TrainSettings.HARMLESS | frozenset(
         "pretrained_model_name_or_path device cache_dir instance_data_dir train_data_dir caption_column skip_bad resolution "
-        "gradient_checkpointing fit cuda_graph class_data_dir num_class_images sample_batch_size validation_data_dir "
+        "gradient_checkpointing fit class_data_dir num_class_images sample_batch_size validation_data_dir "
         "validation_prompt num_validation_images validation_guidance_scale validation_inference_steps".split()
     )
     NOT_SAVED = TrainSettings.NOT_SAVED | frozenset(
@@ -255,9 +255,6 @@ class FineTuneSettings(TrainSettings):
             raise SettingsError('--instance_data_dir needs --instance_prompt, such as "a photo of a sks dog".')
         one_prompt = self.instance_prompt is None or self.instance_data_dir is not None
         self.need(one_prompt, "instance_prompt", "goes with --instance_data_dir; --train_data_dir has captions")
-        for flag in ("gradient_checkpointing", "fit", "optimizer_in_backward"):
-            apart = not (self.cuda_graph and getattr(self, flag))
-            self.need(apart, flag, "cannot be joined with --cuda_graph, which replays one whole pass, with all gradients")
         crop_works = self.center_crop or not self.cache_latents
         self.need(crop_works, "center_crop", "off needs --no-cache_latents too: a cached latent has one crop")
         if self.cache_dir is not None:

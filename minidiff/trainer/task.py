@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +21,6 @@ from minidiff.core.text import tokenize
 from minidiff.core.train import DTYPES, Batch, Task
 from minidiff.draw.images import contact_sheet
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.fast.graphs import TrainingGraphs, check_graph
 from minidiff.fast.memory import chosen_device
 from minidiff.fast.precision import HALF
 from minidiff.files import names as keymaps
@@ -53,7 +51,6 @@ def load_base(settings: FineTuneSettings) -> tuple[StableDiffusionPipeline, str]
     settings.check()
     check_folder(settings)
     device = chosen_device(settings.device)
-    check_graph(settings.cuda_graph, device)
     check_precision(settings.mixed_precision, device)
     dtype = DTYPES[settings.mixed_precision]
     pipe = StableDiffusionPipeline.from_pretrained(settings.pretrained_model_name_or_path, dtype, may_cast(settings))
@@ -142,8 +139,8 @@ def has_prior(settings: FineTuneSettings) -> bool:
 # --- the loss --------------------------------------------------------------------------------------------------------
 
 
-def predict(pipe: StableDiffusionPipeline, batch: Batch, unet: Answer | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The U-Net's answer (B, C, h, w) to a batch, or that of `unet`, and what it was asked: x_t, t, text (B, L, D)."""
+def predict(pipe: StableDiffusionPipeline, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The U-Net's answer (B, C, h, w) to a batch, and what it was asked: x_t, t, text (B, L, D)."""
     x0, noise, t = (batch[key].to(pipe.device) for key in ("latents", "noise", "t"))
     x_t = add_noise(pipe.schedule, x0, noise, t).to(pipe.dtype)
     if "ids" in batch:
@@ -151,7 +148,7 @@ def predict(pipe: StableDiffusionPipeline, batch: Batch, unet: Answer | None = N
     else:
         text = batch["text"].to(pipe.device)
     text = text.to(pipe.dtype)
-    return (unet or pipe.unet)(x_t, t, text), x_t, t, text
+    return pipe.unet(x_t, t, text), x_t, t, text
 
 
 def answer_to(pipe: StableDiffusionPipeline, settings: FineTuneSettings, batch: Batch) -> Tensor:
@@ -174,13 +171,12 @@ def diffusion_loss(
 
     `base` answers for the class half in place of its noise: --prior_from_base.
     """
-    unet = partial(TrainingGraphs().call, pipe.unet) if settings.cuda_graph else None
 
     def loss(batch: Batch, step: int, micro: int) -> Tensor:
         batch = {name: rows.to(pipe.device) for name, rows in batch.items()}  # all before the U-Net, behind which it would wait
         target, mask = target_of(pipe, batch), batch.get("mask")  # (B, C, h, w), (B, 1, h, w)
         weights = None if settings.snr_gamma is None else min_snr_weights(pipe.schedule, batch["t"], settings.snr_gamma)  # (B,)
-        output, x_t, t, text = predict(pipe, batch, unet)
+        output, x_t, t, text = predict(pipe, batch)
         if base is not None:
             target = base_target(target, x_t, t, text, base)
         if has_prior(settings):

@@ -181,18 +181,18 @@ def training_rows(
     seconds: float,
     compiled: bool,
     with_peers: bool,
-    cuda_graph: bool,
+    compile_too: bool,
 ) -> tuple[list[Row], list[str]]:
     """Steps of one method: the rows, and what failed."""
-    settings = settings_of(method, size, folder / f"{size.name}-{method}{'-graph' * cuda_graph}", device, precision)
-    settings = replace(settings, cuda_graph=cuda_graph)
+    settings = settings_of(method, size, folder / f"{size.name}-{method}{'-compiled' * compile_too}", device, precision)
+    settings = replace(settings, compile=compile_too)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         task = RECIPES[type(settings)](settings)
         others = trainees(plan_of(method, settings, size.side), task, compiled) if with_peers else {}
         turns = Turns(task, dict(others), seconds, TOLERANCE[precision])
         with contextlib.suppress(Enough):
             fit(replace(task, batch=turns.batch, loss=turns.loss), settings)
-    work = f"{method.replace('_', ' ')} step, {size.name}, batch {size.batch}{', --cuda_graph' * cuda_graph}"
+    work = f"{method.replace('_', ' ')} step, {size.name}, batch {size.batch}{', --compile' * compile_too}"
     wall = summaries({name: [t.wall for t in found] for name, found in turns.times.items()}, OURS)
     cpu = summaries({name: [max(t.cpu, 1e-9) for t in found] for name, found in turns.times.items()}, OURS)
     failed = [f"train: {work}: the losses of {name} differ by {turns.errors[name]:.1e}" for name in turns.wrong]

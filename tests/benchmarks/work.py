@@ -22,10 +22,10 @@ from benchmarks.saved_bytes import saved_bytes
 from benchmarks.timing import Seconds, measure, summaries, timed
 from minidiff.core.transformer import GPU_IMPLS, IMPLS, attention, reading_once
 from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.fast.compiled import compile_unet
 from minidiff.fast.frozen import standing_still
-from minidiff.fast.graphs import Graphs
 
-RECORDED = "minidiff --cuda_graph"  # on a GPU
+COMPILED = "minidiff --compile"  # on a GPU
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
@@ -182,7 +182,8 @@ def unet_work(ours: Any, size: str, batch: int, device: str, compiled: bool, wit
         still.enter_context(reading_once(ours))
     contenders = {OURS: of(ours, False)}
     if device != "cpu":
-        contenders[RECORDED] = of(partial(Graphs().call, deepcopy(ours)), False)  # a model that remembers no prompt
+        compile_unet(copy := deepcopy(ours))  # the copy caches no prompt
+        contenders[COMPILED] = of(copy, False)
     if with_peers:
         contenders[peers.NAMES["P0"]] = of(peers.unet_beside(ours), True)
     if with_peers and best:
@@ -196,8 +197,8 @@ def picture_work(folder: str, size: str, steps: int, device: str, compiled: bool
     """A whole picture, from the prompt to the pixels, from the same noise."""
     pipes = {OURS: StableDiffusionPipeline.from_pretrained(folder).to(device)}
     if device != "cpu":
-        pipes[RECORDED] = StableDiffusionPipeline.from_pretrained(folder).to(device)
-        pipes[RECORDED].set_cuda_graph(True)
+        pipes[COMPILED] = StableDiffusionPipeline.from_pretrained(folder).to(device)
+        compile_unet(pipes[COMPILED].unet)
     noise = torch.randn(pipes[OURS].latent_shape(1, None, None), generator=torch.Generator().manual_seed(0)).to(device)
     asked: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 5.0, "output_type": "pt"}
     prompt = "a photo of a red dog on the beach"

@@ -299,10 +299,8 @@ WRONG = [
     (["morph", DOG, "--frames", "100000"], "1 … 2000 in all"),
     (["filmstrip", DOG, "--count", "0"], "--count is 0; give 1 … 50"),
     (["attention", DOG, "--resolution", "5"], "no cross-attention is 5 cells high"),
-    (["sample", DOG, "--cuda_graph", "--device", "cpu"], "--cuda_graph is for a GPU, and this would run on the CPU"),
-    (["sheet", DOG, "--device", "cpu", "--columns", "cuda_graph=true"], "--cuda_graph is for a GPU"),
-    (["filmstrip", DOG, "--cuda_graph"], "--cuda_graph hides from this command what it looks at; give no --cuda_graph"),
-    (["attention", DOG, "--cuda_graph"], "--cuda_graph hides from this command what it looks at"),
+    (["filmstrip", DOG, "--compile"], "--compile hides from this command what it looks at; give no --compile"),
+    (["attention", DOG, "--compile"], "--compile hides from this command what it looks at"),
     (["tokens"], "there is no prompt"),
 ]
 

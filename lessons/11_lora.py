@@ -47,11 +47,11 @@ from minidiff.core.config import SD15_UNET, TINY_UNET
 from minidiff.core.inject import DEFAULT_TARGETS, eject, inject, lora_layers, merge, trainable, unmerge
 from minidiff.core.lora import LoRALinear, LoRAWeights
 from minidiff.core.rng import generator, normal
-from minidiff.core.train import fit
 from minidiff.draw.images import HAIRLINE, INK, PAPER, contact_sheet, load_image
 from minidiff.files.lora_file import FILE_NAME
 from minidiff.trainer import recipes
 from minidiff.trainer.methods import LoRASettings
+from minidiff.trainer.run import fit
 
 LESSONS = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()  # a notebook has no __file__
 ROOT = LESSONS.parent

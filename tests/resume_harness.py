@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from minidiff.core.config import TINY_VAE
 from minidiff.core.rng import hashed_seed, normal
-from minidiff.core.train import Report, Task, fit
 from minidiff.core.vae import AutoencoderKL
 from minidiff.files import weights
 from minidiff.pocket.muon import Muon
 from minidiff.trainer import checkpoint
 from minidiff.trainer.dataset import read_folder
+from minidiff.trainer.job import Job
 from minidiff.trainer.latents import LatentData
-from minidiff.trainer.run import read_metrics
+from minidiff.trainer.run import Report, fit, read_metrics
 from minidiff.trainer.settings import FineTuneSettings, TrainSettings
 
 PATHS = {"train_config.toml", "metrics.jsonl", ".lock"}  # these hold paths or times; rows of metrics are compared apart
@@ -36,7 +36,7 @@ PATHS = {"train_config.toml", "metrics.jsonl", ".lock"}  # these hold paths or t
 class Case:
     """A task that can be made again and again, and the settings of its runs but for the folder."""
 
-    make: Callable[[Any], Task]
+    make: Callable[[Any], Job]
     settings: TrainSettings
 
     def changed(self, **changes: Any) -> "Case":
@@ -110,7 +110,7 @@ def memory_path(tmp_path: Path) -> Iterator[Path]:
 # --- two tiny tasks --------------------------------------------------------------------------------------------------
 
 
-def numbers(settings: TrainSettings, optimizer: str = "adamw") -> Task:
+def numbers(settings: TrainSettings, optimizer: str = "adamw") -> Job:
     """y = W x, with dropout, from numbered samples."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.3), nn.Linear(6, 1))
@@ -125,7 +125,7 @@ def numbers(settings: TrainSettings, optimizer: str = "adamw") -> Task:
         return (model(batch["x"]) - batch["x"] @ truth).square().mean()
 
     matrices, vectors = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
-    return Task(
+    return Job(
         trainable=dict(model.named_parameters()),
         batch=batch,
         loss=loss,
@@ -146,7 +146,7 @@ def draw_pictures(folder: Path) -> Path:
     return folder
 
 
-def pictures(settings: FineTuneSettings) -> Task:
+def pictures(settings: FineTuneSettings) -> Job:
     """A linear denoiser of latents, from picture files that are read at every step, perhaps in threads."""
     torch.manual_seed(hashed_seed(settings.seed, "vae"))
     vae = AutoencoderKL(TINY_VAE).requires_grad_(False)
@@ -158,7 +158,7 @@ def pictures(settings: FineTuneSettings) -> Task:
     def loss(batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
         return (model(batch["latents"]) - batch["noise"].flatten(1)).square().mean()
 
-    return Task(
+    return Job(
         trainable=dict(model.named_parameters()),
         batch=data.batch,
         loss=loss,

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidiff.core.train import Task, fit
 from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.trainer.job import Job
 from minidiff.trainer.methods import (
     DreamBoothSettings,
     FullSettings,
@@ -18,6 +18,7 @@ from minidiff.trainer.methods import (
     TextualInversionSettings,
 )
 from minidiff.trainer.recipes import RECIPES
+from minidiff.trainer.run import fit
 from minidiff.trainer.settings import FineTuneSettings
 
 SKS = {"instance_prompt": "a photo of a sks dog"}
@@ -51,7 +52,7 @@ def tiny(method: str, base: Path, pictures: Path, output: Path, **changes: Any) 
     return replace(METHODS[method], **{**few, **here, **changes})
 
 
-def train(settings: FineTuneSettings) -> Task:
+def train(settings: FineTuneSettings) -> Job:
     """The recipe, trained to its end."""
     task = RECIPES[type(settings)](settings)
     assert fit(task, settings).finished
@@ -65,7 +66,7 @@ def base_of(settings: FineTuneSettings) -> StableDiffusionPipeline:
     return pipe
 
 
-def trained(task: Task, settings: FineTuneSettings) -> StableDiffusionPipeline:
+def trained(task: Job, settings: FineTuneSettings) -> StableDiffusionPipeline:
     """The networks as training left them, in memory; a text encoder that was put away is the base's."""
     pipe, text_encoder = base_of(settings), task.modules["text_encoder"].eval()
     pipe.unet = task.modules["unet"].eval()  # type: ignore[assignment]

@@ -45,11 +45,11 @@ def drawing(s: Sampling | Tokens) -> None:
 
 
 def train(s: FineTuneSettings) -> None:
-    from minidiff.core.train import fit
     from minidiff.fast.memory import keep_memory, return_memory
     from minidiff.trainer import savings
     from minidiff.trainer.distributed import joined
     from minidiff.trainer.recipes import RECIPES
+    from minidiff.trainer.run import fit
 
     if s.fit:
         return_memory()

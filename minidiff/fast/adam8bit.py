@@ -16,10 +16,24 @@ is lost: a second moment under 1.6e-7 of the largest in its block is remembered 
 the block's largest. Such a weight's steps can be too long: in 60 updates of the pocket checkpoint, which move no weight by
 more than 5.2e-4 with fp32 moments, one went 8.6e-4. The loss was the same to 3e-5.
 
+bf16 weights. A bf16 number has 8 bits of precision, so a step smaller than 2^-9 of a weight is lost when the result is
+rounded to the nearest: at fine-tuning's learning rates most weights would never move. Stochastic rounding (Gupta et al. 2015,
+arXiv 1502.02551; for training in bf16 Zamirai et al., arXiv 2010.06192) takes the neighbour below or above, each as often as x
+lies near to it. Then E[round(x)] = x, and small steps arrive, one time in many. bf16 is the upper half of an fp32 number:
+adding 16 random bits to the lower half carries into the upper one with probability (lower half) / 2^16, which is how far x is
+on its way to the next bf16 number; then the lower half is cut off.
+
+The step in the backward pass (`in_backward`). Usually the gradients of all tensors wait in memory for the last one: as much
+again as the weights. Here each tensor is updated as soon as its gradient is complete, and the gradient is freed, as in LOMO
+(Lv et al., arXiv 2306.09782). The cost: each gradient is clipped to the norm by itself, which clips less; gradients cannot be
+accumulated; and where a gradient is not finite, its tensor keeps it and stays, but tensors before it in this pass have moved.
+
 Shapes: n numbers of a tensor in row-major order, K = ceil(n / 256) blocks. State: codes (n), uint8; absmax (K,), fp32.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -27,7 +41,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.fast.stochastic_rounding import round_to_bf16
+from minidiff.core.rng import hashed_seed
+from minidiff.core.train import clip_gradients
 
 BLOCK = 256  # numbers that share one scale
 LEAST = 4096  # tensors with fewer numbers keep fp32 state (the reference's min_8bit_size): they cost little, and matter much
@@ -86,13 +101,34 @@ def dequantize(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     return x.mul_(absmax.repeat_interleave(BLOCK)[: len(x)])
 
 
+# --- bf16 weights ------------------------------------------------------------------------------------------------------
+
+
+def rounding_noise(count: int, device: torch.device, seed: int, *where: int | str) -> Tensor:
+    """16 random bits for each of `count` numbers, int16: a function of (seed, where), with no state.
+
+    So a resumed run rounds as one that never stopped. They are drawn where the numbers are: sending bits for every weight
+    from the CPU would take longer than the step. So CPU and GPU round differently, as their sums differ anyway.
+    """
+    generator = torch.Generator(device).manual_seed(hashed_seed(seed, "rounding", *where))
+    drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    return drawn.view(torch.int16)[:count]  # four of 16 bits from each drawn number
+
+
+def round_to_bf16(x: Tensor, seed: int, *where: int | str) -> Tensor:
+    """`x` (fp32, any shape) as bf16, with E[round(x)] = x, by the noise of (seed, where). NaN and infinity stay as they are."""
+    noise = rounding_noise(x.numel(), x.device, seed, *where).view(x.shape).int() & 0xFFFF
+    cut = (x.view(torch.int32) + noise).bitwise_and_(-0x10000).view(torch.float32)
+    return torch.where(x.isfinite(), cut, x).to(torch.bfloat16)  # a NaN could be carried over into a zero
+
+
 # --- the optimizer -----------------------------------------------------------------------------------------------------
 
 
 class LeanAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) with `eight_bit` moments or fp32 ones, for fp32 or bf16 weights.
 
-    bf16 weights are rounded by chance (stochastic_rounding.py); the noise is a function of `seed`, the number of the update
+    bf16 weights are rounded by chance (`round_to_bf16`); the noise is a function of `seed`, the number of the update
     and that of the tensor, by which its state is saved, too. With fp32 moments and fp32 weights it is torch's AdamW, up to
     rounding.
     """
@@ -108,6 +144,7 @@ class LeanAdamW(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         self.eight_bit, self.seed = eight_bit, seed
+        self.norms: dict[nn.Parameter, float] = {}  # of the gradients that the last backward pass used up
         super().__init__(list(parameters), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -141,6 +178,32 @@ class LeanAdamW(torch.optim.Optimizer):
             w[piece] = new if w.dtype == torch.float32 else round_to_bf16(new, *noise_of)
         if not p.is_contiguous():  # then w is a copy
             p.copy_(w.view(p.shape))
+
+    @contextmanager
+    def in_backward(self, max_norm: float) -> Iterator[None]:
+        """Inside the `with`, every backward pass clips each gradient, updates its parameter, and frees the gradient."""
+
+        def take(
+            p: nn.Parameter,
+        ) -> None:  # PyTorch calls it when p.grad is complete and p is not read again
+            assert p.grad is not None
+            self.norms[p] = clip_gradients([p], max_norm)
+            if math.isfinite(self.norms[p]):
+                self.update(p, p.grad)
+                p.grad = None
+
+        handles = [p.register_post_accumulate_grad_hook(take) for p in self.places]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def norm(self) -> float:
+        """The norm of all gradients of the last backward pass together, before they were clipped."""
+        norm = math.hypot(*self.norms.values())
+        self.norms.clear()
+        return norm
 
     def packed(self, p: Tensor) -> bool:
         """Are its moments of 8 bits?"""
@@ -179,4 +242,3 @@ def adamw_step(w: Tensor, m: Tensor, v: Tensor, done: int, group: dict[str, Any]
     denominator = (v / (1 - beta2**done)).sqrt_().add_(group["eps"])
     w = w * (1 - group["lr"] * group["weight_decay"])
     return w.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**done))
-

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minidiff.core.config import POCKET_VAE
 from minidiff.core.rng import generator, hashed_seed
-from minidiff.core.train import Batch, Task
+from minidiff.core.train import Batch
 from minidiff.core.vae import AutoencoderKL, sample_posterior
 from minidiff.draw.images import contact_sheet, to_pil, to_tensor
 from minidiff.fast.memory import chosen_device
@@ -23,6 +23,7 @@ from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.settings import PretrainSettings
 from minidiff.pocket.stage import begun, channels_last, chosen, first_of, fused, run
 from minidiff.pocket.world import draw, held_out
+from minidiff.trainer.job import Job
 
 KL_WEIGHT = 3e-5  # keeps the latents near a Gaussian, and the decoder used to a little noise in them
 
@@ -62,7 +63,7 @@ def train_vae(home: Path, settings: PretrainSettings) -> None:
         anchor = 0.0 if settings.init_from else max(0.5 * (1 - step / 1200), 0.0)
         return {"x": torch.where(mirrored, x.flip(-1), x), "noise": noise, "anchor": torch.tensor(anchor)}
 
-    task = Task(
+    task = Job(
         trainable=dict(vae.named_parameters()),
         batch=data,
         loss=lambda data, step, micro: loss(data["x"], data["noise"], data["anchor"]),
@@ -139,7 +140,7 @@ def train_decoder(home: Path, settings: PretrainSettings) -> None:
         noise = torch.randn(batch, 4, 16, 16, generator=generator(settings.seed, "decoder noise", step))
         return {"z": latents.draw(indices, noise), "x": world.batch(indices)}
 
-    task = Task(
+    task = Job(
         trainable=dict(read.named_parameters()),
         batch=data,
         loss=lambda data, step, micro: loss(data["z"], data["x"]),

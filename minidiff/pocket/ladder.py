@@ -23,7 +23,6 @@ from torch import Tensor
 
 from minidiff.cli.flags import Ladder
 from minidiff.core.errors import SettingsError, WeightsError, did_you_mean
-from minidiff.core.train import fit
 from minidiff.draw.images import contact_sheet, load_image, save_png, to_tensor
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.folder import config_of, local_folder
@@ -39,7 +38,7 @@ from minidiff.trainer.methods import (
     TextualInversionSettings,
 )
 from minidiff.trainer.recipes import RECIPES
-from minidiff.trainer.run import read_metrics
+from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import FineTuneSettings
 
 AnyFineTune = TypeVar("AnyFineTune", bound=FineTuneSettings)

@@ -7,7 +7,7 @@
     clip     a text and an image tower that tell captions apart                         arXiv 2103.00020
     unet     denoise latents, given the frozen text tower's view of the caption         arXiv 2112.10752, eq. 3
 
-Each stage is a `Task` for the one training loop, in a folder of its own below `output_dir`: run the command again and it
+Each stage is a `Job` for the one training loop, in a folder of its own below `output_dir`: run the command again and it
 goes on where it was stopped. The last stage assembles `output_dir/pocket`, in the file layout of SD 1.5.
 
     B batch   H W picture side, 128   h w latent side, 16   D text width
@@ -31,7 +31,7 @@ from minidiff.core.losses import min_snr_weights, mse
 from minidiff.core.rng import generator, hashed_seed
 from minidiff.core.schedule import NoiseSchedule, add_noise
 from minidiff.core.text import tokenize
-from minidiff.core.train import Batch, Task
+from minidiff.core.train import Batch
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.images import contact_sheet
 from minidiff.draw.pipeline import StableDiffusionPipeline
@@ -48,6 +48,7 @@ from minidiff.pocket.stage import begun, chosen, first_of, fused, run
 from minidiff.pocket.tokenizer import build_tokenizer
 from minidiff.pocket.towers import Towers, image_tower_config
 from minidiff.pocket.world import caption, held_out, random_caption
+from minidiff.trainer.job import Job
 
 CAPTION_DROPOUT = 0.1  # classifier-free guidance (arXiv 2207.12598), algorithm 1
 
@@ -86,7 +87,7 @@ def train_clip(home: Path, settings: PretrainSettings) -> None:
         ids = tokenize(tokenizer, [random_caption(world.pictures[i], words) for i in indices])
         return {"ids": ids, "pixels": world.batch(indices)}
 
-    task = Task(
+    task = Job(
         trainable={name: p for name, p in towers.named_parameters()},
         batch=data,
         loss=lambda data, step, micro: towers(data["ids"], data["pixels"]),
@@ -146,7 +147,7 @@ def train_unet(home: Path, settings: PretrainSettings) -> None:
             text = towers.text(input_ids=data["ids"]).last_hidden_state
         return loss(data, text)
 
-    task = Task(
+    task = Job(
         trainable=dict(unet.named_parameters()),
         batch=data,
         loss=with_text,

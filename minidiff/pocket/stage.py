@@ -9,14 +9,16 @@ import torch
 
 from minidiff.core.errors import SettingsError
 from minidiff.core.rng import generator
-from minidiff.core.train import Batch, Task, fit
+from minidiff.core.train import Batch
 from minidiff.fast.memory import chosen_device
 from minidiff.files import weights
 from minidiff.pocket.settings import PretrainSettings, Stage
+from minidiff.trainer.job import Job
+from minidiff.trainer.run import fit
 from minidiff.trainer.settings import TrainSettings
 
 
-def run(task: Task, settings: PretrainSettings, stage: Stage, steps: int, batch: int, warmup: int = 100) -> None:
+def run(task: Job, settings: PretrainSettings, stage: Stage, steps: int, batch: int, warmup: int = 100) -> None:
     """One stage on the training loop, in a folder of its own; picks up its latest checkpoint."""
     device = chosen_device(settings.device)
 

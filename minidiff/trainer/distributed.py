@@ -1,10 +1,8 @@
 """Several processes, one for each GPU, that train as one: `torchrun --nproc_per_node N -m minidiff train …`.
 
-Each process reads the same batches, takes its share of the rows, and the gradients are averaged before the update. So all
-hold the same weights at each step, and these are those of one process, but for the order in which numbers are added up.
-DistributedDataParallel (arXiv 2006.15704) does the same, and hides the exchange behind the backward pass.
-
-The first process, of rank 0, alone writes files and draws. They run on one machine, or share the output folder.
+Each process reads the same batches and takes its share of the rows. DistributedDataParallel (arXiv 2006.15704) averages the
+gradients in the backward pass. So all processes hold the same weights at each step, and these are the weights of one process,
+but for the order of additions. The first process (rank 0) alone writes files and draws. All see the same output folder.
 
     R processes   B samples of a batch, B / R of each process
 """
@@ -12,23 +10,24 @@ The first process, of rank 0, alone writes files and draws. They run on one mach
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from minidiff.core.errors import MinidiffError, SettingsError
+from minidiff.core.train import Batch, Task
 
-BUCKET = 32_000_000  # numbers that travel together: many small tensors would each wait for an answer
 PATIENCE = timedelta(hours=2)  # the others wait while the first one draws or saves; a process that dies is noticed at once
 
 
 @dataclass(frozen=True)
 class World:
-    """Which process this is, of how many, and what they say to each other. All must make the same calls in the same order."""
+    """Which process this is, of how many. All processes must call its methods in the same order."""
 
     rank: int = 0
     size: int = 1
@@ -43,7 +42,7 @@ class World:
                 f"give {sizes}."
             )
 
-    def share(self, batch: dict[str, Tensor], batch_size: int) -> dict[str, Tensor]:
+    def share(self, batch: Batch, batch_size: int) -> Batch:
         """This process's rows of a batch.
 
         A tensor of k B rows holds k batches one after the other (DreamBooth: pictures of the subject, then of the class): it
@@ -56,42 +55,52 @@ class World:
         halves = {k: v.unflatten(0, (-1, batch_size)) for k, v in batch.items() if v.ndim}  # (k, B, …)
         return {k: halves[k][:, mine].flatten(0, 1) if v.ndim else v for k, v in batch.items()}
 
-    def average(self, tensors: list[Tensor]) -> None:
-        """Each tensor becomes its mean over all processes."""
-        if self.size == 1:
-            return
-        for bucket in buckets(tensors):
-            flat = torch.cat([t.flatten() for t in bucket])
-            with self._talking():
-                dist.all_reduce(flat)
-            flat /= self.size
-            for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                t.copy_(part.view_as(t))
-
-    def mean(self, value: float) -> float:
-        """The mean of a number over all processes."""
-        box = [torch.tensor(value, dtype=torch.float64)]
-        self.average(box)
-        return box[0].item()
-
     def any(self, flag: bool) -> bool:
-        """Whether it holds in one of the processes."""
-        return self.mean(float(flag)) > 0
+        """Whether `flag` holds in one of the processes."""
+        return bool(flag) if self.size == 1 else bool(summed(torch.tensor(float(flag))) > 0)
 
     def wait(self) -> None:
-        """Go on when all have come here."""
+        """Go on when all processes have come here."""
         self.any(False)
 
-    @contextmanager
-    def _talking(self) -> Iterator[None]:
-        """torch says that a connection broke; a person wants to know what it means."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise MinidiffError(
-                f"Process {self.rank} of {self.size} stops, as another process of this run has ended; its message says why. "
-                "Go on with --resume_from_checkpoint latest."
-            ) from error
+
+class Loss(nn.Module):
+    """The loss as a module that has the trained parameters: DistributedDataParallel takes nothing else."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.trained, self.loss = nn.ParameterList(task.trainable.values()), task.loss
+
+    def forward(self, batch: Batch, step: int, micro: int) -> Tensor:
+        return self.loss(batch, step, micro)
+
+
+def own_share(task: Task, world: World, batch_size: int) -> Task:
+    """The task on the rows of this process."""
+    if world.size == 1:
+        return task
+    return replace(task, loss=lambda batch, step, micro: task.loss(world.share(batch, batch_size), step, micro))
+
+
+def averaged(task: Task, world: World, accumulation: int) -> Task:
+    """The task whose loss and gradients are means over all processes; `accumulation`: micro batches in one update."""
+    if world.size == 1:
+        return task
+    module = DistributedDataParallel(Loss(task))
+
+    def loss(batch: Batch, step: int, micro: int) -> Tensor:
+        with module.no_sync() if micro < accumulation - 1 else nullcontext():  # gradients travel once an update
+            own: Tensor = module(batch, step, micro)
+        mean = summed(own.detach().clone()) / world.size
+        return own + (mean - own.detach())  # the value is the mean; the gradient is that of `own`, and DDP averages it
+
+    return replace(task, loss=loss)
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum of `x` over all processes, in place."""
+    dist.all_reduce(x)
+    return x
 
 
 def world() -> World:
@@ -123,18 +132,14 @@ def joined(device: str | None) -> Iterator[World]:
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=PATIENCE)
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if dist.get_rank() else sys.stdout):
-        yield world()
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if dist.get_rank() else sys.stdout):
+            yield world()
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise MinidiffError(
+            f"Process {dist.get_rank()} of {size} stops, as another process of this run has ended; its message says why. "
+            "Go on with --resume_from_checkpoint latest."
+        ) from error
     dist.destroy_process_group()  # not after an error: it would wait for processes that are gone
-
-
-def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors, in order, in groups of about BUCKET numbers."""
-    group: list[Tensor] = []
-    for tensor in tensors:
-        if group and sum(t.numel() for t in group) + tensor.numel() > BUCKET:
-            yield group
-            group = []
-        group.append(tensor)
-    if group:
-        yield group

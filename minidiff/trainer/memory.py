@@ -24,7 +24,7 @@ from minidiff.core.vae import AutoencoderKL
 from minidiff.trainer.settings import FineTuneSettings
 
 if TYPE_CHECKING:
-    from minidiff.core.train import Task
+    from minidiff.trainer.job import Job
 
 MIB, HALF = 2**20, (torch.float16, torch.bfloat16)
 # The allowance: a constant (Python and PyTorch, or CUDA), and a share of the largest moment. For a CPU they were measured on
@@ -116,7 +116,7 @@ class Fused(torch.autograd.Function):
         return out
 
 
-def forward_pass(task: "Task", settings: FineTuneSettings) -> Counter:
+def forward_pass(task: "Job", settings: FineTuneSettings) -> Counter:
     """Count a forward pass of the run's first batch on meta."""
     counter, dtype = Counter(), DTYPES[settings.mixed_precision]
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -147,7 +147,7 @@ def dtype_in(settings: FineTuneSettings, weight: Tensor) -> torch.dtype:
     return torch.float32 if in_fp32 and weight.dtype in HALF else weight.dtype
 
 
-def step_bytes(task: "Task", settings: FineTuneSettings) -> Step:
+def step_bytes(task: "Job", settings: FineTuneSettings) -> Step:
     """The memory of one training step: a forward and a backward pass."""
     unet, accumulates = task.modules["unet"], settings.gradient_accumulation_steps > 1
     assert isinstance(unet, UNet2DConditionModel)
@@ -190,7 +190,7 @@ def optimizer_bytes(trained: list[int], settings: FineTuneSettings) -> int:
     return sum(2 * (n + 4 * -(-n // BLOCK)) if n >= LEAST else 8 * n for n in trained)
 
 
-def budget(task: "Task", settings: FineTuneSettings) -> Budget:
+def budget(task: "Job", settings: FineTuneSettings) -> Budget:
     """The memory of the run, in rows."""
     device, trained = next(iter(task.trainable.values())).device.type, [p.numel() for p in task.trainable.values()]
     networks = [*task.modules.values(), *task.beside.values()]

@@ -1,14 +1,13 @@
 """The optimizer and its surroundings: learning rates, clipping, its state, averaged weights, how far they went."""
 
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from minidiff.core.errors import WeightsError
+from minidiff.core.errors import SettingsError, WeightsError
 from minidiff.fast.adam8bit import LeanAdamW
+from minidiff.trainer.distributed import World
 from minidiff.trainer.settings import TrainSettings
 
 
@@ -26,50 +25,21 @@ def adamw(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.opti
     return torch.optim.AdamW(parameters, s.learning_rate, betas, s.adam_epsilon, s.adam_weight_decay, fused=True)
 
 
-def to_bf16(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> None:
-    """--bf16_weights: what is trained becomes bf16, rounded to the nearest this once; in place, one tensor after the other.
-
-    Checked here and not with the other settings: full fine-tuning loads the base as if --mixed_precision were "no".
-    """
-    computes = settings.mixed_precision == "bf16"
-    settings.need(computes, "bf16_weights", "needs --mixed_precision bf16: the forward pass has the weights' format")
+def to_bf16(parameters: Mapping[str, nn.Parameter]) -> None:
+    """--bf16_weights: the trained weights become bf16, rounded to the nearest this once; one tensor after the other."""
     for p in parameters.values():
         p.data = p.data.to(torch.bfloat16)
 
 
-def lr_factor(done: int, total: int, settings: TrainSettings) -> float:
-    """What the learning rate is multiplied by, in [0, 1], for the update after `done` of `total` updates; a pure function.
-
-    Warm-up goes 0, 1/w, 2/w, …, as in diffusers. A linear or cosine rate would reach zero after the last update.
-    """
-    warmup = settings.lr_warmup_steps
-    if done < warmup:
-        return done / warmup
-    part = min((done - warmup) / max(total - warmup, 1), 1.0)  # of the way from the end of warm-up to the end
-    if settings.lr_scheduler == "linear":
-        return 1.0 - part
-    if settings.lr_scheduler == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * part))
-    return 1.0
-
-
-def unscaled(parameters: list[nn.Parameter], scale: float) -> list[Tensor]:
-    """All gradients that there are, divided in place by what the loss was multiplied with."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    for gradient in gradients if scale != 1.0 else []:
-        gradient.div_(scale)
-    return gradients
-
-
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
-    """Scale all gradients by min(1, max_norm / norm) (Pascanu et al. 2013, algorithm 1); returns the norm before.
-
-    A norm that is not finite leaves them as they are, so that the culprit can be named.
-    """
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if math.isfinite(value := float(norm)):  # a GPU is waited for once
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return value
+def stepping_in_backward(optimizer: torch.optim.Optimizer, settings: TrainSettings, world: World) -> LeanAdamW | None:
+    """The optimizer, if it shall step in the backward pass; else None. SettingsError where it cannot."""
+    if not settings.optimizer_in_backward:
+        return None
+    if world.size > 1:
+        raise SettingsError("--optimizer_in_backward is for one process: several would have to meet at every tensor.")
+    if not isinstance(optimizer, LeanAdamW):
+        raise SettingsError("--optimizer_in_backward: this task's own optimizer moves all tensors at once; leave the flag out.")
+    return optimizer
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -104,43 +74,6 @@ def state_kinds(optimizer: torch.optim.Optimizer, p: nn.Parameter, name: str) ->
     if isinstance(optimizer, LeanAdamW):
         return [kind for known, kind in optimizer.kinds(p).items() if known == name]
     return [(torch.Size(), torch.float32), (p.shape, torch.float32)]
-
-
-class EMA:
-    """A running average of the weights: a <- d a + (1 - d) w, with d = min(decay, (1 + n) / (10 + n)) after n updates.
-
-    The average is what is sampled from and exported. While n is small, d is too, so that the start is soon forgotten.
-    """
-
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
-        self.parameters, self.decay = parameters, decay
-        self.average = {name: p.detach().clone() for name, p in parameters.items()}
-
-    @torch.no_grad()
-    def update(self, done: int) -> None:
-        """Take in the weights after update number `done`, counted from 1."""
-        decay = min(self.decay, (1 + done) / (10 + done))
-        for name, p in self.parameters.items():
-            self.average[name].lerp_(p, 1.0 - decay)
-
-    @torch.no_grad()
-    def load(self, average: dict[str, Tensor]) -> None:
-        """Go on from a saved average."""
-        for name, a in self.average.items():
-            a.copy_(average[name])
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside the `with`, the parameters hold the average; afterwards they are bit for bit what they were."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        for name, p in self.parameters.items():
-            p.data, self.average[name] = self.average[name], p.data
 
 
 class Movement:

@@ -23,11 +23,11 @@ from torch import nn
 from minidiff.core.errors import AdapterError, DataError
 from minidiff.core.inject import adapter_weights, adapters_off, inject, print_trainable_parameters
 from minidiff.core.textual_inversion import add_word, initial_vectors
-from minidiff.core.train import Task
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.lora_file import save_lora
 from minidiff.files.word_file import save_embedding
 from minidiff.trainer.card import model_spec, write_card
+from minidiff.trainer.job import Job
 from minidiff.trainer.latents import LatentData
 from minidiff.trainer.methods import (
     TEMPLATES,
@@ -53,11 +53,12 @@ from minidiff.trainer.task import (
 )
 
 
-def full(settings: FullSettings) -> Task:
+def full(settings: FullSettings) -> Job:
     """Full fine-tuning: every weight of the U-Net moves, and with --train_text_encoder of the text encoder.
 
     Comes out: a whole model folder.
     """
+    settings.check()
     pipe, base_hash = load_base(replace(settings, mixed_precision="no", bf16_weights=False))  # what moves starts unrounded
     live = settings.train_text_encoder
     data = load_data(pipe, settings, live)
@@ -90,7 +91,7 @@ def full(settings: FullSettings) -> Task:
     )
 
 
-def dreambooth(settings: DreamBoothSettings) -> Task:
+def dreambooth(settings: DreamBoothSettings) -> Job:
     """DreamBooth (arXiv 2208.12242): full fine-tuning whose batches hold the subject and its class, half and half.
 
     The prior is a setting of every recipe that changes the model: LoRA with --with_prior_preservation is DreamBooth-LoRA.
@@ -98,7 +99,7 @@ def dreambooth(settings: DreamBoothSettings) -> Task:
     return full(settings)
 
 
-def lora(settings: LoRASettings) -> Task:
+def lora(settings: LoRASettings) -> Job:
     """LoRA (arXiv 2106.09685) or DoRA (2402.09353): the base stays frozen, and learns a detour beside some layers.
 
     Comes out: `pytorch_lora_weights.safetensors`, which minidiff and diffusers load.
@@ -132,7 +133,7 @@ def lora(settings: LoRASettings) -> Task:
     )
 
 
-def textual_inversion(settings: TextualInversionSettings) -> Task:
+def textual_inversion(settings: TextualInversionSettings) -> Job:
     """Textual inversion (arXiv 2208.01618): nothing of the model moves; one new word gets its meaning.
 
     Comes out: `learned_embeds.safetensors`, a few kilobytes.
@@ -165,7 +166,7 @@ def textual_inversion(settings: TextualInversionSettings) -> Task:
     )
 
 
-def pivotal(settings: PivotalSettings) -> Task:
+def pivotal(settings: PivotalSettings) -> Job:
     """Pivotal tuning, after Roich et al. (arXiv 2106.05744): a word for the subject, and a LoRA for what no word can say.
 
     The paper first finds the word (the pivot), then holds it still and tunes the model around it. Here, as is usual for
@@ -208,7 +209,7 @@ def pivotal(settings: PivotalSettings) -> Task:
     )
 
 
-RECIPES: dict[type, Callable[[Any], Task]] = {
+RECIPES: dict[type, Callable[[Any], Job]] = {
     FullSettings: full,
     DreamBoothSettings: dreambooth,
     LoRASettings: lora,

@@ -1,54 +1,110 @@
-"""The files of a run, and what a person is told: state in and out, metrics, previews, the result, the last words.
+"""One run of training: it walks along the loop (core/train.py), saves, measures, draws, stops, resumes and reports.
 
-With several processes only the first writes; the others read the checkpoint that all go on from.
+It keeps three promises beside the loop's own.
+- Nothing lost: after Ctrl-C, SIGTERM, a full disk or a power cut the last checkpoint is whole (checkpoint.py).
+- No harm: three skipped updates in a row end the run with a message that names what broke first.
+- Nothing silent: a tensor that gets no gradient is an error after the first update.
+
+With several processes only the first writes; the others read the checkpoint from which all go on.
 """
 
 import json
 import math
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from minidiff.core.errors import MinidiffError, SettingsError, WeightsError
+from minidiff.core.train import EMA, Batch, Task, Update, train
 from minidiff.draw.images import save_png
+from minidiff.fast.compiled import compile_unet
+from minidiff.fast.frozen import standing_still
 from minidiff.files.atomic import fsync, write_bytes
-from minidiff.trainer import checkpoint
-from minidiff.trainer.distributed import World
-from minidiff.trainer.optimizers import EMA, Movement, load_optimizer_state, optimizer_state
+from minidiff.trainer import checkpoint, distributed
+from minidiff.trainer.job import Job, batches, check_trainable, culprit, deterministic, loop_settings, stop_signals
+from minidiff.trainer.optimizers import Movement, adamw, load_optimizer_state, optimizer_state, stepping_in_backward, to_bf16
 from minidiff.trainer.plot import loss_curve
-from minidiff.trainer.settings import TrainSettings
-
-if TYPE_CHECKING:
-    from minidiff.core.train import Task
+from minidiff.trainer.settings import FineTuneSettings, TrainSettings
 
 METRICS = "metrics.jsonl"
-PATIENCE = 3  # updates in a row without a finite loss and gradient end a run
+PATIENCE = 3  # skipped updates in a row end a run
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a run ended: updates made in all, the smoothed loss, and whether all of the updates were made."""
+
+    done: int
+    loss: float
+    finished: bool
+
+
+def fit(job: Job, settings: TrainSettings) -> Report:
+    """Train for all updates, or until asked to stop; resume, save and report on the way.
+
+    Writes metrics.jsonl, loss.png, samples/ and checkpoint-*/ into `settings.output_dir`, and the result itself at the
+    end. Raises MinidiffError for settings that cannot work, a folder that is in use, numbers that stay non-finite, or a
+    disk that cannot be written.
+    """
+    settings.check()
+    total, world = settings.updates(job.samples_per_epoch), distributed.world()
+    world.check(settings.train_batch_size)
+    device = check_trainable(job.trainable, settings)
+    if settings.bf16_weights:
+        to_bf16(job.trainable)
+    if isinstance(settings, FineTuneSettings) and settings.compile:
+        compile_unet(job.modules["unet"])
+    run = Run(job, settings, total, world)
+
+    frozen = standing_still(job.modules.values(), large=False)
+    with run.claimed(), run.in_backward(), stop_signals() as asked, deterministic(device), frozen:
+        start = run.resume()
+        with batches(job, settings, start, total) as data, progress(start, total, run.writes) as advance:
+            updates, smoothed = train(run.task(data), run.loop, start), math.nan
+            while not world.any(bool(asked)):
+                began = time.perf_counter()
+                if (update := next(updates, None)) is None:
+                    break
+                update = run.take(update, first=update.done == start + 1)
+                run.record(update, round(time.perf_counter() - began, 4))
+                smoothed = advance(update.loss)
+                run.save_and_draw()
+        run.end()
+        world.wait()  # no process leaves before the first one has written everything
+    return Report(run.done, smoothed, run.done == total)
 
 
 class Run:
     """One call of `fit`: `total` updates in all, of which earlier sessions may have made some."""
 
-    def __init__(
-        self,
-        task: "Task",
-        settings: TrainSettings,
-        total: int,
-        optimizer: torch.optim.Optimizer,
-        ema: EMA | None,
-        world: World,
-    ) -> None:
-        self.task, self.settings, self.total, self.optimizer, self.ema = task, settings, total, optimizer, ema
+    def __init__(self, job: Job, settings: TrainSettings, total: int, world: distributed.World) -> None:
+        self.job, self.settings, self.total, self.world = job, settings, total, world
+        self.loop = loop_settings(settings, total, world.rank)
+        self.optimizer = job.optimizer or adamw(list(job.trainable.values()), settings)
+        self.early = stepping_in_backward(self.optimizer, settings, world)
+        decay = job.ema_decay or (settings.ema_decay if settings.use_ema else None)
+        self.ema = None if decay is None else EMA(job.trainable, decay)
         self.writes = world.rank == 0
         self.folder = Path(settings.output_dir)
-        self.made_of = json.loads(json.dumps({**settings.identity(total), **task.facts}))
-        self.movement = Movement(task.trainable)  # from the very start: `resume` comes later
+        self.made_of = json.loads(json.dumps({**settings.identity(total), **job.facts}))
+        self.movement = Movement(job.trainable)  # from the very start: `resume` comes later
         self.metrics: list[dict[str, Any]] = []
-        self.saved = 0  # the step of the newest checkpoint
+        self.done = self.saved = self.skipped = 0  # updates; the newest checkpoint's; updates skipped in a row
+
+    def task(self, data: Iterator[Batch]) -> Task:
+        """The job as the loop trains it, with batches that were perhaps prepared ahead."""
+        own = distributed.own_share(self.job, self.world, self.settings.train_batch_size)
+        task = distributed.averaged(own, self.world, self.settings.gradient_accumulation_steps)
+        return replace(task, batch=lambda step, micro: next(data), optimizer=self.optimizer)
+
+    def in_backward(self) -> AbstractContextManager[None]:
+        """Inside the `with`, the optimizer steps in the backward pass, if --optimizer_in_backward asks for it."""
+        return self.early.in_backward(self.settings.max_grad_norm) if self.early else nullcontext()
 
     def claimed(self) -> AbstractContextManager[Path | None]:
         """The output folder, for this run alone."""
@@ -56,9 +112,10 @@ class Run:
 
     def resume(self) -> int:
         """Put everything back as the checkpoint has it; the number of updates already made."""
-        path, done = checkpoint.find(self.settings), 0
+        path = checkpoint.find(self.settings)
         if path is not None:
-            done = self._restore(checkpoint.load(path))
+            self._restore(checkpoint.load(path))
+        done = self.done
         if not self.writes:
             return done
         if path is None and self.settings.resume_from_checkpoint:
@@ -74,11 +131,11 @@ class Run:
             self._draw(done)
         return done
 
-    def _restore(self, saved: checkpoint.Checkpoint) -> int:
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
         checkpoint.check_same(saved.facts["made_of"], self.made_of, saved.path)
         if saved.step > self.total:
             raise SettingsError(f"--max_train_steps: {saved.path} is further already than the {self.total} updates in all.")
-        kinds = {name: (p.shape, p.dtype) for name, p in self.task.trainable.items()}
+        kinds = {name: (p.shape, p.dtype) for name, p in self.job.trainable.items()}
         for group in ("weights", "ema") if self.ema else ("weights",):
             if {name: (t.shape, t.dtype) for name, t in saved.tensors.get(group, {}).items()} != kinds:
                 raise WeightsError(f"{saved.path} holds other {group} than this task trains; take another --output_dir.")
@@ -86,22 +143,39 @@ class Run:
             load_optimizer_state(self.optimizer, saved.tensors["optimizer"])
         except WeightsError as error:
             raise WeightsError(f"{saved.path}: {error}; take another --output_dir.") from error
-        for name, p in self.task.trainable.items():
+        for name, p in self.job.trainable.items():
             p.data.copy_(saved.tensors["weights"][name])
-        if self.ema:
-            self.ema.load(saved.tensors["ema"])
+            if self.ema:
+                self.ema.average[name].copy_(saved.tensors["ema"][name])
         for what, now in checkpoint.environment().items() if self.writes else []:
             if (was := saved.facts["environment"].get(what, now)) != now:
                 print(f"Note: {what} was {was}, is now {now}: the result can differ in its last bits.", file=sys.stderr)
-        self.saved = saved.step
-        return saved.step
+        self.done = self.saved = saved.step
+
+    def take(self, update: Update, first: bool) -> Update:
+        """Look at an update: an error where a tensor has no gradient, or where too many in a row were skipped."""
+        if first:
+            self._check_gradients()
+        if self.early:
+            update = replace(update, grad_norm=self.early.norm())
+        self.done, self.skipped = update.done, self.skipped + 1 if update.skipped else 0
+        if self.skipped == min(PATIENCE, self.total):  # a shorter run has then learned nothing at all
+            self._give_up(update)
+        if self.ema:
+            self.ema.update(self.done)
+        return update
+
+    def record(self, update: Update, seconds: float) -> None:
+        """One line in metrics.jsonl, with what is measured after this update."""
+        measured = self.measure(self.done)
+        self.log(step=self.done, loss=update.loss, lr=update.lr, grad_norm=update.grad_norm, seconds=seconds, **measured)
 
     def measure(self, done: int) -> dict[str, float]:
         """What the task measures after `done` updates, and how far the weights have gone; nothing where it is not asked for."""
         if not self.writes or not self._due(done, self.settings.validation_steps):
             return {}
         with self._averaged():
-            return {"moved": self.movement.rms(), **(self.task.validate() if self.task.validate else {})}
+            return {"moved": self.movement.rms(), **(self.job.validate() if self.job.validate else {})}
 
     def log(self, **row: float | None) -> None:
         """One line in metrics.jsonl. JSON has no NaN: a number that is not finite is written as null."""
@@ -112,21 +186,22 @@ class Run:
         with self._writing(METRICS), open(self.folder / METRICS, "a") as file:
             file.write(json.dumps(clean) + "\n")
 
-    def save_and_draw(self, done: int, skipped: int) -> None:
-        """A checkpoint and a sample sheet, if they are due after `done` updates.
+    def save_and_draw(self) -> None:
+        """A checkpoint and a sample sheet, if they are due.
 
-        While updates are being `skipped`, the weights are perhaps those that broke the loss: no checkpoint then, which
-        could push out a good one.
+        While updates are skipped, the weights are perhaps those that broke the loss: no checkpoint then, which could push
+        out a good one.
         """
-        if self.writes and not skipped and self._due(done, self.settings.checkpointing_steps):
-            self._save(done)
+        if self.writes and not self.skipped and self._due(self.done, self.settings.checkpointing_steps):
+            self._save(self.done)
         if self.writes:
-            self._draw(done)
+            self._draw(self.done)
 
-    def end(self, done: int, skipped: int) -> None:
+    def end(self) -> None:
         """A checkpoint, wherever the run was stopped; if it is finished, the result and the curve."""
         if not self.writes:
             return
+        done, skipped = self.done, self.skipped
         finished = done == self.total
         if skipped:
             print(f"Note: the last {skipped} updates had no finite loss and gradient, and were skipped.", file=sys.stderr)
@@ -143,23 +218,33 @@ class Run:
             if self.metrics:  # none where a finished run is resumed and they were lost
                 loss_curve(self.metrics, self.folder / "loss.png")
 
-    def give_up(self, step: int, skipped: int, loss: float, samples: str, culprit: str) -> None:
-        """End a run whose numbers stay broken, naming who broke first on the way forward, and on the way back."""
-        grads = {name: p.grad for name, p in self.task.trainable.items() if p.grad is not None}
+    def _check_gradients(self) -> None:
+        """A tensor without a gradient would silently stay what it is."""
+        moved = self.early.norms if self.early else {}
+        without = [name for name, p in self.job.trainable.items() if p.grad is None and p not in moved]
+        if without:
+            raise RuntimeError(f"{len(without)} of {len(self.job.trainable)} trainable tensors got no gradient: {without[:5]}")
+
+    def _give_up(self, update: Update) -> None:
+        """End a run whose numbers stay broken, with the first module or data and the first gradient that broke."""
+        own = distributed.own_share(self.job, self.world, self.settings.train_batch_size)
+        assert isinstance(own, Job)
+        samples, broken = culprit(own, self.settings, self.loop, update.done - 1)
+        grads = {name: p.grad for name, p in self.job.trainable.items() if p.grad is not None}
         tensor = next((name for name, g in grads.items() if not g.isfinite().all()), "no tensor")
-        often = f"{skipped} updates in a row" if skipped > 1 else "The only update was"
+        often = f"{self.skipped} updates in a row" if self.skipped > 1 else "The only update was"
         raise MinidiffError(
-            f"{often} without a finite loss and gradient (step {step + 1}: loss {loss}, learning rate "
-            f"{self.optimizer.param_groups[0]['lr']:g}, {samples}). The first to break is {culprit}, and the first broken "
-            f"gradient is that of {tensor}.{self._advice()}"
+            f"{often} without a finite loss and gradient (step {update.done}: loss {update.loss}, learning rate "
+            f"{update.lr:g}, {samples}). The first to break is {broken}, and the first broken gradient is that of "
+            f"{tensor}.{self._advice()}"
         )
 
     def _save(self, done: int) -> None:
         """A checkpoint, unless the weights themselves are broken: then the last good one stays the last."""
-        broken = [name for name, p in self.task.trainable.items() if not p.isfinite().all()]
+        broken = [name for name, p in self.job.trainable.items() if not p.isfinite().all()]
         if broken:
             raise MinidiffError(f"After step {done}, {broken[0]} holds NaN or infinity.{self._advice()}")
-        tensors: checkpoint.Groups = {"weights": dict(self.task.trainable), "optimizer": optimizer_state(self.optimizer)}
+        tensors: checkpoint.Groups = {"weights": dict(self.job.trainable), "optimizer": optimizer_state(self.optimizer)}
         if self.ema:
             tensors["ema"] = self.ema.average
         facts = {"made_of": self.made_of}
@@ -177,7 +262,7 @@ class Run:
         if not self._due(done, self.settings.validation_steps):
             return
         with self._averaged():
-            image = self.task.preview(done)
+            image = self.job.preview(done)
         if image is not None:
             save_png(image, self._sheet(done))
 
@@ -186,11 +271,11 @@ class Run:
 
     def _export(self, folder: Path) -> None:
         with self._averaged():
-            self.task.export(folder)
+            self.job.export(folder)
 
     def _result(self, folder: Path) -> None:
         self._export(folder)
-        self.task.card(folder)
+        self.job.card(folder)
 
     def _averaged(self) -> AbstractContextManager[None]:
         return self.ema.applied() if self.ema else nullcontext()
@@ -212,6 +297,9 @@ class Run:
                 f"{self.folder}: {what} could not be written ({error}); {kept}. Make room, then go on with "
                 "--resume_from_checkpoint latest."
             ) from error
+
+
+# --- around the loop ---------------------------------------------------------------------------------------------------
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from minidiff.trainer.methods import AdapterSettings, FrozenSettings, FullSettin
 from minidiff.trainer.settings import FineTuneSettings, size_in_bytes
 
 if TYPE_CHECKING:
-    from minidiff.core.train import Task
+    from minidiff.trainer.job import Job
 
 SAVINGS = {  # flag -> its cost; the cheapest first. Each costs more than all flags before it together
     "layerwise_casting": "about a tenth more time, the same result",
@@ -25,7 +25,7 @@ SAVINGS = {  # flag -> its cost; the cheapest first. Each costs more than all fl
 
 
 @contextmanager
-def budgeted(task: "Task", settings: FineTuneSettings) -> Iterator[FineTuneSettings]:
+def budgeted(task: "Job", settings: FineTuneSettings) -> Iterator[FineTuneSettings]:
     """Choose the savings of --fit and print the budget before the run, and the measured peak after it.
 
     Gives the settings to train with. Running out of memory becomes a MinidiffError that says what helps.
@@ -44,7 +44,7 @@ def budgeted(task: "Task", settings: FineTuneSettings) -> Iterator[FineTuneSetti
         print(measured(next(iter(task.trainable.values())).device.type))
 
 
-def chosen(task: "Task", settings: FineTuneSettings) -> tuple[FineTuneSettings, Budget, str]:
+def chosen(task: "Job", settings: FineTuneSettings) -> tuple[FineTuneSettings, Budget, str]:
     """The settings with the cheapest savings under which the run fits, its budget, and an explanation.
 
     A resumed run keeps the savings that it began with, except those that do not change the result. SettingsError if the run
@@ -76,7 +76,7 @@ def chosen(task: "Task", settings: FineTuneSettings) -> tuple[FineTuneSettings, 
     return trained, best, why(settings, begun, trained, plain, best)
 
 
-def possible(task: "Task", settings: FineTuneSettings) -> list[str]:
+def possible(task: "Job", settings: FineTuneSettings) -> list[str]:
     """The savings that this run can still switch on, the cheapest first."""
     ours = task.optimizer is None  # a task's own optimizer exists already
     early = settings.gradient_accumulation_steps == 1 and settings.mixed_precision != "fp16" and distributed.world().size == 1
@@ -90,7 +90,7 @@ def possible(task: "Task", settings: FineTuneSettings) -> list[str]:
     return [flag for flag in SAVINGS if rules[flag] and not is_on(settings, flag)]
 
 
-def as_begun(task: "Task", settings: FineTuneSettings) -> tuple[FineTuneSettings, list[str]]:
+def as_begun(task: "Job", settings: FineTuneSettings) -> tuple[FineTuneSettings, list[str]]:
     """The settings with the savings that a resumed run began with, and the flags that are still free."""
     free = possible(task, settings)
     if (path := checkpoint.find(settings)) is None:
@@ -138,7 +138,7 @@ def other_hints(settings: FineTuneSettings) -> list[str]:
     return hints + ["minidiff train lora, which trains a hundredth of the weights"] * isinstance(settings, FullSettings)
 
 
-def after_running_out(task: "Task", settings: FineTuneSettings, need: Budget) -> str:
+def after_running_out(task: "Job", settings: FineTuneSettings, need: Budget) -> str:
     casts = isinstance(settings, FrozenSettings) and settings.mixed_precision == "no" and not settings.layerwise_casting
     hints = ["--layerwise_casting, if the model's file is in half precision"] * casts  # the U-Net is in fp32 by now
     hints += [f"--{flag} ({SAVINGS[flag]})" for flag in possible(task, settings)]

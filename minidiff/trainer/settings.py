@@ -130,6 +130,8 @@ class TrainSettings:
         self.need(once, flag, f"{rule}: a gradient that is freed cannot be added to the next one")
         unscaled = self.mixed_precision != "fp16" or not self.optimizer_in_backward
         self.need(unscaled, flag, "cannot be joined with --mixed_precision fp16, whose gradients are scaled; use bf16")
+        same = not self.bf16_weights or self.mixed_precision == "bf16"
+        self.need(same, "bf16_weights", "needs --mixed_precision bf16: the forward pass has the dtype of the weights")
         exact = not (self.bf16_weights and self.use_ema)
         self.need(exact, "bf16_weights", "cannot be joined with --use_ema: bf16 is too coarse for a slow average")
         if self.num_train_epochs is None:

@@ -18,7 +18,7 @@ from minidiff.core.errors import SettingsError
 from minidiff.core.losses import min_snr_weights, mse, prior_preservation, squared_error
 from minidiff.core.schedule import add_noise, training_target
 from minidiff.core.text import tokenize
-from minidiff.core.train import DTYPES, Batch, Task
+from minidiff.core.train import DTYPES, Batch
 from minidiff.draw.images import contact_sheet
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.fast.memory import chosen_device
@@ -29,8 +29,8 @@ from minidiff.trainer.cache import Cache
 from minidiff.trainer.checkpoint import check_folder
 from minidiff.trainer.dataset import read_folder
 from minidiff.trainer.distributed import world
-from minidiff.trainer.guards import check_precision
 from minidiff.trainer.idle import at_hand, put_away
+from minidiff.trainer.job import Job, check_precision
 from minidiff.trainer.latents import LatentData, check_pictures
 from minidiff.trainer.methods import FullSettings
 from minidiff.trainer.priors import BasePrior, PairedData, base_target, class_examples, class_settings
@@ -262,7 +262,7 @@ def make_task(
     preview: Callable[[int], Image.Image | None],
     optimizer: torch.optim.Optimizer | None = None,
     untuned: nn.Module | None = None,
-) -> Task:
+) -> Job:
     """The task, with the validation loss on fixed noise, and a first look at whether the base predicts what it says.
 
     `untuned` is a copy of the U-Net as it was, if one is kept. What is not needed from here on leaves the GPU or the memory.
@@ -287,7 +287,7 @@ def make_task(
     for network in networks.values():
         network.train()  # with dropout, where there is some
     beside: dict[str, nn.Module] = {"VAE": pipe.vae} | ({} if untuned is None else {"untuned U-Net": untuned})
-    return Task(
+    return Job(
         trainable=trainable,
         batch=batches.batch,
         loss=loss,

@@ -133,8 +133,8 @@ def training_peak(task: dict[str, Any]) -> dict[str, float | None]:
 def steps_of_ours(settings: Any) -> "Held":
     """Three steps of the real loop."""
     from benchmarks import training
-    from minidiff.core.train import fit
     from minidiff.trainer.recipes import RECIPES
+    from minidiff.trainer.run import fit
 
     made = RECIPES[type(settings)](settings)
     steps = iter(range(4))

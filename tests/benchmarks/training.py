@@ -20,9 +20,11 @@ from benchmarks import models, peers
 from benchmarks.report import OURS, Row, timed_rows
 from benchmarks.timing import Seconds, rounds_of, summaries, timed, wait_for_gpu
 from minidiff.core.inject import adapter_weights
-from minidiff.core.train import Batch, Task, fit
+from minidiff.core.train import Batch
+from minidiff.trainer.job import Job
 from minidiff.trainer.methods import DreamBoothSettings, LoRASettings, TextualInversionSettings
 from minidiff.trainer.recipes import RECIPES
+from minidiff.trainer.run import fit
 from minidiff.trainer.settings import FineTuneSettings
 
 METHODS = ("lora", "dora", "dreambooth", "textual_inversion")
@@ -84,7 +86,7 @@ def plan_of(method: str, settings: FineTuneSettings, side: int) -> peers.Plan:
     )
 
 
-def trainees(plan: peers.Plan, task: Task, compiled: bool, levels: tuple[str, ...] = peers.LEVELS) -> dict[str, peers.Trainee]:
+def trainees(plan: peers.Plan, task: Job, compiled: bool, levels: tuple[str, ...] = peers.LEVELS) -> dict[str, peers.Trainee]:
     """The peers, which begin with the same adapters as `task`."""
     start = {}
     if plan.method in ("lora", "dora"):
@@ -100,7 +102,7 @@ class Turns:
     """The task's `batch` and `loss`, with the peers' steps in between and a clock on all of them."""
 
     def __init__(
-        self, task: Task, others: dict[str, Callable[[Batch], Tensor]], seconds: float, tolerance: float, least: int = 4
+        self, task: Job, others: dict[str, Callable[[Batch], Tensor]], seconds: float, tolerance: float, least: int = 4
     ) -> None:
         self.task, self.others, self.seconds = task, others, seconds
         self.tolerance, self.least = tolerance, least

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from minidiff.cli import commands
 from minidiff.cli.flags import Bench
 from minidiff.cli.main import main
-from minidiff.core.train import Task
 from minidiff.draw.images import PAPER
+from minidiff.trainer.job import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,7 +116,7 @@ def test_attention_contenders_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_peers_take_turns_inside_the_loop(tmp_path: Path) -> None:
     """minidiff's own `fit`, with a peer that trains the same weight by hand, and one that does something else."""
-    from minidiff.core.train import fit
+    from minidiff.trainer.run import fit
     from minidiff.trainer.settings import TrainSettings
 
     def loss(weight: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -142,7 +142,7 @@ def test_peers_take_turns_inside_the_loop(tmp_path: Path) -> None:
         output_dir=str(tmp_path / "run"), learning_rate=0.1, max_train_steps=1000, checkpointing_steps=1000, validation_steps=0
     )
     weight = nn.Parameter(torch.ones(3))
-    task = Task(
+    task = Job(
         trainable={"w": weight},
         batch=lambda step, micro: {"x": torch.full((4, 3), 1.0 + step)},
         loss=lambda batch, step, micro: loss(weight, batch),

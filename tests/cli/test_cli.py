@@ -20,12 +20,12 @@ from PIL import Image
 from minidiff.cli.commands import COMMANDS
 from minidiff.cli.main import main
 from minidiff.core.textual_inversion import initial_vectors
-from minidiff.core.train import Report
 from minidiff.draw.images import read_png_text
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.weights import save
 from minidiff.files.word_file import save_embedding
 from minidiff.trainer.methods import LoRASettings
+from minidiff.trainer.run import Report
 
 POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
 

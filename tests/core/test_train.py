@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from minidiff.core.errors import MinidiffError, SettingsError, WeightsError
 from minidiff.core.rng import hashed_seed, normal
-from minidiff.core.train import Task, batches, fit
 from minidiff.draw.nonfinite import first_nonfinite
 from minidiff.files import weights
 from minidiff.trainer import checkpoint
+from minidiff.trainer.job import Job, batches
 from minidiff.trainer.plot import VALIDATION_COLOURS
-from minidiff.trainer.run import read_metrics
+from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import TrainSettings
 
 
@@ -39,7 +39,7 @@ BASE = TrainSettings(
 )
 
 
-def toy(settings: TrainSettings, spoil: Callable[[int], float] = lambda step: 1.0) -> Task:
+def toy(settings: TrainSettings, spoil: Callable[[int], float] = lambda step: 1.0) -> Job:
     """Samples are numbered through the whole run, so batch 4 and 4 x batch 1 see the same ones."""
     model = nn.Linear(3, 1, bias=True)
     nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
@@ -55,7 +55,7 @@ def toy(settings: TrainSettings, spoil: Callable[[int], float] = lambda step: 1.
     def export(folder: Path) -> None:
         weights.save(model.state_dict(), folder / "model.safetensors")
 
-    return Task(dict(model.named_parameters()), batch, loss, export, facts={"data": "toy"})
+    return Job(dict(model.named_parameters()), batch, loss, export=export, facts={"data": "toy"})
 
 
 def result(folder: Path) -> bytes:
@@ -210,7 +210,7 @@ def test_stopped_while_updates_are_skipped_saves_nothing(tmp_path: Path) -> None
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-3"
 
 
-def breaking(settings: TrainSettings, where: str) -> Task:
+def breaking(settings: TrainSettings, where: str) -> Job:
     """From step 2 on, the second micro batch breaks: in the data, in a module, or only on the way back."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 1)))
 
@@ -226,7 +226,7 @@ def breaking(settings: TrainSettings, where: str) -> Task:
     described: Callable[[int, int], str] = lambda step, micro: f"pictures {step}-{micro}.png"  # noqa: E731
     nothing: Callable[[Path], None] = lambda folder: None  # noqa: E731
     parts = {"unet": model}
-    return Task(dict(model.named_parameters()), batch, loss, nothing, modules=parts, describe=described)
+    return Job(dict(model.named_parameters()), batch, loss, export=nothing, modules=parts, describe=described)
 
 
 @pytest.mark.parametrize(

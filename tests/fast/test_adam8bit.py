@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from minidiff.core.config import SD15_UNET
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.fast import adam8bit
-from minidiff.fast.adam8bit import BLOCK, LEAST, LeanAdamW, dequantize, quantize, tables, tree_values
-from minidiff.fast.stochastic_rounding import round_to_bf16
+from minidiff.fast.adam8bit import BLOCK, LEAST, LeanAdamW, dequantize, quantize, round_to_bf16, tables, tree_values
 from minidiff.files import weights
 from minidiff.trainer.optimizers import load_optimizer_state, optimizer_state
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from minidiff.cli.main import main
 from minidiff.core.errors import MinidiffError, SettingsError
-from minidiff.core.train import Task, fit
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.fast.frozen import Conv2d, Linear, cast_layerwise
 from minidiff.fast.precision import HALF
 from minidiff.trainer import savings
+from minidiff.trainer.job import Job
 from minidiff.trainer.recipes import RECIPES
+from minidiff.trainer.run import fit
 from minidiff.trainer.savings import budgeted, chosen
 
 
@@ -87,14 +88,14 @@ def test_nothing_widened_is_kept_for_the_backward() -> None:
     assert 4 * 2**20 < fullest < 5 * 2**20
 
 
-def run(settings: Any, folder: Path) -> Task:
+def run(settings: Any, folder: Path) -> Job:
     settings = replace(settings, output_dir=str(folder))
     task = RECIPES[type(settings)](settings)
     fit(task, settings)
     return task
 
 
-def layer_dtypes(task: Task) -> set[torch.dtype]:
+def layer_dtypes(task: Job) -> set[torch.dtype]:
     """Of the weights of the U-Net's own convolutions and linears."""
     return {m.weight.dtype for m in task.modules["unet"].modules() if isinstance(m, (Conv2d, Linear))}
 

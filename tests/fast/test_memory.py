@@ -10,7 +10,7 @@ import torch
 
 from minidiff.core.errors import SettingsError
 from minidiff.fast.memory import chosen_device, keep_memory, machine_memory, peak_memory
-from minidiff.trainer.guards import deterministic
+from minidiff.trainer.job import deterministic
 
 MIB = 2**20
 

@@ -22,10 +22,11 @@ from minidiff.core.inject import (
 )
 from minidiff.core.lora import LoRALayer, LoRAWeights
 from minidiff.core.losses import mse
+from minidiff.core.train import clip_gradients
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.fast import lean
 from minidiff.files.lora_file import load_lora, save_lora
-from minidiff.trainer.optimizers import adamw, clip_gradients
+from minidiff.trainer.optimizers import adamw
 from minidiff.trainer.settings import TrainSettings
 
 diffusers = pytest.importorskip("diffusers")

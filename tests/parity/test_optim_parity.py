@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minidiff.fast.adam8bit import LeanAdamW, dequantize, quantize, tree_values
-from minidiff.fast.stochastic_rounding import round_to_bf16
+from minidiff.fast.adam8bit import LeanAdamW, dequantize, quantize, round_to_bf16, tree_values
 
 quant_utils: Any = pytest.importorskip("torchao.optim.quant_utils")
 theirs: Any = pytest.importorskip("torchao.optim")

@@ -18,9 +18,11 @@ from tiny_recipes import PRIOR, draw_pictures, loaded, tiny
 from torch import Tensor, nn
 
 from minidiff.core.inject import adapter_weights
-from minidiff.core.train import Batch, Task, fit
+from minidiff.core.train import Batch
 from minidiff.files.lora_file import read_lora
+from minidiff.trainer.job import Job
 from minidiff.trainer.recipes import RECIPES
+from minidiff.trainer.run import fit
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
@@ -49,7 +51,7 @@ def theirs(tiny_folder: Path) -> Any:
     return pipe
 
 
-def train_ours(settings: Any) -> tuple[Task, list[Batch]]:
+def train_ours(settings: Any) -> tuple[Job, list[Batch]]:
     """The recipe, run to its end; and the batches it saw."""
     task = RECIPES[type(settings)](settings)
     batches = [task.batch(step, 0) for step in range(STEPS)]

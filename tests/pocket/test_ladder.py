@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from minidiff.cli.flags import Ladder
 from minidiff.cli.main import main
 from minidiff.core.errors import SettingsError, WeightsError
-from minidiff.core.train import Report
 from minidiff.pocket import ladder
 from minidiff.trainer.methods import LoRASettings
+from minidiff.trainer.run import Report
 
 ROOT = Path(__file__).parents[2]
 FLAGS = Ladder(str(ROOT / "checkpoints/pocket"), str(ROOT / "lessons/data/dog"))

@@ -47,7 +47,7 @@ from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.weights import read_header, save
 from minidiff.trainer import checkpoint
 from minidiff.trainer import task as common
-from minidiff.trainer.guards import check_trainable
+from minidiff.trainer.job import check_trainable
 
 Said = Callable[..., str]
 WORD: dict[str, Any] = {"method": "textual_inversion", "data": "--instance_data_dir"}

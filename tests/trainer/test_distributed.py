@@ -16,24 +16,24 @@ from resume_harness import NUMBERS, Case, check_whole, fingerprint, numbers, row
 from torch import Tensor
 
 from minidiff.core.errors import MinidiffError, SettingsError
-from minidiff.core.train import Task
 from minidiff.files.weights import read_header
 from minidiff.trainer import distributed
-from minidiff.trainer.distributed import World, buckets
+from minidiff.trainer.distributed import World
+from minidiff.trainer.job import Job
 from minidiff.trainer.settings import TrainSettings
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun's gloo is tested on Linux and macOS")
 SLOW_STEP = 0.05  # seconds, where a test wants to come in between
 
 
-def linear(settings: TrainSettings) -> Task:
+def linear(settings: TrainSettings) -> Job:
     """`numbers` without dropout, which each process draws for itself."""
     task = numbers(settings)
     task.modules["model"].eval()
     return task
 
 
-def with_incident(settings: TrainSettings, incident: str) -> Task:
+def with_incident(settings: TrainSettings, incident: str) -> Job:
     """`linear`, slowly, and with something that happens to one process in the fourth update."""
     task = linear(settings)
     plain, world = task.loss, distributed.world()
@@ -219,12 +219,6 @@ def test_a_batch_that_cannot_be_shared() -> None:
     with pytest.raises(SettingsError, match="cannot share it evenly; give 4"):
         World(3, 4).check(1)
     World(0, 2).check(4)
-
-
-def test_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "BUCKET", 10)
-    sizes = [[t.numel() for t in bucket] for bucket in buckets([torch.zeros(n) for n in (4, 6, 1, 30, 2, 3)])]
-    assert sizes == [[4, 6], [1], [30], [2, 3]]
 
 
 def test_alone_there_is_nothing_to_join(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ from tiny_adapters import TEXT, random, tiny_unet
 from torch import Tensor, nn
 
 from minidiff.core.inject import inject, trainable
-from minidiff.core.train import Task
 from minidiff.files.text_files import build_text_encoder
 from minidiff.trainer import memory
+from minidiff.trainer.job import Job
 from minidiff.trainer.memory import MIB, Counter, step_bytes
 from minidiff.trainer.optimizers import adamw
 from minidiff.trainer.settings import FineTuneSettings
@@ -22,7 +22,7 @@ from minidiff.trainer.settings import FineTuneSettings
 PLAIN = FineTuneSettings()
 
 
-def a_task(full: bool = False, **batch: Tensor) -> Task:
+def a_task(full: bool = False, **batch: Tensor) -> Job:
     """A tiny U-Net with a LoRA, or all of its weights, to train."""
     unet = tiny_unet()
     inject(unet, 2)
@@ -32,7 +32,7 @@ def a_task(full: bool = False, **batch: Tensor) -> Task:
     text_encoder.requires_grad_(False)
     given = {"latents": random(2, 4, 8, 8), "t": torch.tensor([3, 900]), "text": random(2, 7, 24), **batch}
     networks = {"unet": unet, "text_encoder": text_encoder}
-    return Task(trainable(unet), lambda step, micro: given, loss=None, export=None, modules=networks)  # type: ignore[arg-type]
+    return Job(trainable(unet), lambda step, micro: given, loss=None, export=None, modules=networks)  # type: ignore[arg-type]
 
 
 def count(forward: Callable[[], object], weights: list[Tensor]) -> int:

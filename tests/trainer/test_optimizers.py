@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from resume_harness import NUMBERS, numbers
 from torch import Tensor, nn
 
 from minidiff.core.errors import MinidiffError, SettingsError, WeightsError
-from minidiff.core.train import Task, fit
+from minidiff.core.train import EMA, LoopSettings, clip_gradients, lr_factor
 from minidiff.fast.adam8bit import LeanAdamW
-from minidiff.fast.in_backward import in_backward
 from minidiff.trainer.distributed import World
-from minidiff.trainer.optimizers import EMA, Movement, adamw, clip_gradients, load_optimizer_state, lr_factor, optimizer_state
-from minidiff.trainer.run import read_metrics
+from minidiff.trainer.job import Job
+from minidiff.trainer.optimizers import Movement, adamw, load_optimizer_state, optimizer_state
+from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import TrainSettings
 
 
@@ -27,8 +28,8 @@ def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rates(scheduler: str, warmup: int, total: int = 8) -> list[float]:
-    settings = replace(TrainSettings(), lr_scheduler=scheduler, lr_warmup_steps=warmup)
-    return [lr_factor(done, total, settings) for done in range(total + 1)]
+    settings = LoopSettings(total, lr_scheduler=scheduler, lr_warmup_steps=warmup)
+    return [lr_factor(done, settings) for done in range(total + 1)]
 
 
 def test_schedules() -> None:
@@ -108,9 +109,6 @@ def test_movement_is_the_rms_of_the_change() -> None:
 
 # --- the step inside the backward pass --------------------------------------------------------------------------------------
 
-EARLY = TrainSettings(optimizer_in_backward=True, learning_rate=0.05, max_grad_norm=1e9)
-
-
 def network() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1)), torch.randn(32, 8)
@@ -124,17 +122,14 @@ def pass_backward(model: nn.Module, x: Tensor) -> None:
 def test_in_backward_is_the_usual_step_where_nothing_is_clipped(eight_bit: bool) -> None:
     """To the bit: what a layer needs of the weights on the way back is read before they move."""
     results = []
-    for settings in (
-        replace(EARLY, use_8bit_adam=eight_bit),
-        replace(EARLY, use_8bit_adam=eight_bit, optimizer_in_backward=False),
-    ):
+    for early in (True, False):
         model, x = network()
         optimizer = LeanAdamW(model.parameters(), 0.05, eight_bit=eight_bit)
-        with in_backward(optimizer, settings, World()) as early:
+        with optimizer.in_backward(1e9) if early else nullcontext():
             for _ in range(3):
                 optimizer.zero_grad()
                 pass_backward(model, x)
-                norm = early.norm() if early else clip_gradients(list(model.parameters()), 1e9)
+                norm = optimizer.norm() if early else clip_gradients(list(model.parameters()), 1e9)
                 optimizer.step()
         results.append(([p.detach() for p in model.parameters()], norm))
     (early_weights, early_norm), (weights, norm) = results
@@ -152,7 +147,7 @@ def test_in_backward_holds_one_gradient_at_a_time(monkeypatch: pytest.MonkeyPatc
         plain(p, grad)
 
     monkeypatch.setattr(optimizer, "update", update)
-    with in_backward(optimizer, EARLY, World()):
+    with optimizer.in_backward(1e9):
         pass_backward(model, x)
     assert there == [1] * 6 and all(p.grad is None for p in model.parameters())
     pass_backward(model, x)  # outside, all is as usual
@@ -169,9 +164,9 @@ def test_in_backward_clips_each_tensor_by_itself(monkeypatch: pytest.MonkeyPatch
     optimizer = LeanAdamW(model.parameters(), 0.05)
     seen: dict[nn.Parameter, Tensor] = {}
     monkeypatch.setattr(optimizer, "update", lambda p, grad: seen.update({p: grad.clone()}))
-    with in_backward(optimizer, replace(EARLY, max_grad_norm=limit), World()) as early:
+    with optimizer.in_backward(limit):
         pass_backward(model, x)
-        assert early and early.norm() == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in grads if g is not None)))
+        assert optimizer.norm() == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in grads if g is not None)))
     for p, g in zip(model.parameters(), grads, strict=True):
         assert g is not None and torch.allclose(seen[p], g * min(1.0, limit / g.norm().item()), rtol=1e-4)
     assert math.sqrt(sum(g.square().sum().item() for g in seen.values())) > 1.5 * limit  # not the global norm
@@ -183,9 +178,10 @@ def test_in_backward_leaves_a_broken_tensor_where_it_was() -> None:
     broken = model[2].weight
     broken.register_hook(lambda grad: grad * math.inf)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with in_backward(LeanAdamW(model.parameters(), 0.05), EARLY, World()) as early:
+    optimizer = LeanAdamW(model.parameters(), 0.05)
+    with optimizer.in_backward(1e9):
         pass_backward(model, x)
-        assert early and not math.isfinite(early.norm()) and not early.norms
+        assert not math.isfinite(optimizer.norm()) and not optimizer.norms
     still = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
     assert still == ["2.weight"] == [name for name, p in model.named_parameters() if p.grad is not None]
 
@@ -241,7 +237,7 @@ def test_savings_that_cannot_be_joined(name: str) -> None:
 def test_savings_that_a_run_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before its folder is touched."""
 
-    def refused(message: str, make: Callable[[TrainSettings], Task] = numbers, **changes: Any) -> None:
+    def refused(message: str, make: Callable[[TrainSettings], Job] = numbers, **changes: Any) -> None:
         settings = replace(TrainSettings(), output_dir=str(tmp_path / "run"), **changes)
         with pytest.raises(SettingsError, match=message):
             fit(make(settings), settings)

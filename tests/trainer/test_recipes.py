@@ -24,15 +24,16 @@ from minidiff.core.inject import adapters_off
 from minidiff.core.losses import min_snr_weights, mse
 from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
 from minidiff.core.targets import DEFAULT_TARGETS, GROUPS
-from minidiff.core.train import Batch, Task, fit
+from minidiff.core.train import Batch
 from minidiff.files.folder import SAMPLER_OF, write_json
 from minidiff.files.text_files import to_file_keys
 from minidiff.trainer import checkpoint
 from minidiff.trainer import task as common
+from minidiff.trainer.job import Job
 from minidiff.trainer.methods import LoRASettings
 from minidiff.trainer.priors import base_target
 from minidiff.trainer.recipes import RECIPES
-from minidiff.trainer.run import read_metrics
+from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import FineTuneSettings
 from minidiff.trainer.task import diffusion_loss, load_base, load_data, model_fingerprint, sample_sheets
 
@@ -63,11 +64,11 @@ def make(tiny_folder: Path, pictures: Path, home: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def fresh(make: Any) -> Callable[[str], tuple[Any, Task]]:
+def fresh(make: Any) -> Callable[[str], tuple[Any, Job]]:
     """fresh(method) -> settings and task, before any training; made once, so do not train it."""
 
     @cache
-    def prepared(method: str) -> tuple[Any, Task]:
+    def prepared(method: str) -> tuple[Any, Job]:
         settings = make(method)
         return settings, recipe(settings)
 
@@ -75,22 +76,22 @@ def fresh(make: Any) -> Callable[[str], tuple[Any, Task]]:
 
 
 @pytest.fixture(scope="module")
-def runs(make: Any) -> Callable[[str], tuple[Any, Task]]:
+def runs(make: Any) -> Callable[[str], tuple[Any, Job]]:
     """runs(method) -> settings and task after three updates; trained once."""
 
     @cache
-    def run(method: str) -> tuple[Any, Task]:
+    def run(method: str) -> tuple[Any, Job]:
         settings = make(method)
         return settings, train(settings)
 
     return run
 
 
-def recipe(settings: FineTuneSettings) -> Task:
+def recipe(settings: FineTuneSettings) -> Job:
     return RECIPES[type(settings)](settings)
 
 
-def moved(task: Task) -> Task:
+def moved(task: Job) -> Job:
     """As after some training."""
     for p in task.trainable.values():
         p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
@@ -205,7 +206,7 @@ def test_captions_must_hold_the_new_word(make: Any, tmp_path: Path, capsys: pyte
 PLAIN = ["full", "lora", "dora", "pivotal"]
 
 
-def losses(task: Task) -> list[float]:
+def losses(task: Job) -> list[float]:
     return [task.loss(task.batch(step, 0), step, 0).item() for step in range(3)]
 
 

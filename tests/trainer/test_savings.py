@@ -13,11 +13,11 @@ from tiny_recipes import draw_pictures, tiny
 
 from minidiff.cli.main import main
 from minidiff.core.errors import MinidiffError, SettingsError
-from minidiff.core.train import Task, fit
 from minidiff.trainer import savings
+from minidiff.trainer.job import Job
 from minidiff.trainer.memory import MIB
 from minidiff.trainer.recipes import RECIPES
-from minidiff.trainer.run import Run
+from minidiff.trainer.run import Run, fit
 from minidiff.trainer.savings import SAVINGS, budgeted, chosen, possible
 from minidiff.trainer.settings import FineTuneSettings, from_toml, size_in_bytes
 
@@ -57,7 +57,7 @@ def home(memory_path: Path) -> Path:  # noqa: F811
     return memory_path
 
 
-def made(method: str, base: Path, home: Path, **changes: Any) -> tuple[Task, FineTuneSettings]:
+def made(method: str, base: Path, home: Path, **changes: Any) -> tuple[Job, FineTuneSettings]:
     settings = tiny(method, base, home / "pictures", home / "run", **changes)
     return RECIPES[type(settings)](settings), settings
 
@@ -112,7 +112,7 @@ def test_8_bits_do_not_help_a_tiny_adapter(tiny_folder: Path, home: Path) -> Non
     assert [row for row in plain.held if row[0] == "optimizer"] == [row for row in eight.held if row[0] == "optimizer"]
 
 
-def least_of(task: Task, settings: FineTuneSettings, *flags: str) -> str:
+def least_of(task: Job, settings: FineTuneSettings, *flags: str) -> str:
     """A limit that these savings just meet."""
     trial = replace(settings, **dict.fromkeys(flags, True))
     return f"{savings.budget(task, trial).together / 1000 + 1:.3f}KB"

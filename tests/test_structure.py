@@ -37,7 +37,6 @@ DEBT: set[tuple[str, str]] = {
     ("core/unet", "fast/lean"),
     ("core/vae", "fast/frozen"),
     ("files/model_files", "fast/frozen"),
-    ("pocket/ladder", "cli/flags"),
 }
 
 

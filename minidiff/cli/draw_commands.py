@@ -1,15 +1,16 @@
 """What the drawing commands do, given their flags: sample, sheet, morph, filmstrip, attention, tokens."""
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL.Image import Image
 
-from minidiff.cli.flags import Attention, Filmstrip, Morph, Sample, Sampling, Sheet, Tokens
+from minidiff.cli.draw_flags import Attention, Filmstrip, Morph, Sample, Sampling, Sheet, Tokens
 from minidiff.core.errors import SettingsError
 from minidiff.core.grids import sampler_named
 from minidiff.core.inject import adapter_names
@@ -21,7 +22,7 @@ from minidiff.fast.compiled import compile_unet
 from minidiff.fast.memory import chosen_device
 from minidiff.files.folder import config_of, local_folder, sampler_of
 from minidiff.files.weights import read_header
-from minidiff.studio.recipe import check_outputs, parameters, recipe_texts, several
+from minidiff.studio.recipe import Origin, check_origin, check_outputs, parameters, recipe_texts, several
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -213,6 +214,14 @@ def output_files(s: Sample | Sheet | Morph | Filmstrip | Attention, origin: Path
     return names
 
 
+def check_again(s: Sample, origin: Origin) -> None:
+    """For --from: SettingsError where the file of the original would be lost; a note for each thing that differs here."""
+    s.check()
+    output_files(s, origin.path)
+    for note in check_origin(origin, vars(s)):
+        warnings.warn(note, stacklevel=1)
+
+
 def how(s: Sampling, pipe: StableDiffusionPipeline, prompt: str, image: Image) -> str:
     """A1111's text on how a picture was made."""
     return parameters(vars(s) | {"prompt": prompt}, pipe, image.size)
@@ -308,13 +317,3 @@ def preview_of(pipe: StableDiffusionPipeline, path: str | None) -> Callback | No
     from minidiff.studio.previews import PreviewFile, fit_preview
 
     return PreviewFile(fit_preview(pipe.vae), path)
-
-
-DRAWING: dict[type, Callable[[Any], None]] = {
-    Sample: sample,
-    Sheet: sheet,
-    Morph: morph,
-    Filmstrip: filmstrip,
-    Attention: attention,
-    Tokens: tokens,
-}

@@ -4,13 +4,12 @@ Everything that is written appears under its name when it is whole and has been 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from minidiff.cli.file_flags import Bake, Convert, Extract, Inspect, Join, Resize
+from minidiff.cli.flags import Bake, Convert, Extract, Inspect, Join, Resize
 from minidiff.core.config import SD15_UNET, NoiseConfig
 from minidiff.core.errors import AdapterError, SettingsError
 from minidiff.core.inject import adapter_names, set_adapters
@@ -269,13 +268,3 @@ def dtype_of(file: TensorFile) -> torch.dtype:
     """The one dtype of a file's matrices, if it is a half; else fp32."""
     dtypes = {info.dtype for info in file.tensors.values() if len(info.shape) > 1}
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16} else torch.float32
-
-
-TOOLS: dict[type, Callable[[Any], None]] = {
-    Inspect: inspect,
-    Convert: convert,
-    Bake: bake,
-    Join: join,
-    Extract: extract,
-    Resize: resize,
-}

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from minidiff.cli.flags import Ladder
 from minidiff.core.errors import SettingsError, WeightsError, did_you_mean
 from minidiff.draw.images import contact_sheet, load_image, save_png, to_tensor
 from minidiff.draw.pipeline import StableDiffusionPipeline
@@ -29,6 +28,7 @@ from minidiff.files.folder import config_of, local_folder
 from minidiff.files.lora_file import FILE_NAME as LORA_FILE
 from minidiff.files.weights import find_weights, load_into
 from minidiff.files.word_file import FILE_NAME as WORD_FILE
+from minidiff.pocket.settings import LadderSettings
 from minidiff.trainer.dataset import read_folder
 from minidiff.trainer.methods import (
     DreamBoothSettings,
@@ -100,7 +100,7 @@ def forgetting_score(tuned: Tensor, base: Tensor) -> float:
     return 1 - (tuned * base).sum(-1).mean().item()
 
 
-def rungs(flags: Ladder) -> dict[str, FineTuneSettings]:
+def rungs(flags: LadderSettings) -> dict[str, FineTuneSettings]:
     """The rungs with the numbers that suit the pocket checkpoint: its training is a hundred times shorter than SD 1.5's."""
 
     def settings(kind: type[AnyFineTune], name: str, steps: int, rate: float, **others: Any) -> AnyFineTune:
@@ -136,7 +136,7 @@ def rungs(flags: Ladder) -> dict[str, FineTuneSettings]:
     }
 
 
-def run(flags: Ladder) -> str:
+def run(flags: LadderSettings) -> str:
     """Climb, and write ladder.md and ladder.png; the table."""
     every, home = rungs(flags), Path(flags.output_dir)
     for name in flags.rungs:

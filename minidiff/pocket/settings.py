@@ -1,49 +1,62 @@
-"""The settings of `minidiff pretrain`. Nothing here imports torch, so that `--help` is quick."""
+"""The settings of `minidiff pretrain` and `minidiff ladder`. Nothing here imports torch, so that `--help` is quick."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from minidiff.core.errors import SettingsError
+from minidiff.files.values import A_FOLDER, Rule, at_least, at_most, check_values
 
 Stage = Literal["world", "vae", "latents", "decoder", "clip", "unet", "assemble", "judge"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+Count = Annotated[int, at_least(1), at_most(10_000_000)]
 
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """Train the pocket checkpoint from nothing: a world is drawn, then VAE, CLIP and U-Net learn it."""
+    """Train the pocket checkpoint from random numbers: draw a world, then train VAE, CLIP and U-Net on it."""
 
     output_dir: str = "pocket-pretrain"
-    """Folder for all stages; run the same command again to go on."""
-    stages: tuple[Stage, ...] = STAGES
-    """Which stages to run, in this order; a finished one is passed over."""
+    """Folder for all stages. Run the same command again to continue."""
+    stages: Annotated[tuple[Stage, ...], Rule(f"names none; there are {', '.join(STAGES)}", bool)] = STAGES
+    """Which stages to run, in this order. A finished stage is skipped."""
     init_from: str | None = None
-    """Start the networks from this checkpoint instead of from random numbers: to train the committed one further."""
+    """Start from this checkpoint instead of from random numbers, to train it further."""
     device: str | None = None
-    """cpu or cuda; default: cuda if there is one."""
-    pictures: int = 30_000
-    """Drawn pictures to train on (49 kB each on disk)."""
-    vae_steps: int = 12_000
+    """Where to train: cpu or cuda. Default: cuda if there is a GPU."""
+    pictures: Count = 30_000
+    """Number of drawn training pictures (49 kB each on disk)."""
+    vae_steps: Count = 12_000
     """Updates of the autoencoder."""
-    decoder_steps: int = 4000
+    decoder_steps: Count = 4000
     """Updates of the decoder alone."""
-    vae_batch: int = 4
-    """Pictures in each of both; more on a GPU."""
-    clip_steps: int = 800
-    """Updates of the two CLIP towers, 96 pairs each."""
-    unet_steps: int = 12_000
+    vae_batch: Count = 4
+    """Pictures in each update of autoencoder or decoder. Use more on a GPU."""
+    clip_steps: Count = 800
+    """Updates of the two CLIP towers, with 96 pairs in each."""
+    unet_steps: Count = 12_000
     """Updates of the U-Net."""
-    unet_batch: int = 32
-    """Latents in each; more on a GPU."""
+    unet_batch: Count = 32
+    """Latents in each update of the U-Net. Use more on a GPU."""
     seed: int = 0
-    """Everything random follows from it."""
+    """Seed of all random values."""
 
     def check(self) -> None:
         """Raise SettingsError, naming the flag, for a value that cannot work."""
-        if unknown := [stage for stage in self.stages if stage not in STAGES]:
-            raise SettingsError(f"--stages: {', '.join(unknown)} unknown; there are {', '.join(STAGES)}.")
-        if not self.stages:
-            raise SettingsError(f"--stages names none; there are {', '.join(STAGES)}.")
-        for flag in ("pictures", "vae_steps", "decoder_steps", "vae_batch", "clip_steps", "unet_steps", "unet_batch"):
-            if not 1 <= getattr(self, flag) <= 10_000_000:
-                raise SettingsError(f"--{flag} is {getattr(self, flag)}; it must be at least 1, and at most 10000000.")
+        check_values(self)
+
+
+@dataclass(frozen=True)
+class LadderSettings:
+    """Train a subject with every method, and compare their cost and their results."""
+
+    pretrained_model_name_or_path: str = "checkpoints/pocket"
+    """The base model. Its folder needs an image_encoder, which compares the pictures."""
+    instance_data_dir: str = "lessons/data/dog"
+    """Folder of the subject's pictures."""
+    output_dir: Annotated[str, A_FOLDER] = "outputs/ladder"
+    """Folder for ladder.md, ladder.png and a folder for each method."""
+    rungs: tuple[str, ...] = ()
+    """Which methods. Default: all."""
+
+    def check(self) -> None:
+        """Raise SettingsError for a value that cannot work."""
+        check_values(self)

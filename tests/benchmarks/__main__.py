@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
@@ -18,7 +18,7 @@ import torch
 from benchmarks import chart, models, peers, processes, training, work
 from benchmarks.report import OURS, Row, counted_rows, free_memory, last_line, machine_facts, table, timed_rows
 from benchmarks.timing import Deadline, measure, summaries
-from minidiff.cli.flags import Bench
+from minidiff.cli.flags import Bench, Group
 from minidiff.fast.memory import chosen_device
 
 QUICK = 285.0  # seconds; what is not done by then is left out, and said to be
@@ -37,7 +37,7 @@ class Session:
         self.half = torch.float16 if self.gpu else torch.bfloat16
         self.precision = "bf16" if self.gpu else "no"
         self.deadline = Deadline(QUICK if settings.quick else None)
-        self.groups = settings.only or Bench.GROUPS
+        self.groups = settings.only or get_args(Group)
 
     def seconds(self, quick: float, full: float) -> float:
         """The time for one piece of work."""

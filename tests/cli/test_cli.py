@@ -1,5 +1,6 @@
 """The command line as a person meets it: help, one real run of each command, and one clear message for each wrong input."""
 
+import importlib
 import io
 import json
 import os
@@ -11,13 +12,14 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from minidiff.cli.commands import COMMANDS
+from minidiff.cli.flags import COMMANDS
 from minidiff.cli.main import main
 from minidiff.core.textual_inversion import initial_vectors
 from minidiff.draw.images import read_png_text
@@ -139,12 +141,12 @@ def test_help_of_a_group_of_commands(words: list[str], capsys: pytest.CaptureFix
         (["sample", "a dog", "--pretrained_model_name_or_path", "model.safetensors"], "--tokenizer"),
         (["pretrain", "--stages", "vea"], "vea"),
         (["pretrain", "--stages"], "--stages names none"),
-        (["pretrain", "--pictures", "0"], "--pictures is 0"),
-        (["pretrain", "--unet_steps", "-1"], "--unet_steps is -1"),
-        (["judge", "--count", "0"], "--count is 0"),
+        (["pretrain", "--pictures", "0"], "--pictures must be at least 1; it is 0"),
+        (["pretrain", "--unet_steps", "-1"], "--unet_steps must be at least 1; it is -1"),
+        (["judge", "--count", "0"], "--count must lie in 1 … 512; it is 0"),
         (["judge", "--count", "513"], "1 … 512"),
         (["sample", "a \udcff dog"], "not UTF-8"),
-        (["sheet", "a dog", "--num_images_per_prompt", "0"], "num_images_per_prompt is 0"),
+        (["sheet", "a dog", "--num_images_per_prompt", "0"], "--num_images_per_prompt must lie in 1 … 1000; it is 0"),
         (["sample", "a dog", "--output", "dog.jpg"], "ends in .png"),
         (["sample", "a dog", "--output", ""], "ends in .png"),
         (["sheet", "a dog", "--output", "/tmp"], "ends in .png"),
@@ -158,13 +160,13 @@ def test_wrong_command_lines(argv: list[str], says: str, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--num_inference_steps", "0"], "num_inference_steps is 0"),
-        (["--num_inference_steps", "1001"], "1 to 1000"),
+        (["--num_inference_steps", "0"], "--num_inference_steps must lie in 1 … 1000; it is 0"),
+        (["--num_inference_steps", "1001"], "1 … 1000"),
         (["--width", "33"], "multiple of 2"),
         (["--height", "-8"], "multiple of 2"),
         (["--sampler", "eulera"], 'Did you mean "euler_a"'),
-        (["--num_images_per_prompt", "0"], "num_images_per_prompt is 0"),
-        (["--guidance_scale", "nan"], "guidance_scale is nan"),
+        (["--num_images_per_prompt", "0"], "num_images_per_prompt must lie in 1 … 1000; it is 0"),
+        (["--guidance_scale", "nan"], "--guidance_scale must be a finite number; it is nan"),
         (["--device", "cuda:9"], "no GPU"),
         (["--device", "gpu"], "--device gpu"),
         (["--device", "meta"], "--device meta"),
@@ -385,9 +387,9 @@ def test_a_run_is_not_overwritten(
 def test_a_stopped_training_does_not_pass_for_a_finished_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minidiff.trainer.recipes.RECIPES", {LoRASettings: lambda settings: None})
     monkeypatch.setattr("minidiff.trainer.savings.budgeted", lambda task, settings: nullcontext())
-    monkeypatch.setattr("minidiff.core.train.fit", lambda task, settings: Report(done=1, loss=0.0, finished=False))
+    monkeypatch.setattr("minidiff.trainer.run.fit", lambda task, settings: Report(done=1, loss=0.0, finished=False))
     with pytest.raises(SystemExit) as leave:
-        main(["train", "lora"])
+        main(["train", "lora", "--instance_data_dir", "dog", "--instance_prompt", "a sks dog"])
     assert leave.value.code == 130
 
 
@@ -428,6 +430,13 @@ def test_help_names_every_command_and_what_it_does(capsys: pytest.CaptureFixture
     said = capsys.readouterr().out
     for name, (kind, _) in COMMANDS.items():
         assert any(line.startswith(f"  minidiff {name} ") and line.endswith(f" {kind.__doc__}") for line in said.splitlines())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_function_for_its_flags(name: str) -> None:
+    kind, (module, _, function) = COMMANDS[name][0], COMMANDS[name][1].partition(":")
+    found = getattr(importlib.import_module(f"minidiff.cli.{module}"), function)
+    assert issubclass(kind, get_type_hints(found)["s"])
 
 
 def test_help_is_quick_to_import() -> None:

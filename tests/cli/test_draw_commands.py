@@ -239,12 +239,12 @@ def test_a_sheet_is_checked_before_its_first_tile(
     """What a later tile cannot be costs no earlier one."""
     monkeypatch.setattr(drawing, "load", lambda *_: pytest.fail("a model was loaded"))
     for flags, said in (
-        (["--columns", "steps=2,1001"], "num_inference_steps is 1001; it can be 1 to 1000"),
-        (["--columns", "eta=0,2"], "eta is 2.0; give 0 … 1"),
+        (["--columns", "steps=2,1001"], "--num_inference_steps must lie in 1 … 1000; it is 1001"),
+        (["--columns", "eta=0,2"], "--eta must lie in 0 … 1; it is 2.0"),
         (["--columns", "eta=0,1", "--rows", "sampler=none,euler"], "only ddim has one"),
         (["--columns", "use_karras_sigmas=false,true"], "only these take Karras sigmas"),  # the model's own sampler is ddim
         (["--columns", "width=16,0"], "width is 0"),
-        (["--columns", "clip_skip=0,-1"], "clip_skip is -1"),
+        (["--columns", "clip_skip=0,-1"], "--clip_skip must lie in 0 … 100; it is -1"),
         (["--columns", "lora=none,nowhere"], "lora nowhere: no such file or folder"),
         (["--columns", f"model={tiny_folder},nowhere"], "nowhere: there is no such folder"),
         (["--columns", "seed=0,1", "--num_images_per_prompt", "2"], "num_images_per_prompt does nothing with --columns"),
@@ -286,7 +286,7 @@ WRONG = [
     (["sample", f"({DOG}:1e999)"], '"1e999" is no finite number'),
     (["sample", "--from", "none.png"], "none.png: no such file"),
     (["sample", DOG, "--tokenizer", "words"], "--tokenizer is for a model in a single file"),
-    (["sample", DOG, "--textual_inversion", ""], "--textual_inversion is empty"),
+    (["sample", DOG, "--textual_inversion", ""], "--textual_inversion must name a file or folder"),
     (["sample", DOG, "--preview", "a.jpg"], '--preview "a.jpg": pictures are written as PNG'),
     (["attention", "dog " * 101], "the prompt has 101 words, and each gets a tile; give 100 at most"),
     (["sheet", DOG, "--columns", "sampler=ddim,eular"], 'Did you mean "euler"?'),
@@ -297,7 +297,7 @@ WRONG = [
     (["morph", DOG, "--seeds", "1"], "1 keyframes make no loop"),
     (["morph", DOG, "--output", "m.mp4"], "m.mp4"),
     (["morph", DOG, "--frames", "100000"], "1 … 2000 in all"),
-    (["filmstrip", DOG, "--count", "0"], "--count is 0; give 1 … 50"),
+    (["filmstrip", DOG, "--count", "0"], "--count must lie in 1 … 50; it is 0"),
     (["attention", DOG, "--resolution", "5"], "no cross-attention is 5 cells high"),
     (["filmstrip", DOG, "--compile"], "--compile hides from this command what it looks at; give no --compile"),
     (["attention", DOG, "--compile"], "--compile hides from this command what it looks at"),

@@ -129,7 +129,7 @@ def test_alpha_is_given_where_the_file_is_silent(tmp_path: Path, capsys: Any) ->
     assert read_lora(tmp_path / "b.safetensors").scales == {NAME: 4}
     said = refused(capsys, tmp_path / "b.safetensors", tmp_path / "c.safetensors", "--alpha", "8")
     assert "says its alpha itself" in said
-    assert "--alpha is -1.0; give a positive number" in refused(capsys, "a", "b", "--alpha", "-1")
+    assert "--alpha must be a number above 0; it is -1.0" in refused(capsys, "a", "b", "--alpha", "-1")
 
 
 def test_a_model_says_what_ldm_names_count(model: Model, tiny_folder: Path, tmp_path: Path) -> None:

@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minidiff.cli.flags import Ladder
 from minidiff.cli.main import main
 from minidiff.core.errors import SettingsError, WeightsError
 from minidiff.pocket import ladder
+from minidiff.pocket.settings import LadderSettings
 from minidiff.trainer.methods import LoRASettings
 from minidiff.trainer.run import Report
 
 ROOT = Path(__file__).parents[2]
-FLAGS = Ladder(str(ROOT / "checkpoints/pocket"), str(ROOT / "lessons/data/dog"))
+FLAGS = LadderSettings(str(ROOT / "checkpoints/pocket"), str(ROOT / "lessons/data/dog"))
 
 
 def unit(rows: int, seed: int) -> torch.Tensor:

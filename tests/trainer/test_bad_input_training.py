@@ -106,8 +106,8 @@ def test_case_11_words_to_learn(says: Said, word: str, message: str) -> None:
         ("--width", "33", "width is 33; it must be a multiple of 2 up to 8192: 32 or 34"),
         ("--width", "0", "width is 0; it must be a multiple of 2 up to 8192: 2 or 4"),
         ("--height", "-8", "height is -8; it must be a multiple of 2 up to 8192: 2 or 4"),
-        ("--num_inference_steps", "0", "num_inference_steps is 0; it can be 1 to 1000"),
-        ("--num_inference_steps", "1001", "num_inference_steps is 1001; it can be 1 to 1000"),
+        ("--num_inference_steps", "0", "--num_inference_steps must lie in 1 … 1000; it is 0"),
+        ("--num_inference_steps", "1001", "--num_inference_steps must lie in 1 … 1000; it is 1001"),
     ],
 )
 def test_case_14_sides_and_steps(

@@ -108,4 +108,4 @@ def test_skipping_is_offered_only_where_it_helps(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize("resolution", ["7", "8193", "1" + "0" * 400])
 def test_absurd_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str], resolution: str) -> None:
     said = refused(capsys, ["data", "check", str(tmp_path), "--resolution", resolution, "--aspect_ratio_buckets"])
-    assert f"--resolution is {resolution}; give 8 … 8192" in said
+    assert f"--resolution must lie in 8 … 8192; it is {resolution}" in said

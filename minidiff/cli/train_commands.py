@@ -1,60 +1,29 @@
-"""What each command does, given its flags. cli.py turns words into flags, and errors into messages."""
+"""What the commands train, data check, ladder, lesson, bench, pretrain and judge do with their flags."""
 
+import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from minidiff.cli.file_flags import Bake, Convert, Extract, Inspect, Join, Resize
-from minidiff.cli.flags import (
-    Attention,
-    Bench,
-    DataCheck,
-    Filmstrip,
-    Judge,
-    Ladder,
-    Lesson,
-    Morph,
-    Sample,
-    Sampling,
-    Sheet,
-    Tokens,
-)
+from minidiff.cli.flags import Bench, DataCheck, Judge, Lesson
 from minidiff.core.errors import DataError, SettingsError
-from minidiff.pocket.settings import PretrainSettings
-from minidiff.trainer.methods import (
-    DreamBoothSettings,
-    FullSettings,
-    LoRASettings,
-    PivotalSettings,
-    TextualInversionSettings,
-)
+from minidiff.pocket.settings import LadderSettings, PretrainSettings
 from minidiff.trainer.settings import FineTuneSettings
 
-# --- the commands --------------------------------------------------------------------------------------------------------
-
-
-def drawing(s: Sampling | Tokens) -> None:
-    s.check()
-    from minidiff.cli.draw_commands import DRAWING
-    from minidiff.fast.memory import keep_memory
-
-    keep_memory()
-    DRAWING[type(s)](s)
+CHECKOUT = Path(__file__).parents[2]
 
 
 def train(s: FineTuneSettings) -> None:
+    """Train, and leave with code 130 if the run was asked to stop: a script must not take it for finished."""
     from minidiff.fast.memory import keep_memory, return_memory
     from minidiff.trainer import savings
     from minidiff.trainer.distributed import joined
     from minidiff.trainer.recipes import RECIPES
     from minidiff.trainer.run import fit
 
-    if s.fit:
-        return_memory()
-    else:
-        keep_memory()
+    return_memory() if s.fit else keep_memory()
     with joined(s.device):
         task = RECIPES[type(s)](s)
         with savings.budgeted(task, s) as chosen:
@@ -62,18 +31,10 @@ def train(s: FineTuneSettings) -> None:
         if report.finished:
             print(f"{s.output_dir}: the result and its card, loss.png, and samples/ with a sheet for each stage")
     if not report.finished:
-        sys.exit(130)  # asked to stop: not a failure, and not the result that a script waits for
-
-
-def ladder(s: Ladder) -> None:
-    s.check()
-    from minidiff.pocket.ladder import run
-
-    print(run(s))
+        sys.exit(130)
 
 
 def data_check(s: DataCheck) -> None:
-    s.check()
     from minidiff.core.text import token_ids
     from minidiff.files.text_files import load_tokenizer
     from minidiff.trainer.buckets import bucket_sizes
@@ -96,8 +57,14 @@ def data_check(s: DataCheck) -> None:
         raise DataError(f"{folder}: mend what is marked as an error above{skip}.")
 
 
+def ladder(s: LadderSettings) -> None:
+    from minidiff.pocket.ladder import run
+
+    print(run(s))
+
+
 def lesson(s: Lesson) -> None:
-    folder = Path(__file__).parents[2] / "lessons"
+    folder = CHECKOUT / "lessons"
     found = sorted(folder.glob(f"{s.number:02d}_*.py"))
     if not found:
         known = ", ".join(sorted(str(int(path.name[:2])) for path in folder.glob("[0-9][0-9]_*.py")))
@@ -107,68 +74,25 @@ def lesson(s: Lesson) -> None:
 
 
 def bench(s: Bench) -> None:
-    s.check()
-    import json
-    import os
-    from dataclasses import asdict
-
-    root = Path(__file__).parents[2]
-    if not (root / "tests" / "benchmarks" / "__main__.py").is_file():
+    """Run tests/benchmarks, which is not part of the package."""
+    if not (CHECKOUT / "tests" / "benchmarks" / "__main__.py").is_file():
         raise SettingsError(
-            f"the benchmark is not beside this installation ({root}): it lives in a checkout's tests/benchmarks. "
+            f"the benchmark is not beside this installation ({CHECKOUT}): it lives in a checkout's tests/benchmarks. "
             'Clone the repository, and install it with pip install -e ".[bench]".'
         )
-    places = os.pathsep.join(filter(None, (str(root / "tests"), str(root), os.environ.get("PYTHONPATH"))))
+    places = os.pathsep.join(filter(None, (str(CHECKOUT / "tests"), str(CHECKOUT), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks", json.dumps(asdict(s))]
     if code := subprocess.run(command, env=os.environ | {"PYTHONPATH": places}, check=False).returncode:
         sys.exit(code)
 
 
 def pretrain(s: PretrainSettings) -> None:
-    s.check()
     from minidiff.pocket.pretrain import pretrain as run
 
     run(s)
 
 
 def judge(s: Judge) -> None:
-    s.check()
-    import json
-
     from minidiff.pocket.judge import judge_checkpoint
 
     print(json.dumps(judge_checkpoint(s.folder, Path(s.judge), s.count), indent=2))
-
-
-def tool(s: Inspect | Convert | Bake | Join | Extract | Resize) -> None:
-    s.check()
-    from minidiff.cli.files_commands import TOOLS
-
-    TOOLS[type(s)](s)
-
-
-COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
-    "sample": (Sample, drawing),
-    "sheet": (Sheet, drawing),
-    "morph": (Morph, drawing),
-    "filmstrip": (Filmstrip, drawing),
-    "attention": (Attention, drawing),
-    "tokens": (Tokens, drawing),
-    "train full": (FullSettings, train),
-    "train dreambooth": (DreamBoothSettings, train),
-    "train lora": (LoRASettings, train),
-    "train textual_inversion": (TextualInversionSettings, train),
-    "train pivotal": (PivotalSettings, train),
-    "data check": (DataCheck, data_check),
-    "inspect": (Inspect, tool),
-    "convert": (Convert, tool),
-    "merge bake": (Bake, tool),
-    "merge join": (Join, tool),
-    "merge extract": (Extract, tool),
-    "merge resize": (Resize, tool),
-    "ladder": (Ladder, ladder),
-    "lesson": (Lesson, lesson),
-    "bench": (Bench, bench),
-    "pretrain": (PretrainSettings, pretrain),
-    "judge": (Judge, judge),
-}

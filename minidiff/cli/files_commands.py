@@ -33,12 +33,11 @@ from minidiff.files.convert import (
     read_pickle,
 )
 from minidiff.files.folder import config_of, sampler_of
-from minidiff.files.headers import PICKLES, is_pickle
 from minidiff.files.inspect import find_file
 from minidiff.files.inspect import inspect as reports_on
 from minidiff.files.lora_file import LoRAFile, load_lora, read_lora, save_lora
 from minidiff.files.text_files import load_tokenizer
-from minidiff.files.weights import TensorFile, read_header, save, to_single_file
+from minidiff.files.weights import PICKLES, TensorFile, is_pickle, read_header, save, to_single_file
 
 WORST = 10  # rows of a table of errors
 OF_MODELS = ("pretrained_model_name_or_path", "tokenizer")  # flags

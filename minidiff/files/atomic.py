@@ -1,31 +1,91 @@
-"""Files that survive a crash: what has a name that counts is whole, and on the disk.
+"""The one way to write a file or a folder: it appears under its name whole and on the disk, or not at all.
 
-Python's own calls stop halfway: a file that was written may still be in memory, and one that was renamed may have its old
-name again, when the power comes back. fsync says that the disk has it.
+Python's own calls stop halfway: when the power comes back, a file that was written may be empty, and one that was renamed may
+have its old name again. fsync returns when the disk has it.
 """
 
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
-HIDDEN = ".tmp-minidiff-"  # how the names of half-written files and folders begin; nobody else's do
+from minidiff.core.errors import MinidiffError, SettingsError
+
+HIDDEN = ".tmp-minidiff-"  # the names of half-written files and folders begin so, and no others
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file in one go: a reader, or a crash, sees the old bytes or the new."""
-    hidden = path.with_name(f"{HIDDEN}{path.name}")
-    remove(hidden)
-    with open(hidden, "xb") as file:  # x: never through a link that somebody laid there
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(hidden, path)
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to. At the end of the `with` it takes the place of `path`: a reader sees the old bytes or the new.
+
+    An OSError names `path`. If anything is raised, the old file stays.
+    """
+    hidden = path.with_name(f"{HIDDEN}{os.getpid()}-{path.name}")
+    remove(hidden)  # left by a process of this number that was killed
+    try:
+        with open(hidden, "xb") as file:  # x: never through a link that somebody put there
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(hidden, path)
+    except OSError as error:  # a full disk does not say which file did not fit
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        remove(hidden)
     fsync(path.parent)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file by these bytes."""
+    with whole_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def new_output(output: Path) -> Iterator[Path]:
+    """A path to write a new file or folder to. At the end of the `with` it becomes `output`; after an error, nothing stays.
+
+    The path lies in a temporary folder beside `output`. Errors name `output` instead. SettingsError if `output` exists.
+    """
+    check_new(output)
+    asked, output = output, Path(os.path.realpath(output))  # "x/../dog.safetensors" is dog.safetensors, and needs no x
+    check_new(output)
+    beside = next(folder for folder in output.parents if folder.exists())
+    with TemporaryDirectory(prefix=HIDDEN, dir=beside) as scratch:
+        place = Path(scratch) / output.name
+        with called(place, asked):
+            yield place
+        fsync_tree(place)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        check_new(output)  # another program may have written it in the meantime
+        place.rename(output)
+    fsync(output.parent)
+
+
+def check_new(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise SettingsError(f"{output} is there already, and nothing is overwritten; choose another name.")
+
+
+@contextmanager
+def called(path: Path, name: str | Path) -> Iterator[None]:
+    """Errors inside the `with` say `name` in place of `path`, a temporary file."""
+    try:
+        yield
+    except MinidiffError as error:
+        raise type(error)(str(error).replace(str(path), str(name))) from error
+    except OSError as error:
+        if isinstance(error.filename, str):
+            error.filename = error.filename.replace(str(path), str(name))
+        raise
+
+
 def fsync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, durable. (Windows has no such call for folders, and needs none.)"""
+    """Wait until the disk has a file's bytes, or a folder's names. (Windows has no such call for folders, and needs none.)"""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -35,21 +95,21 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_tree(path: Path) -> list[Path]:
+    """fsync a file, or a folder with all that is in it. Returns the files below the folder, sorted."""
+    paths = sorted(path.rglob("*"))
+    for each in [*paths, path]:
+        fsync(each)
+    return [each for each in paths if each.is_file()]
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fsync_tree(folder: Path) -> list[Path]:
-    """fsync each file and each folder below `folder`; the files, sorted."""
-    paths = sorted(folder.rglob("*"))
-    for path in [*paths, folder]:
-        fsync(path)
-    return [p for p in paths if p.is_file()]
-
-
 def put_aside(path: Path) -> None:
-    """Out of sight in one step, so that no half-removed checkpoint is ever visible; then remove it."""
+    """Remove a folder: hide it in one step first, so that nobody sees a half-removed checkpoint."""
     if path.exists():
         hidden = path.with_name(f"{HIDDEN}old-{path.name}")
         remove(hidden)
@@ -58,7 +118,7 @@ def put_aside(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, a folder with all that is in it, or the link alone, if it is one."""
+    """Remove a file, a folder with all that is in it, or a link (not what it leads to)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

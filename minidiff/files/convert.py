@@ -26,9 +26,9 @@ from torch import Tensor
 from minidiff.core.config import SD15_UNET, UNetConfig
 from minidiff.core.errors import AdapterError, MinidiffError, SettingsError, WeightsError
 from minidiff.core.lora import LoRAWeights
-from minidiff.files.headers import NAMES, PICKLES, check_pickle
+from minidiff.files.atomic import fsync
 from minidiff.files.lora_file import LoRAFile, read_lora, save_lora
-from minidiff.files.weights import is_finite, sync_folder
+from minidiff.files.weights import NAMES, PICKLES, first_bytes, foreign, is_finite, is_pickle
 from minidiff.files.word_file import Embedding, read_embedding, save_embedding
 
 ADVICE = "Get the .safetensors version of it, or convert it where it was made."
@@ -54,7 +54,11 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     tables alone and refuses the rest. Of a training checkpoint, {"state_dict": …, "optimizer_states": …}, only the state dict
     is taken. WeightsError for a file that is refused, damaged, or unpacks to more bytes than it has.
     """
-    check_pickle(path)
+    start = first_bytes(path)
+    if start[8:9] == b"{":
+        raise WeightsError(f"{path} is a safetensors file under another name; rename it to {path.stem}.safetensors.")
+    if not is_pickle(path):
+        raise WeightsError(f"{path} {foreign(start)}")
     zipped, size = is_zipfile(path), path.stat().st_size
     try:
         if zipped and sum(entry.file_size for entry in ZipFile(path).infolist()) > size:
@@ -226,7 +230,7 @@ def appearing(output: Path) -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         check_new(output)  # another program may have been as slow as this one
         place.rename(output)
-    sync_folder(output.parent)
+    fsync(output.parent)
 
 
 @contextmanager

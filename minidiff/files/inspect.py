@@ -29,12 +29,11 @@ from minidiff.files import names as keymaps
 from minidiff.files import word_file as embeddings
 from minidiff.files.checkpoints import Model
 from minidiff.files.folder import read_json
-from minidiff.files.headers import is_pickle
 from minidiff.files.lora_headers import Headers, lora_header
 from minidiff.files.merge import rank_for
 from minidiff.files.parts import changed_shape, check_parts, flat, weights_of
 from minidiff.files.peft_config import METADATA, read_configs
-from minidiff.files.weights import TensorFile, find_weights, is_finite, read_header
+from minidiff.files.weights import TensorFile, find_weights, is_finite, is_pickle, read_header
 
 Parts = dict[str, Tensor]  # a module's tensors by part
 NETWORKS = ("unet", "vae", "text_encoder")

@@ -1,12 +1,10 @@
-"""Model files, in and out. Safetensors only, and strict: a file fits the model exactly, or an error says how not.
+"""Weight files, in and out. Safetensors only, and strict: a file fits the model exactly, or an error says how it does not.
 
 A safetensors file is 8 bytes (n, little-endian), n bytes of JSON (for each tensor its dtype, shape and place; and a
 `__metadata__` of strings), and the data. So everything can be checked before any data is read:
 
     file = read_header("unet/diffusion_pytorch_model.safetensors")      # names, shapes, dtypes
     load_into(unet, file, torch_dtype=torch.float32)                    # checks, then reads
-
-`headers.py` checks the header; `keymaps.py` knows the names that other programs use; `files/` reads and writes adapters.
 """
 
 import json
@@ -27,12 +25,45 @@ from minidiff.core.errors import WeightsError, listed
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.files import names as keymaps
-from minidiff.files.headers import NAMES, PICKLES, TensorInfo, check_ordinary, check_start, parse_json, tensor_info
+from minidiff.files.atomic import whole_file
 from minidiff.files.text_files import to_file_keys
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 METADATA = "__metadata__"  # the one name in a header that is no tensor's
 LARGE = 2**28  # bytes: 256 MB
-WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")  # how the names of pickled weights end
+PICKLE = "which can run code when it is opened; get the .safetensors version of it, or `minidiff convert` it."
+OTHER_FILES = {  # how they begin
+    b"version https://git-lfs": "is a git-LFS pointer, not the file itself; run `git lfs pull` in its folder.",
+    b"PK": f"is a PyTorch pickle (zip), {PICKLE}",
+    b"\x80": f"is a Python pickle, {PICKLE}",
+    b"GGUF": "is a GGUF file; get the .safetensors version of it.",
+    b"<": "is a web page, not a model: the download did not give the file. Look into it, and download again.",
+}
+
+
+class TensorInfo(NamedTuple):
+    """A header's entry for a tensor; `key` is its name in the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    key: str
 
 
 @dataclass(frozen=True)
@@ -45,19 +76,19 @@ class TensorFile:
     looks_like: str
 
     def read(self, torch_dtype: torch.dtype | None = None, mapped: bool = False) -> dict[str, Tensor]:
-        """Every tensor, cast to `torch_dtype` if one is given. NaN and infinity are refused.
+        """Every tensor, cast to `torch_dtype` if one is given. WeightsError for NaN and infinity.
 
-        With `mapped`, tensors of LARGE files that need no cast are not looked at: they are mapped into memory, and read from
-        the disk when they are first used. Looking at 4 GB takes three times as long as all else in loading SD 1.5; a NaN in
-        them is found when something is computed with it, and nonfinite.py then names the tensor.
+        With `mapped`, tensors of LARGE files that need no cast are not checked: they are mapped into memory, and read from
+        the disk when they are first used. To check 4 GB takes three times as long as all else in loading SD 1.5. A NaN in
+        them is found when a picture is drawn, and the error then names the tensor.
         """
         tensors = {}
-        unseen = mapped and sum(prod(info.shape) * info.dtype.itemsize for info in self.tensors.values()) > LARGE
+        unchecked = mapped and sum(prod(info.shape) * info.dtype.itemsize for info in self.tensors.values()) > LARGE
         try:
             with safe_open(self.path, framework="pt") as file:
                 for name, info in self.tensors.items():
                     tensors[name] = file.get_tensor(info.key).to(torch_dtype or info.dtype)
-                    if not (unseen and tensors[name].dtype == info.dtype) and not is_finite(tensors[name]):
+                    if not (unchecked and tensors[name].dtype == info.dtype) and not is_finite(tensors[name]):
                         what = f"{info.key} has NaN or infinite values (as {tensors[name].dtype})"
                         raise WeightsError(f"{self.path}: {what}. Get the file again; if it was cast to half, use float32.")
         except SafetensorError as error:
@@ -80,22 +111,54 @@ def is_finite(tensor: Tensor) -> bool:
 def read_header(path: str | Path) -> TensorFile:
     """Names, dtypes and shapes of a safetensors file. WeightsError if it is missing, damaged or something else."""
     path = Path(path)
-    check_ordinary(path)
-    with path.open("rb") as file:
-        size, start = path.stat().st_size, file.read(64)
-        if size == 0:
-            raise WeightsError(f"{path} is empty (0 bytes): an unfinished download? Get it again.")
-        length = check_start(path, start, size)
-        file.seek(8)
-        header = parse_json(path, file.read(length))
+    start = first_bytes(path)
+    if start[8:9] != b"{":
+        raise WeightsError(f"{path} {foreign(start)}")
+    try:
+        with safe_open(path, framework="pt"), path.open("rb") as file:  # safe_open checks each entry against the file's size
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length), object_pairs_hook=unique_names)
+    except (SafetensorError, ValueError) as error:
+        raise WeightsError(f"{path} is damaged or cut off ({error}). Get it again.") from error
     metadata = header.pop(METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise WeightsError(f"{path} is damaged: the header's {METADATA} is no table of texts.")
-    tensors = {name: tensor_info(path, name, entry, size - 8 - length) for name, entry in header.items()}
-    named, there = sum(prod(info.shape) * info.dtype.itemsize for info in tensors.values()), size - 8 - length
-    if named != there:
-        raise WeightsError(f"{path} is damaged: {there:,} bytes of data, and the header accounts for {named:,}.")
+    if odd := next((name for name, entry in header.items() if entry["dtype"] not in DTYPES), None):
+        raise WeightsError(f"{path}: {odd} is of type {header[odd]['dtype']}, which minidiff does not read.")
+    tensors = {name: TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), name) for name, entry in header.items()}
     return TensorFile(path, tensors, metadata, keymaps.describe(tensors))
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For the JSON reader. A name that stands twice would mean one tensor here and another in another program."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name stands in its header twice")
+    return table
+
+
+def first_bytes(path: Path) -> bytes:
+    """The first 64 bytes. WeightsError for a folder, a pipe, a device, a broken link, or an empty file."""
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder; name a .safetensors file in it.")
+    if not path.is_file():
+        what = "leads nowhere: a link without its file" if path.is_symlink() else "is no ordinary file"
+        raise WeightsError(f"{path} {what if os.path.lexists(path) else 'does not exist'}.")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise WeightsError(f"{path} is empty (0 bytes): an unfinished download? Get it again.")
+    return start
+
+
+def foreign(start: bytes) -> str:
+    """For a message: what is a file that begins so, if it is not in the safetensors format?"""
+    unknown = "is not a safetensors file (no header where one should be). Is it the right one?"
+    return next((what for magic, what in OTHER_FILES.items() if start.startswith(magic)), unknown)
+
+
+def is_pickle(path: Path) -> bool:
+    """By its first bytes. A safetensors file can begin with any eight, the length of its header, and then has a brace."""
+    start = first_bytes(path) if path.is_file() and path.stat().st_size else b""
+    return start.startswith((b"PK", b"\x80")) and start[8:9] != b"{"
 
 
 def find_weights(folder: str | Path) -> Path:
@@ -183,7 +246,6 @@ def save(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str,
     path = Path(path)
     if METADATA in tensors:
         raise WeightsError(f"{path}: no tensor can be called {METADATA}, where the format keeps its texts.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {METADATA: {"format": "pt", **(metadata or {})}}
     end = 0
@@ -193,42 +255,25 @@ def save(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str,
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data starts at a multiple of 8
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in order:
-                flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
-                file.write(flat.view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:  # a full disk does not say where it is full
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def file_at(path: str | Path, name: str) -> Path:
-    """Where to write: `path` itself if it is a `.safetensors` file, else `name` in the folder `path`.
-
-    WeightsError for a folder that would be called as the pickles of other programs are.
-    """
+    """Where to write: `path` itself if it is a `.safetensors` file, else `name` in the folder `path`."""
     path = Path(path)
-    if path.suffix in PICKLES:
-        raise WeightsError(f"{path}: minidiff writes no {path.suffix} files; name a .safetensors file, or a folder.")
+    check_ending(path)
     return path if path.suffix == ".safetensors" else path / name
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def check_ending(path: Path) -> None:
+    """WeightsError for an output whose name says that it is a pickle."""
+    if path.suffix in PICKLES:
+        raise WeightsError(f"{path}: minidiff writes no {path.suffix} files; name a .safetensors file, or a folder.")
 
 
 # --- the LDM/CompVis single file -------------------------------------------------------------------------------------

@@ -159,6 +159,13 @@ def with_header(header: object) -> bytes:
     return struct.pack("<Q", len(text)) + text + bytes(24)
 
 
+def twice() -> bytes:
+    """safetensors' own reader takes this one, and gives the second tensor."""
+    entry = '"a":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}'
+    text = f"{{{entry},{entry}}}".encode()
+    return struct.pack("<Q", len(text)) + text + bytes(24)
+
+
 BROKEN = {
     "empty": (b"", "is empty"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git-LFS pointer"),
@@ -168,29 +175,24 @@ BROKEN = {
     "gguf": (b"GGUF\x03\x00\x00\x00\x00\x00", "GGUF"),
     "text": (b"hello, I am a text", "not a safetensors file"),
     "three bytes": (b"abc", "not a safetensors file"),
-    "long header": (struct.pack("<Q", 2**40) + b"{" + bytes(99), "header would be 1,099,511,627,776 bytes"),
-    "cut in header": (good_file()[:40], "cut off: .* its header alone"),
-    "cut in data": (good_file()[:-1], "cut off: a ends at byte 24"),
-    "trailing": (good_file() + b"x", "25 bytes of data, and the header accounts for 24"),
-    "not json": (struct.pack("<Q", 4) + b"{,,}", "not JSON"),
-    "not utf-8": (struct.pack("<Q", 4) + b"{\xff\xff}", "not JSON"),
-    "strange dtype": (with_header({"a": {"dtype": "F4", "shape": [6], "data_offsets": [0, 24]}}), "type F4"),
-    "wrong size": (
-        with_header({"a": {"dtype": "F32", "shape": [7], "data_offsets": [0, 24]}}),
-        r"24 bytes, which is not",
-    ),
-    "no shape": (with_header({"a": {"dtype": "F32"}}), "entry for a makes no sense"),
-    "no entry": (with_header({"a": 3}), "entry for a makes no sense"),
-    "infinite": (with_header({"a": {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 24]}}), "makes no sense"),
-    "negative": (with_header({"a": {"dtype": "F32", "shape": [-2, -3], "data_offsets": [0, 24]}}), "makes no sense"),
-    "words": (with_header({"a": {"dtype": "F32", "shape": ["6"], "data_offsets": [0, 24]}}), "makes no sense"),
-    "deep": (struct.pack("<Q", 500_000) + b'{"a":' * 100_000, "not JSON"),
-    "twice": (struct.pack("<Q", 15) + b'{"a": 1,"a": 2}', "stands in it twice"),
-    "metadata of numbers": (with_header({"__metadata__": {"a": 1}}), "no table of texts"),
-    "metadata": (
-        with_header({"__metadata__": 3, "a": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24]}}),
-        "is damaged",
-    ),
+    "long header": (struct.pack("<Q", 2**40) + b"{" + bytes(99), "damaged or cut off"),
+    "cut in header": (good_file()[:40], "damaged or cut off .*invalid header length"),
+    "cut in data": (good_file()[:-1], "damaged or cut off .*not fully covered"),
+    "trailing": (good_file() + b"x", "damaged or cut off .*not fully covered"),
+    "not json": (struct.pack("<Q", 4) + b"{,,}", "damaged or cut off .*JSON"),
+    "not utf-8": (struct.pack("<Q", 4) + b"{\xff\xff}", "damaged or cut off"),
+    "strange dtype": (with_header({"a": {"dtype": "F4", "shape": [48], "data_offsets": [0, 24]}}), "a is of type F4"),
+    "unknown dtype": (with_header({"a": {"dtype": "X1", "shape": [6], "data_offsets": [0, 24]}}), "damaged or cut off"),
+    "wrong size": (with_header({"a": {"dtype": "F32", "shape": [7], "data_offsets": [0, 24]}}), "damaged or cut off"),
+    "no shape": (with_header({"a": {"dtype": "F32"}}), "damaged or cut off .*missing field `shape`"),
+    "no entry": (with_header({"a": 3}), "damaged or cut off"),
+    "infinite": (with_header({"a": {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 24]}}), "damaged or cut off"),
+    "negative": (with_header({"a": {"dtype": "F32", "shape": [-2, -3], "data_offsets": [0, 24]}}), "damaged or cut off"),
+    "words": (with_header({"a": {"dtype": "F32", "shape": ["6"], "data_offsets": [0, 24]}}), "damaged or cut off"),
+    "deep": (struct.pack("<Q", 500_000) + b'{"a":' * 100_000, "damaged or cut off"),
+    "twice": (twice(), "a name stands in its header twice"),
+    "metadata of numbers": (with_header({"__metadata__": {"a": 1}}), "damaged or cut off"),
+    "metadata": (with_header({"__metadata__": 3}), "damaged or cut off"),
 }
 
 
@@ -210,11 +212,11 @@ def test_broken_files_are_named_for_what_they_are(tmp_path: Path, kind: str) -> 
 
 
 def test_overlapping_tensors_are_damage(tmp_path: Path) -> None:
-    """The sizes add up, the places do not: safetensors itself finds this one."""
+    """The sizes add up, the places do not."""
     entry = {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}
     (tmp_path / "x.safetensors").write_bytes(with_header({"a": entry, "b": entry}))
-    with pytest.raises(WeightsError, match="damaged"):
-        read_header(tmp_path / "x.safetensors").read()
+    with pytest.raises(WeightsError, match="damaged or cut off"):
+        read_header(tmp_path / "x.safetensors")
 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:

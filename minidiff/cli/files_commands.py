@@ -19,17 +19,14 @@ from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files import merge as merging
 from minidiff.files import names as keymaps
 from minidiff.files import word_file as embeddings
+from minidiff.files.atomic import called, new_output
 from minidiff.files.checkpoints import SINGLE_FILE, Model, cast, empty_model, is_single_file, read_model
 from minidiff.files.convert import (
-    Proof,
-    appearing,
-    called,
-    check_proof,
-    compare_lora,
-    compare_weights,
     convert_embedding,
     convert_lora,
     kept_metadata,
+    largest_change,
+    largest_difference,
     read_pickle,
 )
 from minidiff.files.folder import config_of, sampler_of
@@ -37,7 +34,7 @@ from minidiff.files.inspect import find_file
 from minidiff.files.inspect import inspect as reports_on
 from minidiff.files.lora_file import LoRAFile, load_lora, read_lora, save_lora
 from minidiff.files.text_files import load_tokenizer
-from minidiff.files.weights import PICKLES, TensorFile, is_pickle, read_header, save, to_single_file
+from minidiff.files.weights import PICKLES, TensorFile, check_ending, is_pickle, read_header, save, to_single_file
 
 WORST = 10  # rows of a table of errors
 OF_MODELS = ("pretrained_model_name_or_path", "tokenizer")  # flags
@@ -56,20 +53,19 @@ def inspect(s: Inspect) -> None:
 
 
 def convert(s: Convert) -> None:
-    with appearing(Path(s.output)) as place:
+    with new_output(output_of(s)) as place:
         source = Path(s.source)
         if not source.is_dir() and (source.suffix in PICKLES or is_pickle(source)):
             source = place.parent / "opened" / f"{source.stem}.safetensors"
             with called(source, s.source):
                 save(read_pickle(Path(s.source)), source)
         with called(source, s.source):
-            proof = converted(s, source, place)
-        check_proof(proof, Path(s.output))
-    print(proof, f"{s.output}: written, and read again", sep="\n")
+            moved = converted(s, source, place)
+    print(moved, f"{s.output}: written, and read again", sep="\n")
 
 
-def converted(s: Convert, source: Path, place: Path) -> Proof:
-    """Write `source`, a safetensors file or a folder, to `place`, as what it is."""
+def converted(s: Convert, source: Path, place: Path) -> str:
+    """Write `source`, a safetensors file or a folder, to `place`, as what it is. Returns how far the numbers moved."""
     if (source / "model_index.json").is_file():
         return converted_model(s, source, place)
     file = read_header(find_file(source))
@@ -82,15 +78,15 @@ def converted(s: Convert, source: Path, place: Path) -> Proof:
     return converted_model(s, source, place)
 
 
-def converted_lora(s: Convert, source: Path, file: TensorFile, place: Path) -> Proof:
+def converted_lora(s: Convert, source: Path, file: TensorFile, place: Path) -> str:
     check_flags(s, "a LoRA", ("diffusers", "kohya", "peft"), "token", "tokenizer")
     config = empty_model(s.pretrained_model_name_or_path).unet.config if s.pretrained_model_name_or_path else SD15_UNET
     lora = read_lora(source, alpha=s.alpha, config=config)
     print(lora)
-    return convert_lora(lora, place, s.to, dtype_named(s.dtype) or dtype_of(file), config)
+    return f"max |ΔW - ΔW'| = {convert_lora(lora, place, s.to, dtype_named(s.dtype) or dtype_of(file), config):.3g}"
 
 
-def converted_embedding(s: Convert, source: Path, file: TensorFile, place: Path) -> Proof:
+def converted_embedding(s: Convert, source: Path, file: TensorFile, place: Path) -> str:
     check_flags(s, "a textual inversion", ("diffusers", "kohya"), "alpha", "dtype", *OF_MODELS)
     embedding = embeddings.read_embedding(source, s.token)
     try:
@@ -100,10 +96,10 @@ def converted_embedding(s: Convert, source: Path, file: TensorFile, place: Path)
     print(embedding)
     if s.to == "kohya" and place.stem != embedding.word:
         print(f'Note: programs that read this form take the file\'s name for the word: "{place.stem}".')
-    return convert_embedding(embedding, place, s.to, file.metadata)
+    return f"max |v - v'| = {convert_embedding(embedding, place, s.to, file.metadata):.3g}"
 
 
-def converted_model(s: Convert, source: Path, place: Path) -> Proof:
+def converted_model(s: Convert, source: Path, place: Path) -> str:
     check_flags(s, "a model", ("diffusers", "ldm"), "alpha", "token")
     if (place.suffix == SINGLE_FILE) != (s.to == "ldm"):
         form = f"a file that ends in {SINGLE_FILE}" if s.to == "ldm" else "a folder"
@@ -113,17 +109,17 @@ def converted_model(s: Convert, source: Path, place: Path) -> Proof:
     if dtype := dtype_named(s.dtype):
         cast(model, dtype)
     write_model(model, place, s.tokenizer)
-    return compare_weights(before, read_model(place, model.home).weights())
+    return f"max |W - W'| = {largest_difference(before, read_model(place, model.home).weights()):.3g}"
 
 
-def unpickled(s: Convert, file: TensorFile, place: Path) -> Proof:
+def unpickled(s: Convert, file: TensorFile, place: Path) -> str:
     """A pickle's tensors, whatever they are."""
     check_flags(s, "a pickle", ("safetensors",), "alpha", "token", "dtype", *OF_MODELS)
     if file.path == Path(s.source) or place.suffix != SINGLE_FILE:
         raise SettingsError(f"--to safetensors makes {SINGLE_FILE} files of pickles; {s.source} and {s.output} are not these.")
     before = {key or "tensor": tensor for key, tensor in file.read().items()}
     save(before, place)
-    return compare_weights(before, read_header(place).read())
+    return f"max |W - W'| = {largest_difference(before, read_header(place).read()):.3g}"
 
 
 def check_flags(s: Convert, kind: str, forms: Sequence[str], *meaningless: str) -> None:
@@ -138,7 +134,7 @@ def check_flags(s: Convert, kind: str, forms: Sequence[str], *meaningless: str) 
 
 
 def bake(s: Bake) -> None:
-    with appearing(Path(s.output)) as place:
+    with new_output(output_of(s)) as place:
         model = read_model(s.pretrained_model_name_or_path)
         strengths = {f"lora{i}": strength for i, strength in enumerate(s.strengths)}
         for path, (name, strength) in zip(s.lora, strengths.items()):
@@ -153,29 +149,18 @@ def bake(s: Bake) -> None:
         if dtype := dtype_named(s.dtype):
             cast(model, dtype)
         write_model(model, place, s.tokenizer)
-        check_proof(compare_weights(model.weights(), read_model(place, model.home).weights()), Path(s.output))
+        difference = largest_difference(model.weights(), read_model(place, model.home).weights())
     if not changed:
         print("Note: this is the base model again: the weights are 0, or the adapters change nothing.")
-    print(f"{s.output}: {changed} layers changed; written, and read again")
+    print(f"max |W - W'| = {difference:.3g}", f"{s.output}: {changed} layers changed; written, and read again", sep="\n")
 
 
 def join(s: Join) -> None:
-    with appearing(Path(s.output)) as place:
+    with new_output(output_of(s)) as place:
         loras = [read_lora(path) for path in s.lora]
         for lora, strength in zip(loras, s.strengths):
             print(f"{lora}; weight {strength:g}")
-        adapters = [lora.modules for lora in loras]
-        joined = merging.join(adapters, s.strengths)
-        if nothing := merging.cancelled(joined, adapters, s.strengths):
-            print(f"Note: in {len(nothing)} of {len(joined)} layers the changes add up to nothing.")
-        if cosines := merging.cosines(adapters):
-            furthest = max(cosines, key=lambda name: abs(cosines[name]))
-            print(
-                f"Cosine between the changes of a layer: {mean(cosines):.3f} on average, {cosines[furthest]:.3f} in {furthest};"
-            )
-            print("  near 0 the adapters leave each other alone.")
-        if naive := merging.error_of_adding_factors(adapters, s.strengths):
-            print(f"Adding up A and B instead, as some programs do, would be off by {mean(naive):.0%} on average.")
+        joined = merging.join([lora.modules for lora in loras], s.strengths)
         if s.rank is not None:
             shorter = merging.cut(joined, s.rank)
             joined = shorter.modules
@@ -196,7 +181,7 @@ def joined_metadata(loras: Sequence[LoRAFile], strengths: Sequence[float]) -> di
 
 
 def extract(s: Extract) -> None:
-    with appearing(Path(s.output)) as place:
+    with new_output(output_of(s)) as place:
         base = read_model(s.base, None if is_single_file(s.tuned) else s.tuned)
         tuned = read_model(s.tuned, None if is_single_file(s.base) else s.base)
         found = merging.extract(base.adaptable, tuned.adaptable, s.rank)
@@ -209,7 +194,7 @@ def extract(s: Extract) -> None:
 
 
 def resize(s: Resize) -> None:
-    with appearing(Path(s.output)) as place:
+    with new_output(output_of(s)) as place:
         lora = read_lora(s.adapter)
         print(lora)
         shorter = merging.cut(lora.modules, s.rank)
@@ -223,12 +208,16 @@ def save_and_check(
     dtype = dtype_named(s.dtype) or torch.float32
     written = save_lora(modules, place, s.to, dtype, metadata)
     after = read_lora(written.parent if s.to == "peft" else written)
-    proof = compare_lora(modules, after.modules, dtype)
-    check_proof(proof, Path(s.output))
-    print(proof, str(after).replace(str(after.path), s.output), sep="\n")
+    moved = f"max |ΔW - ΔW'| = {largest_change(modules, after.modules):.3g}"
+    print(moved, str(after).replace(str(after.path), s.output), sep="\n")
 
 
 # --- what they share -----------------------------------------------------------------------------------------------------
+
+
+def output_of(s: Convert | Bake | Join | Extract | Resize) -> Path:
+    check_ending(Path(s.output))
+    return Path(s.output)
 
 
 def write_model(model: Model, place: Path, tokenizer: str | None) -> None:

@@ -1,22 +1,15 @@
-"""Any file into any other form, with proof: what was written is read again, and must be what was there before.
+"""Any file into any other form. What was written is read again, and one number says how far its values moved.
+
+    convert_lora(read_lora("dog.safetensors"), path, "kohya", torch.float16)        max |ΔW - ΔW'|
 
 A pickle (.ckpt, .pt, .bin) is opened here and nowhere else, and becomes a safetensors file first.
-
-    convert_lora(read_lora("dog.safetensors"), path, "kohya", torch.float16)        a Proof: max |ΔW_before - ΔW_after|
-
-A number that is rounded to another dtype moves by at most u of itself, u = eps / 2, or by half of the smallest number that
-the dtype has. From that follows how far a product B A may move, and more is an error.
 
 Shapes: A (r, in[, kh, kw]), B (out, r), W any.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from zipfile import ZipFile, is_zipfile
 
@@ -24,11 +17,10 @@ import torch
 from torch import Tensor
 
 from minidiff.core.config import SD15_UNET, UNetConfig
-from minidiff.core.errors import AdapterError, MinidiffError, SettingsError, WeightsError
+from minidiff.core.errors import AdapterError, MinidiffError, WeightsError
 from minidiff.core.lora import LoRAWeights
-from minidiff.files.atomic import fsync
 from minidiff.files.lora_file import LoRAFile, read_lora, save_lora
-from minidiff.files.weights import NAMES, PICKLES, first_bytes, foreign, is_finite, is_pickle
+from minidiff.files.weights import NAMES, first_bytes, foreign, is_finite, is_pickle
 from minidiff.files.word_file import Embedding, read_embedding, save_embedding
 
 ADVICE = "Get the .safetensors version of it, or convert it where it was made."
@@ -98,154 +90,51 @@ def tensors_in(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tensors_in(inner, f"{name}/{key}" if name else str(key))
 
 
-# --- how far numbers moved -----------------------------------------------------------------------------------------------
+# --- adapters and words ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Proof:
-    """How far the numbers of a file moved, the furthest of them, and how far such numbers may move by rounding."""
-
-    what: str
-    moved: float
-    bound: float
-    within: bool  # each number within its own bound
-
-    def __str__(self) -> str:
-        return f"max |{self.what}_before − {self.what}_after| = {self.moved:.3g}; rounding may make it {self.bound:.3g}"
-
-
-def check_proof(proof: Proof, path: Path) -> None:
-    if not proof.within:
-        raise MinidiffError(f"{path}: what was written is not what was read: {proof}. Nothing was kept; this is a bug.")
-
-
-# --- adapters ----------------------------------------------------------------------------------------------------------
-
-
-def convert_lora(lora: LoRAFile, path: Path, to: str, dtype: torch.dtype, config: UNetConfig = SD15_UNET) -> Proof:
-    """Write an adapter in another dialect or dtype, with its metadata; then read it again and compare."""
+def convert_lora(lora: LoRAFile, path: Path, to: str, dtype: torch.dtype, config: UNetConfig = SD15_UNET) -> float:
+    """Write an adapter in another dialect or dtype, with its metadata, and read it again. Returns max |ΔW - ΔW'|."""
     written = save_lora(lora.modules, path, to, dtype, kept_metadata(lora.metadata))
-    after = read_lora(written.parent if to == "peft" else written, config=config).modules
-    return compare_lora(lora.modules, after, dtype)
+    return largest_change(lora.modules, read_lora(written.parent if to == "peft" else written, config=config).modules)
 
 
 def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What is said about an adapter, without what the writer says anew, and without hashes of the old file."""
+    """The metadata of an adapter, without the keys that its writer sets anew and without hashes of the old file."""
     anew = ("format", "lora_adapter_metadata", "ss_network_module", "ss_network_dim", "ss_network_alpha")
     return {key: value for key, value in metadata.items() if key not in anew and "hash" not in key}
 
 
-def compare_lora(before: Mapping[str, LoRAWeights], after: Mapping[str, LoRAWeights], dtype: torch.dtype) -> Proof:
-    """ΔW of each module; AdapterError if one is infinite.
+def largest_change(before: Mapping[str, LoRAWeights], after: Mapping[str, LoRAWeights]) -> float:
+    """max |ΔW - ΔW'| over the modules of two adapters, with ΔW = scale · B A. Of DoRA, max |m - m'| counts too.
 
-    DoRA's ΔW needs a W, so there it is scale · B A and m: the same two give the same W' on any W.
+    AdapterError for a ΔW that is infinite.
     """
-    moved = bound = 0.0
-    within = before.keys() == after.keys()
-    for name in before.keys() & after.keys():
-        change = before[name].product()
+    if before.keys() != after.keys():
+        raise MinidiffError("the file that was written has other layers than the one that was read. This is a bug.")
+    largest = 0.0
+    for name, weights in before.items():
+        change = weights.product()
         if not is_finite(change):
             raise AdapterError(f"{name}: its numbers are so large that B A is infinite; no program can use this adapter.")
-        pairs = [(change, after[name].product(), product_bound(before[name], dtype))]
-        if (m := before[name].magnitude) is not None and (n := after[name].magnitude) is not None:
-            pairs.append((m.float(), n.float(), rounding(m, dtype)))
-        within &= (before[name].magnitude is None) == (after[name].magnitude is None)
-        for one, other, allowed in pairs:
-            difference = (one.flatten(1) - other.flatten(1)).abs()
-            within &= bool((difference <= allowed.flatten(1)).all())
-            moved, bound = max(moved, difference.max().item()), max(bound, allowed.max().item())
-    return Proof("ΔW", moved, bound, within)
+        pairs = [(change, after[name].product()), (weights.magnitude, after[name].magnitude)]
+        differences = [(a.flatten() - b.flatten()).abs().max().item() for a, b in pairs if a is not None and b is not None]
+        largest = max(largest, *differences)
+    return largest
 
 
-def rounding(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """How far each number may move when it is rounded to `dtype` (Higham 2002, section 2.1, with underflow)."""
-    kind = torch.finfo(dtype)
-    return tensor.abs().float() * (kind.eps / 2) + kind.smallest_normal * kind.eps / 2
-
-
-def product_bound(weights: LoRAWeights, dtype: torch.dtype) -> Tensor:
-    """How far scale · B A may move when A and B are rounded: scale · ((|B| + b) (|A| + a) - |B| |A|).
-
-    And, for it is computed twice in fp32, 2 (r + 4) eps of scale · |B| |A| (Higham 2002, section 3.1).
-    """
-    A, B = weights.A.float().flatten(1), weights.B.float()
-    exact = B.abs() @ A.abs()
-    rounded = (B.abs() + rounding(B, dtype)) @ (A.abs() + rounding(A, dtype))
-    twice = 2 * (weights.rank + 4) * torch.finfo(torch.float32).eps
-    return abs(weights.scale) * (rounded - exact + twice * rounded)
-
-
-# --- textual inversion -------------------------------------------------------------------------------------------------
-
-
-def convert_embedding(embedding: Embedding, path: Path, to: str, metadata: Mapping[str, str]) -> Proof:
-    """Write a word's vectors as another program has them, in fp32."""
+def convert_embedding(embedding: Embedding, path: Path, to: str, metadata: Mapping[str, str]) -> float:
+    """Write a word's vectors as another program stores them, in fp32, and read them again. Returns max |v - v'|."""
     written = read_embedding(save_embedding(path, embedding.word, embedding.vectors, to, metadata))
-    moved = (embedding.vectors - written.vectors).abs().max().item()
-    return Proof("vectors", moved, 0.0, moved == 0 and written.word == embedding.word)
+    return (embedding.vectors - written.vectors).abs().max().item()
 
 
 # --- models ------------------------------------------------------------------------------------------------------------
 
 
-def compare_weights(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Proof:
-    """Every tensor of a model, in the dtypes of `after`."""
-    moved = bound = 0.0
-    within = before.keys() == after.keys()
-    for key in before.keys() & after.keys():
-        if not before[key].numel():  # no number of it can have moved
-            within &= before[key].shape == after[key].shape
-            continue
-        difference = (before[key].double() - after[key].double()).abs()
-        if before[key].dtype == after[key].dtype:
-            within &= not difference.any()
-        else:
-            allowed = rounding(before[key], after[key].dtype)
-            within &= bool((difference <= allowed).all())
-            bound = max(bound, allowed.max().item())
-        moved = max(moved, difference.max().item())
-    return Proof("W", moved, bound, within)
-
-
-# --- a file that appears whole or not at all ---------------------------------------------------------------------------
-
-
-@contextmanager
-def appearing(output: Path) -> Iterator[Path]:
-    """A path to write to; when all has gone well, what is there becomes `output`, a file or a folder. Else nothing remains.
-
-    The path lies in a temporary folder beside it, which is removed in any case; errors speak of `output`. Raises SettingsError
-    if `output` is there.
-    """
-    if output.suffix in PICKLES:
-        raise SettingsError(f"{output}: minidiff writes no {output.suffix} files; name a .safetensors file, or a folder.")
-    check_new(output)
-    asked, output = output, Path(os.path.realpath(output))  # "x/../dog.safetensors" is dog.safetensors, and needs no x
-    check_new(output)
-    beside = next(folder for folder in output.absolute().parents if folder.exists())
-    with TemporaryDirectory(prefix=".minidiff-", dir=beside) as scratch:
-        place = Path(scratch) / output.name
-        with called(place, asked):
-            yield place
-        output.parent.mkdir(parents=True, exist_ok=True)
-        check_new(output)  # another program may have been as slow as this one
-        place.rename(output)
-    fsync(output.parent)
-
-
-@contextmanager
-def called(path: Path, name: str | Path) -> Iterator[None]:
-    """Errors inside say `name` for `path`, a temporary file, which will be gone when somebody reads them."""
-    try:
-        yield
-    except MinidiffError as error:
-        raise type(error)(str(error).replace(str(path), str(name))) from error
-    except OSError as error:
-        if isinstance(error.filename, str):
-            error.filename = error.filename.replace(str(path), str(name))
-        raise
-
-
-def check_new(output: Path) -> None:
-    if output.exists() or output.is_symlink():
-        raise SettingsError(f"{output} is there already, and nothing is overwritten; choose another name.")
+def largest_difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
+    """max |W - W'| over two tables of tensors with the same names."""
+    if before.keys() != after.keys():
+        raise MinidiffError("the file that was written has other tensors than the one that was read. This is a bug.")
+    pairs = [(tensor, after[key]) for key, tensor in before.items() if tensor.numel()]
+    return max(((a.double() - b.double()).abs().max().item() for a, b in pairs), default=0.0)

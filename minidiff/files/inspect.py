@@ -30,7 +30,7 @@ from minidiff.files import word_file as embeddings
 from minidiff.files.checkpoints import Model
 from minidiff.files.folder import read_json
 from minidiff.files.lora_headers import Headers, lora_header
-from minidiff.files.merge import rank_for
+from minidiff.files.merge import svd
 from minidiff.files.parts import changed_shape, check_parts, flat, weights_of
 from minidiff.files.peft_config import METADATA, read_configs
 from minidiff.files.weights import TensorFile, find_weights, is_finite, is_pickle, read_header
@@ -210,10 +210,16 @@ def lora_match(modules: Headers, count: int, model: Model) -> str:
 
 
 def rank_needed(changes: Sequence[LoRAWeights]) -> str:
-    """How much of the rank is used: the singular values of every ΔW tell."""
-    ranks = [rank_for(weights, ENERGY) for weights in changes]
+    """How much of the rank is used: the number of singular values of ΔW that hold ENERGY of Σ σ²."""
+    ranks = [rank_for(svd(weights)[1]) for weights in changes]
     mean, most = sum(ranks) / len(ranks), max(ranks)
     return f"{ENERGY:.0%} of what ΔW does is in rank {mean:.1f} on average, {most} at most (minidiff merge resize)"
+
+
+def rank_for(S: Tensor, energy: float = ENERGY) -> int:
+    """How many of the singular values S (r), the largest first, hold this share of Σ σ²; 0 where all are 0."""
+    squares = S.square()
+    return int((squares.cumsum(0) < energy * squares.sum()).sum()) + 1 if squares.any() else 0
 
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:

@@ -12,7 +12,6 @@ Shapes: A (r, in[, kh, kw]), B (out, r), W (out, in[, kh, kw]); convolutions are
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import torch
 from torch import Tensor, nn
@@ -67,68 +66,6 @@ def concatenated(name: str, parts: Sequence[tuple[LoRAWeights, float]]) -> LoRAW
     return LoRAWeights(A, B, 1.0)
 
 
-# --- what a sum will be like -------------------------------------------------------------------------------------------
-
-
-def cosines(adapters: Sequence[Modules]) -> dict[str, float]:
-    """How much the changes of two adapters point the same way, by module: 1 the same, 0 they do not meet, -1 they fight.
-
-    Only of modules that two adapters change; the pair that is furthest from 0 counts.
-    """
-    found = {}
-    for name, parts in by_module(adapters, [1.0] * len(adapters)).items():
-        pairs = [cosine(one, other) for (one, _), (other, _) in combinations(parts, 2)]
-        if pairs:
-            found[name] = max(pairs, key=abs)
-    return found
-
-
-def cosine(one: LoRAWeights, other: LoRAWeights) -> float:
-    """⟨ΔW1, ΔW2⟩ / (||ΔW1|| ||ΔW2||); 0 where one of them is 0."""
-    sizes = math.sqrt(max(inner(one, one), 0.0) * max(inner(other, other), 0.0))  # rounding can make them less than 0
-    return inner(one, other) / sizes if sizes else 0.0
-
-
-def inner(one: LoRAWeights, other: LoRAWeights) -> float:
-    """⟨B1 A1, B2 A2⟩ = Σ (B1ᵀ B2) ∘ (A1 A2ᵀ): r x r numbers, or out x in where these are fewer."""
-    B1, A1, B2, A2 = one.B.double(), one.A.double().flatten(1), other.B.double(), other.A.double().flatten(1)
-    few = one.rank * other.rank <= len(B1) * A1.shape[1]
-    total = (B1.mT @ B2) * (A1 @ A2.mT) if few else (B1 @ A1) * (B2 @ A2)
-    return one.scale * other.scale * total.sum().item()
-
-
-def cancelled(joined: Modules, adapters: Sequence[Modules], strengths: Sequence[float]) -> list[str]:
-    """The modules whose changes add up to nothing: weights of 0, or two that are each other's opposite."""
-    return [name for name, parts in by_module(adapters, strengths).items() if vanishes(joined[name], parts)]
-
-
-def vanishes(total: LoRAWeights, parts: Sequence[tuple[LoRAWeights, float]]) -> bool:
-    """Is the sum of these parts nothing but rounding?"""
-    return inner(total, total) <= LEAST**2 * sum(strength**2 * inner(weights, weights) for weights, strength in parts)
-
-
-def error_of_adding_factors(adapters: Sequence[Modules], strengths: Sequence[float]) -> dict[str, float]:
-    """||ΔW' - ΔW|| / ||ΔW|| by module, had A and B been added up each by itself, as some programs do.
-
-    Each factor gets √(strength · scale), so that one adapter alone would stay as it is. Modules with one change, of different
-    ranks, or whose changes cancel, are left out: there is nothing to compare.
-    """
-    found = {}
-    for name, parts in by_module(adapters, strengths).items():
-        if len(parts) < 2 or len({weights.rank for weights, _ in parts}) > 1:
-            continue
-        exact = concatenated(name, parts)
-        if vanishes(exact, parts):
-            continue
-        roots = [math.sqrt(abs(strength * weights.scale)) for weights, strength in parts]
-        A = sum(root * weights.A.float().reshape(-1, *exact.A.shape[1:]) for (weights, _), root in zip(parts, roots))
-        B = sum(math.copysign(root, strength) * weights.B.float() for (weights, strength), root in zip(parts, roots))
-        assert isinstance(A, Tensor) and isinstance(B, Tensor)
-        difference = LoRAWeights(torch.cat([exact.A, A]), torch.cat([exact.B, -B], dim=1), 1.0)
-        found[name] = math.sqrt(max(inner(difference, difference), 0.0) / inner(exact, exact))
-    return found
-
-
 # --- rank --------------------------------------------------------------------------------------------------------------
 
 
@@ -168,12 +105,6 @@ def lost(S: Tensor, rank: int) -> float:
     """√(Σ dropped σ² / Σ σ²): the relative error of the best approximation of that rank (Eckart and Young 1936)."""
     total = S.square().sum().item()
     return math.sqrt(S[rank:].square().sum().item() / total) if total else 0.0
-
-
-def rank_for(weights: LoRAWeights, energy: float) -> int:
-    """How many singular values of ΔW hold this share of Σ σ²; 0 for a change that is none."""
-    squares = svd(weights)[1].square()
-    return int((squares.cumsum(0) < energy * squares.sum()).sum()) + 1 if squares.any() else 0
 
 
 # --- models ------------------------------------------------------------------------------------------------------------

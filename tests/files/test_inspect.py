@@ -13,9 +13,9 @@ from minidiff.cli.main import main
 from minidiff.core.errors import WeightsError
 from minidiff.core.lora import LoRAWeights
 from minidiff.files.checkpoints import Model, read_model
-from minidiff.files.inspect import find_file, inspect, is_pickle, trigger_words
+from minidiff.files.inspect import find_file, inspect, rank_for, trigger_words
 from minidiff.files.lora_file import save_lora
-from minidiff.files.weights import save, to_single_file
+from minidiff.files.weights import is_pickle, save, to_single_file
 from minidiff.files.word_file import save_embedding
 
 NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -60,6 +60,12 @@ def test_lora(modules: dict[str, LoRAWeights], model: Model, tmp_path: Path, sty
     assert "99% of what ΔW does is in rank" in found["rank needed"] and "2 at most" in found["rank needed"]
     lines = text.splitlines()
     assert lines[0] == str(path) and len({line.find(line.split("  ", 2)[2].strip()) for line in lines[1:3]}) == 1
+
+
+def test_how_much_of_the_rank_is_used() -> None:
+    S = torch.tensor([3.0, 1.0, 0.1])
+    assert [rank_for(S, energy) for energy in (0.5, 0.95, 0.9999)] == [1, 2, 3]
+    assert rank_for(torch.zeros(3)) == 0
 
 
 def test_lora_for_sd15_by_its_width(tmp_path: Path) -> None:

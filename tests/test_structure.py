@@ -36,7 +36,6 @@ DEBT: set[tuple[str, str]] = {
     ("core/unet", "fast/frozen"),
     ("core/unet", "fast/lean"),
     ("core/vae", "fast/frozen"),
-    ("files/model_files", "fast/frozen"),
 }
 
 

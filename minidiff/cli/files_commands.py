@@ -10,17 +10,15 @@ from pathlib import Path
 import torch
 
 from minidiff.cli.flags import Bake, Convert, Extract, Inspect, Join, Resize
-from minidiff.core.config import SD15_UNET, NoiseConfig
+from minidiff.core.config import SD15_UNET
 from minidiff.core.errors import AdapterError, SettingsError
 from minidiff.core.inject import adapter_names, set_adapters
 from minidiff.core.lora import LoRAWeights
 from minidiff.core.textual_inversion import check_spelling
-from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files import merge as merging
 from minidiff.files import names as keymaps
 from minidiff.files import word_file as embeddings
 from minidiff.files.atomic import called, new_output
-from minidiff.files.checkpoints import SINGLE_FILE, Model, cast, empty_model, is_single_file, read_model
 from minidiff.files.convert import (
     convert_embedding,
     convert_lora,
@@ -29,12 +27,11 @@ from minidiff.files.convert import (
     largest_difference,
     read_pickle,
 )
-from minidiff.files.folder import config_of, sampler_of
 from minidiff.files.inspect import find_file
 from minidiff.files.inspect import inspect as reports_on
 from minidiff.files.lora_file import LoRAFile, load_lora, read_lora, save_lora
-from minidiff.files.text_files import load_tokenizer
-from minidiff.files.weights import PICKLES, TensorFile, check_ending, is_pickle, read_header, save, to_single_file
+from minidiff.files.model import SINGLE_FILE, cast, empty_model, is_single_file, read_model, write_model
+from minidiff.files.weights import PICKLES, TensorFile, check_ending, is_pickle, read_header, save
 
 WORST = 10  # rows of a table of errors
 OF_MODELS = ("pretrained_model_name_or_path", "tokenizer")  # flags
@@ -104,11 +101,11 @@ def converted_model(s: Convert, source: Path, place: Path) -> str:
     if (place.suffix == SINGLE_FILE) != (s.to == "ldm"):
         form = f"a file that ends in {SINGLE_FILE}" if s.to == "ldm" else "a folder"
         raise SettingsError(f"{s.output}: a model in the form {s.to} is {form}; choose another name, or another --to.")
-    model = read_model(source, s.pretrained_model_name_or_path)
+    model = read_model(source, s.pretrained_model_name_or_path, s.tokenizer)
     before = model.weights()
     if dtype := dtype_named(s.dtype):
         cast(model, dtype)
-    write_model(model, place, s.tokenizer)
+    write_model(model, place)
     return f"max |W - W'| = {largest_difference(before, read_model(place, model.home).weights()):.3g}"
 
 
@@ -135,7 +132,7 @@ def check_flags(s: Convert, kind: str, forms: Sequence[str], *meaningless: str) 
 
 def bake(s: Bake) -> None:
     with new_output(output_of(s)) as place:
-        model = read_model(s.pretrained_model_name_or_path)
+        model = read_model(s.pretrained_model_name_or_path, tokenizer=s.tokenizer)
         strengths = {f"lora{i}": strength for i, strength in enumerate(s.strengths)}
         for path, (name, strength) in zip(s.lora, strengths.items()):
             lora = load_lora(model.adaptable, path, name)
@@ -148,7 +145,7 @@ def bake(s: Bake) -> None:
         changed = merging.bake(model.adaptable.values())
         if dtype := dtype_named(s.dtype):
             cast(model, dtype)
-        write_model(model, place, s.tokenizer)
+        write_model(model, place)
         difference = largest_difference(model.weights(), read_model(place, model.home).weights())
     if not changed:
         print("Note: this is the base model again: the weights are 0, or the adapters change nothing.")
@@ -218,23 +215,6 @@ def save_and_check(
 def output_of(s: Convert | Bake | Join | Extract | Resize) -> Path:
     check_ending(Path(s.output))
     return Path(s.output)
-
-
-def write_model(model: Model, place: Path, tokenizer: str | None) -> None:
-    """As a single file or as a folder; the place's name says which."""
-    if place.suffix == SINGLE_FILE:
-        to_single_file(model.unet, model.vae, model.text_encoder, place)
-        return
-    if tokenizer is None and model.home is None:
-        raise SettingsError(
-            "a model folder needs a vocabulary, and a single file has none; give --tokenizer, the tokenizer folder of SD 1.5."
-        )
-    noise, sampler = NoiseConfig(), "ddim"
-    if model.home:
-        values, where = config_of(model.home / "scheduler", "scheduler_config.json")
-        noise, sampler = NoiseConfig.from_dict(values, where), sampler_of(values, where)
-    words = load_tokenizer(Path(tokenizer or f"{model.home}/tokenizer"))
-    StableDiffusionPipeline(model.unet, model.vae, model.text_encoder, words, noise, sampler).save_pretrained(place)
 
 
 def table(title: str, values: Mapping[str, float]) -> str:

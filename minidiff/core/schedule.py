@@ -46,10 +46,8 @@ class NoiseSchedule:
     @classmethod
     def from_config(cls, config: NoiseConfig) -> "NoiseSchedule":
         """The schedule that `config` describes. SettingsError for impossible settings."""
-        try:
-            config.check()
-        except ValueError as error:
-            raise SettingsError(f"noise schedule: {error}.") from error
+        if problem := config.problem():
+            raise SettingsError(f"noise schedule: {problem}.")
         # fp32 throughout, as in the reference: in fp64 the last sigma would be 14.6146412 instead of 14.6146469
         if config.beta_schedule == "scaled_linear":  # latent diffusion's choice: linear in sqrt(beta)
             betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps) ** 2

@@ -12,8 +12,9 @@ from minidiff.core.config import NoiseConfig
 from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
+from minidiff.fast.frozen import cast_layerwise
 from minidiff.files import lora_file, word_file
-from minidiff.files.model_files import check_parts_fit, read_folder, read_single_file, write_folder
+from minidiff.files.model import ModelParts, check_parts_fit, read_folder, read_single_file, write_folder
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -37,7 +38,7 @@ class Model:
         self.sampler, self.name_or_path, self.progress_bar = sampler, name_or_path, True
         self.downscale = vae.config.downscale  # pixels per latent cell
         self.tile_size: int | None = None
-        check_parts_fit(self)
+        check_parts_fit(ModelParts(unet, vae, text_encoder, tokenizer, noise_config, sampler), name_or_path)
 
     # --- loading and saving ----------------------------------------------------------------------------------------------
 
@@ -51,21 +52,27 @@ class Model:
         half-precision weights of the U-Net stay as in the file (fast/frozen.py), and a LoRA that is fused into them is rounded.
         Raises WeightsError for anything that is missing, damaged or does not fit.
         """
-        return cls(*read_folder(folder, torch_dtype, layerwise_casting))
+        dtypes = {"unet": None if layerwise_casting else torch_dtype, "vae": torch.float32, "text_encoder": torch_dtype}
+        parts = read_folder(folder, dtypes)
+        if layerwise_casting:
+            cast_layerwise(parts.unet, torch_dtype)
+        return cls(*parts.arguments, str(folder))
 
     @classmethod
     def from_single_file(
         cls, path: str | Path, tokenizer: str | Path, torch_dtype: torch.dtype = torch.float32
     ) -> Self:
         """Read an SD 1.x checkpoint in one LDM/CompVis file. It has no vocabulary: `tokenizer` is any SD 1.x's folder."""
-        return cls(*read_single_file(path, tokenizer, torch_dtype))
+        dtypes = {"unet": torch_dtype, "vae": torch.float32, "text_encoder": torch_dtype}
+        return cls(*read_single_file(path, tokenizer=tokenizer, dtypes=dtypes).arguments, str(path))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the folder that `from_pretrained` and diffusers read; weights as they are, or cast to `dtype`.
 
         Raises AdapterError while a LoRA or a new word is attached: remove it first, or `fuse_lora` and eject it.
         """
-        write_folder(self, folder, dtype)
+        parts = (self.unet, self.vae, self.text_encoder, self.tokenizer, self.noise_config, self.sampler)
+        write_folder(ModelParts(*parts), folder, dtype)
 
     def to(self, device: str | torch.device) -> Self:
         """Move the networks."""

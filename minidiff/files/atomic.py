@@ -24,7 +24,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
     An OSError names `path`. If anything is raised, the old file stays.
     """
-    hidden = path.with_name(f"{HIDDEN}{os.getpid()}-{path.name}")
+    hidden = path.with_name(f"{HIDDEN}{path.name}.{os.getpid()}.tmp")
     remove(hidden)  # left by a process of this number that was killed
     try:
         with open(hidden, "xb") as file:  # x: never through a link that somebody put there

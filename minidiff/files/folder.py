@@ -1,21 +1,178 @@
-"""The files of a Stable Diffusion model in the diffusers layout, which SD 1.5 has on the hub; their JSON, in and out.
+"""The folder of a Stable Diffusion model in the diffusers layout, and the JSON in it. model.py reads its weights.
 
-model_index.json
-unet/ vae/ text_encoder/    config.json and one .safetensors file each
-scheduler/                  scheduler_config.json
-tokenizer/                  vocab.json, merges.txt and two small tables
+    model_index.json
+    unet/ vae/ text_encoder/    config.json and one .safetensors file each
+    scheduler/                  scheduler_config.json
+    tokenizer/                  vocab.json, merges.txt and two small tables
+
+The JSON becomes one of core/config's dataclasses. A key that minidiff does not know is fine. A key whose value it cannot
+follow is an error.
 """
 
 import json
 import warnings
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar, get_type_hints
 
-from minidiff.core.config import NoiseConfig
+from minidiff.core.config import NoiseConfig, UNetConfig, VAEConfig
 from minidiff.core.errors import WeightsError
+from minidiff.files.values import fits
 
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # deleted in 2024
+
+SD15_TEXT: dict[str, Any] = {  # CLIP ViT-L/14's text tower, openai/clip-vit-large-patch14
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "pad_token_id": 49407,
+    "projection_dim": 768,
+}
+
+
+def local_folder(name: str) -> Path:
+    """The folder itself, or the local copy of a hub id. Nothing is downloaded here."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_file():
+        raise WeightsError(
+            f"{name} is a file, not a model folder; `minidiff convert {name} FOLDER --tokenizer …` makes one of a "
+            "checkpoint in a single file, which in Python is read by from_single_file."
+        )
+    hub_id = MOVED.get(name, name)
+    if name.count("/") == 1 and not name.startswith((".", "/")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(hub_id, local_files_only=True))
+        except (LocalEntryNotFoundError, ValueError):
+            pass
+    hint = f" {name} is gone from the hub; it lives on as {hub_id}." if hub_id != name else ""
+    raise WeightsError(
+        f"{name}: there is no such folder, and no hub model of that name in the local cache.{hint} "
+        "checkpoints/README.md says where to get SD 1.5; checkpoints/pocket is in the repository."
+    )
+
+
+def read_json(path: Path, why: str) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # a pipe with nobody at its other end would wait for ever
+        raise WeightsError(f"{path} is no ordinary file; {why}. Copy it again.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(f"{path} does not exist; {why}. Is {path.parent} complete?") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise WeightsError(f"{path} cannot be read as JSON: {error}. Copy it again.") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} holds no JSON object; {why}. Copy it again.")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+# --- JSON into dataclasses, and back -----------------------------------------------------------------------------------
+
+Config = TypeVar("Config", UNetConfig, VAEConfig, NoiseConfig)
+
+ONLY: dict[type, dict[str, Any]] = {  # keys of the JSON, and the one value of each that minidiff implements
+    UNetConfig: {
+        "act_fn": "silu",
+        "center_input_sample": False,
+        "downsample_padding": 1,
+        "dual_cross_attention": False,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "mid_block_scale_factor": 1,
+        "only_cross_attention": False,
+        "resnet_time_scale_shift": "default",
+        "time_embedding_type": "positional",
+        "use_linear_projection": False,
+        "class_embed_type": None,
+        "addition_embed_type": None,
+        "num_class_embeds": None,
+    },
+    VAEConfig: {
+        "act_fn": "silu",
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+        "mid_block_add_attention": True,
+        "shift_factor": None,
+    },
+    NoiseConfig: {"trained_betas": None, "clip_sample": False, "skip_prk_steps": True},
+}
+BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+LARGEST, LEVELS, LAYERS = 65_536, 8, 16  # more than any SD 1.x model has; refused before a network of that size is built
+
+
+def config_of(folder: Path, name: str = "config.json") -> tuple[dict[str, Any], str]:
+    """The parsed configuration of one part, and its path for error messages."""
+    path = folder / name
+    return read_json(path, f"the {folder.name} of a model has one"), str(path)
+
+
+def read_config(kind: type[Config], values: dict[str, Any], where: str) -> Config:
+    """A dataclass of this kind from parsed JSON. WeightsError, which names the file `where`, for what cannot be built."""
+    for key, only in ONLY[kind].items():
+        if values.get(key, only) not in (only, None):
+            family = {"1024": " This is an SD 2.x model.", "2048": " This is an SDXL model."}
+            hint = family.get(str(values.get("cross_attention_dim")), "")
+            raise WeightsError(f"{where}: {key} is {values[key]!r}; minidiff builds SD 1.x models, where it is {only!r}.{hint}")
+    for key, hint in get_type_hints(kind).items():
+        if key in values and not (fits(values[key], hint) and in_range(values[key], 0 if key == "steps_offset" else 1e-9)):
+            raise WeightsError(f"{where}: {key} is {values[key]!r:.60}; no SD 1.x model has that. Copy the file again.")
+    known = {field.name for field in fields(kind)}
+    given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in known}
+    config = kind(**given)
+    if problem := config.problem() if isinstance(config, NoiseConfig) else network_problem(config):
+        raise WeightsError(f"{where}: not a usable configuration: {problem}.")
+    return config
+
+
+def in_range(value: Any, least: float) -> bool:
+    """Do all the numbers in it lie between `least` and LARGEST? NaN does not."""
+    numbers = [one for one in (value if isinstance(value, list) else [value]) if type(one) in (int, float)]
+    return all(least <= one <= LARGEST for one in numbers)
+
+
+def network_problem(config: UNetConfig | VAEConfig) -> str | None:
+    """Why no network of these sizes can be built; None if it can."""
+    levels, layers, groups = len(config.block_out_channels), config.layers_per_block, config.norm_num_groups
+    heads = config.attention_head_dim if isinstance(config, UNetConfig) else 1
+    if isinstance(config, UNetConfig):
+        if not levels == len(config.down_block_types) == len(config.up_block_types):
+            return "block_out_channels, down_block_types and up_block_types differ in length"
+        if odd := next((kind for kind in config.down_block_types + config.up_block_types if kind not in BLOCKS), None):
+            return f"block type {odd!r} is not one of SD 1.x"
+    if not 1 <= levels <= LEVELS or layers > LAYERS:
+        return f"{levels} levels of {layers} layers; it can be 1 to {LEVELS} levels of 1 to {LAYERS} layers"
+    if odd_width := next((width for width in config.block_out_channels if width % groups or width % heads), None):
+        return f"width {odd_width} does not divide into {groups} groups" + (f" and {heads} heads" if heads > 1 else "")
+    return None
+
+
+def config_values(config: UNetConfig | VAEConfig | NoiseConfig, class_name: str) -> dict[str, Any]:
+    """The JSON that other programs read, with the class that diffusers builds from it. None is left out: their default."""
+    values = {key: value for key, value in {**asdict(config), **ONLY[type(config)]}.items() if value is not None}
+    if isinstance(config, VAEConfig):
+        levels = len(config.block_out_channels)
+        values |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    if isinstance(config, NoiseConfig):  # two settings that not every class knows are written only where they are on
+        values = {k: v for k, v in values.items() if v or k not in ("use_karras_sigmas", "rescale_betas_zero_snr")}
+    return {"_class_name": class_name, "_diffusers_version": "0.30.0", **values}
+
+
+# --- the scheduler -----------------------------------------------------------------------------------------------------
 
 SAMPLER_OF = {  # `_class_name` in scheduler_config.json -> our sampler; of dpm++_2m_sde another key tells, see `sampler_of`
     "DDIMScheduler": "ddim",
@@ -64,64 +221,6 @@ DRAWN_AS: dict[str, dict[str, tuple[Any, ...]]] = {  # settings that a class rea
     },
     "LCMScheduler": {"thresholding": (False,), "original_inference_steps": (50,), "timestep_scaling": (10.0,)},
 }
-MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # deleted in 2024
-
-SD15_TEXT: dict[str, Any] = {  # CLIP ViT-L/14's text tower, openai/clip-vit-large-patch14
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
-    "pad_token_id": 49407,
-    "projection_dim": 768,
-}
-MODEL_INDEX: dict[str, Any] = {
-    "_class_name": "StableDiffusionPipeline",
-    "_diffusers_version": "0.30.0",
-    "feature_extractor": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-
-
-def local_folder(name: str) -> Path:
-    """The folder itself, or the local copy of a hub id. Nothing is downloaded here."""
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).is_file():
-        raise WeightsError(
-            f"{name} is a file, not a model folder; `minidiff convert {name} FOLDER --tokenizer …` makes one of a "
-            "checkpoint in a single file, which in Python is read by from_single_file."
-        )
-    hub_id = MOVED.get(name, name)
-    if name.count("/") == 1 and not name.startswith((".", "/")):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(hub_id, local_files_only=True))
-        except (LocalEntryNotFoundError, ValueError):
-            pass
-    hint = f" {name} is gone from the hub; it lives on as {hub_id}." if hub_id != name else ""
-    raise WeightsError(
-        f"{name}: there is no such folder, and no hub model of that name in the local cache.{hint} "
-        "checkpoints/README.md says where to get SD 1.5; checkpoints/pocket is in the repository."
-    )
-
-
-def config_of(folder: Path, name: str = "config.json") -> tuple[dict[str, Any], str]:
-    """The parsed configuration of one part, and its path for error messages."""
-    path = folder / name
-    return read_json(path, f"the {folder.name} of a model has one"), str(path)
 
 
 def sampler_of(scheduler: dict[str, Any], where: str) -> str:
@@ -147,40 +246,8 @@ def sampler_of(scheduler: dict[str, Any], where: str) -> str:
 
 
 def scheduler_values(noise: NoiseConfig, sampler: str) -> dict[str, Any]:
-    """What scheduler_config.json says of a model that is drawn with `sampler`: `sampler_of` reads it back."""
+    """scheduler_config.json of a model that is drawn with `sampler`. `sampler_of` reads it back."""
     solver = "dpm++_2m" if sampler == "dpm++_2m_sde" else sampler
     class_name = next(name for name, ours in SAMPLER_OF.items() if ours == solver)
     kind = {"algorithm_type": "sde-dpmsolver++"} if solver != sampler else {}
-    return noise.to_dict(class_name) | kind
-
-
-def read_json(path: Path, why: str) -> dict[str, Any]:
-    if path.exists() and not path.is_file():  # a pipe with nobody at its other end would wait for ever
-        raise WeightsError(f"{path} is no ordinary file; {why}. Copy it again.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightsError(f"{path} does not exist; {why}. Is {path.parent} complete?") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise WeightsError(f"{path} cannot be read as JSON: {error}. Copy it again.") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path} holds no JSON object; {why}. Copy it again.")
-    return value
-
-
-def save_tokenizer(tokenizer: "CLIPTokenizer", folder: Path) -> None:
-    """SD 1.5's files. transformers 5 writes one `tokenizer.json` in place of the vocabulary and the merges."""
-    tokenizer.save_pretrained(str(folder))
-    if not (folder / "vocab.json").exists():
-        tokenizer.backend_tokenizer.model.save(str(folder))
-        (folder / "tokenizer.json").unlink()
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def check_class(index: dict[str, Any], path: Path) -> None:
-    if (name := index.get("_class_name")) not in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
-        raise WeightsError(f"{path} describes a {name}; minidiff reads Stable Diffusion 1.x (StableDiffusionPipeline).")
+    return config_values(noise, class_name) | kind

@@ -27,10 +27,10 @@ from minidiff.core.targets import adaptable_layers, last_words
 from minidiff.files import lora_file as lora
 from minidiff.files import names as keymaps
 from minidiff.files import word_file as embeddings
-from minidiff.files.checkpoints import Model
 from minidiff.files.folder import read_json
 from minidiff.files.lora_headers import Headers, lora_header
 from minidiff.files.merge import svd
+from minidiff.files.model import ModelParts
 from minidiff.files.parts import changed_shape, check_parts, flat, weights_of
 from minidiff.files.peft_config import METADATA, read_configs
 from minidiff.files.weights import TensorFile, find_weights, is_finite, is_pickle, read_header
@@ -80,7 +80,7 @@ def as_lines(value: Any) -> list[str]:
 # --- any file ----------------------------------------------------------------------------------------------------------
 
 
-def inspect(path: str | Path, model: Model | None = None) -> list[Report]:
+def inspect(path: str | Path, model: ModelParts | None = None) -> list[Report]:
     """One report; of a model folder, one for each network too. `model` is what the file should fit."""
     path = Path(path)
     if (path / "model_index.json").is_file():
@@ -111,7 +111,7 @@ def find_file(path: Path) -> Path:
     raise WeightsError(f"{path} has {f'several weight files, {names}: name one' if names else 'no .safetensors file'}.")
 
 
-def describe(path: Path, model: Model | None) -> Report:
+def describe(path: Path, model: ModelParts | None) -> Report:
     """WeightsError for what is no safetensors file, or a damaged one."""
     if is_pickle(path):
         raise WeightsError(
@@ -151,7 +151,7 @@ def tensors_of(file: TensorFile) -> Iterator[tuple[str, Tensor]]:
 # --- LoRA --------------------------------------------------------------------------------------------------------------
 
 
-def lora_facts(file: TensorFile, model: Model | None) -> dict[str, Any]:
+def lora_facts(file: TensorFile, model: ModelParts | None) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     config = model.unet.config if model else SD15_UNET
     try:
@@ -196,7 +196,7 @@ def layer_groups(found: Mapping[str, tuple[Parts, float | None]]) -> list[str]:
     return [f"{len(names)} {what} ({', '.join(sorted(set(names)))})" for what, names in largest] or ["none"]
 
 
-def lora_match(modules: Headers, count: int, model: Model) -> str:
+def lora_match(modules: Headers, count: int, model: ModelParts) -> str:
     """Tensors count that have a layer of their shape in the model."""
     shapes = {
         f"{part}.{name}": flat(tuple(layer.weight.shape))
@@ -238,7 +238,7 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
 # --- textual inversion -------------------------------------------------------------------------------------------------
 
 
-def embedding_facts(file: TensorFile, model: Model | None) -> dict[str, Any]:
+def embedding_facts(file: TensorFile, model: ModelParts | None) -> dict[str, Any]:
     tensors = dict(tensors_of(file))
     words = []
     for key, tensor in tensors.items():
@@ -259,7 +259,7 @@ def embedding_facts(file: TensorFile, model: Model | None) -> dict[str, Any]:
 # --- models ------------------------------------------------------------------------------------------------------------
 
 
-def model_facts(file: TensorFile, model: Model | None) -> dict[str, Any]:
+def model_facts(file: TensorFile, model: ModelParts | None) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if parts := single_file_parts(file):
         facts["parts"] = parts
@@ -279,7 +279,7 @@ def single_file_parts(file: TensorFile) -> list[str]:
     return [f"{name}: {count:,} numbers" for name, count in numbers.items()]
 
 
-def names_in(model: Model) -> dict[str, int]:
+def names_in(model: ModelParts) -> dict[str, int]:
     """What the model's tensors are called in any layout, and how many numbers each has."""
     tables: tuple[tuple[str, str, Mapping[str, str]], ...] = (
         ("unet", keymaps.UNET_PREFIX, keymaps.unet_table(model.unet.config)),

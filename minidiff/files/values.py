@@ -65,3 +65,14 @@ def broken_rule(value: Any, hint: Any) -> str | None:
     if origin in (Union, UnionType):  # X | None
         return broken_rule(value, arguments[0])
     return NO_NUL.words if isinstance(value, str) and not NO_NUL.holds(value) else None
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Can a field of this type hold the value, which was read from JSON or TOML?"""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(fits(v, get_args(hint)[0]) for v in value)
+    if get_args(hint):  # X | None
+        return any(fits(value, one) for one in get_args(hint))
+    return type(value) is hint or (hint is float and type(value) is int) or (value is None and hint is type(None))

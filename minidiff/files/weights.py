@@ -20,13 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minidiff.core.config import SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
 from minidiff.core.errors import WeightsError, listed
-from minidiff.core.unet import UNet2DConditionModel
-from minidiff.core.vae import AutoencoderKL
 from minidiff.files import names as keymaps
 from minidiff.files.atomic import whole_file
-from minidiff.files.text_files import to_file_keys
 
 DTYPES = {
     "F64": torch.float64,
@@ -274,55 +270,3 @@ def check_ending(path: Path) -> None:
     """WeightsError for an output whose name says that it is a pickle."""
     if path.suffix in PICKLES:
         raise WeightsError(f"{path}: minidiff writes no {path.suffix} files; name a .safetensors file, or a folder.")
-
-
-# --- the LDM/CompVis single file -------------------------------------------------------------------------------------
-
-
-class SingleFile(NamedTuple):
-    """The three networks of a single file, under minidiff's names; nothing is read yet."""
-
-    unet: TensorFile
-    vae: TensorFile
-    text_encoder: TensorFile
-
-
-def split_single_file(
-    path: str | Path, unet_config: UNetConfig = SD15_UNET, vae_config: VAEConfig = SD15_VAE
-) -> SingleFile:
-    """Find U-Net, VAE and text encoder in an SD 1.x checkpoint. EMA weights and schedule buffers are left out."""
-    file = read_header(path)
-    tables = {
-        keymaps.UNET_PREFIX: keymaps.inverse(keymaps.unet_table(unet_config)),
-        keymaps.VAE_PREFIX: keymaps.inverse(keymaps.vae_table(vae_config)),
-        keymaps.TEXT_PREFIX: {},
-    }
-    parts: dict[str, dict[str, TensorInfo]] = {prefix: {} for prefix in tables}
-    unknown = []
-    for key, info in file.tensors.items():
-        if prefix := next((prefix for prefix in tables if key.startswith(prefix)), None):
-            parts[prefix][keymaps.rename(key.removeprefix(prefix), tables[prefix])] = info
-        elif not keymaps.NOT_NEEDED.fullmatch(key):
-            unknown.append(key)
-    absent = [prefix for prefix, tensors in parts.items() if not tensors]
-    if absent or unknown:
-        raise WeightsError(
-            f"{path} is no SD 1.x checkpoint in one file. It looks like {file.looks_like}.\n"
-            + "\n".join(listed(what, names) for what, names in (("parts missing", absent), ("unknown", unknown)) if names)
-        )
-    return SingleFile(*(replace(file, tensors=tensors) for tensors in parts.values()))
-
-
-def to_single_file(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: nn.Module, path: str | Path) -> None:
-    """Write the three networks as one checkpoint in the LDM layout, which A1111 and ComfyUI read."""
-    tensors = {}
-    table = keymaps.unet_table(unet.config)
-    for key, value in unet.state_dict().items():
-        tensors[keymaps.UNET_PREFIX + keymaps.rename(key, table)] = value
-    table = keymaps.vae_table(vae.config)
-    for key, value in vae.state_dict().items():
-        weight = value[:, :, None, None] if keymaps.is_vae_attention(key) else value
-        tensors[keymaps.VAE_PREFIX + keymaps.rename(key, table)] = weight
-    for key, value in to_file_keys(text_encoder.state_dict()).items():
-        tensors[keymaps.TEXT_PREFIX + key] = value
-    save(tensors, path)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.core.errors import SettingsError, WeightsError
+from minidiff.files.atomic import HIDDEN
 from minidiff.files.weights import read_header, save
 
 ABANDONED = 3600  # seconds after which nobody writes on
@@ -107,7 +108,7 @@ def read(path: Path, key: str) -> dict[str, Tensor] | None:
 
 def sweep(folder: Path) -> None:
     """Take away what killed processes left half written; younger files may still be in the making."""
-    for left in folder.glob(".*.safetensors.*.tmp"):  # as weights.save calls them
+    for left in folder.glob(f"{HIDDEN}*.safetensors.*.tmp"):
         with suppress(OSError):  # another process was quicker
             if time.time() - left.stat().st_mtime > ABANDONED:
                 left.unlink()

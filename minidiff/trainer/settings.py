@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
-from minidiff.core.config import fits
 from minidiff.core.errors import SettingsError, did_you_mean
 from minidiff.files.values import (
     A_FOLDER,
@@ -26,6 +25,7 @@ from minidiff.files.values import (
     at_most,
     between,
     check_values,
+    fits,
 )
 
 AnySettings = TypeVar("AnySettings", bound="TrainSettings")

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from minidiff.files.folder import config_values
+
 LEVELS = ("P0", "P1", "P2")
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 NAMES = {"P0": "P0 diffusers + peft", "P1": "P1 cached latents", "P2": "P2 at its best"}
@@ -51,7 +53,7 @@ def unet_beside(ours: Any) -> Any:
     import diffusers
 
     with torch.device("meta"):
-        theirs = diffusers.UNet2DConditionModel.from_config(ours.config.to_dict("UNet2DConditionModel"))
+        theirs = diffusers.UNet2DConditionModel.from_config(config_values(ours.config, "UNet2DConditionModel"))
     theirs.load_state_dict(ours.state_dict(), assign=True)
     return theirs.requires_grad_(False).eval()
 
@@ -62,7 +64,7 @@ def lora_unet_on_meta(ours: Any, rank: int = 8, dtype: torch.dtype = torch.float
     import peft
 
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel.from_config(ours.config.to_dict("UNet2DConditionModel"))
+        unet = diffusers.UNet2DConditionModel.from_config(config_values(ours.config, "UNet2DConditionModel"))
         unet.requires_grad_(False)
         for p in unet.parameters():
             p.data = p.data.to(dtype)

@@ -7,7 +7,7 @@ from minidiff.core.config import NoiseConfig
 from minidiff.core.errors import SettingsError, WeightsError
 from minidiff.core.grids import SAMPLERS, karras_sigmas, sigmas_at, timesteps, timesteps_at
 from minidiff.core.schedule import NoiseSchedule, add_noise, read_output, training_target, zero_terminal_snr
-from minidiff.files.folder import sampler_of, scheduler_values
+from minidiff.files.folder import config_values, read_config, sampler_of, scheduler_values
 
 SCHEDULE = NoiseSchedule.from_config(NoiseConfig())
 T_ALL = torch.arange(1000)
@@ -195,7 +195,7 @@ def test_zero_snr_needs_v_prediction():
     with pytest.raises(SettingsError, match="rescale_betas_zero_snr is true .* needs v_prediction"):
         NoiseSchedule.from_config(NoiseConfig(rescale_betas_zero_snr=True))
     with pytest.raises(WeightsError, match="here.json.*needs v_prediction"):
-        NoiseConfig.from_dict({"rescale_betas_zero_snr": True}, "here.json")
+        read_config(NoiseConfig, {"rescale_betas_zero_snr": True}, "here.json")
 
 
 # ------------------------------------------------------------------------------------------------- scheduler_config.json
@@ -205,16 +205,16 @@ def test_zero_snr_needs_v_prediction():
 def test_the_file_names_the_sampler_and_back(sampler, recwarn):
     values = scheduler_values(NoiseConfig(prediction_type="v_prediction", use_karras_sigmas=True), sampler)
     assert sampler_of(values, "here.json") == sampler
-    assert NoiseConfig.from_dict(values, "here.json").use_karras_sigmas
+    assert read_config(NoiseConfig, values, "here.json").use_karras_sigmas
     assert not recwarn
     if sampler == "pndm":
         assert values["skip_prk_steps"]
 
 
 def test_what_is_off_is_not_written():
-    values = NoiseConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True).to_dict("DDIMScheduler")
+    values = config_values(NoiseConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True), "DDIMScheduler")
     assert values["rescale_betas_zero_snr"] and "use_karras_sigmas" not in values
-    assert NoiseConfig.from_dict(values, "") == NoiseConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert read_config(NoiseConfig, values, "") == NoiseConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True)
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,9 @@ from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.fast.frozen import standing_still
 from minidiff.files.folder import SAMPLER_OF, SD15_TEXT
 from minidiff.files.lora_file import save_lora
+from minidiff.files.model import split_single_file, to_single_file
 from minidiff.files.text_files import build_text_encoder
-from minidiff.files.weights import load_into, split_single_file, to_single_file
+from minidiff.files.weights import load_into
 from minidiff.pocket.tokenizer import END, START, alphabet, build_tokenizer
 
 DOG, CAT = "a photo of a red dog", "a drawing of a blue cat"
@@ -291,7 +292,7 @@ def test_single_file_round_trip(pipe: StableDiffusionPipeline, tmp_path: Path) -
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(TINY_UNET), AutoencoderKL(TINY_VAE)
         text_encoder = build_text_encoder(pipe.text_encoder.config.to_dict(), "tiny")
-    for model, file in zip((unet, vae, text_encoder), files):
+    for model, file in zip((unet, vae, text_encoder), files.values()):
         load_into(model, file)
     again = StableDiffusionPipeline(unet, vae, text_encoder, pipe.tokenizer, NoiseConfig())
     again.set_progress_bar_config(disable=True)

@@ -14,9 +14,9 @@ from minidiff.cli.main import main
 from minidiff.core.errors import AdapterError, MinidiffError, WeightsError
 from minidiff.core.lora import LoRAWeights
 from minidiff.files.atomic import new_output
-from minidiff.files.checkpoints import Model, cast, empty_model, read_model
 from minidiff.files.convert import convert_lora, kept_metadata, largest_change, largest_difference
 from minidiff.files.lora_file import read_lora, save_lora
+from minidiff.files.model import ModelParts, cast, empty_model, read_model
 from minidiff.files.names import UNET_PREFIX
 from minidiff.files.weights import read_header, save
 from minidiff.files.word_file import read_embedding, save_embedding
@@ -26,13 +26,13 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 @pytest.fixture(scope="module")
-def model(tiny_folder: Path) -> Model:
+def model(tiny_folder: Path) -> ModelParts:
     """For reading only."""
     return read_model(tiny_folder)
 
 
 @pytest.fixture(scope="module")
-def modules(model: Model) -> dict[str, LoRAWeights]:
+def modules(model: ModelParts) -> dict[str, LoRAWeights]:
     return random_adapter(model.adaptable, 1, targets=EVERY)
 
 
@@ -123,7 +123,7 @@ def test_alpha_is_given_where_the_file_is_silent(tmp_path: Path, capsys: Any) ->
     assert "--alpha must be a number above 0; it is -1.0" in refused(capsys, "a", "b", "--alpha", "-1")
 
 
-def test_a_model_says_what_ldm_names_count(model: Model, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_model_says_what_ldm_names_count(model: ModelParts, tiny_folder: Path, tmp_path: Path) -> None:
     """LDM numbers layers straight through, so input_blocks_4_1 is another module in another architecture."""
     stem = "lora_unet_output_blocks_3_1_transformer_blocks_0_attn1_to_q"
     tensors = {f"{stem}.lora_down.weight": torch.ones(2, 16), f"{stem}.lora_up.weight": torch.ones(16, 2)}
@@ -225,7 +225,7 @@ def test_pickled_textual_inversion(tmp_path: Path, name: str, content: Any, word
 # --- models and pickles ------------------------------------------------------------------------------------------------
 
 
-def test_folder_to_single_file_and_back(tiny_folder: Path, model: Model, tmp_path: Path, capsys: Any) -> None:
+def test_folder_to_single_file_and_back(tiny_folder: Path, model: ModelParts, tmp_path: Path, capsys: Any) -> None:
     single = tmp_path / "tiny.safetensors"
     convert(tiny_folder, single, "--to", "ldm")
     assert f"{UNET_PREFIX}input_blocks.0.0.weight" in load_file(single)
@@ -243,14 +243,14 @@ def test_a_model_in_half_precision(tiny_folder: Path, tmp_path: Path, capsys: An
     assert 0 < moved < 0.01
 
 
-def test_numbers_too_large_for_fp16(model: Model) -> None:
+def test_numbers_too_large_for_fp16(model: ModelParts) -> None:
     large = deepcopy(model)
     large.unet.conv_in.bias.data[0] = 1e6
     with pytest.raises(WeightsError, match="unet.conv_in.bias has numbers too large for torch.float16; take bfloat16"):
         cast(large, torch.float16)
 
 
-def test_a_pickled_checkpoint(tiny_folder: Path, model: Model, tmp_path: Path) -> None:
+def test_a_pickled_checkpoint(tiny_folder: Path, model: ModelParts, tmp_path: Path) -> None:
     convert(tiny_folder, tmp_path / "tiny.safetensors", "--to", "ldm")
     tensors = load_file(tmp_path / "tiny.safetensors")
     torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "old.ckpt")

@@ -12,27 +12,27 @@ from torch import Tensor
 from minidiff.cli.main import main
 from minidiff.core.errors import WeightsError
 from minidiff.core.lora import LoRAWeights
-from minidiff.files.checkpoints import Model, read_model
 from minidiff.files.inspect import find_file, inspect, rank_for, trigger_words
 from minidiff.files.lora_file import save_lora
-from minidiff.files.weights import is_pickle, save, to_single_file
+from minidiff.files.model import ModelParts, read_model, to_single_file
+from minidiff.files.weights import is_pickle, save
 from minidiff.files.word_file import save_embedding
 
 NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 @pytest.fixture(scope="module")
-def model(tiny_folder: Path) -> Model:
+def model(tiny_folder: Path) -> ModelParts:
     """For reading only."""
     return read_model(tiny_folder)
 
 
 @pytest.fixture(scope="module")
-def modules(model: Model) -> dict[str, LoRAWeights]:
+def modules(model: ModelParts) -> dict[str, LoRAWeights]:
     return random_adapter(model.adaptable, 1, targets=EVERY)
 
 
-def facts(path: Path, model: Model | None = None) -> dict[str, Any]:
+def facts(path: Path, model: ModelParts | None = None) -> dict[str, Any]:
     (report,) = inspect(path, model)
     return report.as_dict()
 
@@ -46,7 +46,7 @@ def tensor_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 
 
 @pytest.mark.parametrize("style", ["diffusers", "kohya"])
-def test_lora(modules: dict[str, LoRAWeights], model: Model, tmp_path: Path, style: str) -> None:
+def test_lora(modules: dict[str, LoRAWeights], model: ModelParts, tmp_path: Path, style: str) -> None:
     path = save_lora(modules, tmp_path / "a.safetensors", style, torch.float16, {"modelspec.trigger_phrase": "sks dog"})
     found, text = facts(path, model), str(inspect(path, model)[0])
     assert found["is"] == f"a LoRA in the {style} style for another model (cross-attention width 24)"
@@ -76,7 +76,7 @@ def test_lora_for_sd15_by_its_width(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_wrong_is_named_and_not_refused(model: Model, tmp_path: Path) -> None:
+def test_what_is_wrong_is_named_and_not_refused(model: ModelParts, tmp_path: Path) -> None:
     good, nan = torch.ones(2, 32), torch.full((2, 32), torch.nan)
     to_k, to_v, alone = (NAME.replace("to_q", last) for last in ("to_k", "to_v", "to_out.0"))
     tensors = {
@@ -162,7 +162,7 @@ def test_long_metadata_is_not_printed(tmp_path: Path) -> None:
 # --- textual inversion -------------------------------------------------------------------------------------------------
 
 
-def test_textual_inversion(model: Model, tmp_path: Path) -> None:
+def test_textual_inversion(model: ModelParts, tmp_path: Path) -> None:
     path = save_embedding(tmp_path / "a.safetensors", "<dog>", torch.tensor([[3.0, 4.0], [0.0, 1.0]]), "kohya")
     found = facts(path, model)
     assert found["is"] == "a textual inversion embedding of width 2"
@@ -184,7 +184,7 @@ def test_an_empty_textual_inversion(tmp_path: Path, shape: tuple[int, ...]) -> N
 # --- models ------------------------------------------------------------------------------------------------------------
 
 
-def test_model_folder(tiny_folder: Path, model: Model) -> None:
+def test_model_folder(tiny_folder: Path, model: ModelParts) -> None:
     reports = inspect(tiny_folder, model)
     assert [report.looks_like for report in reports] == [
         "a model folder in the diffusers layout",
@@ -198,7 +198,7 @@ def test_model_folder(tiny_folder: Path, model: Model) -> None:
         assert matched == total != "0"
 
 
-def test_single_file(model: Model, tmp_path: Path) -> None:
+def test_single_file(model: ModelParts, tmp_path: Path) -> None:
     to_single_file(model.unet, model.vae, model.text_encoder, tmp_path / "tiny.safetensors")
     found = facts(tmp_path / "tiny.safetensors", model)
     numbers = sum(parameter.numel() for parameter in model.unet.parameters())

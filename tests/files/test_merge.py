@@ -17,23 +17,23 @@ from minidiff.core.inject import merge as fuse
 from minidiff.core.lora import LoRAWeights
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.files import checkpoints
-from minidiff.files.checkpoints import Model, read_model
+from minidiff.files import model as models
 from minidiff.files.lora_file import read_lora, save_lora
 from minidiff.files.merge import bake, cut, extract, join, lost
+from minidiff.files.model import ModelParts, read_model
 
 NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 Modules = dict[str, LoRAWeights]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_folder: Path) -> Model:
+def model(tiny_folder: Path) -> ModelParts:
     """For reading only."""
     return read_model(tiny_folder)
 
 
 @pytest.fixture(scope="module")
-def pair(model: Model) -> tuple[Modules, Modules]:
+def pair(model: ModelParts) -> tuple[Modules, Modules]:
     """One adapter for the U-Net's layers of every kind and the text encoder, one for the U-Net's attention, of another rank."""
     return random_adapter(model.adaptable, 1, targets=EVERY), random_adapter({"unet": model.unet}, 2, rank=3, alpha=1)
 
@@ -138,7 +138,7 @@ def test_lost_follows_eckart_and_young() -> None:
 # --- models ------------------------------------------------------------------------------------------------------------
 
 
-def test_extract_finds_the_adapter_again(model: Model, pair: tuple[Modules, Modules]) -> None:
+def test_extract_finds_the_adapter_again(model: ModelParts, pair: tuple[Modules, Modules]) -> None:
     tuned = {part: deepcopy(network) for part, network in model.adaptable.items()}
     for part, network in tuned.items():
         attach(network, {n.removeprefix(f"{part}."): w for n, w in pair[0].items() if n.startswith(f"{part}.")})
@@ -150,7 +150,7 @@ def test_extract_finds_the_adapter_again(model: Model, pair: tuple[Modules, Modu
         assert found.error[name] < 1e-5
 
 
-def test_extract_says_what_it_cannot_hold(model: Model) -> None:
+def test_extract_says_what_it_cannot_hold(model: ModelParts) -> None:
     tuned = deepcopy(model.unet)
     tuned.conv_in.bias.data += 1
     tuned.conv_norm_out.weight.data += 1
@@ -163,7 +163,7 @@ def test_extract_says_what_it_cannot_hold(model: Model) -> None:
     assert found.error["unet.conv_out"] == pytest.approx(error.item(), abs=1e-6) and error > 0.1
 
 
-def test_extract_refuses(model: Model) -> None:
+def test_extract_refuses(model: ModelParts) -> None:
     with pytest.raises(AdapterError, match="the same matrices; there is no adapter between them"):
         extract({"unet": model.unet}, {"unet": model.unet}, 1)
     other = deepcopy(model.unet)
@@ -172,7 +172,7 @@ def test_extract_refuses(model: Model) -> None:
         extract({"unet": model.unet}, {"unet": other}, 1)
 
 
-def test_bake_leaves_a_plain_model_in_its_own_dtype(model: Model, pair: tuple[Modules, Modules]) -> None:
+def test_bake_leaves_a_plain_model_in_its_own_dtype(model: ModelParts, pair: tuple[Modules, Modules]) -> None:
     unet = deepcopy(model.unet).half()
     before = unet.conv_in.weight.dtype
     attach(unet, {NAME.removeprefix("unet."): pair[0][NAME]})
@@ -183,7 +183,7 @@ def test_bake_leaves_a_plain_model_in_its_own_dtype(model: Model, pair: tuple[Mo
     assert torch.equal(layer.weight, (old.float() + pair[0][NAME].product()).half())
 
 
-def test_bake_of_a_model_whose_adapters_are_merged_already(model: Model, pair: tuple[Modules, Modules]) -> None:
+def test_bake_of_a_model_whose_adapters_are_merged_already(model: ModelParts, pair: tuple[Modules, Modules]) -> None:
     unet, path = deepcopy(model.unet), NAME.removeprefix("unet.")
     attach(unet, {path: pair[0][NAME]})
     fuse(unet)
@@ -227,10 +227,10 @@ def test_bake_into_a_folder(tiny_folder: Path, files: list[str], wanted: Tensor,
 def test_bake_a_single_file_in_the_bases_dtype(
     tiny_folder: Path, files: list[str], wanted: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny = checkpoints.empty_model(tiny_folder)
-    monkeypatch.setattr(checkpoints, "SD15_UNET", tiny.unet.config)  # a single file is taken for SD 1.5
-    monkeypatch.setattr(checkpoints, "SD15_VAE", tiny.vae.config)
-    monkeypatch.setattr(checkpoints, "SD15_TEXT", tiny.text_encoder.config.to_dict())
+    tiny = models.empty_model(tiny_folder)
+    monkeypatch.setattr(models, "SD15_UNET", tiny.unet.config)  # a single file is taken for SD 1.5
+    monkeypatch.setattr(models, "SD15_VAE", tiny.vae.config)
+    monkeypatch.setattr(models, "SD15_TEXT", tiny.text_encoder.config.to_dict())
     half, out = tmp_path / "half.safetensors", tmp_path / "baked.safetensors"
     main(["convert", str(tiny_folder), str(half), "--to", "ldm", "--dtype", "float16"])
     merge("bake", "--pretrained_model_name_or_path", half, "--lora", *files, "--lora_weight", 0.8, 0.5, "--output", out)
@@ -389,10 +389,10 @@ def test_nothing_is_overwritten(tiny_folder: Path, files: list[str], tmp_path: P
 def test_a_text_encoders_adapter_needs_no_tokenizer_but_a_folder_does(
     tiny_folder: Path, files: list[str], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny = checkpoints.empty_model(tiny_folder)
-    monkeypatch.setattr(checkpoints, "SD15_UNET", tiny.unet.config)
-    monkeypatch.setattr(checkpoints, "SD15_VAE", tiny.vae.config)
-    monkeypatch.setattr(checkpoints, "SD15_TEXT", tiny.text_encoder.config.to_dict())
+    tiny = models.empty_model(tiny_folder)
+    monkeypatch.setattr(models, "SD15_UNET", tiny.unet.config)
+    monkeypatch.setattr(models, "SD15_VAE", tiny.vae.config)
+    monkeypatch.setattr(models, "SD15_TEXT", tiny.text_encoder.config.to_dict())
     single = tmp_path / "tiny.safetensors"
     main(["convert", str(tiny_folder), str(single), "--to", "ldm"])
     words = ("bake", "--pretrained_model_name_or_path", single, "--lora", files[0], "--output", tmp_path / "baked")

@@ -19,7 +19,8 @@ from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files import names as keymaps
 from minidiff.files import weights
-from minidiff.files.weights import find_weights, load_into, read_header, save, split_single_file, to_single_file
+from minidiff.files.model import split_single_file, to_single_file
+from minidiff.files.weights import find_weights, load_into, read_header, save
 
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 
@@ -337,7 +338,7 @@ def test_single_file_round_trip(tmp_path: Path, unet: UNet2DConditionModel, vae:
     save_file(tensors | extra, path)
     parts = split_single_file(path, TINY_UNET, TINY_VAE)
     copies = on_meta(UNet2DConditionModel, TINY_UNET), on_meta(AutoencoderKL, TINY_VAE), TinyText(nested=True)
-    for copy, part in zip(copies, parts, strict=True):
+    for copy, part in zip(copies, parts.values(), strict=True):
         load_into(copy, part)
     assert same(unet.state_dict(), copies[0].state_dict()) and same(vae.state_dict(), copies[1].state_dict())
     assert torch.equal(copies[2].text_model.final_layer_norm.weight, text.final_layer_norm.weight)
@@ -367,7 +368,7 @@ def test_an_inpainting_checkpoint_is_named(tmp_path: Path, unet: UNet2DCondition
     nine = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)}
     save(load_file(path) | nine, path)
     with pytest.raises(WeightsError, match="inpainting single file in the LDM layout"):
-        load_into(on_meta(UNet2DConditionModel, TINY_UNET), split_single_file(path, TINY_UNET, TINY_VAE).unet)
+        load_into(on_meta(UNet2DConditionModel, TINY_UNET), split_single_file(path, TINY_UNET, TINY_VAE)["unet"])
 
 
 # --- large files -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.core.config import TINY_UNET, TINY_VAE
+from minidiff.files.folder import config_values
 from minidiff.files.weights import save
 
 SCALES = (1.0, 0.01)  # at 0.01 a wrong epsilon shows: the variance in the norms is 1e-4
@@ -144,9 +145,9 @@ def reference_network(case: str, dtype: torch.dtype) -> Callable[..., Tensor]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     if case.startswith("unet"):
-        unet: Any = fill(UNet2DConditionModel.from_config(TINY_UNET.to_dict("UNet2DConditionModel"))).to(dtype)
+        unet: Any = fill(UNet2DConditionModel.from_config(config_values(TINY_UNET, "UNet2DConditionModel"))).to(dtype)
         return lambda x, text: unet(x, torch.tensor(UNET_T[: len(x)]), text).sample
-    vae: Any = AutoencoderKL.from_config(TINY_VAE.to_dict("AutoencoderKL"))
+    vae: Any = AutoencoderKL.from_config(config_values(TINY_VAE, "AutoencoderKL"))
     if case in ("encoder", "decoder"):
         part: nn.Module = getattr(vae, case)
         return fill(part).to(dtype)

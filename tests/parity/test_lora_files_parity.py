@@ -13,6 +13,7 @@ from minidiff.core.config import TINY_UNET
 from minidiff.core.inject import adaptable_layers, attach, lora_layers
 from minidiff.core.lora import LoRAWeights
 from minidiff.core.unet import UNet2DConditionModel
+from minidiff.files.folder import config_values
 from minidiff.files.lora_file import load_lora, read_lora, save_lora
 from minidiff.files.text_files import build_text_encoder
 
@@ -42,7 +43,7 @@ def ours() -> Models:
 
 @pytest.fixture
 def theirs(ours: Models) -> Models:
-    unet = diffusers.UNet2DConditionModel.from_config(TINY_UNET.to_dict("UNet2DConditionModel"))
+    unet = diffusers.UNet2DConditionModel.from_config(config_values(TINY_UNET, "UNet2DConditionModel"))
     unet.load_state_dict(ours["unet"].state_dict())
     return {"unet": unet.eval(), "text_encoder": text_encoder()}
 

@@ -25,6 +25,7 @@ from minidiff.core.losses import mse
 from minidiff.core.train import clip_gradients
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.fast import lean
+from minidiff.files.folder import config_values
 from minidiff.files.lora_file import load_lora, save_lora
 from minidiff.trainer.optimizers import adamw
 from minidiff.trainer.settings import TrainSettings
@@ -56,7 +57,7 @@ def ours() -> UNet2DConditionModel:
 
 @pytest.fixture
 def theirs(ours: UNet2DConditionModel) -> nn.Module:
-    model = diffusers.UNet2DConditionModel.from_config(TINY_UNET.to_dict("UNet2DConditionModel"))
+    model = diffusers.UNet2DConditionModel.from_config(config_values(TINY_UNET, "UNet2DConditionModel"))
     model.load_state_dict(ours.state_dict())
     return model.eval()
 

@@ -21,7 +21,7 @@ from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.prompting import encode_prompts, parse_prompt
-from minidiff.files.folder import SD15_TEXT
+from minidiff.files.folder import SD15_TEXT, config_values
 from minidiff.files.text_files import build_text_encoder, to_file_keys
 from minidiff.files.weights import load_into, save
 
@@ -57,7 +57,7 @@ def pair(kind: type, config: UNetConfig | VAEConfig) -> tuple[Any, Any]:
     """minidiff's model and diffusers', which share one set of weights in memory."""
     name = kind.__name__
     with torch.device("meta"):
-        ours, theirs = kind(config), getattr(diffusers, name).from_config(config.to_dict(name))
+        ours, theirs = kind(config), getattr(diffusers, name).from_config(config_values(config, name))
     state = random_state(ours)
     for model in (ours, theirs):
         model.load_state_dict(state, assign=True)

@@ -10,6 +10,7 @@ from minidiff.core.config import SD15_UNET, SD15_VAE, TINY_UNET, TINY_VAE, UNetC
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.files import names as keymaps
+from minidiff.files.folder import config_values
 from minidiff.files.weights import find_weights, load_into, save
 
 diffusers = pytest.importorskip("diffusers")
@@ -23,7 +24,7 @@ PAIRS = [
 
 def theirs(name: str, config: UNetConfig | VAEConfig) -> torch.nn.Module:
     torch.manual_seed(0)
-    return getattr(diffusers, name).from_config(config.to_dict(name))
+    return getattr(diffusers, name).from_config(config_values(config, name))
 
 
 @pytest.mark.parametrize(("kind", "name", "config", "_"), PAIRS)
@@ -60,7 +61,7 @@ def test_ldm_unet_names_at_full_size() -> None:
     with torch.device("meta"):
         state = UNet2DConditionModel(SD15_UNET).state_dict()
     ldm = as_ldm(state, keymaps.UNET_PREFIX, keymaps.unet_table(SD15_UNET))
-    config = SD15_UNET.to_dict("UNet2DConditionModel")
+    config = config_values(SD15_UNET, "UNet2DConditionModel")
     back = single_file_utils.convert_ldm_unet_checkpoint(ldm, config)
     assert len(back) == 686 and all(back[key] is state[key] for key in state)
 
@@ -69,7 +70,7 @@ def test_ldm_vae_names_at_full_size() -> None:
     torch.manual_seed(0)
     state = {key: torch.empty_like(value, device="cpu") for key, value in meta_vae().items()}
     ldm = as_ldm(state, keymaps.VAE_PREFIX, keymaps.vae_table(SD15_VAE))
-    back = single_file_utils.convert_ldm_vae_checkpoint(ldm, SD15_VAE.to_dict("AutoencoderKL"))
+    back = single_file_utils.convert_ldm_vae_checkpoint(ldm, config_values(SD15_VAE, "AutoencoderKL"))
     assert len(back) == 248
     assert all(back[key].data_ptr() == state[key].data_ptr() and back[key].shape == state[key].shape for key in state)
 

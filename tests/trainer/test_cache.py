@@ -21,6 +21,7 @@ from minidiff.core.errors import SettingsError
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.images import load_image
 from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.files.atomic import HIDDEN
 from minidiff.files.weights import save
 from minidiff.trainer import memory
 from minidiff.trainer.cache import Cache, read
@@ -224,13 +225,13 @@ def test_killed_writers_leave_nothing_broken(tmp_path: Path) -> None:
 
 def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
     """But not what another process is just writing, nor a file of another kind."""
-    old, new, other = (tmp_path / name for name in (".a.safetensors.1.tmp", ".b.safetensors.2.tmp", ".c.tmp"))
+    old, new, other = (tmp_path / name for name in (f"{HIDDEN}a.safetensors.1.tmp", f"{HIDDEN}b.safetensors.2.tmp", ".c.tmp"))
     for path in (old, new, other):
         path.write_bytes(b"x")
     for path in (old, other):
         os.utime(path, (time.time() - 7200,) * 2)
     Cache(tmp_path, nn.Linear(1, 1))
-    assert sorted(tmp_path.iterdir()) == [new, other]
+    assert set(tmp_path.iterdir()) == {new, other}
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from minidiff.core.losses import min_snr_weights, mse
 from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
 from minidiff.core.targets import DEFAULT_TARGETS, GROUPS
 from minidiff.core.train import Batch
-from minidiff.files.folder import SAMPLER_OF, write_json
+from minidiff.files.folder import SAMPLER_OF, config_values, write_json
 from minidiff.files.text_files import to_file_keys
 from minidiff.trainer import checkpoint
 from minidiff.trainer import task as common
@@ -319,7 +319,8 @@ def v_base(base: Path, home: Path) -> Path:
     """The base with another scheduler_config.json, its weights being those of neither."""
     shutil.copytree(base, home)
     class_name = next(name for name, sampler in SAMPLER_OF.items() if sampler == "ddim")
-    write_json(home / "scheduler" / "scheduler_config.json", NoiseConfig(prediction_type="v_prediction").to_dict(class_name))
+    values = config_values(NoiseConfig(prediction_type="v_prediction"), class_name)
+    write_json(home / "scheduler" / "scheduler_config.json", values)
     return home
 
 

@@ -1,0 +1,278 @@
+"""A whole model on disk, in and out: a folder in the layout of SD 1.5 on the hub, or one file in the LDM layout.
+
+    read_model("checkpoints/pocket")                              a folder, or a hub id in the local cache
+    read_model("sd15.safetensors")                                a single file, SD 1.x
+    read_model("pocket.safetensors", like="checkpoints/pocket")   a single file of another architecture
+
+A single file holds the three networks and nothing else: no sizes, no schedule, no vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.core import inject, textual_inversion
+from minidiff.core.config import SD15_UNET, SD15_VAE, NoiseConfig, UNetConfig, VAEConfig
+from minidiff.core.errors import SettingsError, WeightsError, listed
+from minidiff.core.unet import UNet2DConditionModel
+from minidiff.core.vae import AutoencoderKL
+from minidiff.files import names
+from minidiff.files.folder import (
+    SD15_TEXT,
+    config_of,
+    config_values,
+    local_folder,
+    read_config,
+    read_json,
+    sampler_of,
+    scheduler_values,
+    write_json,
+)
+from minidiff.files.text_files import build_text_encoder, load_tokenizer, to_file_keys
+from minidiff.files.weights import TensorFile, TensorInfo, find_weights, is_finite, load_into, read_header, save
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+SINGLE_FILE = ".safetensors"
+DTypes = Mapping[str, torch.dtype | None]  # network -> the dtype to cast its weights to; None: as the file has them
+AS_IN_THE_FILE: DTypes = {"unet": None, "vae": None, "text_encoder": None}
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """Three networks, a vocabulary and a schedule. `home`: the folder that says how the networks are built, if there is one."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: "CLIPTextModel"
+    tokenizer: "CLIPTokenizer | None" = None
+    noise_config: NoiseConfig = NoiseConfig()
+    sampler: str = "ddim"
+    home: Path | None = None
+
+    @property
+    def arguments(self) -> "tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTokenizer, NoiseConfig, str]":
+        """In the order of the pipeline's constructor. SettingsError if there is no vocabulary."""
+        if self.tokenizer is None:
+            need = "a model folder needs a vocabulary, and a single file has none"
+            raise SettingsError(f"{need}; give --tokenizer, the tokenizer folder of SD 1.5.")
+        return self.unet, self.vae, self.text_encoder, self.tokenizer, self.noise_config, self.sampler
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+
+    @property
+    def adaptable(self) -> dict[str, nn.Module]:
+        """The networks that adapters change."""
+        return {"unet": self.unet, "text_encoder": self.text_encoder}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every tensor, by network and minidiff's name; the tensors themselves, not copies."""
+        return {
+            f"{part}.{names.modern(key)}": tensor
+            for part, network in self.networks.items()
+            for key, tensor in network.state_dict().items()
+        }
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_model(name: str | Path, like: str | Path | None = None, tokenizer: str | Path | None = None) -> ModelParts:
+    """A model folder, a hub id in the local cache, or a single file; each tensor keeps its dtype."""
+    return read_single_file(name, like, tokenizer) if is_single_file(name) else read_folder(name, tokenizer=tokenizer)
+
+
+def is_single_file(name: str | Path) -> bool:
+    return Path(name).is_file() or Path(name).suffix == SINGLE_FILE
+
+
+def read_folder(name: str | Path, dtypes: DTypes = AS_IN_THE_FILE, tokenizer: str | Path | None = None) -> ModelParts:
+    """The folder, or the hub id in the local cache; frozen.
+
+    Raises WeightsError for anything that is missing, damaged or does not fit.
+    """
+    model = empty_model(name)
+    assert model.home is not None  # the folder just named
+    for part, network in model.networks.items():
+        load_into(network, find_weights(model.home / part), dtypes[part])
+    return furnished(model, tokenizer)
+
+
+def read_single_file(
+    path: str | Path, like: str | Path | None = None, tokenizer: str | Path | None = None, dtypes: DTypes = AS_IN_THE_FILE
+) -> ModelParts:
+    """An SD 1.x checkpoint in one LDM/CompVis file, or one of the architecture of the folder `like`; frozen.
+
+    `tokenizer` is the folder of a vocabulary. Without it, that of `like` is taken.
+    """
+    model = empty_model(like)
+    for part, file in split_single_file(path, model.unet.config, model.vae.config).items():
+        load_into(model.networks[part], file, dtypes[part])
+    return furnished(model, tokenizer)
+
+
+def empty_model(name: str | Path | None) -> ModelParts:
+    """The networks that a folder (or hub id) describes, or SD 1.5's, on the device "meta": they have shapes and no numbers."""
+    if name is None:
+        with torch.device("meta"):
+            text_encoder = build_text_encoder(SD15_TEXT, "SD 1.5")
+            return ModelParts(UNet2DConditionModel(SD15_UNET), AutoencoderKL(SD15_VAE), text_encoder)
+    home = local_folder(str(name))
+    index = read_json(home / "model_index.json", "a model folder in the diffusers layout has one")
+    if (kind := index.get("_class_name")) not in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
+        what = f"describes a {kind}; minidiff reads Stable Diffusion 1.x (StableDiffusionPipeline)"
+        raise WeightsError(f"{home / 'model_index.json'} {what}.")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(read_config(UNetConfig, *config_of(home / "unet")))
+        vae = AutoencoderKL(read_config(VAEConfig, *config_of(home / "vae")))
+        return ModelParts(unet, vae, build_text_encoder(*config_of(home / "text_encoder")), home=home)
+
+
+def furnished(model: ModelParts, tokenizer: str | Path | None) -> ModelParts:
+    """The same model, frozen, with the schedule and the vocabulary of its folder; `tokenizer` is another one's folder."""
+    for network in model.networks.values():
+        network.requires_grad_(False).eval()
+    if model.home is not None:
+        values, where = config_of(model.home / "scheduler", "scheduler_config.json")
+        model = replace(model, noise_config=read_config(NoiseConfig, values, where), sampler=sampler_of(values, where))
+    folder = tokenizer or (model.home and model.home / "tokenizer")
+    return replace(model, tokenizer=load_tokenizer(Path(folder))) if folder else model
+
+
+def split_single_file(
+    path: str | Path, unet_config: UNetConfig = SD15_UNET, vae_config: VAEConfig = SD15_VAE
+) -> dict[str, TensorFile]:
+    """The three networks of a single file under minidiff's names; no data is read. EMA weights and buffers are left out."""
+    file = read_header(path)
+    tables = {
+        names.UNET_PREFIX: names.inverse(names.unet_table(unet_config)),
+        names.VAE_PREFIX: names.inverse(names.vae_table(vae_config)),
+        names.TEXT_PREFIX: {},
+    }
+    parts: dict[str, dict[str, TensorInfo]] = {prefix: {} for prefix in tables}
+    unknown = []
+    for key, info in file.tensors.items():
+        if prefix := next((prefix for prefix in tables if key.startswith(prefix)), None):
+            parts[prefix][names.rename(key.removeprefix(prefix), tables[prefix])] = info
+        elif not names.NOT_NEEDED.fullmatch(key):
+            unknown.append(key)
+    absent = [prefix for prefix, tensors in parts.items() if not tensors]
+    if absent or unknown:
+        raise WeightsError(
+            f"{path} is no SD 1.x checkpoint in one file. It looks like {file.looks_like}.\n"
+            + "\n".join(listed(what, keys) for what, keys in (("parts missing", absent), ("unknown", unknown)) if keys)
+        )
+    return {part: replace(file, tensors=tensors) for part, tensors in zip(("unet", "vae", "text_encoder"), parts.values())}
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+def write_model(model: ModelParts, place: Path) -> None:
+    """As a single file or as a folder; the name of the place says which."""
+    if place.suffix == SINGLE_FILE:
+        to_single_file(model.unet, model.vae, model.text_encoder, place)
+    else:
+        write_folder(model, place)
+
+
+def write_folder(model: ModelParts, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write the folder that `read_folder` reads, and diffusers too.
+
+    Raises AdapterError while a LoRA or a new word is attached, and SettingsError if there is no vocabulary.
+    """
+    home = Path(folder)
+    unet, vae, text_encoder, tokenizer, noise, sampler = model.arguments
+    inject.check_plain(unet)
+    inject.check_plain(text_encoder)
+    textual_inversion.check_plain(text_encoder)
+    text_config = dict(sorted({**text_encoder.config.to_diff_dict(), "architectures": ["CLIPTextModel"]}.items()))
+    configs = {
+        "unet": config_values(unet.config, "UNet2DConditionModel"),
+        "vae": config_values(vae.config, "AutoencoderKL"),
+        "text_encoder": text_config,
+    }
+    for part, network in model.networks.items():
+        state = to_file_keys(network.state_dict()) if part == "text_encoder" else network.state_dict()
+        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        tensors = {key: tensor.to(dtype or tensor.dtype) for key, tensor in state.items()}
+        save(tensors, home / part / f"{stem}.safetensors")
+        write_json(home / part / "config.json", configs[part])
+    scheduler = scheduler_values(noise, sampler)
+    write_json(home / "scheduler" / "scheduler_config.json", scheduler)
+    save_tokenizer(tokenizer, home / "tokenizer")
+    write_json(home / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]})
+
+
+MODEL_INDEX: dict[str, Any] = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.30.0",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def save_tokenizer(tokenizer: "CLIPTokenizer", folder: Path) -> None:
+    """SD 1.5's files. transformers 5 writes one `tokenizer.json` in place of the vocabulary and the merges."""
+    tokenizer.save_pretrained(str(folder))
+    if not (folder / "vocab.json").exists():
+        tokenizer.backend_tokenizer.model.save(str(folder))
+        (folder / "tokenizer.json").unlink()
+
+
+def to_single_file(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: nn.Module, path: str | Path) -> None:
+    """Write the three networks as one checkpoint in the LDM layout, which A1111 and ComfyUI read."""
+    tensors = {}
+    table = names.unet_table(unet.config)
+    for key, value in unet.state_dict().items():
+        tensors[names.UNET_PREFIX + names.rename(key, table)] = value
+    table = names.vae_table(vae.config)
+    for key, value in vae.state_dict().items():
+        weight = value[:, :, None, None] if names.is_vae_attention(key) else value
+        tensors[names.VAE_PREFIX + names.rename(key, table)] = weight
+    for key, value in to_file_keys(text_encoder.state_dict()).items():
+        tensors[names.TEXT_PREFIX + key] = value
+    save(tensors, path)
+
+
+# --- checks ------------------------------------------------------------------------------------------------------------
+
+
+def check_parts_fit(model: ModelParts, name: str = "") -> None:
+    """WeightsError unless the networks fit each other: each may be sound, and from another model."""
+    of = f"{name}: the" if name else "the"
+    unet, vae, text_encoder, tokenizer, *_ = model.arguments
+    words, table = len(tokenizer), text_encoder.config.vocab_size
+    if words != table:  # a smaller tokenizer would not fail: its ids mean other words, and the picture is another
+        raise WeightsError(f"{of} tokenizer has {words} tokens and the text encoder {table}; they are from different models.")
+    width, reads = text_encoder.config.hidden_size, unet.config.cross_attention_dim
+    if width != reads:
+        raise WeightsError(f"{of} text encoder is {width} wide and the U-Net reads {reads}; they are from different models.")
+    channels, latent = unet.config.in_channels, vae.config.latent_channels
+    if channels not in (latent, 2 * latent + 1):  # 9: noisy latents, the mask, and the latents of the masked picture
+        what = {8: "an image-editing model", 5: "a depth model"}.get(channels, "another model")
+        raise WeightsError(
+            f"{of} U-Net has {channels} input channels ({what}); minidiff draws with {latent}, or {2 * latent + 1} for "
+            "inpainting. Take such a model."
+        )
+
+
+def cast(model: ModelParts, dtype: torch.dtype) -> None:
+    """All weights to another dtype, in place; WeightsError for a number that it cannot hold."""
+    for key, tensor in model.weights().items():
+        if not is_finite(tensor.to(dtype)):
+            raise WeightsError(f"{key} has numbers too large for {dtype}; take bfloat16 or float32.")
+    for network in model.networks.values():
+        network.to(dtype)

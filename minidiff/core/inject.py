@@ -1,28 +1,42 @@
-"""Adapters in a whole model: put them in, mix them, fold them into the weights, take them out.
+"""Adapters in a whole model: inject them, mix them, merge them into the weights, eject them.
 
-    inject(unet, rank=4)   ->   train `trainable(unet)`   ->   merge(unet) or keep the detours   ->   eject(unet)
+    inject(unet, rank=4)   ->   train `trainable(unet)`   ->   merge(unet), or not   ->   eject(unet)
 
-A module is called by its dotted path ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"), an adapter by any
-word ("default", "dog"). A layer can carry several adapters: W' = W + Σ strength · ΔW. (Adding up their A and their B
-instead would give (B1 + B2)(A1 + A2), with two products in it that nobody trained.)
+A layer is called by its dotted path ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"), an adapter by any word
+("default", "dog"). A layer can have several adapters: W' = W + Σ strength · ΔW. (The sums of their A and of their B would
+give (B1 + B2)(A1 + A2), with two products that nobody trained.)
 
 The same functions serve the text encoder. transformers 4 has CLIP's tower one level down, in `text_model`; transformers 5
-has not. Names here never have this prefix.
+does not. Names here never have this prefix.
 
 Shapes: as in lora.py.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from minidiff.core.errors import AdapterError, did_you_mean, listed
+from minidiff.core.errors import AdapterError, did_you_mean
 from minidiff.core.lora import LoRAConv2d, LoRALayer, LoRALinear, LoRAWeights, tuned_lengths
 from minidiff.core.rng import generator
-from minidiff.core.targets import DEFAULT_TARGETS, TEXT, adaptable_layers, chosen, find_targets
+
+DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every attention projection, self and cross
+GROUPS = {  # a word for several targets
+    "attention": DEFAULT_TARGETS,
+    "cross_attention": ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
+    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
+    "projections": ("proj_in", "proj_out"),  # into and out of each transformer
+    "resnets": ("conv1", "conv2", "time_emb_proj", "conv_shortcut"),
+    "samplers": ("downsamplers.0.conv", "upsamplers.0.conv"),
+    "text": ("q_proj", "k_proj", "v_proj", "out_proj"),  # the text encoder's attention
+    "text_mlp": ("fc1", "fc2"),
+}
+TEXT = "text_model."
 
 # --- in, and out -----------------------------------------------------------------------------------------------------
 
@@ -40,17 +54,17 @@ def inject(
     dora: bool = False,
     dropout: float = 0.0,
 ) -> dict[str, LoRALayer]:
-    """Freeze `model` and put a fresh adapter on every layer that a target names; gives them by module name.
+    """Freeze `model` and give every layer that a target names a new adapter. Returns these layers by name.
 
-    A target is a name of `targets.GROUPS`, or the end of a module's path in whole words ("to_q", "to_out.0", "attn2.to_k").
-    `rank_of` gives some of the layers another rank: target -> rank, the last that fits wins. alpha defaults to the rank,
-    of each layer, so that alpha / r = 1; an alpha that is given holds for all. `dropout` is the share of the detours'
-    inputs that are dropped in training. Raises AdapterError before anything is changed.
+    A target is a word of GROUPS, or the end of a layer's path in whole words ("to_q", "to_out.0", "attn2.to_k"). `rank_of`
+    gives some layers another rank: target -> rank, the last that fits wins. alpha defaults to the rank of each layer.
+    `dropout`: the share of the adapters' inputs that is dropped in training. AdapterError before anything is changed.
     """
-    names = find_targets(model, (targets,) if isinstance(targets, str) else targets)
-    ranks = dict.fromkeys(names, rank)
+    ranks = dict.fromkeys(find_targets(model, (targets,) if isinstance(targets, str) else targets), rank)
     for target, other in rank_of.items():
-        ranks |= dict.fromkeys(chosen(model, target, names), other)
+        if not (chosen := ranks.keys() & find_targets(model, [target])):
+            raise AdapterError(f'a rank is given for "{target}", and no such layer is among the targets; add it to them.')
+        ranks |= dict.fromkeys(chosen, other)
     check_adapter_name(model, adapter_name)
     check_sizes(model, ranks, alpha, dropout)
     model.requires_grad_(False)
@@ -64,76 +78,63 @@ def fresh(layer: LoRALayer, rank: int, alpha: float, rslora: bool, dora: bool, s
     """An adapter that changes nothing yet: B = 0 and m = ||W||.
 
     The LoRA paper (section 4.1) draws A from a Gaussian. Here, as in the authors' own code and in peft, A is uniform in
-    ±1/√(numbers that go in), which is kaiming_uniform with a = √5; from `seed` and the name.
+    ±1/√(inputs), which is kaiming_uniform with a = √5. It depends on `seed` and the name alone.
     """
     W = layer.base.weight.detach()
     B = torch.zeros(len(W), rank, device=W.device)
     A = torch.empty(rank, *W.shape[1:], device="meta" if W.is_meta else "cpu")
-    if not W.is_meta:  # a model without numbers, to count parameters with, gets none
+    if not W.is_meta:  # on "meta" a model has no numbers: it is there to count parameters
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator(seed, "lora_A", name))
     scale = alpha / (math.sqrt(rank) if rslora else rank)  # rsLoRA (arXiv 2312.03732), theorem 3.2
     weights = LoRAWeights(A.to(W.device), B, scale)
     if not dora:
         return weights
     one_for_each_output = torch.Size([len(W)] + [1] * (W.ndim - 1))
-    m = tuned_lengths(W, weights, one_for_each_output)  # as in `LoRALayer.gain`, so that m / ||V|| is exactly 1
-    return LoRAWeights(weights.A, B, scale, m)
-
-
-def attach(model: nn.Module, weights: Mapping[str, LoRAWeights], adapter_name: str = "default") -> None:
-    """Put a trained adapter on, at strength 1: module name -> its change.
-
-    Raises AdapterError, before anything is changed, for a name or a shape that the model does not have.
-    """
-    check_adapter_name(model, adapter_name)
-    layers = adaptable_layers(model)
-    if strangers := weights.keys() - layers.keys():
-        matched = f"{len(weights) - len(strangers)} of {len(weights)} modules"
-        raise AdapterError(f"{matched} match {type(model).__name__}.\n{listed('without a layer', strangers)}")
-    for name, change in weights.items():
-        check_shapes(name, change, layers[name].weight.shape)
-    for name, change in weights.items():
-        wrap(model, name).add(adapter_name, change)
-
-
-def adapter_weights(model: nn.Module, adapter_name: str = "default") -> dict[str, LoRAWeights]:
-    """One adapter: module name -> its change. What `attach` takes; the tensors are the layers' own, without gradients."""
-    layers = lora_layers(model).items()
-    return {name: layer.weights(adapter_name) for name, layer in layers if adapter_name in layer.lora_A}
+    return replace(weights, magnitude=tuned_lengths(W, weights, one_for_each_output))  # as in `gain`: m / ||V|| is exactly 1
 
 
 def eject(model: nn.Module) -> None:
-    """Take every adapter out: the very same layers return, with the very same bits (still frozen)."""
+    """Remove every adapter: the same layer objects return, with the same bits (still frozen)."""
     for name, layer in lora_layers(model).items():
         layer.unmerge()
         set_module(model, name, layer.base)
 
 
-# --- mixing and merging ----------------------------------------------------------------------------------------------
+def wrap(model: nn.Module, name: str) -> LoRALayer:
+    """The layer `name` as a LoRALayer: the one that is there already, or a new one around the plain layer."""
+    module = model.get_submodule(real_path(model, name))
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        layer = LoRALinear(module) if isinstance(module, nn.Linear) else LoRAConv2d(module)
+        module = layer.train(module.training)  # a new module is in training mode, where dropout is on
+        set_module(model, name, module)
+    assert isinstance(module, LoRALayer)
+    return module
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = real_path(model, name).rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+# --- mix and merge ---------------------------------------------------------------------------------------------------
 
 
 def set_adapters(model: nn.Module, names: Sequence[str], strengths: Sequence[float] | None = None) -> None:
-    """Switch on the adapters `names`, each at its strength (1 if none are given), and every other one off."""
+    """Switch on the adapters `names`, each at its strength (default 1), and all others off."""
     strengths = [1.0] * len(names) if strengths is None else strengths
-    if len(names) != len(strengths):
-        each = f"{len(names)} adapters {list(names)} but {len(strengths)} weights {list(strengths)}"
-        raise AdapterError(f"{each}; give one weight for each.")
-    layers = adapted_layers(model, "set_adapters")
-    known, wanted = adapter_names(model), dict(zip(names, strengths))
-    for name, strength in wanted.items():
-        if name not in known:
-            raise AdapterError(f'no adapter is called "{name}"; there is {", ".join(known)}.{did_you_mean(name, known)}')
-        if not math.isfinite(strength):
-            raise AdapterError(f'the weight of adapter "{name}" is {strength}; it must be a finite number.')
-    if len(wanted) < len(names):
-        raise AdapterError(f"an adapter is named twice in {list(names)}; give each of them once, with one weight.")
+    layers, known, wanted = adapted_layers(model, "set_adapters"), adapter_names(model), dict(zip(names, strengths))
+    if len(names) != len(strengths) or len(wanted) < len(names) or not all(map(math.isfinite, strengths)):
+        what = f"{len(names)} adapters {list(names)} and {len(strengths)} weights {list(strengths)}"
+        raise AdapterError(f"{what}; name each adapter once, and give each one finite weight.")
+    if unknown := next((name for name in names if name not in known), None):
+        raise AdapterError(f'no adapter is called "{unknown}"; there is {", ".join(known)}.{did_you_mean(unknown, known)}')
     for layer in layers.values():
         layer.strength = {name: float(wanted.get(name, 0.0)) for name in layer.strength}
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside the `with`, the model answers as its base does, to the bit."""
+    """Inside the `with`, the model computes as its base does, to the bit."""
     layers = adapted_layers(model, "adapters_off").values()
     before = [layer.strength for layer in layers]
     for layer in layers:
@@ -146,84 +147,80 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: nn.Module) -> None:
-    """Fold the adapters, at their strengths of now, into the weights: no detour to compute any more.
+    """Add the adapters, at their present strengths, to the weights: then they cost no time.
 
-    W' is rounded to W's dtype, so the outputs change a little: for one layer and a LoRA by at most
-    (n + r + 4) · eps · (|W| |x| + strength · scale · |B| |A| |x| + |bias|), where n numbers go into an output and eps is that
-    of the dtype (Higham 2002, section 3.1). For the same reason a small ΔW can be lost in half precision.
-
-    Keeps the old weights, so that `unmerge` is exact to the bit. That costs a second copy of the layers concerned: on
-    SD 1.5 with the default targets 178 MiB in fp16, 357 MiB in fp32.
+    W' is rounded to W's dtype, so the outputs change a little; in half precision a small ΔW can be lost. The old weights
+    are kept, so that `unmerge` is exact to the bit: with the default targets of SD 1.5 178 MiB in fp16, 357 MiB in fp32.
     """
     for layer in adapted_layers(model, "merge").values():
         layer.merge()
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: the old weights return, bit for bit, and the detours are computed again."""
-    layers = lora_layers(model).values()
-    if not any(layer.unmerged_weight is not None for layer in layers):
+    """Undo `merge`: the old weights return, bit for bit."""
+    if not is_merged(model):
         raise AdapterError("nothing is merged, so there is nothing to unmerge.")
-    for layer in layers:
+    for layer in lora_layers(model).values():
         layer.unmerge()
 
 
-# --- what is there ---------------------------------------------------------------------------------------------------
+# --- what a model has ------------------------------------------------------------------------------------------------
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Every linear layer and convolution, by its name in the plain model, whether it has an adapter or not."""
+    return {
+        plain_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    }
+
+
+def plain_name(path: str) -> str:
+    return path.removeprefix(TEXT).removesuffix(".base")
+
+
+def real_path(model: nn.Module, name: str) -> str:
+    """The path of the layer `name` in this model: below `text_model` for transformers 4."""
+    return TEXT + name if TEXT.rstrip(".") in dict(model.named_children()) else name
+
+
+def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The layers that the targets name. AdapterError for a target that names none."""
+    layers, found = list(adaptable_layers(model)), dict[str, None]()
+    for target in targets:
+        endings = tuple(f".{ending}" for ending in GROUPS.get(target, (target,)))  # "to_q" is no ending of "proj_to_q"
+        if not (matches := [name for name in layers if f".{name}".endswith(endings)]):
+            near = did_you_mean(target, [*GROUPS, *(re.findall(r"[^.]+(?:\.\d+)?$", name)[0] for name in layers)])
+            raise AdapterError(f'target "{target}" matches no linear layer or convolution of {type(model).__name__}.{near}')
+        found |= dict.fromkeys(matches)
+    if not found:
+        raise AdapterError(f"no targets were given; the default is {' '.join(DEFAULT_TARGETS)}.")
+    return list(found)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """Every adapted layer of the model, by module name."""
+    """Every layer with adapters, by name."""
     return {name.removeprefix(TEXT): module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of the adapters in the model, in the order in which they came."""
+    """The names of the adapters in the model, in the order in which they were added."""
     return list(dict.fromkeys(name for layer in lora_layers(model).values() for name in layer.lora_A))
 
 
+def adapter_weights(model: nn.Module, adapter_name: str = "default") -> dict[str, LoRAWeights]:
+    """One adapter, as `attach` takes it; the tensors are the layers' own, without gradients."""
+    layers = lora_layers(model).items()
+    return {name: layer.weights(adapter_name) for name, layer in layers if adapter_name in layer.lora_A}
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that an optimizer should get, by name."""
+    """The parameters for an optimizer, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def print_trainable_parameters(model: nn.Module) -> None:
-    """One line, in peft's form: trainable params: 797,184 || all params: 860,318,148 || trainable%: 0.0927"""
-    some = sum(parameter.numel() for parameter in trainable(model).values())
-    every = sum(parameter.numel() for parameter in model.parameters())
-    print(f"trainable params: {some:,} || all params: {every:,} || trainable%: {100 * some / every:.4f}")
-
-
-# --- replacing layers ------------------------------------------------------------------------------------------------
-
-
-def real_path(model: nn.Module, name: str) -> str:
-    """Where `name` is in this model: below `text_model` for transformers 4."""
-    return TEXT + name if TEXT.rstrip(".") in dict(model.named_children()) else name
-
-
-def wrap(model: nn.Module, name: str) -> LoRALayer:
-    """The layer called `name` as a LoRALayer: the one that is there already, or a new one around the plain layer."""
-    module = model.get_submodule(real_path(model, name))
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        layer = LoRALinear(module) if isinstance(module, nn.Linear) else LoRAConv2d(module)
-        module = layer.train(module.training)  # new modules are in training mode: dropout would be on in a model at rest
-        set_module(model, name, module)
-    assert isinstance(module, LoRALayer)
-    return module
-
-
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = real_path(model, name).rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
-
-
 # --- checks ----------------------------------------------------------------------------------------------------------
-
-
-def check_plain(model: nn.Module) -> None:
-    """AdapterError while adapters are in the model: its state dict would have names that no other program knows."""
-    if names := adapter_names(model):
-        raise AdapterError(f"{type(model).__name__} carries adapters ({', '.join(names)}); unload_lora_weights first.")
 
 
 def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
@@ -232,43 +229,27 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
         raise AdapterError(f'"{adapter_name}" cannot name an adapter; take a plain word such as "dog".')
     if adapter_name in adapter_names(model):
         raise AdapterError(f'an adapter called "{adapter_name}" is there already; choose another name, or eject first.')
-    if any(layer.unmerged_weight is not None for layer in lora_layers(model).values()):
+    if is_merged(model):
         raise AdapterError("adapters are merged into the weights; unmerge (unfuse_lora) before adding another.")
 
 
 def check_sizes(model: nn.Module, ranks: Mapping[str, int], alpha: float | None, dropout: float) -> None:
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise AdapterError(f"alpha is {alpha}; it must be a positive number.")
-    if not 0 <= dropout < 1:
-        raise AdapterError(f"dropout is {dropout}; it must be at least 0 and less than 1.")
-    layers = adaptable_layers(model)
-    for name, rank in ranks.items():
-        outputs, inputs = layers[name].weight.flatten(1).shape
-        if rank < 1:
-            raise AdapterError(f"rank is {rank}; it must be at least 1.")
-        if rank > min(outputs, inputs):
-            most = f"its weight is {outputs} x {inputs}, so give at most {min(outputs, inputs)}"
-            raise AdapterError(f"rank {rank} is more than {name} has: {most}.")
-
-
-def check_shapes(name: str, weights: LoRAWeights, shape: Sequence[int]) -> None:
-    """AdapterError unless an adapter's tensors fit each other, and a W of this shape."""
-    A, B = tuple(weights.A.shape), tuple(weights.B.shape)
-    if len(B) != 2 or A[0] != B[1]:
-        raise AdapterError(f"{name}: the ranks of A and B differ: A is {A}, B is {B}.")
-    if (B[0], *A[1:]) != tuple(shape):
-        raise AdapterError(f"{name}: the adapter is for a weight of {(B[0], *A[1:])}; the model has {tuple(shape)}.")
-    ones = (1,) * (len(shape) - 2)
-    for_outputs, for_inputs = (shape[0], 1, *ones), (1, shape[1], *ones)
-    if weights.magnitude is not None and (m := tuple(weights.magnitude.shape)) not in (for_outputs, for_inputs):
-        raise AdapterError(f"{name}: DoRA's magnitude is {m}; this layer takes {for_outputs} or {for_inputs}.")
+    if not 0 < (1 if alpha is None else alpha) < math.inf or not 0 <= dropout < 1:
+        raise AdapterError(f"alpha is {alpha} and dropout is {dropout}; alpha must be positive, and 0 <= dropout < 1.")
+    for name, layer in adaptable_layers(model).items():
+        most = min(layer.weight.flatten(1).shape)
+        if not 1 <= ranks.get(name, 1) <= most:
+            raise AdapterError(f"rank {ranks[name]} is not possible for {name}: it can be 1 to {most}.")
 
 
 def adapted_layers(model: nn.Module, what: str) -> dict[str, LoRALayer]:
-    """The adapted layers, or an AdapterError where there are none or they are merged already."""
-    layers = lora_layers(model)
-    if not layers:
+    """The layers with adapters, or an AdapterError if there are none or they are merged."""
+    if not (layers := lora_layers(model)):
         raise AdapterError(f"{what}: the model has no adapter; inject or load one first.")
-    if any(layer.unmerged_weight is not None for layer in layers.values()):
+    if is_merged(model):
         raise AdapterError(f"{what}: the adapters are merged already; unmerge (unfuse_lora) first.")
     return layers
+
+
+def is_merged(model: nn.Module) -> bool:
+    return any(layer.unmerged_weight is not None for layer in lora_layers(model).values())

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from minidiff.core.config import SD15_UNET
 from minidiff.core.errors import AdapterError, WeightsError, printable
+from minidiff.core.inject import adaptable_layers
 from minidiff.core.lora import LoRAWeights
-from minidiff.core.targets import adaptable_layers, last_words
 from minidiff.files import lora_file as lora
 from minidiff.files import names as keymaps
 from minidiff.files import word_file as embeddings
@@ -194,6 +194,12 @@ def layer_groups(found: Mapping[str, tuple[Parts, float | None]]) -> list[str]:
         groups.setdefault(f"of the {component}: rank {rank}, alpha {alpha}{dora}", []).append(last_words(name))
     largest = sorted(groups.items(), key=lambda group: -len(group[1]))
     return [f"{len(names)} {what} ({', '.join(sorted(set(names)))})" for what, names in largest] or ["none"]
+
+
+def last_words(name: str) -> str:
+    """The shortest ending that says something: "to_q", but "to_out.0" where the last word is a number."""
+    words = name.split(".")
+    return ".".join(words[-2:]) if words[-1].isdigit() else words[-1]
 
 
 def lora_match(modules: Headers, count: int, model: ModelParts) -> str:

@@ -13,7 +13,7 @@ the tables.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minidiff.core.config import SD15_UNET, UNetConfig
 from minidiff.core.errors import AdapterError, did_you_mean, listed
-from minidiff.core.inject import adaptable_layers, adapter_names, attach, check_adapter_name, lora_layers, set_adapters
+from minidiff.core.inject import adaptable_layers, adapter_names, check_adapter_name, lora_layers, set_adapters, wrap
 from minidiff.core.lora import LoRAWeights
 from minidiff.files import names as keymaps
 from minidiff.files.lora_headers import FILE_NAME, PEFT_FILE, LoRAHeader, find_lora, lora_header
@@ -176,6 +176,29 @@ def load_lora(
             set_adapters(model, [adapter_name] if adapter_name in adapter_names(model) else [])
     notes = (*lora.notes, f"{len(left)} tensors that match nothing were left out") if left else lora.notes
     return replace(lora, modules=found, notes=notes)
+
+
+def attach(model: nn.Module, weights: Mapping[str, LoRAWeights], adapter_name: str = "default") -> None:
+    """Add an adapter to a model, at strength 1: layer name -> its change. AdapterError before anything is changed."""
+    check_adapter_name(model, adapter_name)
+    layers = adaptable_layers(model)
+    if unknown := weights.keys() - layers.keys():
+        matched = f"{len(weights) - len(unknown)} of {len(weights)} modules"
+        raise AdapterError(f"{matched} match {type(model).__name__}.\n{listed('without a layer', unknown)}")
+    for name, change in weights.items():
+        check_shapes(name, change, layers[name].weight.shape)
+    for name, change in weights.items():
+        wrap(model, name).add(adapter_name, change)
+
+
+def check_shapes(name: str, weights: LoRAWeights, shape: Sequence[int]) -> None:
+    """AdapterError unless A, B and m fit a W of this shape."""
+    A, B, ones = tuple(weights.A.shape), tuple(weights.B.shape), (1,) * (len(shape) - 2)
+    if B != (shape[0], A[0]) or A[1:] != tuple(shape)[1:]:
+        raise AdapterError(f"{name}: A is {A} and B is {B}; they do not fit a weight of {tuple(shape)}.")
+    m = None if weights.magnitude is None else tuple(weights.magnitude.shape)
+    if m not in (None, (shape[0], 1, *ones), (1, shape[1], *ones)):
+        raise AdapterError(f"{name}: DoRA's magnitude is {m}; it does not fit a weight of {tuple(shape)}.")
 
 
 def check_fit(

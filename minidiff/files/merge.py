@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.core.errors import AdapterError
-from minidiff.core.inject import eject, lora_layers
+from minidiff.core.inject import adaptable_layers, eject, lora_layers, plain_name
 from minidiff.core.lora import LoRAWeights
-from minidiff.core.targets import adaptable_layers, plain_name
 from minidiff.files.parts import flat
 from minidiff.files.weights import is_finite
 

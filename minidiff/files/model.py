@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.core import inject, textual_inversion
+from minidiff.core import textual_inversion
 from minidiff.core.config import SD15_UNET, SD15_VAE, NoiseConfig, UNetConfig, VAEConfig
-from minidiff.core.errors import SettingsError, WeightsError, listed
+from minidiff.core.errors import AdapterError, SettingsError, WeightsError, listed
+from minidiff.core.inject import adapter_names
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.files import names
@@ -190,8 +191,9 @@ def write_folder(model: ModelParts, folder: str | Path, dtype: torch.dtype | Non
     """
     home = Path(folder)
     unet, vae, text_encoder, tokenizer, noise, sampler = model.arguments
-    inject.check_plain(unet)
-    inject.check_plain(text_encoder)
+    for adapted in model.adaptable.values():
+        if adapters := adapter_names(adapted):  # the state dict would have names that no other program knows
+            raise AdapterError(f"{type(adapted).__name__} carries adapters ({', '.join(adapters)}); unload_lora_weights first.")
     textual_inversion.check_plain(text_encoder)
     text_config = dict(sorted({**text_encoder.config.to_diff_dict(), "architectures": ["CLIPTextModel"]}.items()))
     configs = {

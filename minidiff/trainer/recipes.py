@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from minidiff.core.errors import AdapterError, DataError
-from minidiff.core.inject import adapter_weights, adapters_off, inject, print_trainable_parameters
+from minidiff.core.inject import adapter_weights, adapters_off, inject, trainable
 from minidiff.core.textual_inversion import add_word, initial_vectors
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.lora_file import save_lora
@@ -241,6 +241,13 @@ def add_adapters(pipe: StableDiffusionPipeline, settings: AdapterSettings) -> di
         )
         print_trainable_parameters(network)
     return {part: network for part, (network, _) in targets.items()}
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """One line, in peft's form: trainable params: 797,184 || all params: 860,318,148 || trainable%: 0.0927"""
+    some = sum(parameter.numel() for parameter in trainable(model).values())
+    every = sum(parameter.numel() for parameter in model.parameters())
+    print(f"trainable params: {some:,} || all params: {every:,} || trainable%: {100 * some / every:.4f}")
 
 
 def write_adapter(folder: Path, networks: dict[str, nn.Module], metadata: dict[str, str]) -> None:

@@ -11,13 +11,10 @@ from minidiff.core.inject import (
     adapter_names,
     adapter_weights,
     adapters_off,
-    attach,
-    check_plain,
     eject,
     inject,
     lora_layers,
     merge,
-    print_trainable_parameters,
     set_adapters,
     trainable,
     unmerge,
@@ -25,6 +22,7 @@ from minidiff.core.inject import (
 from minidiff.core.lora import LoRAConv2d, LoRALinear, LoRAWeights
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files.folder import SD15_TEXT
+from minidiff.files.lora_file import attach
 from minidiff.files.text_files import build_text_encoder
 
 FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -105,13 +103,6 @@ def test_counting_takes_no_memory(sd15: UNet2DConditionModel) -> None:
     inject(sd15, 32, targets=["attn2.to_k", "samplers"], dora=True)
     assert all(p.is_meta for p in trainable(sd15).values())
     eject(sd15)
-
-
-def test_print_trainable_parameters(sd15: UNet2DConditionModel, capsys: pytest.CaptureFixture[str]) -> None:
-    inject(sd15, 4)
-    print_trainable_parameters(sd15)
-    eject(sd15)
-    assert capsys.readouterr().out == "trainable params: 797,184 || all params: 860,318,148 || trainable%: 0.0927\n"
 
 
 # --- which layers, which ranks ---------------------------------------------------------------------------------------
@@ -301,10 +292,10 @@ def test_attach_gives_the_same_outputs(dora: bool) -> None:
             None,
             "1 of 2 modules match UNet2DConditionModel.\n  1 without a layer: mid_block.n",
         ),
-        (FIRST, (2, 16), (16, 3), None, r"attn1.to_q: the ranks of A and B differ: A is \(2, 16\), B is \(16, 3\)"),
-        (FIRST, (2, 17), (16, 2), None, r"attn1.to_q: the adapter is for a weight of \(16, 17\); the model has \(16, 16\)"),
-        ("conv_in", (2, 4), (16, 2), None, r"conv_in: the adapter is for a weight of \(16, 4\); the model has \(16, 4, 3, 3\)"),
-        (FIRST, (2, 16), (16, 2), (16,), r"DoRA's magnitude is \(16,\); this layer takes \(16, 1\) or \(1, 16\)"),
+        (FIRST, (2, 16), (16, 3), None, r"to_q: A is \(2, 16\) and B is \(16, 3\); they do not fit a weight of \(16, 16\)"),
+        (FIRST, (2, 17), (16, 2), None, r"to_q: A is \(2, 17\) and B is \(16, 2\); they do not fit a weight of \(16, 16\)"),
+        ("conv_in", (2, 4), (16, 2), None, r"conv_in: A is \(2, 4\) and .*not fit a weight of \(16, 4, 3, 3\)"),
+        (FIRST, (2, 16), (16, 2), (16,), r"DoRA's magnitude is \(16,\); it does not fit a weight of \(16, 16\)"),
     ],
 )
 def test_attach_refuses_what_does_not_fit(name: str, A: tuple, B: tuple, m: tuple | None, message: str) -> None:
@@ -408,9 +399,9 @@ def test_a_new_adapter_is_the_only_one_that_trains() -> None:
     ("names", "strengths", "message"),
     [
         (["styel"], None, 'no adapter is called "styel"; there is dog, style. Did you mean "style"'),
-        (["dog", "style"], [1.0], r"2 adapters \['dog', 'style'\] but 1 weights \[1.0\]"),
-        (["dog", "dog"], [0.5, 0.5], r"an adapter is named twice in \['dog', 'dog'\]"),
-        (["dog"], [float("nan")], 'the weight of adapter "dog" is nan'),
+        (["dog", "style"], [1.0], r"2 adapters \['dog', 'style'\] and 1 weights \[1.0\]; .* give each one finite weight"),
+        (["dog", "dog"], [0.5, 0.5], r"2 adapters \['dog', 'dog'\] and 2 weights .*; name each adapter once"),
+        (["dog"], [float("nan")], r"1 adapters \['dog'\] and 1 weights \[nan\]; .* one finite weight"),
     ],
 )
 def test_set_adapters_refuses(names: list[str], strengths: list[float] | None, message: str) -> None:
@@ -427,23 +418,23 @@ def test_set_adapters_refuses(names: list[str], strengths: list[float] | None, m
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank is 0; it must be at least 1"),
-        ({"rank": 17}, "rank 17 is more than .* has: its weight is 16 x 16"),
-        ({"rank": 5, "targets": ["attention", "conv_out"]}, "rank 5 is more than conv_out has: its weight is 4 x 144"),
-        ({"rank": 2, "rank_of": {"to_q": 0}}, "rank is 0"),
-        ({"rank": 2, "rank_of": {"attn2.to_k": 25}}, "rank 25 is more than .*attn2.to_k has"),
+        ({"rank": 0}, "rank 0 is not possible for .*: it can be 1 to 16"),
+        ({"rank": 17}, "rank 17 is not possible for .*: it can be 1 to 16"),
+        ({"rank": 5, "targets": ["attention", "conv_out"]}, "rank 5 is not possible for conv_out: it can be 1 to 4"),
+        ({"rank": 2, "rank_of": {"to_q": 0}}, "rank 0 is not possible for .*to_q"),
+        ({"rank": 2, "rank_of": {"attn2.to_k": 25}}, "rank 25 is not possible for .*attn2.to_k"),
         ({"rank": 2, "rank_of": {"to_out": 4}}, 'Did you mean "to_out.0"'),
         ({"rank": 2, "rank_of": {"conv1": 4}}, 'a rank is given for "conv1", and no such layer is among the targets'),
-        ({"rank": 2, "alpha": 0}, "alpha is 0; it must be a positive number"),
+        ({"rank": 2, "alpha": 0}, "alpha is 0 and .*; alpha must be positive"),
         ({"rank": 2, "alpha": -1}, "alpha is -1"),
         ({"rank": 2, "alpha": float("nan")}, "alpha is nan"),
-        ({"rank": 2, "dropout": 1.0}, "dropout is 1.0; it must be at least 0 and less than 1"),
-        ({"rank": 2, "targets": ["to_q", "to_out"]}, 'names a ModuleList .* Did you mean "to_out.0"'),
-        ({"rank": 2, "targets": "toq"}, 'matches nothing in UNet2DConditionModel. Did you mean "to_q"'),
+        ({"rank": 2, "dropout": 1.0}, "dropout is 1.0; .* 0 <= dropout < 1"),
+        ({"rank": 2, "targets": ["to_q", "to_out"]}, '"to_out" matches no linear layer .* Did you mean "to_out.0"'),
+        ({"rank": 2, "targets": "toq"}, '"toq" matches no linear layer .* Did you mean "to_q"'),
         ({"rank": 2, "targets": "atention"}, 'Did you mean "attention"'),
-        ({"rank": 2, "targets": "text"}, '"text" matches nothing .* groups of them: attention, cross_attention, feed_forward'),
-        ({"rank": 2, "targets": ["norm1"]}, "names a LayerNorm .* linear layers and convolutions only"),
-        ({"rank": 2, "targets": ["o_q"]}, "matches nothing"),
+        ({"rank": 2, "targets": "text"}, '"text" matches no linear layer or convolution of UNet2D'),
+        ({"rank": 2, "targets": ["norm1"]}, "matches no linear layer or convolution"),
+        ({"rank": 2, "targets": ["o_q"]}, "matches no linear layer"),
         ({"rank": 2, "targets": []}, "no targets"),
         ({"rank": 2, "adapter_name": "my.dog"}, "cannot name an adapter"),
         ({"rank": 2, "adapter_name": "keys"}, "cannot name an adapter"),
@@ -464,11 +455,3 @@ def test_the_same_name_twice_is_an_error() -> None:
         inject(unet, 2)
     with pytest.raises(AdapterError, match='"default" is there already'):
         attach(unet, adapter_weights(unet))
-
-
-def test_a_state_dict_with_adapters_is_refused() -> None:
-    unet = tiny_unet()
-    check_plain(unet)
-    inject(unet, 2, adapter_name="dog")
-    with pytest.raises(AdapterError, match=r"UNet2DConditionModel carries adapters \(dog\)"):
-        check_plain(unet)

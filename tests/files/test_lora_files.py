@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from minidiff.core.config import TINY_UNET
 from minidiff.core.errors import AdapterError, WeightsError
-from minidiff.core.inject import adaptable_layers, adapter_names, adapter_weights, attach, inject, lora_layers
+from minidiff.core.inject import adaptable_layers, adapter_names, adapter_weights, inject, lora_layers
 from minidiff.core.lora import LoRAWeights
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files import lora_file as lora
 from minidiff.files import names as keymaps
-from minidiff.files.lora_file import FILE_NAME, PEFT_FILE, LoRAFile, load_lora, read_lora, save_lora
+from minidiff.files.lora_file import FILE_NAME, PEFT_FILE, LoRAFile, attach, load_lora, read_lora, save_lora
 from minidiff.files.lora_names import WRITTEN
 from minidiff.files.peft_config import PEFT_CONFIG
 from minidiff.files.weights import read_header, save

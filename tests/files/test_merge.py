@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from minidiff.cli.main import main
 from minidiff.core.errors import AdapterError
-from minidiff.core.inject import attach, lora_layers, set_adapters
+from minidiff.core.inject import lora_layers, set_adapters
 from minidiff.core.inject import merge as fuse
 from minidiff.core.lora import LoRAWeights
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files import model as models
-from minidiff.files.lora_file import read_lora, save_lora
+from minidiff.files.lora_file import attach, read_lora, save_lora
 from minidiff.files.merge import bake, cut, extract, join, lost
 from minidiff.files.model import ModelParts, read_model
 

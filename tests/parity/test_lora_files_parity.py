@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minidiff.core.config import TINY_UNET
-from minidiff.core.inject import adaptable_layers, attach, lora_layers
+from minidiff.core.inject import adaptable_layers, lora_layers
 from minidiff.core.lora import LoRAWeights
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files.folder import config_values
-from minidiff.files.lora_file import load_lora, read_lora, save_lora
+from minidiff.files.lora_file import attach, load_lora, read_lora, save_lora
 from minidiff.files.text_files import build_text_encoder
 
 diffusers = pytest.importorskip("diffusers")

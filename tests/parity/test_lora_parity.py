@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from minidiff.core.config import TINY_UNET
 from minidiff.core.inject import (
     adapter_weights,
-    attach,
     inject,
     lora_layers,
     merge,
-    print_trainable_parameters,
     set_adapters,
     trainable,
 )
@@ -26,8 +24,9 @@ from minidiff.core.train import clip_gradients
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.fast import lean
 from minidiff.files.folder import config_values
-from minidiff.files.lora_file import load_lora, save_lora
+from minidiff.files.lora_file import attach, load_lora, save_lora
 from minidiff.trainer.optimizers import adamw
+from minidiff.trainer.recipes import print_trainable_parameters
 from minidiff.trainer.settings import TrainSettings
 
 diffusers = pytest.importorskip("diffusers")

@@ -18,13 +18,13 @@ from PIL import Image
 from tiny_recipes import METHODS, PRIOR, base_of, draw_pictures, loaded, numbers, picture, same, tiny, train, trained
 from torch import Tensor
 
-from minidiff.core.config import NoiseConfig
+from minidiff.core.config import SD15_UNET, NoiseConfig
 from minidiff.core.errors import DataError, MinidiffError, SettingsError
-from minidiff.core.inject import adapters_off
+from minidiff.core.inject import DEFAULT_TARGETS, GROUPS, adapters_off, inject
 from minidiff.core.losses import min_snr_weights, mse
 from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
-from minidiff.core.targets import DEFAULT_TARGETS, GROUPS
 from minidiff.core.train import Batch
+from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files.folder import SAMPLER_OF, config_values, write_json
 from minidiff.files.text_files import to_file_keys
 from minidiff.trainer import checkpoint
@@ -32,7 +32,7 @@ from minidiff.trainer import task as common
 from minidiff.trainer.job import Job
 from minidiff.trainer.methods import LoRASettings
 from minidiff.trainer.priors import base_target
-from minidiff.trainer.recipes import RECIPES
+from minidiff.trainer.recipes import RECIPES, print_trainable_parameters
 from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import FineTuneSettings
 from minidiff.trainer.task import diffusion_loss, load_base, load_data, model_fingerprint, sample_sheets
@@ -534,3 +534,11 @@ def test_captioned_folder(make: Any, pictures: Path) -> None:
 
 def test_the_default_targets_are_the_adapters_own() -> None:
     assert LoRASettings().lora_targets == ("attention",) and GROUPS["attention"] == DEFAULT_TARGETS
+
+
+def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    with torch.device("meta"):
+        sd15 = UNet2DConditionModel(SD15_UNET)
+    inject(sd15, 4)
+    print_trainable_parameters(sd15)
+    assert capsys.readouterr().out == "trainable params: 797,184 || all params: 860,318,148 || trainable%: 0.0927\n"

@@ -28,11 +28,10 @@ from minidiff.files import lora_file as lora
 from minidiff.files import names as keymaps
 from minidiff.files import word_file as embeddings
 from minidiff.files.folder import read_json
-from minidiff.files.lora_headers import Headers, lora_header
+from minidiff.files.lora_module import METADATA, changed_shape, check_parts, flat, read_configs, weights_of
+from minidiff.files.lora_names import Headers, lora_header
 from minidiff.files.merge import svd
 from minidiff.files.model import ModelParts
-from minidiff.files.parts import changed_shape, check_parts, flat, weights_of
-from minidiff.files.peft_config import METADATA, read_configs
 from minidiff.files.weights import TensorFile, find_weights, is_finite, is_pickle, read_header
 
 Parts = dict[str, Tensor]  # a module's tensors by part

@@ -5,10 +5,9 @@
     save_lora(modules, "dog.safetensors", dialect="kohya")
 
 The tensors alone do not say how strong an adapter is: scale = alpha / r, and alpha is a tensor of its own (kohya), a table in
-the metadata (diffusers) or in a second file (peft). Where the file is silent, alpha = r is the rule of all programs.
+the metadata (diffusers) or in a second file (peft). If the file is silent, all programs take alpha = r.
 
-dialects.py knows the names and lora_headers.py sorts a file by them; parts.py has the tensors of one module, peft_config.py
-the tables.
+lora_names.py has the names of tensors, lora_module.py the tensors of one layer and peft's tables.
 """
 
 import json
@@ -24,34 +23,42 @@ from minidiff.core.config import SD15_UNET, UNetConfig
 from minidiff.core.errors import AdapterError, did_you_mean, listed
 from minidiff.core.inject import adaptable_layers, adapter_names, check_adapter_name, lora_layers, set_adapters, wrap
 from minidiff.core.lora import LoRAWeights
-from minidiff.files import names as keymaps
-from minidiff.files.lora_headers import FILE_NAME, PEFT_FILE, LoRAHeader, find_lora, lora_header
-from minidiff.files.lora_names import WRITTEN, Place, key_of
-from minidiff.files.parts import changed_shape, check_parts, fitted, flat, parts_of, weights_of
-from minidiff.files.peft_config import (
+from minidiff.files import names as all_names
+from minidiff.files import word_file
+from minidiff.files.atomic import write_bytes
+from minidiff.files.lora_module import (
     COMPONENTS,
     METADATA,
     PEFT_CONFIG,
     Config,
     alpha_of,
+    changed_shape,
+    check_parts,
     config_scale,
+    fitted,
+    flat,
+    parts_of,
     peft_config,
     read_configs,
+    weights_of,
 )
+from minidiff.files.lora_names import USE_INVERSION, WRITTEN, LoRAHeader, Place, key_of, lora_header
 from minidiff.files.weights import TensorFile, file_at, read_header, save
 
+FILE_NAME = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """What a file holds, in minidiff's words; as a string, one line for people."""
+    """The adapter of a file. As a string, one line for people."""
 
     path: Path
     dialect: str
     modules: dict[str, LoRAWeights]
-    alpha_known: bool  # False: the file does not say it for every module, and alpha = r was taken
+    alpha_known: bool  # False: the file does not say it for every layer, and alpha = r was taken
     metadata: dict[str, str]
     unknown: tuple[str, ...] = ()  # tensors that are no part of an adapter for SD
-    notes: tuple[str, ...] = ()  # what a person should hear
+    notes: tuple[str, ...] = ()  # for the person who loads it
 
     @property
     def scales(self) -> dict[str, float]:
@@ -79,6 +86,23 @@ def _few(values: Iterable[float]) -> str:
 # --- reading -----------------------------------------------------------------------------------------------------------
 
 
+def find_lora(path: str | Path, weight_name: str | None = None) -> Path:
+    """The file itself, or the adapter in a folder, or the file `weight_name` in it."""
+    path = Path(path)
+    if weight_name is not None:
+        return path / weight_name
+    if not path.is_dir():
+        return path
+    for name in (FILE_NAME, PEFT_FILE):
+        if (path / name).is_file():
+            return path / name
+    there = sorted(p.name for p in path.glob("*.safetensors"))
+    if word_file.FILE_NAME in there:
+        raise AdapterError(f"{path} is no LoRA's folder: it has {word_file.FILE_NAME}. {USE_INVERSION}")
+    hint = f"it has {', '.join(there)}: name the file itself" if there else "there is no .safetensors file in it"
+    raise AdapterError(f"{path} has no {FILE_NAME} and no {PEFT_FILE}; {hint}.")
+
+
 def read_lora(
     path: str | Path,
     weight_name: str | None = None,
@@ -86,7 +110,7 @@ def read_lora(
     config: UNetConfig = SD15_UNET,
     strict: bool = True,
 ) -> LoRAFile:
-    """Every module of an adapter file, of a folder that diffusers or peft wrote, or of any folder with `weight_name`.
+    """Every layer of an adapter file, of a folder that diffusers or peft wrote, or of any folder with `weight_name`.
 
     `alpha` is for files that do not say it. `config` is the U-Net in which LDM's names are counted. A tensor that belongs to
     no adapter of an SD model is an AdapterError; with `strict=False` it is listed in `unknown`.
@@ -120,7 +144,7 @@ def read_modules(header: LoRAHeader, alpha: float | None, strict: bool) -> LoRAF
 
 
 def said_scale(path: Path, module: str, parts: Mapping[str, Tensor], configs: Mapping[str, Config]) -> float | None:
-    """What the file says of a module's scale, in a tensor of its own or in a table; None where it says nothing."""
+    """The scale of a layer, from a tensor of the file or from a table; None if the file is silent."""
     rank = len(parts["down"])
     if "alpha" in parts:
         alpha = parts["alpha"].item()
@@ -132,7 +156,7 @@ def said_scale(path: Path, module: str, parts: Mapping[str, Tensor], configs: Ma
 
 
 def check_alpha(path: Path, dialect: str, alpha: float | None, said: Mapping[str, float | None]) -> None:
-    """`alpha` is given where the file is silent, and only there. peft's files are never silent, if all of them are there."""
+    """`alpha` may be given only if the file is silent. peft's folders never are, if both files are there."""
     silent = None in said.values()
     if alpha is None and silent and dialect == "peft":
         raise AdapterError(
@@ -156,10 +180,10 @@ def load_lora(
     alpha: float | None = None,
     strict: bool = True,
 ) -> LoRAFile:
-    """Put the adapter of a file on the models, {"unet": …, "text_encoder": …}, and switch it on alone.
+    """Attach the adapter of a file to the models, {"unet": …, "text_encoder": …}, and make it the only active one.
 
-    Every tensor must find its layer: no match, a part that matches and another model's shapes are AdapterErrors, raised
-    before anything is changed. `strict=False` takes what matches, if anything does, and says what was left.
+    Every tensor must match a layer. If none or only a part of them does, or the shapes are another model's, that is an
+    AdapterError, raised before anything is changed. With `strict=False` a part is attached, and `notes` says what was left.
     """
     for model in models.values():
         check_adapter_name(model, adapter_name)
@@ -207,14 +231,14 @@ def check_fit(
     header: LoRAHeader,
     strict: bool,
 ) -> list[str]:
-    """The tensors that find no layer; none if `strict`. By the header alone, before any data is read."""
+    """The tensors without a layer; none if `strict`. From the header alone, before any data is read."""
     file, modules = header.file, header.modules
-    strangers = header.unknown + [info.key for name, parts in modules.items() if name not in layers for info in parts.values()]
-    matched = len(file.tensors) - len(strangers)
-    if strangers and (strict or not matched):
+    unmatched = header.unknown + [info.key for name, parts in modules.items() if name not in layers for info in parts.values()]
+    matched = len(file.tensors) - len(unmatched)
+    if unmatched and (strict or not matched):
         raise AdapterError(
             f"{file.path}: {matched} of {len(file.tensors)} tensors match {_named(models)}. "
-            f"{_families(models, file)}\n{listed('without a layer', strangers)}"
+            f"{_families(models, file)}\n{listed('without a layer', unmatched)}"
         )
     misfits = []
     for name in modules.keys() & layers.keys():
@@ -224,7 +248,7 @@ def check_fit(
             misfits.append(f"{name} is for {shape}, the model has {own}")
     if misfits:
         raise AdapterError(f"{file.path} is for another model. {_families(models, file)}\n{listed('misshapen', misfits)}")
-    return strangers
+    return unmatched
 
 
 def _named(models: Mapping[str, nn.Module]) -> str:
@@ -232,7 +256,7 @@ def _named(models: Mapping[str, nn.Module]) -> str:
 
 
 def _families(models: Mapping[str, nn.Module], file: TensorFile) -> str:
-    width = keymaps.cross_attention_width(models["unet"].state_dict()) if "unet" in models else None
+    width = all_names.cross_attention_width(models["unet"].state_dict()) if "unet" in models else None
     return f"The file looks like {file.looks_like}" + (f"; this model has cross-attention width {width}." if width else ".")
 
 
@@ -263,10 +287,9 @@ def save_lora(
     if dialect == "peft":
         base = about.get("base_model", "")
         config = {**configs_of(modules)["unet"], "base_model_name_or_path": base, "inference_mode": True}
-        beside = path.with_name(PEFT_CONFIG)
-        beside.unlink(missing_ok=True)  # the old one must not be taken for the new tensors'
+        path.with_name(PEFT_CONFIG).unlink(missing_ok=True)  # the old one must not be taken for the new tensors'
         save(tensors, path, about)
-        beside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_bytes(path.with_name(PEFT_CONFIG), f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode())
         return path
     if dialect == "diffusers":
         flat_config = {f"{c}.{key}": value for c, config in configs_of(modules).items() for key, value in config.items()}
@@ -295,7 +318,7 @@ def configs_of(modules: Mapping[str, LoRAWeights]) -> dict[str, Config]:
 
 
 def kohya_metadata(modules: Mapping[str, LoRAWeights]) -> dict[str, str]:
-    """What kohya's scripts and A1111 look for beside the tensors; the tensors' own alpha counts."""
+    """The metadata that kohya's scripts and A1111 look for. The scale itself is in the tensors `alpha`."""
     ranks = {str(weights.rank) for weights in modules.values()}
     alphas = {f"{alpha_of(weights):g}" for weights in modules.values()}
     return {

@@ -1,6 +1,6 @@
 """Every program's names for the tensors of an adapter, and minidiff's own.
 
-A tensor's name in a file says its module and its part. minidiff calls modules by component and path, "unet.….attn1.to_q" and
+A tensor's name in a file says its layer and its part. minidiff calls layers by component and path, "unet.….attn1.to_q" and
 "text_encoder.encoder.layers.0.self_attn.q_proj", and parts by what they do: "down", "up", "mid", "alpha", "magnitude" and
 "dora_scale".
 
@@ -20,11 +20,14 @@ text encoder of the SD family can have are written down dotted, and looked up by
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
 from minidiff.core.config import UNetConfig
-from minidiff.files import names as keymaps
+from minidiff.core.errors import AdapterError
+from minidiff.files import names, word_file
+from minidiff.files.weights import TensorFile, TensorInfo
 
 WRITTEN = ("diffusers", "kohya", "peft")  # the dialects that are written: a1, c, d
 
@@ -34,6 +37,52 @@ class Place(NamedTuple):
 
     module: str
     part: str
+
+
+# --- a file ------------------------------------------------------------------------------------------------------------
+
+USE_INVERSION = "A textual inversion is used by --textual_inversion, in Python by load_textual_inversion."
+Headers = dict[str, dict[str, TensorInfo]]  # layer -> its tensors by part
+
+
+@dataclass(frozen=True)
+class LoRAHeader:
+    """The tensors of a file by layer and part, and the names that belong to no adapter."""
+
+    file: TensorFile
+    dialect: str
+    modules: Headers
+    unknown: list[str]
+
+
+def check_dialect(file: TensorFile) -> str:
+    """The style of the file, or an AdapterError that says what the file is instead."""
+    dialect, kind = names.lora_dialect(file.tensors), names.adapter_kind(file.tensors)
+    if dialect is None:
+        hint = f" {USE_INVERSION}" if word_file.is_embedding(file.tensors) else ""
+        raise AdapterError(f"{file.path} is no LoRA. The file looks like {file.looks_like}.{hint}")
+    if kind not in ("LoRA", "DoRA"):
+        raise AdapterError(
+            f"{file.path}: unsupported adapter type {kind}; minidiff reads LoRA, LoCon and DoRA. Bake it into a model with the "
+            "program that made it: minidiff merge extract gets a LoRA out of that."
+        )
+    if dialect == "cloneofsimo":
+        raise AdapterError(
+            f"{file.path} is {file.looks_like}, which counts layers and does not name them; minidiff does not read that. "
+            f"Three of its tensors: {', '.join(list(file.tensors)[:3])}."
+        )
+    return dialect
+
+
+def lora_header(file: TensorFile, config: UNetConfig) -> LoRAHeader:
+    """The tensors of a file by layer. LDM counts layers, of a U-Net like `config`. AdapterError for another kind of file."""
+    dialect, modules, unknown = check_dialect(file), Headers(), []
+    for key, info in file.tensors.items():
+        if (place := place_of(key, config)) is None:
+            unknown.append(key)
+        elif (other := modules.setdefault(place.module, {}).setdefault(place.part, info)) is not info:
+            raise AdapterError(f"{file.path} has two tensors for one place: {other.key} and {key}.")
+    return LoRAHeader(file, dialect, modules, unknown)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
@@ -78,7 +127,7 @@ def dotted_name(stem: str) -> str | None:
     path = stem.removeprefix("base_model.model.")
     component, _, rest = path.partition(".")
     path = rest if component in ("unet", "text_encoder") else path
-    path = path.removeprefix(keymaps.CLIP)
+    path = path.removeprefix(names.CLIP)
     if TEXT_START.match(path) and component != "unet":
         parent, _, last = path.rpartition(".")
         return f"text_encoder.{parent}.{OLD_TEXT.get(last, last)}"
@@ -92,16 +141,16 @@ def dotted_name(stem: str) -> str | None:
 @cache
 def kohya_names(config: UNetConfig) -> dict[str, str]:
     """Underscored name -> minidiff's name, for every module that can be adapted; with LDM's names for this U-Net."""
-    names = {}
-    ldm = keymaps.unet_table(config)
+    found = {}
+    ldm = names.unet_table(config)
     for path in unet_paths():
-        for form in (path, keymaps.rename(path, ldm)):
-            names[f"lora_unet_{underscored(form)}"] = f"unet.{path}"
+        for form in (path, names.rename(path, ldm)):
+            found[f"lora_unet_{underscored(form)}"] = f"unet.{path}"
     for path in text_paths():
         for prefix in ("lora_te", "lora_te1"):  # SDXL's lora_te2 is a second text encoder
-            for form in (path, keymaps.CLIP + path):
-                names[f"{prefix}_{underscored(form)}"] = f"text_encoder.{path}"
-    return names
+            for form in (path, names.CLIP + path):
+                found[f"{prefix}_{underscored(form)}"] = f"text_encoder.{path}"
+    return found
 
 
 def underscored(path: str) -> str:
@@ -144,7 +193,7 @@ PARTS = {
 def key_of(place: Place, dialect: str) -> str:
     """The name of a tensor in one of the dialects that are written."""
     component, _, path = place.module.partition(".")
-    path = keymaps.CLIP + path if component == "text_encoder" else path
+    path = names.CLIP + path if component == "text_encoder" else path
     stem = {
         "diffusers": f"{component}.{path}",
         "kohya": f"lora_{'te' if component == 'text_encoder' else 'unet'}_{underscored(path)}",

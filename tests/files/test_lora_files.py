@@ -18,8 +18,8 @@ from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files import lora_file as lora
 from minidiff.files import names as keymaps
 from minidiff.files.lora_file import FILE_NAME, PEFT_FILE, LoRAFile, attach, load_lora, read_lora, save_lora
+from minidiff.files.lora_module import PEFT_CONFIG
 from minidiff.files.lora_names import WRITTEN
-from minidiff.files.peft_config import PEFT_CONFIG
 from minidiff.files.weights import read_header, save
 from minidiff.files.word_file import save_embedding
 

@@ -1,0 +1,232 @@
+"""One layer's adapter as the tensors of a file, and as `LoRAWeights`; and how strong it is.
+
+    down            A: (r, in), or (r, in, kh, kw) for a convolution
+    up              B: (out, r) or (out, r, 1, 1)
+    mid             LoCon in Tucker's form only: (r, r, kh, kw), between a down and an up of 1 x 1
+    alpha           kohya's scale · r, one number
+    magnitude       peft's DoRA: (out,), for convolutions (1, out, 1, 1)
+    dora_scale      LyCORIS' DoRA: (out, 1[, 1, 1]), or in older files (1, in[, 1, 1])
+
+The two forms of DoRA's magnitude have the same shape (1, n, 1, 1), so a part is never read under the other's name.
+
+peft writes the scale into a table, `adapter_config.json` in its folders and `lora_adapter_metadata` in diffusers' files:
+
+    {"r": 4, "lora_alpha": 8, "use_rslora": false, "rank_pattern": {"attn2.to_k": 2}, "alpha_pattern": {}, …}
+
+scale = lora_alpha / r, or lora_alpha / √r with rsLoRA. The patterns give single layers their own rank and alpha.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minidiff.core.errors import AdapterError
+from minidiff.core.lora import LoRAWeights
+from minidiff.files import names
+from minidiff.files.weights import WEIGHT_DTYPES, TensorFile, TensorInfo, is_finite
+
+PEFT_CONFIG = "adapter_config.json"
+METADATA = "lora_adapter_metadata"
+COMPONENTS = ("unet", "text_encoder")
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations that also change the base's weights
+LONGEST = 500  # letters of a pattern
+LARGEST_ALPHA = 1e30  # JSON has whole numbers of any length, and floats end at 1e308
+
+Shape = tuple[int, ...]
+Config = dict[str, Any]
+
+# --- tensors -----------------------------------------------------------------------------------------------------------
+
+
+def check_parts(where: str, parts: Mapping[str, TensorInfo]) -> None:
+    """AdapterError unless a layer's tensors are complete and fit each other; `where` begins the message."""
+    if "down" not in parts or "up" not in parts:
+        there = ", ".join(f"{info.key} {info.shape}" for info in parts.values())
+        raise AdapterError(f"{where} has {there} and not the other half: the file is incomplete. Get it again.")
+    if odd := [info for part, info in parts.items() if part != "alpha" and info.dtype not in WEIGHT_DTYPES]:
+        raise AdapterError(f"{where}: {odd[0].key} is of type {odd[0].dtype}; a LoRA is of floating-point numbers.")
+    down, up = parts["down"].shape, parts["up"].shape
+    shapes = f"down is {down}, up is {up}"
+    if len(down) not in (2, 4) or flat(up) != up[:2] or not all(down + up):
+        raise AdapterError(f"{where}: odd shapes: {shapes}; they should be (r, in) or (r, in, kh, kw), and (out, r).")
+    if "mid" in parts:
+        mid = parts["mid"].shape
+        if len(mid) != 4 or mid[:2] != (up[1], down[0]) or flat(down) != down[:2] or not all(mid):
+            raise AdapterError(f"{where}: the kernel between down and up does not fit them: it is {mid}, {shapes}.")
+    elif down[0] != up[1]:
+        raise AdapterError(f"{where}: the ranks differ: {shapes}. The file is damaged; get it again.")
+    if "alpha" in parts and parts["alpha"].shape not in ((), (1,)):
+        raise AdapterError(f"{where}: alpha has the shape {parts['alpha'].shape}; it should be one number.")
+    if "magnitude" in parts and "dora_scale" in parts:
+        raise AdapterError(f"{where} has two magnitudes: {parts['magnitude'].key} and {parts['dora_scale'].key}.")
+
+
+def flat(shape: Shape) -> Shape:
+    """(out, in) for 1 x 1 convolutions too: files have them with four axes or with two."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def changed_shape(parts: Mapping[str, TensorInfo]) -> Shape:
+    """The shape of the W that a layer's tensors change, `flat`."""
+    kernel = parts.get("mid", parts["down"]).shape[2:]
+    return flat((parts["up"].shape[0], parts["down"].shape[1], *kernel))
+
+
+def weights_of(where: str, parts: Mapping[str, Tensor], scale: float) -> LoRAWeights:
+    """One layer in minidiff's form, fp32."""
+    A, B = parts["down"].float(), parts["up"].float().flatten(1)
+    if "mid" in parts:  # ΔW_oi = U_or M_rs V_si: M V is one convolution, exactly
+        A = torch.einsum("rshw,si->rihw", parts["mid"].float(), A.flatten(1))
+    weights = LoRAWeights(A.contiguous(), B, scale)
+    m = parts.get("magnitude", parts.get("dora_scale"))
+    if m is None:
+        return weights
+    rows, columns = (len(B), 1, *[1] * (A.ndim - 2)), (1, A.shape[1], *[1] * (A.ndim - 2))
+    by_columns = "dora_scale" in parts and m.shape[:2] == columns[:2] and m.shape[0] != len(B)
+    if m.numel() != max(shape := columns if by_columns else rows):
+        raise AdapterError(f"{where}: DoRA's magnitude is {tuple(m.shape)}; for this layer it should be {shape}.")
+    return replace(weights, magnitude=m.float().reshape(shape))
+
+
+def fitted(weights: LoRAWeights, W: Tensor) -> LoRAWeights:
+    """With as many axes as W has: a 1 x 1 convolution in a file may be a linear layer in the model, or the reverse."""
+
+    def axes_of_W(tensor: Tensor) -> Tensor:
+        return tensor.reshape(*tensor.shape[:2], *tensor.shape[2 : W.ndim], *[1] * (W.ndim - tensor.ndim))
+
+    m = weights.magnitude
+    return replace(weights, A=axes_of_W(weights.A), magnitude=None if m is None else axes_of_W(m))
+
+
+def parts_of(name: str, weights: LoRAWeights, dialect: str, torch_dtype: torch.dtype) -> dict[str, Tensor]:
+    """One layer as the tensors of a dialect that is written: "diffusers", "kohya" or "peft"."""
+    A, B, m = weights.A, weights.B, weights.magnitude
+    parts = {"down": A, "up": B.reshape(*B.shape, *[1] * (A.ndim - 2))}
+    if m is not None and dialect == "kohya":
+        parts["dora_scale"] = m
+    elif m is not None:
+        if m.shape[0] != len(B):
+            raise AdapterError(
+                f"{name}: its DoRA measures the columns of W, and {dialect} knows only rows. "
+                f"Write it in the kohya style, or bake it into the model: minidiff merge bake."
+            )
+        parts["magnitude"] = m.flatten() if A.ndim == 2 else m.reshape(1, -1, 1, 1)
+    parts = {part: tensor.to(torch_dtype) for part, tensor in parts.items()}
+    if bad := [part for part, tensor in parts.items() if not is_finite(tensor)]:
+        advice = "write it as fp32 or bf16" if torch_dtype == torch.float16 else "its weight is too large"
+        raise AdapterError(f"{name}: its {bad[0]} has numbers that are not finite as {torch_dtype}; {advice}.")
+    if dialect == "kohya":
+        alpha = torch.tensor(float(alpha_of(weights)))
+        rounded = alpha.to(torch_dtype)
+        parts["alpha"] = rounded if rounded == alpha else alpha  # a rounded alpha would be another strength
+    return parts
+
+
+def alpha_of(weights: LoRAWeights) -> float:
+    """scale · r, and 8.0 as 8: alpha / r · r has a rounding error."""
+    alpha = weights.scale * weights.rank
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-9) else alpha
+
+
+# --- peft's table ------------------------------------------------------------------------------------------------------
+
+
+def read_configs(file: TensorFile) -> dict[str, Config]:
+    """The configuration of each component, "unet" and "text_encoder"; empty if the file has none."""
+    beside = file.path.with_name(PEFT_CONFIG)
+    if names.lora_dialect(file.tensors) == "peft":
+        return dict.fromkeys(COMPONENTS, parse_config(beside.read_bytes(), str(beside))) if beside.is_file() else {}
+    if METADATA not in file.metadata:
+        return {}
+    where = f"{file.path}: {METADATA}"
+    both = parse_config(file.metadata[METADATA].encode(), where)
+    split = {c: {k.removeprefix(f"{c}."): v for k, v in both.items() if k.startswith(f"{c}.")} for c in COMPONENTS}
+    return {component: check_config(config, where) for component, config in split.items() if config}
+
+
+def parse_config(text: bytes, where: str) -> Config:
+    try:
+        config = json.loads(text)
+        if not isinstance(config, dict):
+            raise ValueError(f"it is {str(config):.100}, no table")
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{where} is not the configuration of a LoRA: {error}.") from error
+    return check_config(config, where)
+
+
+def check_config(config: Config, where: str) -> Config:
+    """The same configuration. AdapterError if it is no LoRA's, or says things that minidiff cannot follow."""
+    try:
+        for field in ("rank_pattern", "alpha_pattern"):
+            for pattern in (config.get(field) or {}).keys():
+                if len(pattern) > LONGEST:
+                    raise ValueError(f"{field} has a pattern of {len(pattern):,} letters; {LONGEST} are enough for a layer")
+                ending(pattern)
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise AdapterError(f"{where} is not the configuration of a LoRA: {error}.") from error
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise AdapterError(f"{where}: unsupported adapter type {kind}; minidiff reads LoRA and DoRA.")
+    if config.get("use_rslora") not in (None, True, False):
+        raise AdapterError(f"{where}: use_rslora is {config['use_rslora']!r}; it must be true or false.")
+    start = str(config.get("init_lora_weights", "")).lower()
+    if start.startswith(CHANGE_THE_BASE):
+        raise AdapterError(
+            f"{where}: init_lora_weights is {start}, which changes the base model too, so the adapter alone is not enough. "
+            f"Save it again with peft's path_initial_model_for_weight_conversion."
+        )
+    return config
+
+
+@cache
+def ending(pattern: str) -> re.Pattern[str]:
+    """peft's rule: a pattern means the end of a name, after a dot, or all of it."""
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def config_scale(config: Config, module: str, rank: int, path: Path) -> float:
+    """alpha / r of one layer (arXiv 2106.09685, section 4.1), or alpha / √r (rsLoRA, arXiv 2312.03732)."""
+    name = module.replace("text_encoder.", names.CLIP).removeprefix("unet.")
+    said = by_pattern(config.get("rank_pattern"), name, config.get("r", rank))
+    alpha = by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
+    if said != rank:
+        raise AdapterError(f"{path}: {module} has rank {rank}, and its configuration says {said!r}.")
+    if type(alpha) not in (int, float) or not 0 < alpha < LARGEST_ALPHA:
+        raise AdapterError(f"{path}: alpha of {module} is {alpha!r:.100}; it must be a positive number.")
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def by_pattern(patterns: Config | None, name: str, default: Any) -> Any:
+    """The value of the first pattern that fits the name."""
+    return next((value for pattern, value in (patterns or {}).items() if ending(pattern).match(name)), default)
+
+
+def peft_config(modules: Mapping[str, LoRAWeights]) -> Config:
+    """peft's LoraConfig for layers by path. The first layer gives r and alpha; those that differ go into the patterns."""
+    ranks = {name: weights.rank for name, weights in modules.items()}
+    alphas = {name: alpha_of(weights) for name, weights in modules.items()}
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    dora = {name for name, weights in modules.items() if weights.magnitude is not None}
+    if dora and len(dora) < len(modules):
+        raise AdapterError(
+            f"{len(dora)} of {len(modules)} modules are DoRA and the others plain LoRA; peft and diffusers have all or none. "
+            f"The kohya style can hold both."
+        )
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": list(modules),
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "use_rslora": False,  # an rsLoRA's scale is in its alpha
+        "use_dora": bool(dora),
+        "bias": "none",
+    }

@@ -1,9 +1,9 @@
-"""What is this file? Everything that can be said of a weight file without the program that made it.
+"""Describe a weight file: its program and model family, ranks, trigger words, and what is odd about it.
 
     for report in inspect("dog.safetensors"): print(report)
 
-Nothing is refused that can still be described: numbers that are not finite are named, and so is whatever would keep minidiff
-from using the file.
+A damaged adapter is described too: the report names numbers that are not finite, and each reason why minidiff could not
+use the file.
 
 Shapes: A (r, in[, kh, kw]), B (out, r); vectors (n, D).
 """
@@ -48,7 +48,7 @@ ENERGY = 0.99
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of one file: label -> a text, or several of them, or texts by name."""
+    """The facts about one file: label -> a text, a list of texts, or a table of texts."""
 
     path: Path
     looks_like: str
@@ -80,7 +80,7 @@ def as_lines(value: Any) -> list[str]:
 
 
 def inspect(path: str | Path, model: ModelParts | None = None) -> list[Report]:
-    """One report; of a model folder, one for each network too. `model` is what the file should fit."""
+    """One report; for a model folder, another one for each network. With `model`, it also says whether the file fits it."""
     path = Path(path)
     if (path / "model_index.json").is_file():
         return [describe_folder(path), *(describe(find_weights(path / part), model) for part in NETWORKS)]
@@ -111,7 +111,7 @@ def find_file(path: Path) -> Path:
 
 
 def describe(path: Path, model: ModelParts | None) -> Report:
-    """WeightsError for what is no safetensors file, or a damaged one."""
+    """WeightsError if it is no safetensors file, or damaged."""
     if is_pickle(path):
         raise WeightsError(
             f"{path} is a pickle, which can run code when it is opened. Convert it first, which runs none: "
@@ -138,7 +138,7 @@ def size(file: TensorFile) -> str:
 
 
 def tensors_of(file: TensorFile) -> Iterator[tuple[str, Tensor]]:
-    """One after the other, for a model may be large; whatever numbers they hold."""
+    """One after the other, because a model may be large. NaN and infinity are not refused."""
     try:
         with safe_open(file.path, framework="pt") as opened:
             for name, info in file.tensors.items():
@@ -156,7 +156,7 @@ def lora_facts(file: TensorFile, model: ModelParts | None) -> dict[str, Any]:
     try:
         header = lora_header(file, config)
         configs = read_configs(file)
-    except AdapterError as error:  # another kind of adapter, or no whole one: there is nothing more to say
+    except AdapterError as error:  # another kind of adapter, or an incomplete one
         return {"problems": [str(error)]}
     tensors, problems = dict(tensors_of(file)), [f"{key} is no part of an adapter for SD" for key in header.unknown]
     found: dict[str, tuple[Parts, float | None]] = {}
@@ -183,7 +183,7 @@ def lora_facts(file: TensorFile, model: ModelParts | None) -> dict[str, Any]:
 
 
 def layer_groups(found: Mapping[str, tuple[Parts, float | None]]) -> list[str]:
-    """Such as `128 of the U-Net: rank 8, alpha 8 (to_k, to_out.0, to_q, to_v)`, the largest group first."""
+    """Lines such as `128 of the U-Net: rank 8, alpha 8 (to_k, to_out.0, to_q, to_v)`, the largest group first."""
     groups: dict[str, list[str]] = {}
     for name, (parts, scale) in found.items():
         component = "text encoder" if name.startswith("text_encoder.") else "U-Net"
@@ -196,13 +196,13 @@ def layer_groups(found: Mapping[str, tuple[Parts, float | None]]) -> list[str]:
 
 
 def last_words(name: str) -> str:
-    """The shortest ending that says something: "to_q", but "to_out.0" where the last word is a number."""
+    """The last word of a name, "to_q"; the last two if the last is a number, "to_out.0"."""
     words = name.split(".")
     return ".".join(words[-2:]) if words[-1].isdigit() else words[-1]
 
 
 def lora_match(modules: Headers, count: int, model: ModelParts) -> str:
-    """Tensors count that have a layer of their shape in the model."""
+    """How many tensors have a layer of their shape in the model."""
     shapes = {
         f"{part}.{name}": flat(tuple(layer.weight.shape))
         for part, network in model.adaptable.items()
@@ -228,7 +228,7 @@ def rank_for(S: Tensor, energy: float = ENERGY) -> int:
 
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:
-    """What to write into a prompt, as far as the file says it."""
+    """The words for a prompt, from the metadata of minidiff, kohya and others."""
     words = [metadata[key] for key in ("modelspec.trigger_phrase", "instance_prompt", "trigger") if metadata.get(key)]
     try:
         folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
@@ -285,7 +285,7 @@ def single_file_parts(file: TensorFile) -> list[str]:
 
 
 def names_in(model: ModelParts) -> dict[str, int]:
-    """What the model's tensors are called in any layout, and how many numbers each has."""
+    """The names of the model's tensors in every layout, and the size of each."""
     tables: tuple[tuple[str, str, Mapping[str, str]], ...] = (
         ("unet", keymaps.UNET_PREFIX, keymaps.unet_table(model.unet.config)),
         ("vae", keymaps.VAE_PREFIX, keymaps.vae_table(model.vae.config)),

@@ -1,7 +1,7 @@
-"""The algebra of adapters: join them, cut their rank, get one out of two checkpoints, bake them into a model.
+"""The algebra of adapters: join them, reduce their rank, extract one from two models, bake them into a model.
 
-An adapter's change of a layer is ΔW = scale · B A. Two of them together are the sum of their changes, never (B1 + B2)(A1 + A2):
-that has the terms B1 A2 and B2 A1, which nobody trained. A sum as one adapter, and a shorter form of it:
+An adapter changes a layer by ΔW = scale · B A. Two adapters together are the sum of their changes, not (B1 + B2)(A1 + A2):
+that product has the terms B1 A2 and B2 A1, which nobody trained. A sum as one adapter, and as one of lower rank:
 
     concatenation   [B1 B2] [A1; A2] = B1 A1 + B2 A2              exact; the ranks add up
     truncated SVD   ΔW = U S Vᵀ, keep the largest r values of S   the best of rank r (Eckart and Young 1936); error known
@@ -23,23 +23,23 @@ from minidiff.files.lora_module import flat
 from minidiff.files.weights import is_finite
 
 Modules = Mapping[str, LoRAWeights]
-LEAST = 1e-6  # what is less than this part of the size is rounding, and no change
+LEAST = 1e-6  # a relative change below this is rounding
 
 
 @dataclass(frozen=True)
 class Cut:
-    """An adapter of lower rank, and what was lost: ||ΔW - ΔW'|| / ||ΔW|| of each module, in the Frobenius norm."""
+    """An adapter of lower rank, and its error ||ΔW - ΔW'|| / ||ΔW|| in each layer, in the Frobenius norm."""
 
     modules: dict[str, LoRAWeights]
     error: dict[str, float]
-    left_out: tuple[str, ...] = ()  # tensors that moved, and that no adapter can hold: biases, norms, embeddings
+    left_out: tuple[str, ...] = ()  # tensors that changed and that no adapter can hold: biases, norms, embeddings
 
 
 # --- join --------------------------------------------------------------------------------------------------------------
 
 
 def join(adapters: Sequence[Modules], strengths: Sequence[float]) -> dict[str, LoRAWeights]:
-    """Σ strength · ΔW as one adapter, exactly, by concatenation. A module need not be in each of them."""
+    """Σ strength · ΔW as one adapter, exactly, by concatenation. A layer need not be in each of them."""
     if len(adapters) != len(strengths):
         raise AdapterError(f"{len(adapters)} adapters but {len(strengths)} weights; give one weight for each.")
     check_linear(adapters)
@@ -47,7 +47,7 @@ def join(adapters: Sequence[Modules], strengths: Sequence[float]) -> dict[str, L
 
 
 def by_module(adapters: Sequence[Modules], strengths: Sequence[float]) -> dict[str, list[tuple[LoRAWeights, float]]]:
-    """Module -> its change in each of the adapters that have it, with the strength."""
+    """Layer -> its change in each adapter that has it, with the strength."""
     found: dict[str, list[tuple[LoRAWeights, float]]] = {}
     for modules, strength in zip(adapters, strengths):
         for name, weights in modules.items():
@@ -59,7 +59,7 @@ def concatenated(name: str, parts: Sequence[tuple[LoRAWeights, float]]) -> LoRAW
     shapes = {(len(weights.B), *flat(tuple(weights.A.shape))[1:]) for weights, _ in parts}
     if len(shapes) > 1:
         raise AdapterError(f"{name} is of the shapes {sorted(shapes)} in these adapters; they are for different models.")
-    kernel = max((weights.A.shape[1:] for weights, _ in parts), key=len)  # a 1 x 1 convolution may be held as a matrix
+    kernel = max((weights.A.shape[1:] for weights, _ in parts), key=len)  # a 1 x 1 convolution may be stored as a matrix
     A = torch.cat([weights.A.float().reshape(-1, *kernel) for weights, _ in parts])
     B = torch.cat([strength * weights.scale * weights.B.float() for weights, strength in parts], dim=1)
     return LoRAWeights(A, B, 1.0)
@@ -118,7 +118,7 @@ def extract(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module], rank:
 
     found, error, left_out = {}, {}, []
     for part, model in base.items():
-        check_twins(part, model, tuned[part])
+        check_same_shapes(part, model, tuned[part])
         after, old = adaptable_layers(tuned[part]), adaptable_layers(model)
         for name in tqdm(old, part, unit="layer", leave=False, disable=None):
             W, change = old[name].weight, moved(old[name].weight, after[name].weight)
@@ -133,7 +133,7 @@ def extract(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module], rank:
     return Cut(found, error, tuple(left_out))
 
 
-def check_twins(part: str, base: nn.Module, tuned: nn.Module) -> None:
+def check_same_shapes(part: str, base: nn.Module, tuned: nn.Module) -> None:
     shapes = [{key: tuple(tensor.shape) for key, tensor in model.state_dict().items()} for model in (base, tuned)]
     if odd := [key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key)]:
         first = min(odd)
@@ -144,14 +144,14 @@ def check_twins(part: str, base: nn.Module, tuned: nn.Module) -> None:
 
 
 def moved_tensors(part: str, base: nn.Module, tuned: nn.Module) -> list[str]:
-    """The names of the tensors that differ, in two networks of the same shapes."""
+    """The names of the tensors that differ between two networks of the same shapes."""
     others = tuned.state_dict()
     return [f"{part}.{plain_name(key)}" for key, W in base.state_dict().items() if moved(W, others[key]) is not None]
 
 
 @torch.no_grad()
 def moved(before: Tensor, after: Tensor) -> Tensor | None:
-    """W' - W in fp64, or None if it is nothing."""
+    """W' - W in fp64, or None if it is zero but for rounding."""
     change = after.double() - before.double()
     return change if change.norm() > LEAST * before.double().norm() else None
 

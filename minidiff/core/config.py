@@ -61,19 +61,14 @@ class NoiseConfig:
 
     def problem(self) -> str | None:
         """Why no schedule can be made of these settings; None if one can."""
-        words = {
-            "beta_schedule": ("scaled_linear", "linear"),
-            "prediction_type": ("epsilon", "v_prediction"),
-            "timestep_spacing": (None, "leading", "linspace", "trailing"),
-        }
-        for name, known in words.items():
-            if (value := getattr(self, name)) not in known:
-                return f"{name} {value!r} is unknown; it is {' or '.join(filter(None, known))}"
-        if self.rescale_betas_zero_snr and self.prediction_type != "v_prediction":
-            return (
-                "rescale_betas_zero_snr is true and prediction_type is epsilon; it needs v_prediction, because in pure noise "
-                "eps says nothing about the picture"
-            )
+        if self.beta_schedule not in ("scaled_linear", "linear"):
+            return f"beta_schedule {self.beta_schedule!r} is unknown; it is scaled_linear or linear"
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            return f"prediction_type {self.prediction_type!r} is unknown; it is epsilon or v_prediction"
+        if self.timestep_spacing not in (None, "leading", "linspace", "trailing"):
+            return f"timestep_spacing {self.timestep_spacing!r} is unknown; it is leading, linspace or trailing"
+        if self.rescale_betas_zero_snr and self.prediction_type != "v_prediction":  # pure noise: eps does not say what x0 is
+            return "rescale_betas_zero_snr is true and prediction_type is epsilon; it needs v_prediction"
         if not self.beta_start <= self.beta_end < 1:
             return f"beta_start {self.beta_start} and beta_end {self.beta_end} must rise and stay below 1"
         return None

@@ -3,11 +3,8 @@
     inject(unet, rank=4)   ->   train `trainable(unet)`   ->   merge(unet), or not   ->   eject(unet)
 
 A layer is called by its dotted path ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"), an adapter by any word
-("default", "dog"). A layer can have several adapters: W' = W + Σ strength · ΔW. (The sums of their A and of their B would
-give (B1 + B2)(A1 + A2), with two products that nobody trained.)
-
-The same functions serve the text encoder. transformers 4 has CLIP's tower one level down, in `text_model`; transformers 5
-does not. Names here never have this prefix.
+("default", "dog"). A layer can have several adapters: W' = W + Σ strength · ΔW. The same functions serve the text encoder.
+transformers 4 has CLIP's tower one level down, in `text_model`; names here never have this prefix.
 
 Shapes: as in lora.py.
 """
@@ -65,39 +62,42 @@ def inject(
         if not (chosen := ranks.keys() & find_targets(model, [target])):
             raise AdapterError(f'a rank is given for "{target}", and no such layer is among the targets; add it to them.')
         ranks |= dict.fromkeys(chosen, other)
-    check_adapter_name(model, adapter_name)
-    check_sizes(model, ranks, alpha, dropout)
+    check_new(model, adapter_name)
+    if not 0 < (1 if alpha is None else alpha) < math.inf or not 0 <= dropout < 1:
+        raise AdapterError(f"alpha is {alpha} and dropout is {dropout}; alpha must be positive, and 0 <= dropout < 1.")
+    for name, layer in adaptable_layers(model).items():
+        if not 1 <= ranks.get(name, 1) <= (most := min(layer.weight.flatten(1).shape)):
+            raise AdapterError(f"rank {ranks[name]} is not possible for {name}: it can be 1 to {most}.")
     model.requires_grad_(False)
     for name, r in ranks.items():
-        layer = wrap(model, name)
-        layer.add(adapter_name, fresh(layer, r, r if alpha is None else alpha, rslora, dora, seed, name), dropout)
+        new = fresh(wrap(model, name), r, r if alpha is None else alpha, rslora, dora, generator(seed, "lora_A", name))
+        wrap(model, name).add(adapter_name, new, dropout)
     return {name: layer for name, layer in lora_layers(model).items() if name in ranks}
 
 
-def fresh(layer: LoRALayer, rank: int, alpha: float, rslora: bool, dora: bool, seed: int, name: str) -> LoRAWeights:
+def fresh(layer: LoRALayer, rank: int, alpha: float, rslora: bool, dora: bool, random: torch.Generator) -> LoRAWeights:
     """An adapter that changes nothing yet: B = 0 and m = ||W||.
 
     The LoRA paper (section 4.1) draws A from a Gaussian. Here, as in the authors' own code and in peft, A is uniform in
-    ±1/√(inputs), which is kaiming_uniform with a = √5. It depends on `seed` and the name alone.
+    ±1/√(inputs), which is kaiming_uniform with a = √5.
     """
     W = layer.base.weight.detach()
     B = torch.zeros(len(W), rank, device=W.device)
     A = torch.empty(rank, *W.shape[1:], device="meta" if W.is_meta else "cpu")
     if not W.is_meta:  # on "meta" a model has no numbers: it is there to count parameters
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator(seed, "lora_A", name))
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=random)
     scale = alpha / (math.sqrt(rank) if rslora else rank)  # rsLoRA (arXiv 2312.03732), theorem 3.2
     weights = LoRAWeights(A.to(W.device), B, scale)
-    if not dora:
-        return weights
     one_for_each_output = torch.Size([len(W)] + [1] * (W.ndim - 1))
-    return replace(weights, magnitude=tuned_lengths(W, weights, one_for_each_output))  # as in `gain`: m / ||V|| is exactly 1
+    m = tuned_lengths(W, weights, one_for_each_output) if dora else None  # as in `gain`, so that m / ||V|| is exactly 1
+    return replace(weights, magnitude=m)
 
 
 def eject(model: nn.Module) -> None:
     """Remove every adapter: the same layer objects return, with the same bits (still frozen)."""
     for name, layer in lora_layers(model).items():
         layer.unmerge()
-        set_module(model, name, layer.base)
+        model.set_submodule(real_path(model, name), layer.base)
 
 
 def wrap(model: nn.Module, name: str) -> LoRALayer:
@@ -106,14 +106,9 @@ def wrap(model: nn.Module, name: str) -> LoRALayer:
     if isinstance(module, nn.Linear | nn.Conv2d):
         layer = LoRALinear(module) if isinstance(module, nn.Linear) else LoRAConv2d(module)
         module = layer.train(module.training)  # a new module is in training mode, where dropout is on
-        set_module(model, name, module)
+        model.set_submodule(real_path(model, name), module)
     assert isinstance(module, LoRALayer)
     return module
-
-
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = real_path(model, name).rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
 
 
 # --- mix and merge ---------------------------------------------------------------------------------------------------
@@ -195,7 +190,7 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
             raise AdapterError(f'target "{target}" matches no linear layer or convolution of {type(model).__name__}.{near}')
         found |= dict.fromkeys(matches)
     if not found:
-        raise AdapterError(f"no targets were given; the default is {' '.join(DEFAULT_TARGETS)}.")
+        raise AdapterError("no targets were given.")
     return list(found)
 
 
@@ -223,23 +218,14 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
-    taken = hasattr(nn.ParameterDict(), adapter_name)  # the layers keep A and B in one, and "keys" is a method of it
-    if not adapter_name or "." in adapter_name or taken:
+def check_new(model: nn.Module, adapter_name: str) -> None:
+    """AdapterError unless an adapter of this name can be added."""
+    if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):  # it keeps A and B, by name
         raise AdapterError(f'"{adapter_name}" cannot name an adapter; take a plain word such as "dog".')
     if adapter_name in adapter_names(model):
         raise AdapterError(f'an adapter called "{adapter_name}" is there already; choose another name, or eject first.')
     if is_merged(model):
         raise AdapterError("adapters are merged into the weights; unmerge (unfuse_lora) before adding another.")
-
-
-def check_sizes(model: nn.Module, ranks: Mapping[str, int], alpha: float | None, dropout: float) -> None:
-    if not 0 < (1 if alpha is None else alpha) < math.inf or not 0 <= dropout < 1:
-        raise AdapterError(f"alpha is {alpha} and dropout is {dropout}; alpha must be positive, and 0 <= dropout < 1.")
-    for name, layer in adaptable_layers(model).items():
-        most = min(layer.weight.flatten(1).shape)
-        if not 1 <= ranks.get(name, 1) <= most:
-            raise AdapterError(f"rank {ranks[name]} is not possible for {name}: it can be 1 to {most}.")
 
 
 def adapted_layers(model: nn.Module, what: str) -> dict[str, LoRALayer]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minidiff.core.config import SD15_UNET, UNetConfig
 from minidiff.core.errors import AdapterError, did_you_mean, listed
-from minidiff.core.inject import adaptable_layers, adapter_names, check_adapter_name, lora_layers, set_adapters, wrap
+from minidiff.core.inject import adaptable_layers, adapter_names, check_new, lora_layers, set_adapters, wrap
 from minidiff.core.lora import LoRAWeights
 from minidiff.files import names as all_names
 from minidiff.files import word_file
@@ -186,7 +186,7 @@ def load_lora(
     AdapterError, raised before anything is changed. With `strict=False` a part is attached, and `notes` says what was left.
     """
     for model in models.values():
-        check_adapter_name(model, adapter_name)
+        check_new(model, adapter_name)
     config = getattr(models.get("unet"), "config", SD15_UNET)
     layers = {f"{part}.{name}": layer for part, model in models.items() for name, layer in adaptable_layers(model).items()}
     header = lora_header(read_header(find_lora(path, weight_name)), config)
@@ -204,7 +204,7 @@ def load_lora(
 
 def attach(model: nn.Module, weights: Mapping[str, LoRAWeights], adapter_name: str = "default") -> None:
     """Add an adapter to a model, at strength 1: layer name -> its change. AdapterError before anything is changed."""
-    check_adapter_name(model, adapter_name)
+    check_new(model, adapter_name)
     layers = adaptable_layers(model)
     if unknown := weights.keys() - layers.keys():
         matched = f"{len(weights) - len(unknown)} of {len(weights)} modules"

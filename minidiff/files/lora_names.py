@@ -33,7 +33,7 @@ WRITTEN = ("diffusers", "kohya", "peft")  # the dialects that are written: a1, c
 
 
 class Place(NamedTuple):
-    """What a tensor is: a part of a module's adapter."""
+    """A part of a layer's adapter."""
 
     module: str
     part: str
@@ -110,7 +110,7 @@ OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out
 
 
 def place_of(key: str, config: UNetConfig) -> Place | None:
-    """Module and part of a tensor, whatever the dialect; None for a name that no adapter of an SD model has.
+    """Layer and part of a tensor of any dialect; None for a name that no adapter of an SD model has.
 
     `config` is needed for LDM's names, which count layers.
     """
@@ -123,7 +123,7 @@ def place_of(key: str, config: UNetConfig) -> Place | None:
 
 
 def dotted_name(stem: str) -> str | None:
-    """minidiff's name for a module of the dialects a, b and d; a path without component is known by its first word."""
+    """minidiff's name for a layer of the dialects a, b and d; the first word of a path tells its component."""
     path = stem.removeprefix("base_model.model.")
     component, _, rest = path.partition(".")
     path = rest if component in ("unet", "text_encoder") else path
@@ -140,7 +140,7 @@ def dotted_name(stem: str) -> str | None:
 
 @cache
 def kohya_names(config: UNetConfig) -> dict[str, str]:
-    """Underscored name -> minidiff's name, for every module that can be adapted; with LDM's names for this U-Net."""
+    """Underscored name -> minidiff's name, for every layer that can be adapted; with LDM's names for this U-Net."""
     found = {}
     ldm = names.unet_table(config)
     for path in unet_paths():

@@ -1,4 +1,4 @@
-"""What other programs call things: the names of tensors in their files, and what those names give away.
+"""The names of tensors in the files of other programs, and what a file is by its names.
 
 Only names and shapes here; nothing is opened or read. Three naming schemes for the same networks:
 
@@ -7,7 +7,7 @@ Only names and shapes here; nothing is opened or read. Three naming schemes for 
     kohya       lora_unet_down_blocks_0_…_to_q.lora_down.weight   adapters of sd-scripts and A1111
 
 LDM counts the U-Net's layers straight through, where diffusers nests blocks and layers. So the map between the two is
-counting: a table of module prefixes is made for given numbers of levels and layers, and read in either direction.
+a count: a table of module prefixes, made for given numbers of levels and layers, and read in either direction.
 """
 
 import re
@@ -92,15 +92,9 @@ def vae_table(config: VAEConfig) -> dict[str, str]:
         middle = f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1"
         table |= {f"{middle[0]}.{a}": f"{middle[1]}.{b}" for a, b in VAE_ATTENTION.items()}
     for i in range(levels):
-        blocks = [
-            (f"encoder.down_blocks.{i}.resnets.{j}", f"encoder.down.{i}.block.{j}")
-            for j in range(config.layers_per_block)
-        ]
-        up = levels - 1 - i
-        blocks += [
-            (f"decoder.up_blocks.{i}.resnets.{j}", f"decoder.up.{up}.block.{j}")
-            for j in range(config.layers_per_block + 1)
-        ]
+        n, up = config.layers_per_block, levels - 1 - i
+        blocks = [(f"encoder.down_blocks.{i}.resnets.{j}", f"encoder.down.{i}.block.{j}") for j in range(n)]
+        blocks += [(f"decoder.up_blocks.{i}.resnets.{j}", f"decoder.up.{up}.block.{j}") for j in range(n + 1)]
         for ours, theirs in blocks:
             table |= {ours: theirs, f"{ours}.conv_shortcut": f"{theirs}.nin_shortcut"}
         if i < levels - 1:
@@ -110,7 +104,7 @@ def vae_table(config: VAEConfig) -> dict[str, str]:
 
 
 def rename(key: str, table: Mapping[str, str]) -> str:
-    """Replace the longest prefix of `key` that the table has; a key of which it has none stays as it is."""
+    """Replace the longest prefix of `key` that is in the table; a key without one stays as it is."""
     words = key.split(".")
     for n in range(len(words), 0, -1):
         if prefix := table.get(".".join(words[:n])):
@@ -124,7 +118,7 @@ def inverse(table: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_vae_attention(key: str) -> bool:
-    """Weights that LDM keeps as 1x1 convolutions (C, C, 1, 1) and diffusers as linear layers (C, C)."""
+    """Is it a weight that LDM stores as a 1x1 convolution (C, C, 1, 1) and diffusers as a linear layer (C, C)?"""
     return bool(re.search(r"mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.weight$", key))
 
 
@@ -134,7 +128,7 @@ OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn
 
 
 def modern(key: str) -> str:
-    """One name for a tensor whichever year its file is from: the new attention names, CLIP without `text_model.`"""
+    """One name for a tensor from a file of any year: the new attention names, CLIP without `text_model.`"""
     old = re.search(r"mid_block\.attentions\.0\.(query|key|value|proj_attn)\.", key)
     if old:
         key = key.replace(f".{old[1]}.", f".{OLD_VAE_ATTENTION[old[1]]}.")
@@ -142,7 +136,7 @@ def modern(key: str) -> str:
 
 
 def is_position_ids(key: str) -> bool:
-    """The numbers 0 to 76, which old CLIP files hold as if they were weights."""
+    """Old CLIP files hold the numbers 0 to 76 as if they were weights."""
     return key.endswith("embeddings.position_ids")
 
 
@@ -151,7 +145,7 @@ def is_position_ids(key: str) -> bool:
 FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the text that cross-attention reads
 INPUTS = {4: "", 9: "inpainting ", 8: "InstructPix2Pix ", 5: "depth "}  # by the U-Net's input channels
 
-DIALECTS = {  # LoRA key styles, told apart by any key
+DIALECTS = {  # LoRA key styles, by any of their keys
     "peft": r"base_model\.model\.",
     "kohya": r"lora_(unet|te\d?|prior)_",
     "cloneofsimo": r"(unet|text_encoder):\d+:",
@@ -159,7 +153,7 @@ DIALECTS = {  # LoRA key styles, told apart by any key
     "diffusers down/up": r".*\.lora(_linear_layer)?\.(down|up)\.",
     "diffusers": r"(unet|text_encoder\w*|transformer)\..*\.lora_[AB]\.",
 }
-KINDS = {  # LoRA's relatives, told by any key; the first that fits
+KINDS = {  # LoRA's relatives, by any of their keys; the first that fits
     "LoKr": "lokr_",
     "LoHa": "hada_",
     "OFT": "b?oft_",
@@ -170,34 +164,35 @@ KINDS = {  # LoRA's relatives, told by any key; the first that fits
 }
 
 
+LOOKS = (  # how a file can look: the prefixes of names that it has, all of them; the first that fits
+    (("conditioner.",), "an SDXL single file"),
+    (("cond_stage_model.model.",), "an SD 2.x single file in the LDM layout"),
+    ((UNET_PREFIX,), "an {family} {inputs}single file in the LDM layout"),
+    (("control_model.",), "a ControlNet"),
+    (("controlnet_cond_embedding.",), "a ControlNet"),
+    (("input_hint_block.",), "a ControlNet"),
+    (("conv_in.weight", "time_embedding."), "an {family} {inputs}U-Net in the diffusers layout"),
+    (("input_blocks.",), "an {family} {inputs}U-Net in the LDM layout, without VAE and text encoder"),
+    (("decoder.mid_block.",), "a VAE in the diffusers layout"),
+    (("decoder.mid.",), "a VAE in the LDM layout"),
+    ((VAE_PREFIX,), "a VAE in the LDM layout"),
+    (("vision_model.",), "a CLIP model with an image encoder"),
+    (("visual.",), "a CLIP model with an image encoder"),
+)
+
+
 def describe(tensors: Mapping[str, HasShape]) -> str:
-    """What a file with these tensors looks like, in words that fit after "the file looks like"."""
+    """A description of a file with these tensors, for after "the file looks like"."""
     if not tensors:
         return "an empty file"
+    width = cross_attention_width(tensors)
     if dialect := lora_dialect(tensors):
-        return f"a {adapter_kind(tensors)} in the {dialect} style{_for_family(tensors)}"
-    if _any(tensors, "conditioner."):
-        return "an SDXL single file"
-    if _any(tensors, "cond_stage_model.model."):
-        return "an SD 2.x single file in the LDM layout"
-    if _any(tensors, UNET_PREFIX):
-        return f"an {_family(tensors)} {_inputs(tensors)}single file in the LDM layout"
-    if _any(tensors, "control_model.", "controlnet_cond_embedding.", "input_hint_block."):
-        return "a ControlNet"
-    if _any(tensors, "conv_in.weight") and _any(tensors, "time_embedding."):
-        return f"an {_family(tensors)} {_inputs(tensors)}U-Net in the diffusers layout"
-    if _any(tensors, "input_blocks."):
-        return f"an {_family(tensors)} {_inputs(tensors)}U-Net in the LDM layout, without VAE and text encoder"
-    if _any(tensors, "decoder.mid_block."):
-        return "a VAE in the diffusers layout"
-    if _any(tensors, "decoder.mid.", VAE_PREFIX):
-        return "a VAE in the LDM layout"
-    return _describe_text(tensors)
-
-
-def _describe_text(tensors: Mapping[str, HasShape]) -> str:
-    if _any(tensors, "vision_model.", "visual."):
-        return "a CLIP model with an image encoder"
+        family = f" for {FAMILIES.get(width, 'another model')} (cross-attention width {width})" if width else ""
+        return f"a {adapter_kind(tensors)} in the {dialect} style{family}"
+    for prefixes, looks in LOOKS:
+        if all(any(key.startswith(prefix) for key in tensors) for prefix in prefixes):
+            family = FAMILIES.get(width or 0, f"SD (cross-attention width {width or 'unknown'})")
+            return looks.format(family=family, inputs=_inputs(tensors))
     for key, tensor in tensors.items():
         if key.endswith("token_embedding.weight") and tensor.shape:
             return f"a CLIP text encoder of width {tensor.shape[-1]}"
@@ -208,7 +203,7 @@ def _describe_text(tensors: Mapping[str, HasShape]) -> str:
 
 
 def lora_dialect(keys: Iterable[str]) -> str | None:
-    """The key style of an adapter file, or None if it is no adapter; the first key that tells decides."""
+    """The key style of an adapter file, from the first key that shows one; None if it is no adapter."""
     for key in keys:
         for dialect, pattern in DIALECTS.items():
             if re.match(pattern, key):
@@ -217,7 +212,7 @@ def lora_dialect(keys: Iterable[str]) -> str | None:
 
 
 def adapter_kind(keys: Iterable[str]) -> str:
-    """LoRA, or which of its relatives."""
+    """LoRA, or one of its relatives."""
     keys = list(keys)
     for kind, pattern in KINDS.items():
         if any(re.search(rf"\.{pattern}", key) for key in keys):
@@ -234,23 +229,9 @@ def cross_attention_width(tensors: Mapping[str, HasShape]) -> int | None:
     return None
 
 
-def _family(tensors: Mapping[str, HasShape]) -> str:
-    width = cross_attention_width(tensors)
-    return FAMILIES.get(width or 0, f"SD (cross-attention width {width or 'unknown'})")
-
-
-def _for_family(tensors: Mapping[str, HasShape]) -> str:
-    width = cross_attention_width(tensors)
-    return f" for {FAMILIES.get(width, 'another model')} (cross-attention width {width})" if width else ""
-
-
 def _inputs(tensors: Mapping[str, HasShape]) -> str:
     for name in ("conv_in.weight", "input_blocks.0.0.weight", f"{UNET_PREFIX}input_blocks.0.0.weight"):
         if name in tensors and len(tensors[name].shape) > 1:
             channels = tensors[name].shape[1]
             return INPUTS.get(channels, f"{channels}-channel ")
     return ""
-
-
-def _any(keys: Iterable[str], *prefixes: str) -> bool:
-    return any(key.startswith(prefixes) for key in keys)

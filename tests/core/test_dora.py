@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from minidiff.core.inject import fresh, inject, lora_layers, merge, set_adapters, trainable, unmerge
 from minidiff.core.lora import LoRAConv2d, LoRALayer, LoRALinear, LoRAWeights, lengths
+from minidiff.core.rng import generator
 
 AXES = ["output", "input"]
 
@@ -32,7 +33,7 @@ def by_hand(weights: LoRAWeights, W: Tensor, axis: str) -> Tensor:
 
 
 def fresh_dora(layer: LoRALayer) -> LoRAWeights:
-    return fresh(layer, 2, 3.0, rslora=False, dora=True, seed=0, name="layer")
+    return fresh(layer, 2, 3.0, rslora=False, dora=True, random=generator(0, "lora_A", "layer"))
 
 
 @pytest.mark.parametrize("axis", AXES)

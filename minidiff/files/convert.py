@@ -1,8 +1,8 @@
-"""Any file into any other form. What was written is read again, and one number says how far its values moved.
+"""Convert a file into another form. What was written is read again, and one number says how far its values moved.
 
     convert_lora(read_lora("dog.safetensors"), path, "kohya", torch.float16)        max |ΔW - ΔW'|
 
-A pickle (.ckpt, .pt, .bin) is opened here and nowhere else, and becomes a safetensors file first.
+A pickle (.ckpt, .pt, .bin) is opened only here, and becomes a safetensors file first.
 
 Shapes: A (r, in[, kh, kw]), B (out, r), W any.
 """

@@ -194,7 +194,7 @@ MULTISTEP: dict[str, tuple[Any, ...]] = {
     "use_flow_sigmas": (False,),
     **NO_OTHER_SIGMAS,
 }
-DRAWN_AS: dict[str, dict[str, tuple[Any, ...]]] = {  # settings that a class reads, and those values of them that we draw with
+DRAWN_AS: dict[str, dict[str, tuple[Any, ...]]] = {  # settings of a class, and the values of them that minidiff follows
     "DDIMScheduler": {"thresholding": (False,)},
     "DDPMScheduler": {"thresholding": (False,), "variance_type": ("fixed_small", "fixed_small_log")},
     "EulerDiscreteScheduler": {
@@ -224,9 +224,9 @@ DRAWN_AS: dict[str, dict[str, tuple[Any, ...]]] = {  # settings that a class rea
 
 
 def sampler_of(scheduler: dict[str, Any], where: str) -> str:
-    """The sampler that a scheduler_config.json names; DDIM, with a warning, where it names one that is not here.
+    """The sampler that a scheduler_config.json names; DDIM, with a warning, if minidiff does not have it.
 
-    A warning, too, for settings under which diffusers' pictures are others than ours.
+    It also warns of settings with which the pictures of diffusers are different from minidiff's.
     """
     name = str(scheduler.get("_class_name", "PNDMScheduler"))
     if name not in SAMPLER_OF:

@@ -110,9 +110,9 @@ def lost(S: Tensor, rank: int) -> float:
 
 
 def extract(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module], rank: int) -> Cut:
-    """The adapter of at most this rank that leads from one model to the other: the truncated SVD of every W' - W.
+    """The adapter of at most this rank that changes one model into the other: the truncated SVD of every W' - W.
 
-    Both are {"unet": …, "text_encoder": …}. Layers that have not moved are left out.
+    Both are {"unet": …, "text_encoder": …}. Layers that have not changed are left out.
     """
     from tqdm import tqdm
 
@@ -157,9 +157,9 @@ def moved(before: Tensor, after: Tensor) -> Tensor | None:
 
 
 def bake(models: Iterable[nn.Module]) -> int:
-    """Fold the adapters, at their strengths of now, into the weights for good: added in fp32, rounded once to W's dtype.
+    """Add the adapters, at their present strengths, to the weights for good: in fp32, rounded once to W's dtype.
 
-    Gives the number of layers that changed. Raises AdapterError where a weight would be infinite; the models are spoilt then.
+    Returns the number of layers that changed. AdapterError if a weight would be infinite; the models are unusable then.
     """
     changed = 0
     for model in models:
@@ -176,7 +176,7 @@ def bake(models: Iterable[nn.Module]) -> int:
 
 
 def check_linear(adapters: Sequence[Modules]) -> None:
-    """DoRA's change depends on W and is no product of two thin matrices."""
+    """AdapterError for DoRA: its change depends on W and is no product of two thin matrices."""
     for modules in adapters:
         if dora := next((name for name, weights in modules.items() if weights.magnitude is not None), None):
             raise AdapterError(

@@ -1,9 +1,9 @@
-"""Textual inversion files: the vectors of a new word, from any program and for any.
+"""Textual inversion files: the vectors of a new word, in the form of any program.
 
     diffusers   {"<dog>": (n, D) or (D,)}                                     the key is the word; A1111 and ComfyUI read it
     kohya       {"emb_params": (n, D)}                                        the file's name is the word
-    A1111 .pt   {"string_to_param": {"*": (n, D)}, "string_to_token": …}      the file's name is the word; by `convert` only
-    bare        (n, D) or (D,)                                                the word must be given; by `convert` only
+    A1111 .pt   {"string_to_param": {"*": (n, D)}, "string_to_token": …}      the file's name is the word; for `convert`
+    bare        (n, D) or (D,)                                                the word must be given; for `convert`
     SDXL        {"clip_l": (n, 768), "clip_g": (n, 1280)}                     for two text encoders: refused
 
 minidiff's files also name the word in their metadata, so the kohya form keeps it whatever the file is called. A prompt
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 FILE_NAME = "learned_embeds.safetensors"
 KOHYA = "emb_params"
-A1111 = "string_to_param/"  # a table in a pickle; `convert` joins its name and those in it
+A1111 = "string_to_param/"  # a table in a pickle; `convert` joins its name with the names in it
 RENAME = 'minidiff convert --token "<my-dog>" writes it under that word; in Python, token="<my-dog>" reads it so.'
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """A new word and its vectors, as a file holds them."""
+    """The new word of a file, and its vectors."""
 
     path: Path
     dialect: str
@@ -104,15 +104,15 @@ def find_file(path: Path) -> Path:
 
 
 def is_embedding(tensors: Mapping[str, keymaps.HasShape]) -> bool:
-    """Rows of numbers under words, and no parts of a model or a LoRA."""
+    """Are these vectors under words, and not parts of a model or a LoRA?"""
     parts = keymaps.lora_dialect(tensors) or any(key.endswith((".weight", ".bias")) for key in tensors)
     return bool(tensors) and not parts and all(1 <= len(tensor.shape) <= 2 for tensor in tensors.values())
 
 
 def embedding_in(tensors: Mapping[str, Tensor], path: Path, token: str | None = None, said: str | None = None) -> Embedding:
-    """The vectors among the tensors of a file, safetensors or a pickle that `convert` has opened.
+    """The vectors among the tensors of a file.
 
-    `said` is the word according to the file's metadata; `path` names the file in errors, and the word in some dialects.
+    `said` is the word in the file's metadata. `path` names the file in errors, and in some dialects the word.
     """
     dialect, words = _words_in(tensors, path, said)
     if token in words:
@@ -129,7 +129,7 @@ def embedding_in(tensors: Mapping[str, Tensor], path: Path, token: str | None = 
 
 
 def _words_in(tensors: Mapping[str, Tensor], path: Path, said: str | None) -> tuple[str, dict[str, Tensor]]:
-    """The dialect, and what it holds as word -> vectors."""
+    """The dialect, and word -> vectors."""
     if {"clip_l", "clip_g"} & tensors.keys():
         raise AdapterError(f"{path} was made for SDXL, which has two text encoders (clip_l, clip_g); SD 1.x cannot use it.")
     if table := {name.removeprefix(A1111): tensor for name, tensor in tensors.items() if name.startswith(A1111)}:

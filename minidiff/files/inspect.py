@@ -9,6 +9,7 @@ Shapes: A (r, in[, kh, kw]), B (out, r); vectors (n, D).
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -190,15 +191,10 @@ def layer_groups(found: Mapping[str, tuple[Parts, float | None]]) -> list[str]:
         rank = len(parts["down"])
         alpha = "not said (then it is the rank)" if scale is None else f"{scale * rank:g}, alpha/rank {scale:g}"
         dora = ", DoRA" if parts.keys() & {"magnitude", "dora_scale"} else ""
-        groups.setdefault(f"of the {component}: rank {rank}, alpha {alpha}{dora}", []).append(last_words(name))
+        last = re.findall(r"[^.]+(?:\.\d+)?$", name)[0]  # "to_q", but "to_out.0"
+        groups.setdefault(f"of the {component}: rank {rank}, alpha {alpha}{dora}", []).append(last)
     largest = sorted(groups.items(), key=lambda group: -len(group[1]))
     return [f"{len(names)} {what} ({', '.join(sorted(set(names)))})" for what, names in largest] or ["none"]
-
-
-def last_words(name: str) -> str:
-    """The last word of a name, "to_q"; the last two if the last is a number, "to_out.0"."""
-    words = name.split(".")
-    return ".".join(words[-2:]) if words[-1].isdigit() else words[-1]
 
 
 def lora_match(modules: Headers, count: int, model: ModelParts) -> str:
@@ -265,23 +261,16 @@ def embedding_facts(file: TensorFile, model: ModelParts | None) -> dict[str, Any
 
 
 def model_facts(file: TensorFile, model: ModelParts | None) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    if parts := single_file_parts(file):
-        facts["parts"] = parts
+    numbers: Counter[str] = Counter()
+    for key, info in file.tensors.items():
+        numbers.update({name: prod(info.shape) for prefix, name in PARTS_OF_SINGLE_FILES.items() if key.startswith(prefix)})
+    facts: dict[str, Any] = {"parts": [f"{name}: {count:,} numbers" for name, count in numbers.items()]} if numbers else {}
     if model:
         names = names_in(model)
         matched = [key for key, info in file.tensors.items() if names.get(keymaps.modern(key)) == prod(info.shape)]
         facts["model"] = f"matches {len(matched)} of {len(file.tensors)} tensors of the file"
     infinite = [name for name, tensor in tensors_of(file) if not is_finite(tensor)]
     return facts | ({"not finite": infinite} if infinite else {})
-
-
-def single_file_parts(file: TensorFile) -> list[str]:
-    numbers: Counter[str] = Counter()
-    for key, info in file.tensors.items():
-        if prefix := next((prefix for prefix in PARTS_OF_SINGLE_FILES if key.startswith(prefix)), None):
-            numbers[PARTS_OF_SINGLE_FILES[prefix]] += prod(info.shape)
-    return [f"{name}: {count:,} numbers" for name, count in numbers.items()]
 
 
 def names_in(model: ModelParts) -> dict[str, int]:

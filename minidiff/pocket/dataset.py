@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minidiff.core.errors import DataError, SettingsError
 from minidiff.files import weights
+from minidiff.files.atomic import whole_file
 from minidiff.pocket.world import Picture, draw, random_picture
 
 
@@ -51,16 +52,11 @@ def draw_all(pictures: list[Picture], path: Path) -> None:
     from tqdm import tqdm
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name("world.part.npy")
     about = {"descr": "|u1", "fortran_order": False, "shape": (len(pictures), 128, 128, 3)}
-    try:
-        with part.open("wb") as file:  # not mapped into memory: on a full disk that ends the process without a word
-            np.lib.format.write_array_header_1_0(file, about)
-            for i, picture in enumerate(tqdm(pictures, unit="picture", desc="drawing")):
-                file.write(np.asarray(draw(picture, i)).tobytes())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as file:  # not mapped into memory: on a full disk that ends the process without a word
+        np.lib.format.write_array_header_1_0(file, about)
+        for i, picture in enumerate(tqdm(pictures, unit="picture", desc="drawing")):
+            file.write(np.asarray(draw(picture, i)).tobytes())
 
 
 def lookalikes(pictures: list[Picture]) -> list[list[list[int]]]:

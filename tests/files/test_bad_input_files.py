@@ -8,12 +8,12 @@ The cases are numbered 1 to 25; those about sampling and training are in test_ba
     3   down without up, two ranks              case_03          test_lora_files: what_does_not_fit
     4   peft's tensors without their config     case_04          test_lora_files: a_peft_folder_and_its_file_alone
     5   alpha NaN, 0, negative                  case_05 (two)    test_lora_files: kohyas_alpha, alphas_that_are_no_strength
-    6   LoKr, LoHa, OFT, IA3                    case_06          test_lora_files: what_does_not_fit; test_inspection
-    7   pickles                                 case_07 (three)  test_pickles; test_conversion; test_embeddings
+    6   LoKr, LoHa, OFT, IA3                    case_06          test_lora_files: what_does_not_fit; test_inspect
+    7   pickles                                 case_07 (three)  test_pickles; test_convert; test_word_file
     8   cut off, no safetensors, git-LFS        case_08 (two)    test_weights: broken_files; test_cli: broken_weights
     9   another family; other input channels    case_09 (three)  test_weights: single files; test_pipeline: broken_folder
     10  NaN and infinity in a checkpoint        case_10          test_weights: non_finite_tensors, asked_dtype
-    11  words: width, number, known, spaces     case_11          test_embeddings: files_that_are_refused
+    11  words: width, number, known, spaces     case_11          test_word_file: files_that_are_refused
 
 A new word may be without <>: any word of one's own will do (test_textual_inversion), so that part of case 11 is no error.
 """

@@ -1,9 +1,8 @@
-"""A result that is ready to upload: the model card, and what the weight file itself says about its making.
+"""What makes a result ready to upload: the model card, and the metadata of the weight file.
 
-Neither holds a path, a caption or a date: where the pictures lay is nobody's business, and the same run gives the same bytes.
+Neither has a path, a caption or a date: where the pictures are is private, and the same run gives the same bytes.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,24 +14,26 @@ from minidiff.trainer.settings import FineTuneSettings
 
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"]
 LICENSE = ("license", "license_name", "license_link")
-NOT_PUBLISHED = ("checkpoint-*/", "metrics.jsonl", ".lock", ".tmp-*", "state/")  # git and huggingface_hub heed .gitignore
+NOT_PUBLISHED = ("checkpoint-*/", "metrics.jsonl", ".lock", ".tmp-*", "state/")  # git and huggingface_hub follow .gitignore
 
 
 def base_license(base: str) -> dict[str, str]:
-    """What the base model's card says of its licence, which what is made from it carries on; "other" if it says nothing."""
+    """The licence in the base model's card, which also holds for what is made from it; "other" if there is none."""
+    from huggingface_hub import ModelCard
+
     card = local_folder(base) / "README.md"
-    front = re.match(r"---\s*\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL) if card.is_file() else None
-    lines = dict(re.findall(r"^(\w+):[ \t]*(\S.*?)[ \t]*$", front[1], re.MULTILINE)) if front else {}
-    found = {key: lines[key].strip("\"'") for key in LICENSE if key in lines}
+    text = card.read_text("utf-8", "replace") if card.is_file() else ""
+    data = ModelCard(text, ignore_metadata_errors=True).data
+    found = {key: data[key] for key in LICENSE if isinstance(data.get(key), str)}
     return found if "license" in found else {"license": "other", "license_name": "unknown"}
 
 
 def model_spec(
     settings: FineTuneSettings, kind: str, data: LatentData, schedule: NoiseSchedule, base_hash: str
 ) -> dict[str, str]:
-    """`__metadata__` of an adapter's file: ModelSpec 1.0.1, and the `ss_` fields of kohya's scripts that A1111 reads.
+    """Metadata of an adapter's file: ModelSpec 1.0.1, and those fields of kohya's scripts (`ss_`) that A1111 reads.
 
-    `kind` is "lora" or "textual-inversion", `base_hash` is the base's fingerprint. All values are texts, as the format demands.
+    `kind` is "lora" or "textual-inversion", `base_hash` is the fingerprint of the base. The format allows only strings.
     """
     name, resolution = Path(settings.output_dir).resolve().name, data.resolution
     spec = {
@@ -69,13 +70,16 @@ USAGE = {  # by tag: how the result is used
 def write_card(
     folder: Path, settings: FineTuneSettings, data: LatentData, method: str, tag: str, facts: Mapping[str, object]
 ) -> None:
-    """`folder/README.md`, a model card with front matter, and .gitignore; `facts` become rows of the card's table."""
-    base, name = settings.pretrained_model_name_or_path, Path(settings.output_dir).resolve().name
+    """Write `folder/README.md`, a model card, and .gitignore. `facts` become rows of the card's table; `tag` is the hub's."""
+    from huggingface_hub import ModelCardData
+
+    base, name, prompt = settings.pretrained_model_name_or_path, Path(settings.output_dir).resolve().name, settings.prompt
     short, terms, updates = Path(base).resolve().name, base_license(base), settings.updates(data.samples_per_epoch)
-    front: dict[str, object] = {"base_model": base if is_hub_id(base) else short, **terms}
-    front |= {"tags": [*TAGS, tag], "inference": True}
-    if settings.prompt:
-        front |= {"instance_prompt": settings.prompt, "widget": [{"text": settings.prompt}]}
+    front = ModelCardData(base_model=base if is_hub_id(base) else short, tags=[*TAGS, tag], inference=True)
+    for key, value in terms.items():
+        front[key] = value
+    if prompt:
+        front["instance_prompt"], front["widget"] = prompt, [{"text": prompt}]
     rows = {
         "method": method,
         "base model": short,
@@ -87,8 +91,8 @@ def write_card(
     lines = [f"# {name}", f"{method} of {short}."]
     if settings.validation_steps:
         lines.insert(1, f"![The base above, this model below](samples/step-{updates:06d}.png)")
-    if settings.prompt:
-        lines.append(f"Its prompt: `{settings.prompt}`.")
+    if prompt:
+        lines.append(f"Its prompt: `{prompt}`.")
     lines.append("| | |\n|---|---|\n" + "\n".join(f"| {what} | {value} |" for what, value in rows.items()))
     load = f'pipe = StableDiffusionPipeline.from_pretrained("{short if tag in USAGE else name}")'
     use = "\n".join(filter(None, (load, USAGE.get(tag, "").replace("{name}", name))))
@@ -97,16 +101,15 @@ def write_card(
         "Made with minidiff; `train_config.toml` makes it again, given the pictures. "
         f"The licence ({license_word(terms)}) is that of the base model."
     )
-    head = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in front.items())
-    (folder / "README.md").write_text(f"---\n{head}---\n\n" + "\n\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(f"---\n{front}\n---\n\n" + "\n\n".join(lines) + "\n", encoding="utf-8")
     (folder / ".gitignore").write_text("\n".join(NOT_PUBLISHED) + "\n", encoding="utf-8")
 
 
 def license_word(terms: Mapping[str, str]) -> str:
-    """A licence in a word: the hub calls those that it does not know "other", and their names stand beside."""
+    """The name of a licence. The hub calls a licence that it does not know "other", and gives its name separately."""
     return terms.get("license_name", terms["license"])
 
 
 def is_hub_id(name: str) -> bool:
-    """ "owner/name", and not a path that exists here."""
+    """Is it "owner/name", and no path that exists here?"""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()

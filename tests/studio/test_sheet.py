@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minidiff.cli.flags import Sampling, Sheet
+from minidiff.cli.draw_flags import Sampling, Sheet
 from minidiff.core.errors import DataError, SettingsError
 from minidiff.draw.images import contact_sheet
 from minidiff.studio import sheet as sheets

@@ -29,7 +29,6 @@ DEBT: set[tuple[str, str]] = {
     ("core/blocks", "fast/lean"),
     ("core/lora", "fast/lean_lora"),
     ("core/lora", "fast/precision"),
-    ("core/textual_inversion", "files/names"),
     ("core/transformer", "fast/flash"),
     ("core/transformer", "fast/frozen"),
     ("core/transformer", "fast/tiled_attention"),

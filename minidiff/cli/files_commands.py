@@ -14,7 +14,6 @@ from minidiff.core.config import SD15_UNET
 from minidiff.core.errors import AdapterError, SettingsError
 from minidiff.core.inject import adapter_names, set_adapters
 from minidiff.core.lora import LoRAWeights
-from minidiff.core.textual_inversion import check_spelling
 from minidiff.files import merge as merging
 from minidiff.files import names as keymaps
 from minidiff.files import word_file as embeddings
@@ -87,7 +86,7 @@ def converted_embedding(s: Convert, source: Path, file: TensorFile, place: Path)
     check_flags(s, "a textual inversion", ("diffusers", "kohya"), "alpha", "dtype", *OF_MODELS)
     embedding = embeddings.read_embedding(source, s.token)
     try:
-        check_spelling(embedding.word)
+        embeddings.check_spelling(embedding.word)
     except AdapterError as error:
         raise AdapterError(f"{s.source}: {error} --token gives the file's word another name.") from error
     print(embedding)

@@ -28,15 +28,11 @@ from torch import Tensor, nn
 
 from minidiff.core.errors import AdapterError
 from minidiff.core.text import LENGTH
-from minidiff.files import names as keymaps
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 MAX_VECTORS = LENGTH - 2  # a prompt has room for no more
-LONGEST = 100  # letters of a word
-RESERVED = ("__metadata__", "emb_params", "clip_l", "clip_g", "string_to_param")  # what files/word_file.py reads otherwise
-ADVICE = "Take a word of your own, such as <my-dog>."
 
 
 class ExtendedEmbedding(nn.Module):
@@ -96,9 +92,10 @@ def eject(text_encoder: "CLIPTextModel") -> None:
 def add_word(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", word: str, vectors: Tensor) -> nn.Parameter:
     """Teach the encoder a word, given its vectors (n, D); the Parameter to train, fp32.
 
-    Raises AdapterError, before anything is changed, for a word that cannot be used or vectors that do not fit.
+    Raises AdapterError, before anything is changed, for a word that is known already or vectors that do not fit.
     """
-    check_word(tokenizer, word, placeholders(text_encoder))
+    if word in placeholders(text_encoder) or len(tokenizer(word, add_special_tokens=False).input_ids) == 1:
+        raise AdapterError(f'"{word}" has a meaning already; take a word of your own, such as <my-dog>.')
     width = text_encoder.config.hidden_size
     if vectors.ndim != 2 or vectors.shape[1] != width or not 1 <= len(vectors) <= MAX_VECTORS:
         raise AdapterError(
@@ -140,34 +137,6 @@ def token_table(text_encoder: "CLIPTextModel") -> nn.Embedding | ExtendedEmbeddi
     table = text_encoder.get_input_embeddings()
     assert isinstance(table, nn.Embedding | ExtendedEmbedding)
     return table
-
-
-# --- checks ------------------------------------------------------------------------------------------------------------
-
-
-def check_word(tokenizer: "CLIPTokenizer", word: str, taken: dict[str, list[int]]) -> None:
-    """AdapterError for a word that prompts or files could not name, or that means something already."""
-    check_spelling(word)
-    if not (ids := tokenizer(word, add_special_tokens=False, verbose=False).input_ids):
-        raise AdapterError(f"{word} has no character that the tokenizer sees. {ADVICE}")
-    if len(ids) == 1 or word.lower() in tokenizer.get_vocab():  # a piece of a word too: other programs would refuse it
-        raise AdapterError(f'"{word}" is in the model\'s vocabulary already, and its meaning would be overwritten. {ADVICE}')
-    if twin := next((other for other in taken if other.lower() == word.lower()), None):
-        raise AdapterError(f'"{word}": there is a new word "{twin}" already, and a prompt could not tell them apart. {ADVICE}')
-
-
-def check_spelling(word: str) -> None:
-    """The half of it that needs no vocabulary. In a file the word is the tensor's name, and must not read as another one's."""
-    if not word:
-        raise AdapterError(f"the new word is empty. {ADVICE}")
-    if any(letter.isspace() for letter in word):
-        raise AdapterError(f'"{word}" has a space in it; a new word is one word. {ADVICE}')
-    if not word.isprintable():
-        raise AdapterError(f"{word!a} has a character that nobody can see. {ADVICE}")
-    if len(word) > LONGEST:
-        raise AdapterError(f'"{word[:20]}…" has {len(word):,} letters; {LONGEST} are enough. {ADVICE}')
-    if word in RESERVED or word.endswith((".weight", ".bias")) or keymaps.lora_dialect([word]):
-        raise AdapterError(f'"{word}" means something else in files, so that the word could not be read again. {ADVICE}')
 
 
 def check_plain(text_encoder: "CLIPTextModel") -> None:

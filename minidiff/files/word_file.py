@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minidiff import __version__
 from minidiff.core.errors import AdapterError, listed
-from minidiff.core.textual_inversion import MAX_VECTORS, add_word, check_spelling, check_word, placeholders
+from minidiff.core.textual_inversion import MAX_VECTORS, add_word, placeholders
 from minidiff.files import names as keymaps
 from minidiff.files.weights import file_at, is_finite, read_header, save
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 FILE_NAME = "learned_embeds.safetensors"
 KOHYA = "emb_params"
 A1111 = "string_to_param/"  # a table in a pickle; `convert` joins its name with the names in it
+LONGEST = 100  # letters of a word
+RESERVED = ("__metadata__", "emb_params", "clip_l", "clip_g", "string_to_param")  # names that are read in another way
+ADVICE = "Take a word of your own, such as <my-dog>."
 RENAME = 'minidiff convert --token "<my-dog>" writes it under that word; in Python, token="<my-dog>" reads it so.'
 
 
@@ -179,3 +182,31 @@ def save_embedding(
     tensor = vectors.detach().to(torch.float32)
     save({KOHYA if dialect == "kohya" else word: tensor}, path, {**(metadata or {}), **about})
     return path
+
+
+# --- what can be a word ------------------------------------------------------------------------------------------------
+
+
+def check_word(tokenizer: "CLIPTokenizer", word: str, taken: dict[str, list[int]]) -> None:
+    """AdapterError for a word that prompts or files could not name, or that means something already."""
+    check_spelling(word)
+    if not (ids := tokenizer(word, add_special_tokens=False, verbose=False).input_ids):
+        raise AdapterError(f"{word} has no character that the tokenizer sees. {ADVICE}")
+    if len(ids) == 1 or word.lower() in tokenizer.get_vocab():  # a piece of a word too: other programs would refuse it
+        raise AdapterError(f'"{word}" is in the model\'s vocabulary already, and its meaning would be overwritten. {ADVICE}')
+    if twin := next((other for other in taken if other.lower() == word.lower()), None):
+        raise AdapterError(f'"{word}": there is a new word "{twin}" already, and a prompt could not tell them apart. {ADVICE}')
+
+
+def check_spelling(word: str) -> None:
+    """The half of it that needs no vocabulary. In a file the word is the tensor's name, and must not read as another one's."""
+    if not word:
+        raise AdapterError(f"the new word is empty. {ADVICE}")
+    if any(letter.isspace() for letter in word):
+        raise AdapterError(f'"{word}" has a space in it; a new word is one word. {ADVICE}')
+    if not word.isprintable():
+        raise AdapterError(f"{word!a} has a character that nobody can see. {ADVICE}")
+    if len(word) > LONGEST:
+        raise AdapterError(f'"{word[:20]}…" has {len(word):,} letters; {LONGEST} are enough. {ADVICE}')
+    if word in RESERVED or word.endswith((".weight", ".bias")) or keymaps.lora_dialect([word]):
+        raise AdapterError(f'"{word}" means something else in files, so that the word could not be read again. {ADVICE}')

@@ -4,7 +4,7 @@
 
     with class pictures    drawn once by the base model; the class half is noise on these         `PairedData`
     from the base itself   the class half is other noise on the instance's latents, under the
-                           class prompt, and its target is what the base model answers there      `BasePrior`, `base_target`
+                           class prompt, and its target is what the base model answers there      `BasePrior`
 
 The paper has the first alone. The second is distillation from the model before training, as in Learning without Forgetting
 (arXiv 1606.09282, section 3), which asks an old model about new pictures in the same way.
@@ -12,7 +12,7 @@ The paper has the first alone. The second is distillation from the model before 
 Shapes: B samples of each half, C h w a latent, L tokens, D width of the text.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
@@ -158,7 +158,7 @@ class BasePrior:
         return self.instance.used_vae
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
-        """As `LatentData.batch`, with 2B rows. The target of the last B comes from `base_target`."""
+        """As `LatentData.batch`, with 2B rows. The target of the last B comes from core/recipes.py's `base_target`."""
         batch, numbers = self.instance.batch(step, micro), self.instance.numbers(step, micro)
         seed, shape, T = self.instance.settings.seed, batch["latents"].shape[1:], self.instance.timesteps
         words = self.class_prompt.expand(len(numbers), *self.class_prompt.shape)
@@ -171,13 +171,3 @@ class BasePrior:
             "ids": words,
         }
         return {name: torch.cat([rows, prior[name]]) for name, rows in batch.items()}
-
-
-def base_target(
-    target: Tensor, x_t: Tensor, t: Tensor, text: Tensor, base: Callable[[Tensor, Tensor, Tensor], Tensor]
-) -> Tensor:
-    """`target` (2B, C, h, w), its class half replaced by what the base model answers there: base(x_t, t, text)."""
-    half = len(target) // 2
-    with torch.no_grad():
-        own = base(x_t[half:], t[half:], text[half:])
-    return torch.cat([target[:half], own.to(target.dtype)])

@@ -1,17 +1,8 @@
-"""Ways of fine-tuning, side by side: each makes a `Task` for the loop out of settings.
+"""The recipes of core/recipes.py as jobs: base model, pictures and settings come in; files, cards and sheets come out.
 
-    base model, pictures -> what is trained, how, what comes out                       -> loop.py trains it
-
-All of them take the same batches to the same loss (common.py). They differ in what moves:
-
-    full                  every weight of the U-Net, perhaps the text encoder's too  W
-    dreambooth            the same, and half of each batch is the subject's class    W
-    lora (LoRA, DoRA)     thin matrices beside some layers                           W + (alpha / r) B A
-    textual_inversion     the vectors of one new word                                v*
-    pivotal               a new word and a LoRA                                      v*, B A
+The prior is a setting of every recipe that changes the model: LoRA with --with_prior_preservation is DreamBooth-LoRA.
 """
 
-import copy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from minidiff.core import recipes as core
 from minidiff.core.errors import AdapterError, DataError
-from minidiff.core.inject import adapter_weights, adapters_off, inject, trainable
-from minidiff.core.textual_inversion import add_word, initial_vectors
+from minidiff.core.inject import adapter_weights, adapters_off, trainable
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.lora_file import save_lora
-from minidiff.files.word_file import save_embedding
+from minidiff.files.word_file import check_word, save_embedding
 from minidiff.trainer.card import model_spec, write_card
 from minidiff.trainer.job import Job
 from minidiff.trainer.latents import LatentData
@@ -40,78 +31,32 @@ from minidiff.trainer.methods import (
     WordSettings,
 )
 from minidiff.trainer.optimizers import adamw
-from minidiff.trainer.task import (
-    base_answer,
-    diffusion_loss,
-    has_prior,
-    load_base,
-    load_data,
-    make_task,
-    named,
-    sample_sheets,
-    with_prior,
-)
+from minidiff.trainer.task import load_base, load_data, make_job, prepared
 
 
 def full(settings: FullSettings) -> Job:
-    """Full fine-tuning: every weight of the U-Net moves, and with --train_text_encoder of the text encoder.
-
-    Comes out: a whole model folder.
-    """
+    """Full fine-tuning and DreamBooth. The result is a whole model folder."""
     settings.check()
-    pipe, base_hash = load_base(replace(settings, mixed_precision="no", bf16_weights=False))  # what moves starts unrounded
+    pipe, base_hash = load_base(replace(settings, mixed_precision="no", bf16_weights=False))  # trained weights start unrounded
     live = settings.train_text_encoder
-    data = load_data(pipe, settings, live)
-    # From here to make_task the model still answers as the base does: class pictures and first sheets are drawn by it.
-    batches = with_prior(pipe, data)
-    sheets = sample_sheets(pipe, settings, data)
-    untuned = copy.deepcopy(pipe.unet) if settings.prior_from_base and has_prior(settings) else None
-    loss = diffusion_loss(pipe, settings, base_answer(pipe, settings, untuned or pipe.unet))
-
-    networks: dict[str, nn.Module] = {"unet": pipe.unet} | ({"text_encoder": pipe.text_encoder} if live else {})
-    for network in networks.values():
-        network.requires_grad_(True)
+    ready = prepared(pipe, settings, base_hash, load_data(pipe, settings, live))
+    trainable = core.full(pipe.unet, pipe.text_encoder if live else None)
 
     def card(folder: Path) -> None:
         method, tag = ("DreamBooth", "dreambooth") if settings.with_prior_preservation else ("Full fine-tune", "full")
-        write_card(folder, settings, data, method, tag, {"trained": " and ".join(networks)})
+        write_card(folder, settings, ready.data, method, tag, {"trained": "unet and text_encoder" if live else "unet"})
 
-    return make_task(
-        pipe,
-        settings,
-        data,
-        base_hash=base_hash,
-        batches=batches,
-        trainable=named(networks),
-        loss=loss,
-        export=pipe.save_pretrained,
-        card=card,
-        preview=sheets,
-        untuned=untuned,
-    )
-
-
-def dreambooth(settings: DreamBoothSettings) -> Job:
-    """DreamBooth (arXiv 2208.12242): full fine-tuning whose batches hold the subject and its class, half and half.
-
-    The prior is a setting of every recipe that changes the model: LoRA with --with_prior_preservation is DreamBooth-LoRA.
-    """
-    return full(settings)
+    return make_job(ready, trainable, pipe.save_pretrained, card)
 
 
 def lora(settings: LoRASettings) -> Job:
-    """LoRA (arXiv 2106.09685) or DoRA (2402.09353): the base stays frozen, and learns a detour beside some layers.
-
-    Comes out: `pytorch_lora_weights.safetensors`, which minidiff and diffusers load.
-    """
+    """LoRA or DoRA. The result is `pytorch_lora_weights.safetensors`, which minidiff and diffusers load."""
     pipe, base_hash = load_base(settings)
-    networks = add_adapters(pipe, settings)  # first, because a target may be wrong; it changes nothing yet, to the bit
-    live = settings.train_text_encoder
-    data = load_data(pipe, settings, live)
-    # From here to make_task the model still answers as the base does: class pictures and first sheets are drawn by it.
-    batches = with_prior(pipe, data)
-    sheets = sample_sheets(pipe, settings, data)
-    loss = diffusion_loss(pipe, settings, base_answer(pipe, settings, pipe.unet, lambda: adapters_off(pipe.unet)))
+    networks = adapted_networks(pipe, settings)
+    trainable = core.lora(pipe.unet, shape(settings), networks.get("text_encoder"))  # first: a target may be wrong
+    announce(networks)
+    data = load_data(pipe, settings, settings.train_text_encoder)
+    ready = prepared(pipe, settings, base_hash, data, as_base=lambda: adapters_off(pipe.unet))
 
     def export(folder: Path) -> None:
         write_adapter(folder, networks, model_spec(settings, "lora", data, pipe.schedule, base_hash))
@@ -119,69 +64,36 @@ def lora(settings: LoRASettings) -> Job:
     def card(folder: Path) -> None:
         write_card(folder, settings, data, "DoRA" if settings.use_dora else "LoRA", "lora", shape_of(settings))
 
-    return make_task(
-        pipe,
-        settings,
-        data,
-        base_hash=base_hash,
-        batches=batches,
-        trainable=named(networks),
-        loss=loss,
-        export=export,
-        card=card,
-        preview=sheets,
-    )
+    return make_job(ready, trainable, export, card)
 
 
 def textual_inversion(settings: TextualInversionSettings) -> Job:
-    """Textual inversion (arXiv 2208.01618): nothing of the model moves; one new word gets its meaning.
-
-    Comes out: `learned_embeds.safetensors`, a few kilobytes.
-    """
+    """Textual inversion. The result is `learned_embeds.safetensors`, a few kilobytes."""
     pipe, base_hash = load_base(settings)
-    word = new_word(pipe, settings)
+    trainable = new_word(pipe, settings)
     data = load_word_data(pipe, settings)
-    sheets = sample_sheets(pipe, settings, data)
-    loss = diffusion_loss(pipe, settings)
+    ready = prepared(pipe, settings, base_hash, data)
 
     def export(folder: Path) -> None:
         spec = model_spec(settings, "textual-inversion", data, pipe.schedule, base_hash)
-        save_embedding(folder, settings.placeholder_token, word["word"], metadata=spec)
+        save_embedding(folder, settings.placeholder_token, trainable["word"], metadata=spec)
 
     def card(folder: Path) -> None:
-        facts = {"new word": f"`{settings.placeholder_token}`", "vectors": settings.num_vectors}
-        write_card(folder, settings, data, "Textual inversion", "textual_inversion", facts)
+        write_card(folder, settings, data, "Textual inversion", "textual_inversion", word_facts(settings))
 
-    return make_task(
-        pipe,
-        settings,
-        data,
-        base_hash=base_hash,
-        batches=data,
-        trainable=word,
-        loss=loss,
-        export=export,
-        card=card,
-        preview=sheets,
-    )
+    return make_job(ready, trainable, export, card)
 
 
 def pivotal(settings: PivotalSettings) -> Job:
-    """Pivotal tuning, after Roich et al. (arXiv 2106.05744): a word for the subject, and a LoRA for what no word can say.
-
-    The paper first finds the word (the pivot), then holds it still and tunes the model around it. Here, as is usual for
-    Stable Diffusion, both learn from the first step on, each at its own rate. Comes out: the files of the two recipes above.
-    """
+    """Pivotal tuning: a word and a LoRA, each with its own learning rate. The result is the files of both."""
     pipe, base_hash = load_base(settings)
-    networks = add_adapters(pipe, settings)
-    detours = named(networks)  # now, while they alone are trainable: the new word will be a part of the text encoder
+    networks = adapted_networks(pipe, settings)
+    adapters = core.lora(pipe.unet, shape(settings), networks.get("text_encoder"))
+    announce(networks)
     word = new_word(pipe, settings)
     data = load_word_data(pipe, settings)
-    # From here to make_task the model still answers as the base does: class pictures and first sheets are drawn by it.
-    batches = with_prior(pipe, data)
-    sheets = sample_sheets(pipe, settings, data)
-    loss = diffusion_loss(pipe, settings, base_answer(pipe, settings, pipe.unet, lambda: adapters_off(pipe.unet)))
-    optimizer = adamw(list(detours.values()), settings)
+    ready = prepared(pipe, settings, base_hash, data, as_base=lambda: adapters_off(pipe.unet))
+    optimizer = adamw(list(adapters.values()), settings)
     optimizer.add_param_group({"params": list(word.values()), "lr": settings.learning_rate_embedding})
 
     def export(folder: Path) -> None:
@@ -190,57 +102,39 @@ def pivotal(settings: PivotalSettings) -> Job:
         save_embedding(folder, settings.placeholder_token, word["word"], metadata=spec)
 
     def card(folder: Path) -> None:
-        facts = {"new word": f"`{settings.placeholder_token}`", "vectors": settings.num_vectors, **shape_of(settings)}
+        facts = word_facts(settings) | shape_of(settings)
         facts["learning rate of the word"] = f"{settings.learning_rate_embedding:g}"
         write_card(folder, settings, data, "Pivotal tuning", "pivotal", facts)
 
-    return make_task(
-        pipe,
-        settings,
-        data,
-        base_hash=base_hash,
-        batches=batches,
-        trainable=detours | word,
-        loss=loss,
-        export=export,
-        card=card,
-        preview=sheets,
-        optimizer=optimizer,
-    )
+    return make_job(ready, adapters | word, export, card, optimizer)
 
 
 RECIPES: dict[type, Callable[[Any], Job]] = {
     FullSettings: full,
-    DreamBoothSettings: dreambooth,
+    DreamBoothSettings: full,
     LoRASettings: lora,
     TextualInversionSettings: textual_inversion,
     PivotalSettings: pivotal,
 }
 
-# --- what they add -----------------------------------------------------------------------------------------------------
+# --- adapters ------------------------------------------------------------------------------------------------------------
 
 
-def add_adapters(pipe: StableDiffusionPipeline, settings: AdapterSettings) -> dict[str, nn.Module]:
-    """Fresh adapters on the U-Net, and on the text encoder's attention if asked; the networks that have them."""
+def shape(settings: AdapterSettings) -> core.Adapter:
+    """The adapter that the settings describe."""
     s = settings
-    targets: dict[str, tuple[nn.Module, tuple[str, ...]]] = {"unet": (pipe.unet, s.lora_targets)}
-    if s.train_text_encoder:
-        targets["text_encoder"] = (pipe.text_encoder, ("text",))
-    for part, (network, layers) in targets.items():
-        ranks = s.rank_of if part == "unet" else {}
-        inject(
-            network,
-            s.rank,
-            s.lora_alpha,
-            layers,
-            s.seed,
-            rank_of=ranks,
-            rslora=s.use_rslora,
-            dora=s.use_dora,
-            dropout=s.lora_dropout,
-        )
+    return core.Adapter(s.rank, s.lora_alpha, s.lora_targets, s.rank_of, s.use_rslora, s.use_dora, s.lora_dropout, s.seed)
+
+
+def adapted_networks(pipe: StableDiffusionPipeline, settings: AdapterSettings) -> dict[str, nn.Module]:
+    """The networks that get an adapter."""
+    networks: dict[str, nn.Module] = {"unet": pipe.unet}
+    return networks | ({"text_encoder": pipe.text_encoder} if settings.train_text_encoder else {})
+
+
+def announce(networks: dict[str, nn.Module]) -> None:
+    for network in networks.values():
         print_trainable_parameters(network)
-    return {part: network for part, (network, _) in targets.items()}
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -267,13 +161,22 @@ def shape_of(settings: AdapterSettings) -> dict[str, object]:
     return facts | ({"text encoder": "its attention"} if settings.train_text_encoder else {})
 
 
-def new_word(pipe: StableDiffusionPipeline, settings: WordSettings) -> dict[str, nn.Parameter]:
-    """The new word, as it begins."""
-    vectors = initial_vectors(pipe.tokenizer, pipe.text_encoder, settings.initializer_token, settings.num_vectors)
+# --- words ---------------------------------------------------------------------------------------------------------------
+
+
+def new_word(pipe: StableDiffusionPipeline, settings: WordSettings) -> core.Trainable:
+    """The new word with its first vectors."""
+    word, like = settings.placeholder_token, settings.initializer_token
     try:
-        return {"word": add_word(pipe.tokenizer, pipe.text_encoder, settings.placeholder_token, vectors)}
+        check_word(pipe.tokenizer, word, pipe.placeholders)
     except AdapterError as error:
         raise AdapterError(f"--placeholder_token: {error}") from error
+    return core.textual_inversion(pipe.tokenizer, pipe.text_encoder, word, like, settings.num_vectors)
+
+
+def word_facts(settings: WordSettings) -> dict[str, object]:
+    """The rows of a new word in the model card."""
+    return {"new word": f"`{settings.placeholder_token}`", "vectors": settings.num_vectors}
 
 
 def load_word_data(pipe: StableDiffusionPipeline, settings: WordSettings) -> LatentData:

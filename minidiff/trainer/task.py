@@ -1,13 +1,14 @@
-"""What every recipe shares: the base model, the pictures, the loss, the sheets, and how they make a `Task`.
+"""What every recipe shares: the base model, the pictures, the loss, the sheets, and how they make a `Job`.
 
 Shapes: B samples, C h w a latent, L tokens, D width of the text.
 """
 
+import copy
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minidiff.core.errors import SettingsError
-from minidiff.core.losses import min_snr_weights, mse, prior_preservation, squared_error
-from minidiff.core.schedule import add_noise, training_target
+from minidiff.core.losses import squared_error
+from minidiff.core.recipes import Answer, DiffusionLoss
 from minidiff.core.text import tokenize
 from minidiff.core.train import DTYPES, Batch
 from minidiff.draw.images import contact_sheet
@@ -29,16 +30,13 @@ from minidiff.trainer.cache import Cache
 from minidiff.trainer.checkpoint import check_folder
 from minidiff.trainer.dataset import read_folder
 from minidiff.trainer.distributed import world
-from minidiff.trainer.idle import at_hand, put_away
 from minidiff.trainer.job import Job, check_precision
 from minidiff.trainer.latents import LatentData, check_pictures
 from minidiff.trainer.methods import FullSettings
-from minidiff.trainer.priors import BasePrior, PairedData, base_target, class_examples, class_settings
+from minidiff.trainer.priors import BasePrior, PairedData, class_examples, class_settings
 from minidiff.trainer.savings import is_on, may_cast
 from minidiff.trainer.settings import FineTuneSettings
 from minidiff.trainer.validation import check_prediction_type, validation_set
-
-Answer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, text) -> what a U-Net answers
 
 # --- the base and the pictures ---------------------------------------------------------------------------------------
 
@@ -139,51 +137,10 @@ def has_prior(settings: FineTuneSettings) -> bool:
 # --- the loss --------------------------------------------------------------------------------------------------------
 
 
-def predict(pipe: StableDiffusionPipeline, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The U-Net's answer (B, C, h, w) to a batch, and what it was asked: x_t, t, text (B, L, D)."""
-    x0, noise, t = (batch[key].to(pipe.device) for key in ("latents", "noise", "t"))
-    x_t = add_noise(pipe.schedule, x0, noise, t).to(pipe.dtype)
-    if "ids" in batch:
-        text = pipe.text_encoder(input_ids=batch["ids"].to(pipe.device)).last_hidden_state
-    else:
-        text = batch["text"].to(pipe.device)
-    text = text.to(pipe.dtype)
-    return pipe.unet(x_t, t, text), x_t, t, text
-
-
-def answer_to(pipe: StableDiffusionPipeline, settings: FineTuneSettings, batch: Batch) -> Tensor:
-    """The U-Net's answer to a batch; of as many samples at once as in training, for which there is memory."""
-    at_once = max(1, settings.train_batch_size // world().size)
-    pieces = zip(*(rows.split(at_once) for rows in batch.values()))
-    return torch.cat([predict(pipe, dict(zip(batch, piece)))[0] for piece in pieces])
-
-
-def target_of(pipe: StableDiffusionPipeline, batch: Batch) -> Tensor:
-    """What the U-Net should answer: eps, or v."""
-    x0, noise, t = (batch[key].to(pipe.device) for key in ("latents", "noise", "t"))
-    return training_target(pipe.schedule, x0, noise, t)
-
-
-def diffusion_loss(
-    pipe: StableDiffusionPipeline, settings: FineTuneSettings, base: Answer | None = None
-) -> Callable[[Batch, int, int], Tensor]:
-    """The simple loss of DDPM (arXiv 2006.11239, eq. 14) on latents, with what the settings add to it.
-
-    `base` answers for the class half in place of its noise: --prior_from_base.
-    """
-
-    def loss(batch: Batch, step: int, micro: int) -> Tensor:
-        batch = {name: rows.to(pipe.device) for name, rows in batch.items()}  # all before the U-Net, behind which it would wait
-        target, mask = target_of(pipe, batch), batch.get("mask")  # (B, C, h, w), (B, 1, h, w)
-        weights = None if settings.snr_gamma is None else min_snr_weights(pipe.schedule, batch["t"], settings.snr_gamma)  # (B,)
-        output, x_t, t, text = predict(pipe, batch)
-        if base is not None:
-            target = base_target(target, x_t, t, text, base)
-        if has_prior(settings):
-            return prior_preservation(output, target, settings.prior_loss_weight, weights, mask)
-        return mse(output, target, weights, mask)
-
-    return loss
+def diffusion_loss(pipe: StableDiffusionPipeline, settings: FineTuneSettings, base: Answer | None = None) -> DiffusionLoss:
+    """The loss with what the settings add to it. `base` predicts the target of the class half: --prior_from_base."""
+    weight = settings.prior_loss_weight if has_prior(settings) else 0.0
+    return DiffusionLoss(pipe.unet, pipe.schedule, pipe.text_encoder, settings.snr_gamma, weight, base)
 
 
 def base_answer(
@@ -241,68 +198,119 @@ def sample_sheets(
     columns = [f"{prompt}, seed {seed}" for prompt in shown for seed in seeds]
 
     def sheet(done: int) -> Image.Image:
-        with at_hand(idle_networks(pipe, data), pipe.device):
+        with on_device(idle_networks(pipe, data), pipe.device):
             drawn = row()
         return contact_sheet([base, drawn], row_labels=["base", f"step {done}"], column_labels=columns)
 
     return sheet
 
 
-def make_task(
+@dataclass
+class Prepared:
+    """What a recipe has before anything is trained: the model, which still is the base, and its data."""
+
+    pipe: StableDiffusionPipeline
+    settings: FineTuneSettings
+    base_hash: str
+    data: LatentData
+    batches: LatentData | PairedData | BasePrior
+    loss: DiffusionLoss
+    sheets: Callable[[int], Image.Image | None]
+    untuned: nn.Module | None = None  # a copy of the U-Net as it was, if one is kept
+
+
+def prepared(
     pipe: StableDiffusionPipeline,
     settings: FineTuneSettings,
-    data: LatentData,
-    *,
     base_hash: str,
-    batches: LatentData | PairedData | BasePrior,
+    data: LatentData,
+    as_base: Callable[[], AbstractContextManager[None]] | None = None,
+) -> Prepared:
+    """Class pictures and the first row of the sheets are drawn here, by the base.
+
+    Inside `as_base()` the U-Net in training predicts what the base did. Without it --prior_from_base keeps a copy.
+    """
+    batches = with_prior(pipe, data)
+    sheets = sample_sheets(pipe, settings, data)
+    untuned = copy.deepcopy(pipe.unet) if as_base is None and settings.prior_from_base and has_prior(settings) else None
+    base = base_answer(pipe, settings, untuned or pipe.unet, as_base or nullcontext)
+    return Prepared(pipe, settings, base_hash, data, batches, diffusion_loss(pipe, settings, base), sheets, untuned)
+
+
+def make_job(
+    ready: Prepared,
     trainable: dict[str, nn.Parameter],
-    loss: Callable[[Batch, int, int], Tensor],
     export: Callable[[Path], None],
     card: Callable[[Path], None],
-    preview: Callable[[int], Image.Image | None],
     optimizer: torch.optim.Optimizer | None = None,
-    untuned: nn.Module | None = None,
 ) -> Job:
-    """The task, with the validation loss on fixed noise, and a first look at whether the base predicts what it says.
+    """The job, with the validation loss on fixed noise, and a first look at whether the base predicts what it says.
 
-    `untuned` is a copy of the U-Net as it was, if one is kept. What is not needed from here on leaves the GPU or the memory.
+    Networks that no step needs leave the GPU or the memory.
     """
+    pipe, settings, data = ready.pipe, ready.settings, ready.data
     validation, networks = data, {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     if settings.validation_data_dir:
         folder, plain = Path(settings.validation_data_dir), replace(settings, masked_loss=False)
         validation = encoded(pipe, plain, folder, settings.prompt, data.live_text, data.templates)
     fixed = validation_set(validation)
-    whole_model = isinstance(settings, FullSettings)  # is what comes out
-    put_away(idle_networks(pipe, data), needed_again=bool(settings.validation_steps) or whole_model)
-    check_prediction_type(pipe.schedule, fixed, lambda batch: answer_to(pipe, settings, batch))
-
-    def errors(batch: Batch) -> Tensor:
-        mask = batch["mask"].to(pipe.device) if "mask" in batch else None
-        return squared_error(answer_to(pipe, settings, batch), target_of(pipe, batch), mask)
+    whole_model = isinstance(settings, FullSettings)  # is the result
+    offload(idle_networks(pipe, data), needed_again=bool(settings.validation_steps) or whole_model)
+    check_prediction_type(pipe.schedule, fixed, lambda batch: outputs_of(ready, batch))
 
     def validate() -> dict[str, float]:
         with without_dropout(pipe):
-            return fixed.loss(errors)
+            return fixed.loss(lambda batch: errors_of(ready, batch))
 
     for network in networks.values():
         network.train()  # with dropout, where there is some
-    beside: dict[str, nn.Module] = {"VAE": pipe.vae} | ({} if untuned is None else {"untuned U-Net": untuned})
+    beside: dict[str, nn.Module] = {"VAE": pipe.vae} | ({} if ready.untuned is None else {"untuned U-Net": ready.untuned})
     return Job(
         trainable=trainable,
-        batch=batches.batch,
-        loss=loss,
+        batch=ready.batches.batch,
+        loss=ready.loss,
         export=export,
         card=card,
-        preview=preview,
+        preview=ready.sheets,
         validate=validate,
-        facts={"base": base_hash} | batches.facts,
+        facts={"base": ready.base_hash} | ready.batches.facts,
         samples_per_epoch=data.samples_per_epoch,
         optimizer=optimizer,
         modules=networks,
         beside=beside,
-        used_vae=batches.used_vae or validation.used_vae or not settings.cache_latents,
+        used_vae=ready.batches.used_vae or validation.used_vae or not settings.cache_latents,
         describe=data.describe,
     )
+
+
+def outputs_of(ready: Prepared, batch: Batch) -> Tensor:
+    """The U-Net's output for a batch; of as many samples at once as in training, for which there is memory."""
+    at_once = max(1, ready.settings.train_batch_size // world().size)
+    pieces = zip(*(rows.to(ready.pipe.device).split(at_once) for rows in batch.values()))
+    return torch.cat([ready.loss.predict(dict(zip(batch, piece)))[0] for piece in pieces])
+
+
+def errors_of(ready: Prepared, batch: Batch) -> Tensor:
+    """The squared error of each sample of a batch, (B,)."""
+    batch = {name: rows.to(ready.pipe.device) for name, rows in batch.items()}
+    return squared_error(outputs_of(ready, batch), ready.loss.target(batch), batch.get("mask"))
+
+
+def offload(networks: Sequence[nn.Module], needed_again: bool) -> None:
+    """Into the CPU's memory, where they can wait; or out of any: on `meta` they keep their shapes, and no numbers."""
+    for network in networks:
+        network.to("cpu" if needed_again else "meta")
+
+
+@contextmanager
+def on_device(networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside the `with`, the networks are on the device; afterwards in the CPU's memory again."""
+    for network in networks:
+        network.to(device)
+    try:
+        yield
+    finally:
+        offload(networks, needed_again=True)
 
 
 def idle_networks(pipe: StableDiffusionPipeline, data: LatentData) -> list[nn.Module]:
@@ -333,8 +341,3 @@ def model_fingerprint(*models: nn.Module) -> str:
         for name, tensor in model.state_dict().items():  # modern: transformers 4 and 5 call the text encoder's differently
             digest.update(f"{keymaps.modern(name)} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}".encode())
     return digest.hexdigest()[:16]
-
-
-def named(parts: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Everything trainable in some networks, by network and name."""
-    return {f"{part}.{name}": p for part, model in parts.items() for name, p in model.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""Training steps. minidiff's are those of the real loop, `minidiff.core.train.fit`, with logging and all that belongs to it.
+"""Training steps. minidiff's are those of the real loop, `minidiff.trainer.run.fit`, with logging and all that belongs to it.
 
 The loop asks its task for each batch; there the peers get their turns. So all of them take the same batches, in one
 process, in ABBA order, and nothing of minidiff's loop is copied here, where it could grow old.

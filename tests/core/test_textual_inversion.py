@@ -16,7 +16,6 @@ from minidiff.core.textual_inversion import (
     ExtendedEmbedding,
     add_word,
     check_plain,
-    check_word,
     eject,
     initial_vectors,
     inject,
@@ -25,6 +24,7 @@ from minidiff.core.textual_inversion import (
 )
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.text_files import load_tokenizer
+from minidiff.files.word_file import check_word
 from minidiff.trainer.methods import TEMPLATES
 
 POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"

@@ -42,11 +42,11 @@ import minidiff.__main__
 from minidiff.cli.main import main
 from minidiff.core.errors import AdapterError, SettingsError
 from minidiff.core.grids import SAMPLERS
+from minidiff.core.recipes import DiffusionLoss
 from minidiff.core.schedule import add_noise
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.weights import read_header, save
 from minidiff.trainer import checkpoint
-from minidiff.trainer import task as common
 from minidiff.trainer.job import check_trainable
 
 Said = Callable[..., str]
@@ -127,7 +127,8 @@ def test_case_15_unknown_samplers(name: str, hint: str, tiny_folder: Path, capsy
 
 def test_case_16_scheduler_of_another_prediction_type(says: Said, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny U-Net has learnt nothing; here it answers with v = √ᾱ ε - √(1 - ᾱ) x0, as far as the check can see."""
-    monkeypatch.setattr(common, "predict", lambda p, b: [add_noise(p.schedule, b["noise"], -b["latents"], b["t"])])
+    v = lambda loss, b: [add_noise(loss.schedule, b["noise"], -b["latents"], b["t"])]  # noqa: E731
+    monkeypatch.setattr(DiffusionLoss, "predict", v)
     message = says()
     assert 'scheduler_config.json says prediction_type "epsilon", but the U-Net answers with "v_prediction"' in message
     assert 'Set prediction_type to "v_prediction" there' in message
@@ -225,7 +226,7 @@ def test_case_19_no_class_pictures_and_none_drawn(says: Said, tmp_path: Path) ->
     ("flags", "message"),
     [
         (("--rank", "0"), "--rank must be at least 1; it is 0"),
-        (("--rank", "999"), "rank 999 is more than down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q has"),
+        (("--rank", "999"), "rank 999 is not possible for down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"),
         (("--rank", "999"), "its weight is 16 x 16, so give at most 16"),
         (("--lora_targets", "to_out"), 'Did you mean "to_out.0"?'),
         (("--lora_targets", "atention"), 'target "atention" matches nothing in UNet2D'),

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from minidiff.core.config import TINY_VAE
 from minidiff.core.errors import DataError, MinidiffError, SettingsError
+from minidiff.core.recipes import base_target
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.images import read_png_text, save_png
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.trainer.dataset import Example
 from minidiff.trainer.latents import LatentData
-from minidiff.trainer.priors import BasePrior, PairedData, base_target, class_examples, class_settings
+from minidiff.trainer.priors import BasePrior, PairedData, class_examples, class_settings
 from minidiff.trainer.settings import FineTuneSettings
 
 

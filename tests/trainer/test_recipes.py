@@ -18,20 +18,20 @@ from PIL import Image
 from tiny_recipes import METHODS, PRIOR, base_of, draw_pictures, loaded, numbers, picture, same, tiny, train, trained
 from torch import Tensor
 
+from minidiff.core import recipes as core_recipes
 from minidiff.core.config import SD15_UNET, NoiseConfig
 from minidiff.core.errors import DataError, MinidiffError, SettingsError
 from minidiff.core.inject import DEFAULT_TARGETS, GROUPS, adapters_off, inject
 from minidiff.core.losses import min_snr_weights, mse
+from minidiff.core.recipes import base_target
 from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
 from minidiff.core.train import Batch
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files.folder import SAMPLER_OF, config_values, write_json
 from minidiff.files.text_files import to_file_keys
 from minidiff.trainer import checkpoint
-from minidiff.trainer import task as common
 from minidiff.trainer.job import Job
 from minidiff.trainer.methods import LoRASettings
-from minidiff.trainer.priors import base_target
 from minidiff.trainer.recipes import RECIPES, print_trainable_parameters
 from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import FineTuneSettings
@@ -219,7 +219,7 @@ def test_prior_weight_0_is_the_plain_loss(make: Any, fresh: Any, method: str) ->
 
 def test_a_prior_of_weight_0_costs_no_second_model(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[torch.nn.Module] = []
-    monkeypatch.setattr("minidiff.trainer.recipes.copy", SimpleNamespace(deepcopy=lambda model: copied.append(model) or model))
+    monkeypatch.setattr("minidiff.trainer.task.copy", SimpleNamespace(deepcopy=lambda model: copied.append(model) or model))
     recipe(make("full", **PRIOR, prior_loss_weight=0.0))
     assert not copied
     recipe(make("full", **PRIOR))
@@ -269,7 +269,7 @@ def test_the_prior_from_the_base_is_the_bases_answer(make: Any, monkeypatch: pyt
         targets.append(base_target(*given))
         return targets[-1]
 
-    monkeypatch.setattr(common, "base_target", keep)
+    monkeypatch.setattr(core_recipes, "base_target", keep)
     settings = make(method, **PRIOR)
     task, base = moved(recipe(settings)), base_of(settings)
     batch = task.batch(7, 0)
@@ -469,7 +469,7 @@ def test_a_broken_batch_is_named(make: Any) -> None:
         ({"resolution": 30}, "--resolution 30: this model needs a multiple of 4, such as 28 or 32"),
         ({"resolution": 64}, "3 of 3 pictures cannot be used"),
         ({"rank": 0}, "--rank must be at least 1; it is 0"),
-        ({"rank": 99}, "rank 99 is more than"),
+        ({"rank": 99}, "rank 99 is not possible for"),
         ({"rank_pattern": ("resnets",)}, '--rank_pattern "resnets": give a layer and its rank, such as resnets=8'),
         ({"rank_pattern": ("resnets=8",)}, 'a rank is given for "resnets"'),
         ({"lora_alpha": -1.0}, "--lora_alpha"),

@@ -1,0 +1,160 @@
+"""Five ways of fine-tuning, side by side. They bring the same batches to the same loss, and differ in what moves.
+
+    full                 every weight of the U-Net, perhaps of the text encoder too       W
+    dreambooth           the same weights; half of each batch shows the subject's class   W
+    lora (LoRA, DoRA)    two thin matrices beside each of some layers                     W + (alpha / r) B A
+    textual_inversion    the vectors of one new word                                      v*
+    pivotal              a new word and a LoRA                                            v*, B A
+
+Each function changes the networks and returns what is trained, by name; `DiffusionLoss` is the loss of all five:
+
+    task = Task(lora(unet, Adapter(rank=4)), batch, DiffusionLoss(unet, schedule))
+    for update in train(task, LoopSettings()): ...
+
+Shapes: B samples, C h w a latent, L tokens, D width of the text. `t` are timesteps (B,).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.core.inject import inject
+from minidiff.core.losses import min_snr_weights, mse, prior_preservation
+from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
+from minidiff.core.textual_inversion import add_word, initial_vectors
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+Trainable = dict[str, nn.Parameter]
+Answer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, text) -> the output of a U-Net
+
+# --- what moves ----------------------------------------------------------------------------------------------------------
+
+
+def full(unet: nn.Module, text_encoder: nn.Module | None = None) -> Trainable:
+    """Full fine-tuning: every weight moves."""
+    networks = {"unet": unet} if text_encoder is None else {"unet": unet, "text_encoder": text_encoder}
+    for network in networks.values():
+        network.requires_grad_(True)
+    return trainable_in(networks)
+
+
+def dreambooth(unet: nn.Module, text_encoder: nn.Module | None = None) -> Trainable:
+    """DreamBooth (arXiv 2208.12242): full fine-tuning on batches that hold the subject and its class, half and half.
+
+    The loss has a `prior_weight`. With LoRA instead of all weights, it is called DreamBooth-LoRA.
+    """
+    return full(unet, text_encoder)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The shape of a LoRA (arXiv 2106.09685), or with `dora` of a DoRA (2402.09353)."""
+
+    rank: int = 4
+    alpha: float | None = None  # None: the rank, so that the scale alpha / rank is 1
+    targets: tuple[str, ...] = ("attention",)  # layers of the U-Net
+    rank_of: Mapping[str, int] = field(default_factory=dict)  # other ranks of some of them
+    rslora: bool = False
+    dora: bool = False
+    dropout: float = 0.0
+    seed: int = 0
+
+
+def lora(unet: nn.Module, adapter: Adapter, text_encoder: nn.Module | None = None) -> Trainable:
+    """LoRA: the weights are frozen; A and B beside some layers move, and in DoRA the lengths m too."""
+    a, networks = adapter, {"unet": unet}
+    inject(unet, a.rank, a.alpha, a.targets, a.seed, rank_of=a.rank_of, rslora=a.rslora, dora=a.dora, dropout=a.dropout)
+    if text_encoder is not None:
+        networks["text_encoder"] = text_encoder
+        inject(text_encoder, a.rank, a.alpha, ("text",), a.seed, rslora=a.rslora, dora=a.dora, dropout=a.dropout)
+    return trainable_in(networks)
+
+
+def textual_inversion(
+    tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", word: str, like: str, count: int = 1
+) -> Trainable:
+    """Textual inversion (arXiv 2208.01618): nothing of the model moves but the `count` vectors of a new word.
+
+    They start at the meaning of known words, such as `like` "dog".
+    """
+    return {"word": add_word(tokenizer, text_encoder, word, initial_vectors(tokenizer, text_encoder, like, count))}
+
+
+def pivotal(
+    unet: nn.Module,
+    adapter: Adapter,
+    tokenizer: "CLIPTokenizer",
+    text_encoder: "CLIPTextModel",
+    word: str,
+    like: str,
+    count: int = 1,
+    adapt_text: bool = False,
+) -> Trainable:
+    """Pivotal tuning, after Roich et al. (arXiv 2106.05744): a word for the subject, and a LoRA for what no word can say.
+
+    The paper first finds the word (the pivot), then freezes it and tunes the model around it. Here, as is usual for
+    Stable Diffusion, both learn from the first step on.
+    """
+    adapters = lora(unet, adapter, text_encoder if adapt_text else None)  # first: the word becomes a part of the text encoder
+    return adapters | textual_inversion(tokenizer, text_encoder, word, like, count)
+
+
+def trainable_in(networks: Mapping[str, nn.Module]) -> Trainable:
+    """Everything trainable in some networks, by network and name."""
+    return {f"{part}.{name}": p for part, model in networks.items() for name, p in model.named_parameters() if p.requires_grad}
+
+
+# --- the loss ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DiffusionLoss:
+    """The simple loss of DDPM (arXiv 2006.11239, eq. 14) on latents: || target - unet(x_t, t, text) ||².
+
+    A batch holds latents and noise (B, C, h, w), t (B,), and text (B, L, D) or token ids (B, L); perhaps a mask (B, 1, h, w).
+    """
+
+    unet: nn.Module
+    schedule: NoiseSchedule
+    text_encoder: Any = None  # for batches with token ids: it is trained, or has a word that is
+    snr_gamma: float | None = None  # min-SNR weights
+    prior_weight: float = 0.0  # above 0: the second half of a batch is the class
+    base: Answer | None = None  # with it, the target of the class half is what the base model predicts
+
+    def __call__(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
+        """The loss of a batch."""
+        device = next(self.unet.parameters()).device
+        batch = {name: rows.to(device) for name, rows in batch.items()}  # before the U-Net: later they would wait for it
+        target, mask = self.target(batch), batch.get("mask")  # (B, C, h, w), (B, 1, h, w)
+        weights = None if self.snr_gamma is None else min_snr_weights(self.schedule, batch["t"], self.snr_gamma)  # (B,)
+        output, x_t, text = self.predict(batch)
+        if self.base is not None:
+            target = base_target(target, x_t, batch["t"], text, self.base)
+        if self.prior_weight > 0:
+            return prior_preservation(output, target, self.prior_weight, weights, mask)
+        return mse(output, target, weights, mask)
+
+    def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The output of the U-Net (B, C, h, w), and its inputs x_t and text (B, L, D)."""
+        norm: nn.Module = self.unet.get_submodule("conv_norm_out")
+        dtype = next(norm.parameters()).dtype  # in which the U-Net computes
+        x_t = add_noise(self.schedule, batch["latents"], batch["noise"], batch["t"]).to(dtype)
+        text = (self.text_encoder(input_ids=batch["ids"]).last_hidden_state if "ids" in batch else batch["text"]).to(dtype)
+        return self.unet(x_t, batch["t"], text), x_t, text
+
+    def target(self, batch: dict[str, Tensor]) -> Tensor:
+        """The right output (B, C, h, w): eps, or v."""
+        return training_target(self.schedule, batch["latents"], batch["noise"], batch["t"])
+
+
+def base_target(target: Tensor, x_t: Tensor, t: Tensor, text: Tensor, base: Answer) -> Tensor:
+    """`target` (2B, C, h, w), its class half replaced by the prediction of the base model there: base(x_t, t, text)."""
+    half = len(target) // 2
+    with torch.no_grad():
+        own = base(x_t[half:], t[half:], text[half:])
+    return torch.cat([target[:half], own.to(target.dtype)])

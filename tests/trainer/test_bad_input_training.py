@@ -227,9 +227,9 @@ def test_case_19_no_class_pictures_and_none_drawn(says: Said, tmp_path: Path) ->
     [
         (("--rank", "0"), "--rank must be at least 1; it is 0"),
         (("--rank", "999"), "rank 999 is not possible for down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"),
-        (("--rank", "999"), "its weight is 16 x 16, so give at most 16"),
+        (("--rank", "999"), "it can be 1 to 16"),
         (("--lora_targets", "to_out"), 'Did you mean "to_out.0"?'),
-        (("--lora_targets", "atention"), 'target "atention" matches nothing in UNet2D'),
+        (("--lora_targets", "atention"), 'target "atention" matches no linear layer or convolution of UNet2D'),
         (("--lora_targets", "atention"), 'Did you mean "attention"?'),
         (("--lora_alpha", "0"), "--lora_alpha must be a number above 0; it is 0.0"),
         (("--learning_rate", "0"), "--learning_rate must be a number above 0; it is 0.0"),
@@ -344,7 +344,7 @@ def test_case_24_names_and_weights(
     pipe.load_lora_weights(path, adapter_name="dog")
     with pytest.raises(AdapterError, match='an adapter called "dog" is there already; choose another name'):
         pipe.load_lora_weights(path, adapter_name="dog")
-    with pytest.raises(AdapterError, match=r"1 adapters \['dog'\] but 2 weights \[1.0, 0.5\]; give one weight for each"):
+    with pytest.raises(AdapterError, match=r"1 adapters \['dog'\] and 2 weights \[1.0, 0.5\]; name each adapter once"):
         pipe.set_adapters(["dog"], [1.0, 0.5])
     for argv in (["merge", "join", "--output", "new.safetensors"], ["merge", "bake", "--output", "new"]):
         said = refused(capsys, [*argv, "--lora", str(path), "--lora_weight", "1", "2"])

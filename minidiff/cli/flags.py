@@ -196,7 +196,7 @@ class Lesson(Flags):
     """Run a lesson. Its figures are written to outputs/lessons."""
 
     number: Positional[int]
-    """0: the three stations. 5: samplers. 11: LoRA."""
+    """0: the three stations. 5: samplers. 11: LoRA. 13: the ladder."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import asdict
@@ -58,19 +59,22 @@ def data_check(s: DataCheck) -> None:
 
 
 def ladder(s: LadderSettings) -> None:
-    from minidiff.pocket.ladder import run
-
-    print(run(s))
+    runpy.run_path(str(lesson_file(13)), init_globals={"FLAGS": vars(s)}, run_name="__main__")
 
 
 def lesson(s: Lesson) -> None:
+    if code := subprocess.run([sys.executable, str(lesson_file(s.number))], check=False).returncode:
+        sys.exit(code)
+
+
+def lesson_file(number: int) -> Path:
+    """A lesson, in a checkout; SettingsError if it is not there."""
     folder = CHECKOUT / "lessons"
-    found = sorted(folder.glob(f"{s.number:02d}_*.py"))
+    found = sorted(folder.glob(f"{number:02d}_*.py"))
     if not found:
         known = ", ".join(sorted(str(int(path.name[:2])) for path in folder.glob("[0-9][0-9]_*.py")))
-        raise SettingsError(f"there is no lesson {s.number}; there are {known or 'none beside this installation'}.")
-    if code := subprocess.run([sys.executable, str(found[0])], check=False).returncode:
-        sys.exit(code)
+        raise SettingsError(f"there is no lesson {number}; there are {known or 'none beside this installation'}.")
+    return found[0]
 
 
 def bench(s: Bench) -> None:

@@ -4,11 +4,13 @@ The judge is a small convolutional classifier with one answer for each question:
 learns from drawn pictures only, and nothing that is scored was ever trained against it. It sees drawings that are blurred,
 noisy and shifted in colour, so that it looks at shapes and not at the exact pixels of the drawing program.
 
-    B pictures   128 x 128 pixels
+A second judge, CLIP's image tower, says how like two pictures are: for what a fine-tuned model has learned and forgotten.
+
+    B pictures   128 x 128 pixels   D width of the tower's embedding
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from minidiff.core.errors import WeightsError
 from minidiff.core.rng import generator, hashed_seed
 from minidiff.core.vae import AutoencoderKL
+from minidiff.draw.images import to_tensor
 from minidiff.files import weights
+from minidiff.files.folder import config_of
 from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.world import COLOURS, OBJECTS, POSES, SCENES, STYLES, Picture, caption, draw, held_out
 
@@ -177,3 +182,39 @@ def judge_checkpoint(folder: str | Path, judge_path: Path, count: int = 500) -> 
         "pictures from held-out prompts": score(judge, pictures, generated).right,
         "reconstruction PSNR in dB": reconstruction_psnr(pipe.vae, pictures[:200]),
     }
+
+
+# --- how like are two pictures? -----------------------------------------------------------------------------------------
+
+
+class ImageTower:
+    """CLIP's image tower, `image_encoder/` of a model folder: pictures -> points on a sphere, like pictures close together."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        if not (folder / "config.json").is_file():
+            raise WeightsError(f"{folder}: no image encoder here; the pocket checkpoint has one, SD 1.5 has not.")
+        values, where = config_of(folder)
+        try:
+            self.model = CLIPVisionModelWithProjection(CLIPVisionConfig(**values)).eval()
+            self.side = int(self.model.config.image_size)
+        except Exception as error:  # transformers raises anything for numbers that build no network
+            raise WeightsError(f"{where}: not a usable image encoder: {error}. Copy the file again.") from error
+        weights.load_into(self.model, weights.find_weights(folder), torch.float32)
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """(N, D), rows of length 1. The tower reads [-1, 1], as it was trained (pocket/towers.py)."""
+        x = torch.stack([to_tensor(image.resize((self.side, self.side), Image.Resampling.LANCZOS)) for image in images])
+        return F.normalize(self.model(pixel_values=x).image_embeds, dim=-1)
+
+
+def subject_score(drawn: Tensor, real: Tensor) -> float:
+    """CLIP-I: embeddings (N, D) and (M, D) -> the mean cosine similarity of all pairs (2208.12242, section 5.2)."""
+    return (drawn @ real.mT).mean().item()
+
+
+def forgetting_score(tuned: Tensor, base: Tensor) -> float:
+    """1 - the mean cosine similarity of row i of one, (N, D), and row i of the other."""
+    return 1 - (tuned * base).sum(-1).mean().item()

@@ -1,22 +1,25 @@
-"""The ladder: its two scores, its rungs, and one short climb."""
+"""The ladder: its two scores, and lesson 13, which climbs it."""
 
 import json
-from dataclasses import replace
+import re
+import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from minidiff.cli.main import main
-from minidiff.core.errors import SettingsError, WeightsError
-from minidiff.pocket import ladder
-from minidiff.pocket.settings import LadderSettings
-from minidiff.trainer.methods import LoRASettings
-from minidiff.trainer.run import Report
+from minidiff.core.errors import WeightsError
+from minidiff.files.weights import read_header
+from minidiff.pocket.judge import ImageTower, forgetting_score, subject_score
+from minidiff.trainer import run
 
 ROOT = Path(__file__).parents[2]
-FLAGS = LadderSettings(str(ROOT / "checkpoints/pocket"), str(ROOT / "lessons/data/dog"))
+POCKET = ROOT / "checkpoints" / "pocket"
+LESSON = ROOT / "lessons" / "13_ladder.py"
+FLAGS = ["--pretrained_model_name_or_path", str(POCKET), "--instance_data_dir", str(ROOT / "lessons/data/dog")]
 
 
 def unit(rows: int, seed: int) -> torch.Tensor:
@@ -27,36 +30,14 @@ def test_subject_score_is_the_mean_over_all_pairs() -> None:
     """CLIP-I, arXiv 2208.12242, section 5.2."""
     drawn, real = unit(4, 0), unit(3, 1)
     pairs = [F.cosine_similarity(a, b, dim=0).item() for a in drawn for b in real]
-    assert ladder.subject_score(drawn, real) == pytest.approx(sum(pairs) / 12, abs=1e-6)
+    assert subject_score(drawn, real) == pytest.approx(sum(pairs) / 12, abs=1e-6)
 
 
 def test_forgetting_score_is_zero_for_the_base_and_one_for_the_unlike() -> None:
     base = torch.eye(4)
-    assert ladder.forgetting_score(base, base) == 0
-    assert ladder.forgetting_score(base[[1, 0, 3, 2]], base) == 1
-    assert ladder.forgetting_score(base[[1, 0, 2, 3]], base) == 0.5
-
-
-def test_every_rung_has_settings_that_work() -> None:
-    every = ladder.rungs(FLAGS)
-    assert len({settings.output_dir for settings in every.values()}) == len(every)
-    for settings in every.values():
-        settings.check()
-
-
-def test_a_rung_that_is_not_there() -> None:
-    with pytest.raises(SettingsError, match='--rungs "LoRa": there are full, .* Did you mean "LoRA"'):
-        ladder.run(replace(FLAGS, rungs=("LoRa",)))
-
-
-def test_a_base_without_an_image_encoder(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="no image encoder here; the pocket checkpoint has one"):
-        ladder.run(replace(FLAGS, pretrained_model_name_or_path=str(tmp_path)))
-
-
-def test_a_model_that_is_not_there() -> None:
-    with pytest.raises(WeightsError, match="nowhere/at/all: there is no such folder"):
-        ladder.run(replace(FLAGS, pretrained_model_name_or_path="nowhere/at/all"))
+    assert forgetting_score(base, base) == 0
+    assert forgetting_score(base[[1, 0, 3, 2]], base) == 1
+    assert forgetting_score(base[[1, 0, 2, 3]], base) == 0.5
 
 
 @pytest.mark.parametrize("values", [{"hidden_size": "x"}, {"hidden_size": -1}, {"image_size": None}])
@@ -64,50 +45,51 @@ def test_an_image_encoder_that_cannot_be_built(tmp_path: Path, values: dict[str,
     (tmp_path / "image_encoder").mkdir()
     (tmp_path / "image_encoder" / "config.json").write_text(json.dumps(values))
     with pytest.raises(WeightsError, match=r"config.json: not a usable image encoder: (.|\n)* Copy the file again"):
-        ladder.ImageTower(tmp_path / "image_encoder")
+        ImageTower(tmp_path / "image_encoder")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rungs", "LoRa"], '--rungs "LoRa": there are full, .* Did you mean "LoRA"'),
+        (["--pretrained_model_name_or_path", "{}"], "no image encoder here; the pocket checkpoint has one"),
+        (["--pretrained_model_name_or_path", "nowhere/at/all"], "nowhere/at/all: there is no such folder"),
+    ],
+)
+def test_wrong_flags_are_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main(["ladder", *FLAGS, "--output_dir", str(tmp_path / "out"), *(flag.format(tmp_path) for flag in flags)])
+    said = capsys.readouterr().err
+    assert leave.value.code == 2 and re.search(message, said), said
+
+
+def climb(home: Path) -> dict[str, Any]:
+    """Lesson 13 with two rungs of two updates; what it defines."""
+    flags = {"pretrained_model_name_or_path": str(POCKET), "output_dir": str(home), "quick": True}
+    return runpy.run_path(str(LESSON), {"FLAGS": flags | {"rungs": ("LoRA", "textual inversion")}})
+
+
+def test_a_short_climb(tmp_path: Path) -> None:
+    """Climbing again trains nothing anew; and a result that is not there is not taken for the base."""
+    names = climb(tmp_path)
+    base, lora, word = names["rows"]
+    assert (tmp_path / "ladder.png").is_file() and (tmp_path / "ladder.md").read_text().count("\n") == 5
+    assert base["forgetting"] == pytest.approx(0, abs=1e-5) and base["trained"] == 0
+    result = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    assert lora["trained"] == sum(p.numel() for p in read_header(result).read().values()) and word["trained"] == 4 * 128
+    assert lora["megabytes"] == pytest.approx(lora["trained"] * 4 / 1e6, rel=0.1)
+    assert lora["seconds"] > 0 and -1 <= lora["subject"] <= 1 and 0 <= lora["forgetting"] < 1
+    assert climb(tmp_path)["rows"] == names["rows"]
+    result.unlink()
+    with pytest.raises(WeightsError, match="lora holds no result of a training run"):
+        names["load_result"](names["rungs"]["LoRA"])
 
 
 def test_a_rung_that_was_stopped_ends_the_climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else its half would stand in the table as if it were the whole."""
-    for name, value in {"SUBJECT": ladder.SUBJECT[:1], "OTHERS": ladder.OTHERS[:1], "SEEDS": (0,), "SUBJECTS": 1}.items():
-        monkeypatch.setattr(ladder, name, value)
-    monkeypatch.setattr(ladder, "RECIPES", {LoRASettings: lambda settings: None})
-    monkeypatch.setattr(ladder, "fit", lambda task, settings: Report(1, 0.0, finished=False))
-    flags = ["--pretrained_model_name_or_path", FLAGS.pretrained_model_name_or_path, "--output_dir", str(tmp_path)]
-    with pytest.raises(SystemExit) as leave:
-        main(["ladder", *flags, "--instance_data_dir", FLAGS.instance_data_dir, "--rungs", "LoRA"])
-    assert leave.value.code == 130 and not list(tmp_path.iterdir())
-
-
-def test_a_result_that_is_not_there_is_not_the_base(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="lora holds no result of a training run"):
-        ladder.load_result(ladder.rungs(replace(FLAGS, output_dir=str(tmp_path)))["LoRA"])
-
-
-def test_a_short_climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One LoRA of two updates; one picture of the subject, one of another thing. Climbing again trains nothing anew."""
-    for name, value in {"SUBJECT": ladder.SUBJECT[:1], "OTHERS": ladder.OTHERS[:1], "SEEDS": (0,), "SUBJECTS": 1}.items():
-        monkeypatch.setattr(ladder, name, value)
-    settings = ladder.rungs(replace(FLAGS, output_dir=str(tmp_path)))["LoRA"]
-    assert isinstance(settings, LoRASettings)
-    steps = {"LoRA": replace(settings, max_train_steps=2, checkpointing_steps=2)}
-    tower = ladder.ImageTower(Path(FLAGS.pretrained_model_name_or_path) / "image_encoder")
-    base, row = ladder.climb(steps, tmp_path, tower)
-    assert (tmp_path / "ladder.png").is_file()
-    assert base.forgetting == pytest.approx(0, abs=1e-5) and base.trainable == 0
-    assert row.trainable == sum(p.numel() for p in _adapter(tmp_path))
-    assert row.megabytes == pytest.approx(row.trainable * 4 / 1e6, rel=0.1)
-    assert row.seconds > 0 and -1 <= row.subject <= 1 and 0 <= row.forgetting < 1
-    assert ladder.climb(steps, tmp_path, tower)[1] == row
-
-
-def _adapter(home: Path) -> list[torch.Tensor]:
-    from minidiff.files.weights import read_header
-
-    return list(read_header(home / "lora" / "pytorch_lora_weights.safetensors").read().values())
-
-
-def test_the_table_is_markdown() -> None:
-    row = ladder.Row("LoRA", 161792, 0.65, 41.4, 0.8123, 0.0456)
-    assert ladder.table([row]).splitlines()[-1] == "| LoRA | 161,792 | 0.65 | 41 | 0.812 | 0.046 |"
-    assert len({line.count("|") for line in ladder.table([row]).splitlines()}) == 1
+    monkeypatch.setattr(run, "fit", lambda job, settings: run.Report(1, 0.0, finished=False))
+    with pytest.raises(KeyboardInterrupt):
+        climb(tmp_path)
+    assert not list(tmp_path.glob("ladder.*"))

@@ -16,7 +16,7 @@ from minidiff import StableDiffusionPipeline
 from minidiff.core.inject import adapter_weights, inject
 from minidiff.draw.images import contact_sheet, to_tensor
 from minidiff.files.lora_file import save_lora
-from minidiff.pocket.ladder import ImageTower
+from minidiff.pocket.judge import ImageTower
 
 POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
 PROMPT = "a watercolor of a blue house in the snow"

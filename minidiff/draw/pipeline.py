@@ -120,14 +120,11 @@ class StableDiffusionPipeline(Model):
         return PipelineOutput(drawn if output_type == "latent" else finished(canvas.paste(drawn), output_type))
 
     def run(
-        self,
-        drawing: Callable[[], Iterator[Any]],
-        steps: int,
-        callback: Callable[[Step], None] | None,
-        decode: bool,
+        self, drawing: Callable[[], Iterator[Any]], steps: int, callback: Callable[[Step], None] | None, decode: bool
     ) -> Tensor:
-        """Go through the stations of `generate`: the pictures, or the last latents. A progress bar on stderr and `callback` see
-        each step. NaN and infinity never go away again, so one look at the last latents finds them.
+        """Go through the stations of `generate`: the pictures, or the last latents. A bar and `callback` see each step.
+
+        NaN and infinity never go away again, so one look at the last latents finds them.
         """
         from tqdm import tqdm
 

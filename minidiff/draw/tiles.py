@@ -1,12 +1,12 @@
 """A large picture in overlapping tiles: the network sees one at a time, and memory stays that of a tile.
 
     tile     ▁▂▄▆████████▆▄▂▁
-    the next            ▁▂▄▆████████▆▄▂▁      where two meet, each counts the less the nearer its own edge is
+    the next            ▁▂▄▆████████▆▄▂▁      where two overlap, a tile's weight falls towards its own edge
 
-Used on the U-Net at every step, the tiles agree on one picture: MultiDiffusion, arXiv 2302.08113, eq. 5. Used on the
-autoencoder, the overlap hides that each tile's norms see that tile alone.
+For the U-Net, the tiles are combined at every step, so they agree on one picture: MultiDiffusion, arXiv 2302.08113, eq. 5. In
+the autoencoder, the norms of a tile see only that tile; the overlap hides the difference.
 
-Shapes: B pictures, C channels, H W the whole, S the side of a tile.
+Shapes: B pictures, C channels, H W the sides of the whole picture.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from minidiff.core.guidance import UNetCall
 
 
 def tiled(call: Callable[[Tensor], Tensor], tile: int, overlap: int, unit: int = 1) -> Callable[[Tensor], Tensor]:
-    """`call`, (B, C, h, w) -> (B, C', s h, s w) for some scale s, made to see at most `tile` x `tile` cells at once.
+    """`call`, (B, C, h, w) -> (B, C', s h, s w) for some scale s, applied to tiles of at most `tile` x `tile` cells.
 
-    Neighbours share at least `overlap` cells, and begin at multiples of `unit` (8 pixels for an encoder, whose s is 1/8).
-    Where the whole is no larger than a tile, the answer is that of `call`, to the bit.
+    Neighbours share at least `overlap` cells and begin at multiples of `unit` (8 pixels for an encoder, whose s is 1/8). If
+    the input is not larger than a tile, the result is that of `call`, to the bit.
     """
 
     def over_tiles(x: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def tiled(call: Callable[[Tensor], Tensor], tile: int, overlap: int, unit: int =
                 y0, x0 = round(top * scale), round(left * scale)
                 total[..., y0 : y0 + h, x0 : x0 + w] += part * ramp
                 weight[y0 : y0 + h, x0 : x0 + w] += ramp
-        return total / weight  # 2302.08113 eq. 5: the weighted mean of what the tiles say
+        return total / weight  # 2302.08113 eq. 5: the weighted mean of the tiles
 
     return over_tiles
 
@@ -53,7 +53,7 @@ def in_tiles(unet: UNetCall, tile: int) -> UNetCall:
 
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where the tiles begin along one side: as few as will do, evenly spaced, the last one at the end."""
+    """Where the tiles begin along one side: as few as possible, evenly spaced, the last one at the end."""
     if not 0 <= overlap < tile:
         raise SettingsError(f"tiles of {tile} that overlap by {overlap} do not advance; make the tiles larger.")
     if length <= tile:
@@ -63,6 +63,6 @@ def starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def tent(length: int, overlap: float) -> Tensor:
-    """(length,): 1 in the middle, falling towards both edges over `overlap` cells; never 0, for edges of the whole."""
+    """(length,): 1 in the middle, falling towards both edges over `overlap` cells; never 0, for the edges of the picture."""
     from_edge = torch.minimum(torch.arange(length), torch.arange(length).flip(0)) + 0.5
     return (from_edge / max(overlap, 1)).clamp(max=1)

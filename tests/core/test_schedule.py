@@ -5,7 +5,7 @@ import torch
 
 from minidiff.core.config import NoiseConfig
 from minidiff.core.errors import SettingsError, WeightsError
-from minidiff.core.grids import SAMPLERS, karras_sigmas, sigmas_at, timesteps, timesteps_at
+from minidiff.core.grids import SAMPLERS
 from minidiff.core.schedule import NoiseSchedule, add_noise, read_output, training_target, zero_terminal_snr
 from minidiff.files.folder import config_values, read_config, sampler_of, scheduler_values
 
@@ -105,70 +105,7 @@ def test_v_is_the_velocity_on_the_circle():
     torch.testing.assert_close(got_eps, eps)
 
 
-def test_spacings():
-    """2305.08891, table 2, and the docstring's example."""
-    assert timesteps(SCHEDULE, 4, "leading") == [751, 501, 251, 1]
-    assert timesteps(SCHEDULE, 4, "linspace") == [999, 666, 333, 0]
-    assert timesteps(SCHEDULE, 4, "trailing") == [999, 749, 499, 249]
-    assert timesteps(SCHEDULE, 20, "leading") == list(range(951, 0, -50))
-    assert timesteps(SCHEDULE, 30, "leading")[0] == 958  # 1000 // 30 is 33: the integer division trap
-    no_offset = NoiseSchedule.from_config(NoiseConfig(steps_offset=0))
-    assert timesteps(no_offset, 4, "leading") == [750, 500, 250, 0]
-
-
-def test_spacing_conventions_of_the_samplers():
-    euler = timesteps(SCHEDULE, 20, "linspace", whole=False)
-    assert euler[1] == pytest.approx(946.421, abs=1e-3)
-    assert euler[-2] == pytest.approx(52.579, abs=1e-3)
-    dpm = timesteps(SCHEDULE, 20, "linspace", spare=1)
-    assert (dpm[:3], dpm[-2:], len(dpm)) == ([999, 949, 899], [100, 50], 20)
-    assert timesteps(SCHEDULE, 20, "leading", spare=1)[0::19] == [941, 48]
-    assert timesteps(SCHEDULE, 61, "trailing")[-1] == 15  # and not a 62nd one at -1
-
-
-@pytest.mark.parametrize("steps", [0, -3, 1001])
-def test_steps_out_of_range(steps):
-    with pytest.raises(SettingsError, match=f"num_inference_steps is {steps}; it can be 1 to 1000"):
-        timesteps(SCHEDULE, steps, "trailing")
-
-
-def test_more_steps_than_different_timesteps():
-    assert len(timesteps(SCHEDULE, 1000, "linspace")) == 1000
-    for spacing, spare in (("leading", 0), ("leading", 1), ("linspace", 1)):
-        with pytest.raises(SettingsError, match="fewer different timesteps"):
-            timesteps(SCHEDULE, 1000, spacing, spare=spare)
-
-
-def test_unknown_spacing():
-    with pytest.raises(SettingsError, match='one of leading, linspace, trailing. Did you mean "trailing"'):
-        timesteps(SCHEDULE, 10, "trailling")
-
-
-def test_sigmas_between_timesteps():
-    table = SCHEDULE.sigmas.tolist()
-    sigmas = sigmas_at(SCHEDULE, [999.0, 10.25, 0.0])
-    assert sigmas == pytest.approx([table[999], 0.75 * table[10] + 0.25 * table[11], table[0], 0.0])
-
-
-# --------------------------------------------------------------------------------------------------- Karras, zero SNR
-
-
-def test_karras_sigmas_edm_eq5():
-    """The ends are kept, and sigma^(1/7) goes down in equal steps. The numbers are those of A1111 and diffusers."""
-    sigmas = karras_sigmas(14.6146469, 0.0291675, 10)
-    assert (sigmas[0], sigmas[-1]) == pytest.approx((14.6146469, 0.0291675))
-    roots = torch.tensor(sigmas).double() ** (1 / 7)
-    torch.testing.assert_close(roots.diff(), roots.diff().mean().expand(9), rtol=1e-5, atol=0)
-    t = [round(t) for t in timesteps_at(SCHEDULE, karras_sigmas(14.6146469, 0.0291675, 20))]
-    assert t == [999, 962, 921, 876, 827, 772, 710, 640, 561, 474, 380, 285, 197, 123, 69, 35, 15, 6, 2, 0]
-    assert karras_sigmas(14.6, 0.03, 1) == pytest.approx([14.6])
-
-
-def test_timesteps_at_undoes_sigmas_at():
-    ts = [999.0, 500.0, 20.0, 1.0, 0.0]
-    assert timesteps_at(SCHEDULE, sigmas_at(SCHEDULE, ts)[:-1]) == pytest.approx(ts, abs=1e-3)
-    half_way = (SCHEDULE.sigmas[500] * SCHEDULE.sigmas[501]).sqrt().item()  # in log sigma
-    assert timesteps_at(SCHEDULE, [half_way, 100.0, 0.001]) == pytest.approx([500.5, 999, 0], abs=1e-3)
+# ------------------------------------------------------------------------------------------------------------- zero SNR
 
 
 def test_zero_terminal_snr_algorithm1():

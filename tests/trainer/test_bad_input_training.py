@@ -6,8 +6,8 @@ The cases are numbered 1 to 25; those about files are in test_bad_input_files.py
     11  --placeholder_token                          case_11                  test_textual_inversion: not_every_word_will_do
     12  long prompts, prompt weights                                          test_text: 75_tokens_pass_and_the_76th_is_quoted
     13  the size of weights                          not here
-    14  sides, steps; strength                       case_14                  test_cli: wrong_sampling; test_samplers: strength
-    15  an unknown sampler; LCM, Karras, turbo       case_15                  test_samplers: unknown_sampler, karras
+    14  sides, steps; strength                       case_14                  test_cli: wrong_sampling; test_grids: strength
+    15  an unknown sampler; LCM, Karras, turbo       case_15                  test_grids: unknown_sampler, karras
     16  eps and v                                    case_16                  test_validation: predicts_something_else
     17  no pictures, small or damaged ones           case_17 (three)          test_data: all_bad_pictures; test_check_data
     18  metadata.jsonl                               case_18                  test_folders: bad_metadata, bad_folder

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minidiff.core.errors import MinidiffError
     from minidiff.core.schedule import NoiseSchedule
-    from minidiff.core.transformer import attention
     from minidiff.core.unet import UNet2DConditionModel
     from minidiff.core.vae import AutoencoderKL
     from minidiff.draw.pipeline import StableDiffusionPipeline
+    from minidiff.fast import attention
 
 __version__ = "0.1.0"
 
@@ -25,7 +25,7 @@ _HOMES = {
     "UNet2DConditionModel": "minidiff.core.unet",
     "AutoencoderKL": "minidiff.core.vae",
     "NoiseSchedule": "minidiff.core.schedule",
-    "attention": "minidiff.core.transformer",
+    "attention": "minidiff.fast",
     "MinidiffError": "minidiff.core.errors",
 }
 __all__ = [
@@ -41,4 +41,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'minidiff' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        home = import_module(_HOMES[name])
+    except ModuleNotFoundError as error:
+        if error.name != "minidiff.fast":
+            raise
+        home = import_module("minidiff.core.transformer")  # fast was deleted: the plain attention
+    return getattr(home, name)

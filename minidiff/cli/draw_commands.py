@@ -14,12 +14,12 @@ from minidiff.cli.draw_flags import Attention, Filmstrip, Morph, Sample, Samplin
 from minidiff.core.errors import SettingsError
 from minidiff.core.grids import sampler_named
 from minidiff.core.inject import adapter_names
+from minidiff.draw.device import chosen_device
 from minidiff.draw.images import contact_sheet, save_png
 from minidiff.draw.lora_tags import adapter_name_of, in_lora_dir
 from minidiff.draw.pipeline import MAX_SIDE, StableDiffusionPipeline
 from minidiff.draw.prompting import parse_prompt
 from minidiff.fast.compiled import compile_unet
-from minidiff.fast.memory import chosen_device
 from minidiff.files.folder import config_of, local_folder, sampler_of
 from minidiff.files.weights import read_header
 from minidiff.studio.recipe import Origin, check_origin, check_outputs, parameters, recipe_texts, several

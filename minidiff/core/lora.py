@@ -1,20 +1,19 @@
-"""LoRA: learn a small change of a big matrix (arXiv 2106.09685). Then DoRA, which learns its length apart (arXiv 2402.09353).
+"""LoRA: learn a small change of a big matrix (arXiv 2106.09685). DoRA learns the length separately (arXiv 2402.09353).
 
-A frozen layer W gets a detour of two thin matrices: A leads down to r numbers, B leads up again.
+A frozen layer W gets a second path of two thin matrices: A leads down to r numbers, B leads up again.
 
     y = W x + scale · B A x                       LoRA, eq. 3; scale = alpha / r, section 4.1
                                                   rsLoRA: scale = alpha / √r, which lets high ranks learn (arXiv 2312.03732)
 
-B starts at zero, so the tuned model starts as the base model. r is the rank; alpha only sets how strong the detour is.
-A convolution is a matrix that moves over the picture: A is a convolution down to r channels, B one of 1 x 1 up from them.
+B starts at zero, so the tuned model starts as the base model. r is the rank; alpha only sets how strong the change is.
+A convolution is a matrix that moves over the picture: A is a convolution to r channels, B a 1 x 1 convolution from them.
 
-DoRA splits the tuned matrix V = W + scale · B A into lengths and directions, and learns the lengths m by themselves:
+DoRA splits the tuned matrix V = W + scale · B A into lengths and directions, and learns the lengths m separately:
 
-    W' = m · V / ||V||                            DoRA, eq. 5; ||V||: one norm for each row of V, that is for each output
+    W' = m · V / ||V||                            DoRA, eq. 5; ||V|| is one norm for each row of V: for each output
 
-m starts at ||W||, so this too starts as the base model. (The paper says "column", because its W is (in, out); PyTorch's is
-(out, in), so its rows are the paper's columns. Older files of LyCORIS have a norm for each input instead. Files of both kinds
-work here: the shape of m says which it is.)
+m starts at ||W||, so this starts as the base model, too. (The paper says "column", because its W is (in, out); PyTorch's W is
+(out, in). Old files of LyCORIS have one norm for each input instead. Both kinds work here: the shape of m says which it is.)
 
 This file is about one layer. inject.py puts adapters into a whole model.
 
@@ -23,14 +22,12 @@ for each output, (1, in) or (1, in, 1, 1) for each input; x (…, in) or (batch,
 """
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from minidiff.fast import lean_lora as lean
-from minidiff.fast.precision import full_precision
 
 AT_ONCE = 2**20  # numbers of a weight whose lengths are measured together
 SHORTEST = 1e-12  # a length that can be divided by, for rows of W that are zero
@@ -38,7 +35,7 @@ SHORTEST = 1e-12  # a length that can be divided by, for rows of W that are zero
 
 @dataclass(frozen=True)
 class LoRAWeights:
-    """The change of one layer: what is in every adapter file, in whatever words."""
+    """The change of one layer. Every adapter file holds these, under some names."""
 
     A: Tensor
     B: Tensor
@@ -62,16 +59,16 @@ class LoRAWeights:
 
 
 def lengths(V: Tensor, shape: torch.Size) -> Tensor:
-    """||V||, a norm for each output or each input: over every axis on which `shape`, that of m, is 1."""
+    """||V||: one norm for each output or each input, over the axes on which `shape`, the shape of m, is 1."""
     axes = [axis for axis, size in enumerate(shape) if size == 1]
     return torch.linalg.vector_norm(V, dim=axes, keepdim=True).clamp(min=SHORTEST)
 
 
 def tuned_lengths(W: Tensor, weights: LoRAWeights, shape: torch.Size) -> Tensor:
-    """||W + scale · B A||, of the shape of m, in fp32.
+    """||W + scale · B A|| in the shape of m, fp32.
 
-    Made of AT_ONCE numbers at a time, so that a big layer needs no second copy of itself. (||w||² + 2 w·ba + ||ba||² would
-    need products r wide alone, but loses its digits where B A takes most of W away.)
+    AT_ONCE numbers at a time, so that a big layer needs no second copy of itself. (||w||² + 2 w·ba + ||ba||² would need less,
+    but it is inexact where B A cancels most of W.)
     """
     if shape[0] != len(W):
         return lengths(W.float() + weights.product(), shape)
@@ -80,14 +77,20 @@ def tuned_lengths(W: Tensor, weights: LoRAWeights, shape: torch.Size) -> Tensor:
     return torch.cat([lengths(w.float() + replace(weights, B=b).product(), shape) for w, b in parts])
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Inside the `with`, products on x's device are not rounded to half precision. (The `meta` device has no autocast.)"""
+    device = x.device.type
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known and torch.is_autocast_enabled(device) else nullcontext()
+
+
 class LoRALayer(nn.Module, ABC):
-    """A frozen layer and its adapters. `LoRALinear` and `LoRAConv2d` add how A and B are applied.
+    """A frozen layer and its adapters, by name. `LoRALinear` and `LoRAConv2d` add how A and B are applied.
 
-    Several adapters add up, each times its strength: W' = W + Σ strength · ΔW. That holds for DoRA too, so strength leads
-    on a straight line from W (0) to what was trained (1).
+    Several adapters add up, each times its strength: W' = W + Σ strength · ΔW. This holds for DoRA, too: strength leads on a
+    straight line from W (0) to the trained W' (1).
 
-    A, B and m are fp32 whatever the dtype of the base. Cast the model before, not after: `.to(torch.float16)` on the
-    whole of it would cast them too.
+    A, B and m are fp32, whatever the dtype of the base. So cast a model before it gets adapters, not after.
     """
 
     def __init__(self, base: nn.Linear | nn.Conv2d) -> None:
@@ -98,12 +101,12 @@ class LoRALayer(nn.Module, ABC):
         self.lora_magnitude = nn.ParameterDict()  # adapter name -> m, where the adapter is DoRA
         self.scale: dict[str, float] = {}  # belongs to the file
         self.strength: dict[str, float] = {}  # 0 off, 1 as trained: belongs to the user
-        self.dropout: dict[str, float] = {}  # share of the detour's input that is dropped in training
+        self.dropout: dict[str, float] = {}  # share of A's input that is dropped in training
         self.unmerged_weight: Tensor | None
         self.register_buffer("unmerged_weight", None, persistent=False)  # a buffer, so that it follows .to(device)
 
     def add(self, adapter_name: str, weights: LoRAWeights, dropout: float = 0.0) -> None:
-        """Put a copy of an adapter on, at strength 1."""
+        """Add a copy of an adapter, at strength 1."""
 
         def own(tensor: Tensor) -> nn.Parameter:
             return nn.Parameter(tensor.detach().to(self.base.weight.device, torch.float32, copy=True))
@@ -123,93 +126,75 @@ class LoRALayer(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """W' x + bias, in the dtype that the base gives."""
-        if (name := self.lean()) is not None:
-            return self.lean_forward(name, x)
         y = tuned = self.base(x)
-        if self.unmerged_weight is not None:
+        if self.unmerged_weight is not None:  # W is W' already
             return y
         for name, strength in self.strength.items():
             if strength:
-                change = self.dora(name, x, y) if name in self.lora_magnitude else self.detour(name, x)
+                change = self.dora(name, x, y) if name in self.lora_magnitude else self.lora(name, x)
                 tuned = tuned + (strength * change).to(y.dtype)
         return tuned
 
-    def detour(self, name: str, x: Tensor) -> Tensor:
+    def lora(self, name: str, x: Tensor) -> Tensor:
         """scale · B A x."""
         A, B = self.lora_A[name], self.lora_B[name]
         x = F.dropout(x.to(A.dtype), self.dropout[name], self.training)
         return self.scale[name] * self.up(self.down(x, A), B)  # LoRA (arXiv 2106.09685), eq. 3
 
     def dora(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """W' x - W x, where W' = g V is DoRA's eq. 5, g = m / ||V||, and y = W x + bias is known already.
+        """W' x - W x, where W' = g V is DoRA's eq. 5 with g = m / ||V||. y = W x + bias is known already.
 
-        Dropout is on the x of B A x alone: y is computed once, of the whole x. (peft drops x in (g - 1) W x too.)
+        Dropout applies only to the x of B A x. (peft drops parts of the x in (g - 1) W x, too.)
         """
         g = self.along_channels(self.gain(name))
         if self.lora_magnitude[name].shape[1] == 1:  # a length for each output: g V x = g W x + g B A x
             Wx = y.float() if self.base.bias is None else y.float() - self.along_channels(self.base.bias.float())
-            return (g - 1) * Wx + g * self.detour(name, x)
-        return self.down((g - 1) * x, self.base.weight.float()) + self.detour(name, g * x)  # for each input: V (g x)
+            return (g - 1) * Wx + g * self.lora(name, x)
+        return self.down((g - 1) * x, self.base.weight.float()) + self.lora(name, g * x)  # for each input: V (g x)
 
     def gain(self, name: str) -> Tensor:
-        """DoRA's g = m / ||V||, shaped as m; exactly 1 at the start.
+        """DoRA's g = m / ||V||, in the shape of m; exactly 1 at the start.
 
-        The norm is as a file's readers will compute it, and not in half. Section 4.3: it counts as a constant, which saves
-        memory and hardly changes the result.
+        Section 4.3: the norm counts as a constant, which saves memory and hardly changes the result.
         """
         m = self.lora_magnitude[name]
-        with torch.no_grad(), full_precision(m):
+        with torch.no_grad(), without_autocast(m):
             norm = tuned_lengths(self.base.weight, self.weights(name), m.shape)
         return m / norm
 
-    def lean(self) -> str | None:
-        """The adapter to be trained, where it is the only one and without dropout: then the step can keep less (lean.py)."""
-        active = [name for name, strength in self.strength.items() if strength]
-        if not torch.is_grad_enabled() or self.unmerged_weight is not None or len(active) != 1:
-            return None
-        name = active[0]
-        drops = self.training and self.dropout[name] > 0
-        m_for_outputs = (len(self.base.weight), *[1] * (self.base.weight.ndim - 1))
-        for_inputs = name in self.lora_magnitude and self.lora_magnitude[name].shape != m_for_outputs
-        return name if self.lora_A[name].requires_grad and not drops and not for_inputs else None
-
-    @abstractmethod
-    def lean_forward(self, name: str, x: Tensor) -> Tensor:
-        """As `forward`, with one adapter."""
-
     @abstractmethod
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Apply W, or A, which takes the same inputs."""
+        """Apply W or A."""
 
     @abstractmethod
     def up(self, x: Tensor, B: Tensor) -> Tensor:
-        """Apply B to the r numbers."""
+        """Apply B."""
 
     @abstractmethod
     def along_channels(self, values: Tensor) -> Tensor:
-        """A number for each channel, shaped so that it multiplies an input or an output."""
+        """Numbers for each channel, in a shape that multiplies an input or an output."""
 
     # --- W' itself ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """ΔW = Σ strength · ΔW of each adapter, in fp32, shaped as W."""
+        """W' - W: the sum of strength · ΔW over the adapters, fp32, in the shape of W."""
         W = self.base.weight if self.unmerged_weight is None else self.unmerged_weight
         total = torch.zeros_like(W, dtype=torch.float32)
-        with full_precision(W):
+        with without_autocast(W):
             for name, strength in self.strength.items():
                 if strength:
                     total += strength * self.weights(name).delta(W)
         return total
 
     def merge(self) -> None:
-        """W' = W + ΔW, added in fp32 and rounded once to W's dtype. The old W stays beside it."""
-        self.unmerge()  # merged twice, the merged weight would be kept as the old one
+        """W' = W + ΔW, added in fp32 and rounded once to W's dtype. The old W is kept."""
+        self.unmerge()  # or a second merge would keep W' as the old W
         W = self.base.weight.data
         self.unmerged_weight, self.base.weight.data = W, (W.float() + self.delta()).to(W.dtype)
 
     def unmerge(self) -> None:
-        """The kept W back: subtracting ΔW again would leave rounding errors."""
+        """Restore the old W. Subtracting ΔW instead would leave rounding errors."""
         if self.unmerged_weight is not None:
             self.base.weight.data, self.unmerged_weight = self.unmerged_weight, None
 
@@ -218,12 +203,6 @@ class LoRALinear(LoRALayer):
     """A frozen `nn.Linear` and its adapters."""
 
     base: nn.Linear
-
-    def lean_forward(self, name: str, x: Tensor) -> Tensor:
-        base, A, B, scale, strength = self.base, self.lora_A[name], self.lora_B[name], self.scale[name], self.strength[name]
-        if name not in self.lora_magnitude:
-            return lean.lora_linear(x, base.weight, base.bias, A, B, strength * scale)
-        return lean.dora(base(x), lean.down(x, A), B, self.gain(name).flatten(), base.bias, scale, strength)
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
@@ -239,14 +218,6 @@ class LoRAConv2d(LoRALayer):
     """A frozen `nn.Conv2d` and its adapters. A moves over the picture as W does, in its strides and with its padding."""
 
     base: nn.Conv2d
-
-    def lean_forward(self, name: str, x: Tensor) -> Tensor:
-        base, A, B, scale, strength = self.base, self.lora_A[name], self.lora_B[name], self.scale[name], self.strength[name]
-        y, thin = base(x), lean.down(x, A, (base.stride, base.padding, base.dilation, base.groups))
-        if name not in self.lora_magnitude:
-            return y + (strength * scale) * self.up(thin, B.to(thin.dtype))
-        y, thin = y.movedim(1, -1), thin.movedim(1, -1)
-        return lean.dora(y, thin, B, self.gain(name).flatten(), base.bias, scale, strength).movedim(-1, 1)
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, None, self.base.stride, self.base.padding, self.base.dilation)

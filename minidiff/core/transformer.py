@@ -1,125 +1,57 @@
-"""Attention, and the layer that the U-Net and the VAE build from it.
+"""Attention, and the transformer that stands in the U-Net.
 
-B batch   N heads   L query tokens   S key tokens   D width of one head   C = N·D channels
+B batch   N heads   L query tokens   S key tokens   D width of one head   C = N * D channels
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from minidiff.core.errors import SettingsError, did_you_mean
-from minidiff.fast.frozen import Linear
-from minidiff.fast.tiled_attention import tiled_attention
 
-IMPLS = ("auto", "naive", "tiled", "sdpa")  # on any device
-GPU_IMPLS = ("triton",)
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v  ("Attention Is All You Need", arXiv 1706.03762, eq. 1), by PyTorch's fused kernels.
 
-# What `auto` takes on a GPU instead of sdpa, where it was measured to be faster there:
-# (compute capability, dtype, D, S is at most SHORT_KEYS) -> impl. Nothing is measured yet, so there is nothing in it.
-FASTER_THAN_SDPA: dict[tuple[tuple[int, int], torch.dtype, int, bool], str] = {}
-SHORT_KEYS = 128  # a prompt has 77
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
-    """softmax(q kᵀ / √D) v: "Attention Is All You Need" (arXiv 1706.03762), eq. 1.
-
-    Takes q (B, N, L, D) and k, v (B, N, S, D) of any strides; gives (B, N, L, D). `impl` forces one way of computing
-    it: `naive` is the formula, `tiled` FlashAttention in plain PyTorch, `sdpa` PyTorch's fused kernels, `triton` minidiff's
-    own for NVIDIA GPUs; `auto` picks. SettingsError for an unknown `impl`, and for `triton` where it cannot run.
+    q is (B, N, L, D); k and v are (B, N, S, D). Returns (B, N, L, D).
     """
-    if impl == "auto":
-        impl = fastest_impl(q, k)
-    if impl == "naive":
-        return naive_attention(q, k, v)
-    if impl == "tiled":
-        return tiled_attention(q, k, v)
-    if impl == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v)
-    if impl == "triton":
-        from minidiff.fast.flash import flash_attention  # only now: Triton takes long to import, and may be missing
-
-        return flash_attention(q, k, v)
-    known = IMPLS + GPU_IMPLS
-    raise SettingsError(f'attention impl "{impl}" is unknown; it is one of {", ".join(known)}.{did_you_mean(impl, known)}')
-
-
-def fastest_impl(q: Tensor, k: Tensor) -> str:
-    """What `auto` means for this device, dtype and shape: sdpa, unless FASTER_THAN_SDPA knows better."""
-    if not q.is_cuda:
-        return "sdpa"
-    capability = torch.cuda.get_device_capability(q.device)
-    return FASTER_THAN_SDPA.get((capability, q.dtype, q.shape[-1], k.shape[-2] <= SHORT_KEYS), "sdpa")
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Eq. 1 as it is written. Keeps all L·S weights of every head in memory, which is why nobody runs it."""
+    """The same, exactly as equation 1 is written. It holds all (B, N, L, S) weights in memory."""
     weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, N, L, S); each row sums to 1
     return weights @ v
 
 
 class CrossAttention(nn.Module):
-    """Tokens look at a context: at each other (`context=None`, self-attention) or at the words of a prompt.
-
-    Called `attn1` (self) and `attn2` (cross) in SD's files. q, k and v have no bias there; the output projection has.
-    """
-
-    remembered: tuple[Tensor, ...] | None = None  # the last prompt, its k and its v; empty before it, None: none is
+    """Tokens look at a context: at each other (self-attention, no context given) or at the words of the prompt."""
 
     def __init__(self, width: int, context_width: int, heads: int, qkv_bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = Linear(width, width, bias=qkv_bias)
-        self.to_k = Linear(context_width, width, bias=qkv_bias)
-        self.to_v = Linear(context_width, width, bias=qkv_bias)
-        self.to_out = nn.ModuleList([Linear(width, width)])  # a list, because the files say `to_out.0`
+        self.to_q = nn.Linear(width, width, bias=qkv_bias)
+        self.to_k = nn.Linear(context_width, width, bias=qkv_bias)
+        self.to_v = nn.Linear(context_width, width, bias=qkv_bias)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list, because SD's files call it `to_out.0`
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, L, C), context (B, S, C_context) -> (B, L, C)."""
         q = self.split_heads(self.to_q(x))
-        k, v = self.keys_and_values(x) if context is None else self.read_once(context)
-        merged = attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, L, D) -> (B, L, N·D)
-        return self.to_out[0](merged)
+        k, v = self.keys_and_values(x if context is None else context)
+        return self.to_out[0](rearrange(attention(q, k, v), "b n l d -> b l (n d)"))
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, C_context) -> k and v, each (B, N, S, D)."""
+        """context (B, S, C_context) -> k and v, each (B, N, S, D)."""
         return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
 
-    def read_once(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """`keys_and_values`; inside `reading_once` those of the last prompt are remembered."""
-        found = self.remembered  # read once here, too: another thread may draw with the same network
-        if found is None:
-            return self.keys_and_values(context)
-        if not found or found[0] is not context:
-            found = self.remembered = (context, *self.keys_and_values(context))
-        return found[1], found[2]
-
     def split_heads(self, x: Tensor) -> Tensor:
-        """(B, L, N·D) -> (B, N, L, D); a view, nothing is copied."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-
-@contextmanager
-def reading_once(model: nn.Module | None) -> Iterator[None]:
-    """Inside the `with`, each layer makes k and v of a prompt once, and not at each step. Weights must not change there.
-
-    None: of no model.
-    """
-    layers = [m for m in model.modules() if isinstance(m, CrossAttention)] if model else []
-    for layer in layers:
-        layer.remembered = ()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.remembered = None
+        """(B, L, N * D) -> (B, N, L, D)."""
+        return rearrange(x, "b l (n d) -> b n l d", n=self.heads)
 
 
 class SpatialAttention(CrossAttention):
-    """The VAE's: self-attention over the cells of a feature map, one head, its norm and residual inside, biases on."""
+    """The VAE's attention: every cell of a feature map looks at all others. One head; norm and residual are inside."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__(channels, channels, heads=1, qkv_bias=True)
@@ -127,5 +59,62 @@ class SpatialAttention(CrossAttention):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        tokens = self.group_norm(x).flatten(2).mT  # (B, H·W, C)
-        return x + super().forward(tokens).mT.unflatten(-1, x.shape[-2:])
+        tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        return x + rearrange(super().forward(tokens), "b (h w) c -> b c h w", h=x.shape[-2])
+
+
+class GEGLU(nn.Module):
+    """value * GELU(gate), both made by one linear layer ("GLU Variants Improve Transformer", arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Each token by itself: to four times the width, through a gate, and back."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))  # net.1 was dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Look at the picture, look at the prompt, think: three residual steps, each after a LayerNorm."""
+
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attn1 = nn.LayerNorm(width), CrossAttention(width, width, heads)
+        self.norm2, self.attn2 = nn.LayerNorm(width), CrossAttention(width, context_width, heads)
+        self.norm3, self.ff = nn.LayerNorm(width), FeedForward(width)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """x (B, L, C), text (B, S, D) -> (B, L, C)."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), text)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer over the cells of a feature map. This is where the prompt enters the picture."""
+
+    def __init__(self, channels: int, context_width: int, heads: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)  # SD 1.x: a 1x1 convolution; SD 2 has a linear layer here
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_width, heads)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """x (B, C, H, W), text (B, S, D) -> (B, C, H, W)."""
+        tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        for block in self.transformer_blocks:
+            tokens = block(tokens, text)
+        return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[-2]))

@@ -2,22 +2,19 @@
 
     B batch   C channels   h w latent height and width   S text tokens   D text width   T width of the time embedding
 
-Attribute names are the keys of SD's files, so that a checkpoint loads with no map at all.
+Attribute names are the keys of SD's files, so a checkpoint loads without a map of names.
 """
 
 import torch
 from torch import Tensor, nn
 
-from minidiff.core.blocks import Downsample, ResBlock, SpatialTransformer, TimeEmbedding, Upsample, timestep_embedding
+from minidiff.core.blocks import Downsample, NormSiLU, ResBlock, TimeEmbedding, Upsample, timestep_embedding
 from minidiff.core.config import UNetConfig
-from minidiff.fast.frozen import Conv2d
-from minidiff.fast.lean import join, norm_silu, recomputed
+from minidiff.core.transformer import SpatialTransformer
 
 
 class Level(nn.Module):
     """One resolution: ResBlocks, each followed by a transformer where the level has any, then a step down or up."""
-
-    gradient_checkpointing = False
 
     def __init__(self, ins: list[int], c_out: int, config: UNetConfig, time_width: int, attend: bool, step: str | None):
         super().__init__()
@@ -31,14 +28,9 @@ class Level(nn.Module):
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
 
     def layer(self, i: int, time: Tensor, text: Tensor, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """The i-th ResBlock and its transformer; on the way up, of x beside a skip."""
-        resnet: ResBlock = self.resnets[i]  # type: ignore[assignment]
-        x = resnet(x if skip is None else join(x, skip, resnet.norm1), time)
+        """The i-th ResBlock and its transformer. On the way up they read x beside a skip: (B, C + C', H, W)."""
+        x = self.resnets[i](x if skip is None else torch.cat([x, skip], dim=1), time)
         return self.attentions[i](x, text) if hasattr(self, "attentions") else x
-
-    def run(self, i: int, *inputs: Tensor) -> Tensor:
-        """`layer`, of which only the inputs are kept if training shall spare memory."""
-        return recomputed(self.layer, i, *inputs) if self.gradient_checkpointing else self.layer(i, *inputs)
 
 
 class DownLevel(Level):
@@ -46,7 +38,7 @@ class DownLevel(Level):
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
-            x = self.run(i, time, text, x)
+            x = self.layer(i, time, text, x)
             skips.append(x)
         if hasattr(self, "downsamplers"):
             x = self.downsamplers[0](x)
@@ -55,11 +47,11 @@ class DownLevel(Level):
 
 
 class UpLevel(Level):
-    """Takes the kept results back, the last one first, beside its own features."""
+    """Takes the kept results back, the last one first."""
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
-            x = self.run(i, time, text, x, skips.pop())
+            x = self.layer(i, time, text, x, skips.pop())
         if hasattr(self, "upsamplers"):
             x = self.upsamplers[0](x, size=skips[-1].shape[-2:])  # an odd side was rounded up on the way down
         return x
@@ -94,17 +86,12 @@ class UNet2DConditionModel(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        widths, layers, time_width = (
-            config.block_out_channels,
-            config.layers_per_block,
-            4 * config.block_out_channels[0],
-        )
-        last = len(widths) - 1
-
+        widths, layers, last = config.block_out_channels, config.layers_per_block, len(config.block_out_channels) - 1
+        time_width = 4 * widths[0]
         self.time_embedding = TimeEmbedding(widths[0], time_width)
-        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
 
-        skips = [widths[0]]  # channels of what the way down hands over
+        skips = [widths[0]]  # channels of everything that the way down hands over
         self.down_blocks = nn.ModuleList()
         for i, (width, kind) in enumerate(zip(widths, config.down_block_types)):
             ins = [skips[-1]] + [width] * (layers - 1)
@@ -121,19 +108,13 @@ class UNet2DConditionModel(nn.Module):
             self.up_blocks.append(UpLevel(ins, width, config, time_width, "CrossAttn" in kind, "up" if i < last else None))
             c = width
 
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
-        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
-
-    def enable_gradient_checkpointing(self, on: bool = True) -> None:
-        """In training keep the inputs of each layer alone, and compute the rest again in the backward: same results, later."""
-        for block in [*self.down_blocks, *self.up_blocks]:
-            block.gradient_checkpointing = on
+        self.conv_norm_out = NormSiLU(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor, t: Tensor | float, text: Tensor) -> Tensor:
         """latents (B, 4, h, w), t (B,) or a number, text (B, S, D) -> (B, 4, h, w)."""
         t = torch.as_tensor(t, device=latents.device).expand(len(latents))
-        sinusoids = timestep_embedding(t, self.config.block_out_channels[0])
-        time = self.time_embedding(sinusoids.to(latents.dtype))
+        time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(latents.dtype))
         x = self.conv_in(latents)
         skips = [x]
         for down in self.down_blocks:
@@ -141,4 +122,4 @@ class UNet2DConditionModel(nn.Module):
         x = self.mid_block(x, time, text)
         for up in self.up_blocks:
             x = up(x, time, text, skips)
-        return self.conv_out(norm_silu(self.conv_norm_out, x))
+        return self.conv_out(self.conv_norm_out(x))

@@ -6,13 +6,11 @@ Attribute names are the keys of SD's files, so that a checkpoint loads with no m
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.core.blocks import Downsample, ResBlock, Upsample
+from minidiff.core.blocks import Downsample, NormSiLU, ResBlock, Upsample
 from minidiff.core.config import VAEConfig
 from minidiff.core.transformer import SpatialAttention
-from minidiff.fast.frozen import Conv2d
 
 EPS = 1e-6  # every norm of the VAE
 
@@ -56,19 +54,19 @@ class Encoder(nn.Module):
         widths, groups = config.block_out_channels, config.norm_num_groups
         steps = ["down"] * (len(widths) - 1) + [None]
         ins = (widths[0], *widths[:-1])
-        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             Level(a, b, config.layers_per_block, groups, step) for a, b, step in zip(ins, widths, steps)
         )
         self.mid_block = MidBlock(widths[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
-        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_norm_out = NormSiLU(groups, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
 
 
 class Decoder(nn.Module):
@@ -79,19 +77,19 @@ class Decoder(nn.Module):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         steps = ["up"] * (len(widths) - 1) + [None]
         ins = (widths[0], *widths[:-1])
-        self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.up_blocks = nn.ModuleList(
             Level(a, b, config.layers_per_block + 1, groups, step) for a, b, step in zip(ins, widths, steps)
         )
         self.mid_block = MidBlock(widths[0], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
-        self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_norm_out = NormSiLU(groups, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class AutoencoderKL(nn.Module):
@@ -102,8 +100,8 @@ class AutoencoderKL(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.post_quant_conv = Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Picture (B, 3, H, W) in [-1, 1] -> mean and log-variance of the latent, each (B, 4, h, w), unscaled."""

@@ -12,7 +12,7 @@ from minidiff.core.config import NoiseConfig
 from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
-from minidiff.fast.frozen import cast_layerwise
+from minidiff.draw.speed import cast_layerwise, speed_up
 from minidiff.files import lora_file, word_file
 from minidiff.files.model import ModelParts, check_parts_fit, read_folder, read_single_file, write_folder
 
@@ -32,6 +32,7 @@ class Model:
         noise_config: NoiseConfig,
         sampler: str = "ddim",
         name_or_path: str = "",
+        plain: bool = False,
     ) -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.noise_config, self.schedule = noise_config, NoiseSchedule.from_config(noise_config)
@@ -39,24 +40,25 @@ class Model:
         self.downscale = vae.config.downscale  # pixels per latent cell
         self.tile_size: int | None = None
         check_parts_fit(ModelParts(unet, vae, text_encoder, tokenizer, noise_config, sampler), name_or_path)
+        self.plain = plain  # compute as `core` says, without minidiff.fast
+        speed_up(self)
 
     # --- loading and saving ----------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32, layerwise_casting: bool = False
+        cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32, layerwise_casting: bool = False, plain: bool = False
     ) -> Self:
         """Read a folder in the diffusers layout, or a hub id whose files are in the local cache.
 
         The VAE stays in fp32 for any `torch_dtype`: in fp16 it overflows, and the picture is black. With `layerwise_casting`,
         half-precision weights of the U-Net stay as in the file (fast/frozen.py), and a LoRA that is fused into them is rounded.
+        With `plain`, everything is computed as `core` says, without minidiff.fast.
         Raises WeightsError for anything that is missing, damaged or does not fit.
         """
         dtypes = {"unet": None if layerwise_casting else torch_dtype, "vae": torch.float32, "text_encoder": torch_dtype}
-        parts = read_folder(folder, dtypes)
-        if layerwise_casting:
-            cast_layerwise(parts.unet, torch_dtype)
-        return cls(*parts.arguments, str(folder))
+        pipe = cls(*read_folder(folder, dtypes).arguments, str(folder), plain)
+        return cast_layerwise(pipe, torch_dtype) if layerwise_casting else pipe
 
     @classmethod
     def from_single_file(
@@ -100,7 +102,9 @@ class Model:
         `alpha` is for files that do not contain it. If only a part of a file matches this model, that is an AdapterError;
         with `strict=False` the part is attached, and the summary says how many tensors were left out.
         """
-        return lora_file.load_lora(dict(self.adaptable.items()), path, adapter_name, weight_name, alpha, strict)
+        loaded = lora_file.load_lora(dict(self.adaptable.items()), path, adapter_name, weight_name, alpha, strict)
+        speed_up(self)
+        return loaded
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Sequence[float] | None = None) -> None:
         """Make these adapters active, each with its weight (default 1), and all others inactive."""

@@ -19,7 +19,6 @@ from minidiff.core.grids import MAX_STEPS, Step, sampler_named
 from minidiff.core.guidance import UNetCall
 from minidiff.core.rng import Draw, noise_source
 from minidiff.core.text import encode_captions
-from minidiff.core.transformer import reading_once
 from minidiff.core.vae import sample_posterior
 from minidiff.draw.canvas import Canvas, Pictures, as_mask, as_pictures, fitted, on_picture, size_of
 from minidiff.draw.given import Side, check_floats, checked_latents, with_vectors
@@ -27,8 +26,8 @@ from minidiff.draw.lora_tags import at_strengths, loras_of
 from minidiff.draw.model import Model
 from minidiff.draw.nonfinite import blame, nonfinite_error
 from minidiff.draw.prompting import Prompt, count_chunks, encode_prompts, parse_prompt
+from minidiff.draw.speed import caching
 from minidiff.draw.tiles import in_tiles, tiled
-from minidiff.fast.frozen import standing_still
 
 MAX_SIDE = 8192  # pixels: beyond, attention takes days
 
@@ -131,8 +130,7 @@ class StableDiffusionPipeline(Model):
         stations = drawing()
         bar = tqdm(total=min(steps, MAX_STEPS), unit="step", leave=False, disable=not self.progress_bar)
         compiled = self.unet._compiled_call_impl is not None  # then a cache would compile again for each prompt
-        once = None if compiled or callback else self.unet  # a callback may change an adapter
-        with bar, standing_still([self.unet], large=True), reading_once(once):
+        with bar, caching(self.unet, prompt=not (compiled or callback)):  # a callback may change an adapter
             for step in stations:
                 bar.total = step.total  # Heun calls the network twice a step
                 bar.update()

@@ -1,11 +1,11 @@
-"""Convolution and linear layers, as `nn.Conv2d` and `nn.Linear`, but better where their weights are frozen.
+"""Convolutions and linear layers with frozen weights, and the keys and values of a prompt: less memory, and less time on a CPU.
 
-    B batch   C channels   H W height and width   L tokens   D width
+    B batch   C channels   H W height and width   L tokens   D width   S tokens of a prompt
 
-- The gradient of x in y = W x + b is Wᵀ dy, whatever x was: so a frozen layer keeps no input for the backward.
-- A frozen weight may have fewer bits than what is computed: fp16 as its file has it, under an fp32 x. Each layer widens its own
-  for the moment in which it computes, there and back: layerwise casting. Half the memory, and the same numbers to the bit.
-- On a CPU, what the fast ways (cpu.py) make of weights that stand still is made once.
+- The gradient of x in y = W x + b is W^T dy, whatever x was. So a frozen layer does not save its input for the backward pass.
+- A frozen weight may have a smaller dtype than the computation: fp16 as in its file, under an fp32 x. Each layer casts its own
+  weight for as long as it computes, forward and backward: layerwise casting. Half the memory, and the same numbers to the bit.
+- On a CPU the fast methods (conv.py) need reordered copies of the weights; these are cached while weights do not change.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,94 +16,133 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minidiff.fast import conv as cpu
-from minidiff.fast import lean
-from minidiff.fast import memory as device
-from minidiff.fast.precision import HALF, as_autocast
+from minidiff.core.transformer import CrossAttention, FeedForward
+from minidiff.fast import conv, memory
+from minidiff.fast.conv import HALF, as_autocast
+from minidiff.fast.lean import saves
+
+# --- the classes ---------------------------------------------------------------------------------------------------------
 
 
-class Conv2d(nn.Conv2d):
-    """An `nn.Conv2d` with a square kernel, which does not keep its input while it is frozen, and is fast on a CPU."""
+class FastConv2d(nn.Conv2d):
+    """Equals PyTorch's `F.conv2d(x, weight, bias)`, for square kernels; up to rounding on a CPU."""
 
-    ready: tuple[cpu.Ready, cpu.Ready] | None = None  # what is made of weights that stand still: forward, backward
+    caches: tuple[conv.Cache, conv.Cache] | None = None  # copies of the weight for forward and backward; None: do not cache
 
     def forward(self, x: Tensor) -> Tensor:
-        stride, padding, ready = self.stride[0], int(self.padding[0]), self.ready
-        if lean.saves(x, self):
-            return FrozenConv2d.apply(as_autocast(x), self.weight, self.bias, stride, padding, ready)
+        stride, padding, caches = self.stride[0], int(self.padding[0]), self.caches
+        if saves(x, self):
+            return FrozenConv2d.apply(as_autocast(x), self.weight, self.bias, stride, padding, caches)
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return super().forward(x)
-        return cpu.conv2d(x, self.weight, self.bias, stride, padding, ready and ready[0])
+        return conv.conv2d(x, self.weight, self.bias, stride, padding, caches and caches[0])
 
 
-class Linear(nn.Linear):
-    """An `nn.Linear` that is fast on a CPU in half precision, too; frozen, its weight may have fewer bits than x."""
+class FastLinear(nn.Linear):
+    """Equals PyTorch's `F.linear(x, weight, bias)`. If it is frozen, its weight may have a smaller dtype than x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if lean.saves(x, self):
+        if saves(x, self):
             return FrozenLinear.apply(as_autocast(x), self.weight, self.bias)
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return super().forward(x)
-        return cpu.linear(x, self.weight, self.bias)
+        return conv.linear(x, self.weight, self.bias)
 
 
-def cast_layerwise(model: nn.Module, dtype: torch.dtype) -> None:
-    """The model in `dtype`, but for half-precision weights of convolutions and linears, which are most of it: they stay."""
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            stays = isinstance(module, (Conv2d, Linear)) and name == "weight" and p is not None and p.dtype in HALF
-            if p is not None and not stays:
-                p.data = p.data.to(dtype)
+class FeedForwardInPieces(FeedForward):
+    """Equals `self.net(x)` in core/transformer.py, for some tokens at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv.by_pieces(self.net, x)
+
+
+class CachedAttention(CrossAttention):
+    """Equals `keys_and_values` in core/transformer.py. Inside `cache_prompt` it computes k and v of a prompt only once."""
+
+    prompt: tuple[Tensor, ...] | None = None  # of the last call, with its k and v. (): nothing stored yet; None: do not cache
+
+    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.prompt  # read only once, because another thread may draw with the same network
+        if found is None:
+            return super().keys_and_values(context)
+        if not found or found[0] is not context:
+            found = self.prompt = (context, *super().keys_and_values(context))
+        return found[1], found[2]
+
+
+# --- while weights do not change -----------------------------------------------------------------------------------------
 
 
 @contextmanager
-def standing_still(models: Iterable[nn.Module], large: bool) -> Iterator[None]:
-    """Inside the `with`, no convolution of `models` changes, so what a CPU makes of its weights is made once.
+def cache_prompt(model: nn.Module) -> Iterator[None]:
+    """Inside the `with`, each layer computes k and v of a prompt once, not at each step. The weights must not change there."""
+    layers = [m for name, m in model.named_modules() if isinstance(m, CachedAttention) and name.endswith("attn2")]
+    for layer in layers:
+        layer.prompt = ()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.prompt = None
 
-    In training, where gradients flow, that holds for the frozen ones alone. It takes memory: of `large` weights up to four
-    times their own, if the machine has it (`roomy`); without them, a few MB.
+
+@contextmanager
+def frozen_weights(models: Iterable[nn.Module], large: bool) -> Iterator[None]:
+    """Use this while the weights of `models` do not change: their convolutions then cache rearranged copies of them.
+
+    In training (with gradients) this applies only to frozen layers. The copies of `large` weights need up to four times the
+    memory of the weights, and are cached only if the machine has enough; without them, the copies need a few MB.
     """
     training = torch.is_grad_enabled()
-    convolutions = [m for model in models for m in model.modules() if isinstance(m, Conv2d)]
-    still = [m for m in convolutions if not (training and m.weight.requires_grad)]
-    large = large and roomy(still)
-    chosen = [m for m in still if large or m.weight.numel() <= cpu.MANY]
-    before = [m.ready for m in chosen]
+    layers = [m for model in models for m in model.modules() if isinstance(m, FastConv2d)]
+    frozen = [m for m in layers if not (training and m.weight.requires_grad)]
+    large = large and enough_memory(frozen)
+    chosen = [m for m in frozen if large or m.weight.numel() <= conv.MANY]
+    before = [m.caches for m in chosen]
     for m in chosen:
-        m.ready = m.ready or ({}, {})
+        m.caches = m.caches or ({}, {})
     try:
         yield
     finally:
         for m, old in zip(chosen, before):
-            m.ready = old
+            m.caches = old
 
 
-def roomy(convolutions: Iterable[Conv2d]) -> bool:
-    """Has this machine four times the memory of these weights in fp32? (9 GB for SD 1.5's, whose copies take 2.5.)"""
-    there = device.machine_memory()
-    return there is None or 4 * sum(4 * m.weight.numel() for m in convolutions) <= there
+def enough_memory(layers: Iterable[nn.Conv2d]) -> bool:
+    """Does this machine have four times the memory of these weights in fp32? (9 GB for SD 1.5, whose copies take 2.5 GB.)"""
+    bytes_here = memory.machine_memory()
+    return bytes_here is None or 4 * sum(4 * m.weight.numel() for m in layers) <= bytes_here
 
 
-# --- frozen, through which gradients pass -------------------------------------------------------------------------------
+def cast_layerwise(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a model with fast classes to `dtype`, except half-precision weights of its convolutions and linear layers."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            stays = isinstance(module, FastConv2d | FastLinear) and name == "weight" and p is not None and p.dtype in HALF
+            if p is not None and not stays:
+                p.data = p.data.to(dtype)
+
+
+# --- the functions -------------------------------------------------------------------------------------------------------
 
 
 class FrozenLinear(torch.autograd.Function):
-    """A linear through which gradients pass. Keeps nothing but the weight as it is, where PyTorch would keep it widened."""
+    """A linear layer that gradients flow through. Saves only the weight as it is; PyTorch would save the cast one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return cpu.linear(x, weight, bias)
+        return conv.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return cpu.linear(d, weight.mT, None), None, None
+        return conv.linear(d, weight.mT, None), None, None
 
 
 class FrozenConv2d(torch.autograd.Function):
-    """A convolution through which gradients pass. Keeps the size of its input."""
+    """A convolution that gradients flow through. Saves only the weight, and the shape of its input."""
 
     @staticmethod
     def forward(
@@ -113,15 +152,15 @@ class FrozenConv2d(torch.autograd.Function):
         bias: Tensor | None,
         stride: int,
         padding: int,
-        ready: tuple[cpu.Ready, cpu.Ready] | None,
+        caches: tuple[conv.Cache, conv.Cache] | None,
     ) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.how, ctx.ready = x.shape, (stride, padding), ready and ready[1]
-        return cpu.conv2d(x, weight, bias, stride, padding, ready and ready[0])
+        ctx.shape, ctx.how, ctx.cache = x.shape, (stride, padding), caches and caches[1]
+        return conv.conv2d(x, weight, bias, stride, padding, caches and caches[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         stride, padding = ctx.how
-        return cpu.conv2d_backward(d, ctx.shape, weight, stride, padding, ctx.ready), *[None] * 5
+        return conv.conv2d_backward(d, ctx.shape, weight, stride, padding, ctx.cache), *[None] * 5

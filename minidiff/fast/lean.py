@@ -1,23 +1,23 @@
-"""Training that keeps little: what the backward needs of the U-Net's operations, and not what PyTorch keeps by default.
+"""Training that saves little between forward and backward: the U-Net's operations, as subclasses of the plain ones.
 
     B batch   C channels   H W height and width   L tokens   D width
 
-Between forward and backward PyTorch keeps the inputs of every operation. Where the weights are frozen most of that is not
-needed: the gradient of x in W x is Wᵀ dy, whatever x was. And of what is needed, some is made again in a moment:
+PyTorch saves the inputs of every operation for the backward pass. Where the weights are frozen, most of that is not needed:
+the gradient of x in W x is W^T dy, whatever x was. Some of the rest is cheap to compute again:
 
-                         PyTorch keeps                       here
+                         PyTorch saves                       here
     GroupNorm, SiLU      x, the norm's output                x, two numbers a group
-    frozen layers        a convolution its input             nothing (layers.py)
-    LayerNorm, GroupNorm x, two numbers a row or group       the same, and those who read the output need not keep it
+    frozen layers        a convolution its input             nothing (frozen.py)
+    LayerNorm, GroupNorm x, two numbers a row or group       the same; an operation that reads the output does not save it
     GEGLU                value, gate, GELU(gate)             value, gate
-    concatenation        nothing, but who reads it keeps it  its parts, which others keep anyway
+    concatenation        its reader saves the whole          its parts, which other operations save anyway
 
-Each function here equals the plain one that stands on its first lines, and is that where nothing is to be saved: without
-gradients, as in sampling, and in full fine-tuning, which has to keep what its weights' gradients are made of.
+Each class falls back to its plain class where there is nothing to save: without gradients, as in sampling, and in full
+fine-tuning, where the gradients of the weights need the inputs.
 
-Made again: a tensor's `grad_fn` is the node of the graph that made it. The nodes below can make their output once more, so
-a later operation that needs its input in the backward keeps nothing, and asks the node (`keep` and `kept`). That node's
-own turn comes later in the backward, so it still has what it keeps.
+How an output is recomputed: `tensor.grad_fn` is the autograd node that produced the tensor. The nodes in this file can compute
+their output again. So a later operation does not save its input: in its backward pass it asks that node (`save`, `saved`).
+That node runs its own backward pass later, so it still has what it saved.
 """
 
 from collections.abc import Callable
@@ -29,118 +29,141 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from minidiff.fast.precision import wide
+from minidiff.core.blocks import NormSiLU, ResBlock
+from minidiff.core.transformer import GEGLU
+from minidiff.core.unet import DownLevel, Level, UpLevel
+from minidiff.fast.conv import wide
 
-# --- the plain operations, and when they are replaced ------------------------------------------------------------------
-
-
-def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """SiLU(norm(x)); x (B, C, H, W)."""
-    if not saves(x, norm):
-        return F.silu(norm(x))
-    return LeanGroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, True)
+# --- the classes ---------------------------------------------------------------------------------------------------------
 
 
-def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """norm(x); x (B, C, H, W)."""
-    if not saves(x, norm):
-        return norm(x)
-    return LeanGroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, False)
+class LeanNormSiLU(NormSiLU):
+    """Equals `F.silu(norm(x))` in core/blocks.py."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not saves(x, self):
+            return super().forward(x)
+        return GroupNormFunction.apply(x, self.weight, self.bias, self.num_groups, self.eps, True)
 
 
-def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """norm(x); x (B, L, D)."""
-    if not saves(x, norm):
-        return norm(x)
-    return LeanLayerNorm.apply(x, norm.weight, norm.bias, norm.eps)
+class LeanGroupNorm(nn.GroupNorm):
+    """Equals PyTorch's `F.group_norm(x)`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not saves(x, self):
+            return super().forward(x)
+        return GroupNormFunction.apply(x, self.weight, self.bias, self.num_groups, self.eps, False)
 
 
-def geglu(pre: Tensor) -> Tensor:
-    """GLU Variants Improve Transformer (arXiv 2002.05202), eq. 6: value ⊗ GELU(gate); pre (B, L, 2 D) -> (B, L, D)."""
-    if not saves(pre):
-        value, gate = pre.chunk(2, dim=-1)
-        return value * F.gelu(gate) if torch.is_grad_enabled() else F.gelu(gate).mul_(value)
-    return LeanGEGLU.apply(pre)
+class LeanLayerNorm(nn.LayerNorm):
+    """Equals PyTorch's `F.layer_norm(x)`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not saves(x, self):
+            return super().forward(x)
+        return LayerNormFunction.apply(x, self.weight, self.bias, self.eps)
 
 
-def join(x: Tensor, skip: Tensor, reader: nn.GroupNorm) -> Tensor:
-    """x (B, C, H, W) beside skip (B, C', H, W) -> (B, C + C', H, W), for a norm to read."""
-    if not (saves(x, reader) and saves(skip)):
-        return torch.cat([x, skip], dim=1)
-    return LeanJoin.apply(x, skip)
+class LeanGEGLU(GEGLU):
+    """Equals `value * F.gelu(gate)` in core/transformer.py."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pre = self.proj(x)
+        return GEGLUFunction.apply(pre) if saves(pre) else GEGLUFunction.product(pre)
 
 
-def recomputed(layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """layer(*inputs), keeping the inputs alone: the backward computes the layer again (arXiv 1604.06174, section 3).
+class LeanUpLevel(UpLevel):
+    """Equals the concatenation in core/unet.py, `torch.cat([x, skip], dim=1)`."""
 
-    Equal to the bit, with dropout too: the state of torch's generator is put back for the second time.
+    def layer(self, i: int, time: Tensor, text: Tensor, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        reader: ResBlock = self.resnets[i]  # type: ignore[assignment]
+        if skip is None or not (saves(x, reader.norm1) and saves(skip)):
+            return super().layer(i, time, text, x, skip)
+        return super().layer(i, time, text, ConcatFunction.apply(x, skip))
+
+
+class Checkpointed(Level):
+    """Saves only the inputs of each layer; the backward pass computes the layer again (arXiv 1604.06174, section 3).
+
+    Equals `layer` in core/unet.py to the bit, with dropout too: the state of torch's generator is restored for the second time.
     """
-    return checkpoint(layer, *inputs, use_reentrant=False) if torch.is_grad_enabled() else layer(*inputs)
+
+    def layer(self, *inputs: Any) -> Tensor:
+        plain = super().layer
+        return checkpoint(plain, *inputs, use_reentrant=False) if torch.is_grad_enabled() else plain(*inputs)
+
+
+class CheckpointedDownLevel(Checkpointed, DownLevel):
+    """A `DownLevel`."""
+
+
+class CheckpointedUpLevel(Checkpointed, LeanUpLevel):
+    """An `UpLevel`."""
 
 
 def saves(x: Tensor, module: nn.Module | None = None) -> bool:
-    """Is x on the way of gradients, through a module without trained weights?"""
+    """Can memory be saved? Only if gradients flow through x, and `module` has no trained weights of its own."""
     if not (x.requires_grad and torch.is_grad_enabled()):
         return False
     return module is None or not any(p.requires_grad for p in module._parameters.values() if p is not None)
 
 
-# --- what a node keeps, and makes again ----------------------------------------------------------------------------------
+# --- what a node saves, and recomputes -----------------------------------------------------------------------------------
 
 
-def keep(ctx: Any, x: Tensor, *others: Tensor | None, again: Callable[[Any], Tensor] | None = None) -> None:
-    """Save x, unless the node that made it can do so again, and the others. `again` makes this node's own output."""
-    maker = x.grad_fn
-    ctx.maker = maker if hasattr(maker, "again") else None
-    ctx.save_for_backward(None if ctx.maker else x, *others)
-    ctx.kept = ctx.output = None
-    if again is not None:
-        ctx.again = again
+def save(ctx: Any, x: Tensor, *others: Tensor | None, recompute: Callable[[Any], Tensor] | None = None) -> None:
+    """Save x and the others; but not x if the node that produced it can recompute it. `recompute` gives this node's output."""
+    producer = x.grad_fn
+    ctx.producer = producer if hasattr(producer, "recompute") else None
+    ctx.save_for_backward(None if ctx.producer else x, *others)
+    ctx.saved = ctx.output = None
+    if recompute is not None:
+        ctx.recompute = recompute
 
 
-def kept(ctx: Any) -> tuple[Tensor, ...]:
-    """What was saved, x included; fetched once, because under gradient checkpointing it can be fetched only once."""
-    if ctx.kept is None:
+def saved(ctx: Any) -> tuple[Tensor, ...]:
+    """The saved tensors, x included. They are fetched once, because gradient checkpointing allows no second time."""
+    if ctx.saved is None:
         x, *others = ctx.saved_tensors
-        ctx.kept = (made_again(ctx.maker) if x is None else x, *others)
-    return ctx.kept
+        ctx.saved = (recomputed(ctx.producer) if x is None else x, *others)
+    return ctx.saved
 
 
-def made_again(ctx: Any) -> Tensor:
-    """The output of a node, made again: once, however many ask for it."""
+def recomputed(ctx: Any) -> Tensor:
+    """The output of a node, computed again: once, however many operations ask for it."""
     if ctx.output is None:
-        ctx.output = ctx.again(ctx)
+        ctx.output = ctx.recompute(ctx)
     return ctx.output
 
 
 def release(ctx: Any) -> None:
-    """The node's turn is over, and so is that of all who read its output."""
-    ctx.kept = ctx.output = None
+    """Free what the node holds: its backward pass is over, and so are those of all that read its output."""
+    ctx.saved = ctx.output = None
 
 
 # --- the functions -------------------------------------------------------------------------------------------------------
 
 
-class LeanGroupNorm(torch.autograd.Function):
-    """GroupNorm (arXiv 1803.08494, eq. 1), with SiLU behind it or without. Keeps x, and the mean and 1 / std of each group."""
+class GroupNormFunction(torch.autograd.Function):
+    """GroupNorm (arXiv 1803.08494, eq. 1), perhaps followed by SiLU. Saves x, and the mean and 1 / std of each group."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
         ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
         y, mean, rstd = group_norm_of(x, weight, bias, groups, eps)
-        keep(ctx, x, mean, rstd, weight, bias, again=LeanGroupNorm.again)
+        save(ctx, x, mean, rstd, weight, bias, recompute=GroupNormFunction.recompute)
         return (F.silu(y, inplace=True) if silu else y).to(x.dtype)
 
     @staticmethod
-    def again(ctx: Any) -> Tensor:
-        x, _, _, weight, bias = kept(ctx)
+    def recompute(ctx: Any) -> Tensor:
+        x, _, _, weight, bias = saved(ctx)
         y, _, _ = group_norm_of(x, weight, bias, ctx.groups, ctx.eps)
         return (F.silu(y, inplace=True) if ctx.silu else y).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight, bias = kept(ctx)
+        x, mean, rstd, weight, bias = saved(ctx)
         if ctx.silu:
             y, _, _ = group_norm_of(x, weight, bias, ctx.groups, ctx.eps)
             d = torch.ops.aten.silu_backward(wide(d), y)
@@ -159,43 +182,43 @@ def group_norm_of(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: flo
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
-    """In which order GroupNorm's kernels take x: a GPU's know one only."""
+    """The memory format in which GroupNorm's kernels take x. A GPU's kernels know only one."""
     as_it_is = x.is_contiguous(memory_format=torch.channels_last) and not x.is_cuda
     return torch.channels_last if as_it_is else torch.contiguous_format
 
 
-class LeanLayerNorm(torch.autograd.Function):
-    """LayerNorm (arXiv 1607.06450, eq. 4). Keeps x, and the mean and 1 / std of each row."""
+class LayerNormFunction(torch.autograd.Function):
+    """LayerNorm (arXiv 1607.06450, eq. 4). Saves x, and the mean and 1 / std of each row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         ctx.eps = eps
         y, mean, rstd = torch.native_layer_norm(wide(x), weight.shape, wide(weight), wide(bias), eps)
-        keep(ctx, x, mean, rstd, weight, bias, again=LeanLayerNorm.again)
+        save(ctx, x, mean, rstd, weight, bias, recompute=LayerNormFunction.recompute)
         return y.to(x.dtype)
 
     @staticmethod
-    def again(ctx: Any) -> Tensor:
-        x, _, _, weight, bias = kept(ctx)
+    def recompute(ctx: Any) -> Tensor:
+        x, _, _, weight, bias = saved(ctx)
         return F.layer_norm(wide(x), weight.shape, wide(weight), wide(bias), ctx.eps).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight, bias = kept(ctx)
+        x, mean, rstd, weight, bias = saved(ctx)
         numbers = (wide(d), wide(x), weight.shape, mean, rstd, wide(weight), wide(bias), [True, False, False])
         d_x, _, _ = torch.ops.aten.native_layer_norm_backward(*numbers)
         release(ctx)
         return d_x.to(x.dtype), None, None, None
 
 
-class LeanGEGLU(torch.autograd.Function):
-    """2002.05202, eq. 6. Keeps value and gate, one tensor; makes GELU(gate) again."""
+class GEGLUFunction(torch.autograd.Function):
+    """2002.05202, eq. 6. Saves value and gate, one tensor; computes GELU(gate) again."""
 
     @staticmethod
     def forward(ctx: Any, pre: Tensor) -> Tensor:
-        keep(ctx, pre, again=LeanGEGLU.again)
-        return LeanGEGLU.product(pre)
+        save(ctx, pre, recompute=GEGLUFunction.recompute)
+        return GEGLUFunction.product(pre)
 
     @staticmethod
     def product(pre: Tensor) -> Tensor:
@@ -203,13 +226,13 @@ class LeanGEGLU(torch.autograd.Function):
         return F.gelu(gate).mul_(value)
 
     @staticmethod
-    def again(ctx: Any) -> Tensor:
-        return LeanGEGLU.product(kept(ctx)[0])
+    def recompute(ctx: Any) -> Tensor:
+        return GEGLUFunction.product(saved(ctx)[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> Tensor:
-        (pre,) = kept(ctx)
+        (pre,) = saved(ctx)
         value, gate = pre.chunk(2, dim=-1)
         d_pre = torch.empty_like(pre)
         d_value, d_gate = d_pre.chunk(2, dim=-1)
@@ -219,22 +242,22 @@ class LeanGEGLU(torch.autograd.Function):
         return d_pre
 
 
-class LeanJoin(torch.autograd.Function):
-    """A concatenation whose readers keep its parts. One of them, the skip, is kept on the way down anyway."""
+class ConcatFunction(torch.autograd.Function):
+    """Concatenates channels. Saves the two parts; the skip is saved on the way down anyway."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, skip: Tensor) -> Tensor:
-        keep(ctx, x, skip, again=LeanJoin.again)
+        save(ctx, x, skip, recompute=ConcatFunction.recompute)
         return torch.cat([x, skip], dim=1)
 
     @staticmethod
-    def again(ctx: Any) -> Tensor:
-        return torch.cat(kept(ctx), dim=1)
+    def recompute(ctx: Any) -> Tensor:
+        return torch.cat(saved(ctx), dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor]:
-        x, skip = kept(ctx)
+        x, skip = saved(ctx)
         release(ctx)
         d_x, d_skip = d.split([x.shape[1], skip.shape[1]], dim=1)
         return d_x, d_skip

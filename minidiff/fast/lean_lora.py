@@ -1,10 +1,10 @@
-"""Adapters in training, keeping little: fast/lean.py's ways, for the detours of lora.py.
+"""Adapters in training that save little: core/lora.py's layers, by the methods of fast/lean.py.
 
     y = W x + bias + scale · B A x                                       LoRA (arXiv 2106.09685), eq. 3
     y = bias + W x + strength · ((g - 1) W x + g · scale · B A x)        DoRA (arXiv 2402.09353), eq. 5; g = m / ||V||
 
-W is frozen, so x is needed for the gradient of A alone, and A x, r wide, for that of B. x is not kept where it can be made
-again, as behind a norm: then q, k and v of self-attention share one x that is made once. g's gradient needs W x too.
+W is frozen, so x is needed only for the gradient of A, and A x, r wide, for the gradient of B. x is not saved where it can be
+recomputed, as after a norm: then q, k and v of self-attention share one recomputed x. The gradient of g needs W x, too.
 
 Shapes: W (out, in), for convolutions (out, in, kh, kw); A (r, in) or (r, in, kh, kw); B (out, r); g (out,); x (…, in) or
 (batch, in, H, W).
@@ -17,64 +17,97 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minidiff.fast import conv as cpu
-from minidiff.fast.lean import keep, kept, release
-from minidiff.fast.precision import as_autocast, wide
+from minidiff.core.lora import LoRAConv2d, LoRALayer, LoRALinear
+from minidiff.fast import conv
+from minidiff.fast.conv import as_autocast, wide
+from minidiff.fast.lean import release, save, saved
+
+# --- the classes ---------------------------------------------------------------------------------------------------------
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W x + bias + scale · B A x, in the dtype that W x has; A and B are rounded to it for the products."""
-    return LeanLoRALinear.apply(as_autocast(x), weight, bias, A, B, scale)
+class LeanLoRALinear(LoRALinear):
+    """Equals `LoRALayer.forward` in core/lora.py: eq. 3, or eq. 5."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (name := one_adapter(self)) is None:
+            return super().forward(x)
+        base, A, B, scale, strength = self.base, self.lora_A[name], self.lora_B[name], self.scale[name], self.strength[name]
+        if name not in self.lora_magnitude:
+            return LoRALinearFunction.apply(as_autocast(x), base.weight, base.bias, A, B, strength * scale)
+        y, thin = base(x), DownFunction.apply(as_autocast(x), A, None)
+        return DoRAFunction.apply(y, thin, B, self.gain(name).flatten(), base.bias, scale, strength)
 
 
-def down(x: Tensor, A: Tensor, how: Any = None) -> Tensor:
-    """A x; for a convolution `how` says stride, padding, dilation and groups."""
-    return LeanDown.apply(as_autocast(x), A, how)
+class LeanLoRAConv2d(LoRAConv2d):
+    """Equals `LoRALayer.forward` in core/lora.py: eq. 3, or eq. 5."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (name := one_adapter(self)) is None:
+            return super().forward(x)
+        base, A, B, scale, strength = self.base, self.lora_A[name], self.lora_B[name], self.scale[name], self.strength[name]
+        how = (base.stride, base.padding, base.dilation, base.groups)
+        y, thin = base(x), DownFunction.apply(as_autocast(x), A, how)
+        if name not in self.lora_magnitude:
+            return y + (strength * scale) * self.up(thin, B.to(thin.dtype))
+        y, thin = y.movedim(1, -1), thin.movedim(1, -1)
+        return DoRAFunction.apply(y, thin, B, self.gain(name).flatten(), base.bias, scale, strength).movedim(-1, 1)
 
 
-def dora(y: Tensor, thin: Tensor, B: Tensor, g: Tensor, bias: Tensor | None, scale: float, strength: float) -> Tensor:
-    """DoRA's y out of that of the base, W x + bias (…, out), and A x (…, r)."""
-    return LeanDoRA.apply(y, thin, B, g, bias, scale, strength)
+def one_adapter(layer: LoRALayer) -> str | None:
+    """The name of the active adapter, if it is the only one, trained and without dropout; else None.
+
+    Only then can memory be saved. DoRA must have a length for each output.
+    """
+    active = [name for name, strength in layer.strength.items() if strength]
+    if not torch.is_grad_enabled() or layer.unmerged_weight is not None or len(active) != 1:
+        return None
+    name, W = active[0], layer.base.weight
+    drops = layer.training and layer.dropout[name] > 0
+    for_inputs = name in layer.lora_magnitude and layer.lora_magnitude[name].shape != (len(W), *[1] * (W.ndim - 1))
+    return name if layer.lora_A[name].requires_grad and not drops and not for_inputs else None
 
 
-class LeanLoRALinear(torch.autograd.Function):
-    """LoRA's eq. 3, with the detour added into the base's product. Keeps A x, and x if it must."""
+# --- the functions -------------------------------------------------------------------------------------------------------
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """LoRA's eq. 3; B A x is added in place. Saves A x, and x if it cannot be recomputed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        y = cpu.linear(x, weight, bias)
+        y = conv.linear(x, weight, bias)
         thin = F.linear(x, A.to(x.dtype))
         rows(y).addmm_(rows(scale * thin), B.to(y.dtype).mT)
-        keep(ctx, x, thin, weight, A, B)
+        save(ctx, x, thin, weight, A, B)
         ctx.scale = scale
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        x, thin, weight, A, B = kept(ctx)
+        x, thin, weight, A, B = saved(ctx)
         d_rows, needed = rows(d), ctx.needs_input_grad
         d_thin = ctx.scale * (d_rows @ B.to(d.dtype))
         d_A = (d_thin.mT @ rows(x)).to(A.dtype) if needed[3] else None
         d_B = (ctx.scale * (d_rows.mT @ rows(thin))).to(B.dtype) if needed[4] else None
-        d_x = cpu.linear(d_rows, weight.mT, None).addmm_(d_thin, A.to(d.dtype)).view(x.shape) if needed[0] else None
+        d_x = conv.linear(d_rows, weight.mT, None).addmm_(d_thin, A.to(d.dtype)).view(x.shape) if needed[0] else None
         release(ctx)
         return d_x, None, None, d_A, d_B, None
 
 
-class LeanDown(torch.autograd.Function):
-    """A x. Keeps x if it must."""
+class DownFunction(torch.autograd.Function):
+    """A x; for a convolution, `how` is stride, padding, dilation and groups. Saves x if it cannot be recomputed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, how: Any) -> Tensor:
-        keep(ctx, x, A)
+        save(ctx, x, A)
         ctx.how = how
         return F.linear(x, A.to(x.dtype)) if how is None else F.conv2d(x, A.to(x.dtype), None, *how)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        x, A = kept(ctx)
+        x, A = saved(ctx)
         needed = ctx.needs_input_grad[:2]
         if ctx.how is None:
             d_x = d @ A.to(d.dtype) if needed[0] else None
@@ -85,8 +118,8 @@ class LeanDown(torch.autograd.Function):
         return d_x, None if d_A is None else d_A.to(A.dtype), None
 
 
-class LeanDoRA(torch.autograd.Function):
-    """DoRA's eq. 5 for one layer. Keeps the base's y and A x; makes B A x again."""
+class DoRAFunction(torch.autograd.Function):
+    """DoRA's y from the base's, W x + bias (…, out), and A x (…, r). Saves both; computes B A x again."""
 
     @staticmethod
     def forward(
@@ -125,5 +158,5 @@ def conv_backward(d: Tensor, x: Tensor, weight: Tensor, how: Any, needed: tuple[
 
 
 def rows(x: Tensor) -> Tensor:
-    """(…, C) -> (all of them, C)."""
+    """(…, C) -> (rows, C)."""
     return x.reshape(-1, x.shape[-1])

@@ -1,4 +1,4 @@
-"""Where the networks run, and in what memory."""
+"""The memory of this process: how glibc and PyTorch get it from the system, and its peak."""
 
 import ctypes
 import os
@@ -8,30 +8,8 @@ from pathlib import Path
 
 import torch
 
-from minidiff.core.errors import SettingsError
-
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # the options' numbers in glibc's malloc.h
 malloc_options: dict[int, int] = {}  # as this process has set them
-
-
-def chosen_device(name: str | None) -> str:
-    """The device of --device: cpu, cuda or cuda:1; for None a GPU if there is one. SettingsError for any other.
-
-    A GPU with a number becomes the current one, which is what `cuda` alone means, to kernels and counters too. Before its first
-    use, cuBLAS is told to take the same workspace each time, without which its products need not repeat themselves.
-    """
-    gpus = torch.cuda.device_count()
-    name = name or ("cuda" if gpus else "cpu")
-    known = ["cpu", "cuda", *(f"cuda:{i}" for i in range(gpus))]
-    if name.startswith("cuda") and not gpus:
-        raise SettingsError(f"--device {name}: there is no GPU that torch can use here; leave the flag out, or say cpu.")
-    if name not in known:
-        raise SettingsError(f"--device {name} is no device; it can be {', '.join(known if gpus else known[:1])}.")
-    if name.startswith("cuda") and not torch.cuda.is_initialized():  # later it would not look
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if ":" in name:
-        torch.cuda.set_device(name)
-    return name
 
 
 def keep_memory() -> None:

@@ -20,12 +20,13 @@ Memory: O(L) beside one tile, on any device.
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from minidiff.core.lora import without_autocast
 
 BLOCK = 512  # queries and keys of a tile
 
@@ -44,7 +45,7 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
-        with without_autocast(q.device.type):
+        with without_autocast(q):  # it would round the tiles, which are wide on purpose
             out, lse = forward_tiles(q, k, v, block)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.block = block
@@ -54,7 +55,7 @@ class TiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        with without_autocast(q.device.type):
+        with without_autocast(q):  # it would round the tiles, which are wide on purpose
             return *backward_tiles(q, k, v, out, lse, d_out, ctx.block, ctx.needs_input_grad[:3]), None
 
 
@@ -107,17 +108,12 @@ def backward_tiles(
 
 
 def tiles(length: int, block: int) -> Iterator[slice]:
-    """0 to `block`, `block` to 2 · `block`, …; the last one is shorter where `length` asks for it."""
+    """0 to `block`, `block` to 2 · `block`, …; the last one may be shorter."""
     return (slice(start, min(start + block, length)) for start in range(0, length, block))
 
 
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast would round the tiles, which are wide on purpose. A device such as `meta` has none to switch off."""
-    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
-
-
 def sum_dtype(x: Tensor) -> torch.dtype:
-    """What sums are kept in: fp32 for fp16 and bf16."""
+    """The dtype of sums: fp32 for fp16 and bf16."""
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 

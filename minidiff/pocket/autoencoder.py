@@ -15,8 +15,9 @@ from minidiff.core.config import POCKET_VAE
 from minidiff.core.rng import generator, hashed_seed
 from minidiff.core.train import Batch
 from minidiff.core.vae import AutoencoderKL, sample_posterior
+from minidiff.draw.device import chosen_device
 from minidiff.draw.images import contact_sheet, to_pil, to_tensor
-from minidiff.fast.memory import chosen_device
+from minidiff.draw.speed import speed_up_network
 from minidiff.files import weights
 from minidiff.pocket.dataset import load_latents, load_world
 from minidiff.pocket.muon import Muon, split
@@ -53,6 +54,7 @@ def train_vae(home: Path, settings: PretrainSettings) -> None:
     batch, world = settings.vae_batch, load_world(home, settings.pictures)
     torch.manual_seed(hashed_seed(settings.seed, "vae"))
     vae = channels_last(begun(AutoencoderKL(POCKET_VAE), settings, "vae"))
+    speed_up_network(vae)
     loss = fused(partial(vae_loss, vae))
 
     def data(step: int, micro: int) -> Batch:
@@ -89,6 +91,7 @@ def load_vae(home: Path, settings: PretrainSettings) -> AutoencoderKL:
     vae = AutoencoderKL(POCKET_VAE)
     files = [home / "decoder" / "model.safetensors", home / "standard_vae.safetensors", home / "vae" / "model.safetensors"]
     weights.load_into(vae, first_of(files, settings, "vae"), torch.float32)
+    speed_up_network(vae)
     return channels_last(vae.requires_grad_(False))
 
 

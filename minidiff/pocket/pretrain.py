@@ -33,9 +33,10 @@ from minidiff.core.schedule import NoiseSchedule, add_noise
 from minidiff.core.text import tokenize
 from minidiff.core.train import Batch
 from minidiff.core.unet import UNet2DConditionModel
+from minidiff.draw.device import chosen_device
 from minidiff.draw.images import contact_sheet
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.fast.memory import chosen_device
+from minidiff.draw.speed import speed_up_network
 from minidiff.files import weights
 from minidiff.files.folder import read_json, write_json
 from minidiff.files.text_files import load_tokenizer
@@ -131,6 +132,7 @@ def train_unet(home: Path, settings: PretrainSettings) -> None:
     schedule = NoiseSchedule.from_config(NoiseConfig())
     torch.manual_seed(hashed_seed(settings.seed, "unet"))
     unet = begun(UNet2DConditionModel(POCKET_UNET), settings, "unet")
+    speed_up_network(unet)
     loss = fused(partial(unet_loss, unet, schedule))
 
     def data(step: int, micro: int) -> Batch:

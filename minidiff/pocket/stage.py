@@ -10,7 +10,7 @@ import torch
 from minidiff.core.errors import SettingsError
 from minidiff.core.rng import generator
 from minidiff.core.train import Batch
-from minidiff.fast.memory import chosen_device
+from minidiff.draw.device import chosen_device
 from minidiff.files import weights
 from minidiff.pocket.settings import PretrainSettings, Stage
 from minidiff.trainer.job import Job

@@ -17,10 +17,12 @@ from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from minidiff.core.blocks import ResBlock, SpatialTransformer
+from minidiff.core.blocks import ResBlock
 from minidiff.core.train import DTYPES
+from minidiff.core.transformer import SpatialTransformer
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
+from minidiff.draw.speed import checkpoint_gradients
 from minidiff.trainer.settings import FineTuneSettings
 
 if TYPE_CHECKING:
@@ -151,11 +153,11 @@ def step_bytes(task: "Job", settings: FineTuneSettings) -> Step:
     """The memory of one training step: a forward and a backward pass."""
     unet, accumulates = task.modules["unet"], settings.gradient_accumulation_steps > 1
     assert isinstance(unet, UNet2DConditionModel)
-    unet.enable_gradient_checkpointing(False)
+    checkpoint_gradients(unet, False)
     counter = forward_pass(task, settings)
     layer = sum(counter.inside.get(kind, 0) for kind in (ResBlock, SpatialTransformer))
     if settings.gradient_checkpointing:
-        unet.enable_gradient_checkpointing(True)
+        checkpoint_gradients(unet)
         counter = forward_pass(task, settings)
     size, fullest = gradient_size(settings), 0
     gradients = size * sum(p.numel() for p in task.trainable.values()) if accumulates else 0  # of the passes before

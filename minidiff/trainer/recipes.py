@@ -15,6 +15,7 @@ from minidiff.core import recipes as core
 from minidiff.core.errors import AdapterError, DataError
 from minidiff.core.inject import adapter_weights, adapters_off, trainable
 from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.draw.speed import speed_up
 from minidiff.files.lora_file import save_lora
 from minidiff.files.word_file import check_word, save_embedding
 from minidiff.trainer.card import model_spec, write_card
@@ -54,7 +55,7 @@ def lora(settings: LoRASettings) -> Job:
     pipe, base_hash = load_base(settings)
     networks = adapted_networks(pipe, settings)
     trainable = core.lora(pipe.unet, shape(settings), networks.get("text_encoder"))  # first: a target may be wrong
-    announce(networks)
+    announce(pipe, networks)
     data = load_data(pipe, settings, settings.train_text_encoder)
     ready = prepared(pipe, settings, base_hash, data, as_base=lambda: adapters_off(pipe.unet))
 
@@ -89,7 +90,7 @@ def pivotal(settings: PivotalSettings) -> Job:
     pipe, base_hash = load_base(settings)
     networks = adapted_networks(pipe, settings)
     adapters = core.lora(pipe.unet, shape(settings), networks.get("text_encoder"))
-    announce(networks)
+    announce(pipe, networks)
     word = new_word(pipe, settings)
     data = load_word_data(pipe, settings)
     ready = prepared(pipe, settings, base_hash, data, as_base=lambda: adapters_off(pipe.unet))
@@ -132,7 +133,9 @@ def adapted_networks(pipe: StableDiffusionPipeline, settings: AdapterSettings) -
     return networks | ({"text_encoder": pipe.text_encoder} if settings.train_text_encoder else {})
 
 
-def announce(networks: dict[str, nn.Module]) -> None:
+def announce(pipe: StableDiffusionPipeline, networks: dict[str, nn.Module]) -> None:
+    """Print how much is trained, and give the new adapters their fast classes."""
+    speed_up(pipe)
     for network in networks.values():
         print_trainable_parameters(network)
 

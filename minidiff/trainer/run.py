@@ -22,8 +22,7 @@ from typing import Any
 from minidiff.core.errors import MinidiffError, SettingsError, WeightsError
 from minidiff.core.train import EMA, Batch, Task, Update, train
 from minidiff.draw.images import save_png
-from minidiff.fast.compiled import compile_unet
-from minidiff.fast.frozen import standing_still
+from minidiff.draw.speed import frozen_weights
 from minidiff.files.atomic import fsync, write_bytes
 from minidiff.trainer import checkpoint, distributed
 from minidiff.trainer.job import Job, batches, check_trainable, culprit, deterministic, loop_settings, stop_signals
@@ -58,11 +57,13 @@ def fit(job: Job, settings: TrainSettings) -> Report:
     if settings.bf16_weights:
         to_bf16(job.trainable)
     if isinstance(settings, FineTuneSettings) and settings.compile:
+        from minidiff.fast.compiled import compile_unet  # only now: without it, the folder fast is not needed
+
         compile_unet(job.modules["unet"])
     run = Run(job, settings, total, world)
 
-    frozen = standing_still(job.modules.values(), large=False)
-    with run.claimed(), run.in_backward(), stop_signals() as asked, deterministic(device), frozen:
+    caching = frozen_weights(job.modules.values())
+    with run.claimed(), run.in_backward(), stop_signals() as asked, deterministic(device), caching:
         start = run.resume()
         with batches(job, settings, start, total) as data, progress(start, total, run.writes) as advance:
             updates, smoothed = train(run.task(data), run.loop, start), math.nan

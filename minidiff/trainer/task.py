@@ -20,10 +20,10 @@ from minidiff.core.losses import squared_error
 from minidiff.core.recipes import Answer, DiffusionLoss
 from minidiff.core.text import tokenize
 from minidiff.core.train import DTYPES, Batch
+from minidiff.draw.device import chosen_device
 from minidiff.draw.images import contact_sheet
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.fast.memory import chosen_device
-from minidiff.fast.precision import HALF
+from minidiff.draw.speed import checkpoint_gradients
 from minidiff.files import names as keymaps
 from minidiff.trainer.buckets import bucket_sizes
 from minidiff.trainer.cache import Cache
@@ -32,6 +32,7 @@ from minidiff.trainer.dataset import read_folder
 from minidiff.trainer.distributed import world
 from minidiff.trainer.job import Job, check_precision
 from minidiff.trainer.latents import LatentData, check_pictures
+from minidiff.trainer.memory import HALF
 from minidiff.trainer.methods import FullSettings
 from minidiff.trainer.priors import BasePrior, PairedData, class_examples, class_settings
 from minidiff.trainer.savings import is_on, may_cast
@@ -56,7 +57,7 @@ def load_base(settings: FineTuneSettings) -> tuple[StableDiffusionPipeline, str]
     if is_on(settings, "layerwise_casting") and not any(p.dtype in HALF for p in pipe.unet.parameters()):
         print("Note: --layerwise_casting changes nothing: the U-Net's file is not in half precision.", file=sys.stderr)
     if settings.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
+        checkpoint_gradients(pipe.unet)
     return pipe.to(device), model_fingerprint(pipe.unet, pipe.vae, pipe.text_encoder)
 
 

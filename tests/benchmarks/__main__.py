@@ -19,7 +19,7 @@ from benchmarks import chart, models, peers, processes, training, work
 from benchmarks.report import OURS, Row, counted_rows, free_memory, last_line, machine_facts, table, timed_rows
 from benchmarks.timing import Deadline, measure, summaries
 from minidiff.cli.flags import Bench, Group
-from minidiff.fast.memory import chosen_device
+from minidiff.draw.device import chosen_device
 
 QUICK = 285.0  # seconds; what is not done by then is left out, and said to be
 Found = tuple[list[Row], list[str], list[str]]  # rows, what failed, notes

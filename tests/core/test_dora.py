@@ -150,7 +150,7 @@ def test_the_norm_is_no_other_under_autocast(kind: str, axis: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y = layer.base(x)
         assert y.dtype == torch.bfloat16
-        assert torch.equal(layer.dora("default", x, y), layer.detour("default", x).float())
+        assert torch.equal(layer.dora("default", x, y), layer.lora("default", x).float())
         assert torch.equal(layer.delta(), exact)
 
 

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minidiff.core import blocks
+from minidiff import fast
+from minidiff.core import blocks, transformer
 from minidiff.core.config import SD15_UNET, SD15_VAE, TINY_UNET, TINY_VAE
 from minidiff.core.errors import SettingsError
-from minidiff.core.transformer import IMPLS, CrossAttention, SpatialAttention, attention
+from minidiff.core.transformer import CrossAttention, SpatialAttention
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL, sample_posterior
+from minidiff.fast import IMPLS, attention
 from minidiff.files.folder import SD15_TEXT
 from minidiff.files.text_files import build_text_encoder
 
@@ -32,12 +34,12 @@ OURS: dict[str, Callable[[], nn.Module]] = {
     "resblock": lambda: blocks.ResBlock(C, C, TIME, GROUPS, 1e-5),
     "resblock_wider": lambda: blocks.ResBlock(C, 2 * C, TIME, GROUPS, 1e-5),
     "resblock_without_time": lambda: blocks.ResBlock(C, C, None, GROUPS, 1e-6),
-    "geglu": lambda: blocks.GEGLU(C, 4 * C),
-    "feed_forward": lambda: blocks.FeedForward(C),
+    "geglu": lambda: transformer.GEGLU(C, 4 * C),
+    "feed_forward": lambda: transformer.FeedForward(C),
     "self_attention": lambda: CrossAttention(C, C, HEADS),
     "cross_attention": lambda: CrossAttention(C, TEXT, HEADS),
-    "transformer_block": lambda: blocks.TransformerBlock(C, TEXT, HEADS),
-    "spatial_transformer": lambda: blocks.SpatialTransformer(C, TEXT, HEADS, GROUPS),
+    "transformer_block": lambda: transformer.TransformerBlock(C, TEXT, HEADS),
+    "spatial_transformer": lambda: transformer.SpatialTransformer(C, TEXT, HEADS, GROUPS),
     "spatial_attention": lambda: SpatialAttention(C, GROUPS),
     "downsample_unet": lambda: blocks.Downsample(C, pad_all_around=True),
     "downsample_vae": lambda: blocks.Downsample(C, pad_all_around=False),
@@ -110,7 +112,7 @@ def test_counts_of_the_parts(sd15: dict[str, nn.Module]) -> None:
 def test_epsilon_census(sd15: dict[str, nn.Module]) -> None:
     def census(part: str) -> Counter[tuple[str, float]]:
         norms = (m for m in sd15[part].modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm))
-        return Counter((type(norm).__name__, norm.eps) for norm in norms)
+        return Counter(("GroupNorm" if isinstance(norm, nn.GroupNorm) else "LayerNorm", norm.eps) for norm in norms)
 
     assert census("unet") == {("GroupNorm", 1e-5): 45, ("GroupNorm", 1e-6): 16, ("LayerNorm", 1e-5): 48}
     assert census("vae") == {("GroupNorm", 1e-6): 52}
@@ -136,7 +138,11 @@ def test_seeded_numbers_are_the_makers() -> None:
 @pytest.mark.parametrize("scale", MAKER["SCALES"])
 @pytest.mark.parametrize("case", OURS)
 def test_golden(case: str, scale: float) -> None:
-    assert error(answer(case, build(case), scale), case, scale) <= 1e-5
+    """The plain classes, and the fast ones."""
+    module = build(case)
+    assert error(answer(case, module, scale), case, scale) <= 1e-5
+    fast.install(module)
+    assert error(answer(case, module, scale), case, scale) <= 1e-5
 
 
 @pytest.mark.parametrize("scale", MAKER["SCALES"])

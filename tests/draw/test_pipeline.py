@@ -23,7 +23,7 @@ from minidiff.core.rng import normal
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.fast.frozen import standing_still
+from minidiff.draw.speed import caching
 from minidiff.files.folder import SAMPLER_OF, SD15_TEXT
 from minidiff.files.lora_file import save_lora
 from minidiff.files.model import split_single_file, to_single_file
@@ -148,7 +148,7 @@ def test_without_guidance_only_the_prompt_counts(pipe: StableDiffusionPipeline) 
     """The same as the sampler with the bare network, and a negative prompt changes nothing."""
     text = pipe.encode_prompt([DOG])
     noise = normal((4, 8, 8), 5, "latents")[None]
-    with torch.no_grad(), standing_still([pipe.unet], large=True):
+    with torch.no_grad(), caching(pipe.unet, prompt=True):
         steps = SAMPLERS["ddim"](lambda x, t: pipe.unet(x, t, text), noise, pipe.schedule, 3, lambda i: noise)
         *_, last = steps
     assert torch.equal(latents(pipe, guidance_scale=1), last.x)
@@ -643,7 +643,7 @@ def test_a_callback_may_change_an_adapter(fresh: StableDiffusionPipeline) -> Non
         set_adapters(fresh.unet, ["default"])
         with pytest.MonkeyPatch.context() as patch:
             if not remembers:
-                patch.setattr("minidiff.draw.pipeline.reading_once", lambda model: nullcontext())
+                patch.setattr("minidiff.fast.cache_prompt", lambda model: nullcontext())
             return latents(fresh, callback=lambda step: set_adapters(fresh.unet, []))
 
     assert torch.equal(drawn(remembers=True), drawn(remembers=False))

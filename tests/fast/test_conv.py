@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.core.blocks import FeedForward
+from minidiff import fast
 from minidiff.core.config import SD15_UNET, TINY_UNET
-from minidiff.core.transformer import CrossAttention, reading_once
+from minidiff.core.transformer import CrossAttention, FeedForward
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.fast import conv as cpu
-from minidiff.fast.frozen import Conv2d, Linear, standing_still
-from minidiff.fast.precision import slow_half
+from minidiff.fast.conv import slow_half
+from minidiff.fast.frozen import FastConv2d, FastLinear, cache_prompt, frozen_weights
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # B, C, O, H, W, kernel, stride, padding; and the way it goes, with weights that may change and with weights that stand still
@@ -91,10 +91,10 @@ def test_a_convolution_equals_the_plain_one(shape: tuple[int, ...], way: str, st
     right = F.conv2d(wide_x, w.double(), bias.double(), stride, padding)
     d = drawn(*right.shape, seed=3)
     (right_dx,) = torch.autograd.grad(right, wide_x, d.double())
-    assert cpu.way_of(x.shape, w, stride, padding, still=False) == way
-    assert cpu.way_of(x.shape, w, stride, padding, still=True) == still_way
-    there: cpu.Ready = {}
-    back: cpu.Ready = {}
+    assert cpu.method_of(x.shape, w, stride, padding, may_cache=False) == way
+    assert cpu.method_of(x.shape, w, stride, padding, may_cache=True) == still_way
+    there: cpu.Cache = {}
+    back: cpu.Cache = {}
     for layout, (forward, backward), _ in combinations(LAYOUTS, [(None, None), (there, back)], range(2)):
         y = cpu.conv2d(x.contiguous(memory_format=layout), w, bias, stride, padding, forward)
         d_x = cpu.conv2d_backward(d.contiguous(memory_format=layout), x.shape, w, stride, padding, backward)
@@ -107,14 +107,15 @@ def test_which_way_the_layers_of_sd15_go() -> None:
     """Its 98 convolutions at 512 x 512, as sampling calls them: with guidance, and with weights that stand still."""
     ways: dict[str, int] = {}
 
-    def look(module: Conv2d, inputs: tuple[Tensor]) -> None:
-        way = cpu.way_of(inputs[0].shape, module.weight, module.stride[0], int(module.padding[0]), still=True)
+    def look(module: FastConv2d, inputs: tuple[Tensor]) -> None:
+        way = cpu.method_of(inputs[0].shape, module.weight, module.stride[0], int(module.padding[0]), may_cache=True)
         ways[way] = ways.get(way, 0) + 1
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(SD15_UNET)
+        fast.install(unet)
         for module in unet.modules():
-            if isinstance(module, Conv2d):
+            if isinstance(module, FastConv2d):
                 module.register_forward_pre_hook(look)  # type: ignore[arg-type]
         with torch.no_grad():
             unet(torch.empty(2, 4, 64, 64), torch.empty(2), torch.empty(2, 77, 768))
@@ -130,8 +131,8 @@ def test_other_dtypes_and_devices_go_the_plain_way() -> None:
 def test_without_the_packing_functions_it_is_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = drawn(1, 8, 12, 12), drawn(8, 8, 3, 3)
     monkeypatch.setattr(cpu, "can_pack", lambda: False)
-    ready: cpu.Ready = {}
-    assert torch.equal(cpu.conv2d(x, w, None, 1, 1, ready), F.conv2d(x, w, padding=1)) and not ready
+    cache: cpu.Cache = {}
+    assert torch.equal(cpu.conv2d(x, w, None, 1, 1, cache), F.conv2d(x, w, padding=1)) and not cache
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -156,12 +157,12 @@ def test_half_precision_is_computed_as_fp32_where_there_are_no_instructions(
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_layer_under_autograd(trained: bool) -> None:
     """A trained convolution is PyTorch's own; a frozen one passes the same gradients on."""
-    layer, plain = Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+    layer, plain = FastConv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
     plain.load_state_dict(layer.state_dict())
     layer.requires_grad_(trained)
     x = drawn(1, 64, 32, 32)
     found, right = x.clone().requires_grad_(), x.clone().requires_grad_()
-    with standing_still([layer], large=True):
+    with frozen_weights([layer], large=True):
         layer(found).square().sum().backward()
     plain(right).square().sum().backward()
     assert found.grad is not None and right.grad is not None and error(found.grad, right.grad.double()) < 1e-5
@@ -171,13 +172,14 @@ def test_a_layer_under_autograd(trained: bool) -> None:
 
 
 def test_a_linear_under_autograd() -> None:
-    layer = Linear(6, 5)
+    layer = FastLinear(6, 5)
     layer(drawn(3, 6)).sum().backward()
     assert layer.weight.grad is not None and layer.bias.grad is not None
 
 
 def test_tokens_go_through_a_feed_forward_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = FeedForward(8), drawn(2, 21, 8)
+    fast.install(layer)
     whole = layer(x).detach()
     monkeypatch.setattr(cpu, "PIECE", 5)
     sizes: list[int] = []
@@ -195,40 +197,40 @@ def test_tokens_go_through_a_feed_forward_in_pieces(monkeypatch: pytest.MonkeyPa
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every time that something is made of a weight, by name."""
     made: list[str] = []
-    once = cpu.once
+    cached = cpu.cached
 
-    def watched(ready: cpu.Ready | None, name: str, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    def watched(cache: cpu.Cache | None, purpose: str, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
         def noted() -> Tensor:
-            made.append(name)
+            made.append(purpose)
             return make()
 
-        return once(ready, name, weight, noted)
+        return cached(cache, purpose, weight, noted)
 
-    monkeypatch.setattr(cpu, "once", watched)
+    monkeypatch.setattr(cpu, "cached", watched)
     return made
 
 
 @torch.no_grad()
 def test_what_is_made_of_weights_is_made_once_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, layer, x = counted(monkeypatch), Conv2d(64, 64, 3, padding=1), drawn(1, 64, 32, 32)
+    made, layer, x = counted(monkeypatch), FastConv2d(64, 64, 3, padding=1), drawn(1, 64, 32, 32)
     for _ in range(3):
         layer(x)
     assert made == ["winograd 4"] * 3
-    with standing_still([layer], large=True):
+    with frozen_weights([layer], large=True):
         for _ in range(3):
             layer(x)
     assert made[3:] == ["winograd 4"]
     layer.weight.mul_(2)
     assert error(layer(x), F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)) < 1e-5
-    with standing_still([layer], large=True):
+    with frozen_weights([layer], large=True):
         assert error(layer(x), F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)) < 1e-5
 
 
 @torch.no_grad()
 def test_a_weight_that_changes_all_the_same_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place, or by another one: `standing_still` is a promise, and this is what happens if it is broken."""
-    layer, x = Conv2d(64, 64, 3, padding=1), drawn(1, 64, 32, 32)
-    with standing_still([layer], large=True):
+    """In place, or by another one: `frozen_weights` is a promise, and this is what happens if it is broken."""
+    layer, x = FastConv2d(64, 64, 3, padding=1), drawn(1, 64, 32, 32)
+    with frozen_weights([layer], large=True):
         before = layer(x)
         layer.weight.mul_(2)
         layer.bias.mul_(2)
@@ -248,7 +250,7 @@ def test_winograd_is_not_for_half_precision(monkeypatch: pytest.MonkeyPatch, dty
 
 
 def test_a_frozen_weight_with_a_bias_that_learns() -> None:
-    layer = Conv2d(4, 4, 3)
+    layer = FastConv2d(4, 4, 3)
     layer.weight.requires_grad_(False)
     layer(drawn(1, 4, 5, 5).requires_grad_()).sum().backward()
     assert layer.bias is not None and layer.bias.grad is not None
@@ -257,57 +259,59 @@ def test_a_frozen_weight_with_a_bias_that_learns() -> None:
 @torch.no_grad()
 def test_inside_another_what_is_there_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sheet that is drawn while the model is trained."""
-    made, layer, x = counted(monkeypatch), Conv2d(8, 8, 3, padding=1), drawn(1, 8, 8, 8)
-    with standing_still([layer], large=False):
+    made, layer, x = counted(monkeypatch), FastConv2d(8, 8, 3, padding=1), drawn(1, 8, 8, 8)
+    with frozen_weights([layer], large=False):
         layer(x)
-        with standing_still([layer], large=True):
+        with frozen_weights([layer], large=True):
             layer(x)
         layer(x)
         assert made == ["packed"]
-    assert layer.ready is None
+    assert layer.caches is None
 
 
 def test_an_error_inside_forgets_too() -> None:
-    layer = Conv2d(8, 8, 3, padding=1)
-    with pytest.raises(ZeroDivisionError), standing_still([layer], large=True):
+    layer = FastConv2d(8, 8, 3, padding=1)
+    with pytest.raises(ZeroDivisionError), frozen_weights([layer], large=True):
         raise ZeroDivisionError
-    assert layer.ready is None
+    assert layer.caches is None
 
 
 def test_in_training_only_what_is_frozen_stands_still() -> None:
-    moves, frozen, large = Conv2d(8, 8, 3), Conv2d(8, 8, 3).requires_grad_(False), Conv2d(512, 512, 3).requires_grad_(False)
+    moves, frozen, large = FastConv2d(8, 8, 3), FastConv2d(8, 8, 3), FastConv2d(512, 512, 3)
+    for layer in (frozen, large):
+        layer.requires_grad_(False)
     layers = nn.ModuleList([moves, frozen, large])
-    with standing_still([layers], large=False):
-        assert [layer.ready is None for layer in (moves, frozen, large)] == [True, False, True]
-    with torch.no_grad(), standing_still([layers], large=True):
-        assert not [layer for layer in (moves, frozen, large) if layer.ready is None]
+    with frozen_weights([layers], large=False):
+        assert [layer.caches is None for layer in (moves, frozen, large)] == [True, False, True]
+    with torch.no_grad(), frozen_weights([layers], large=True):
+        assert not [layer for layer in (moves, frozen, large) if layer.caches is None]
 
 
 @torch.no_grad()
 def test_a_small_machine_is_not_crowded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies of large weights only where there is four times their memory."""
-    small, large = Conv2d(8, 8, 3, padding=1), Conv2d(512, 512, 3, padding=1)
+    small, large = FastConv2d(8, 8, 3, padding=1), FastConv2d(512, 512, 3, padding=1)
     weights = 4 * (small.weight.numel() + large.weight.numel())
     for memory, kept in ((4 * weights, True), (4 * weights - 1, False), (None, True)):
         monkeypatch.setattr("minidiff.fast.memory.machine_memory", lambda memory=memory: memory)
-        with standing_still([nn.ModuleList([small, large])], large=True):
-            assert small.ready is not None and (large.ready is not None) == kept
+        with frozen_weights([nn.ModuleList([small, large])], large=True):
+            assert small.caches is not None and (large.caches is not None) == kept
 
 
 @torch.no_grad()
-def test_a_prompt_is_read_once() -> None:
-    layer, x = CrossAttention(6, 6, heads=2), drawn(1, 4, 6)
+def test_keys_and_values_of_a_prompt_are_computed_once() -> None:
+    block, x = nn.ModuleDict({"attn1": CrossAttention(6, 6, heads=2), "attn2": CrossAttention(6, 6, heads=2)}), drawn(1, 4, 6)
+    fast.install(block)
+    layer = block["attn2"]
     prompt, other = drawn(1, 7, 6, seed=1), drawn(1, 7, 6, seed=2)
     calls: list[Tensor] = []
     layer.to_k.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0]))
     plain = [layer(x, text) for text in (prompt, other)]
     calls.clear()
-    with reading_once(layer):
+    with cache_prompt(block):
         found = [layer(x, text) for text in (prompt, other) for _ in range(3)]
         assert len(calls) == 2 and all(torch.equal(y, plain[i // 3]) for i, y in enumerate(found))
-        layer(x)  # self-attention's keys are new each time
-        layer(x)
-        assert len(calls) == 4
+        assert block["attn1"].prompt is None  # the keys of self-attention are new each time
     layer.to_k.weight.mul_(2)
     assert not torch.equal(layer(x, other), plain[1])
 
@@ -315,8 +319,9 @@ def test_a_prompt_is_read_once() -> None:
 @torch.no_grad()
 def test_a_whole_unet_is_the_same_with_all_of_it() -> None:
     unet = UNet2DConditionModel(TINY_UNET)
+    fast.install(unet)
     x, text = drawn(2, 4, 8, 8), drawn(2, 77, TINY_UNET.cross_attention_dim, seed=1)
     plain = unet(x, 500, text)
-    with standing_still([unet], large=True), reading_once(unet):
+    with frozen_weights([unet], large=True), cache_prompt(unet):
         first, second = unet(x, 500, text), unet(x, 500, text)
     assert error(first, plain.double()) < 1e-5 and torch.equal(first, second)

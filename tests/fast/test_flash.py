@@ -18,7 +18,7 @@ from torch import Tensor
 from triton_tools import SHARED_MEMORY, Launch, assembly, compiled, launches_of, needs_gpu, needs_triton, spills
 
 from minidiff.core.errors import SettingsError
-from minidiff.core.transformer import attention
+from minidiff.fast import attention
 
 HEAD_DIMS = (40, 64, 72, 80, 128, 160)
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}

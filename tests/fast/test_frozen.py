@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from minidiff.cli.main import main
 from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.fast.frozen import Conv2d, Linear, cast_layerwise
-from minidiff.fast.precision import HALF
+from minidiff.fast.conv import HALF
+from minidiff.fast.frozen import FastConv2d, FastLinear, cast_layerwise
 from minidiff.trainer import savings
 from minidiff.trainer.job import Job
 from minidiff.trainer.recipes import RECIPES
@@ -44,13 +44,13 @@ def home(memory_path: Path) -> Path:  # noqa: F811
 
 
 LAYERS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...]]] = {
-    "linear": (Linear, {"in_features": 6, "out_features": 5}, (2, 3, 6)),
-    "linear without bias": (Linear, {"in_features": 6, "out_features": 5, "bias": False}, (2, 3, 6)),
-    "direct": (Conv2d, {"in_channels": 4, "out_channels": 3, "kernel_size": 3, "padding": 1}, (2, 4, 8, 6)),
-    "in strides": (Conv2d, {"in_channels": 4, "out_channels": 3, "kernel_size": 3, "stride": 2}, (2, 4, 9, 9)),
-    "of one cell": (Conv2d, {"in_channels": 4, "out_channels": 3, "kernel_size": 1}, (2, 4, 8, 6)),
-    "winograd": (Conv2d, {"in_channels": 64, "out_channels": 64, "kernel_size": 3, "padding": 1}, (1, 64, 32, 32)),
-    "product": (Conv2d, {"in_channels": 352, "out_channels": 352, "kernel_size": 3, "padding": 1}, (1, 352, 4, 4)),
+    "linear": (FastLinear, {"in_features": 6, "out_features": 5}, (2, 3, 6)),
+    "linear without bias": (FastLinear, {"in_features": 6, "out_features": 5, "bias": False}, (2, 3, 6)),
+    "direct": (FastConv2d, {"in_channels": 4, "out_channels": 3, "kernel_size": 3, "padding": 1}, (2, 4, 8, 6)),
+    "in strides": (FastConv2d, {"in_channels": 4, "out_channels": 3, "kernel_size": 3, "stride": 2}, (2, 4, 9, 9)),
+    "of one cell": (FastConv2d, {"in_channels": 4, "out_channels": 3, "kernel_size": 1}, (2, 4, 8, 6)),
+    "winograd": (FastConv2d, {"in_channels": 64, "out_channels": 64, "kernel_size": 3, "padding": 1}, (1, 64, 32, 32)),
+    "product": (FastConv2d, {"in_channels": 352, "out_channels": 352, "kernel_size": 3, "padding": 1}, (1, 352, 4, 4)),
 }
 
 
@@ -81,7 +81,7 @@ def test_a_layer_widens_its_weight_there_and_back(name: str, dtype: torch.dtype)
 def test_nothing_widened_is_kept_for_the_backward() -> None:
     """On meta: eight layers of 4 MiB each (2 in fp16) never have more than one of them wide at a time."""
     with torch.device("meta"):
-        model = nn.Sequential(*(Linear(1024, 1024, bias=False) for _ in range(8))).half().requires_grad_(False)
+        model = nn.Sequential(*(FastLinear(1024, 1024, bias=False) for _ in range(8))).half().requires_grad_(False)
         x = torch.empty(1, 1024, requires_grad=True)
     cast_layerwise(model, torch.float32)
     fullest = fullest_bytes(lambda: model(x).sum().backward(), [*model.parameters(), x])
@@ -97,7 +97,7 @@ def run(settings: Any, folder: Path) -> Job:
 
 def layer_dtypes(task: Job) -> set[torch.dtype]:
     """Of the weights of the U-Net's own convolutions and linears."""
-    return {m.weight.dtype for m in task.modules["unet"].modules() if isinstance(m, (Conv2d, Linear))}
+    return {m.weight.dtype for m in task.modules["unet"].modules() if isinstance(m, (FastConv2d, FastLinear))}
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "textual inversion", "pivotal"])
@@ -128,7 +128,7 @@ def test_fit_leaves_weights_as_stored_only_where_it_must(half_folder: Path, home
     task = RECIPES[type(settings)](settings)
     assert layer_dtypes(task) == {torch.float16}  # until it is settled
     wide, narrow = (savings.budget(task, replace(settings, layerwise_casting=on)) for on in (False, True))
-    layers = [m.weight for m in task.modules["unet"].modules() if isinstance(m, (Conv2d, Linear))]
+    layers = [m.weight for m in task.modules["unet"].modules() if isinstance(m, (FastConv2d, FastLinear))]
     saved = sum(2 * w.numel() for w in layers)
     (_, before, _), (_, after, _) = (next(row for row in need.held if row[0] == "weights") for need in (wide, narrow))
     assert before - after == saved and narrow.together < wide.together

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from minidiff.core.errors import SettingsError
-from minidiff.fast.memory import chosen_device, keep_memory, machine_memory, peak_memory
+from minidiff.draw.device import chosen_device
+from minidiff.fast.memory import keep_memory, machine_memory, peak_memory
 from minidiff.trainer.job import deterministic
 
 MIB = 2**20

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minidiff
-from minidiff.core import transformer as module
 from minidiff.core.errors import SettingsError
-from minidiff.core.transformer import CrossAttention, attention, fastest_impl
+from minidiff.fast import attention
 from minidiff.fast.tiled_attention import backward_tiles, forward_tiles, tiled_attention
 
 WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -215,36 +213,19 @@ def test_tiled_under_autocast_sums_in_fp32() -> None:
 # --- who decides -----------------------------------------------------------------------------------------------------
 
 
-def test_auto_on_a_cpu_is_sdpa() -> None:
-    q, k, _ = qkv(17, 77, 40)
-    assert fastest_impl(q, k) == "sdpa"
+def test_auto_is_sdpa() -> None:
+    inputs = [x.detach() for x in qkv(17, 77, 40)]
+    assert torch.equal(attention(*inputs), attention(*inputs, impl="sdpa"))
 
 
-def test_auto_on_a_gpu_asks_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    key = ((9, 0), torch.float16, 40, True)
-    monkeypatch.setattr(module, "FASTER_THAN_SDPA", {key: "triton"})
-
-    def of(d: int, keys: int, dtype: torch.dtype = torch.float16) -> str:
-        on_gpu = partial(SimpleNamespace, is_cuda=True, device="cuda", dtype=dtype)
-        return fastest_impl(on_gpu(shape=(2, 8, 4096, d)), on_gpu(shape=(2, 8, keys, d)))
-
-    assert of(40, 77) == of(40, module.SHORT_KEYS) == "triton"
-    assert of(40, module.SHORT_KEYS + 1) == of(80, 77) == of(40, 77, torch.float32) == "sdpa"
-
-
-def test_the_layer_takes_what_auto_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = CrossAttention(24, 24, 3), torch.randn(1, 10, 24)
-    right = layer(x)
-    monkeypatch.setattr(module, "fastest_impl", lambda q, k: "tiled")
-    torch.testing.assert_close(layer(x), right)
-    monkeypatch.setattr(module, "fastest_impl", lambda q, k: "no such thing")
+def test_the_public_attention() -> None:
+    assert minidiff.attention is attention
     with pytest.raises(SettingsError, match='"no such thing" is unknown; it is one of auto, naive, tiled, sdpa, triton'):
-        layer(x)
+        attention(*qkv(1, 1, 4), impl="no such thing")
 
 
 def test_triton_is_imported_only_when_used() -> None:
     """flash.py needs Triton, so nobody may import it at the top of a file."""
     for path in Path(minidiff.__file__).parent.rglob("*.py"):
         top = [ast.unparse(node) for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-        assert path.name.startswith("flash") or not [line for line in top if "models.flash" in line]
+        assert path.name.startswith("flash") or not [line for line in top if "fast.flash" in line]

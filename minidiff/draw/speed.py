@@ -1,0 +1,70 @@
+"""Where minidiff.fast is plugged in. Without that room everything is computed as `core` says; only time and memory change."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from minidiff.core.errors import SettingsError
+
+fast: Any
+try:
+    from minidiff import fast
+except ModuleNotFoundError as error:
+    if not (error.name or "").startswith("minidiff.fast"):
+        raise
+    fast = None  # the room was deleted
+
+Pipeline = TypeVar("Pipeline", bound=Any)
+
+def speed_up(pipe: Any) -> None:
+    """Give a pipeline's networks fast classes, unless it is `plain`. Call this again after an adapter was injected."""
+    if fast and not pipe.plain:
+        fast.install(pipe.unet)
+        fast.install(pipe.vae)
+        fast.install(pipe.text_encoder, fast.ADAPTERS)  # transformers' own layers stay as they are
+
+
+def speed_up_network(network: nn.Module) -> None:
+    """Give a U-Net or VAE of ours fast classes."""
+    if fast:
+        fast.install(network)
+
+
+def checkpoint_gradients(unet: nn.Module, on: bool = True) -> None:
+    """--gradient_checkpointing: save only the inputs of each layer, and compute the layer again in the backward pass."""
+    if on:
+        needed("--gradient_checkpointing").install(unet, fast.CHECKPOINTED)
+    elif fast:
+        fast.remove(unet, fast.CHECKPOINTED)
+
+
+def cast_layerwise(pipe: Pipeline, dtype: torch.dtype) -> Pipeline:
+    """--layerwise_casting: weights of the U-Net stay in half precision, and each layer casts its own when it computes."""
+    if pipe.plain:
+        raise SettingsError("layerwise_casting is done by minidiff.fast, which plain leaves out; leave out one of the two.")
+    needed("--layerwise_casting").cast_layerwise(pipe.unet, dtype)
+    return pipe
+
+
+def frozen_weights(models: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    """Use this while frozen weights do not change: a CPU's rearranged copies of small ones are cached."""
+    return fast.frozen_weights(models, large=False) if fast else nullcontext()
+
+
+def caching(unet: nn.Module, prompt: bool) -> AbstractContextManager[object]:
+    """Use this while a picture is drawn: rearranged copies of all weights are cached, and with `prompt` its k and v, too."""
+    stack = ExitStack()
+    if fast:
+        stack.enter_context(fast.frozen_weights([unet], large=True))
+    if fast and prompt:
+        stack.enter_context(fast.cache_prompt(unet))
+    return stack
+
+
+def needed(flag: str) -> Any:
+    if fast is None:
+        raise SettingsError(f"{flag} is done by the folder minidiff/fast, which is missing here; leave the flag out.")
+    return fast

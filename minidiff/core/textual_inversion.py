@@ -114,7 +114,7 @@ def placeholders(text_encoder: "CLIPTextModel") -> dict[str, list[int]]:
 def initial_vectors(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", words: str, count: int) -> Tensor:
     """Where learning starts: `count` vectors (n, D), fp32, copied from the tokens of `words`, in turn.
 
-    "dog" for three vectors gives three copies of it, as in diffusers: they stand at different places of the prompt, so
+    "dog" for three vectors gives three copies of it, as in diffusers: they are at different places of the prompt, so
     their gradients differ and they part. Where `words` has more tokens than that, the last ones are left out, with a
     warning.
     """

@@ -42,7 +42,7 @@ class LoopSettings:
 
 @dataclass
 class Task:
-    """What is trained. `batch` gives a row for each sample; `loss` is a mean over the rows."""
+    """The trained weights, their data and their loss. `batch` gives a row for each sample; `loss` is a mean over the rows."""
 
     trainable: dict[str, nn.Parameter]
     batch: Callable[[int, int], Batch]  # (step, micro) -> data: a pure function
@@ -99,7 +99,7 @@ def micro_loss(task: Task, settings: LoopSettings, step: int, micro: int) -> Ten
 
 
 def lr_factor(done: int, settings: LoopSettings) -> float:
-    """What the learning rate is multiplied by, in [0, 1], for the update after `done` others.
+    """The factor of the learning rate, in [0, 1], for the update after `done` others.
 
     Warm-up goes 0, 1/w, 2/w, …, as in diffusers. A linear or cosine rate would reach zero after the last update.
     """

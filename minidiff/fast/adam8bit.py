@@ -210,7 +210,7 @@ class LeanAdamW(torch.optim.Optimizer):
         return self.eight_bit and p.numel() >= LEAST
 
     def kinds(self, p: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """What is remembered of a parameter: name -> shape, dtype."""
+        """The state of a parameter: name -> shape, dtype."""
         packed = self.packed(p)
         table = {"step": (torch.Size(), torch.float32)}
         for name in ("exp_avg", "exp_avg_sq"):

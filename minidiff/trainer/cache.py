@@ -7,7 +7,7 @@ A file's name is the sha256 of everything its numbers come from: the picture's b
 token ids; each number of the network; and what the last bits hang on, such as the device and PyTorch's version. So nothing
 ever has to be thrown away because it is out of date, and what is read is, bit for bit, what a processor or GPU of this kind
 computed with these versions. Each file also holds the sha256 of its own numbers: one that is damaged, or that somebody else put
-there, is made anew.
+there, is computed again.
 
 It appears whole or not at all, so that several processes can share a folder, and be killed.
 """
@@ -38,7 +38,7 @@ Tensors = Mapping[str, Tensor]
 
 
 class Cache:
-    """What one network makes of its inputs, in a folder. SettingsError for a folder that cannot be."""
+    """The outputs of one network, cached in a folder. SettingsError for a folder that cannot be made."""
 
     unwritable: ClassVar[set[Path]] = set()  # folders of which this has been said; those of several networks are one
 
@@ -52,7 +52,7 @@ class Cache:
         sweep(self.folder)
 
     def kept(self, origin: Mapping[str, Any], make: Callable[[], Tensors]) -> Tensors:
-        """What was made of `origin`, which JSON can hold, by this network; now or in another run. On the CPU."""
+        """The output of this network for `origin` (JSON values), computed now or read from an earlier run. On the CPU."""
         key = self.key(origin)
         path = self.folder / f"{key}.safetensors"
         found = read(path, key) if path.exists() else None
@@ -74,7 +74,7 @@ class Cache:
 
     @cached_property
     def surroundings(self) -> dict[str, Any]:
-        """What, apart from the inputs, the last bits hang on."""
+        """Apart from the inputs, the last bits of an output depend on these."""
         device = next(self.network.parameters()).device
         return {
             "format": FORMAT,

@@ -60,7 +60,7 @@ def check_dataset(
 
 
 def _of_picture(example: Example, resolution: int, buckets: Sequence[Size], seen: dict[str, Path]) -> list[Problem]:
-    """What is to say about one picture; `seen` are the hashes of those before it."""
+    """The problems of one picture; `seen` holds the hashes of the pictures before it."""
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -77,7 +77,7 @@ def _of_picture(example: Example, resolution: int, buckets: Sequence[Size], seen
 
 
 def _kind_of(path: Path) -> list[str]:
-    """What is unusual about a picture that can be read, and what is made of it."""
+    """Unusual properties of a picture that can be read, and how training handles them."""
     with Image.open(path, formats=FORMATS) as image:
         kinds = {
             "16 bits a channel; brought to 8.": image.mode.startswith("I"),

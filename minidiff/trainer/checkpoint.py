@@ -43,7 +43,7 @@ STATE = {"state/weights.safetensors", "state/optimizer.safetensors"}  # what eve
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on: tensors by group, and a dictionary of JSON values."""
+    """All that a run needs to continue: tensors by group, and a dictionary of JSON values."""
 
     path: Path
     step: int
@@ -111,7 +111,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """What calls itself a checkpoint of a run, oldest first, whole or not."""
+    """The folders that are named as checkpoints of a run, oldest first, complete or not."""
     found = [(p.name.removeprefix("checkpoint-"), p) for p in folder.glob("checkpoint-*")]
     return [p for _, p in sorted((int(step), p) for step, p in found if step.isascii() and step.isdecimal())]
 
@@ -173,7 +173,7 @@ def find(settings: TrainSettings) -> Path | None:
 
 def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     """Refuse to go on with other settings or data than the run was made of; the SettingsError lists the differences."""
-    # What is off (None, False, 0, nothing) is as if not there: a checkpoint from before a flag existed still fits.
+    # None, False, 0 and an empty value count as missing: a checkpoint from before a flag existed still fits.
     keys = [k for k in {**saved, **now} if (saved.get(k) or None) != (now.get(k) or None)]
     if keys:
         rows = "".join(f"\n  {k}: was {_short(saved.get(k))}, is now {_short(now.get(k))}" for k in keys)
@@ -183,7 +183,7 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What, apart from the settings, the last bits of a result hang on."""
+    """Versions, threads and devices: apart from the settings, the last bits of a result depend on them."""
     try:
         own = metadata.version("minidiff")
     except metadata.PackageNotFoundError:  # read from a clone, not installed

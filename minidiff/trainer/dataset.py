@@ -37,7 +37,7 @@ class Example:
 
 @dataclass
 class Scan:
-    """What a folder holds: the examples, everything that is wrong, and what is no part of the data."""
+    """The contents of a folder: the examples, all errors, and notices about files that are not used."""
 
     examples: list[Example] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -60,7 +60,7 @@ def read_folder(folder: Path, prompt: str | None, caption_column: str | None = N
 
 
 def scan_folder(folder: Path, prompt: str | None, caption_column: str | None = None, masks: bool = False) -> Scan:
-    """`read_folder`, but what is wrong is collected: the examples are those with which nothing is."""
+    """Like `read_folder`, but collects all errors instead of raising the first. `examples` has those without errors."""
     if not folder.is_dir():
         what = "a file, not a folder" if folder.exists() else "no folder that exists"
         return Scan(errors=[f"{folder} is {what}; give the folder of the pictures."])

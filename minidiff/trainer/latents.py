@@ -77,7 +77,7 @@ def check_picture(example: Example, image: Image.Image, resolution: int, buckets
 
 
 def crop(image: Image.Image, size: Size, place: Place = MIDDLE, flip: bool = False) -> Tensor:
-    """Shrink until the picture just covers `size`, crop what stands over: (3, height, width) in [-1, 1].
+    """Shrink until the picture just covers `size`, crop the rest: (3, height, width) in [-1, 1].
 
     `place` says where along the longer side the crop lies.
     """
@@ -112,7 +112,7 @@ def order(count: int, seed: int, epoch: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Draw:
-    """What is drawn for a sample, but for its noise."""
+    """The random choices of a sample, without its noise."""
 
     picture: int
     place: Place  # of the crop
@@ -133,7 +133,7 @@ class Encoded(NamedTuple):
 
 
 class LatentData:
-    """What every latent diffusion recipe reads: `batch(step, micro)` gives latents, noise, timesteps and text.
+    """The data of every latent diffusion recipe: `batch(step, micro)` gives latents, noise, timesteps and text.
 
     Prompts are encoded once. Pictures too, to the mean and log-variance of their latents (`cache_latents`); a latent
     is drawn from these anew each time. With `random_flip` the mirror images are encoded as well. What lies in `cache_dir`
@@ -175,7 +175,7 @@ class LatentData:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a resumed run must find unchanged."""
+        """Facts about the data. A resumed run must have the same."""
         return {"pictures": len(self.examples), "data": fingerprint(self.examples), "side": self.resolution}
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
@@ -197,7 +197,7 @@ class LatentData:
         return ", ".join(self.examples[self.draw(number).picture].path.name for number in self.numbers(step, micro))
 
     def draw(self, number: int) -> Draw:
-        """What sample `number` of the run is: a pure function of (seed, number)."""
+        """The random choices of sample `number` of the run: a pure function of (seed, number)."""
         s, (epoch, turn) = self.settings, divmod(number, self.samples_per_epoch)
         i = self.turns[self._order(epoch)[turn]]
         draws = generator(s.seed, "sample", number)

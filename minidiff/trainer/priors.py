@@ -1,4 +1,4 @@
-"""DreamBooth's second half (arXiv 2208.12242, section 3.2): what the model should still know of the subject's class.
+"""DreamBooth's second half (arXiv 2208.12242, section 3.2): the model must not forget the class of the subject.
 
     batch = B samples of the instance, then B of the class      -> losses.prior_preservation
 
@@ -94,7 +94,7 @@ def _drawn(
 
 
 def class_seed(seed: int, i: int) -> int:
-    """What class picture i is drawn from; in 32 bits, which other programs take, too."""
+    """The seed of class picture i, in 32 bits, which other programs accept too."""
     return hashed_seed(seed, "class picture", i) % 2**32
 
 
@@ -125,7 +125,7 @@ class PairedData:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a resumed run must find unchanged."""
+        """Facts about the data. A resumed run must have the same."""
         pictures = self.prior.examples
         return self.instance.facts | {"class_pictures": len(pictures), "class_data": fingerprint(pictures)}
 
@@ -150,7 +150,7 @@ class BasePrior:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a resumed run must find unchanged."""
+        """Facts about the data. A resumed run must have the same."""
         return self.instance.facts
 
     @property

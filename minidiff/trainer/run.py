@@ -172,7 +172,7 @@ class Run:
         self.log(step=self.done, loss=update.loss, lr=update.lr, grad_norm=update.grad_norm, seconds=seconds, **measured)
 
     def measure(self, done: int) -> dict[str, float]:
-        """What the task measures after `done` updates, and how far the weights have gone; nothing where it is not asked for."""
+        """The validation loss after `done` updates, and how far the weights have moved; empty where it is not due."""
         if not self.writes or not self._due(done, self.settings.validation_steps):
             return {}
         with self._averaged():

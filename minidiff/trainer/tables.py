@@ -16,7 +16,7 @@ def jsonl_rows(table: Path, errors: list[str]) -> Iterator[tuple[int, dict[str, 
         if not row.strip():
             continue
         try:
-            value = json.loads(row, object_pairs_hook=_no_twins)
+            value = json.loads(row, object_pairs_hook=_no_doubled_names)
         except (ValueError, RecursionError) as error:
             spread = row.strip() in ("{", "[") or row.lstrip().startswith("[{")
             what = "an object spread over several lines" if spread else f"not JSON ({error})"
@@ -31,7 +31,7 @@ def jsonl_rows(table: Path, errors: list[str]) -> Iterator[tuple[int, dict[str, 
             errors.append(f"{table}, line {line}: not an object. Write one object per line, with a file_name.")
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_doubled_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For the JSON reader, which would silently take the last of two values of one name."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a name stands in it twice")

@@ -1,4 +1,4 @@
-"""What every recipe shares: the base model, the pictures, the loss, the sheets, and how they make a `Job`.
+"""The parts that all recipes share: the base model, the pictures, the loss, the sheets, and how they make a `Job`.
 
 Shapes: B samples, C h w a latent, L tokens, D width of the text.
 """
@@ -208,7 +208,7 @@ def sample_sheets(
 
 @dataclass
 class Prepared:
-    """What a recipe has before anything is trained: the model, which still is the base, and its data."""
+    """The model, which is still the base, and its data: all that a recipe needs before training."""
 
     pipe: StableDiffusionPipeline
     settings: FineTuneSettings

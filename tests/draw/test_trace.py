@@ -8,7 +8,7 @@ function around them.
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
@@ -18,6 +18,9 @@ import torch
 
 import minidiff
 from minidiff import StableDiffusionPipeline
+from minidiff.trainer.methods import LoRASettings
+from minidiff.trainer.recipes import lora
+from minidiff.trainer.run import fit
 
 PACKAGE = str(Path(minidiff.__file__).parent) + "/"
 POCKET = Path(PACKAGE).parent / "checkpoints" / "pocket"
@@ -89,6 +92,31 @@ def test_one_picture_passes_through_few_files() -> None:
     before = walk.before("core/unet.py")
     assert len(before.files) <= 8 and len(before.places) <= 40, f"before the U-Net:\n{before}"
     assert len(walk.files) <= 14, str(walk)
+
+
+def one_lora_update(home: Path) -> Walk:
+    """The second of three updates: the loop, the loss, the U-Net with its adapters, the optimizer, and what is written down."""
+    dog = str(POCKET.parents[1] / "lessons" / "data" / "dog")
+    given = {"instance_data_dir": dog, "instance_prompt": "a photo of a sks dog", "device": "cpu"}
+    settings = LoRASettings(str(home / "run"), max_train_steps=3, validation_steps=0, train_batch_size=1, **given)
+    job, tracing, found = lora(settings), ExitStack(), []
+    plain = job.batch
+
+    def batch(step: int, micro: int) -> dict[str, torch.Tensor]:
+        if step == 1:
+            found.append(tracing.enter_context(traced()))
+        tracing.close() if step == 2 else None
+        return plain(step, micro)
+
+    job.batch = batch
+    fit(job, settings)
+    return found[0]
+
+
+def test_one_lora_update_passes_through_few_files(tmp_path: Path) -> None:
+    walk = one_lora_update(tmp_path).without_fast()
+    assert len(walk.files) <= 20, str(walk)
+    assert {"core/train.py", "core/recipes.py", "core/losses.py", "core/lora.py", "core/unet.py"} <= set(walk.files)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ class Frame:
 
 
 class Film:
-    """Watches the U-Net, and is the pipeline's callback: one `Frame` a step. A context: it lets go of the U-Net behind it.
+    """Watches the U-Net, and is the pipeline's callback: one `Frame` a step. Use it in a `with`, which removes its hook.
 
-    It looks at what the network is given, and not at the sampler's own steps: some samplers go through states that the
-    network never sees, and from an image the first of them is no pure noise. A frame is two latents, 16 kB at 512 pixels.
+    It records the input of the network, not the states of the sampler: some samplers go through states that the network
+    never sees. A frame is two latents, 16 kB at 512 pixels.
     """
 
     def __init__(self, pipe: "StableDiffusionPipeline") -> None:

@@ -41,11 +41,11 @@ HEAT = ((0.0, 0.35, 0.7, 1.0), (16, 112, 230, 255), (18, 32, 92, 236), (40, 104,
 
 
 class AttentionMaps:
-    """Watches every cross-attention of the U-Net while it draws. A context: it lets go of the U-Net behind it.
+    """Watches every cross-attention of the U-Net while it draws. Use it in a `with`: its hooks are removed at the end.
 
-    It asks the layers' own projections again, so that adapters count. Of a batch it keeps the last picture: with guidance
-    the half with the prompt comes last. What it holds is a sum for each resolution, however many steps there are: 1.7 MB at
-    512 pixels.
+    It computes the attention again with the layers' own projections, so that adapters count. Of a batch it keeps the last
+    picture: with guidance the half with the prompt comes last. It holds one sum for each resolution, however many steps there
+    are: 1.7 MB at 512 pixels.
     """
 
     def __init__(self, pipe: "StableDiffusionPipeline") -> None:
@@ -70,7 +70,7 @@ class AttentionMaps:
 
     @torch.no_grad()
     def _look(self, layer: CrossAttention, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """One layer's answer, once more, with the weights that the fused kernels do not show."""
+        """Recompute the attention of one layer: fused kernels do not return its weights."""
         x, text = (tensor[-1:] for tensor in inputs)  # (1, L, C), (1, S, D_text)
         q, k = layer.split_heads(layer.to_q(x)).float(), layer.split_heads(layer.to_k(text)).float()
         weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)  # 1706.03762 eq. 1: (1, N, L, S)

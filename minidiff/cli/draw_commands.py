@@ -20,6 +20,7 @@ from minidiff.draw.lora_tags import adapter_name_of, in_lora_dir
 from minidiff.draw.pipeline import MAX_SIDE, StableDiffusionPipeline
 from minidiff.draw.prompting import parse_prompt
 from minidiff.fast.compiled import compile_unet
+from minidiff.fast.memory import keep_memory
 from minidiff.files.folder import config_of, local_folder, sampler_of
 from minidiff.files.weights import read_header
 from minidiff.studio.recipe import Origin, check_origin, check_outputs, parameters, recipe_texts, several
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from minidiff.studio.sheet import Axis
 
 Callback = Callable[["Step"], None]
-LOADED = (  # what decides which model is loaded, and what is attached to it
+LOADED = (  # the settings that decide which model is loaded, and what is attached to it
     *("pretrained_model_name_or_path", "tokenizer", "torch_dtype", "device", "compile"),
     *("lora", "lora_dir", "textual_inversion"),
 )
@@ -97,7 +98,7 @@ def over_settings(s: Sheet) -> tuple[Image, str]:
 
     def tile(settings: Sheet) -> Image:
         if (wanted := Sampling(**{name: getattr(settings, name) for name in LOADED})) not in here:
-            here.clear()  # before the next one comes: two would need twice the memory
+            here.clear()  # before the next model is loaded: two need twice the memory
             here[wanted] = load(wanted, s.prompts)
         pipe = here[wanted]
         pipe.set_progress_bar_config(disable=True)  # the sheet has one of its own
@@ -112,7 +113,7 @@ def over_settings(s: Sheet) -> tuple[Image, str]:
 
 
 def check_tile(s: Sheet) -> None:
-    """What would stop this tile only after others were drawn: files that are not there, or what its sampler cannot have."""
+    """Find missing files and impossible sampler settings before the first tile is drawn."""
     output_files(s)  # an axis of pictures may hold the sheet's own name
     for name, side in (("width", s.width), ("height", s.height), ("tile_size", s.tile_size)):
         if side is not None and not 1 <= side <= MAX_SIDE:
@@ -229,11 +230,12 @@ def how(s: Sampling, pipe: StableDiffusionPipeline, prompt: str, image: Image) -
 
 def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
     """The model on its device, with the LoRAs and new words of the flags and of the prompts attached."""
+    keep_memory()  # this process is only for drawing
     device = chosen_device(s.device)
     dtype = getattr(torch, s.torch_dtype or ("float32" if device == "cpu" else "float16"))
     name = s.pretrained_model_name_or_path
     if single := Path(name).is_file():
-        read_header(name)  # what is no model file at all is told first
+        read_header(name)  # first of all: is it a model file?
     if single or name.endswith(".safetensors"):
         if s.tokenizer is None:
             raise SettingsError(
@@ -254,7 +256,7 @@ def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
 
 
 def attach(pipe: StableDiffusionPipeline, s: Sampling, prompts: Sequence[str]) -> None:
-    """All LoRAs of the flags, each at its weight; those that prompts name, off until such a prompt is drawn; new words."""
+    """Load the LoRAs and new words of the flags, and the LoRAs that prompts name; these are off until their prompt is drawn."""
     for path, name in zip(s.lora, lora_names(s.lora)):
         print(pipe.load_lora_weights(path, adapter_name=name), file=sys.stderr)
     named = {name for prompt in prompts for name, _ in parse_prompt(prompt).loras}
@@ -267,13 +269,13 @@ def attach(pipe: StableDiffusionPipeline, s: Sampling, prompts: Sequence[str]) -
 
 
 def set_weights(pipe: StableDiffusionPipeline, s: Sampling) -> None:
-    """The flags' LoRAs at the flags' weights; those that only prompts name are off between the prompts."""
+    """Give the LoRAs of the flags their weights; LoRAs that only prompts name are off between the prompts."""
     if adapter_names(pipe.adaptable):
         pipe.set_adapters(lora_names(s.lora), s.lora_weight or (1.0,) * len(s.lora))
 
 
 def lora_names(paths: Sequence[str]) -> list[str]:
-    """The adapters' names: those of their files or folders, so that <lora:NAME:0.8> finds them; doubled ones get a number."""
+    """The adapters' names: those of their files or folders, as in <lora:NAME:0.8>. A name that repeats gets a number."""
     stems = [adapter_name_of(Path(path).name.removesuffix(".safetensors")) for path in paths]
     return [stem if stem not in stems[:i] else f"{stem}-{i}" for i, stem in enumerate(stems)]
 
@@ -311,7 +313,7 @@ def draw(
 
 
 def preview_of(pipe: StableDiffusionPipeline, path: str | None) -> Callback | None:
-    """A callback that keeps a small picture of what is coming at `path`."""
+    """A callback that writes a small preview of the picture to `path` at each step."""
     if path is None:
         return None
     from minidiff.studio.previews import PreviewFile, fit_preview

@@ -12,6 +12,7 @@ from tiny_adapters import TEXT, random, tiny_unet
 from torch import Tensor, nn
 
 from minidiff.core.inject import inject, trainable
+from minidiff.draw.speed import speed_up_network
 from minidiff.files.text_files import build_text_encoder
 from minidiff.trainer import memory
 from minidiff.trainer.job import Job
@@ -26,6 +27,7 @@ def a_task(full: bool = False, **batch: Tensor) -> Job:
     """A tiny U-Net with a LoRA, or all of its weights, to train."""
     unet = tiny_unet()
     inject(unet, 2)
+    speed_up_network(unet)
     if full:
         unet.requires_grad_(True)
     text_encoder = build_text_encoder({**TEXT, "hidden_size": 24, "bos_token_id": 38, "eos_token_id": 39}, "tiny")

@@ -11,7 +11,7 @@ from minidiff.core.errors import SettingsError
 
 fast: Any
 try:
-    from minidiff import fast
+    import minidiff.fast as fast
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("minidiff.fast"):
         raise

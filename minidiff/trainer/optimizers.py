@@ -6,9 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.core.errors import SettingsError, WeightsError
-from minidiff.fast.adam8bit import LeanAdamW
+from minidiff.draw.speed import needed
 from minidiff.trainer.distributed import World
 from minidiff.trainer.settings import TrainSettings
+
+try:
+    from minidiff.fast.adam8bit import LeanAdamW
+except ModuleNotFoundError:  # the folder minidiff/fast was deleted: no optimizer is one of these
+    LeanAdamW = type(None)  # type: ignore[assignment,misc]
 
 
 def adamw(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
@@ -19,6 +24,7 @@ def adamw(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.opti
     """
     s, betas = settings, (settings.adam_beta1, settings.adam_beta2)
     if s.use_8bit_adam or s.bf16_weights or s.optimizer_in_backward:
+        needed("one of --use_8bit_adam, --bf16_weights and --optimizer_in_backward")
         return LeanAdamW(
             parameters, s.learning_rate, betas, s.adam_epsilon, s.adam_weight_decay, eight_bit=s.use_8bit_adam, seed=s.seed
         )

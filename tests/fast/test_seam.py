@@ -1,0 +1,75 @@
+"""Fast classes are plugged in from outside: they can be removed again, and the whole folder can be deleted."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_adapters import EVERYWHERE, answer, digest, shake, tiny_unet
+
+from minidiff import StableDiffusionPipeline, fast
+from minidiff.core.inject import inject
+
+# Draws with the pocket checkpoint, with or without minidiff.fast, and saves the picture.
+DRAW = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Hidden(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.startswith("minidiff.fast"):
+            raise ModuleNotFoundError(name, name=name)
+
+if sys.argv[1] == "hidden":
+    sys.meta_path.insert(0, Hidden())
+import torch
+from minidiff import StableDiffusionPipeline, attention
+import minidiff.trainer.recipes, minidiff.trainer.run
+assert attention.__module__ == ("minidiff.core.transformer" if sys.argv[1] == "hidden" else "minidiff.fast")
+torch.set_num_threads(1)
+pipe = StableDiffusionPipeline.from_pretrained(sys.argv[2])
+x = pipe("a photo of a red dog", seed=0, num_inference_steps=3, output_type="pt").images
+torch.save(x, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("table", [fast.FAST, fast.ADAPTERS])
+def test_install_then_remove_is_the_identity(table: fast.Classes) -> None:
+    unet = tiny_unet()
+    inject(unet, 2, targets=EVERYWHERE)
+    shake(unet)
+    types, bits, before = [type(m) for m in unet.modules()], digest(unet), answer(unet)
+    fast.install(unet, table)
+    assert [type(m) for m in unet.modules()] != types and digest(unet) == bits
+    torch.testing.assert_close(answer(unet), before, atol=1e-5, rtol=1e-5)
+    fast.remove(unet, table)
+    assert [type(m) for m in unet.modules()] == types and digest(unet) == bits and torch.equal(answer(unet), before)
+
+
+def test_every_fast_class_is_a_subclass_of_its_plain_one() -> None:
+    for plain, quick in {**fast.FAST, **fast.CHECKPOINTED}.items():
+        assert issubclass(quick, plain) and quick.__doc__
+
+
+def test_installing_twice_and_copies() -> None:
+    unet = tiny_unet()
+    fast.install(unet)
+    types = [type(m) for m in unet.modules()]
+    fast.install(unet)
+    assert [type(m) for m in copy.deepcopy(unet).modules()] == types
+
+
+def test_plain_installs_nothing(tiny_folder: Path) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder, plain=True)
+    assert not [m for network in (pipe.unet, pipe.vae) for m in network.modules() if "fast" in type(m).__module__]
+
+
+def test_without_the_folder_fast_the_picture_is_the_same(tmp_path: Path) -> None:
+    """To 2e-4 in [-1, 1]."""
+    pocket = Path(__file__).parents[2] / "checkpoints" / "pocket"
+    for how in ("hidden", "there"):
+        subprocess.run([sys.executable, "-c", DRAW, how, str(pocket), str(tmp_path / how)], check=True)
+    hidden, there = (torch.load(tmp_path / how) for how in ("hidden", "there"))
+    assert float((hidden - there).abs().max()) < 2e-4

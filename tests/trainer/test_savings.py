@@ -81,7 +81,8 @@ def test_the_cheapest_that_fits(tiny_folder: Path, home: Path) -> None:
         cheapest = next(flags for flags, size in needs.items() if size <= limit)
         assert tuple(on(now)) == cheapest and need.together == needs[cheapest] <= limit
         assert all(f"--{flag}: " in note for flag in cheapest) and (cheapest or "fit as it is" in note)
-        assert task.modules["unet"].down_blocks[0].gradient_checkpointing == now.gradient_checkpointing  # type: ignore[index]
+        checkpointed = type(task.modules["unet"].down_blocks[0]).__name__.startswith("Checkpointed")  # type: ignore[index]
+        assert checkpointed == now.gradient_checkpointing
     with pytest.raises(SettingsError) as error:
         chosen(task, replace(settings, fit=f"{(min(needs.values()) - 1000) / 1000:.3f}KB"))
     assert f"{min(needs.values()) / MIB:,.1f} MiB   at the largest moment" in str(error.value)

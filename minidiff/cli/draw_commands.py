@@ -19,8 +19,7 @@ from minidiff.draw.images import contact_sheet, save_png
 from minidiff.draw.lora_tags import adapter_name_of, in_lora_dir
 from minidiff.draw.pipeline import MAX_SIDE, StableDiffusionPipeline
 from minidiff.draw.prompting import parse_prompt
-from minidiff.fast.compiled import compile_unet
-from minidiff.fast.memory import keep_memory
+from minidiff.draw.speed import compile_unet, keep_memory
 from minidiff.files.folder import config_of, local_folder, sampler_of
 from minidiff.files.weights import read_header
 from minidiff.studio.recipe import Origin, check_origin, check_outputs, parameters, recipe_texts, several
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 Callback = Callable[["Step"], None]
 LOADED = (  # the settings that decide which model is loaded, and what is attached to it
-    *("pretrained_model_name_or_path", "tokenizer", "torch_dtype", "device", "compile"),
+    *("pretrained_model_name_or_path", "tokenizer", "torch_dtype", "device", "compile", "plain"),
     *("lora", "lora_dir", "textual_inversion"),
 )
 MAX_WORDS = 100
@@ -242,11 +241,11 @@ def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
                 f"{name}: a model in a single file holds no vocabulary; give --tokenizer, the tokenizer folder of SD 1.5. "
                 "(If it is a LoRA, give it with --lora, and the model it belongs to here.)"
             )
-        pipe = StableDiffusionPipeline.from_single_file(name, s.tokenizer, dtype)
+        pipe = StableDiffusionPipeline.from_single_file(name, s.tokenizer, dtype, s.plain)
     elif s.tokenizer is not None:
         raise SettingsError(f"--tokenizer is for a model in a single file; {name} is a folder with its own. Leave it out.")
     else:
-        pipe = StableDiffusionPipeline.from_pretrained(name, dtype)
+        pipe = StableDiffusionPipeline.from_pretrained(name, dtype, plain=s.plain)
     pipe.to(device)
     pipe.set_tile_size(s.tile_size)
     attach(pipe, s, prompts)

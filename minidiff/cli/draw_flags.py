@@ -81,6 +81,8 @@ class Sampling(Flags):
     """Draw in overlapping tiles of N pixels, for pictures that do not fit in memory. Default: the whole picture at once."""
     compile: bool = False
     """Compile the U-Net (torch.compile) before the first step. This takes a minute and makes each step faster."""
+    plain: bool = False
+    """Compute as the textbook minidiff/core says, without the faster code of minidiff/fast. Slower; the same picture."""
     torch_dtype: NumberFormat | None = None
     """Number format of the U-Net and the text encoder. Default: float16 on a GPU, float32 on a CPU."""
     device: str | None = None

@@ -18,13 +18,13 @@ CHECKOUT = Path(__file__).parents[2]
 
 def train(s: FineTuneSettings) -> None:
     """Train, and leave with code 130 if the run was asked to stop: a script must not take it for finished."""
-    from minidiff.fast.memory import keep_memory, return_memory
+    from minidiff.draw.speed import keep_memory
     from minidiff.trainer import savings
     from minidiff.trainer.distributed import joined
     from minidiff.trainer.recipes import RECIPES
     from minidiff.trainer.run import fit
 
-    return_memory() if s.fit else keep_memory()
+    keep_memory(not s.fit)  # with --fit, the peak has to be what the tensors need
     with joined(s.device):
         task = RECIPES[type(s)](s)
         with savings.budgeted(task, s) as chosen:

@@ -62,11 +62,11 @@ class Model:
 
     @classmethod
     def from_single_file(
-        cls, path: str | Path, tokenizer: str | Path, torch_dtype: torch.dtype = torch.float32
+        cls, path: str | Path, tokenizer: str | Path, torch_dtype: torch.dtype = torch.float32, plain: bool = False
     ) -> Self:
         """Read an SD 1.x checkpoint in one LDM/CompVis file. It has no vocabulary: `tokenizer` is any SD 1.x's folder."""
         dtypes = {"unet": torch_dtype, "vae": torch.float32, "text_encoder": torch_dtype}
-        return cls(*read_single_file(path, tokenizer=tokenizer, dtypes=dtypes).arguments, str(path))
+        return cls(*read_single_file(path, tokenizer=tokenizer, dtypes=dtypes).arguments, str(path), plain=plain)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the folder that `from_pretrained` and diffusers read; weights as they are, or cast to `dtype`.

@@ -19,6 +19,7 @@ except ModuleNotFoundError as error:
 
 Pipeline = TypeVar("Pipeline", bound=Any)
 
+
 def speed_up(pipe: Any) -> None:
     """Give a pipeline's networks fast classes, unless it is `plain`. Call this again after an adapter was injected."""
     if fast and not pipe.plain:
@@ -47,6 +48,27 @@ def cast_layerwise(pipe: Pipeline, dtype: torch.dtype) -> Pipeline:
         raise SettingsError("layerwise_casting is done by minidiff.fast, which plain leaves out; leave out one of the two.")
     needed("--layerwise_casting").cast_layerwise(pipe.unet, dtype)
     return pipe
+
+
+def keep_memory(keep: bool = True) -> None:
+    """Let this process keep the memory of freed tensors for the next ones: faster. Without `keep`, return it at once."""
+    if fast and keep:
+        fast.memory.keep_memory()
+    elif fast:
+        fast.memory.return_memory()
+
+
+def peak_memory(device: str) -> int | None:
+    """The most memory that this process has had, in bytes; None where it is not known."""
+    return fast.memory.peak_memory(device) if fast else None
+
+
+def compile_unet(unet: nn.Module) -> None:
+    """--compile: compile the U-Net in place, for the device on which it is now."""
+    needed("--compile")
+    from minidiff.fast.compiled import compile_unet as compile_in_place
+
+    compile_in_place(unet)
 
 
 def frozen_weights(models: Iterable[nn.Module]) -> AbstractContextManager[None]:

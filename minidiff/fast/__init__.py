@@ -21,6 +21,7 @@ from minidiff.core.errors import SettingsError, did_you_mean
 from minidiff.core.lora import LoRAConv2d, LoRALinear
 from minidiff.core.transformer import GEGLU, CrossAttention, FeedForward, naive_attention
 from minidiff.core.unet import DownLevel, UpLevel
+from minidiff.fast import memory
 from minidiff.fast.frozen import (
     CachedAttention,
     FastConv2d,
@@ -43,7 +44,8 @@ from minidiff.fast.lean_lora import LeanLoRAConv2d, LeanLoRALinear
 from minidiff.fast.tiled_attention import tiled_attention
 
 __all__ = [
-    "ADAPTERS", "CHECKPOINTED", "FAST", "attention", "cache_prompt", "cast_layerwise", "frozen_weights", "install", "remove",
+    "ADAPTERS", "CHECKPOINTED", "FAST", "attention", "cache_prompt", "cast_layerwise", "frozen_weights", "install", "memory",
+    "remove",
 ]  # fmt: skip
 
 Classes = Mapping[type[nn.Module], type[nn.Module]]  # plain class -> fast class, a subclass of it

@@ -34,7 +34,7 @@ SCHEMA, KEY = 1, "minidiff"
 MAX_TEXT = 1_000_000  # characters: no program writes so much
 PROMPTS = ("prompt", "negative_prompt")
 MACHINE = ("device", "torch_dtype")  # under "machine" stands what was used, not what was asked for
-NOT_PIXELS = ("output", "num_images_per_prompt", "preview", "lora_dir", "compile", *MACHINE)
+NOT_PIXELS = ("output", "num_images_per_prompt", "preview", "lora_dir", "compile", "plain", *MACHINE)
 
 # --- writing -----------------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from minidiff.core.train import DTYPES
 from minidiff.core.transformer import SpatialTransformer
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
-from minidiff.draw.speed import checkpoint_gradients
+from minidiff.draw.speed import checkpoint_gradients, peak_memory
 from minidiff.trainer.settings import FineTuneSettings
 
 if TYPE_CHECKING:
@@ -221,8 +221,6 @@ def budget(task: "Job", settings: FineTuneSettings) -> Budget:
 
 def measured(device: str) -> str:
     """The peak until now, as a line of the table."""
-    from minidiff.fast.memory import peak_memory
-
     peak = peak_memory(device)
     about = "of tensors on the GPU, drawing included" if device == "cuda" else "of the whole process, Python included"
     return "  measured peak       not known on this system" if peak is None else line(("measured peak", peak, about))

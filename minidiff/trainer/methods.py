@@ -49,6 +49,8 @@ class FrozenSettings(FineTuneSettings):
     def check(self) -> None:
         super().check()
         rule = "goes with --mixed_precision no: under the others, frozen weights are in half precision anyway"
+        off = "needs the faster code of minidiff/fast, which --plain leaves out: give only one of them"
+        self.need(not (self.plain and self.layerwise_casting), "layerwise_casting", off)
         self.need(not self.layerwise_casting or self.mixed_precision == "no", "layerwise_casting", rule)
 
 

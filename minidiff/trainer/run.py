@@ -22,7 +22,7 @@ from typing import Any
 from minidiff.core.errors import MinidiffError, SettingsError, WeightsError
 from minidiff.core.train import EMA, Batch, Task, Update, train
 from minidiff.draw.images import save_png
-from minidiff.draw.speed import frozen_weights
+from minidiff.draw.speed import compile_unet, frozen_weights
 from minidiff.files.atomic import fsync, write_bytes
 from minidiff.trainer import checkpoint, distributed
 from minidiff.trainer.job import Job, batches, check_trainable, culprit, deterministic, loop_settings, stop_signals
@@ -57,8 +57,6 @@ def fit(job: Job, settings: TrainSettings) -> Report:
     if settings.bf16_weights:
         to_bf16(job.trainable)
     if isinstance(settings, FineTuneSettings) and settings.compile:
-        from minidiff.fast.compiled import compile_unet  # only now: without it, the folder fast is not needed
-
         compile_unet(job.modules["unet"])
     run = Run(job, settings, total, world)
 

@@ -200,6 +200,8 @@ class FineTuneSettings(TrainSettings):
     """Save most of the memory of a step: the backward pass computes the layers again. A third slower, same result."""
     fit: MemorySize | None = None
     """Memory that the run may use, such as 8GB or 7.5GiB. Switches on the cheapest savings that are enough."""
+    plain: bool = False
+    """Compute as the textbook minidiff/core says, without the faster code of minidiff/fast. Slower; same up to rounding."""
     compile: bool = False
     """Compile the U-Net with torch.compile before the first step. It takes minutes, and then each step is faster."""
     cache_latents: bool = True
@@ -257,6 +259,9 @@ class FineTuneSettings(TrainSettings):
             raise SettingsError('--instance_data_dir needs --instance_prompt, such as "a photo of a sks dog".')
         one_prompt = self.instance_prompt is None or self.instance_data_dir is not None
         self.need(one_prompt, "instance_prompt", "goes with --instance_data_dir; --train_data_dir has captions")
+        off = "needs the faster code of minidiff/fast, which --plain leaves out: give only one of them"
+        self.need(not (self.plain and self.gradient_checkpointing), "gradient_checkpointing", off)
+        self.need(not (self.plain and self.fit), "fit", off)
         crop_works = self.center_crop or not self.cache_latents
         self.need(crop_works, "center_crop", "off needs --no-cache_latents too: a cached latent has one crop")
         if self.cache_dir is not None:

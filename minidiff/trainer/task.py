@@ -52,7 +52,8 @@ def load_base(settings: FineTuneSettings) -> tuple[StableDiffusionPipeline, str]
     device = chosen_device(settings.device)
     check_precision(settings.mixed_precision, device)
     dtype = DTYPES[settings.mixed_precision]
-    pipe = StableDiffusionPipeline.from_pretrained(settings.pretrained_model_name_or_path, dtype, may_cast(settings))
+    name, casts = settings.pretrained_model_name_or_path, may_cast(settings)
+    pipe = StableDiffusionPipeline.from_pretrained(name, dtype, casts, settings.plain)
     pipe.set_progress_bar_config(disable=True)
     if is_on(settings, "layerwise_casting") and not any(p.dtype in HALF for p in pipe.unet.parameters()):
         print("Note: --layerwise_casting changes nothing: the U-Net's file is not in half precision.", file=sys.stderr)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_adapters import EVERYWHERE, answer, digest, shake, tiny_unet
+from tiny_recipes import draw_pictures
 
 from minidiff import StableDiffusionPipeline, fast
 from minidiff.core.inject import inject
 
-# Draws with the pocket checkpoint, with or without minidiff.fast, and saves the picture.
-DRAW = """
+HIDE = """
 import sys
 from importlib.abc import MetaPathFinder
 
@@ -24,9 +25,11 @@ class Hidden(MetaPathFinder):
 
 if sys.argv[1] == "hidden":
     sys.meta_path.insert(0, Hidden())
+"""
+# Draws with the pocket checkpoint, with or without minidiff.fast, and saves the picture.
+DRAW = f"""{HIDE}
 import torch
 from minidiff import StableDiffusionPipeline, attention
-import minidiff.trainer.recipes, minidiff.trainer.run
 assert attention.__module__ == ("minidiff.core.transformer" if sys.argv[1] == "hidden" else "minidiff.fast")
 torch.set_num_threads(1)
 pipe = StableDiffusionPipeline.from_pretrained(sys.argv[2])
@@ -73,3 +76,19 @@ def test_without_the_folder_fast_the_picture_is_the_same(tmp_path: Path) -> None
         subprocess.run([sys.executable, "-c", DRAW, how, str(pocket), str(tmp_path / how)], check=True)
     hidden, there = (torch.load(tmp_path / how) for how in ("hidden", "there"))
     assert float((hidden - there).abs().max()) < 2e-4
+
+
+def test_without_fast_and_with_plain_lora_learns_the_same(tiny_folder: Path, tmp_path: Path) -> None:
+    """To 1e-5, from the command line: with the folder hidden, and with --plain."""
+    draw_pictures(tmp_path / "pictures")
+    code = f"{HIDE}\nfrom minidiff.cli.main import main\nmain(sys.argv[2:])"
+    flags = ["train", "lora", "--pretrained_model_name_or_path", str(tiny_folder), "--instance_data_dir", "pictures"]
+    flags += ["--instance_prompt", "a photo of a red dog", "--max_train_steps", "3", "--validation_steps", "0"]
+    for how, more in (("there", []), ("hidden", []), ("plain", ["--plain"])):
+        command = [sys.executable, "-c", code, how, *flags, "--output_dir", how, *more]
+        subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    file = "pytorch_lora_weights.safetensors"
+    there, hidden, plain = (load_file(tmp_path / how / file) for how in ("there", "hidden", "plain"))
+    for name, tensor in there.items():
+        torch.testing.assert_close(hidden[name], tensor, atol=1e-5, rtol=0)
+        assert torch.equal(hidden[name], plain[name])

@@ -73,8 +73,8 @@ def test_a_gpu_repeats_itself(monkeypatch: pytest.MonkeyPatch, in_use: bool) -> 
 
 LEFT = """
 import re, torch
-from minidiff import device
-device.{}()
+from minidiff.fast import memory
+memory.{}()
 def resident():
     with open("/proc/self/status") as status:
         return int(re.search("VmRSS: *(.*) kB", status.read().replace("\\t", " "))[1]) // 1024
@@ -83,7 +83,7 @@ tensors = [torch.ones(2**20) for _ in range(50)]  # 4 MiB each
 peak = resident()
 pins = [torch.ones(2**10) for _ in range(50)]  # which may lie behind them
 del tensors
-print(peak - before, resident() - before, int(device.returns_memory()))
+print(peak - before, resident() - before, int(memory.returns_memory()))
 """
 
 

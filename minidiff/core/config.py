@@ -88,10 +88,8 @@ POCKET_UNET = UNetConfig(
     attention_head_dim=4,
     norm_num_groups=32,
 )
-# Four groups for the norms of its VAE: with sixteen, a group of the finest level is one channel. The norm removes the mean of
-# this channel, so a flat colour could be stored only as a bright spot or a frame somewhere.
 POCKET_VAE = VAEConfig(
-    sample_size=128, block_out_channels=(16, 32, 96, 128), layers_per_block=1, norm_num_groups=4, scaling_factor=1.0
+    sample_size=128, block_out_channels=(16, 32, 96, 128), layers_per_block=1, norm_num_groups=16, scaling_factor=1.0
 )
 
 # For tests: milliseconds instead of seconds.

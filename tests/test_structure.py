@@ -157,3 +157,12 @@ def test_functions_are_short(path: Path) -> None:
     functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
     lengths = {function.name: (function.end_lineno or 0) - function.lineno + 1 for function in functions}
     assert not {name: lines for name, lines in lengths.items() if lines > MAX_FUNCTION}
+
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
+
+
+def test_no_docstring_begins_with_what() -> None:
+    """A docstring names its own subject."""
+    nodes = (node for path in FILES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, DOCUMENTED))
+    assert not [text for text in map(ast.get_docstring, nodes) if text and text.startswith("What ")]

@@ -1,4 +1,4 @@
-"""What the drawing commands do, given their flags: sample, sheet, morph, filmstrip, attention, tokens."""
+"""The drawing commands, given their flags: sample, sheet, morph, filmstrip, attention, tokens."""
 
 import sys
 import warnings

@@ -26,7 +26,7 @@ def need(holds: bool, what: str, give: str) -> None:
 
 @dataclass(frozen=True)
 class Flags:
-    """What every command here has."""
+    """The flags of every command here."""
 
     def check(self) -> None:
         """Raise SettingsError, naming the flag, for a value that cannot work; the model's own limits come with the model."""
@@ -50,7 +50,7 @@ class Sampling(Flags):
     textual_inversion: tuple[Path, ...] = ()
     """Files or folders of new words that the prompt can then use."""
     negative_prompt: str = ""
-    """What the picture should not show."""
+    """Things that the picture should not show."""
     num_inference_steps: Annotated[int, between(1, 1000)] = 25
     """Steps from noise to picture. Most samplers call the U-Net once in each step."""
     guidance_scale: Finite = 5.0
@@ -107,7 +107,7 @@ class OnePrompt(Sampling):
     """The flags of the commands that draw one prompt."""
 
     prompt: Positional[str | None] = None
-    """What the picture should show. (word:1.3) weighs more, [word] less; BREAK and <lora:NAME:0.8> work, too."""
+    """A description of the picture. (word:1.3) weighs more, [word] less; BREAK and <lora:NAME:0.8> work, too."""
 
     def check(self) -> None:
         need(self.prompt is not None, "there is no prompt", f'one, as in minidiff {type(self).__name__.lower()} "a red dog"')

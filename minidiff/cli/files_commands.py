@@ -1,4 +1,4 @@
-"""What `minidiff inspect`, `convert` and `merge` do, given their flags: files in, a new file and a few lines out.
+"""The commands `minidiff inspect`, `convert` and `merge`, given their flags: files in, a new file and a few lines out.
 
 Everything that is written appears under its name when it is whole and has been read again, or not at all.
 """
@@ -165,7 +165,7 @@ def join(s: Join) -> None:
 
 
 def joined_metadata(loras: Sequence[LoRAFile], strengths: Sequence[float]) -> dict[str, str]:
-    """What the adapters come from, and every word that calls one of them up."""
+    """The files of the adapters, and every word that calls one of them up."""
     sources = ", ".join(f"{lora.path.name} x {strength:g}" for lora, strength in zip(loras, strengths))
     words, bases = (
         list(dict.fromkeys(lora.metadata[key] for lora in loras if lora.metadata.get(key)))

@@ -1,4 +1,4 @@
-"""What the commands train, data check, ladder, lesson, bench, pretrain and judge do with their flags."""
+"""The commands train, data check, ladder, lesson, bench, pretrain and judge, given their flags."""
 
 import json
 import os

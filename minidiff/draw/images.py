@@ -86,7 +86,7 @@ def _to_8_bit(image: Image.Image, path: Path) -> Image.Image:
 
 
 def opaque(image: Image.Image, under: str = "white") -> Image.Image:
-    """What is transparent, laid over a colour -> RGB; any other picture as it is."""
+    """Lay the transparent parts over a colour -> RGB. A picture without transparency stays as it is."""
     if not image.has_transparency_data:
         return image
     image = image.convert("RGBA")

@@ -35,7 +35,7 @@ def d_q_tile(
     WIDTH: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, OUT_TAIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What WIDTH keys from `first` on add to dq of all rows of the program."""
+    """The part of dq, for all rows of the program, that comes from WIDTH keys from `first` on."""
     columns = first + tl.arange(0, WIDTH)
     k_main, k_tail = load_rows(k, k_strides, columns, S, MAIN, TAIL, D, MASK)
     scores = product_over_d(q_main, q_tail, k_main, k_tail, TAIL, PRECISION) * scale
@@ -97,7 +97,7 @@ def d_k_d_v_tile(
     WIDTH: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, OUT_TAIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What WIDTH queries from `first` on add to dk and dv of all keys of the program. Everything here is transposed: (S, L)."""
+    """The part of dk and dv, for all keys, that comes from WIDTH queries from `first` on. All is transposed: (S, L)."""
     rows = first + tl.arange(0, WIDTH)
     lse_rows = tl.load(lse + rows, mask=rows < end, other=0.0)  # beyond the end all is 0: q, dO, and what they add
     delta_rows = tl.load(delta + rows, mask=rows < end, other=0.0)

@@ -1,4 +1,4 @@
-"""What the pocket checkpoint is trained on: the drawn world, as pixels and, once the autoencoder is trained, as latents.
+"""The training data of the pocket checkpoint: the drawn world, as pixels and, once the autoencoder is trained, as latents.
 
 N pictures   B batch
 """

@@ -1,4 +1,4 @@
-"""What the stages of pretraining share: one way to run a task on the training loop, and to choose and move its data."""
+"""Code that the stages of pretraining share: one way to run a task on the training loop, and to choose and move its data."""
 
 import shutil
 from dataclasses import replace

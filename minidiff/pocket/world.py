@@ -38,7 +38,7 @@ MARGIN = 0.03  # bare frame around the object, so that it is always whole
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn: one word of each list."""
+    """The content of a picture: one word of each list."""
 
     object: str
     colour: str

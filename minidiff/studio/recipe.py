@@ -64,7 +64,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What the last bit of a pixel depends on: the GPU, or the instructions of the CPU and its number of threads."""
+    """Everything that the last bit of a pixel depends on: the GPU, or the instructions of the CPU and its number of threads."""
     gpu = device.type == "cuda"
     kernels = torch.cuda.get_device_name(device) if gpu else torch.backends.cpu.get_cpu_capability()
     return {"device": device.type, "threads": str(torch.get_num_threads()), "kernels": kernels}

@@ -53,7 +53,7 @@ class Axis:
 
     @property
     def labels(self) -> list[str]:
-        """What stands beside or above the tiles."""
+        """The labels beside or above the tiles."""
         if self.said:
             return list(self.said)
         if self.name in PATHS and not any(value in (None, ()) for value in self.values):

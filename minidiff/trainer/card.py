@@ -1,4 +1,4 @@
-"""What makes a result ready to upload: the model card, and the metadata of the weight file.
+"""A result that is ready to upload: the model card, and the metadata of the weight file.
 
 Neither has a path, a caption or a date: where the pictures are is private, and the same run gives the same bytes.
 """

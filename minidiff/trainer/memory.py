@@ -173,7 +173,7 @@ def gradient_size(settings: FineTuneSettings) -> int:
 
 
 def vae_bytes(vae: AutoencoderKL, latent: torch.Size, method: str) -> int:
-    """What the VAE needs to "encode" or "decode" one picture with `latent` (C, h, w): about three of its largest tensor."""
+    """The memory in which the VAE can "encode" or "decode" a picture of `latent` (C, h, w): three of its largest tensor."""
     sizes = []
     scale, channels = (vae.config.downscale, vae.config.in_channels) if method == "encode" else (1, latent[0])
     hook = register_module_forward_hook(lambda module, inputs, y: sizes.append(y.nbytes if isinstance(y, Tensor) else 0))

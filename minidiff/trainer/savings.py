@@ -130,7 +130,7 @@ def nothing_fits(settings: FineTuneSettings, least: Budget, limit: int) -> str:
 
 
 def other_hints(settings: FineTuneSettings) -> list[str]:
-    """What saves memory by training something else: fewer or smaller pictures at once, or fewer weights."""
+    """Ways to save memory by training something else: fewer or smaller pictures at once, or fewer weights."""
     hints = ["--train_batch_size 1 with more --gradient_accumulation_steps"] if settings.train_batch_size > 1 else []
     hints += ["--mixed_precision bf16"] if settings.mixed_precision == "no" else []
     hints.append("a smaller --resolution")

@@ -215,7 +215,7 @@ def equal_jumps(schedule: NoiseSchedule, steps: int, first: int, spacing: str, k
 
 
 def first_jump_twice(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
-    """PNDM: DDIM's grid, but the first jump is made again after the network was asked at its end.
+    """PNDM: DDIM's grid, but the first jump is repeated after the network was called at its end.
 
     In this row t is the timestep at the end of the jump, but the noise level is the one at its start. With linspace spacing,
     t + T // steps is only close to the start; the reference uses it anyway.

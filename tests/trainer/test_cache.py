@@ -348,7 +348,7 @@ def test_networks_come_back_for_drawing_alone() -> None:
     assert network.places[-1] == "meta"
 
 
-def test_sheets_after_networks_were_offload(
+def test_sheets_after_networks_were_offloaded(
     tiny_folder: Path,
     memory_path: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,

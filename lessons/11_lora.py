@@ -43,7 +43,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minidiff import StableDiffusionPipeline, UNet2DConditionModel
-from minidiff.core.config import SD15_UNET, TINY_UNET
+from minidiff.core.config import SD15_UNET, UNetConfig
 from minidiff.core.inject import DEFAULT_TARGETS, eject, inject, lora_layers, merge, trainable, unmerge
 from minidiff.core.lora import LoRALinear, LoRAWeights
 from minidiff.core.rng import generator, normal
@@ -487,7 +487,7 @@ def check_1(lora_count):
         (4, ("attn2.to_k", "attn2.to_v")),
         (1, ("ff.net.2",)),
     ):
-        model = UNet2DConditionModel(TINY_UNET)
+        model = UNet2DConditionModel(UNetConfig(block_out_channels=(32, 64, 64, 64), cross_attention_dim=24))
         mine = lora_count(model, rank, targets)
         inject(model, rank, targets=targets)
         theirs = sum(p.numel() for p in trainable(model).values())

@@ -39,7 +39,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     The weights come from `fill` in golden/make_models.py, which keeps variances: the networks answer with numbers
     about 1, so that a difference shows, as it would not behind PyTorch's small initial weights.
     """
-    from minidiff.core.config import TINY_UNET, TINY_VAE, NoiseConfig
+    from tiny_sizes import TINY_UNET, TINY_VAE
+
+    from minidiff.core.config import NoiseConfig
     from minidiff.core.unet import UNet2DConditionModel
     from minidiff.core.vae import AutoencoderKL
     from minidiff.draw.pipeline import StableDiffusionPipeline

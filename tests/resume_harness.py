@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tiny_sizes import TINY_VAE
 from torch import Tensor, nn
 
-from minidiff.core.config import TINY_VAE
 from minidiff.core.rng import hashed_seed, normal
 from minidiff.core.vae import AutoencoderKL
 from minidiff.files import weights

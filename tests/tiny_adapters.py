@@ -3,9 +3,9 @@
 import hashlib
 
 import torch
+from tiny_sizes import TINY_UNET
 from torch import Tensor, nn
 
-from minidiff.core.config import TINY_UNET
 from minidiff.core.inject import lora_layers
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files.text_files import build_text_encoder

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import torch
+from tiny_sizes import TINY_UNET, TINY_VAE
 
-from minidiff.core.config import TINY_UNET, TINY_VAE, NoiseConfig
+from minidiff.core.config import NoiseConfig
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.pipeline import StableDiffusionPipeline

@@ -16,7 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from minidiff.core.errors import MinidiffError, SettingsError, did_you_mean, is_out_of_memory, printable
+from minidiff.core.errors import MinidiffError, SettingsError, did_you_mean
+from minidiff.files.values import printable
 
 
 def run(argv: list[str]) -> None:
@@ -133,6 +134,8 @@ def main(argv: list[str] | None = None) -> None:
         print("\nStopped.", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
+        from minidiff.draw.device import is_out_of_memory  # it imports torch, which is there by now
+
         if not is_out_of_memory(error):
             raise
         print(f"minidiff: out of memory. {OUT_OF_MEMORY}", file=sys.stderr)

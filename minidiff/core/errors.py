@@ -5,7 +5,6 @@ without a traceback and leaves with exit code 2. Anything else that is raised is
 """
 
 import difflib
-import re
 from collections.abc import Iterable
 
 
@@ -33,20 +32,3 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint such as ` Did you mean "ddim"?`, or an empty string where nothing is near."""
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f' Did you mean "{near[0]}"?' if near else ""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Python's own, CUDA's with its libraries', and what PyTorch says on a CPU ("can't allocate memory")."""
-    words = "out of memory|t allocate memory|not enough memory|CU[A-Z]+_STATUS_ALLOC_FAILED"
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(words, str(error))))
-
-
-def listed(what: str, names: Iterable[str]) -> str:
-    """Such as `  3 missing: a, b, c`; ten names at most."""
-    names = sorted(f"{name:.200}" for name in names)
-    return f"  {len(names)} {what}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
-
-
-def printable(text: str) -> str:
-    """With control characters as `\\x1b`: names and texts in files could otherwise write over what the terminal shows."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)

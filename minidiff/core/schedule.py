@@ -46,8 +46,14 @@ class NoiseSchedule:
     @classmethod
     def from_config(cls, config: NoiseConfig) -> "NoiseSchedule":
         """The schedule that `config` describes. SettingsError for impossible settings."""
-        if problem := config.problem():
-            raise SettingsError(f"noise schedule: {problem}.")
+        if config.beta_schedule not in ("scaled_linear", "linear"):
+            raise SettingsError(f"beta_schedule {config.beta_schedule!r} is unknown; it is scaled_linear or linear.")
+        if config.prediction_type not in ("epsilon", "v_prediction"):
+            raise SettingsError(f"prediction_type {config.prediction_type!r} is unknown; it is epsilon or v_prediction.")
+        if not 0 < config.beta_start <= config.beta_end < 1:
+            raise SettingsError(f"beta_start {config.beta_start} and beta_end {config.beta_end} must rise and lie in (0, 1).")
+        if config.rescale_betas_zero_snr and config.prediction_type != "v_prediction":  # in pure noise, eps says nothing of x0
+            raise SettingsError("rescale_betas_zero_snr is true and prediction_type is epsilon; it needs v_prediction.")
         # fp32 throughout, as in the reference: in fp64 the last sigma would be 14.6146412 instead of 14.6146469
         if config.beta_schedule == "scaled_linear":  # latent diffusion's choice: linear in sqrt(beta)
             betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps) ** 2

@@ -1,6 +1,7 @@
 """Where the networks run: --device."""
 
 import os
+import re
 
 import torch
 
@@ -25,3 +26,9 @@ def chosen_device(name: str | None) -> str:
     if ":" in name:
         torch.cuda.set_device(name)
     return name
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's own, CUDA's with its libraries', and what PyTorch says on a CPU ("can't allocate memory")."""
+    words = "out of memory|t allocate memory|not enough memory|CU[A-Z]+_STATUS_ALLOC_FAILED"
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(words, str(error))))

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from minidiff.core.config import NoiseConfig, UNetConfig, VAEConfig
-from minidiff.core.errors import WeightsError
+from minidiff.core.errors import SettingsError, WeightsError
+from minidiff.core.schedule import NoiseSchedule
 from minidiff.files.values import fits
 
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # deleted in 2024
@@ -134,7 +135,12 @@ def read_config(kind: type[Config], values: dict[str, Any], where: str) -> Confi
     known = {field.name for field in fields(kind)}
     given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in known}
     config = kind(**given)
-    if problem := config.problem() if isinstance(config, NoiseConfig) else network_problem(config):
+    if isinstance(config, NoiseConfig):
+        try:
+            NoiseSchedule.from_config(config)
+        except SettingsError as error:
+            raise WeightsError(f"{where}: {error}") from error
+    elif problem := network_problem(config):
         raise WeightsError(f"{where}: not a usable configuration: {problem}.")
     return config
 

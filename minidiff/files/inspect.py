@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minidiff.core.config import SD15_UNET
-from minidiff.core.errors import AdapterError, WeightsError, printable
+from minidiff.core.errors import AdapterError, WeightsError
 from minidiff.core.inject import adaptable_layers
 from minidiff.core.lora import LoRAWeights
 from minidiff.files import lora_file as lora
@@ -33,6 +33,7 @@ from minidiff.files.lora_module import METADATA, changed_shape, check_parts, fla
 from minidiff.files.lora_names import Headers, lora_header
 from minidiff.files.merge import svd
 from minidiff.files.model import ModelParts
+from minidiff.files.values import printable
 from minidiff.files.weights import TensorFile, find_weights, is_finite, is_pickle, read_header
 
 Parts = dict[str, Tensor]  # a module's tensors by part

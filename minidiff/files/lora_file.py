@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.core.config import SD15_UNET, UNetConfig
-from minidiff.core.errors import AdapterError, did_you_mean, listed
+from minidiff.core.errors import AdapterError, did_you_mean
 from minidiff.core.inject import adaptable_layers, adapter_names, check_new, lora_layers, set_adapters, wrap
 from minidiff.core.lora import LoRAWeights
 from minidiff.files import names as all_names
@@ -43,6 +43,7 @@ from minidiff.files.lora_module import (
     weights_of,
 )
 from minidiff.files.lora_names import USE_INVERSION, WRITTEN, LoRAHeader, Place, key_of, lora_header
+from minidiff.files.values import listed
 from minidiff.files.weights import TensorFile, file_at, read_header, save
 
 FILE_NAME = "pytorch_lora_weights.safetensors"

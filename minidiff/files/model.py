@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minidiff.core import textual_inversion
 from minidiff.core.config import SD15_UNET, SD15_VAE, NoiseConfig, UNetConfig, VAEConfig
-from minidiff.core.errors import AdapterError, SettingsError, WeightsError, listed
+from minidiff.core.errors import AdapterError, SettingsError, WeightsError
 from minidiff.core.inject import adapter_names
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
@@ -34,6 +34,7 @@ from minidiff.files.folder import (
     write_json,
 )
 from minidiff.files.text_files import build_text_encoder, load_tokenizer, to_file_keys
+from minidiff.files.values import listed
 from minidiff.files.weights import TensorFile, TensorInfo, find_weights, is_finite, load_into, read_header, save
 
 if TYPE_CHECKING:

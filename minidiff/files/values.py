@@ -4,7 +4,8 @@
 """
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -76,3 +77,14 @@ def fits(value: Any, hint: Any) -> bool:
     if get_args(hint):  # X | None
         return any(fits(value, one) for one in get_args(hint))
     return type(value) is hint or (hint is float and type(value) is int) or (value is None and hint is type(None))
+
+
+def listed(what: str, names: Iterable[str]) -> str:
+    """Such as `  3 missing: a, b, c`; ten names at most."""
+    names = sorted(f"{name:.200}" for name in names)
+    return f"  {len(names)} {what}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
+
+
+def printable(text: str) -> str:
+    """With control characters as `\\x1b`: names and texts in files could otherwise write over what the terminal shows."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)

@@ -20,9 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minidiff.core.errors import WeightsError, listed
+from minidiff.core.errors import WeightsError
 from minidiff.files import names as keymaps
 from minidiff.files.atomic import whole_file
+from minidiff.files.values import listed
 
 DTYPES = {
     "F64": torch.float64,

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from minidiff import __version__
-from minidiff.core.errors import AdapterError, listed
+from minidiff.core.errors import AdapterError
 from minidiff.core.textual_inversion import MAX_VECTORS, add_word, placeholders
 from minidiff.files import names as keymaps
+from minidiff.files.values import listed
 from minidiff.files.weights import file_at, is_finite, read_header, save
 
 if TYPE_CHECKING:

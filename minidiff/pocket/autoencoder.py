@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from minidiff.core.config import POCKET_VAE
+from minidiff.core.config import VAEConfig
 from minidiff.core.rng import generator, hashed_seed
 from minidiff.core.train import Batch
 from minidiff.core.vae import AutoencoderKL, sample_posterior
@@ -26,6 +26,9 @@ from minidiff.pocket.stage import begun, channels_last, chosen, first_of, fused,
 from minidiff.pocket.world import draw, held_out
 from minidiff.trainer.job import Job
 
+POCKET_VAE = VAEConfig(
+    sample_size=128, block_out_channels=(16, 32, 96, 128), layers_per_block=1, norm_num_groups=16, scaling_factor=1.0
+)
 KL_WEIGHT = 3e-5  # keeps the latents near a Gaussian, and the decoder used to a little noise in them
 
 

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidiff.core.config import POCKET_UNET, NoiseConfig
+from minidiff.core.config import NoiseConfig, UNetConfig
 from minidiff.core.errors import SettingsError
 from minidiff.core.losses import min_snr_weights, mse
 from minidiff.core.rng import generator, hashed_seed
@@ -51,6 +51,18 @@ from minidiff.pocket.towers import Towers, image_tower_config
 from minidiff.pocket.world import caption, held_out, random_caption
 from minidiff.trainer.job import Job
 
+# SD 1.5's parts, three levels, one layer a block. The finest level has no attention, which would cost
+# as much there as everything else together: a picture of 16 x 16 cells is composed at 8 x 8 and 4 x 4.
+POCKET_UNET = UNetConfig(
+    sample_size=16,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(64, 128, 192),
+    layers_per_block=1,
+    cross_attention_dim=128,
+    attention_head_dim=4,
+    norm_num_groups=32,
+)
 CAPTION_DROPOUT = 0.1  # classifier-free guidance (arXiv 2207.12598), algorithm 1
 
 

@@ -23,10 +23,10 @@ from typing import Any, get_type_hints
 import torch
 
 from minidiff import __version__
-from minidiff.core.errors import DataError, MinidiffError, SettingsError, printable
+from minidiff.core.errors import DataError, MinidiffError, SettingsError
 from minidiff.draw.images import READ_ERRORS, check_writable, open_image, read_png_text
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.files.values import fits
+from minidiff.files.values import fits, printable
 from minidiff.studio.a1111 import Settings, parameters, read_a1111, strength_of, with_named_loras
 from minidiff.studio.hashes import HASHES
 

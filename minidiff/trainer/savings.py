@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minidiff.core.errors import MinidiffError, SettingsError, is_out_of_memory
+from minidiff.core.errors import MinidiffError, SettingsError
+from minidiff.draw.device import is_out_of_memory
 from minidiff.trainer import checkpoint, distributed
 from minidiff.trainer.memory import HALF, MIB, Budget, budget, measured
 from minidiff.trainer.methods import AdapterSettings, FrozenSettings, FullSettings

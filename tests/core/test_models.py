@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tiny_sizes import TINY_UNET, TINY_VAE
 from torch import Tensor, nn
 
 from minidiff import fast
 from minidiff.core import blocks, transformer
-from minidiff.core.config import SD15_UNET, SD15_VAE, TINY_UNET, TINY_VAE
+from minidiff.core.config import SD15_UNET, SD15_VAE
 from minidiff.core.errors import SettingsError
 from minidiff.core.transformer import CrossAttention, SpatialAttention
 from minidiff.core.unet import UNet2DConditionModel

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tiny_sizes import TINY_UNET
 from torch import Tensor
 
-from minidiff.core.config import TINY_UNET, NoiseConfig
+from minidiff.core.config import NoiseConfig
 from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.core.grids import SAMPLERS
 from minidiff.core.rng import normal

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_sizes import TINY_UNET, TINY_VAE
 from torch import Tensor, nn
 
-from minidiff.core.config import SD15_UNET, SD15_VAE, TINY_UNET, TINY_VAE, NoiseConfig, VAEConfig
+from minidiff.core.config import SD15_UNET, SD15_VAE, NoiseConfig, VAEConfig
 from minidiff.core.errors import AdapterError, MinidiffError, SettingsError, WeightsError
 from minidiff.core.grids import SAMPLERS, Step
 from minidiff.core.inject import adapter_weights, inject, lora_layers, set_adapters

@@ -6,10 +6,11 @@ from itertools import product as combinations
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_sizes import TINY_UNET
 from torch import Tensor, nn
 
 from minidiff import fast
-from minidiff.core.config import SD15_UNET, TINY_UNET
+from minidiff.core.config import SD15_UNET
 from minidiff.core.transformer import CrossAttention, FeedForward
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.fast import conv as cpu

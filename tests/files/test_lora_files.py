@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_sizes import TINY_UNET
 from torch import Tensor, nn
 
-from minidiff.core.config import TINY_UNET
 from minidiff.core.errors import AdapterError, WeightsError
 from minidiff.core.inject import adaptable_layers, adapter_names, adapter_weights, inject, lora_layers
 from minidiff.core.lora import LoRAWeights

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from tiny_sizes import TINY_UNET
 
-from minidiff.core.config import POCKET_UNET, SD15_UNET, TINY_UNET, UNetConfig
+from minidiff.core.config import SD15_UNET, UNetConfig
 from minidiff.core.inject import adaptable_layers
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files.lora_names import WRITTEN, Place, key_of, kohya_names, place_of, text_paths, unet_paths
+from minidiff.pocket.pretrain import POCKET_UNET
 
 DOWN = "down_blocks.0.attentions.0"
 TO_Q, TO_OUT = f"{DOWN}.transformer_blocks.0.attn1.to_q", f"{DOWN}.transformer_blocks.0.attn1.to_out.0"

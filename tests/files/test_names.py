@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from tiny_sizes import TINY_UNET, TINY_VAE
 from torch import Tensor, nn
 
-from minidiff.core.config import SD15_UNET, SD15_VAE, TINY_UNET, TINY_VAE, UNetConfig
+from minidiff.core.config import SD15_UNET, SD15_VAE, UNetConfig
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.files import names as keymaps

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_sizes import TINY_UNET, TINY_VAE
 from torch import Tensor, nn
 
-from minidiff.core.config import TINY_UNET, TINY_VAE, UNetConfig, VAEConfig
+from minidiff.core.config import UNetConfig, VAEConfig
 from minidiff.core.errors import MinidiffError, WeightsError
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL

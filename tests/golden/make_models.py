@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny_sizes import TINY_UNET, TINY_VAE
 from torch import Tensor, nn
 
-from minidiff.core.config import TINY_UNET, TINY_VAE
 from minidiff.files.folder import config_values
 from minidiff.files.weights import save
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_sizes import TINY_UNET
 from torch import Tensor, nn
 
-from minidiff.core.config import TINY_UNET
 from minidiff.core.inject import adaptable_layers, lora_layers
 from minidiff.core.lora import LoRAWeights
 from minidiff.core.unet import UNet2DConditionModel

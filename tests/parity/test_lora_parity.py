@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exact import assert_as_near
+from tiny_sizes import TINY_UNET
 from torch import Tensor, nn
 
 from minidiff import fast
-from minidiff.core.config import TINY_UNET
 from minidiff.core.inject import (
     adapter_weights,
     inject,

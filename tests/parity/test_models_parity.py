@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_sizes import TINY_UNET, TINY_VAE
 from torch import Tensor, nn
 
-from minidiff.core.config import SD15_UNET, SD15_VAE, TINY_UNET, TINY_VAE, UNetConfig, VAEConfig
+from minidiff.core.config import SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
 from minidiff.core.text import encode_captions
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_sizes import TINY_UNET
 from torch import Tensor, nn
 
-from minidiff.core.config import TINY_UNET
 from minidiff.core.losses import mse
 from minidiff.core.schedule import add_noise, training_target
 from minidiff.core.text import encode_captions

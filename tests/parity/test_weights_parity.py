@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_sizes import TINY_UNET, TINY_VAE
 from torch import Tensor
 
-from minidiff.core.config import SD15_UNET, SD15_VAE, TINY_UNET, TINY_VAE, UNetConfig, VAEConfig
+from minidiff.core.config import SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.files import names as keymaps

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_sizes import TINY_VAE
 from torch import Tensor, nn
 
-from minidiff.core.config import TINY_VAE, NoiseConfig
+from minidiff.core.config import NoiseConfig
 from minidiff.core.errors import DataError
 from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.vae import AutoencoderKL

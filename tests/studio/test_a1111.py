@@ -6,8 +6,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from minidiff.cli.flags import Sample
-from minidiff.core.errors import DataError, printable
+from minidiff.core.errors import DataError
 from minidiff.core.grids import SAMPLERS
+from minidiff.files.values import printable
 from minidiff.studio.a1111 import SAMPLER_NAMES, read_a1111
 from minidiff.studio.recipe import Origin, read_origin
 

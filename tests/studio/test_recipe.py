@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 import minidiff
 from minidiff.cli import draw_commands as drawing
 from minidiff.cli.flags import Sample
-from minidiff.core.errors import DataError, MinidiffError, SettingsError, printable
+from minidiff.core.errors import DataError, MinidiffError, SettingsError
 from minidiff.draw.images import read_png_text, save_png
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.lora_file import save_lora
+from minidiff.files.values import printable
 from minidiff.files.word_file import save_embedding
 from minidiff.studio.a1111 import parameters, read_a1111, with_named_loras
 from minidiff.studio.hashes import HASHES, model_sha256, sha256_of

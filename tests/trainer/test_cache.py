@@ -14,9 +14,9 @@ import torch
 from resume_harness import fingerprint, memory_path, rows  # noqa: F401
 from test_latents import encode, noisy
 from tiny_recipes import PRIOR, draw_pictures, tiny, train
+from tiny_sizes import TINY_VAE
 from torch import Tensor, nn
 
-from minidiff.core.config import TINY_VAE
 from minidiff.core.errors import SettingsError
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.images import load_image

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny_sizes import TINY_VAE
 from torch import Tensor
 
-from minidiff.core.config import TINY_VAE
 from minidiff.core.errors import DataError
 from minidiff.core.vae import AutoencoderKL
 from minidiff.trainer.buckets import bucket_sizes

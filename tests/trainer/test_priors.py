@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 from tiny_model import tiny_folder
+from tiny_sizes import TINY_VAE
 from torch import Tensor
 
-from minidiff.core.config import TINY_VAE
 from minidiff.core.errors import DataError, MinidiffError, SettingsError
 from minidiff.core.recipes import base_target
 from minidiff.core.vae import AutoencoderKL

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from tiny_recipes import draw_pictures, tiny
+from tiny_sizes import TINY_VAE
 from torch import Tensor, nn
 
-from minidiff.core.config import TINY_VAE, NoiseConfig
+from minidiff.core.config import NoiseConfig
 from minidiff.core.errors import SettingsError
 from minidiff.core.losses import squared_error
 from minidiff.core.schedule import NoiseSchedule, add_noise, training_target

@@ -2,16 +2,15 @@ r"""A1111's prompt language: weights, BREAK, LoRAs by name; then its chunks, and
 
     (x)    x 1.1                      nested brackets multiply
     [x]    / 1.1                      \( \) \[ \] \\     the letters themselves
-    (x:1.3)  x 1.3                    BREAK              what follows begins a new chunk of 75 tokens
+    (x:1.3)  x 1.3                    BREAK              the text after it begins a new chunk of 75 tokens
     <lora:name:0.8>                   switches an adapter on; it is no part of the text
 
     "a [red] (dog:1.3) BREAK on a beach <lora:chalk:0.8>"
         sections  ("a " x 1, "red" x 0.909, " " x 1, "dog" x 1.3), ("on a beach " x 1)
         loras     chalk at 0.8
 
-Malformed markup is read as plain letters, as in A1111, and a warning names its column. So are three features that minidiff
-does not have: prompt editing [from:to:when], alternation [a|b], and AND. minidiff keeps a backslash before any other letter;
-A1111 drops it. Parsing takes linear time.
+Malformed markup is read as plain letters, as in A1111, and a warning names its column. minidiff does not have A1111's prompt
+editing [from:to:when], alternation [a|b] and AND. Parsing takes linear time.
 
 A prompt becomes k chunks of 75 tokens. Each is encoded alone, between its own marks, and the states are concatenated: the
 U-Net's cross-attention takes any number of them. Shapes: B prompts, D width of the text.
@@ -19,21 +18,21 @@ U-Net's cross-attention takes any number of them. Shapes: B prompts, D width of 
 
 import math
 import re
-import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+from torch import Tensor
+
 from minidiff.core.errors import SettingsError
+from minidiff.core.text import encode, pieces, with_marks
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import CLIPTextModel, CLIPTokenizer
 
-ROUND, SQUARE = 1.1, 1 / 1.1
-HEAVIEST = 2.0  # a larger weight gets a warning
+FACTORS = {"(": 1.1, "[": 1 / 1.1}
 CHUNK = 75  # tokens, without the two marks
 COMMA_REACH = 20  # tokens; A1111's setting "Increase coherency by padding from the last comma within n tokens"
 MAX_CHUNKS = 100  # A1111 has no limit, but memory has
@@ -43,28 +42,22 @@ Token = tuple[int, float]  # id, weight
 
 LEXEMES = re.compile(
     r"""
-    (?P<tag>      < (?: lora | lyco | hypernet ) : [^<>]* > )  # with what is in it, brackets too
-  | (?P<cut_tag>  < lora : )
+    < (?: lora | lyco ) : (?P<tag> [^<>]* ) >  # with everything in it, brackets too
   | \\ (?P<escaped> [()\[\]\\] )
-  | : \s* (?P<weight> [+-]? [.\d]+ ) \s* \)
-  | : \s* (?P<odd>    [+-]? (?: inf | infinity | nan | [.,\d]+ (?: e [+-]? \d+ )? %? ) ) \s* \)  # no weight in A1111 either
-  | (?P<when>     : \s* [+-]? [.\d]+ \s* (?=\]) )
-  | (?P<bracket>  [()\[\]] )
-  | (?P<bar>      \| )
-  | (?P<text>     [^<\\:()\[\]|]+ | . )
+  | : \s* (?P<weight> [+-]? [.\d]+ ) \s* (?= \) )
+  | (?P<open>  [(\[] )
+  | (?P<close> [)\]] )
+  | (?P<text>  [^<\\:()\[\]]+ | . )
     """,
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
 )
-BREAK, AND = re.compile(r"\bBREAK\b"), re.compile(r"\bAND\b")
+BREAK = re.compile(r"\bBREAK\b")
+NOT_HERE = re.compile(r"\bAND\b | (?<!\\) \[ [^\[\]|]* (?: \| | : \s* [.\d]+ \s* \] )", re.VERBOSE)
 
 NOTES = {
-    "cut_tag": "a LoRA tag without its >, which is read as text. Write <lora:name:0.8>.",
-    "heavy": f"a weight above {HEAVIEST:g}, which tears pictures apart. 0.5 to 1.5 is usual.",
-    "hypernet": "minidiff has no hypernetworks; the tag is left out.",
+    "heavy": "a weight outside of 0 to 2, which tears pictures apart. 0.5 to 1.5 is usual.",
     "missing": "prompt editing [from:to:when], alternation [a|b] and AND are A1111's; minidiff does not have them, and reads "
-    "them as plain text. A weight is written (word:0.5).",
-    "negative": "a weight below 0, which CLIP never learnt. Put the word into the negative prompt instead.",
-    "no_number": "what stands behind this colon is no number, and is read as text. A weight is written (word:1.3).",
+    "the words as plain text. A weight is written (word:0.5).",
     "unclosed": r"an opening bracket without its closing one; it weighs all the rest. Close it, or write \( or \[.",
     "unopened": r"a closing bracket without its opening one, which is read as text. Take it out, or write \) or \].",
 }
@@ -89,156 +82,70 @@ def parse_prompt(prompt: str) -> Prompt:
 
     Warns of probable mistakes; columns count from 1. SettingsError for weights that are not finite, and for bad LoRA tags.
     """
-    reading = _Reading()
-    for found in LEXEMES.finditer(prompt):
-        reading.take(found)
-    sections: list[list[Part]] = [[]]
-    for item, weight in reading.weighed():
-        first, *others = BREAK.split(item.text) if item.words else [item.text]
-        sections[-1].append(Part(first.rstrip() if others else first, weight))  # BREAK takes the spaces around it along
-        for i, piece in enumerate(others):
-            sections.append([Part(piece.lstrip() if i == len(others) - 1 else piece.strip(), weight)])
-    for kind, columns in sorted(reading.notes.items()):
-        warnings.warn(f"{_place(prompt, sorted(columns))}: {NOTES[kind]}", stacklevel=1)  # Python shows it once per line
+    lexemes = list(LEXEMES.finditer(prompt))
+    factors, used, notes = _brackets(lexemes)
+    products = {"(": [1.0], "[": [1.0]}  # of the factors of the open brackets, outermost first
+    sections, loras = [list[Part]()], list[tuple[str, float]]()
+    for i, lexeme in enumerate(lexemes):
+        kind, text, column = lexeme.lastgroup, lexeme.group(), lexeme.start() + 1
+        if kind == "tag":
+            loras.append(_adapter(lexeme, column))
+        elif i in factors:
+            products[text].append(products[text][-1] * factors[i])
+        elif i in used:
+            if kind == "close":
+                products["(" if text == ")" else "["].pop()
+        else:
+            weight = products["("][-1] * products["["][-1]
+            if not math.isfinite(weight):
+                raise SettingsError(f"prompt, column {column}: the weights around this multiply to {weight}; use fewer.")
+            if not 0 <= weight <= 2:
+                notes.setdefault("heavy", column)
+            first, *others = [text[1:]] if kind == "escaped" else BREAK.split(text)
+            sections[-1].append(Part(first.rstrip() if others else first, weight))  # BREAK takes the spaces around it along
+            for number, piece in enumerate(others, start=1):
+                sections.append([Part(piece.strip() if number < len(others) else piece.lstrip(), weight)])
+    if found := NOT_HERE.search(prompt):
+        notes["missing"] = found.start() + 1
+    for kind, column in sorted(notes.items()):
+        place = " ".join(prompt[column - 1 : column + 15].split())
+        warnings.warn(f'prompt, column {column} ("{place}"): {NOTES[kind]}', stacklevel=1)  # Python shows it once per line
     # as in A1111, neighbours of the same weight are joined: a word that markup has cut becomes one word again
     runs = [[(w, "".join(part.text for part in run)) for w, run in groupby(s, lambda part: part.weight)] for s in sections]
-    return Prompt(tuple(tuple(Part(text, w) for w, text in own if text) for own in runs), tuple(reading.loras))
+    return Prompt(tuple(tuple(Part(text, w) for w, text in own if text) for own in runs), tuple(loras))
 
 
-def clip_skip_from_a1111(number: int) -> int:
-    """A1111's "Clip skip", which counts the last layer as 1, in diffusers' numbering, which counts it as 0."""
-    if number < 1:
-        raise SettingsError(f"A1111's Clip skip {number}: it counts from 1, which skips nothing.")
-    return number - 1
-
-
-class _Letters(NamedTuple):
-    at: int  # column
-    text: str
-    words: bool = False  # BREAK and AND mean something here
-
-
-@dataclass
-class _Opening:
-    at: int
-    letter: str
-    weight: float
-    literal: bool = False  # [from:to:when] or [a|b]: both brackets are read as letters, if it is closed
-    closed: bool = False
-
-
-class _Closing(NamedTuple):
-    at: int
-    letter: str
-    opening: _Opening
-
-
-@dataclass
-class _Reading:
-    """The lexemes so far. Round and square brackets are matched separately, as in A1111: "(a [b) c]" is well formed."""
-
-    items: list[_Letters | _Opening | _Closing] = field(default_factory=list)
-    open: dict[str, list[_Opening]] = field(default_factory=lambda: {"(": [], "[": []})
-    loras: list[tuple[str, float]] = field(default_factory=list)
-    notes: dict[str, list[int]] = field(default_factory=dict)  # kind -> columns
-
-    def take(self, found: re.Match[str]) -> None:
-        at, text, kind = found.start() + 1, found.group(), found.lastgroup
-        if kind == "tag":
-            self.take_tag(at, text)
-        elif kind == "escaped":
-            self.items.append(_Letters(at, text[1:]))
-        elif kind in ("weight", "odd"):
-            self.take_weight(at, text, found[kind], kind == "odd")
-        elif kind == "bracket":
-            self.take_bracket(at, text)
-        else:
-            self.items.append(_Letters(at, text, words=True))
-            if kind == "cut_tag":
-                self.note(kind, at)
-            elif kind in ("when", "bar") and (innermost := self.innermost()) and innermost.letter == "[":
-                innermost.literal = True
-
-    def take_bracket(self, at: int, letter: str) -> None:
-        if letter in "([":
-            opening = _Opening(at, letter, ROUND if letter == "(" else SQUARE)
-            self.open[letter].append(opening)
-            self.items.append(opening)
-        elif waiting := self.open["(" if letter == ")" else "["]:
-            opening = waiting.pop()
-            opening.closed = True
-            self.items.append(_Closing(at, letter, opening))
-            if opening.literal:
-                opening.weight = 1.0
-                self.note("missing", opening.at)
-        else:
-            self.items.append(_Letters(at, letter))
-            self.note("unopened", at)
-
-    def take_weight(self, at: int, text: str, number: str, odd: bool) -> None:
-        """`:1.3)`: a weight, if a round bracket is open; otherwise text and a bracket."""
-        weight = _number(number)
-        if self.open["("]:
-            if weight is not None and not math.isfinite(weight):
-                raise SettingsError(f'prompt, column {at}: "{number:.20}" is no finite number; write one, as in (word:1.3).')
-            if weight is not None and not odd:
-                self.open["("][-1].weight = weight
-                self.take_bracket(at + len(text) - 1, ")")
-                return
-            self.note("no_number", at)
-        self.items.append(_Letters(at, text[:-1]))
-        self.take_bracket(at + len(text) - 1, ")")
-
-    def take_tag(self, at: int, tag: str) -> None:
-        kind, name, *given = (word.strip() for word in tag[1:-1].split(":"))
-        where = f'prompt, column {at}: "{textwrap.shorten(tag, 80, placeholder="…")}"'
-        if kind.lower() == "hypernet":
-            return self.note("hypernet", at)
-        if not name:
-            raise SettingsError(f"{where} names no adapter; write <lora:name:0.8>.")
-        if len(given) > 1:
-            raise SettingsError(f"{where} has more than one weight; minidiff weighs an adapter as a whole. Write one.")
-        weight = _number(given[0]) if given else 1.0
-        if weight is None or not math.isfinite(weight):
-            raise SettingsError(f"{where}: its weight is no finite number; write one, as in <lora:name:0.8>.")
-        self.loras.append((name, weight))
-
-    def innermost(self) -> _Opening | None:
-        """The last opened bracket that is still open."""
-        return max((waiting[-1] for waiting in self.open.values() if waiting), key=lambda opening: opening.at, default=None)
-
-    def note(self, kind: str, at: int) -> None:
-        self.notes.setdefault(kind, []).append(at)
-
-    def weighed(self) -> Iterator[tuple[_Letters, float]]:
-        """The text in order, each piece with the product of the brackets around it. Adds the last notes."""
-        scales = {"(": [1.0], "[": [1.0]}  # products of the open brackets, outermost first
-        for opening in self.open["("] + self.open["["]:
-            self.note("unclosed", opening.at)
-        for item in self.items:
-            if isinstance(item, _Letters):
-                weight = scales["("][-1] * scales["["][-1]
-                if weight != 1 or AND.search(item.text):
-                    self.check(item, weight)
-                yield item, weight
-                continue
-            opening = item.opening if isinstance(item, _Closing) else item
-            scale = scales[opening.letter]
-            if isinstance(item, _Closing):
-                scale.pop()
+def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], set[int], dict[str, int]]:
+    """The factor of each opening bracket, by its number among the lexemes; the numbers of the closing brackets and weights that
+    belong to one; and notes, kind -> column. Both kinds of brackets are matched separately, as in A1111: "(a [b) c]"."""
+    factors, used, notes = dict[int, float](), set[int](), dict[str, int]()
+    waiting: dict[str, list[int]] = {"(": [], "[": []}
+    for i, lexeme in enumerate(lexemes):
+        if lexeme.lastgroup == "open":
+            waiting[lexeme.group()].append(i)
+            factors[i] = FACTORS[lexeme.group()]
+        elif lexeme.lastgroup == "weight" and waiting["("] and (weight := _number(lexeme["weight"])) is not None:
+            factors[waiting["("][-1]] = weight  # its closing bracket is the next lexeme
+            used.add(i)
+        elif lexeme.lastgroup == "close":
+            if own := waiting["(" if lexeme.group() == ")" else "["]:
+                own.pop()
+                used.add(i)
             else:
-                scale.append(scale[-1] * item.weight)
-            if opening.literal and opening.closed:
-                yield _Letters(item.at, item.letter), scales["("][-1] * scales["["][-1]
+                notes.setdefault("unopened", lexeme.start() + 1)
+    if unclosed := waiting["("] + waiting["["]:
+        notes["unclosed"] = lexemes[min(unclosed)].start() + 1
+    return factors, used, notes
 
-    def check(self, item: _Letters, weight: float) -> None:
-        if not math.isfinite(weight):
-            words = textwrap.shorten(item.text, 30, placeholder="…")
-            raise SettingsError(f'prompt, column {item.at}: the weights around "{words}" multiply to {weight}; use fewer.')
-        if not 0 <= weight <= HEAVIEST and item.text.strip():
-            self.note("heavy" if weight > 0 else "negative", item.at)
-        for found in AND.finditer(item.text) if item.words else ():
-            self.note("missing", item.at + found.start())
+
+def _adapter(lexeme: re.Match[str], column: int) -> tuple[str, float]:
+    """`name:0.8` -> name and weight; without a number the weight is 1."""
+    name, colon, number = (word.strip() for word in lexeme["tag"].partition(":"))
+    weight = _number(number) if colon else 1.0
+    if not name or weight is None or not math.isfinite(weight):
+        tag = f"{lexeme.group():.80}"
+        raise SettingsError(f'prompt, column {column}: "{tag}" names no adapter with one finite weight; write <lora:name:0.8>.')
+    return name, weight
 
 
 def _number(text: str) -> float | None:
@@ -246,14 +153,6 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def _place(prompt: str, columns: list[int]) -> str:
-    """Such as `prompt, column 3 ("(dog on a beac…"), 17`."""
-    begin = columns[0] - 1
-    first = " ".join(prompt[begin : begin + 16].split()) + ("…" if len(prompt) > begin + 16 else "")
-    others = "".join(f", {column}" for column in columns[1:4]) + (f" and {len(columns) - 4} more" if len(columns) > 4 else "")
-    return f'prompt, column {columns[0]} ("{first}"){others}'
 
 
 # --- chunks ------------------------------------------------------------------------------------------------------------
@@ -265,8 +164,6 @@ def chunked(tokenizer: "CLIPTokenizer", prompt: Prompt, placeholders: Mapping[st
     As in A1111: if a full chunk has a comma among its last 20 tokens, the tokens after the comma move to the next chunk. The
     vectors of a placeholder stay together. BREAK ends a chunk, full or not. SettingsError for more than 100 chunks.
     """
-    from minidiff.core.text import pieces  # only now: it imports torch, and parsing needs none
-
     comma = list(tokenizer(",", add_special_tokens=False, verbose=False).input_ids)
     chunks: list[list[Token]] = []
     for section in prompt.sections:
@@ -303,16 +200,12 @@ def encode_prompts(
     placeholders: Mapping[str, Sequence[int]] = {},
     clip_skip: int = 0,
     chunks: int = 1,
-) -> "Tensor":
+) -> Tensor:
     """Prompts -> (B, 77 k, D): states after the final LayerNorm, on the encoder's device, in its dtype.
 
     k is the number of chunks of the longest prompt, at least `chunks`; empty chunks are added to the others. `clip_skip` = n
     takes the states n layers before the last (diffusers' numbering; A1111's is one higher). Gradients flow if they are on.
     """
-    import torch
-
-    from minidiff.core.text import encode, with_marks
-
     layers = text_encoder.config.num_hidden_layers
     if not isinstance(clip_skip, int) or clip_skip not in range(layers):
         raise SettingsError(
@@ -329,7 +222,7 @@ def encode_prompts(
     return torch.stack(weighted).reshape(len(prompts), -1, hidden.shape[-1])
 
 
-def _weighted(z: "Tensor", weights: list[float]) -> "Tensor":
+def _weighted(z: Tensor, weights: list[float]) -> Tensor:
     """States (77, D) times the weights of their tokens, with the mean that they had before. Marks and padding weigh 1.
 
     A1111's rule (sd_emphasis.py, "Original"):  z' = z w,  z'' = z' mean(z) / mean(z'). The mean is taken over the chunk, not

@@ -1,15 +1,12 @@
 """The prompt language: A1111's grammar, its warnings and their columns, and prompts that mean harm."""
 
 import re
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 
 from minidiff.core.errors import SettingsError
-from minidiff.draw.prompting import Part, Prompt, clip_skip_from_a1111, parse_prompt
+from minidiff.draw.prompting import Part, Prompt, parse_prompt
 
 
 def quietly(prompt: str) -> Prompt:
@@ -75,13 +72,8 @@ OURS = [
     ("a) b]", [("a) b]", 1.0)]),
     ("(dog:1.2.3)", [("dog:1.2.3", 1.1)]),  # A1111 crashes
     ("(dog:1,3) (cat:1e0)", [("dog:1,3", 1.1), (" ", 1.0), ("cat:1e0", 1.1)]),
-    ("[red:blue:0.5] dog", [("[red:blue:0.5] dog", 1.0)]),
-    ("[dog:0.5] [red::3]", [("[dog:0.5] [red::3]", 1.0)]),
-    ("[a|b|c] [d]", [("[a|b|c] ", 1.0), ("d", 1 / 1.1)]),
-    ("[(red:1.2) dog:cat:0.5]", [("[", 1.0), ("red", 1.2), (" dog:cat:0.5]", 1.0)]),
-    ("([a|b] c)", [("[a|b] c", 1.1)]),
-    ("[(a|b)]", [("a|b", 1.0)]),
-    ("[a|b", [("a|b", 1 / 1.1)]),
+    ("[red:blue:0.5] dog", [("red:blue:0.5", 1 / 1.1), (" dog", 1.0)]),  # A1111's prompt editing is not here
+    ("[a|b] [d]", [("a|b", 1 / 1.1), (" ", 1.0), ("d", 1 / 1.1)]),
     ("cats AND dogs", [("cats AND dogs", 1.0)]),
     ("BREAKFAST, break, unBREAK", [("BREAKFAST, break, unBREAK", 1.0)]),
 ]
@@ -165,18 +157,15 @@ def test_a_lora_inside_brackets_leaves_them_alone() -> None:
     ("prompt", "columns", "says"),
     [
         ("a (red dog", '3 ("(red dog")', r"opening bracket without.*write \\\( or"),
-        ("(a [b", '1 ("(a [b"), 4', "opening bracket without"),
+        ("(a [b", '1 ("(a [b")', "opening bracket without"),
         ("a red) dog", '6 (") dog")', r"closing bracket without.*write \\\)"),
         ("a [dog:0.5]", '3 ("[dog:0.5]")', r"prompt editing.*written \(word:0.5\)"),
-        ("[a|b] AND c [d:e:3]", '1 ("[a|b] AND c [d:e…"), 7, 13', "alternation.*AND.*plain text"),
-        ("(dog:3)", '2 ("dog:3)")', "weight above 2"),
-        ("a (dog:-0.5)", '4 ("dog:-0.5)")', "below 0.*negative prompt"),
-        ("(dog:1.3.1)", '5 (":1.3.1)")', "no number"),
-        ("(dog:1,3)", '5 (":1,3)")', "no number"),
-        ("a <lora:x", '3 ("<lora:x")', "without its >"),
-        ("a <hypernet:x:1>", '3 ("<hypernet:x:1>")', "left out"),
-        (")" * 9, '1 (")))))))))"), 2, 3, 4 and 5 more', "closing bracket"),
-        ("x" * 30 + "\n\n   ) " + "y" * 30, '36 (") yyyyyyyyyyyyyy…")', "closing bracket"),
+        ("a [b|c|d]", '3 ("[b|c|d]")', "alternation"),
+        ("cats AND dogs", '6 ("AND dogs")', "AND are A1111's"),
+        ("(dog:3)", '2 ("dog:3)")', "weight outside of 0 to 2"),
+        ("a (dog:-0.5)", '4 ("dog:-0.5)")', "weight outside of 0 to 2"),
+        (")" * 9, '1 (")))))))))")', "closing bracket"),
+        ("x" * 30 + "\n\n   ) " + "y" * 30, '36 (") yyyyyyyyyyyyyy")', "closing bracket"),
     ],
 )
 def test_warnings_name_the_column_and_what_to_do(prompt: str, columns: str, says: str) -> None:
@@ -203,16 +192,13 @@ def test_nothing_is_said_of_good_prompts(prompt: str) -> None:
 @pytest.mark.parametrize(
     ("prompt", "says"),
     [
-        ("a (dog:inf)", r'column 7: "inf" is no finite number'),
-        ("a (dog:-Infinity)", "column 7"),
-        ("a (dog: nan)", "column 7"),
-        (f"a (dog:{'9' * 400})", "column 7"),
+        (f"a (dog:{'9' * 400})", "column 4.*multiply to inf"),
         ("(" * 10000 + "dog", "column 10001.*multiply to inf; use fewer"),
-        ("a <lora:x:heavy>", 'column 3: "<lora:x:heavy>".*finite number'),
-        ("a <lora:x:nan>", "finite number"),
-        ("a <lora:x:>", "finite number"),
-        ("a <lora:x:0.8:0.5>", "more than one weight"),
-        ("a <lora:x:te=0.8:unet=0.5>", "more than one weight"),
+        ("a <lora:x:heavy>", 'column 3: "<lora:x:heavy>".*one finite weight'),
+        ("a <lora:x:nan>", "finite weight"),
+        ("a <lora:x:>", "finite weight"),
+        ("a <lora:x:0.8:0.5>", "one finite weight"),
+        ("a <lora:x:te=0.8:unet=0.5>", "one finite weight"),
         ("a <lora::0.8>", "names no adapter"),
         ("a <lora: >", "names no adapter"),
     ],
@@ -223,7 +209,7 @@ def test_what_cannot_be_followed_is_refused(prompt: str, says: str) -> None:
 
 
 def test_a_number_that_is_none_is_text_outside_brackets() -> None:
-    assert parts("dog:inf) (nan)") == [("dog:inf) ", 1.0), ("nan", 1.1)]
+    assert parts("dog:inf) (nan) (x:1e999)") == [("dog:inf) ", 1.0), ("nan", 1.1), (" ", 1.0), ("x:1e999", 1.1)]
 
 
 # --- prompts that mean harm --------------------------------------------------------------------------------------------
@@ -259,19 +245,3 @@ def test_hostile_prompts_are_read_at_once(hostile: str, count: int) -> None:
 
 def test_ten_thousand_breaks() -> None:
     assert len(parse_prompt("BREAK " * 10_000).sections) == 10_001
-
-
-# --- the rest ----------------------------------------------------------------------------------------------------------
-
-
-def test_clip_skip_of_a1111_is_one_higher() -> None:
-    assert [clip_skip_from_a1111(number) for number in (1, 2, 12)] == [0, 1, 11]
-    with pytest.raises(SettingsError, match="counts from 1"):
-        clip_skip_from_a1111(0)
-
-
-def test_parsing_needs_no_library() -> None:
-    code = "import sys, minidiff.draw.prompting; print({'torch', 'transformers', 'numpy'} & set(sys.modules) or 'none')"
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
-    assert done.stdout.strip() == "none"

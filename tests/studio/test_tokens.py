@@ -1,0 +1,51 @@
+"""How CLIP splits a prompt, as text for a terminal."""
+
+import pytest
+from tiny_text import PLACEHOLDERS, ids_of, tiny_tokenizer
+from transformers import CLIPTokenizer
+
+from minidiff.core.text import token_ids
+from minidiff.studio.tokens import token_view
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
+    return tiny_tokenizer(tmp_path_factory.mktemp("words"))
+
+
+def test_the_token_view_of_a_short_prompt(tokenizer: CLIPTokenizer) -> None:
+    view = token_view(tokenizer, "a (red:1.3) <Dog> <lora:chalk:0.8>", PLACEHOLDERS, trigger="<dog>")
+    lines = [" ".join(line.split()) for line in view.splitlines()]
+    a, red = ids_of(tokenizer, "a red")
+    assert "One chunk: 5 of 75 tokens" in lines
+    assert {f"1 a {a}", f"2 red {red} x1.30", "3 <dog> 1/3 1001", "5 <dog> 3/3 1003"} <= set(lines)
+    assert "Adapters chalk x 0.8" in lines
+    assert 'Trigger "<dog>" is a word of textual inversion, 3 vectors. It stands in the prompt once.' in lines
+
+
+def test_the_token_view_of_a_long_prompt(tokenizer: CLIPTokenizer) -> None:
+    view = token_view(tokenizer, "dog " * 75 + "red beach BREAK BREAK a photo", trigger="zebra")
+    lines = view.splitlines()
+    assert max(map(len, lines)) <= 100 and not view.endswith("\n")
+    for heading in ("1 of 4: 75 of", "2 of 4: 2 of", "3 of 4: 0 of 75 tokens, nothing but filling", "4 of 4: 2 of"):
+        assert sum(line.startswith(f"Chunk {heading}") for line in lines) == 1
+    cut = len(token_ids(tokenizer, "dog " * 75 + "red beach BREAK BREAK a photo")) - 75
+    assert f"cuts {cut} off: red beach" in view
+    assert all(f"{i:>4}  dog" in view for i in range(1, 76))
+    assert f'"zebra" is {len(ids_of(tokenizer, "zebra"))} tokens' in view and "nowhere" in view
+
+
+def test_the_token_view_marks_words_that_go_on(tokenizer: CLIPTokenizer) -> None:
+    pieces = ids_of(tokenizer, "zebra")
+    cells = token_view(tokenizer, "zebra").splitlines()[3 : 3 + len(pieces)]
+    shown = [cell.split()[1] for cell in cells]
+    assert len(pieces) > 1 and all(word.endswith("+") for word in shown[:-1])
+    assert "".join(word.rstrip("+") for word in shown) == "zebra" and not shown[-1].endswith("+")
+
+
+@pytest.mark.parametrize("prompt", ["", "🐕 ünï", "x" * 200, "<" + "long" * 20 + ">", "<|endoftext|> \x00 a"])
+def test_the_token_view_takes_anything(tokenizer: CLIPTokenizer, prompt: str) -> None:
+    placeholders = {"<" + "long" * 20 + ">": [1001, 1002], "sks": [1003]}
+    for trigger in (None, "", "dog", "sks", prompt):
+        view = token_view(tokenizer, prompt, placeholders, trigger)
+        assert max(map(len, view.splitlines())) <= 100

@@ -1,7 +1,7 @@
 """The one way to write a file or a folder: it appears under its name whole and on the disk, or not at all.
 
-Python's own calls stop halfway: when the power comes back, a file that was written may be empty, and one that was renamed may
-have its old name again. fsync returns when the disk has it.
+Python's own calls do not wait for the disk: after a power cut a written file may be empty, and a renamed one may have its old
+name again. fsync returns when the disk has the bytes.
 """
 
 import hashlib
@@ -15,17 +15,17 @@ from typing import BinaryIO
 
 from minidiff.core.errors import MinidiffError, SettingsError
 
-HIDDEN = ".tmp-minidiff-"  # the names of half-written files and folders begin so, and no others
+HIDDEN = ".tmp-minidiff-"  # how the names of half-written files and folders begin
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to. At the end of the `with` it takes the place of `path`: a reader sees the old bytes or the new.
+    """A file to write to, which replaces `path` at the end of the `with`. After an error the old file stays.
 
-    An OSError names `path`. If anything is raised, the old file stays.
+    An OSError names `path`.
     """
     hidden = path.with_name(f"{HIDDEN}{path.name}.{os.getpid()}.tmp")
-    remove(hidden)  # left by a process of this number that was killed
+    remove(hidden)  # left by a killed process of this number
     try:
         with open(hidden, "xb") as file:  # x: never through a link that somebody put there
             yield file
@@ -47,12 +47,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def new_output(output: Path) -> Iterator[Path]:
-    """A path to write a new file or folder to. At the end of the `with` it becomes `output`; after an error, nothing stays.
+    """A temporary path for a new file or folder, which becomes `output` at the end of the `with`. Errors name `output`.
 
-    The path lies in a temporary folder beside `output`. Errors name `output` instead. SettingsError if `output` exists.
+    After an error nothing stays. SettingsError if `output` exists.
     """
-    check_new(output)
-    asked, output = output, Path(os.path.realpath(output))  # "x/../dog.safetensors" is dog.safetensors, and needs no x
+    asked, output = output, output.parent.resolve() / output.name  # "x/../dog.safetensors" needs no folder x
     check_new(output)
     beside = next(folder for folder in output.parents if folder.exists())
     with TemporaryDirectory(prefix=HIDDEN, dir=beside) as scratch:
@@ -67,7 +66,7 @@ def new_output(output: Path) -> Iterator[Path]:
 
 
 def check_new(output: Path) -> None:
-    if output.exists() or output.is_symlink():
+    if os.path.lexists(output):
         raise SettingsError(f"{output} is there already, and nothing is overwritten; choose another name.")
 
 
@@ -79,13 +78,12 @@ def called(path: Path, name: str | Path) -> Iterator[None]:
     except MinidiffError as error:
         raise type(error)(str(error).replace(str(path), str(name))) from error
     except OSError as error:
-        if isinstance(error.filename, str):
-            error.filename = error.filename.replace(str(path), str(name))
+        error.filename = error.filename and str(error.filename).replace(str(path), str(name))
         raise
 
 
 def fsync(path: Path) -> None:
-    """Wait until the disk has a file's bytes, or a folder's names. (Windows has no such call for folders, and needs none.)"""
+    """Wait until the disk has a file's bytes, or a folder's names. (Windows has no such call for folders.)"""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -96,7 +94,7 @@ def fsync(path: Path) -> None:
 
 
 def fsync_tree(path: Path) -> list[Path]:
-    """fsync a file, or a folder with all that is in it. Returns the files below the folder, sorted."""
+    """fsync a file, or a folder with its contents. Returns the files in the folder, sorted."""
     paths = sorted(path.rglob("*"))
     for each in [*paths, path]:
         fsync(each)
@@ -118,7 +116,7 @@ def put_aside(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with all that is in it, or a link (not what it leads to)."""
+    """Remove a file, a folder with its contents, or a link (not its target)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

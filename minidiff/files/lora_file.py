@@ -24,7 +24,6 @@ from minidiff.core.errors import AdapterError, did_you_mean
 from minidiff.core.inject import adaptable_layers, adapter_names, check_new, lora_layers, set_adapters, wrap
 from minidiff.core.lora import LoRAWeights
 from minidiff.files import names as all_names
-from minidiff.files import word_file
 from minidiff.files.atomic import write_bytes
 from minidiff.files.lora_module import (
     COMPONENTS,
@@ -42,12 +41,13 @@ from minidiff.files.lora_module import (
     read_configs,
     weights_of,
 )
-from minidiff.files.lora_names import USE_INVERSION, WRITTEN, LoRAHeader, Place, key_of, lora_header
+from minidiff.files.lora_names import WRITTEN, LoRAHeader, Place, key_of, lora_header
 from minidiff.files.values import listed
-from minidiff.files.weights import TensorFile, file_at, read_header, save
+from minidiff.files.weights import TensorFile, file_at, find_weights, read_header, save
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
+LORA_FILES = (FILE_NAME, PEFT_FILE)
 
 @dataclass(frozen=True)
 class LoRAFile:
@@ -87,23 +87,6 @@ def _few(values: Iterable[float]) -> str:
 # --- reading -----------------------------------------------------------------------------------------------------------
 
 
-def find_lora(path: str | Path, weight_name: str | None = None) -> Path:
-    """The file itself, or the adapter in a folder, or the file `weight_name` in it."""
-    path = Path(path)
-    if weight_name is not None:
-        return path / weight_name
-    if not path.is_dir():
-        return path
-    for name in (FILE_NAME, PEFT_FILE):
-        if (path / name).is_file():
-            return path / name
-    there = sorted(p.name for p in path.glob("*.safetensors"))
-    if word_file.FILE_NAME in there:
-        raise AdapterError(f"{path} is no LoRA's folder: it has {word_file.FILE_NAME}. {USE_INVERSION}")
-    hint = f"it has {', '.join(there)}: name the file itself" if there else "there is no .safetensors file in it"
-    raise AdapterError(f"{path} has no {FILE_NAME} and no {PEFT_FILE}; {hint}.")
-
-
 def read_lora(
     path: str | Path,
     weight_name: str | None = None,
@@ -116,7 +99,8 @@ def read_lora(
     `alpha` is for files that do not say it. `config` is the U-Net in which LDM's names are counted. A tensor that belongs to
     no adapter of an SD model is an AdapterError; with `strict=False` it is listed in `unknown`.
     """
-    return read_modules(lora_header(read_header(find_lora(path, weight_name)), config), alpha, strict)
+    file = Path(path) / weight_name if weight_name else find_weights(path, LORA_FILES)
+    return read_modules(lora_header(read_header(file), config), alpha, strict)
 
 
 def read_modules(header: LoRAHeader, alpha: float | None, strict: bool) -> LoRAFile:
@@ -190,7 +174,8 @@ def load_lora(
         check_new(model, adapter_name)
     config = getattr(models.get("unet"), "config", SD15_UNET)
     layers = {f"{part}.{name}": layer for part, model in models.items() for name, layer in adaptable_layers(model).items()}
-    header = lora_header(read_header(find_lora(path, weight_name)), config)
+    file = Path(path) / weight_name if weight_name else find_weights(path, LORA_FILES)
+    header = lora_header(read_header(file), config)
     left = check_fit(models, layers, header, strict)
     lora = read_modules(header, alpha, strict)
     found = {name: fitted(weights, layers[name].weight) for name, weights in lora.modules.items() if name in layers}

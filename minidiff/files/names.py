@@ -6,8 +6,8 @@ Only names and shapes here; nothing is opened or read. Three naming schemes for 
     LDM         model.diffusion_model.input_blocks.2.0.in_layers.0.weight     CompVis, A1111, ComfyUI: everything in one
     kohya       lora_unet_down_blocks_0_…_to_q.lora_down.weight   adapters of sd-scripts and A1111
 
-LDM counts the U-Net's layers straight through, where diffusers nests blocks and layers. So the map between the two is
-a count: a table of module prefixes, made for given numbers of levels and layers, and read in either direction.
+LDM numbers the U-Net's layers from first to last, where diffusers nests blocks and layers. So the map between the two is
+a table of module prefixes, made for given numbers of levels and layers, and read in either direction.
 """
 
 import re
@@ -19,7 +19,7 @@ from minidiff.files.text_files import PREFIX as CLIP
 
 
 class HasShape(Protocol):
-    """A tensor, or what a file's header says about one."""
+    """A tensor, or the header's entry for one."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -31,6 +31,7 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model.transformer."
 NOT_NEEDED = re.compile(r"[^.]+|model_ema\..*")  # names without a dot: the schedule's buffers; EMA: a second U-Net
+POSITION_IDS = "embeddings.position_ids"  # the numbers 0 to 76, which old CLIP files hold as if they were weights
 
 RESNET = {  # diffusers -> LDM, inside one ResBlock of the U-Net
     "norm1": "in_layers.0",
@@ -47,10 +48,8 @@ def unet_table(config: UNetConfig) -> dict[str, str]:
     """Module prefixes of the U-Net, diffusers -> LDM."""
     table: dict[str, str] = {}
     for ours, theirs in _unet_blocks(config):
-        if ".resnets." in ours:
-            table |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in RESNET.items()}
-        else:
-            table[ours] = theirs
+        inside = RESNET if ".resnets." in ours else {}
+        table |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in inside.items()} or {ours: theirs}
     return table
 
 
@@ -83,23 +82,21 @@ def _unet_blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
 
 def vae_table(config: VAEConfig) -> dict[str, str]:
     """Module prefixes of the VAE, diffusers -> LDM. LDM numbers the decoder's levels from the picture's side."""
-    levels = len(config.block_out_channels)
-    table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    layers, last = config.layers_per_block, len(config.block_out_channels) - 1
+    table: dict[str, str] = {}
     for half in ("encoder", "decoder"):
-        table |= {f"{half}.conv_in": f"{half}.conv_in", f"{half}.conv_out": f"{half}.conv_out"}
         table |= {f"{half}.conv_norm_out": f"{half}.norm_out"}
         table |= {f"{half}.mid_block.resnets.{j}": f"{half}.mid.block_{j + 1}" for j in range(2)}
-        middle = f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1"
-        table |= {f"{middle[0]}.{a}": f"{middle[1]}.{b}" for a, b in VAE_ATTENTION.items()}
-    for i in range(levels):
-        n, up = config.layers_per_block, levels - 1 - i
-        blocks = [(f"encoder.down_blocks.{i}.resnets.{j}", f"encoder.down.{i}.block.{j}") for j in range(n)]
-        blocks += [(f"decoder.up_blocks.{i}.resnets.{j}", f"decoder.up.{up}.block.{j}") for j in range(n + 1)]
-        for ours, theirs in blocks:
-            table |= {ours: theirs, f"{ours}.conv_shortcut": f"{theirs}.nin_shortcut"}
-        if i < levels - 1:
+        table |= {f"{half}.mid_block.attentions.0.{a}": f"{half}.mid.attn_1.{b}" for a, b in VAE_ATTENTION.items()}
+    for i in range(last + 1):
+        levels = ((f"encoder.down_blocks.{i}", f"encoder.down.{i}"), (f"decoder.up_blocks.{i}", f"decoder.up.{last - i}"))
+        for ours, theirs in levels:
+            for j in range(layers + ours.startswith("decoder")):
+                table[f"{ours}.resnets.{j}"] = f"{theirs}.block.{j}"
+                table[f"{ours}.resnets.{j}.conv_shortcut"] = f"{theirs}.block.{j}.nin_shortcut"
+        if i < last:
             table[f"encoder.down_blocks.{i}.downsamplers.0"] = f"encoder.down.{i}.downsample"
-            table[f"decoder.up_blocks.{i}.upsamplers.0"] = f"decoder.up.{up}.upsample"
+            table[f"decoder.up_blocks.{i}.upsamplers.0"] = f"decoder.up.{last - i}.upsample"
     return table
 
 
@@ -122,29 +119,20 @@ def is_vae_attention(key: str) -> bool:
     return bool(re.search(r"mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.weight$", key))
 
 
-# --- names that changed over the years -------------------------------------------------------------------------------
-
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # SD 1.4 and 1.5 repos
 
 
 def modern(key: str) -> str:
     """One name for a tensor from a file of any year: the new attention names, CLIP without `text_model.`"""
-    old = re.search(r"mid_block\.attentions\.0\.(query|key|value|proj_attn)\.", key)
-    if old:
+    if old := re.search(r"mid_block\.attentions\.0\.(query|key|value|proj_attn)\.", key):
         key = key.replace(f".{old[1]}.", f".{OLD_VAE_ATTENTION[old[1]]}.")
     return key.removeprefix(CLIP)
-
-
-def is_position_ids(key: str) -> bool:
-    """Old CLIP files hold the numbers 0 to 76 as if they were weights."""
-    return key.endswith("embeddings.position_ids")
 
 
 # --- what is this file? ----------------------------------------------------------------------------------------------
 
 FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the text that cross-attention reads
 INPUTS = {4: "", 9: "inpainting ", 8: "InstructPix2Pix ", 5: "depth "}  # by the U-Net's input channels
-
 DIALECTS = {  # LoRA key styles, by any of their keys
     "peft": r"base_model\.model\.",
     "kohya": r"lora_(unet|te\d?|prior)_",
@@ -154,30 +142,24 @@ DIALECTS = {  # LoRA key styles, by any of their keys
     "diffusers": r"(unet|text_encoder\w*|transformer)\..*\.lora_[AB]\.",
 }
 KINDS = {  # LoRA's relatives, by any of their keys; the first that fits
-    "LoKr": "lokr_",
-    "LoHa": "hada_",
-    "OFT": "b?oft_",
-    "IA3": "(ia3_|on_input$)",
-    "GLoRA": r"[ab][12]\.weight$",
-    "full difference": r"(diff(_b)?|[wb]_norm)$",
-    "DoRA": "(dora_scale|lora_magnitude_vector)",
+    "LoKr": r"\.lokr_",
+    "LoHa": r"\.hada_",
+    "OFT": r"\.b?oft_",
+    "IA3": r"\.(ia3_|on_input$)",
+    "GLoRA": r"\.[ab][12]\.weight$",
+    "full difference": r"\.(diff(_b)?|[wb]_norm)$",
+    "DoRA": r"\.(dora_scale|lora_magnitude_vector)",
 }
-
-
-LOOKS = (  # how a file can look: the prefixes of names that it has, all of them; the first that fits
-    (("conditioner.",), "an SDXL single file"),
-    (("cond_stage_model.model.",), "an SD 2.x single file in the LDM layout"),
-    ((UNET_PREFIX,), "an {family} {inputs}single file in the LDM layout"),
-    (("control_model.",), "a ControlNet"),
-    (("controlnet_cond_embedding.",), "a ControlNet"),
-    (("input_hint_block.",), "a ControlNet"),
-    (("conv_in.weight", "time_embedding."), "an {family} {inputs}U-Net in the diffusers layout"),
-    (("input_blocks.",), "an {family} {inputs}U-Net in the LDM layout, without VAE and text encoder"),
-    (("decoder.mid_block.",), "a VAE in the diffusers layout"),
-    (("decoder.mid.",), "a VAE in the LDM layout"),
-    ((VAE_PREFIX,), "a VAE in the LDM layout"),
-    (("vision_model.",), "a CLIP model with an image encoder"),
-    (("visual.",), "a CLIP model with an image encoder"),
+LOOKS = (  # how a file can look, by the beginning of any of its names; the first that fits
+    (r"conditioner\.", "an SDXL single file"),
+    (r"cond_stage_model\.model\.", "an SD 2.x single file in the LDM layout"),
+    (r"model\.diffusion_model\.", "an {family} {inputs}single file in the LDM layout"),
+    (r"control_model\.|controlnet_cond_embedding\.|input_hint_block\.", "a ControlNet"),
+    (r"time_embedding\.", "an {family} {inputs}U-Net in the diffusers layout"),
+    (r"input_blocks\.", "an {family} {inputs}U-Net in the LDM layout, without VAE and text encoder"),
+    (r"decoder\.mid_block\.", "a VAE in the diffusers layout"),
+    (r"decoder\.mid\.|first_stage_model\.", "a VAE in the LDM layout"),
+    (r"vision_model\.|visual\.", "a CLIP model with an image encoder"),
 )
 
 
@@ -189,8 +171,8 @@ def describe(tensors: Mapping[str, HasShape]) -> str:
     if dialect := lora_dialect(tensors):
         family = f" for {FAMILIES.get(width, 'another model')} (cross-attention width {width})" if width else ""
         return f"a {adapter_kind(tensors)} in the {dialect} style{family}"
-    for prefixes, looks in LOOKS:
-        if all(any(key.startswith(prefix) for key in tensors) for prefix in prefixes):
+    for pattern, looks in LOOKS:
+        if any(re.match(pattern, key) for key in tensors):
             family = FAMILIES.get(width or 0, f"SD (cross-attention width {width or 'unknown'})")
             return looks.format(family=family, inputs=_inputs(tensors))
     for key, tensor in tensors.items():
@@ -204,34 +186,24 @@ def describe(tensors: Mapping[str, HasShape]) -> str:
 
 def lora_dialect(keys: Iterable[str]) -> str | None:
     """The key style of an adapter file, from the first key that shows one; None if it is no adapter."""
-    for key in keys:
-        for dialect, pattern in DIALECTS.items():
-            if re.match(pattern, key):
-                return dialect
-    return None
+    found = (dialect for key in keys for dialect, pattern in DIALECTS.items() if re.match(pattern, key))
+    return next(found, None)
 
 
 def adapter_kind(keys: Iterable[str]) -> str:
     """LoRA, or one of its relatives."""
     keys = list(keys)
-    for kind, pattern in KINDS.items():
-        if any(re.search(rf"\.{pattern}", key) for key in keys):
-            return kind
-    return "LoRA"
+    return next((kind for kind, pattern in KINDS.items() if any(re.search(pattern, key) for key in keys)), "LoRA")
 
 
 def cross_attention_width(tensors: Mapping[str, HasShape]) -> int | None:
     """The width of the prompt's tokens: 768 in SD 1.x. From a U-Net's keys in any layout, or an adapter's."""
     to_k = re.compile(r"attn2[._](processor\.)?to_k(_lora)?\.(base\.)?(weight|.*(lora_A|down).*)$")
-    for key, tensor in tensors.items():
-        if to_k.search(key) and len(tensor.shape) > 1:
-            return tensor.shape[1]
-    return None
+    return next((t.shape[1] for key, t in tensors.items() if to_k.search(key) and len(t.shape) > 1), None)
 
 
 def _inputs(tensors: Mapping[str, HasShape]) -> str:
-    for name in ("conv_in.weight", "input_blocks.0.0.weight", f"{UNET_PREFIX}input_blocks.0.0.weight"):
-        if name in tensors and len(tensors[name].shape) > 1:
-            channels = tensors[name].shape[1]
-            return INPUTS.get(channels, f"{channels}-channel ")
-    return ""
+    """The kind of U-Net by its input channels, for `describe`."""
+    first = re.compile(r"(conv_in|(model\.diffusion_model\.)?input_blocks\.0\.0)\.weight")
+    channels = next((t.shape[1] for key, t in tensors.items() if first.fullmatch(key) and len(t.shape) > 1), 4)
+    return INPUTS.get(channels, f"{channels}-channel ")

@@ -1,7 +1,7 @@
 """The text tower's files: vocab.json and merges.txt, config.json, and the names of its weights.
 
-transformers 4 keeps the tower one level down, `text_model.encoder…`; transformers 5 has `encoder…`. Files of SD 1.5 have the
-first form, and minidiff writes no other; weights.py reads both.
+transformers 4 keeps the tower one level down, `text_model.encoder…`; transformers 5 has `encoder…`. minidiff reads both forms
+and writes the first, that of SD 1.5's files.
 """
 
 import json
@@ -38,17 +38,16 @@ def load_tokenizer(folder: Path) -> "CLIPTokenizer":
 
 
 def _check_vocabulary(folder: Path) -> None:
-    """Refuse files that do not belong together: the library accepts a truncated merges.txt, and gets other ids."""
+    """Refuse a merges.txt that lacks tokens of vocab.json: the library accepts it, and gets other ids."""
     try:
         vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8")).keys()
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        joined = (folder / "merges.txt").read_text(encoding="utf-8").replace(" ", "").splitlines()
     except (ValueError, AttributeError, RecursionError) as error:  # not JSON, not UTF-8, not a table
         raise WeightsError(f"{folder}: vocab.json or merges.txt is damaged ({error}). Copy both again.") from error
-    joined = {line.replace(" ", "") for line in lines if line and not line.startswith("#version")}
-    longer = {token for token in vocabulary if len(token.removesuffix("</w>")) > 1}
-    if odd := {token for token in joined ^ longer if not token.startswith("<|")}:  # the two marks are in no merge
-        some = ", ".join(sorted(odd)[:3])
-        raise WeightsError(f"{folder}: vocab.json and merges.txt disagree on {len(odd)} tokens ({some} …). Copy both again.")
+    longer = {token for token in vocabulary if len(token.removesuffix("</w>")) > 1 and not token.startswith("<|")}
+    if missing := longer - set(joined):
+        some = f"{len(missing)} tokens ({', '.join(sorted(missing)[:3])} …)"
+        raise WeightsError(f"{folder}: vocab.json and merges.txt disagree on {some}. Copy both again.")
 
 
 def build_text_encoder(values: Mapping[str, Any], where: str) -> "CLIPTextModel":
@@ -72,9 +71,6 @@ def build_text_encoder(values: Mapping[str, Any], where: str) -> "CLIPTextModel"
 
 
 def to_file_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of either layout -> the keys of SD 1.5's files, with `text_model.` in front.
-
-    `position_ids`, the numbers 0 … 76 that old files carry as if they were weights, are left out.
-    """
+    """Keys of either layout -> the keys of SD 1.5's files: with `text_model.`, without the old `position_ids`."""
     named = {PREFIX + key.removeprefix(PREFIX): value for key, value in state.items()}
     return {key: value for key, value in named.items() if not key.endswith("embeddings.position_ids")}

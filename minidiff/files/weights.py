@@ -10,7 +10,7 @@ A safetensors file is 8 bytes (n, little-endian), n bytes of JSON (for each tens
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -25,28 +25,20 @@ from minidiff.files import names as keymaps
 from minidiff.files.atomic import whole_file
 from minidiff.files.values import listed
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+DTYPES = {  # by their names in a header
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 METADATA = "__metadata__"  # the one name in a header that is no tensor's
 LARGE = 2**28  # bytes: 256 MB
+MODEL_FILES = tuple(f"{stem}{end}.safetensors" for stem in ("diffusion_pytorch_model", "model") for end in ("", ".fp16"))
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")  # how the names of pickled weights end
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")  # the usual endings of pickled weights
 PICKLE = "which can run code when it is opened; get the .safetensors version of it, or `minidiff convert` it."
-OTHER_FILES = {  # how they begin
+OTHER_FILES = {  # their first bytes, and what to say of them
     b"version https://git-lfs": "is a git-LFS pointer, not the file itself; run `git lfs pull` in its folder.",
     b"PK": f"is a PyTorch pickle (zip), {PICKLE}",
     b"\x80": f"is a Python pickle, {PICKLE}",
@@ -75,9 +67,8 @@ class TensorFile:
     def read(self, torch_dtype: torch.dtype | None = None, mapped: bool = False) -> dict[str, Tensor]:
         """Every tensor, cast to `torch_dtype` if one is given. WeightsError for NaN and infinity.
 
-        With `mapped`, tensors of LARGE files that need no cast are not checked: they are mapped into memory, and read from
-        the disk when they are first used. To check 4 GB takes three times as long as all else in loading SD 1.5. A NaN in
-        them is found when a picture is drawn, and the error then names the tensor.
+        With `mapped`, tensors of LARGE files that need no cast are memory-mapped and not checked, because checking 4 GB takes
+        three times as long as the rest of loading. A NaN in them is found when a picture is drawn.
         """
         tensors = {}
         unchecked = mapped and sum(prod(info.shape) * info.dtype.itemsize for info in self.tensors.values()) > LARGE
@@ -98,7 +89,7 @@ def is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     if tensor.dtype not in WEIGHT_DTYPES:
-        tensor = tensor.half()  # fp8, which PyTorch cannot compare; NaN and infinity stay what they are
+        tensor = tensor.half()  # fp8, which PyTorch cannot compare
     return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
@@ -147,7 +138,7 @@ def first_bytes(path: Path) -> bytes:
 
 
 def foreign(start: bytes) -> str:
-    """For a message: what is a file that begins so, if it is not in the safetensors format?"""
+    """For a message: the kind of a file that begins so and is no safetensors file."""
     unknown = "is not a safetensors file (no header where one should be). Is it the right one?"
     return next((what for magic, what in OTHER_FILES.items() if start.startswith(magic)), unknown)
 
@@ -158,28 +149,27 @@ def is_pickle(path: Path) -> bool:
     return start.startswith((b"PK", b"\x80")) and start[8:9] != b"{"
 
 
-def find_weights(folder: str | Path) -> Path:
-    """The weight file of one part of a model in the diffusers layout (`unet/`, `vae/`, `text_encoder/`)."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise WeightsError(f"{folder} is not a folder; a model in the diffusers layout has one of that name.")
-    for stem in ("diffusion_pytorch_model", "model"):
-        for ending in (".safetensors", ".fp16.safetensors"):
-            if (path := folder / f"{stem}{ending}").is_file():
-                return path
-    there = sorted(path.name for path in folder.iterdir())
-    if pickles := [name for name in there if name.endswith(PICKLES)]:
+def find_weights(path: str | Path, names: Sequence[str] = MODEL_FILES) -> Path:
+    """The file itself; in a folder, the first of `names` that it has, or the only .safetensors file there."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    there = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".json", *PICKLES))
+    weights = [file for file in there if file.suffix == ".safetensors"]
+    usual = [path / name for name in names if path / name in weights]
+    if usual or len(weights) == 1:
+        return (usual or weights)[0]
+    if not weights and (pickle := next((file for file in there if file.suffix in PICKLES), None)):
         raise WeightsError(
-            f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code when it is opened. "
+            f"{path} has its weights only as a pickle ({pickle.name}), which can run code when it is opened. "
             "Get the .safetensors version of it, or make it: "
-            f"minidiff convert {folder / pickles[0]} {folder}/model.safetensors --to safetensors"
+            f"minidiff convert {pickle} {path}/model.safetensors --to safetensors"
         )
-    if any(name.endswith(".index.json") for name in there):
-        raise WeightsError(f"{folder}: the weights are split over several files; minidiff reads single ones.")
-    raise WeightsError(
-        f"{folder} has no diffusion_pytorch_model.safetensors and no model.safetensors; "
-        f"it has {', '.join(there) or 'nothing'}."
-    )
+    if any(file.name.endswith(".index.json") for file in there):
+        raise WeightsError(f"{path}: the weights are split over several files; minidiff reads single ones.")
+    if weights:
+        raise WeightsError(f"{path} has several weight files, {', '.join(file.name for file in weights)}: name one of them.")
+    raise WeightsError(f"{path} has no .safetensors file. Is it the right folder?")
 
 
 # --- into a model ----------------------------------------------------------------------------------------------------
@@ -188,18 +178,20 @@ def find_weights(folder: str | Path) -> Path:
 def load_into(model: nn.Module, source: str | Path | TensorFile, torch_dtype: torch.dtype | None = None) -> None:
     """Give `model` the tensors of a file, which must be exactly its own: no name missing, extra or of another shape.
 
-    Checked against the header before any data is read. The file's tensors become the parameters, so build the model on
-    the "meta" device (`with torch.device("meta")`): no time goes into random numbers, no memory into a second copy.
-    They keep the file's dtype unless `torch_dtype` is given.
+    Checked against the header before any data is read. The file's tensors become the parameters, in their own dtype or in
+    `torch_dtype`, so build the model under `torch.device("meta")`: it takes no time and no memory.
     """
     file = source if isinstance(source, TensorFile) else read_header(source)
     wanted = {keymaps.modern(key): tensor for key, tensor in model.state_dict().items()}
-    given = {keymaps.modern(key): info for key, info in file.tensors.items() if not keymaps.is_position_ids(key)}
+    given = {keymaps.modern(key): info for key, info in file.tensors.items() if not key.endswith(keymaps.POSITION_IDS)}
     check_fit(model, wanted, given, file)
     tensors = replace(file, tensors=given).read(torch_dtype, mapped=True)
     state = {key: tensors[keymaps.modern(key)].reshape(old.shape) for key, old in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
-    fill_position_ids(model)
+    for module in model.modules():  # CLIP's one tensor that no file needs: a model built on "meta" has it without numbers
+        ids = getattr(module, "position_ids", None)
+        if isinstance(ids, Tensor) and ids.is_meta:
+            module.position_ids = torch.arange(ids.shape[-1]).expand(ids.shape)
 
 
 def check_fit(model: nn.Module, wanted: Mapping[str, Tensor], given: Mapping[str, TensorInfo], file: TensorFile) -> None:
@@ -211,24 +203,11 @@ def check_fit(model: nn.Module, wanted: Mapping[str, Tensor], given: Mapping[str
             misfits.append(f"{name} is {shape}, in the model {model_shape}")
         elif given[name].dtype not in WEIGHT_DTYPES:
             misfits.append(f"{name} is {given[name].dtype}, which is no dtype for weights here")
-    problems = {
-        "missing": wanted.keys() - given.keys(),
-        "not in the model": given.keys() - wanted.keys(),
-        "misshapen": misfits,
-    }
-    if any(problems.values()):
-        raise WeightsError(
-            f"{file.path} does not fit {type(model).__name__}. The file looks like {file.looks_like}.\n"
-            + "\n".join(listed(what, names) for what, names in problems.items() if names)
-        )
-
-
-def fill_position_ids(model: nn.Module) -> None:
-    """The one tensor of CLIP that no file holds: a model built on "meta" has it without numbers."""
-    for module in model.modules():
-        ids = getattr(module, "position_ids", None)
-        if isinstance(ids, Tensor) and ids.is_meta:
-            module.position_ids = torch.arange(ids.shape[-1]).expand(ids.shape)
+    missing, extra = wanted.keys() - given.keys(), given.keys() - wanted.keys()
+    problems = {"missing": missing, "not in the model": extra, "misshapen": misfits}
+    if lines := [listed(what, names) for what, names in problems.items() if names]:
+        looks = f"does not fit {type(model).__name__}. The file looks like {file.looks_like}."
+        raise WeightsError("\n".join([f"{file.path} {looks}", *lines]))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -237,8 +216,8 @@ def fill_position_ids(model: nn.Module) -> None:
 def save(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file: the whole of it appears under `path`, or nothing.
 
-    The same tensors and metadata give the same bytes (the safetensors package shuffles the metadata), in its order:
-    wide dtypes first, then by name. Views, shared and strided tensors are written out in full. An OSError names the path.
+    The same tensors and metadata give the same bytes (the safetensors package shuffles the metadata): wide dtypes first,
+    then by name. Views, shared and strided tensors are written in full. An OSError names the path.
     """
     path = Path(path)
     if METADATA in tensors:

@@ -25,7 +25,7 @@ from minidiff.core.errors import AdapterError
 from minidiff.core.textual_inversion import MAX_VECTORS, add_word, placeholders
 from minidiff.files import names as keymaps
 from minidiff.files.values import listed
-from minidiff.files.weights import file_at, is_finite, read_header, save
+from minidiff.files.weights import file_at, find_weights, is_finite, read_header, save
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -87,24 +87,10 @@ def read_embedding(path: str | Path, token: str | None = None) -> Embedding:
 
     `token` gives the word another name; where a file holds several words, it says which one is meant.
     """
-    file = read_header(find_file(Path(path)))
+    file = read_header(find_weights(path, [FILE_NAME]))
     if not is_embedding(file.tensors):
         raise AdapterError(f"{file.path} is no textual inversion. The file looks like {file.looks_like}.")
     return embedding_in(file.read(), file.path, token, file.metadata.get("token"))
-
-
-def find_file(path: Path) -> Path:
-    """The file itself, or in a folder `learned_embeds.safetensors`, or the only one that is there."""
-    if not path.is_dir():
-        return path
-    if (path / FILE_NAME).is_file():
-        return path / FILE_NAME
-    there = sorted(path.glob("*.safetensors"))
-    if len(there) != 1:
-        names = ", ".join(file.name for file in there)
-        hint = f"it has {names}: name one of them" if there else "there is no .safetensors file in it"
-        raise AdapterError(f"{path} has no {FILE_NAME}; {hint}.")
-    return there[0]
 
 
 def is_embedding(tensors: Mapping[str, keymaps.HasShape]) -> bool:

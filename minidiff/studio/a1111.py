@@ -18,7 +18,8 @@ from minidiff.draw.images import generation_text
 from minidiff.draw.lora_tags import adapter_name_of, in_lora_dir
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.prompting import parse_prompt
-from minidiff.files.lora_file import find_lora
+from minidiff.files.lora_file import LORA_FILES
+from minidiff.files.weights import find_weights
 from minidiff.studio.hashes import HASHES, model_sha256, sha256_of
 
 Settings = Mapping[str, Any]
@@ -58,8 +59,8 @@ def parameters(settings: Settings, pipe: StableDiffusionPipeline, size: tuple[in
     if sampler == "ddim" and settings["eta"]:
         fields["Eta DDIM"] = settings["eta"]
     if settings["lora"]:
-        hashes = [f"{title_of(path)}: {sha256_of(find_lora(path, None), data_only=True)[:12]}" for path in settings["lora"]]
-        fields["Lora hashes"] = ", ".join(hashes)
+        files = {title_of(path): find_weights(path, LORA_FILES) for path in settings["lora"]}
+        fields["Lora hashes"] = ", ".join(f"{title}: {sha256_of(file, data_only=True)[:12]}" for title, file in files.items())
     if words := settings["textual_inversion"]:
         fields["TI hashes"] = ", ".join(f"{title_of(path)}: {HASHES['textual_inversion'](path)[:12]}" for path in words)
     fields["Version"] = f"minidiff {__version__}"

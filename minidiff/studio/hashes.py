@@ -7,9 +7,9 @@ from pathlib import Path
 
 from minidiff.core.errors import MinidiffError
 from minidiff.files.folder import local_folder
-from minidiff.files.lora_file import find_lora
+from minidiff.files.lora_file import LORA_FILES
 from minidiff.files.weights import find_weights
-from minidiff.files.word_file import find_file
+from minidiff.files.word_file import FILE_NAME
 
 
 def sha256_of(path: str | Path, data_only: bool = False) -> str:
@@ -58,8 +58,8 @@ def _vocabulary(folder: Path) -> list[Path]:
 HASHES: dict[str, Callable[[str], str]] = {  # by setting: how the file that it names is hashed
     "pretrained_model_name_or_path": model_sha256,
     "tokenizer": lambda folder: sha256_of_files(Path(folder), _vocabulary(Path(folder))),
-    "lora": lambda path: sha256_of(find_lora(path, None)),
-    "textual_inversion": lambda path: sha256_of(find_file(Path(path))),
+    "lora": lambda path: sha256_of(find_weights(path, LORA_FILES)),
+    "textual_inversion": lambda path: sha256_of(find_weights(path, [FILE_NAME])),
     "image": sha256_of,
     "mask_image": sha256_of,
 }

@@ -212,7 +212,7 @@ BROKEN_WEIGHTS: list[tuple[Callable[[Path], object], str]] = [
     (not_a_number, "NaN"),
     (lambda p: p.write_bytes(b""), "empty"),
     (lambda p: p.write_bytes(b"hello, this is no model at all"), "not a safetensors file"),
-    (lambda p: p.unlink(), "has no diffusion_pytorch_model.safetensors"),
+    (lambda p: p.unlink(), "unet has no .safetensors file. Is it the right folder?"),
     (lambda p: shutil.copy(p.parent.parent / "vae" / p.name, p), "does not fit UNet2DConditionModel"),
 ]
 

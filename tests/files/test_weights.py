@@ -132,9 +132,8 @@ def test_the_name_of_the_metadata_is_no_tensors_name(tmp_path: Path) -> None:
 
 
 def test_finding_the_weight_file(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="is not a folder"):
-        find_weights(tmp_path / "unet")
-    with pytest.raises(WeightsError, match="it has nothing"):
+    assert find_weights(tmp_path / "x") == tmp_path / "x"  # the file itself
+    with pytest.raises(WeightsError, match="has no .safetensors file"):
         find_weights(tmp_path)
     (tmp_path / "model.safetensors.index.json").touch()
     with pytest.raises(WeightsError, match="split over several files"):
@@ -142,6 +141,16 @@ def test_finding_the_weight_file(tmp_path: Path) -> None:
     (tmp_path / "diffusion_pytorch_model.bin").touch()
     with pytest.raises(WeightsError, match=r"only as a pickle \(diffusion_pytorch_model.bin\).*\.safetensors"):
         find_weights(tmp_path)
+    for name in ("b.safetensors", "a.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(WeightsError, match="split over several files"):
+        find_weights(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(WeightsError, match="has several weight files, a.safetensors, b.safetensors: name one of them"):
+        find_weights(tmp_path)
+    assert find_weights(tmp_path, ["c.safetensors", "b.safetensors"]).name == "b.safetensors"
+    (tmp_path / "b.safetensors").unlink()
+    assert find_weights(tmp_path).name == "a.safetensors"  # the only one
     for name in ("model.fp16.safetensors", "model.safetensors", "diffusion_pytorch_model.fp16.safetensors", UNET_FILE):
         (tmp_path / name).touch()
         assert find_weights(tmp_path).name == name

@@ -13,7 +13,7 @@ import minidiff
 from minidiff.core.errors import AdapterError, MinidiffError, WeightsError
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.weights import read_header
-from minidiff.files.word_file import FILE_NAME, embedding_in, find_file, read_embedding, save_embedding
+from minidiff.files.word_file import FILE_NAME, embedding_in, read_embedding, save_embedding
 
 D = 24  # width of the tiny text encoder
 
@@ -215,15 +215,15 @@ def test_pickles_are_not_opened(tmp_path: Path) -> None:
     torch.save({"<x>": vectors()}, tmp_path / "learned_embeds.bin")
     with pytest.raises(WeightsError, match=r"pickle.*get the .safetensors"):
         read_embedding(tmp_path / "learned_embeds.bin")
-    with pytest.raises(AdapterError, match=r"has no learned_embeds.safetensors; there is no .safetensors file in it"):
+    with pytest.raises(WeightsError, match=r"has its weights only as a pickle \(learned_embeds.bin\)"):
         read_embedding(tmp_path)
 
 
 def test_a_folder_with_many_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_embedding(tmp_path / f"{name}.safetensors", "<x>", vectors())
-    with pytest.raises(AdapterError, match=r"it has a.safetensors, b.safetensors: name one of them"):
-        find_file(tmp_path)
+    with pytest.raises(WeightsError, match=r"has several weight files, a.safetensors, b.safetensors: name one of them"):
+        read_embedding(tmp_path)
     with pytest.raises(MinidiffError, match="does not exist"):
         read_embedding(tmp_path / "c.safetensors")
 

@@ -195,25 +195,30 @@ def optimizer_bytes(trained: list[int], settings: FineTuneSettings) -> int:
 def budget(task: "Job", settings: FineTuneSettings) -> Budget:
     """The memory of the run, in rows."""
     device, trained = next(iter(task.trainable.values())).device.type, [p.numel() for p in task.trainable.values()]
-    networks = [*task.modules.values(), *task.beside.values()]
-    there = [t for network in networks for t in chain(network.parameters(), network.buffers()) if t.device.type == device]
-    away = sum(p.nbytes for network in networks for p in network.parameters() if p.device.type != device)
+    networks = {**task.modules, **task.beside}
+    tensors = {name: [*network.parameters(), *network.buffers()] for name, network in networks.items()}
+    there = {name: [t for t in all_of if t.device.type == device] for name, all_of in tensors.items()}
+    away = sum(p.nbytes for network in networks.values() for p in network.parameters() if p.device.type != device)
     step = step_bytes(task, settings)
     gradients = 0 if settings.optimizer_in_backward else gradient_size(settings) * sum(trained)
-    rows = [
-        ("weights", sum(t.numel() * dtype_in(settings, t).itemsize for t in there), "of all networks"),
+    weights = sum(t.numel() * dtype_in(settings, t).itemsize for all_of in there.values() for t in all_of)
+    later = [  # than the pictures are encoded
         ("copies", step.copies if device == "cpu" else 0, "of frozen convolutions, in another order"),
         ("optimizer", optimizer_bytes(trained, settings), "AdamW's two running means"),
         ("averaged weights", 4 * sum(trained) if settings.use_ema else 0, "--use_ema"),
     ]
+    rows = [("weights", weights, " and ".join(name for name, all_of in there.items() if all_of)), *later]
     about = f"gradients {gradients / MIB:,.1f}; saved for backward {step.saved / MIB:,.1f}"
     moments = [("training step", step.fullest, about), ("update", gradients, "gradients")]
     vae = task.beside.get("VAE")
     if isinstance(vae, AutoencoderKL):
         latent = task.batch(0, 0)["latents"].shape[1:]
-        sheets = gradients + vae_bytes(vae, latent, "decode") if settings.validation_steps else 0
-        pictures = vae_bytes(vae, latent, "encode") if task.used_vae else 0
-        moments.append(("pictures", away + max(sheets, pictures), "the VAE encodes and draws one at a time"))
+        if task.used_vae:
+            size = away + vae_bytes(vae, latent, "encode") - sum(size for _, size, _ in later)
+            moments.append(("pictures", max(0, size), "the VAE encodes one at a time, before the rest is there"))
+        if settings.validation_steps:
+            size = gradients + away + vae_bytes(vae, latent, "decode")
+            moments.append(("sample sheets", size, "the VAE draws one at a time"))
     share = (SHARE_WITH_FIT if settings.fit else SHARE) if device == "cpu" else SHARE_ON_GPU
     rest = BASE + int(share * max(size for _, size, _ in moments))
     return Budget([row for row in rows if row[1]], moments, ("allowance", rest, f"not counted: {BASE // MIB} + {share:.0%}"))

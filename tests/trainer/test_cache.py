@@ -312,7 +312,10 @@ def test_what_is_not_needed_leaves(
     settings = tiny(method, tiny_folder, pictures, memory_path / "run", **changes)
     task = RECIPES[type(settings)](settings)
     assert on_meta(task.beside["VAE"]) != vae_stays and on_meta(task.modules["text_encoder"]) != words_stay
-    assert "one at a time" in str(memory.budget(task, settings))  # they were encoded
+    text = str(memory.budget(task, settings))
+    weights = next(line for line in text.splitlines() if line.startswith("  weights"))
+    assert ("VAE" in weights) == vae_stays and ("unet and text_encoder" in weights) == words_stay
+    assert "encodes one at a time" in text  # they were encoded
 
 
 def test_the_table_after_a_warm_start(tiny_folder: Path, memory_path: Path) -> None:  # noqa: F811
@@ -320,9 +323,25 @@ def test_the_table_after_a_warm_start(tiny_folder: Path, memory_path: Path) -> N
     pictures = draw_pictures(memory_path / "pictures")
     settings = tiny("lora", tiny_folder, pictures, memory_path / "run", cache_dir=str(memory_path / "cache"))
     cold, warm = (memory.budget(RECIPES[type(settings)](settings), settings) for _ in range(2))
-    pictures_of = [{name: size for name, size, _ in need.moments}["pictures"] for need in (cold, warm)]
-    assert pictures_of[0] > pictures_of[1]  # what is left is the space of networks that wait elsewhere
+    assert "pictures" in [row[0] for row in cold.moments] and "pictures" not in [row[0] for row in warm.moments]
     assert warm.together <= cold.together
+
+
+def test_pictures_are_encoded_before_the_rest_is_there(
+    tiny_folder: Path,
+    memory_path: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So an average of the weights makes the run larger, and that moment not."""
+    monkeypatch.setattr(memory, "vae_bytes", lambda *_: 2**24)  # a VAE that takes more than all that comes later
+    settings = tiny("lora", tiny_folder, draw_pictures(memory_path / "pictures"), memory_path / "run")
+    task, then = RECIPES[type(settings)](settings), []
+    for use_ema in (False, True):
+        need = memory.budget(task, replace(settings, use_ema=use_ema))
+        pictures = {name: size for name, size, _ in need.moments}["pictures"]
+        held = sum(size for _, size, _ in need.held)
+        then.append((held + pictures, held))
+    assert then[0][0] == then[1][0] > then[1][1] > then[0][1]
 
 
 class Traveller(nn.Module):

@@ -185,10 +185,6 @@ class DataCheck(Flags):
     """As in training: pictures keep their shape."""
     masked_loss: bool = False
     """As in training: check the masks, too."""
-    trigger: str | None = None
-    """A word that every caption should contain, such as sks."""
-    tokenizer: str | None = None
-    """Folder of a tokenizer, to find captions that are too long for CLIP."""
 
 
 @dataclass(frozen=True)

@@ -36,26 +36,13 @@ def train(s: FineTuneSettings) -> None:
 
 
 def data_check(s: DataCheck) -> None:
-    from minidiff.core.text import token_ids
-    from minidiff.files.text_files import load_tokenizer
-    from minidiff.trainer.buckets import bucket_sizes
-    from minidiff.trainer.check_data import as_table, check_dataset
+    from minidiff.trainer.dataset import as_table, bucket_sizes, check_folder, scan_folder
 
-    folder, tokenizer = Path(s.folder), load_tokenizer(Path(s.tokenizer)) if s.tokenizer else None
-    problems = check_dataset(
-        folder,
-        s.instance_prompt,
-        s.caption_column,
-        s.resolution,
-        masks=s.masked_loss,
-        buckets=bucket_sizes(s.resolution, 64) if s.aspect_ratio_buckets else [],
-        trigger=s.trigger,
-        count_tokens=(lambda text: len(token_ids(tokenizer, text))) if tokenizer else None,
-    )
-    print(as_table(problems, folder))
-    if errors := [problem for problem in problems if problem.kind == "error"]:
-        skip = ", or train with --skip_bad" if all(problem.can_be_skipped for problem in errors) else ""
-        raise DataError(f"{folder}: mend what is marked as an error above{skip}.")
+    scan = scan_folder(Path(s.folder), s.instance_prompt, s.caption_column, s.masked_loss)
+    check_folder(scan, s.resolution, bucket_sizes(s.resolution, 64) if s.aspect_ratio_buckets else [])
+    print(as_table(scan, Path(s.folder)))
+    if scan.errors:
+        raise DataError(f"{s.folder}: mend what is marked as an error above. --skip_bad leaves out pictures that are no use.")
 
 
 def ladder(s: LadderSettings) -> None:

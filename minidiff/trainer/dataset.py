@@ -1,27 +1,38 @@
-"""Pictures and captions in a folder -> a list of examples. Every mistake is named with its file and line.
+"""Pictures and captions in a folder -> a list of examples. Every error names its file and line.
 
 one prompt        a folder of pictures, and --instance_prompt for all of them
 metadata.jsonl    one JSON object a line: {"file_name": "a.png", "text": "a photo of …"}; or metadata.csv
 sidecars          a.png and a.txt (or a.caption)
-kohya's folders   10_sks dog/a.png: each picture comes 10 times an epoch; without a caption of its own, "sks dog" is it
-masks             a.mask.png beside a.png, or a column "mask" of the table: white is learnt, black is not
+kohya's folders   10_sks dog/a.png: each picture comes 10 times an epoch; its caption is "sks dog" if it has no other
+masks             a.mask.png beside a.png, or a column "mask" of the metadata: white is learnt, black is not
 """
 
+import csv
+import hashlib
+import io
+import json
+import math
 import os
 import re
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from minidiff.core.errors import DataError, did_you_mean
-from minidiff.trainer.tables import csv_rows, jsonl_rows, read_text
+from minidiff.draw.images import load_image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption")
 COLUMNS = ("text", "caption", "prompt")  # where captions are looked for, in this order
 MASK = ".mask.png"  # a.mask.png is the mask of a.png (or a.jpg, …)
+
+Size = tuple[int, int]  # width and height in pixels
 
 
 @dataclass(frozen=True)
@@ -32,23 +43,16 @@ class Example:
     caption: str
     mask: Path | None = None
     repeats: int = 1  # times an epoch
-    size: tuple[int, int] | None = None  # width and height to train at, where that is not a square: see buckets.py
+    size: Size | None = None  # to train at, where that is not a square
 
 
-@dataclass
-class Scan:
-    """The contents of a folder: the examples, all errors, and notices about files that are not used."""
-
-    examples: list[Example] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-    pictures: list[Path] = field(default_factory=list)  # used or not
+# --- folders ---------------------------------------------------------------------------------------------------------
 
 
 def read_folder(folder: Path, prompt: str | None, caption_column: str | None = None, masks: bool = False) -> list[Example]:
     """The examples in a folder, in the order of their names; `prompt` for all, or, if it is None, captions from files.
 
-    Raises DataError for anything that is not as it should be. Files of other kinds are left alone, with one notice.
+    Raises DataError for the first error. Files of other kinds are left alone, with one notice.
     """
     scan = scan_folder(folder, prompt, caption_column, masks)
     if scan.errors:
@@ -59,239 +63,285 @@ def read_folder(folder: Path, prompt: str | None, caption_column: str | None = N
     return scan.examples
 
 
-def scan_folder(folder: Path, prompt: str | None, caption_column: str | None = None, masks: bool = False) -> Scan:
-    """Like `read_folder`, but collects all errors instead of raising the first. `examples` has those without errors."""
+def scan_folder(folder: Path, prompt: str | None, caption_column: str | None = None, masks: bool = False) -> "Scan":
+    """Like `read_folder`, but collects all errors instead of raising the first."""
+    scan = Scan(prompt, caption_column, masks)
     if not folder.is_dir():
         what = "a file, not a folder" if folder.exists() else "no folder that exists"
-        return Scan(errors=[f"{folder} is {what}; give the folder of the pictures."])
-    names = sorted(p.name for p in folder.iterdir())
-    own = any(_is_picture(folder / n) or n in METADATA for n in names)
-    numbered = [n for n in names if re.match(r"[0-9]+_", n) and (folder / n).is_dir()]
-    if numbered and not own:
-        scan = _from_numbered(folder, names, numbered, prompt, caption_column, masks)
+        scan.errors.append(f"{folder} is {what}; give the folder of the pictures.")
+        return scan
+    inside = sorted(folder.iterdir())
+    kohya = [p for p in inside if re.match(r"[1-9][0-9]{0,4}_", p.name) and p.is_dir()]
+    if not kohya or any(is_picture(p) or p.name in METADATA for p in inside):
+        scan.read(folder)
     else:
-        scan = _scan_flat(folder, names, prompt, None, caption_column, masks)
-    if not scan.examples and not scan.errors:
-        scan.errors.append(_why_empty(folder, names))
-    if masks and scan.examples:
-        _check_masks(folder, scan)
-    return scan
-
-
-def _scan_flat(
-    folder: Path, names: list[str], prompt: str | None, fallback: str | None, caption_column: str | None, masks: bool
-) -> Scan:
-    """One folder, without those in it; `fallback` is the caption of pictures that have none."""
-    pictures = [folder / n for n in names if _is_picture(folder / n)]
-    pictures = [p for p in pictures if not _masked_by(p, pictures)]
-    scan, tables = Scan(pictures=pictures), [n for n in names if n in METADATA]
-    if prompt is not None:
-        scan.examples = [Example(p, prompt) for p in pictures]
-    elif len(tables) == 2:
-        scan.errors.append(f"{folder} has both {' and '.join(tables)}; remove one of them.")
-    elif tables:
-        try:
-            scan.examples = _from_table(folder / tables[0], caption_column, masks, scan.errors)
-        except DataError as error:
-            scan.errors.append(str(error))
-    else:
-        scan.examples = _from_sidecars(folder, pictures, names, fallback, scan.errors)
-    if masks:
-        scan.examples = [replace(e, mask=e.mask or _mask_beside(e.path)) for e in scan.examples]
-    meant = [e.path for e in scan.examples] if tables and prompt is None else pictures  # with or without a caption
-    if strays := _strays(folder, names, meant + [e.mask for e in scan.examples if e.mask]):
-        scan.notices.append(f"{folder}: not used: {_some(strays)}.")
-    return scan
-
-
-# --- kohya's folders -------------------------------------------------------------------------------------------------
-
-
-def _from_numbered(
-    folder: Path, names: list[str], numbered: list[str], prompt: str | None, caption_column: str | None, masks: bool
-) -> Scan:
-    """A folder of folders: each picture comes as often as the number before its folder's name says."""
-    whole = Scan()
-    for name in numbered:
-        number, words = name.split("_", maxsplit=1)
-        inside, count = folder / name, int(number)
-        if not 1 <= count <= 10_000:
-            whole.errors.append(f"{inside}: {number} repeats; the number in front can be 1 to 10000.")
-        part = _scan_flat(inside, sorted(p.name for p in inside.iterdir()), prompt, words.strip(), caption_column, masks)
-        if not part.examples and not part.errors:
-            part.errors.append(f"{inside} has no pictures ({', '.join(PICTURES)}).")
-        whole.examples += [replace(e, repeats=count) for e in part.examples]
-        whole.errors += part.errors
-        whole.notices += part.notices
-        whole.pictures += part.pictures
-    if others := [n for n in names if n not in numbered]:
-        folders = any((folder / n).is_dir() for n in others)
-        hint = ' (pictures lie in folders named like "10_sks dog", with the number of repeats in front)' if folders else ""
-        whole.notices.append(f"{folder}: not used: {_some(others)}{hint}.")
-    return whole
-
-
-# --- masks -----------------------------------------------------------------------------------------------------------
-
-
-def _masked_by(path: Path, pictures: list[Path]) -> bool:
-    """Is this a.mask.png, with the picture that it masks beside it?"""
-    stem = path.name.removesuffix(MASK)
-    return stem != path.name and any(p.stem == stem for p in pictures)
-
-
-def _mask_beside(picture: Path) -> Path | None:
-    mask = picture.with_name(picture.stem + MASK)
-    return mask if mask.is_file() else None
-
-
-def _check_masks(folder: Path, scan: Scan) -> None:
-    without = [e.path.name for e in scan.examples if e.mask is None]
-    if len(without) == len(scan.examples):
+        for path in kohya:
+            repeats, words = path.name.split("_", maxsplit=1)
+            scan.read(path, words.strip(), int(repeats))
+        scan.not_used(folder, [p.name for p in inside if p not in kohya])
+    without = [e.path.name for e in scan.examples if e.mask is None] if masks else []
+    if without and len(without) == len(scan.examples):
         scan.errors.append(
             f"{folder}: no picture has a mask, and --masked_loss needs some: {Path(without[0]).stem}{MASK} beside "
             f'{without[0]}, or a column "mask" in the metadata.'
         )
     elif without:
-        scan.notices.append(f"{folder}: without a mask, and so learnt as a whole: {_some(without)}.")
+        scan.notices.append(f"{folder}: without a mask, and so learnt as a whole: {some(without)}.")
+    return scan
 
 
-# --- captions --------------------------------------------------------------------------------------------------------
+@dataclass
+class Scan:
+    """The contents of a folder: examples without errors, all errors, and notices, which do not stop a training run."""
 
+    prompt: str | None  # of all pictures; None: they have captions
+    caption_column: str | None
+    masks: bool
+    examples: list[Example] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    pictures: list[Path] = field(default_factory=list)  # used or not
 
-def _from_sidecars(
-    folder: Path, pictures: list[Path], names: list[str], fallback: str | None, errors: list[str]
-) -> list[Example]:
-    """a.png takes its caption from a.txt or a.caption; what is wrong goes into `errors`."""
-    examples, without = [], []
-    for picture in pictures:
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """A DataError inside the `with` ends it, and goes to `errors`."""
         try:
-            caption = _sidecar(picture) or fallback
+            yield
         except DataError as error:
-            errors.append(str(error))
-            continue
-        if caption:
-            examples.append(Example(picture, caption))
-        else:
-            without.append(picture.name)
-    if without:
-        odd = [n for n in names if n.lower().startswith("metadata")]
-        hint = f'Is {odd[0]} meant to be "metadata.jsonl" (or metadata.csv)? ' if odd else ""
-        errors.append(
-            f"{folder}: {len(without)} of {len(pictures)} pictures have no caption ({_some(without)}). {hint}"
-            "Give them a metadata.jsonl, or a .txt file each; or one prompt for all, with --instance_data_dir and "
-            "--instance_prompt."
-        )
-    return examples
+            self.errors.append(str(error))
+
+    def read(self, folder: Path, fallback: str | None = None, repeats: int = 1) -> None:
+        """Read one folder, without those in it. `fallback` is the caption of pictures that have none."""
+        inside, before = sorted(folder.iterdir()), len(self.errors)
+        pictures, tables = [p for p in inside if is_picture(p)], [p for p in inside if p.name in METADATA]
+        stems = {p.stem for p in pictures}
+        pictures = [p for p in pictures if not (p.name.endswith(MASK) and p.name.removesuffix(MASK) in stems)]
+        found: list[Example] = []
+        with self.collecting():
+            if self.prompt is not None:
+                found = [Example(p, self.prompt) for p in pictures]
+            elif len(tables) == 2:
+                raise DataError(f"{folder} has both {tables[0].name} and {tables[1].name}; remove one of them.")
+            else:
+                found = [*self.from_table(tables[0])] if tables else [*self.from_sidecars(folder, pictures, fallback)]
+        if not found and len(self.errors) == before:
+            holds = ", ".join(sorted({p.suffix or p.name for p in inside})) or "nothing"
+            self.errors.append(f"{folder} has no pictures ({', '.join(PICTURES)}); it holds {holds}.")
+        if self.masks:
+            beside = {p: p.with_name(p.stem + MASK) for p in (e.path for e in found)}
+            found = [replace(e, mask=e.mask or (beside[e.path] if beside[e.path].is_file() else None)) for e in found]
+        meant = [e.path for e in found] if tables and self.prompt is None else pictures  # with or without a caption
+        files = [*meant, *(e.mask for e in found if e.mask)]
+        used = {p.relative_to(folder).parts[0] for p in files} | set(METADATA)  # a file, or the folder it is in
+        used |= {str(Path(name).with_suffix(s)) for name in used for s in SIDECARS}
+        self.not_used(folder, [p.name for p in inside if p.name not in used])
+        self.examples += [replace(e, repeats=repeats) for e in found]
+        self.pictures += pictures
+
+    def not_used(self, folder: Path, names: list[str]) -> None:
+        if names:
+            self.notices.append(f"{folder}: not used: {some(names)}.")
+
+    def from_sidecars(self, folder: Path, pictures: list[Path], fallback: str | None) -> Iterator[Example]:
+        """a.png takes its caption from a.txt or a.caption."""
+        without = []
+        for picture in pictures:
+            with self.collecting():
+                found = [p for p in (picture.with_suffix(s) for s in SIDECARS) if p.is_file()]
+                if len(found) == 2:
+                    raise DataError(f"{picture} has two captions, {found[0].name} and {found[1].name}; remove one.")
+                if found or fallback:
+                    text = checked(" ".join(read_text(found[0]).split()), str(found[0])) if found else fallback
+                    yield Example(picture, text or "")
+                else:
+                    without.append(picture.name)
+        if without:
+            self.errors.append(
+                f"{folder}: {len(without)} of {len(pictures)} pictures have no caption ({some(without)}). Give them a "
+                "metadata.jsonl, or a .txt file each; or one prompt for all, with --instance_data_dir and --instance_prompt."
+            )
+
+    def from_table(self, table: Path) -> Iterator[Example]:
+        """metadata.jsonl or metadata.csv. The first row tells which column holds the captions."""
+        column, lines = "", dict[Path, int]()
+        for line, row in rows(table):
+            where = f"{table}, line {line}"
+            column = column or caption_column(row, self.caption_column, where)
+            with self.collecting():
+                path = file_in(table.parent, row, "file_name", where)
+                if path in lines:
+                    raise DataError(f"{where}: {row['file_name']!r} was already on line {lines[path]}; a picture has one line.")
+                lines[path] = line
+                mask = file_in(table.parent, row, "mask", where) if self.masks and row.get("mask") else None
+                yield Example(path, checked(cell(row, column, where), f'{where}: "{column}"'), mask)
+        if not column:
+            raise DataError(f"{table} is empty; one line for each picture is expected.")
 
 
-def _sidecar(picture: Path) -> str | None:
-    """The caption beside a picture; None if there is no file of it."""
-    found = [p for p in (picture.with_suffix(s) for s in SIDECARS) if p.is_file()]
-    if len(found) == 2:
-        raise DataError(f"{picture} has two captions, {found[0].name} and {found[1].name}; remove one.")
-    if not found:
-        return None
-    caption = " ".join(read_text(found[0]).split())
-    if _is_blank(caption):
-        raise DataError(f"{found[0]} is empty; write the caption of {picture.name} into it.")
-    return caption
-
-
-def _from_table(table: Path, caption_column: str | None, masks: bool, errors: list[str]) -> list[Example]:
-    """metadata.jsonl or metadata.csv; every complaint names the line. Those about one line go into `errors`."""
-    rows = list(csv_rows(table) if table.suffix == ".csv" else jsonl_rows(table, errors))
-    if not rows and not errors:
-        raise DataError(f"{table} is empty; one line for each picture is expected.")
-    column = _caption_column(table, rows, caption_column) if rows else ""
-    seen: dict[Path, int] = {}
-    examples = []
-    for line, row in rows:
-        where = f"{table}, line {line}"
-        try:
-            path = _file_in(table.parent, row, "file_name", where)
-            if path in seen:
-                raise DataError(f"{where}: {row['file_name']!r} was already on line {seen[path]}; each picture has one line.")
-            seen[path] = line
-            mask = _file_in(table.parent, row, "mask", where) if masks and row.get("mask") else None
-            examples.append(Example(path, _caption(row, column, where), mask))
-        except DataError as error:
-            errors.append(str(error))
-    return examples
-
-
-def _file_in(folder: Path, row: dict[str, Any], column: str, where: str) -> Path:
-    """The file that a row names, which lies in `folder`."""
-    if column not in row:
-        raise DataError(f'{where}: no "{column}"; the columns here are {", ".join(map(str, row))}.')
-    name = row[column]
-    if not isinstance(name, str) or not name:
-        raise DataError(f'{where}: "{column}" is {name!r}; it must be the name of a file in {folder}.')
-    path = os.path.normpath(name)
-    if os.path.isabs(path) or path.split(os.sep)[0] == "..":
-        raise DataError(f"{where}: {column} {name!r} leads out of the folder; pictures lie in {folder}.")
-    if not os.path.isfile(folder / path):  # False, too, for a name that no file can have
-        files = [p.name for p in folder.iterdir() if _is_picture(p)]
-        alike = [n for n in files if n.lower() == name.lower()]
-        hint = f' Did you mean "{alike[0]}"?' if alike else did_you_mean(name, files)
-        raise DataError(f"{where}: there is no file {name!r:.100} in {folder}.{hint}")
-    return folder / path
-
-
-def _caption_column(table: Path, rows: list[tuple[int, dict[str, Any]]], wanted: str | None) -> str:
-    """The column asked for; or the first of text, caption, prompt; or the only one that holds strings."""
-    columns = list(dict.fromkeys(k for _, row in rows for k in row))
-    others = [c for c in columns if c not in ("file_name", "mask")]
-    if wanted is not None:
-        if wanted not in columns:
-            hint = did_you_mean(wanted, others)
-            raise DataError(f'{table} has no column "{wanted}" (--caption_column); it has {", ".join(columns)}.{hint}')
-        return wanted
-    usual = [c for c in COLUMNS if c in columns]
-    strings = [c for c in others if all(isinstance(row.get(c), str) for _, row in rows)]
-    if not usual and len(strings) != 1:
-        has = ", ".join(columns)
-        raise DataError(f"{table}: which column holds the captions? Say so with --caption_column; it has {has}.")
-    return (usual or strings)[0]
-
-
-def _caption(row: dict[str, Any], column: str, where: str) -> str:
-    if column not in row:
-        raise DataError(f'{where}: no "{column}"; the columns here are {", ".join(map(str, row))}.')
-    caption = row[column]
-    if not isinstance(caption, str):
-        raise DataError(f'{where}: "{column}" is {"empty" if caption is None else repr(caption)}, not a text in quotes.')
-    if not caption.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in caption):
-        raise DataError(f'{where}: "{column}" holds half of a UTF-16 pair, {caption!r:.60}; write the letter itself.')
-    if _is_blank(caption):
-        raise DataError(f'{where}: "{column}" is empty. For samples without a prompt there is --proportion_empty_prompts.')
-    return caption.strip()
-
-
-def _is_blank(caption: str) -> bool:
-    """Nothing to see in it: spaces, line ends, invisible characters such as U+200B."""
-    return not any(letter.isprintable() and not letter.isspace() for letter in caption)
-
-
-def _why_empty(folder: Path, names: list[str]) -> str:
-    """A folder without pictures: what it holds instead, and where they may be."""
-    inside = [n for n in names if (folder / n).is_dir() and any(_is_picture(p) for p in (folder / n).iterdir())]
-    if inside:
-        return f"{folder} has no pictures itself, but {folder / inside[0]} has; point there."
-    kinds = ", ".join(sorted({Path(n).suffix or n for n in names})) or "nothing"
-    return f"{folder} has no pictures ({', '.join(PICTURES)}); it holds {kinds}."
-
-
-def _strays(folder: Path, names: list[str], files: list[Path]) -> list[str]:
-    """Everything in the folder that is none of `files`, nor a caption beside one."""
-    used = {p.relative_to(folder).parts[0] for p in files} | set(METADATA)  # a file, or the folder it is in
-    used |= {str(Path(name).with_suffix(s)) for name in used for s in SIDECARS}
-    return [n for n in names if n not in used]
-
-
-def _is_picture(path: Path) -> bool:
+def is_picture(path: Path) -> bool:
     return path.suffix.lower() in PICTURES and not path.name.startswith(".")
 
 
-def _some(names: list[str], most: int = 5) -> str:
+def some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# --- metadata --------------------------------------------------------------------------------------------------------
+
+
+def rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a metadata.jsonl or metadata.csv, each with the number of its line."""
+    text = read_text(table)
+    if table.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        try:
+            for row in reader:
+                if None in row:
+                    where = f"{table}, line {reader.line_num}"
+                    raise DataError(f'{where}: more fields than columns; put "…" around a text with commas.')
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise DataError(f"{table}, line {reader.line_num}: not CSV ({error}).") from error
+        return
+    for line, words in enumerate(text.split("\n"), start=1):  # not splitlines: a caption may hold U+2028
+        try:
+            value, wrong = json.loads(words) if words.strip() else {}, "not an object"
+        except (ValueError, RecursionError) as error:
+            value, wrong = None, f"not JSON ({error})"
+        if not isinstance(value, dict):
+            like = '{"file_name": "a.png", "text": "a photo of a dog"}'
+            raise DataError(f"{table}, line {line}: {wrong}. Write one object per line, such as {like}.")
+        if value:
+            yield line, value
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, in UTF-8, perhaps with a byte order mark."""
+    with suppress(UnicodeDecodeError, OSError):
+        if path.is_file():  # a pipe with nobody at its other end would wait for ever
+            return path.read_text("utf-8-sig")
+    raise DataError(f"{path} cannot be read as UTF-8 text; save it as UTF-8, or remove it.")
+
+
+def caption_column(row: dict[str, Any], wanted: str | None, where: str) -> str:
+    """The column asked for; or the first of text, caption, prompt; or the only one that holds strings."""
+    others = [c for c in row if c not in ("file_name", "mask")]
+    if wanted and wanted not in row:
+        hint = did_you_mean(wanted, others)
+        raise DataError(f'{where}: no column "{wanted}" (--caption_column); it has {", ".join(row)}.{hint}')
+    usual, strings = [c for c in COLUMNS if c in row], [c for c in others if isinstance(row[c], str)]
+    if not wanted and not usual and len(strings) != 1:
+        raise DataError(f"{where}: which column holds the captions? Say so with --caption_column; it has {', '.join(row)}.")
+    return wanted or (usual or strings)[0]
+
+
+def cell(row: dict[str, Any], column: str, where: str) -> object:
+    if column not in row:
+        raise DataError(f'{where}: no "{column}"; the columns here are {", ".join(row)}.')
+    return row[column]
+
+
+def file_in(folder: Path, row: dict[str, Any], column: str, where: str) -> Path:
+    """The file that a row names, which lies in `folder`."""
+    name = cell(row, column, where)
+    path = os.path.normpath(name) if isinstance(name, str) else ""
+    outside = os.path.isabs(path) or path.split(os.sep)[0] == ".."
+    if outside or not os.path.isfile(folder / path):  # False, too, for a name that no file can have
+        files = {p.name.lower(): p.name for p in folder.iterdir() if is_picture(p)}
+        near = files.get(str(name).lower())
+        hint = f' Did you mean "{near}"?' if near else did_you_mean(str(name), files.values())
+        raise DataError(f'{where}: there is no file {name!r:.100} in {folder}; "{column}" must name one.{hint}')
+    return folder / path
+
+
+def checked(caption: object, where: str) -> str:
+    """A caption without spaces at its ends. DataError if it is no text, or has only spaces and invisible characters."""
+    if not isinstance(caption, str):
+        raise DataError(f"{where} is {caption!r}, not a text in quotes.")
+    if any("\ud800" <= letter <= "\udfff" for letter in caption):
+        raise DataError(f"{where} holds half of a UTF-16 pair, {caption!r:.60}; write the letter itself.")
+    if not any(letter.isprintable() and not letter.isspace() for letter in caption):  # U+200B, say
+        raise DataError(f"{where} is empty. For samples without a prompt there is --proportion_empty_prompts.")
+    return caption.strip()
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def bucket_sizes(resolution: int, stride: int) -> list[Size]:
+    """Aspect-ratio buckets: the sizes at which pictures are trained in their own shape.
+
+    Sides are multiples of `stride`, from half to twice `resolution`. Each size has about as many pixels as a square of
+    `resolution`, and never more: so every batch needs about the same memory.
+    """
+    shortest = math.ceil(resolution / 2 / stride) * stride
+    wide = [(w, resolution**2 // w // stride * stride) for w in range(shortest, resolution + 1, stride)]
+    return sorted({*wide, *((height, width) for width, height in wide)})
+
+
+def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size | None:
+    """Of the buckets that a picture of `size` fills without being enlarged, the nearest in shape; None if it fills none."""
+    width, height = size
+    filled = [b for b in buckets if b[0] <= width and b[1] <= height]
+    return min(filled, key=lambda b: abs(math.log(b[0] / b[1]) - math.log(width / height)), default=None)
+
+
+def check_picture(example: Example, image: Image.Image, resolution: int, buckets: Sequence[Size] = ()) -> Size:
+    """The size at which an example's `image` is trained. DataError if it is too small, or if its mask does not fit."""
+    size = nearest_bucket(image.size, buckets) if buckets else (resolution, resolution)
+    if size is None:
+        wide, high = image.size
+        raise DataError(f"{example.path}: {wide} x {high} pixels fill no bucket of --resolution {resolution}.")
+    if not buckets and (small := min(image.size)) < resolution:
+        raise DataError(f"{example.path}: its shorter side is {small} pixels, and --resolution is {resolution}.")
+    if example.mask:
+        mask = load_image(example.mask).convert("L")
+        if mask.size != image.size:
+            raise DataError(f"{example.mask} has another size than {example.path.name}: {mask.size}, not {image.size}.")
+        if mask.getextrema() == (0, 0):
+            raise DataError(f"{example.mask} is black all over: there is nothing to learn. White is what is learnt.")
+    return size
+
+
+def check_pictures(examples: list[Example], resolution: int, skip_bad: bool, buckets: Sequence[Size] = ()) -> list[Example]:
+    """Decode every picture once. Broken ones, and those smaller than `resolution`, are all listed in one DataError.
+
+    With `skip_bad` they are listed in a notice, and the others are returned. With `buckets`, each with its size.
+    """
+    good, bad = [], []
+    for example in examples:
+        try:
+            size = check_picture(example, load_image(example.path), resolution, buckets)
+            good.append(replace(example, size=size) if buckets else example)
+        except DataError as error:
+            bad.append(str(error))
+    if bad:
+        listed = "\n  ".join(bad[:10] + ["…"] * (len(bad) > 10))
+        what = f"{len(bad)} of {len(examples)} pictures cannot be used:\n  {listed}"
+        if not skip_bad or not good:
+            skip = ", or leave them out with --skip_bad" if good else ""
+            raise DataError(f"{what}\nMend or remove them{skip}; --resolution can be lowered.")
+        print(f"Note: {what}", file=sys.stderr)
+    return good
+
+
+# --- minidiff data check ---------------------------------------------------------------------------------------------
+
+
+def check_folder(scan: Scan, resolution: int, buckets: Sequence[Size] = ()) -> None:
+    """Decode every picture of a scan. Add to it an error for each that cannot be used, and a notice for each double."""
+    seen, known = dict[str, Path](), {example.path for example in scan.examples}
+    for example in scan.examples + [Example(path, "") for path in scan.pictures if path not in known]:
+        with scan.collecting():
+            image = load_image(example.path)
+            check_picture(example, image, resolution, buckets)
+            first = seen.setdefault(hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest(), example.path)
+            if first != example.path:
+                scan.notices.append(f"{example.path}: the same picture as {first.name}.")
+
+
+def as_table(scan: Scan, folder: Path) -> str:
+    """For the terminal: a line for each error and notice, with files as seen from the folder, and a last line that counts."""
+    lines = [f"error   {text}" for text in scan.errors] + [f"notice  {text}" for text in scan.notices]
+    short = [text.replace(f"{folder}/", "").replace("\n", " ") for text in lines]
+    return "\n".join([*short, f"{len(scan.errors)} errors, {len(scan.notices)} notices"])

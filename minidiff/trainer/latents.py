@@ -1,4 +1,4 @@
-"""Examples -> latents, noise, timesteps and text for the loop.
+"""Examples -> latents, noise, timesteps and text for the loop; and their cache on the disk (`--cache_dir`).
 
 A sample is numbered through the whole run, and each thing drawn for it (which picture, flip, timestep, noise) is a
 function of (seed, that number, purpose). So a resumed run sees what it would have seen, and batch 4 sees what four
@@ -8,72 +8,34 @@ Shapes: B samples, 3 H W a picture in [-1, 1], C h w its latent, L tokens, D wid
 """
 
 import hashlib
+import json
+import platform
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from minidiff.core.errors import DataError
+from minidiff.core.errors import SettingsError, WeightsError
 from minidiff.core.rng import generator, normal
 from minidiff.core.vae import AutoencoderKL, sample_posterior
 from minidiff.draw.images import load_image, to_tensor
 from minidiff.draw.progress import progress
 from minidiff.files.atomic import sha256
-from minidiff.trainer.buckets import Size, bucketed_order, nearest_bucket
-from minidiff.trainer.cache import Cache
-from minidiff.trainer.dataset import Example
+from minidiff.files.weights import read_header, save
+from minidiff.trainer.dataset import Example, Size
 from minidiff.trainer.settings import FineTuneSettings
 
+Tensors = Mapping[str, Tensor]
 Place = tuple[float, float]  # of a crop, across and down: 0 is left or top, 1 right or bottom
 MIDDLE: Place = (0.5, 0.5)
-
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
-def check_pictures(examples: list[Example], resolution: int, skip_bad: bool, buckets: Sequence[Size] = ()) -> list[Example]:
-    """Decode every picture once. Broken ones, and those smaller than `resolution`, are all listed in one DataError.
-
-    With `skip_bad` they are listed in a notice, and the others are returned. With `buckets`, each with its size.
-    """
-    good, bad = [], []
-    for example in examples:
-        try:
-            size = check_picture(example, load_image(example.path), resolution, buckets)
-            good.append(replace(example, size=size) if buckets else example)
-        except DataError as error:
-            bad.append(str(error))
-    if bad:
-        listed = "\n  ".join(bad[:10] + ["…"] * (len(bad) > 10))
-        what = f"{len(bad)} of {len(examples)} pictures cannot be used:\n  {listed}"
-        if not skip_bad or not good:
-            skip = ", or leave them out with --skip_bad" if good else ""
-            raise DataError(f"{what}\nMend or remove them{skip}; --resolution can be lowered.")
-        print(f"Note: {what}", file=sys.stderr)
-    return good
-
-
-def check_picture(example: Example, image: Image.Image, resolution: int, buckets: Sequence[Size] = ()) -> Size:
-    """The size at which an example's `image` is trained. DataError if it is too small, or if its mask does not fit."""
-    size = nearest_bucket(image.size, buckets) if buckets else (resolution, resolution)
-    if size is None:
-        wide, high = image.size
-        raise DataError(f"{example.path}: {wide} x {high} pixels fill no bucket of --resolution {resolution}.")
-    small = min(image.size)
-    if not buckets and small < resolution:
-        raise DataError(f"{example.path}: its shorter side is {small} pixels, and --resolution is {resolution}.")
-    if example.mask:
-        mask = load_image(example.mask).convert("L")
-        if mask.size != image.size:
-            raise DataError(f"{example.mask} has another size than {example.path.name}: {mask.size}, not {image.size}.")
-        if mask.getextrema() == (0, 0):
-            raise DataError(f"{example.mask} is black all over: there is nothing to learn. White is what is learnt.")
-    return size
 
 
 def crop(image: Image.Image, size: Size, place: Place = MIDDLE, flip: bool = False) -> Tensor:
@@ -91,23 +53,41 @@ def crop(image: Image.Image, size: Size, place: Place = MIDDLE, flip: bool = Fal
 
 def fingerprint(examples: list[Example]) -> str:
     """A hash of all pictures' bytes, captions, masks and repeats, whatever folder they lie in."""
-    digest = hashlib.sha256()
+    sha = hashlib.sha256()
     for example in examples:
-        digest.update(hashlib.sha256(example.path.read_bytes()).digest() + example.caption.encode() + b"\0")
+        sha.update(bytes.fromhex(sha256(example.path)) + example.caption.encode() + b"\0")
         if example.mask:
-            digest.update(b"mask" + hashlib.sha256(example.mask.read_bytes()).digest())
+            sha.update(b"mask" + bytes.fromhex(sha256(example.mask)))
         if example.repeats > 1:
-            digest.update(f"{example.repeats} times".encode())
-    return digest.hexdigest()[:16]
+            sha.update(f"{example.repeats} times".encode())
+    return sha.hexdigest()[:16]
 
 
-# --- samples ---------------------------------------------------------------------------------------------------------
+# --- the order of an epoch -------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=16)
 def order(count: int, seed: int, epoch: int) -> list[int]:
     """In which order an epoch goes through `count` pictures."""
     return torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
+
+
+@lru_cache(maxsize=16)
+def bucketed_order(sizes: tuple[Size, ...], batch_size: int, seed: int, epoch: int) -> list[int]:
+    """In which order an epoch goes through pictures of these sizes: batch after batch, each of one size alone.
+
+    Each picture comes once. A bucket's last batch is filled up with pictures of that bucket, which come a second time.
+    """
+    draws, batches = generator(seed, "bucketed order", epoch), []
+    for bucket in sorted(set(sizes)):
+        members = [i for i, size in enumerate(sizes) if size == bucket]
+        shuffled = [members[k] for k in torch.randperm(len(members), generator=draws).tolist()]
+        for first in range(0, len(shuffled), batch_size):
+            batches.append([shuffled[k % len(shuffled)] for k in range(first, first + batch_size)])
+    return [i for k in torch.randperm(len(batches), generator=draws).tolist() for i in batches[k]]
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -126,18 +106,14 @@ class Encoded(NamedTuple):
 
     mean: Tensor  # (C, h, w)
     logvar: Tensor  # (C, h, w)
-    mask: Tensor | None  # (1, h, w), the share of each cell that is learnt; None: without --masked_loss
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
+    mask: Tensor | None = None  # (1, h, w), the share of each cell that is learnt; None: without --masked_loss
 
 
 class LatentData:
     """The data of every latent diffusion recipe: `batch(step, micro)` gives latents, noise, timesteps and text.
 
     Prompts are encoded once. Pictures too, to the mean and log-variance of their latents (`cache_latents`); a latent
-    is drawn from these anew each time. With `random_flip` the mirror images are encoded as well. What lies in `cache_dir`
-    from an earlier run is not encoded again.
+    is drawn from these anew each time. With `random_flip` the mirror images are encoded as well.
 
     `encode_prompts` gives (B, L, D), which a batch holds as "text"; or whole numbers (B, L), token ids for a text encoder
     that is trained itself, which it holds as "ids". Where there are `templates`, one is drawn for each sample, and its
@@ -157,21 +133,20 @@ class LatentData:
         self.examples, self.settings, self.resolution = examples, settings, resolution
         self.vae, self.timesteps, self.templates = vae, timesteps, templates
         self.turns = [i for i, e in enumerate(examples) for _ in range(e.repeats)]  # an epoch, in no order yet
-        self.sizes = tuple(self._size(i) for i in self.turns)
-        prompts = [template.replace("{}", e.caption) for e in examples for template in templates]
-        self.prompts = _each_encoded([*prompts, ""], encode_prompts)
-        self.live_text = not self.prompts[""].is_floating_point()  # token ids: the text encoder is trained itself
+        self.sizes = [e.size or (resolution, resolution) for e in examples]
+        self.samples_per_epoch = len(self._order(0))  # with repeats, and with what fills the last batches of buckets
+        prompts = [*(template.replace("{}", e.caption) for e in examples for template in templates), ""]
+        with torch.no_grad():
+            rows = {p: encode_prompts([p])[0].cpu() for p in dict.fromkeys(prompts)}
+        self.live_text = not rows[""].is_floating_point()  # token ids: the text encoder is trained itself
+        self.prompts = rows if self.live_text else {p: row.float() for p, row in rows.items()}
         self.cache: dict[tuple[int, bool], Encoded] = {}
         self.disk = Cache(settings.cache_dir, vae) if settings.cache_dir else None
         self.used_vae = False
         if settings.cache_latents:
             for i in progress(range(len(examples)), "picture", "encoding pictures", show=True):
                 for flip in (False, True) if settings.random_flip else (False,):
-                    self.cache[i, flip] = self._kept(i, flip)
-        if self.disk:
-            there = len(self.cache) - self.disk.made
-            print(f"{settings.cache_dir}: {there} of {len(self.cache)} latents were there already.")
-        self.samples_per_epoch = len(self._order(0))  # with repeats, and with what fills the last batches of buckets
+                    self.cache[i, flip] = self._from_disk(i, flip) if self.disk else self._encode(i, MIDDLE, flip)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -205,8 +180,7 @@ class LatentData:
         t = torch.randint(self.timesteps, (), generator=draws)
         template = self.templates[int(torch.randint(len(self.templates), (), generator=draws))]
         prompt = "" if drop < s.proportion_empty_prompts else template.replace("{}", self.examples[i].caption)
-        place = MIDDLE if s.center_crop else (x, y)
-        return Draw(i, place, s.random_flip and flip < 0.5, t, prompt)
+        return Draw(i, MIDDLE if s.center_crop else (x, y), s.random_flip and flip < 0.5, t, prompt)
 
     def sample(self, number: int) -> dict[str, Tensor]:
         """One row of a batch."""
@@ -228,32 +202,20 @@ class LatentData:
         row = {"latents": z * self.vae.config.scaling_factor, "ids" if self.live_text else "text": self.prompts[prompt]}
         return row if encoded.mask is None else row | {"mask": encoded.mask}
 
-    def _size(self, i: int) -> Size:
-        return self.examples[i].size or (self.resolution, self.resolution)
-
     def _order(self, epoch: int) -> list[int]:
         if self.settings.aspect_ratio_buckets:
-            return bucketed_order(self.sizes, self.settings.train_batch_size, self.settings.seed, epoch)
+            sizes = tuple(self.sizes[i] for i in self.turns)
+            return bucketed_order(sizes, self.settings.train_batch_size, self.settings.seed, epoch)
         return order(len(self.turns), self.settings.seed, epoch)
 
     def _encoded(self, i: int, place: Place, flip: bool) -> Encoded:
         return self.cache[i, flip] if self.cache else self._encode(i, place, flip)
 
-    def _kept(self, i: int, flip: bool) -> Encoded:
-        """The middle of a picture, encoded now or in an earlier run."""
-        if self.disk is None:
-            return self._encode(i, MIDDLE, flip)
-        example, masked = self.examples[i], self.settings.masked_loss
-        mask = sha256(example.mask) if masked and example.mask else None
-        origin = {"picture": sha256(example.path), "size": self._size(i), "place": MIDDLE, "flip": flip}
-        tensors = self.disk.kept(origin | {"masked": masked, "mask": mask}, lambda: self._encode(i, MIDDLE, flip).tensors())
-        return Encoded(tensors["mean"], tensors["logvar"], tensors.get("mask"))
-
     @torch.no_grad()
     def _encode(self, i: int, place: Place, flip: bool) -> Encoded:
         """A picture through the VAE, and its mask: each cell is the mean of its pixels."""
         self.used_vae = True
-        example, size, weight = self.examples[i], self._size(i), next(self.vae.parameters())
+        example, size, weight = self.examples[i], self.sizes[i], next(self.vae.parameters())
         x = crop(load_image(example.path), size, place, flip)  # (3, H, W)
         mean, logvar = self.vae.encode(x[None].to(weight.device, weight.dtype))
         mask = torch.ones_like(mean[0, :1], dtype=torch.float32, device="cpu") if self.settings.masked_loss else None
@@ -262,9 +224,76 @@ class LatentData:
             mask = F.avg_pool2d(pixels, self.vae.config.downscale)
         return Encoded(mean[0].float().cpu(), logvar[0].float().cpu(), mask)
 
+    def _from_disk(self, i: int, flip: bool) -> Encoded:
+        """The middle of a picture, encoded now or in an earlier run."""
+        assert self.disk
+        example, masked = self.examples[i], self.settings.masked_loss
+        mask = sha256(example.mask) if masked and example.mask else None
+        origin = {"picture": sha256(example.path), "size": self.sizes[i], "place": MIDDLE, "flip": flip}
+        encode = lambda: {k: v for k, v in self._encode(i, MIDDLE, flip)._asdict().items() if v is not None}  # noqa: E731
+        return Encoded(**self.disk.kept(origin | {"masked": masked, "mask": mask}, encode))
 
-@torch.no_grad()
-def _each_encoded(prompts: list[str], encode_prompts: Callable[[list[str]], Tensor]) -> dict[str, Tensor]:
-    """Each distinct prompt -> (L, D), fp32, or (L,), whole numbers."""
-    rows = {p: encode_prompts([p])[0].cpu() for p in dict.fromkeys(prompts)}
-    return {p: row.float() if row.is_floating_point() else row for p, row in rows.items()}
+
+# --- the cache on the disk -------------------------------------------------------------------------------------------
+
+
+class Cache:
+    """The outputs of one network, cached in a folder. SettingsError for a folder that cannot be made.
+
+        cache/3f0c…e1.safetensors      one picture's latent, and its mask; or the embedding of one prompt
+
+    A file's name is the sha256 of everything its numbers come from: the picture's bytes, size, crop and flip, or the
+    prompt's token ids; each number of the network; and the device and versions, on which the last bits depend. So no file
+    is ever out of date. Each file appears whole or not at all, and holds the sha256 of its own numbers: a damaged one is
+    computed again.
+    """
+
+    def __init__(self, folder: str | Path, network: nn.Module) -> None:
+        self.folder, self.writes = Path(folder), True
+        self.fingerprint, device = digest(network.state_dict()), next(network.parameters()).device
+        processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        versions = [torch.__version__, PIL.__version__]
+        self.surroundings = [processor, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), *versions]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"--cache_dir {self.folder} cannot be a folder for the cache: {error.strerror}.") from error
+
+    def key(self, origin: Mapping[str, Any]) -> str:
+        whole = json.dumps([origin, self.fingerprint, self.surroundings], sort_keys=True)
+        return hashlib.sha256(whole.encode()).hexdigest()
+
+    def kept(self, origin: Mapping[str, Any], make: Callable[[], Tensors]) -> Tensors:
+        """The output of this network for `origin` (JSON values), computed now or read from an earlier run. On the CPU."""
+        key = self.key(origin)
+        path = self.folder / f"{key}.safetensors"
+        if (found := read(path, key)) is not None:
+            return found
+        tensors = {name: tensor.detach().cpu() for name, tensor in make().items()}
+        try:
+            if self.writes:
+                save(tensors, path, {"key": key, "sha256": digest(tensors)})
+        except OSError as error:  # no reason to stop
+            print(f"Note: --cache_dir: {path} could not be written ({error.strerror}); going on without.", file=sys.stderr)
+            self.writes = False
+        return tensors
+
+
+def read(path: Path, key: str) -> dict[str, Tensor] | None:
+    """The tensors of a file, if it is the one of that key and its numbers are as they were written; else None."""
+    try:
+        file = read_header(path)
+        tensors = file.read()
+    except (WeightsError, OSError):
+        return None
+    right = file.metadata.get("key") == key and file.metadata.get("sha256") == digest(tensors)
+    return tensors if right else None
+
+
+def digest(tensors: Tensors) -> str:
+    """sha256 of names, dtypes, shapes and numbers."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

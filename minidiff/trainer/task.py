@@ -25,13 +25,11 @@ from minidiff.draw.images import contact_sheet
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import checkpoint_gradients
 from minidiff.files import names as keymaps
-from minidiff.trainer.buckets import bucket_sizes
-from minidiff.trainer.cache import Cache
 from minidiff.trainer.checkpoint import check_folder
-from minidiff.trainer.dataset import read_folder
+from minidiff.trainer.dataset import bucket_sizes, check_pictures, read_folder
 from minidiff.trainer.distributed import world
 from minidiff.trainer.job import Job, check_precision
-from minidiff.trainer.latents import LatentData, check_pictures
+from minidiff.trainer.latents import Cache, LatentData
 from minidiff.trainer.memory import HALF
 from minidiff.trainer.methods import FullSettings
 from minidiff.trainer.priors import BasePrior, PairedData, class_examples, class_settings

@@ -2,7 +2,8 @@
 
 import pytest
 
-from minidiff.trainer.buckets import bucket_sizes, bucketed_order, nearest_bucket
+from minidiff.trainer.dataset import bucket_sizes, nearest_bucket
+from minidiff.trainer.latents import bucketed_order
 
 SD15 = bucket_sizes(512, 64)
 

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from minidiff.core.errors import DataError
 from minidiff.core.vae import AutoencoderKL
-from minidiff.trainer.buckets import bucket_sizes
-from minidiff.trainer.dataset import Example, read_folder
-from minidiff.trainer.latents import LatentData, check_pictures, crop, order
+from minidiff.trainer.dataset import Example, bucket_sizes, check_pictures, read_folder
+from minidiff.trainer.latents import LatentData, crop, order
 from minidiff.trainer.settings import FineTuneSettings
 
 

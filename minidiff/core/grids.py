@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from math import ceil, sqrt
+from math import sqrt
 
 import numpy as np
 import torch
@@ -84,8 +84,7 @@ class Sampler:
         eta: float = 0.0,
     ) -> Iterator[Step]:
         """Draw. Raises SettingsError at once, before the first step, for settings that this sampler cannot have."""
-        if spacing or karras or eta:
-            self.check(spacing, karras, eta)
+        self.check(spacing, karras, eta)
         config = schedule.config
         spacing = spacing or config.timestep_spacing or self.spacing or ""
         karras = self.karras and (config.use_karras_sigmas if karras is None else karras)
@@ -101,28 +100,21 @@ class Sampler:
     def check(self, spacing: str | None, karras: bool | None, eta: float) -> None:
         """Refuse settings that this sampler does not take."""
         if spacing and self.spacing is None:
-            raise SettingsError(f'timestep_spacing is "{spacing}"; lcm visits the timesteps it was distilled on. Leave it out.')
+            raise SettingsError(f"timestep_spacing is {spacing}; lcm has its own timesteps. Leave it out.")
         if karras and not self.karras:
             able = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.karras)
-            raise SettingsError(f"use_karras_sigmas is on; of the samplers, only these take Karras sigmas: {able}.")
-        if not 0 <= eta <= 1:
-            raise SettingsError(f"eta is {eta}; it can be 0 (deterministic) to 1 (as DDPM).")
-        if eta and not self.eta:
-            raise SettingsError(f"eta is {eta}; only ddim has one. Leave it out, or use ddim.")
+            raise SettingsError(f"use_karras_sigmas is on; only these samplers take Karras sigmas: {able}.")
+        if not 0 <= eta <= 1 or (eta and not self.eta):
+            raise SettingsError(f"eta is {eta}; only ddim has one, from 0 (deterministic) to 1 (as DDPM).")
 
 
 def left_out(steps: int, strength: float, image: Tensor | None) -> int:
     """How many of the first steps are left out, from an image: all but strength * steps, rounded down."""
-    if not 0 < strength <= 1:
-        raise SettingsError(f"strength is {strength}; it can be above 0 (the image as it is) up to 1 (hardly anything of it).")
-    if image is None:
-        raise SettingsError(f"strength is {strength} and there is no image to start from; give one, or leave strength out.")
+    if image is None or not 0 < strength <= 1:
+        raise SettingsError(f"strength is {strength}; it can be above 0 (the image as it is) to 1, and needs an image.")
     taken = int(min(steps, MAX_STEPS) * strength)  # min: a float cannot hold a number of 400 digits
     if taken < 1 <= steps:
-        enough = f", or {ceil(1 / strength)} steps or more" if strength * MAX_STEPS >= 1 else ""
-        raise SettingsError(
-            f"0 denoising steps: {steps} steps at strength {strength} are less than one. Use a higher strength{enough}."
-        )
+        raise SettingsError(f"0 denoising steps: {steps} steps at strength {strength} are less than one; use more of either.")
     return steps - taken
 
 
@@ -143,7 +135,7 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str, whole: bool = T
     # numpy, not torch: 499.5 and similar numbers are rounded as in the reference only with the reference's arithmetic
     T, points = len(schedule.alphas_cumprod), steps + spare
     if not 1 <= steps <= T:
-        raise SettingsError(f"num_inference_steps is {steps}; it can be 1 to {T}, the timesteps this model was trained on.")
+        raise SettingsError(f"num_inference_steps is {steps}; it can be 1 to {T}, the timesteps of training.")
     if spacing == "leading":
         grid = np.arange(points - 1, -1, -1.0) * (T // points) + schedule.config.steps_offset
     elif spacing == "linspace":
@@ -151,14 +143,10 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str, whole: bool = T
     elif spacing == "trailing":
         grid = np.arange(T, 0, -T / steps).round() - 1
     else:
-        known, hint = ", ".join(SPACINGS), did_you_mean(spacing, SPACINGS)
-        raise SettingsError(f'timestep_spacing "{spacing}" is unknown; it is one of {known}.{hint}')
+        raise SettingsError(f'timestep_spacing "{spacing}" is unknown; it is one of {", ".join(SPACINGS)}.')
     t: list[float] = (grid.round() if whole else grid)[:steps].tolist()
     if t[0] > T - 1 or t[-1] < 0 or any(later >= earlier for earlier, later in pairwise(t)):
-        raise SettingsError(
-            f'num_inference_steps is {steps}: with "{spacing}" spacing this sampler has fewer different timesteps '
-            f"between 0 and {T - 1}. Use fewer steps or another timestep_spacing."
-        )
+        raise SettingsError(f'num_inference_steps is {steps}; "{spacing}" timestep_spacing has fewer different timesteps.')
     return t
 
 
@@ -257,10 +245,7 @@ def without_infinity(schedule: NoiseSchedule, steps: int, first: int, spacing: s
     """Heun: Euler's grid, but not from sigma = 4096, which stands for infinity: there a mean of two directions is noise."""
     grid = between_timesteps(schedule, steps, first, spacing, karras)
     if grid[0][1] > LARGEST_SIGMA:
-        raise SettingsError(
-            f"heun cannot begin at zero terminal SNR, where sigma is {grid[0][1]:.0f}; use euler, dpm++_2m or unipc, or "
-            '"leading" timestep_spacing.'
-        )
+        raise SettingsError("heun cannot begin at zero terminal SNR; use euler, or leading timestep_spacing.")
     return grid
 
 

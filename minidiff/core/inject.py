@@ -13,13 +13,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
-import torch
 from torch import nn
 
 from minidiff.core.errors import AdapterError, did_you_mean
-from minidiff.core.lora import LoRAConv2d, LoRALayer, LoRALinear, LoRAWeights, tuned_lengths
+from minidiff.core.lora import LoRAConv2d, LoRALayer, LoRALinear, LoRAWeights, fresh
 from minidiff.core.rng import generator
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every attention projection, self and cross
@@ -65,39 +63,16 @@ def inject(
     check_new(model, adapter_name)
     if not 0 < (1 if alpha is None else alpha) < math.inf or not 0 <= dropout < 1:
         raise AdapterError(f"alpha is {alpha} and dropout is {dropout}; alpha must be positive, and 0 <= dropout < 1.")
-    for name, layer in adaptable_layers(model).items():
-        if not 1 <= ranks.get(name, 1) <= (most := min(layer.weight.flatten(1).shape)):
-            raise AdapterError(f"rank {ranks[name]} is not possible for {name}: it can be 1 to {most}.")
+    layers = adaptable_layers(model)
+    for name, r in ranks.items():
+        most = min(layers[name].weight.flatten(1).shape)
+        if not 1 <= r <= most:
+            raise AdapterError(f"rank {r} is not possible for {name}: it can be 1 to {most}.")
     model.requires_grad_(False)
     for name, r in ranks.items():
-        new = fresh(wrap(model, name), r, r if alpha is None else alpha, rslora, dora, generator(seed, "lora_A", name))
-        wrap(model, name).add(adapter_name, new, dropout)
+        W, random = layers[name].weight.detach(), generator(seed, "lora_A", name)
+        wrap(model, name).add(adapter_name, fresh(W, r, r if alpha is None else alpha, rslora, dora, random), dropout)
     return {name: layer for name, layer in lora_layers(model).items() if name in ranks}
-
-
-def fresh(layer: LoRALayer, rank: int, alpha: float, rslora: bool, dora: bool, random: torch.Generator) -> LoRAWeights:
-    """An adapter that changes nothing yet: B = 0 and m = ||W||.
-
-    The LoRA paper (section 4.1) draws A from a Gaussian. Here, as in the authors' own code and in peft, A is uniform in
-    ±1/√(inputs), which is kaiming_uniform with a = √5.
-    """
-    W = layer.base.weight.detach()
-    B = torch.zeros(len(W), rank, device=W.device)
-    A = torch.empty(rank, *W.shape[1:], device="meta" if W.is_meta else "cpu")
-    if not W.is_meta:  # on "meta" a model has no numbers: it is there to count parameters
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=random)
-    scale = alpha / (math.sqrt(rank) if rslora else rank)  # rsLoRA (arXiv 2312.03732), theorem 3.2
-    weights = LoRAWeights(A.to(W.device), B, scale)
-    one_for_each_output = torch.Size([len(W)] + [1] * (W.ndim - 1))
-    m = tuned_lengths(W, weights, one_for_each_output) if dora else None  # as in `gain`, so that m / ||V|| is exactly 1
-    return replace(weights, magnitude=m)
-
-
-def eject(model: nn.Module) -> None:
-    """Remove every adapter: the same layer objects return, with the same bits (still frozen)."""
-    for name, layer in lora_layers(model).items():
-        layer.unmerge()
-        model.set_submodule(real_path(model, name), layer.base)
 
 
 def wrap(model: nn.Module, name: str) -> LoRALayer:
@@ -111,16 +86,22 @@ def wrap(model: nn.Module, name: str) -> LoRALayer:
     return module
 
 
+def eject(model: nn.Module) -> None:
+    """Remove every adapter: the same layer objects return, with the same bits (still frozen)."""
+    for name, layer in lora_layers(model).items():
+        layer.unmerge()
+        model.set_submodule(real_path(model, name), layer.base)
+
+
 # --- mix and merge ---------------------------------------------------------------------------------------------------
 
 
 def set_adapters(model: nn.Module, names: Sequence[str], strengths: Sequence[float] | None = None) -> None:
     """Switch on the adapters `names`, each at its strength (default 1), and all others off."""
     strengths = [1.0] * len(names) if strengths is None else strengths
-    layers, known, wanted = adapted_layers(model, "set_adapters"), adapter_names(model), dict(zip(names, strengths))
+    layers, known, wanted = adapted_layers(model), adapter_names(model), dict(zip(names, strengths))
     if len(names) != len(strengths) or len(wanted) < len(names) or not all(map(math.isfinite, strengths)):
-        what = f"{len(names)} adapters {list(names)} and {len(strengths)} weights {list(strengths)}"
-        raise AdapterError(f"{what}; name each adapter once, and give each one finite weight.")
+        raise AdapterError(f"adapters {list(names)}, weights {list(strengths)}: each adapter needs one finite weight.")
     if unknown := next((name for name in names if name not in known), None):
         raise AdapterError(f'no adapter is called "{unknown}"; there is {", ".join(known)}.{did_you_mean(unknown, known)}')
     for layer in layers.values():
@@ -130,7 +111,7 @@ def set_adapters(model: nn.Module, names: Sequence[str], strengths: Sequence[flo
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside the `with`, the model computes as its base does, to the bit."""
-    layers = adapted_layers(model, "adapters_off").values()
+    layers = adapted_layers(model).values()
     before = [layer.strength for layer in layers]
     for layer in layers:
         layer.strength = dict.fromkeys(layer.strength, 0.0)
@@ -147,7 +128,7 @@ def merge(model: nn.Module) -> None:
     W' is rounded to W's dtype, so the outputs change a little; in half precision a small ΔW can be lost. The old weights
     are kept, so that `unmerge` is exact to the bit: with the default targets of SD 1.5 178 MiB in fp16, 357 MiB in fp32.
     """
-    for layer in adapted_layers(model, "merge").values():
+    for layer in adapted_layers(model).values():
         layer.merge()
 
 
@@ -164,11 +145,7 @@ def unmerge(model: nn.Module) -> None:
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """Every linear layer and convolution, by its name in the plain model, whether it has an adapter or not."""
-    return {
-        plain_name(name): module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-    }
+    return {plain_name(path): m for path, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
 
 
 def plain_name(path: str) -> str:
@@ -177,7 +154,7 @@ def plain_name(path: str) -> str:
 
 def real_path(model: nn.Module, name: str) -> str:
     """The path of the layer `name` in this model: below `text_model` for transformers 4."""
-    return TEXT + name if TEXT.rstrip(".") in dict(model.named_children()) else name
+    return TEXT + name if hasattr(model, "text_model") else name
 
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -228,12 +205,12 @@ def check_new(model: nn.Module, adapter_name: str) -> None:
         raise AdapterError("adapters are merged into the weights; unmerge (unfuse_lora) before adding another.")
 
 
-def adapted_layers(model: nn.Module, what: str) -> dict[str, LoRALayer]:
-    """The layers with adapters, or an AdapterError if there are none or they are merged."""
+def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """The layers with adapters. AdapterError if there are none or they are merged."""
     if not (layers := lora_layers(model)):
-        raise AdapterError(f"{what}: the model has no adapter; inject or load one first.")
+        raise AdapterError("the model has no adapter; inject or load one first.")
     if is_merged(model):
-        raise AdapterError(f"{what}: the adapters are merged already; unmerge (unfuse_lora) first.")
+        raise AdapterError("the adapters are merged already; unmerge (unfuse_lora) first.")
     return layers
 
 

@@ -21,15 +21,15 @@ Shapes: W (out, in), for convolutions (out, in, kh, kw); A (r, in) or (r, in, kh
 for each output, (1, in) or (1, in, 1, 1) for each input; x (…, in) or (batch, in, H, W).
 """
 
+import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-AT_ONCE = 2**20  # numbers of a weight whose lengths are measured together
 SHORTEST = 1e-12  # a length that can be divided by, for rows of W that are zero
 
 
@@ -64,17 +64,17 @@ def lengths(V: Tensor, shape: torch.Size) -> Tensor:
     return torch.linalg.vector_norm(V, dim=axes, keepdim=True).clamp(min=SHORTEST)
 
 
-def tuned_lengths(W: Tensor, weights: LoRAWeights, shape: torch.Size) -> Tensor:
-    """||W + scale · B A|| in the shape of m, fp32.
+def fresh(W: Tensor, rank: int, alpha: float, rslora: bool, dora: bool, random: torch.Generator) -> LoRAWeights:
+    """An adapter of W that changes nothing yet: B = 0 and m = ||W||.
 
-    AT_ONCE numbers at a time, so that a big layer needs no second copy of itself. (||w||² + 2 w·ba + ||ba||² would need less,
-    but it is inexact where B A cancels most of W.)
+    The LoRA paper (section 4.1) draws A from a Gaussian. Here, as in the authors' own code and in peft, A is uniform in
+    ±1/√(inputs), which is kaiming_uniform with a = √5.
     """
-    if shape[0] != len(W):
-        return lengths(W.float() + weights.product(), shape)
-    rows = max(1, AT_ONCE // W[0].numel())
-    parts = zip(W.split(rows), weights.B.split(rows))
-    return torch.cat([lengths(w.float() + replace(weights, B=b).product(), shape) for w, b in parts])
+    A, B = torch.empty(rank, *W.shape[1:]), torch.zeros(len(W), rank)
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=random)
+    scale = alpha / (math.sqrt(rank) if rslora else rank)  # rsLoRA (arXiv 2312.03732), theorem 3.2
+    one_for_each_output = torch.Size([len(W)] + [1] * (W.ndim - 1))
+    return LoRAWeights(A.to(W.device), B.to(W.device), scale, lengths(W.float(), one_for_each_output) if dora else None)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -159,20 +159,17 @@ class LoRALayer(nn.Module, ABC):
         """
         m = self.lora_magnitude[name]
         with torch.no_grad(), without_autocast(m):
-            norm = tuned_lengths(self.base.weight, self.weights(name), m.shape)
+            norm = lengths(self.base.weight.float() + self.weights(name).product(), m.shape)
         return m / norm
 
     @abstractmethod
-    def down(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Apply W or A."""
+    def down(self, x: Tensor, weight: Tensor) -> Tensor: ...  # apply W or A
 
     @abstractmethod
-    def up(self, x: Tensor, B: Tensor) -> Tensor:
-        """Apply B."""
+    def up(self, x: Tensor, B: Tensor) -> Tensor: ...  # apply B
 
     @abstractmethod
-    def along_channels(self, values: Tensor) -> Tensor:
-        """Numbers for each channel, in a shape that multiplies an input or an output."""
+    def along_channels(self, values: Tensor) -> Tensor: ...  # one number a channel, shaped to multiply x or y
 
     # --- W' itself ---------------------------------------------------------------------------------------------------
 

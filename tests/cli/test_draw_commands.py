@@ -242,7 +242,7 @@ def test_a_sheet_is_checked_before_its_first_tile(
         (["--columns", "steps=2,1001"], "--num_inference_steps must lie in 1 … 1000; it is 1001"),
         (["--columns", "eta=0,2"], "--eta must lie in 0 … 1; it is 2.0"),
         (["--columns", "eta=0,1", "--rows", "sampler=none,euler"], "only ddim has one"),
-        (["--columns", "use_karras_sigmas=false,true"], "only these take Karras sigmas"),  # the model's own sampler is ddim
+        (["--columns", "use_karras_sigmas=false,true"], "only these samplers take Karras sigmas"),  # the model's own sampler is ddim
         (["--columns", "width=16,0"], "width is 0"),
         (["--columns", "clip_skip=0,-1"], "--clip_skip must lie in 0 … 100; it is -1"),
         (["--columns", "lora=none,nowhere"], "lora nowhere: no such file or folder"),
@@ -275,7 +275,7 @@ WRONG = [
     (["sample"], "there is no prompt"),
     (["sample", DOG, "--sampler", "euler-a"], 'sampler "euler-a" is unknown'),
     (["sample", DOG, "--sampler", "eular"], 'Did you mean "euler"?'),
-    (["sample", DOG, "--sampler", "ddim", "--use_karras_sigmas", "True"], "only these take Karras sigmas"),
+    (["sample", DOG, "--sampler", "ddim", "--use_karras_sigmas", "True"], "only these samplers take Karras sigmas"),
     (["sample", DOG, "--sampler", "euler", "--eta", "0.5"], "only ddim has one"),
     (["sample", DOG, "--strength", "0.5"], "--strength needs a picture to start from; give --image"),
     (["sample", DOG, "--mask_image", "m.png"], "--mask_image needs a picture to work on; give --image"),

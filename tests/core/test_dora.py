@@ -6,8 +6,8 @@ from test_lora import every_dtype, every_kind, layer_and_x, plain, weights_for
 from tiny_adapters import answer, digest, random, shake, tiny_unet
 from torch import Tensor, nn
 
-from minidiff.core.inject import fresh, inject, lora_layers, merge, set_adapters, trainable, unmerge
-from minidiff.core.lora import LoRAConv2d, LoRALayer, LoRALinear, LoRAWeights, lengths
+from minidiff.core.inject import inject, lora_layers, merge, set_adapters, trainable, unmerge
+from minidiff.core.lora import LoRAConv2d, LoRALayer, LoRALinear, LoRAWeights, fresh, lengths
 from minidiff.core.rng import generator
 
 AXES = ["output", "input"]
@@ -33,7 +33,7 @@ def by_hand(weights: LoRAWeights, W: Tensor, axis: str) -> Tensor:
 
 
 def fresh_dora(layer: LoRALayer) -> LoRAWeights:
-    return fresh(layer, 2, 3.0, rslora=False, dora=True, random=generator(0, "lora_A", "layer"))
+    return fresh(layer.base.weight.detach(), 2, 3.0, rslora=False, dora=True, random=generator(0, "lora_A", "layer"))
 
 
 @pytest.mark.parametrize("axis", AXES)

@@ -228,7 +228,7 @@ def test_karras_argument_beats_config():
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "pndm", "lcm"])
 def test_no_karras_sigmas_for_walkers(name):
-    with pytest.raises(SettingsError, match="only these take Karras sigmas: euler, euler_a, heun, dpm"):
+    with pytest.raises(SettingsError, match="only these samplers take Karras sigmas: euler, euler_a, heun, dpm"):
         first_t(name, SCHEDULE, karras=True)
 
 
@@ -276,9 +276,9 @@ def test_bad_strength(strength):
 
 def test_strength_needs_an_image_and_a_step():
     noise, image = draw(2, 1, 4, 2, 2)
-    with pytest.raises(SettingsError, match="no image"):
+    with pytest.raises(SettingsError, match="needs an image"):
         ddim(lambda x, t: x, noise, SCHEDULE, 10, silent, strength=0.5)
-    with pytest.raises(SettingsError, match="0 denoising steps: 10 steps at strength 0.05 .* 20 steps or more"):
+    with pytest.raises(SettingsError, match="0 denoising steps: 10 steps at strength 0.05 .* use more of either"):
         ddim(lambda x, t: x, noise, SCHEDULE, 10, silent, image=image, strength=0.05)
     next(ddim(lambda x, t: x, noise, SCHEDULE, 20, silent, image=image, strength=0.05))
 
@@ -335,7 +335,7 @@ def test_more_steps_than_different_timesteps():
 
 
 def test_unknown_spacing():
-    with pytest.raises(SettingsError, match='one of leading, linspace, trailing. Did you mean "trailing"'):
+    with pytest.raises(SettingsError, match='one of leading, linspace, trailing'):
         timesteps(SCHEDULE, 10, "trailling")
 
 

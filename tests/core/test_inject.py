@@ -334,7 +334,7 @@ def test_unmerge_is_exact_in_half_precision() -> None:
 
 def test_merging_twice_and_unmerging_nothing_are_errors() -> None:
     unet = tiny_unet()
-    with pytest.raises(AdapterError, match="merge: the model has no adapter; inject or load one first"):
+    with pytest.raises(AdapterError, match="the model has no adapter; inject or load one first"):
         merge(unet)
     inject(unet, 2)
     with pytest.raises(AdapterError, match="nothing is merged"):
@@ -399,9 +399,9 @@ def test_a_new_adapter_is_the_only_one_that_trains() -> None:
     ("names", "strengths", "message"),
     [
         (["styel"], None, 'no adapter is called "styel"; there is dog, style. Did you mean "style"'),
-        (["dog", "style"], [1.0], r"2 adapters \['dog', 'style'\] and 1 weights \[1.0\]; .* give each one finite weight"),
-        (["dog", "dog"], [0.5, 0.5], r"2 adapters \['dog', 'dog'\] and 2 weights .*; name each adapter once"),
-        (["dog"], [float("nan")], r"1 adapters \['dog'\] and 1 weights \[nan\]; .* one finite weight"),
+        (["dog", "style"], [1.0], r"adapters \['dog', 'style'\], weights \[1.0\]: each adapter needs one finite weight"),
+        (["dog", "dog"], [0.5, 0.5], r"adapters \['dog', 'dog'\], weights .*: each adapter needs one"),
+        (["dog"], [float("nan")], r"adapters \['dog'\], weights \[nan\]: .* one finite weight"),
     ],
 )
 def test_set_adapters_refuses(names: list[str], strengths: list[float] | None, message: str) -> None:

@@ -420,7 +420,7 @@ def test_lora_errors(fresh: StableDiffusionPipeline, loras: list[Path], tmp_path
         fresh.load_lora_weights(loras[1], adapter_name="dog")
     with pytest.raises(AdapterError, match='Did you mean "dog"'):
         fresh.set_adapters(["dogs"])
-    with pytest.raises(AdapterError, match="2 weights"):
+    with pytest.raises(AdapterError, match="each adapter needs one finite weight"):
         fresh.set_adapters(["dog"], [1.0, 0.5])
     with pytest.raises(AdapterError, match="unload_lora_weights first"):
         fresh.save_pretrained(tmp_path / "out")

@@ -242,7 +242,7 @@ def test_a_sheet_is_checked_before_its_first_tile(
         (["--columns", "steps=2,1001"], "--num_inference_steps must lie in 1 … 1000; it is 1001"),
         (["--columns", "eta=0,2"], "--eta must lie in 0 … 1; it is 2.0"),
         (["--columns", "eta=0,1", "--rows", "sampler=none,euler"], "only ddim has one"),
-        (["--columns", "use_karras_sigmas=false,true"], "only these samplers take Karras sigmas"),  # the model's own sampler is ddim
+        (["--columns", "use_karras_sigmas=false,true"], "only these samplers take Karras sigmas"),  # ddim
         (["--columns", "width=16,0"], "width is 0"),
         (["--columns", "clip_skip=0,-1"], "--clip_skip must lie in 0 … 100; it is -1"),
         (["--columns", "lora=none,nowhere"], "lora nowhere: no such file or folder"),

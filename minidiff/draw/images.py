@@ -4,16 +4,16 @@ Shapes: B pictures, 3 channels, H rows, W columns; values of tensors lie in [-1,
 """
 
 import contextlib
-import functools
 import io
-import itertools
 import json
 import math
-import re
 import struct
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
+from itertools import accumulate, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -36,20 +36,17 @@ def load_image(path: Path | str, under: str = "white") -> Image.Image:
     Turned upright by its EXIF mark, 16 bits scaled to 8, transparency laid over white (or the colour `under`), CMYK and
     wide-gamut colours brought to sRGB, the first frame of an animation (with a warning). Raises DataError for anything else.
     """
-    path = Path(path)
-    with open_image(path) as image:
+    with open_image(Path(path)) as image:
         if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a JPEG with a preview behind it
             warnings.warn(f"{path}: {getattr(image, 'n_frames', '')} frames; only the first is used.", stacklevel=2)
-        try:
-            profile = image.info.get("icc_profile")
-            upright = ImageOps.exif_transpose(image)  # reads the pixels too
-            return _to_srgb(opaque(_to_8_bit(upright, path), under), profile)
-        except READ_ERRORS as error:
-            raise DataError(f"{path}: damaged or cut short ({error}). Copy it again, or leave it out.") from error
+        profile = image.info.get("icc_profile")
+        upright = ImageOps.exif_transpose(image)  # reads the pixels too
+        return _to_srgb(opaque(_to_8_bit(upright, path), under), profile)
 
 
-def open_image(path: Path) -> Image.Image:
-    """Open a picture: only the header is read. DataError for a file that cannot be a picture."""
+@contextlib.contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open a picture; only the header is read at first. DataError for a file that is no picture, or a damaged one."""
     if not path.is_file():
         there = "is a folder, not a picture" if path.is_dir() else "is no ordinary file" if path.exists() else "no such file"
         hint = "Addresses are not read: download it first" if path.parts[:1] in (("http:",), ("https:",)) else "Check the path"
@@ -61,21 +58,23 @@ def open_image(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is our own
             Image.init()  # else Pillow knows half of the formats
-            image = Image.open(path, formats=FORMATS)
+            opened = Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise DataError(huge) from error
     except READ_ERRORS as error:
-        foreign = path.suffix.lower() in (".heic", ".heif", ".raw", ".svg")
-        hint = "Convert it to PNG or JPEG" if foreign else "Leave it out"
-        hint = "A git-LFS pointer: run `git lfs pull`" if path.read_bytes().startswith(b"version https://git-lfs") else hint
+        lfs = path.read_bytes().startswith(b"version https://git-lfs")
+        hint = "A git-LFS pointer: run `git lfs pull`" if lfs else "Convert it to PNG or JPEG, or leave it out"
         raise DataError(f"{path}: not a picture that can be read here (JPEG, PNG, WebP, …). {hint}.") from error
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise DataError(huge)
-    return image
+    with opened as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise DataError(huge)
+        try:
+            yield image
+        except READ_ERRORS as error:
+            raise DataError(f"{path}: damaged or cut short ({error}). Copy it again, or leave it out.") from error
 
 
-def _to_8_bit(image: Image.Image, path: Path) -> Image.Image:
+def _to_8_bit(image: Image.Image, path: Path | str) -> Image.Image:
     """16-bit gray -> L. Pillow's own conversion clips: all but the darkest 1/256 would be white."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
@@ -113,13 +112,9 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_pil(pictures: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] -> RGB pictures. What lies outside is clipped; NaN and infinity are an error."""
-    bad = [i for i, picture in enumerate(pictures) if not picture.isfinite().all()]
-    if bad:
-        raise MinidiffError(
-            f"picture {bad[0] + 1} of {len(pictures)} holds NaN or infinity, so it would be black. Where half precision "
-            "overflowed, run in float32 or bfloat16; where training diverged, take an earlier checkpoint."
-        )
+    """(B, 3, H, W) in [-1, 1] -> RGB pictures. Numbers outside are clipped; NaN and infinity are a MinidiffError."""
+    if not pictures.isfinite().all():
+        raise MinidiffError("a picture holds NaN or infinity, so it would be black; run in float32 or bfloat16.")
     bytes_ = ((pictures.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in bytes_]
 
@@ -129,50 +124,31 @@ def save_png(image: Image.Image, path: Path | str, text: Mapping[str, str] | Non
     chunks, png = PngImagePlugin.PngInfo(), io.BytesIO()
     for key, value in (text or {}).items():
         chunks.add_text(key, value)  # tEXt; where Latin-1 does not hold the text, iTXt
-    with _naming(path):
-        image.save(png, format="PNG", pnginfo=chunks)
+    image.save(png, format="PNG", pnginfo=chunks)
     write_picture(path, png.getvalue())
 
 
 def write_picture(path: Path | str, data: bytes) -> None:
-    """Write a file and its folders; any reader sees the old file or the new one whole."""
-    with _naming(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(Path(path), data)
+    """Write a file and its folders; any reader sees the old file or the new one whole. An OSError names the path."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(Path(path), data)
 
 
-def check_writable(path: Path | str) -> None:
+def check_writable(path: Path) -> None:
     """MinidiffError where `write_picture` could not write; for before long work. It tries, and leaves nothing behind."""
-    path = Path(path)
-    missing = [folder for folder in path.parents if not folder.exists()]
+    there = next(folder for folder in path.absolute().parents if folder.exists())
     try:
-        with _naming(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name).close()
-    finally:
-        for folder in missing:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-
-
-@contextlib.contextmanager
-def _naming(path: Path | str) -> Iterator[None]:
-    """An OSError inside becomes a message that names the file."""
-    try:
-        yield
+        with tempfile.TemporaryDirectory(dir=there) as scratch:
+            Path(scratch, path.name).touch()
     except OSError as error:
-        raise MinidiffError(f"{path}: cannot be written ({error.strerror or error}). Choose another place.") from error
+        raise MinidiffError(f"{path}: cannot be written ({error.strerror}). Choose another place.") from error
 
 
 def read_png_text(path: Path | str) -> dict[str, str]:
     """The text chunks of a PNG, wherever they stand in the file; {} for a picture of another format."""
-    path = Path(path)
-    with open_image(path) as image:
-        try:
-            image.load()  # chunks may follow the pixels
-            return {key: str(value) for key, value in getattr(image, "text", {}).items()}
-        except READ_ERRORS as error:
-            raise DataError(f"{path}: damaged or cut short ({error}).") from error
+    with open_image(Path(path)) as image:
+        image.load()  # chunks may follow the pixels
+        return {key: str(value) for key, value in getattr(image, "text", {}).items()}
 
 
 def generation_text(prompt: str, negative_prompt: str, settings: Mapping[str, object]) -> str:
@@ -200,94 +176,46 @@ def contact_sheet(
 
     `captions`, in the shape of `rows`, stand under the single pictures.
     """
-    _check_labels(rows, row_labels, column_labels, captions)
-    grid = [[_scale(image, tile) for image in row] for row in rows]
-    cell_w, cell_h = (max(getattr(image, side) for row in grid for image in row) for side in ("width", "height"))
-    across, gap, margin = max(map(len, grid)), round(tile * 0.05), round(tile * 0.12)
-    # A wide sheet is shown smaller, so its letters are larger, up to what a cell holds.
-    size = max(14, min(24, round(tile * 0.08)), min(round(tile * 0.12), across * cell_w // 56))
-    ascii_only = all(text.isascii() for text in (title, *row_labels, *column_labels, *itertools.chain(*captions)))
-    font = _font(size, ascii_only)
-    sides = [_Label(text, font, round(tile * 0.8)) for text in row_labels]
-    heads = [_Label(text, font, cell_w - gap) for text in column_labels]
-    under = [[_Label(text, font, cell_w - gap) for text in texts] for texts in captions] or [[] for _ in grid]
-    left = margin + (max(side.width for side in sides) + 2 * gap if sides else 0)
-    width = left + across * (cell_w + gap) - gap + margin
-    heading = _Label(title, _font(round(size * 1.4), ascii_only), width - 2 * margin)
-
-    head = max((label.height for label in heads), default=-gap)
-    y = margin + (heading.height + gap if title else 0) + head + gap  # where the first row of pictures begins
-    bodies = [max([cell_h, *(side.height for side in sides[i : i + 1])]) for i in range(len(grid))]
-    feet = [max((label.height + gap // 2 for label in labels), default=0) for labels in under]
-    sheet = Image.new("RGB", (width, y + sum(bodies) + sum(feet) + (len(grid) - 1) * gap + margin), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    if title:
-        heading.draw(draw, margin, margin, "la")
-    for column, label in enumerate(heads):
-        label.draw(draw, left + column * (cell_w + gap) + cell_w / 2, y - gap - label.height, "ma")
-    for row, pictures in enumerate(grid):
-        for label in sides[row : row + 1]:
-            label.draw(draw, margin, y + (bodies[row] - label.height) / 2, "la")
-        for column, picture in enumerate(pictures):
-            x = left + column * (cell_w + gap)
-            x0, y0 = x + (cell_w - picture.width) // 2, y + (bodies[row] - picture.height) // 2
-            draw.rectangle((x0 - 1, y0 - 1, x0 + picture.width, y0 + picture.height), outline=HAIRLINE)
-            sheet.paste(picture, (x0, y0))
-            for label in under[row][column : column + 1]:
-                label.draw(draw, x + cell_w / 2, y + bodies[row] + gap // 2, "ma")
-        y += bodies[row] + feet[row] + gap
+    sides, heads = len(row_labels), len(column_labels)
+    if sides not in (0, len(rows)) or heads not in (0, max(map(len, rows))):
+        raise ValueError(f"{sides} row and {heads} column labels do not fit the grid")
+    if captions and [len(texts) for texts in captions] != [len(row) for row in rows]:
+        raise ValueError(f"the captions, {[len(texts) for texts in captions]} in the rows, do not fit the grid")
+    label, gap = partial(_label, width=tile, size=max(14, round(tile * 0.08))), round(tile * 0.05)
+    table = [[label(""), *map(label, column_labels)]] if heads else []  # every cell is a picture, labels too
+    for i, row in enumerate(rows):
+        scaled = [ImageOps.contain(picture.convert("RGB"), (tile, tile), Image.Resampling.LANCZOS) for picture in row]
+        pictures = [ImageOps.expand(picture, 1, HAIRLINE) for picture in scaled]
+        table.append([label(row_labels[i] if sides else ""), *pictures])
+        table += [[label(""), *map(label, captions[i])]] if captions else []
+    columns = zip_longest(*table, fillvalue=label(""))
+    widths, heights = [max(cell.width for cell in column) for column in columns], [max(c.height for c in row) for row in table]
+    lefts, tops = ([*accumulate([gap + side if side else 0 for side in sizes], initial=gap)] for sizes in (widths, heights))
+    heading = _label(title, lefts[-1] - 2 * gap, max(18, round(tile * 0.11)))
+    below = heading.height + gap if title else 0
+    sheet = Image.new("RGB", (lefts[-1], tops[-1] + below), PAPER)
+    sheet.paste(heading, (gap, gap))
+    for row, top, height in zip(table, tops, heights):
+        for cell, left, width in zip(row, lefts, widths):
+            sheet.paste(cell, (left + (width - cell.width) // 2, below + top + (height - cell.height) // 2))
     return sheet
 
 
-def _check_labels(
-    rows: Sequence[Sequence[Image.Image]], sides: Sequence[str], heads: Sequence[str], captions: Sequence[Sequence[str]]
-) -> None:
-    if len(sides) not in (0, len(rows)) or len(heads) not in (0, max(map(len, rows), default=0)):
-        raise ValueError(f"{len(sides)} row and {len(heads)} column labels do not fit the grid")
-    if captions and [len(texts) for texts in captions] != [len(row) for row in rows]:
-        raise ValueError(f"the captions, {[len(texts) for texts in captions]} in the rows, do not fit the grid")
+def _label(text: str, width: int, size: int) -> Image.Image:
+    """The text in lines of at most `width` pixels (a single letter may be wider), as a picture."""
+    font, block, box = _font(size), "", (0.0, 0.0, 0.0, 0.0)
+    for letters in range(min(len(text), 4 * width // size), 0, -1):  # 4: no letters are narrower than a quarter of `size`
+        block = "\n".join(textwrap.wrap(text, letters))
+        box = ImageDraw.Draw(Image.new("1", (1, 1))).multiline_textbbox((0, 0), block, font, align="center")
+        if box[2] <= width:
+            break
+    picture = Image.new("RGB", (math.ceil(box[2]), math.ceil(box[3])), PAPER)
+    ImageDraw.Draw(picture).multiline_text((0, 0), block, INK, font, align="center")
+    return picture
 
 
-class _Label:
-    """A text in lines of at most `width` pixels, and the width and height that it takes."""
-
-    def __init__(self, text: str, font: ImageFont.FreeTypeFont, width: int) -> None:
-        pieces = re.findall(r"\.?[^\s_/.-]+[_/-]*|[_/.-]+|\s+", text)  # a line ends at a space, behind _ / - or before .
-        longest = min(width, math.ceil(max(map(font.getlength, pieces), default=0)))
-        attempts = (_wrap(pieces, font, narrower) for narrower in range(longest, width + 1, width // 40 + 1))
-        self.lines = min([*attempts, _wrap(pieces, font, width)], key=len)  # the narrowest: no last line of one short word
-        self.font, self.leading = font, round(font.size * 1.28)
-        self.width, self.height = math.ceil(max(map(font.getlength, self.lines))), len(self.lines) * self.leading
-
-    def draw(self, draw: ImageDraw.ImageDraw, x: float, y: float, anchor: str) -> None:
-        for line in self.lines:
-            draw.text((x, y), line, fill=INK, font=self.font, anchor=anchor)
-            y += self.leading
-
-
-def _wrap(pieces: Sequence[str], font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines of at most `width` pixels; a piece that is wider is broken anywhere."""
-    lines = [""]
-    for piece in pieces:
-        too_wide = font.getlength(piece) > width
-        for part in piece if too_wide else [piece]:
-            if font.getlength((lines[-1] + part).rstrip()) > width:
-                lines.append("")
-            lines[-1] = (lines[-1] + part).lstrip()
-    return [line.rstrip() for line in lines]
-
-
-@functools.cache
-def _font(size: int, ascii_only: bool) -> ImageFont.FreeTypeFont:
-    """Aileron, which comes with Pillow and knows ASCII alone; DejaVu Sans, which comes with matplotlib, for the rest."""
-    if ascii_only and isinstance(font := ImageFont.load_default(size), ImageFont.FreeTypeFont):
-        return font
-    import matplotlib
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib  # it brings DejaVu Sans, which knows more letters than Pillow's own font
 
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
-
-
-def _scale(image: Image.Image, tile: int) -> Image.Image:
-    factor = tile / max(image.size)
-    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)

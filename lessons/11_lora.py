@@ -50,8 +50,8 @@ from minidiff.core.rng import generator, normal
 from minidiff.draw.images import HAIRLINE, INK, PAPER, contact_sheet, load_image
 from minidiff.files.lora_file import FILE_NAME
 from minidiff.trainer import recipes
-from minidiff.trainer.methods import LoRASettings
 from minidiff.trainer.run import fit
+from minidiff.trainer.settings import LoRASettings
 
 LESSONS = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()  # a notebook has no __file__
 ROOT = LESSONS.parent

@@ -34,15 +34,15 @@ from minidiff.files.lora_file import FILE_NAME as LORA_FILE
 from minidiff.files.word_file import FILE_NAME as WORD_FILE
 from minidiff.pocket.judge import ImageTower, forgetting_score, subject_score
 from minidiff.trainer.dataset import read_folder
-from minidiff.trainer.methods import (
+from minidiff.trainer.recipes import RECIPES
+from minidiff.trainer.run import fit, read_metrics
+from minidiff.trainer.settings import (
     DreamBoothSettings,
     FullSettings,
     LoRASettings,
     PivotalSettings,
     TextualInversionSettings,
 )
-from minidiff.trainer.recipes import RECIPES
-from minidiff.trainer.run import fit, read_metrics
 
 LESSONS = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()  # a notebook has no __file__
 ROOT = LESSONS.parent

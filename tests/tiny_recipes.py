@@ -10,16 +10,16 @@ from torch import Tensor
 
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.trainer.job import Job
-from minidiff.trainer.methods import (
+from minidiff.trainer.recipes import RECIPES
+from minidiff.trainer.run import fit
+from minidiff.trainer.settings import (
     DreamBoothSettings,
+    FineTuneSettings,
     FullSettings,
     LoRASettings,
     PivotalSettings,
     TextualInversionSettings,
 )
-from minidiff.trainer.recipes import RECIPES
-from minidiff.trainer.run import fit
-from minidiff.trainer.settings import FineTuneSettings
 
 SKS = {"instance_prompt": "a photo of a sks dog"}
 WORD = {"placeholder_token": "<dog>", "initializer_token": "dog", "learning_rate": 1e-2, "num_vectors": 2}

@@ -6,172 +6,133 @@ Nothing is imported before it is needed, so that `minidiff --help` answers at on
 
 import io
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from argparse import ArgumentParser
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from minidiff import __version__
+from minidiff.cli.commands import COMMANDS, usage
 from minidiff.core.errors import MinidiffError, SettingsError, did_you_mean
-from minidiff.files.values import printable
+from minidiff.trainer.signals import signals_call
+
+OUT_OF_MEMORY = (
+    "out of memory. What helps, the cheapest first: --train_batch_size 1 with more --gradient_accumulation_steps, "
+    "--mixed_precision bf16, a smaller --resolution (or --width and --height), a lower --rank. Checkpoints already written are "
+    "whole."
+)
+HELP = ("-h", "--help")
 
 
 def run(argv: list[str]) -> None:
     """Do what the command line asks for."""
     if broken := [word for word in argv if any("\ud800" <= letter <= "\udfff" for letter in word)]:
         raise SettingsError(f"{broken[0]!r} is not UTF-8 text; is the terminal set to UTF-8?")
-    if argv[:1] == ["--version"]:
-        from minidiff import __version__
-
+    first, second = [*argv[:2], "", ""][:2]
+    group = [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]  # of a group such as train
+    if first == "--version":
         print(f"minidiff {__version__}")
-        return
-    from minidiff.cli.flags import COMMANDS
-
-    groups = {name.split()[0] for name in COMMANDS if " " in name}
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-    elif argv[0] in groups and argv[1:2] in (["-h"], ["--help"]):
-        print(usage(argv[0]))
+    elif first in ("", *HELP) or (group and second in HELP):
+        print(usage(first if group else ""))
+    elif group and second not in group:
+        raise SettingsError(f"minidiff {first} needs one of {', '.join(group)}.{did_you_mean(second, group)}")
+    elif not group and first not in COMMANDS:
+        near = did_you_mean(first, [*COMMANDS, *(name.split()[0] for name in COMMANDS)])
+        raise SettingsError(f'"{first}" is no command.{near}\n\n{usage()}')
     else:
-        name = command_named(argv, list(COMMANDS))
-        kind, function = COMMANDS[name]
-        settings = parse(name, kind, argv[len(name.split()) :])
+        name, words = (f"{first} {second}", argv[2:]) if group else (first, argv[1:])
+        flags, function, _ = COMMANDS[name]
+        settings = parse(name, found(flags), words)
         settings.check()
-        module, _, function = function.partition(":")
-        getattr(import_module(f"minidiff.cli.{module}"), function)(settings)
+        found(f"cli.{function}")(settings)
 
 
-def usage(group: str = "") -> str:
-    """All commands, or those of a `group` such as train, with the first lines of their docstrings."""
-    from minidiff.cli.flags import COMMANDS
-
-    table = {name: (kind.__doc__ or "").partition("\n")[0] for name, (kind, _) in COMMANDS.items()}
-    lines = [f"  minidiff {name:<23} {about}" for name, about in table.items() if not group or name.startswith(f"{group} ")]
-    head = "minidiff: Stable Diffusion you can read, and fine-tune."
-    return "\n".join([head, "", *lines, "", f"  minidiff {group + ' ' if group else ''}COMMAND --help: its flags"])
-
-
-def command_named(argv: list[str], names: list[str]) -> str:
-    """The command at the start of the command line; SettingsError with the nearest name if there is none."""
-    for name in names:
-        if argv[: len(name.split())] == name.split():
-            return name
-    if known := [name.split()[1] for name in names if name.startswith(f"{argv[0]} ")]:
-        hint = did_you_mean(" ".join(argv[1:2]), known)
-        raise SettingsError(f"minidiff {argv[0]} needs one of {', '.join(known)}.{hint}")
-    near = did_you_mean(argv[0], [*names, *(name.split()[0] for name in names)])
-    raise SettingsError(f'"{argv[0]}" is no command.{near}\n\n{usage()}')
+def found(where: str) -> Any:
+    """The object behind "file:name"."""
+    module, _, name = where.partition(":")
+    return getattr(import_module(f"minidiff.{module}"), name)
 
 
 def parse(name: str, kind: type, words: list[str]) -> Any:
     """The flags of a command. tyro takes `-` and `_` alike; for an unknown flag it names the nearest and exits with 2.
 
-    --config and --from name a file that gives all other flags their defaults.
+    --config TOML (training) and --from PICTURE (sample) give all other flags their defaults.
     """
     import tyro
 
-    from minidiff.cli.flags import Sample
-    from minidiff.trainer.settings import FineTuneSettings, from_toml
+    def taken(flag: str, file: str) -> str | None:
+        nonlocal words
+        one = ArgumentParser(f"minidiff {name}", add_help=False, allow_abbrev=False)
+        one.add_argument(flag, dest="file", metavar=file)
+        given, words = one.parse_known_args(words)
+        return given.file
 
-    default: Any = None
-    origin = None
-    if issubclass(kind, FineTuneSettings):
-        path, words = taken_out("--config", words, "a TOML file, such as the train_config.toml of an earlier run")
-        default = from_toml(kind, Path(path)) if path else None
-    if kind is Sample:
-        path, words = taken_out("--from", words, "a picture that minidiff or A1111 drew")
-        if path:
-            from minidiff.studio.recipe import read_origin
+    if name.startswith("train ") and (path := taken("--config", "train_config.toml")):
+        from minidiff.files.values import from_toml
 
-            origin = read_origin(path, Sample)
-            default = Sample(output=f"{origin.path.stem}-again.png", **origin.settings)
-    settings = tyro.cli(kind, args=words, prog=f"minidiff {name}", default=default)
-    if origin:
+        return tyro.cli(kind, args=words, prog=f"minidiff {name}", default=from_toml(kind, Path(path)))
+    if name == "sample" and (path := taken("--from", "PICTURE.png")):
         from minidiff.cli.draw_commands import check_again
+        from minidiff.studio.recipe import read_origin
 
-        check_again(settings, origin)
-    return settings
-
-
-def taken_out(flag: str, words: list[str], what: str) -> tuple[str | None, list[str]]:
-    """The value of a flag, and the words without it."""
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])]
-    if flag not in words:
-        return None, words
-    at = words.index(flag)
-    if at + 1 == len(words):
-        raise SettingsError(f"{flag} needs {what}.")
-    return words[at + 1], words[:at] + words[at + 2 :]
+        origin = read_origin(path, kind)
+        before = kind(output=f"{origin.path.stem}-again.png", **origin.settings)
+        check_again(settings := tyro.cli(kind, args=words, prog=f"minidiff {name}", default=before), origin)
+        return settings
+    return tyro.cli(kind, args=words, prog=f"minidiff {name}")
 
 
 def main(argv: list[str] | None = None) -> None:
     """The entry point. Each error that a person can fix becomes a message and an exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows only ASCII
-    warnings.showwarning = lambda message, *_: print(f"Note: {printable(str(message))}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: say(f"Note: {message}")
+    asked: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        """Leave through all `finally` blocks, so that no partial file and no child process is left."""
+        asked.append(number)
+        raise KeyboardInterrupt
+
     try:
         try:
-            with stopped_cleanly():
+            with signals_call(stop):  # during training, trainer/run.py takes them, and saves the state first
                 run(sys.argv[1:] if argv is None else argv)
         finally:
             if sys.stdout:  # None where it is closed
                 sys.stdout.flush()  # here, where a broken pipe can still be caught
-    except BrokenPipeError:  # the reader of our output has left, as `| head -1` does
+    except BaseException as error:
+        if asked or isinstance(error, KeyboardInterrupt):  # a library that is being imported can make another error of it
+            print("\nStopped.", file=sys.stderr)
+            sys.exit(128 + asked[0] if asked else 130)
+        leave(error)
+
+
+def leave(error: BaseException) -> NoReturn:
+    """Exit with the message of an error that a person can fix; raise any other error again."""
+    if isinstance(error, BrokenPipeError):  # the reader of our output has left, as `| head -1` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at its end
         sys.exit(128 + 13)
-    except OSError as error:
-        where = f"{printable(str(error.filename))}: " if error.filename else ""
-        print(f"minidiff: {where}{error.strerror or error}. Check path, permissions and free space.", file=sys.stderr)
-        sys.exit(2)
-    except MinidiffError as error:
-        print(f"minidiff: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        sys.exit(130)
-    except (MemoryError, RuntimeError) as error:
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"minidiff: {where}{error.strerror or error}. Check path, permissions and free space.")
+    elif isinstance(error, MinidiffError):
+        say(f"minidiff: {error}")
+    else:
+        if not isinstance(error, (MemoryError, RuntimeError)):
+            raise error
         from minidiff.draw.device import is_out_of_memory  # it imports torch, which is there by now
 
         if not is_out_of_memory(error):
-            raise
-        print(f"minidiff: out of memory. {OUT_OF_MEMORY}", file=sys.stderr)
-        sys.exit(2)
+            raise error
+        say(f"minidiff: {OUT_OF_MEMORY}")
+    sys.exit(2)
 
 
-@contextmanager
-def stopped_cleanly() -> Iterator[None]:
-    """On Ctrl-C and SIGTERM leave through all `finally` blocks, so that no partial file and no child process is left.
+def say(text: str) -> None:
+    """A line on stderr, in which control characters are written out."""
+    from minidiff.files.values import printable
 
-    (During training they save the state first: trainer/run.py.) After a signal any error counts as the signal's, because a
-    library that is being imported can turn the interruption into another error.
-    """
-    asked: list[int] = []
-
-    def stop(number: int, _: object) -> None:
-        asked.append(number)
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals only in the main thread
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    except BaseException:
-        if not asked:
-            raise
-        print("\nStopped.", file=sys.stderr)
-        sys.exit(128 + asked[0])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-OUT_OF_MEMORY = (
-    "What helps, the cheapest first: --train_batch_size 1 with more --gradient_accumulation_steps, --mixed_precision bf16, "
-    "a smaller --resolution (or --width and --height), a lower --rank. Checkpoints already written are whole."
-)
+    print(printable(text), file=sys.stderr)

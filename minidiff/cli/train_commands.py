@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -50,30 +51,32 @@ def ladder(s: LadderSettings) -> None:
 
 
 def lesson(s: Lesson) -> None:
-    if code := subprocess.run([sys.executable, str(lesson_file(s.number))], check=False).returncode:
-        sys.exit(code)
+    program([str(lesson_file(s.number))])
 
 
 def lesson_file(number: int) -> Path:
     """A lesson, in a checkout; SettingsError if it is not there."""
-    folder = CHECKOUT / "lessons"
-    found = sorted(folder.glob(f"{number:02d}_*.py"))
-    if not found:
-        known = ", ".join(sorted(str(int(path.name[:2])) for path in folder.glob("[0-9][0-9]_*.py")))
-        raise SettingsError(f"there is no lesson {number}; there are {known or 'none beside this installation'}.")
-    return found[0]
+    lessons = {int(path.name[:2]): path for path in sorted((CHECKOUT / "lessons").glob("[0-9][0-9]_*.py"))}
+    if number not in lessons:
+        known = ", ".join(map(str, lessons)) or "none beside this installation"
+        raise SettingsError(f"there is no lesson {number}; there are {known}.")
+    return lessons[number]
 
 
 def bench(s: Bench) -> None:
     """Run tests/benchmarks, which is not part of the package."""
-    if not (CHECKOUT / "tests" / "benchmarks" / "__main__.py").is_file():
+    if not (CHECKOUT / "tests" / "benchmarks").is_dir():
         raise SettingsError(
-            f"the benchmark is not beside this installation ({CHECKOUT}): it lives in a checkout's tests/benchmarks. "
+            f"there is no tests/benchmarks in {CHECKOUT}: the benchmark needs a checkout. "
             'Clone the repository, and install it with pip install -e ".[bench]".'
         )
     places = os.pathsep.join(filter(None, (str(CHECKOUT / "tests"), str(CHECKOUT), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", json.dumps(asdict(s))]
-    if code := subprocess.run(command, env=os.environ | {"PYTHONPATH": places}, check=False).returncode:
+    program(["-W", "ignore", "-m", "benchmarks", json.dumps(asdict(s))], os.environ | {"PYTHONPATH": places})
+
+
+def program(words: list[str], env: Mapping[str, str] | None = None) -> None:
+    """Run Python in a process of its own, and pass on its exit code where it fails."""
+    if code := subprocess.run([sys.executable, *words], env=env, check=False).returncode:
         sys.exit(code)
 
 

@@ -3,14 +3,19 @@
 `check_values` reads types and rules from the fields, so each range is written once.
 """
 
+import json
 import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import fields
+import tomllib
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from minidiff.core.errors import SettingsError, did_you_mean
+
+T = TypeVar("T")
 
 
 class Rule(NamedTuple):
@@ -88,3 +93,30 @@ def listed(what: str, names: Iterable[str]) -> str:
 def printable(text: str) -> str:
     """With control characters as `\\x1b`: names and texts in files could otherwise write over what the terminal shows."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def to_toml(settings: Any, without: Collection[str] = ()) -> str:
+    """The settings as a TOML file that `from_toml` reads; `without` some fields, and without those that are None."""
+    rows = {k: v for k, v in asdict(settings).items() if v is not None and k not in without}
+    lines = "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in rows.items())
+    return lines.replace("\x7f", "\\u007f")  # JSON allows this one character unescaped, TOML does not
+
+
+def from_toml(kind: type[T], path: Path) -> T:
+    """Settings from a TOML file. Raises SettingsError for an unknown key, or a value of the wrong type."""
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{path}: cannot be read as TOML settings: {error}.") from error
+    hints = get_type_hints(kind)
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    for key, value in values.items():
+        if key not in known:
+            raise SettingsError(f'{path}: "{key}" is no setting of this task.{did_you_mean(key, known)}')
+        if not fits(value, hints[key]):
+            kind_of = hints[key].__name__ if type(hints[key]) is type else str(hints[key]).replace("typing.", "")
+            raise SettingsError(f"{path}: {key} = {value!r:.60} has the wrong type; it must be {kind_of}.")
+        if type(value) is int and not -(2**63) <= value < 2**63:
+            raise SettingsError(f"{path}: {key} = {value!r:.60} does not fit in 64 bits, as TOML's numbers do.")
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return kind(**given)

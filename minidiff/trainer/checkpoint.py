@@ -33,8 +33,9 @@ from torch import Tensor
 from minidiff.core.errors import SettingsError, WeightsError
 from minidiff.files import weights
 from minidiff.files.atomic import HIDDEN, fsync, fsync_tree, put_aside, remove, sha256, write_bytes
+from minidiff.files.values import to_toml
 from minidiff.trainer import distributed
-from minidiff.trainer.settings import TrainSettings, to_toml
+from minidiff.trainer.settings import TrainSettings
 
 Groups = dict[str, dict[str, Tensor]]  # "weights" | "optimizer" | "ema" -> tensors by name
 CONFIG = "train_config.toml"
@@ -235,7 +236,7 @@ def claimed(settings: TrainSettings) -> Iterator[Path]:
 
 
 def write_config(folder: Path, settings: TrainSettings) -> None:
-    write_bytes(folder / CONFIG, to_toml(settings).encode())
+    write_bytes(folder / CONFIG, to_toml(settings, settings.NOT_SAVED).encode())
 
 
 def clear(folder: Path) -> None:

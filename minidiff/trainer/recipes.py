@@ -21,8 +21,8 @@ from minidiff.files.word_file import check_word, save_embedding
 from minidiff.trainer.card import model_spec, write_card
 from minidiff.trainer.job import Job
 from minidiff.trainer.latents import LatentData
-from minidiff.trainer.methods import (
-    TEMPLATES,
+from minidiff.trainer.optimizers import adamw
+from minidiff.trainer.settings import (
     AdapterSettings,
     DreamBoothSettings,
     FullSettings,
@@ -31,7 +31,6 @@ from minidiff.trainer.methods import (
     TextualInversionSettings,
     WordSettings,
 )
-from minidiff.trainer.optimizers import adamw
 from minidiff.trainer.task import load_base, load_data, make_job, prepared
 
 
@@ -109,6 +108,24 @@ def pivotal(settings: PivotalSettings) -> Job:
 
     return make_job(ready, adapters | word, export, card, optimizer)
 
+
+# Sentences to train a new word {} with, if there are no captions; by --learnable_property. As in the appendix of arXiv
+# 2208.01618: many neutral sentences, true of any picture, so that the word learns what the pictures have in common. They use
+# only words that the pocket checkpoint knows, too: those of the captions in pocket/world.py.
+TEMPLATES = {
+    "object": (
+        *("a photo of {}", "a photo of a {}", "a photo of the {}", "the photo of {}", "the photo of a {}"),
+        *("the photo of the {}", "photo of {}", "photo of a {}", "photo of the {}", "a picture of {}", "a picture of a {}"),
+        *("a picture of the {}", "the picture of {}", "the picture of a {}", "the picture of the {}", "picture of a {}"),
+        *("picture of the {}", "{}", "a {}", "the {}"),
+    ),
+    "style": (
+        *("a picture in {}", "the picture in {}", "picture in {}", "art in {}", "a picture in the style of {}"),
+        *("the picture in the style of {}", "a picture in {} style", "art in the style of {}", "a picture in {} art"),
+        *("the picture in {} art", "a picture of {} art", "the picture of {} art", "{} art", "the {} art", "a {} picture"),
+        *("the {} picture", "{} picture", "{}", "a {}", "the {}"),
+    ),
+}
 
 RECIPES: dict[type, Callable[[Any], Job]] = {
     FullSettings: full,

@@ -10,8 +10,7 @@ from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.draw.device import is_out_of_memory
 from minidiff.trainer import checkpoint, distributed
 from minidiff.trainer.memory import HALF, MIB, Budget, budget, measured
-from minidiff.trainer.methods import AdapterSettings, FrozenSettings, FullSettings
-from minidiff.trainer.settings import FineTuneSettings, size_in_bytes
+from minidiff.trainer.settings import AdapterSettings, FineTuneSettings, FrozenSettings, FullSettings, size_in_bytes
 
 if TYPE_CHECKING:
     from minidiff.trainer.job import Job

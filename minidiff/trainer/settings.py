@@ -2,41 +2,20 @@
 
 Field names are the flags of the diffusers training scripts, because people paste those commands. The command line, its
 `--help`, and the `train_config.toml` beside the weights all come from these fields. The line under a field is its help,
-and the range of its values stands in its type. This file holds what all methods share; methods.py holds the rest.
-Nothing here imports torch, so that `--help` is quick.
+and the range of its values stands in its type. Nothing here imports torch, so that `--help` is quick.
 """
 
-import json
 import math
 import re
-import tomllib
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
-from minidiff.core.errors import SettingsError, did_you_mean
-from minidiff.files.values import (
-    A_FOLDER,
-    BELOW_ONE,
-    NOT_NEGATIVE,
-    POSITIVE,
-    Rule,
-    at_least,
-    at_most,
-    between,
-    check_values,
-    fits,
-)
+from minidiff.core.errors import SettingsError
+from minidiff.files import values
+from minidiff.files.values import A_FOLDER, Rule, at_least, at_most, between, check_values
+from minidiff.trainer.rules import RULES
 
-AnySettings = TypeVar("AnySettings", bound="TrainSettings")
-DEFAULT_UPDATES, MOST_UPDATES = 400, 10_000_000
-
-Count = Annotated[int, at_least(1)]
-BatchSize = Annotated[int, at_least(1), at_most(4096)]
-Decay = Annotated[float, BELOW_ONE]
-Positive = Annotated[float, POSITIVE]
-NotNegative = Annotated[float, NOT_NEGATIVE]
-Folder = Annotated[str, A_FOLDER]
+DEFAULT_UPDATES = 400
 
 
 def size_in_bytes(text: str) -> int | None:
@@ -48,7 +27,18 @@ def size_in_bytes(text: str) -> int | None:
     return size if 10**6 <= size <= 10**14 else None
 
 
+Count = Annotated[int, at_least(1)]
+BatchSize = Annotated[int, at_least(1), at_most(4096)]
+Decay = Annotated[float, values.BELOW_ONE]
+Positive = Annotated[float, values.POSITIVE]
+NotNegative = Annotated[float, values.NOT_NEGATIVE]
+Folder = Annotated[str, A_FOLDER]
 MemorySize = Annotated[str, Rule("must be a size from 1MB to 100TB, such as 8GB or 7.5GiB", size_in_bytes)]
+NewWord = Annotated[str, Rule("must be a new word such as <my-dog>", lambda word: bool(word.strip()))]
+KnownWord = Annotated[str, Rule('must be a word such as "dog"', lambda word: bool(word.strip()))]
+Layers = Annotated[tuple[str, ...], Rule("must name at least one layer", bool)]
+NoPrior = Annotated[bool, Rule("means nothing here: the model is frozen. Leave it out", lambda on: not on)]
+LayerRank = Annotated[str, Rule("must give layers and ranks, such as resnets=8", re.compile("[^=]+=[1-9][0-9]{0,5}").fullmatch)]
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,7 @@ class TrainSettings:
     """Samples in one forward pass. With several GPUs they share these samples."""
     gradient_accumulation_steps: BatchSize = 1
     """Forward passes in one update. Their gradients are averaged, as for one larger batch."""
-    max_train_steps: Annotated[int, at_least(1), at_most(MOST_UPDATES)] | None = None
+    max_train_steps: Annotated[int, at_least(1), at_most(10_000_000)] | None = None
     """Updates in total, including those before a resume. Default: 400, unless --num_train_epochs is given."""
     num_train_epochs: Annotated[int, at_least(1), at_most(1_000_000)] | None = None
     """How many times all samples are used, instead of --max_train_steps."""
@@ -75,7 +65,7 @@ class TrainSettings:
     """Learning rate of AdamW after warm-up."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     """How the learning rate changes during the run. linear and cosine end at zero."""
-    lr_warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
+    lr_warmup_steps: Annotated[int, values.NOT_NEGATIVE] = 0
     """Updates during which the learning rate rises from zero (not with "constant")."""
     adam_beta1: Decay = 0.9
     """Decay of AdamW's running mean of the gradients."""
@@ -105,7 +95,7 @@ class TrainSettings:
     """Save a checkpoint every N updates, and at the end."""
     checkpoints_total_limit: Count | None = 2
     """How many checkpoints to keep: the newest ones. "None" keeps all."""
-    validation_steps: Annotated[int, NOT_NEGATIVE] = 100
+    validation_steps: Annotated[int, values.NOT_NEGATIVE] = 100
     """Draw a sample sheet and measure the validation loss every N updates; 0: never."""
 
     # These fields do not change the weights at a given step.
@@ -117,30 +107,18 @@ class TrainSettings:
     NOT_SAVED: ClassVar[frozenset[str]] = frozenset("overwrite_output_dir resume_from_checkpoint".split())
 
     def check(self) -> None:
-        """Raise SettingsError, naming the flag, for a value that cannot work, or for two values that exclude each other."""
+        """Raise SettingsError, naming the flag, for a value that cannot work, or for two flags that exclude each other."""
         check_values(self)
-        one = self.max_train_steps is None or self.num_train_epochs is None
-        self.need(one, "num_train_epochs", "and --max_train_steps both say how long to train: give only one of them")
-        warms = self.lr_scheduler != "constant" or self.lr_warmup_steps == 0
-        self.need(warms, "lr_warmup_steps", "needs another --lr_scheduler than constant, such as constant_with_warmup")
-        fresh = not (self.overwrite_output_dir and self.resume_from_checkpoint)
-        self.need(fresh, "overwrite_output_dir", "starts again, and --resume_from_checkpoint continues: give only one of them")
-        once = self.gradient_accumulation_steps == 1 or not self.optimizer_in_backward
-        flag, rule = "optimizer_in_backward", "cannot be joined with --gradient_accumulation_steps"
-        self.need(once, flag, f"{rule}: a gradient that is freed cannot be added to the next one")
-        unscaled = self.mixed_precision != "fp16" or not self.optimizer_in_backward
-        self.need(unscaled, flag, "cannot be joined with --mixed_precision fp16, whose gradients are scaled; use bf16")
-        same = not self.bf16_weights or self.mixed_precision == "bf16"
-        self.need(same, "bf16_weights", "needs --mixed_precision bf16: the forward pass has the dtype of the weights")
-        exact = not (self.bf16_weights and self.use_ema)
-        self.need(exact, "bf16_weights", "cannot be joined with --use_ema: bf16 is too coarse for a slow average")
+        for flag, holds, rule in RULES:
+            if value := getattr(self, flag, None):
+                self.need(bool(holds(self)), flag, f"{rule}; it is {value!r}" if value is not True else rule)
         if self.num_train_epochs is None:
             self.updates(None)
 
     def need(self, holds: bool, flag: str, rule: str) -> None:
-        """One check: raise SettingsError with the flag, the rule and the value unless the rule `holds`."""
+        """One check: raise SettingsError with the flag and the rule unless the rule `holds`."""
         if not holds:
-            raise SettingsError(f"--{flag} {rule}; it is {getattr(self, flag)!r}.")
+            raise SettingsError(f"--{flag} {rule}.")
 
     def updates(self, samples: int | None) -> int:
         """Updates in total. `samples` is the length of an epoch; None for a task without epochs.
@@ -152,8 +130,6 @@ class TrainSettings:
             self.need(samples is not None, "num_train_epochs", "needs a task with epochs; give --max_train_steps")
             a_update = self.train_batch_size * self.gradient_accumulation_steps
             total = math.ceil(self.num_train_epochs * (samples or 0) / a_update)
-        rule = f"makes {total} updates, and a run has at most {MOST_UPDATES}"
-        self.need(total <= MOST_UPDATES, "num_train_epochs", rule)
         self.need(self.lr_warmup_steps <= total, "lr_warmup_steps", f"must not exceed the {total} updates in total")
         return total
 
@@ -249,85 +225,115 @@ class FineTuneSettings(TrainSettings):
         "instance_data_dir train_data_dir class_data_dir validation_data_dir cache_dir".split()
     )
 
-    def check(self) -> None:
-        super().check()
-        if (self.instance_data_dir is None) == (self.train_data_dir is None):
-            raise SettingsError(
-                "Give the pictures with one of --instance_data_dir (one prompt) and --train_data_dir (a caption each)."
-            )
-        if self.instance_data_dir is not None and not (self.prompt or "").strip():
-            raise SettingsError('--instance_data_dir needs --instance_prompt, such as "a photo of a sks dog".')
-        one_prompt = self.instance_prompt is None or self.instance_data_dir is not None
-        self.need(one_prompt, "instance_prompt", "goes with --instance_data_dir; --train_data_dir has captions")
-        off = "needs the faster code of minidiff/fast, which --plain leaves out: give only one of them"
-        self.need(not (self.plain and self.gradient_checkpointing), "gradient_checkpointing", off)
-        self.need(not (self.plain and self.fit), "fit", off)
-        crop_works = self.center_crop or not self.cache_latents
-        self.need(crop_works, "center_crop", "off needs --no-cache_latents too: a cached latent has one crop")
-        if self.cache_dir is not None:
-            folders = (self.instance_data_dir, self.train_data_dir, self.class_data_dir, self.validation_data_dir)
-            own = Path(self.cache_dir).resolve() not in {Path(folder).resolve() for folder in folders if folder}
-            self.need(own, "cache_dir", "has pictures in it: give the cache a folder of its own")
-            self.need(self.cache_latents, "cache_dir", "cannot be joined with --no-cache_latents, which caches nothing")
-            self.need_apart("cache_dir")
-        self._check_prior()
-
     @property
     def prompt(self) -> str | None:
         """The prompt of all pictures in --instance_data_dir."""
         return self.instance_prompt
 
-    def need_apart(self, flag: str) -> None:
-        """A folder that outlives the run must not lie in the run's own folder."""
-        inside = Path(getattr(self, flag)).resolve().is_relative_to(Path(self.output_dir).resolve())
-        self.need(not inside, flag, f"lies in --output_dir {self.output_dir}, which is for what minidiff writes")
-
-    def _check_prior(self) -> None:
-        on, folder = self.with_prior_preservation, self.class_data_dir
-        for name in ("class_data_dir", "class_prompt", "prior_from_base"):
-            self.need(on or not getattr(self, name), name, "goes with --with_prior_preservation")
-        if not on:
-            return
-        if not (self.class_prompt or "").strip():
-            raise SettingsError('--with_prior_preservation needs --class_prompt, such as "a photo of a dog".')
-        if self.prior_from_base:
-            self.need(folder is None, "class_data_dir", "has no use with --prior_from_base: give only one of them")
-            return
-        if not folder:
-            raise SettingsError(
-                "--with_prior_preservation needs --class_data_dir, the folder of the class pictures (it may be empty: the "
-                "base model draws them); or --prior_from_base, which needs no pictures."
-            )
-        pictures = self.instance_data_dir or self.train_data_dir or ""
-        apart = Path(folder).resolve() != Path(pictures).resolve()
-        self.need(apart, "class_data_dir", f"is the folder of the training pictures {pictures} too: give another folder")
-        self.need_apart("class_data_dir")
-        square = "cannot be joined with --class_data_dir, whose pictures are square; take --prior_from_base"
-        self.need(not self.aspect_ratio_buckets, "aspect_ratio_buckets", square)
+    def check(self) -> None:
+        super().check()
+        if self.instance_data_dir is None and self.train_data_dir is None:
+            raise SettingsError("give the pictures: --instance_data_dir (one prompt) or --train_data_dir (a caption each).")
 
 
-def to_toml(settings: TrainSettings) -> str:
-    """The settings as a TOML file that `from_toml` reads; without fields that are None and those in NOT_SAVED."""
-    rows = {k: v for k, v in asdict(settings).items() if v is not None and k not in settings.NOT_SAVED}
-    lines = "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in rows.items())
-    return lines.replace("\x7f", "\\u007f")  # JSON allows this one character unescaped, TOML does not
+# --- the methods ---------------------------------------------------------------------------------------------------------
 
 
-def from_toml(kind: type[AnySettings], path: Path) -> AnySettings:
-    """Settings from a TOML file. Raises SettingsError for an unknown key, or a value of the wrong type."""
-    try:
-        values = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SettingsError(f"{path}: cannot be read as TOML settings: {error}.") from error
-    hints = get_type_hints(kind)
-    known = {f.name for f in fields(kind)}
-    for key, value in values.items():
-        if key not in known:
-            raise SettingsError(f'{path}: "{key}" is no setting of this task.{did_you_mean(key, known)}')
-        if not fits(value, hints[key]):
-            kind_of = hints[key].__name__ if type(hints[key]) is type else str(hints[key]).replace("typing.", "")
-            raise SettingsError(f"{path}: {key} = {value!r:.60} has the wrong type; it must be {kind_of}.")
-        if type(value) is int and not -(2**63) <= value < 2**63:
-            raise SettingsError(f"{path}: {key} = {value!r:.60} does not fit in 64 bits, as TOML's numbers do.")
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return kind(**given)
+@dataclass(frozen=True)
+class FullSettings(FineTuneSettings):
+    """Fine-tune all weights of the U-Net and, if asked, of the text encoder."""
+
+    output_dir: Folder = "minidiff-full"
+    learning_rate: Positive = 1e-5
+    train_text_encoder: bool = False
+    """Train the text encoder, too."""
+
+
+@dataclass(frozen=True)
+class DreamBoothSettings(FullSettings):
+    """Teach the whole model a subject without forgetting the subject's class (DreamBooth)."""
+
+    output_dir: Folder = "minidiff-dreambooth"
+    learning_rate: Positive = 5e-6
+    with_prior_preservation: bool = True
+
+
+@dataclass(frozen=True)
+class FrozenSettings(FineTuneSettings):
+    """The settings of all methods that freeze the U-Net's own weights."""
+
+    layerwise_casting: bool = False
+    """Keep frozen weights in the half precision of their file, and cast them layer by layer. A tenth slower, same result."""
+
+    HARMLESS = FineTuneSettings.HARMLESS | {"layerwise_casting"}
+
+
+@dataclass(frozen=True)
+class AdapterSettings(FrozenSettings):
+    """The adapter's settings, for LoRA and pivotal tuning."""
+
+    rank: Count = 4
+    """Rank r of each layer's update, alpha / r * B A."""
+    lora_alpha: Positive | None = None
+    """The number alpha in alpha / r * B A. Default: the rank, so that the scale is 1."""
+    lora_targets: Layers = ("attention",)
+    """Layers: attention, cross_attention, feed_forward, projections, resnets, samplers; or ends of layer names: "to_q"."""
+    rank_pattern: tuple[LayerRank, ...] = ()
+    """Other ranks for some of the U-Net's layers: resnets=8 attn2.to_k=16."""
+    use_rslora: bool = False
+    """Scale the update by alpha / √r instead of alpha / r, so that high ranks learn as fast as low ones (rsLoRA)."""
+    use_dora: bool = False
+    """Learn the length of each weight row separately from its direction (DoRA)."""
+    lora_dropout: Decay = 0.0
+    """Share of the adapter's inputs that are set to zero during training."""
+    train_text_encoder: bool = False
+    """Adapt the text encoder's attention, too."""
+
+    @property
+    def rank_of(self) -> dict[str, int]:
+        """--rank_pattern as a table."""
+        return {target: int(rank) for target, _, rank in (entry.rpartition("=") for entry in self.rank_pattern)}
+
+
+@dataclass(frozen=True)
+class LoRASettings(AdapterSettings):
+    """Teach a frozen model a subject or a style with small additions to its layers (LoRA, DoRA)."""
+
+    output_dir: Folder = "minidiff-lora"
+
+
+@dataclass(frozen=True)
+class WordSettings(FrozenSettings):
+    """The new word's settings, for textual inversion and pivotal tuning."""
+
+    placeholder_token: NewWord = "<subject>"
+    """The new word."""
+    initializer_token: KnownWord = ""
+    """A known word or words, such as "dog". The new word starts with its meaning."""
+    num_vectors: Annotated[int, between(1, 75)] = 1
+    """Vectors of the new word. More vectors can describe more, and leave less room for the rest of the prompt."""
+    learnable_property: Literal["object", "style"] = "object"
+    """Which template sentences to train with, if there is neither --instance_prompt nor captions."""
+
+    @property
+    def prompt(self) -> str | None:
+        """--instance_prompt, or the new word alone, which TEMPLATES turn into sentences."""
+        return self.instance_prompt or (self.placeholder_token if self.instance_data_dir else None)
+
+
+@dataclass(frozen=True)
+class TextualInversionSettings(WordSettings):
+    """Teach a frozen model one new word by learning only the word's vectors (textual inversion)."""
+
+    output_dir: Folder = "minidiff-textual-inversion"
+    learning_rate: Positive = 5e-4
+    with_prior_preservation: NoPrior = False
+
+
+@dataclass(frozen=True)
+class PivotalSettings(AdapterSettings, WordSettings):
+    """Learn a new word and a LoRA together (pivotal tuning)."""
+
+    output_dir: Folder = "minidiff-pivotal"
+    learning_rate_embedding: Positive = 5e-4
+    """Learning rate of the word's vectors. --learning_rate is that of the adapter."""

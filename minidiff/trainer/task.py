@@ -31,10 +31,9 @@ from minidiff.trainer.distributed import world
 from minidiff.trainer.job import Job, check_precision
 from minidiff.trainer.latents import Cache, LatentData
 from minidiff.trainer.memory import HALF
-from minidiff.trainer.methods import FullSettings
 from minidiff.trainer.priors import BasePrior, PairedData, class_examples, class_settings
 from minidiff.trainer.savings import is_on, may_cast
-from minidiff.trainer.settings import FineTuneSettings
+from minidiff.trainer.settings import FineTuneSettings, FullSettings
 from minidiff.trainer.validation import check_prediction_type, validation_set
 
 # --- the base and the pictures ---------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_the_same_pixels_from_a_picture(tiny_folder: Path, loras: Path, capsys: 
     assert "--preview first.png is the file of --from, too" in said
     with pytest.raises(SystemExit) as leave:
         main(["sample", "a dog", "--from"])
-    assert leave.value.code == 2 and "--from needs a picture" in capsys.readouterr().err
+    assert leave.value.code == 2 and "--from: expected one argument" in capsys.readouterr().err
 
 
 def test_one_of_several_is_as_if_alone(tiny_folder: Path) -> None:

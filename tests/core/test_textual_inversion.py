@@ -25,7 +25,7 @@ from minidiff.core.textual_inversion import (
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.text_files import load_tokenizer
 from minidiff.files.word_file import check_word
-from minidiff.trainer.methods import TEMPLATES
+from minidiff.trainer.recipes import TEMPLATES
 
 POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
 

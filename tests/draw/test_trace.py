@@ -18,9 +18,9 @@ import torch
 
 import minidiff
 from minidiff import StableDiffusionPipeline
-from minidiff.trainer.methods import LoRASettings
 from minidiff.trainer.recipes import lora
 from minidiff.trainer.run import fit
+from minidiff.trainer.settings import LoRASettings
 
 PACKAGE = str(Path(minidiff.__file__).parent) + "/"
 POCKET = Path(PACKAGE).parent / "checkpoints" / "pocket"

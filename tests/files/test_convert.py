@@ -305,7 +305,7 @@ def test_refusals(modules: dict[str, LoRAWeights], tiny_folder: Path, tmp_path: 
         (tiny_folder, tmp_path / "out" / "x.pt"): "x.pt: minidiff writes no .pt files",
         (huge, new): "its numbers are so large that B A is infinite",
         (word, new, "--token", "two words"): '"two words" has a space in it; a new word is one word',
-        (lora, ""): "the output has no name; give a new file or folder",
+        (lora, ""): "--output must name a file or folder",
     }
     for words, message in cases.items():
         said = refused(capsys, *words)

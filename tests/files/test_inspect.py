@@ -265,7 +265,8 @@ def test_the_command(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert found["path"] == str(path) and found["model"].endswith("the vectors fit")
     main(["inspect", str(tiny_folder)])
     assert capsys.readouterr().out.count("\n\n") == 3
-    for words, message in ((["inspect", str(tmp_path / "none")], "none does not exist"), (["inspect", " "], "has no name")):
+    none, nameless = ["inspect", str(tmp_path / "none")], ["inspect", " "]
+    for words, message in ((none, "none does not exist"), (nameless, "must name a file or folder")):
         with pytest.raises(SystemExit) as leave:
             main(words)
         assert leave.value.code == 2 and message in capsys.readouterr().err

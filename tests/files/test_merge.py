@@ -345,8 +345,8 @@ def test_refusals(tiny_folder: Path, files: list[str], tmp_path: Path, capsys) -
     save_lora({NAME: dora}, tmp_path / "dora.safetensors")
     (tmp_path / "pickle.ckpt").write_bytes(b"PK\x03\x04")
     cases = {
-        ("bake", *base, "--lora", *files): "--output is missing; give a new file or folder",
-        ("bake", *base, *out): "--lora is missing; give one or more LoRA files or folders",
+        ("bake", *base, "--lora", *files): "--output",
+        ("bake", *base, *out): "--lora",
         (
             "bake",
             *base,
@@ -361,10 +361,10 @@ def test_refusals(tiny_folder: Path, files: list[str], tmp_path: Path, capsys) -
         ("join", *out, "--lora", tmp_path / "dora.safetensors"): "is DoRA, whose change is no product B A; it cannot be joined",
         ("join", *out, "--lora", tmp_path / "none.safetensors"): "none.safetensors does not exist",
         ("resize", *out, tmp_path / "dora.safetensors"): "cannot be joined or cut. Bake it",
-        ("resize", *out): "there is no adapter; give a LoRA file or folder",
+        ("resize", *out): "A LoRA file or folder. (required)",
         ("resize", *out, files[0], "--rank", 0): "--rank must be at least 1; it is 0",
         ("resize", *out, files[0], "--to", "peft"): "a peft folder holds the adapter of one network",
-        ("extract", *out, tiny_folder): "two models are needed; give the base and the tuned one",
+        ("extract", *out, tiny_folder): "Required options",
         ("extract", *out, tiny_folder, tiny_folder): "the two models have the same matrices",
         ("extract", *out, tiny_folder, tmp_path): "model_index.json does not exist",
         ("extract", *out, tiny_folder, files[0]): "is no SD 1.x checkpoint in one file. It looks like a LoRA",

@@ -162,12 +162,12 @@ def test_a_cache_that_cannot_be(vae: CountingVAE, examples: list[Example], tmp_p
     with pytest.raises(SettingsError, match="--cache_dir .*file cannot be a folder for the cache: File exists"):
         data(vae, examples, tmp_path / "file")
     given: dict[str, Any] = {"instance_data_dir": "x", "instance_prompt": "y"}
-    with pytest.raises(SettingsError, match="--cache_dir lies in --output_dir out"):
+    with pytest.raises(SettingsError, match="--cache_dir lies in --output_dir"):
         FineTuneSettings(**given, output_dir="out", cache_dir="out/cache").check()
     for blank in ("", "  "):
         with pytest.raises(SettingsError, match="--cache_dir must name a folder"):
             FineTuneSettings(**given, cache_dir=blank).check()
-    with pytest.raises(SettingsError, match="--cache_dir has pictures in it: give the cache a folder of its own"):
+    with pytest.raises(SettingsError, match="--cache_dir is the folder of the training pictures"):
         FineTuneSettings(**given, cache_dir=f"{given['instance_data_dir']}/.").check()
     with pytest.raises(SettingsError, match="--cache_dir cannot be joined with --no-cache_latents"):
         FineTuneSettings(**given, cache_dir="cache", cache_latents=False).check()

@@ -13,12 +13,12 @@ import yaml
 from PIL import Image
 from tiny_recipes import PRIOR, draw_pictures, tiny, train
 
+from minidiff.files.values import from_toml
 from minidiff.files.weights import read_header
 from minidiff.trainer import checkpoint
 from minidiff.trainer.card import base_license, is_hub_id, license_word
-from minidiff.trainer.methods import LoRASettings
 from minidiff.trainer.recipes import shape_of
-from minidiff.trainer.settings import FineTuneSettings, from_toml
+from minidiff.trainer.settings import FineTuneSettings, LoRASettings
 
 FRONT = re.compile(r"---\n(.*?)\n---\n\n# ", re.DOTALL)
 SECRET = ("folder-of-mine", "kept-class", "held-out", "zanzibar", "picture-")  # folders, a word of each caption, file names

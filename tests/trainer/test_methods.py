@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from minidiff.core.errors import SettingsError
-from minidiff.trainer.methods import (
+from minidiff.trainer.settings import (
     DreamBoothSettings,
+    FineTuneSettings,
     FullSettings,
     LoRASettings,
     PivotalSettings,
     TextualInversionSettings,
 )
-from minidiff.trainer.settings import FineTuneSettings
 
 SKS: dict[str, Any] = {"instance_data_dir": "dog", "instance_prompt": "a photo of a sks dog"}
 WORD: dict[str, Any] = {"instance_data_dir": "dog", "initializer_token": "dog", "placeholder_token": "<dog>"}
@@ -45,13 +45,13 @@ def test_good_settings(settings: FineTuneSettings) -> None:
         (LoRASettings, SKS | {"lora_alpha": 0.0}, "--lora_alpha must be a number above 0; it is 0.0"),
         (LoRASettings, SKS | {"lora_targets": ()}, "--lora_targets must name at least one layer"),
         (LoRASettings, SKS | {"lora_dropout": 1.0}, "--lora_dropout must lie in [0, 1); it is 1.0"),
-        (LoRASettings, SKS | {"rank_pattern": ("resnets:8",)}, '--rank_pattern "resnets:8": give a layer and its rank'),
-        (LoRASettings, SKS | {"rank_pattern": ("resnets=0",)}, '--rank_pattern "resnets=0": give a layer and its rank'),
+        (LoRASettings, SKS | {"rank_pattern": ("resnets:8",)}, "must give layers and ranks, such as resnets=8; it is"),
+        (LoRASettings, SKS | {"rank_pattern": ("resnets=0",)}, "--rank_pattern must give layers and ranks"),
         (TextualInversionSettings, {"instance_data_dir": "dog"}, '--initializer_token must be a word such as "dog"'),
         (TextualInversionSettings, WORD | {"num_vectors": 0}, "--num_vectors must lie in 1 … 75; it is 0"),
         (TextualInversionSettings, WORD | {"num_vectors": 76}, "--num_vectors must lie in 1 … 75; it is 76"),
-        (TextualInversionSettings, WORD | {"instance_prompt": "a dog"}, "--instance_prompt must contain the new word, <dog>"),
-        (LoRASettings, SKS | {"rank_pattern": ("resnets=" + "9" * 5000,)}, "give a layer and its rank"),
+        (TextualInversionSettings, WORD | {"instance_prompt": "a dog"}, "--instance_prompt must contain the new word"),
+        (LoRASettings, SKS | {"rank_pattern": ("resnets=" + "9" * 5000,)}, "must give layers and ranks"),
         (
             TextualInversionSettings,
             WORD | CLASS | {"with_prior_preservation": True},
@@ -60,7 +60,7 @@ def test_good_settings(settings: FineTuneSettings) -> None:
         (
             PivotalSettings,
             WORD | CLASS | {"with_prior_preservation": True, "class_prompt": "a <Dog>"},
-            "--class_prompt must be without the new word, <dog>",
+            "--class_prompt must be without the new word; it is 'a <Dog>'",
         ),
         (PivotalSettings, WORD | {"rank": 0}, "--rank must be at least 1"),
         (PivotalSettings, WORD | {"initializer_token": " "}, "--initializer_token must be a word"),

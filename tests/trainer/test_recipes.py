@@ -31,10 +31,9 @@ from minidiff.files.folder import SAMPLER_OF, config_values, write_json
 from minidiff.files.text_files import to_file_keys
 from minidiff.trainer import checkpoint
 from minidiff.trainer.job import Job
-from minidiff.trainer.methods import LoRASettings
 from minidiff.trainer.recipes import RECIPES, print_trainable_parameters
 from minidiff.trainer.run import fit, read_metrics
-from minidiff.trainer.settings import FineTuneSettings
+from minidiff.trainer.settings import FineTuneSettings, LoRASettings
 from minidiff.trainer.task import diffusion_loss, load_base, load_data, model_fingerprint, sample_sheets
 
 

@@ -13,13 +13,14 @@ from tiny_recipes import draw_pictures, tiny
 
 from minidiff.cli.main import main
 from minidiff.core.errors import MinidiffError, SettingsError
+from minidiff.files.values import from_toml
 from minidiff.trainer import savings
 from minidiff.trainer.job import Job
 from minidiff.trainer.memory import MIB
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.run import Run, fit
 from minidiff.trainer.savings import SAVINGS, budgeted, chosen, possible
-from minidiff.trainer.settings import FineTuneSettings, from_toml, size_in_bytes
+from minidiff.trainer.settings import FineTuneSettings, size_in_bytes
 
 FLAGS = [*SAVINGS]
 ALL_METHODS = [flag for flag in FLAGS if flag != "layerwise_casting"]  # which every method knows

@@ -8,18 +8,15 @@ A sampler is an iterator of `Step`s, one after each call of the network, so prog
 
 | argument     | meaning                                                                                               |
 |--------------|-------------------------------------------------------------------------------------------------------|
-| `model`      | (x, t) -> eps or v, for fp32 x (B, C, H, W) with a variance of about 1 and fp32 t (B,); see `guided`. |
-|              | The answer may have any float dtype: the sampler computes in fp32                                     |
+| `model`      | (x, t) -> eps or v, for fp32 x (B, C, H, W) with a variance of about 1 and fp32 t (B,); see `guided`  |
 | `noise`      | (B, C, H, W), standard normal; the sampler computes on its device                                     |
-| `step_noise` | i -> standard normal noise (B, C, H, W) for step i, on any device; only stochastic samplers call it   |
+| `step_noise` | i -> standard normal noise (B, C, H, W) for step i; only stochastic samplers call it                  |
 | `image`      | clean latents (B, C, H, W) to start from, under as much noise as `strength` says                      |
 | `strength`   | the share of the steps that is taken, 0 to 1; the first ones are left out. 1 without an image         |
 | `fix_x0`     | corrects the predicted x0: inpainting knows a part of the picture                                     |
 | `spacing`    | which timesteps (see `timesteps`); None: the model's own choice, else the sampler's default           |
 | `karras`     | sigmas by EDM eq. 5, for samplers that can use them; None: the model's own choice                     |
 | `eta`        | the share of fresh noise, for DDIM only: 0 is deterministic, 1 is DDPM                                |
-
-To add a sampler: one function in samplers.py, one row here, its A1111 name in studio/a1111.py, the help in cli/flags.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +26,6 @@ from itertools import pairwise
 from math import sqrt
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from minidiff.core import samplers
@@ -129,7 +125,6 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str, whole: bool = T
     trailing  999, 749, 499, 249  from pure noise down; the best choice for very few steps (2305.08891, table 2)
 
     With `spare` = 1 the grid has one more point, the cleanest, which is not returned: DPM-Solver++ ends at sigma = 0.
-    One step of leading or linspace starts at t = 1 or 0, where there is no noise left to remove.
     SettingsError for an unknown spacing, or where there are not that many different timesteps.
     """
     # numpy, not torch: 499.5 and similar numbers are rounded as in the reference only with the reference's arithmetic
@@ -152,26 +147,20 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str, whole: bool = T
 
 def sigmas_at(schedule: NoiseSchedule, t: Sequence[float]) -> list[float]:
     """Sigma at timesteps `t`, linear between whole ones; and a final 0, so one number more than `t` has."""
-    at = torch.tensor(t, dtype=torch.float64)
-    low, high = at.floor().long(), at.ceil().long()
-    table = schedule.sigmas.double()
-    between: list[float] = torch.lerp(table[low], table[high], at - low).tolist()
-    return [*between, 0.0]
+    table = schedule.sigmas.double().numpy()
+    return [*np.interp(t, np.arange(len(table)), table).tolist(), 0.0]
 
 
 def karras_sigmas(sigma_max: float, sigma_min: float, steps: int) -> list[float]:
     """`steps` sigmas from `sigma_max` down to `sigma_min`, dense where little noise is left: details are made there."""
-    ramp = np.linspace(0, 1, steps)
     high, low = sigma_max ** (1 / RHO), sigma_min ** (1 / RHO)
-    sigmas: list[float] = ((high + ramp * (low - high)) ** RHO).tolist()  # EDM eq. 5
-    return sigmas
+    return [float(sigma) for sigma in (high + np.linspace(0, 1, steps) * (low - high)) ** RHO]  # EDM eq. 5
 
 
 def timesteps_at(schedule: NoiseSchedule, sigmas: Sequence[float]) -> list[float]:
     """The timesteps with these noise levels, rarely whole: linear in log sigma between those of the table."""
     table = schedule.sigmas.log().double().numpy()
-    t: list[float] = np.interp(np.log(sigmas), table, np.arange(len(table))).tolist()
-    return t
+    return [float(t) for t in np.interp(np.log(sigmas), table, np.arange(len(table)))]
 
 
 def a_bar_at(schedule: NoiseSchedule, t: float) -> float:
@@ -205,11 +194,8 @@ def equal_jumps(schedule: NoiseSchedule, steps: int, first: int, spacing: str, k
 def first_jump_twice(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
     """PNDM: DDIM's grid, but the first jump is repeated after the network was called at its end.
 
-    In this row t is the timestep at the end of the jump, but the noise level is the one at its start. With linspace spacing,
-    t + T // steps is only close to the start; the reference uses it anyway.
-
-    From an image, the first jump that is taken is the one that is repeated. The reference repeats the second entry of the
-    whole list, and so asks the network at a t that is one jump away from the noise level of x.
+    In this row t is the timestep at the end of the jump, but the noise level is the one at its start. (From an image, the
+    reference repeats the second entry of the whole list, which does not fit the noise level of x.)
     """
     grid = equal_jumps(schedule, steps, first, spacing, karras)
     if len(grid) == 1:
@@ -298,7 +284,6 @@ ddim = SAMPLERS["ddim"]
 
 def sampler_named(name: str) -> Sampler:
     """The row of `SAMPLERS`, or a SettingsError that lists the names."""
-    if name not in SAMPLERS:
-        known = ", ".join(SAMPLERS)
-        raise SettingsError(f'sampler "{name}" is unknown; it is one of {known}.{did_you_mean(name, SAMPLERS)}')
-    return SAMPLERS[name]
+    if name in SAMPLERS:
+        return SAMPLERS[name]
+    raise SettingsError(f'sampler "{name}" is unknown; it is one of {", ".join(SAMPLERS)}.{did_you_mean(name, SAMPLERS)}')

@@ -17,7 +17,7 @@ def squared_error(output: Tensor, target: Tensor, mask: Tensor | None = None) ->
 
         sum over c, i, j of m_ij e_cij^2  /  (C  sum over i, j of m_ij)
 
-    so that a small mask is no small loss. A mask of ones is none at all, to the bit; one of zeros gives 0.
+    so that a small mask is no small loss.
     """
     error = (output.float() - target.float()).square()
     if mask is None:
@@ -38,11 +38,8 @@ def prior_preservation(
 
         L = L_instance + prior_weight · L_class,  each the mean over its own half
 
-    as diffusers has it. kohya's trainer takes one mean over both halves, which at weight 1 is half of this. Weight 0 is
-    the plain loss of the first half, to the bit.
+    as diffusers has it. kohya's trainer takes one mean over both halves, which at weight 1 is half of this.
     """
-    if len(output) % 2:
-        raise ValueError(f"a batch of {len(output)} has no two halves")
     half = len(output) // 2
 
     def loss(part: slice) -> Tensor:

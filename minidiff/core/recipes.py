@@ -97,8 +97,7 @@ def pivotal(
 ) -> Trainable:
     """Pivotal tuning, after Roich et al. (arXiv 2106.05744): a word for the subject, and a LoRA for what no word can say.
 
-    The paper first finds the word (the pivot), then freezes it and tunes the model around it. Here, as is usual for
-    Stable Diffusion, both learn from the first step on.
+    The paper finds the word (the pivot) first, then tunes the model around it. Here, as usual, both learn at once.
     """
     adapters = lora(unet, adapter, text_encoder if adapt_text else None)  # first: the word becomes a part of the text encoder
     return adapters | textual_inversion(tokenizer, text_encoder, word, like, count)
@@ -127,17 +126,21 @@ class DiffusionLoss:
     base: Answer | None = None  # with it, the target of the class half is what the base model predicts
 
     def __call__(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
-        """The loss of a batch."""
         device = next(self.unet.parameters()).device
         batch = {name: rows.to(device) for name, rows in batch.items()}  # before the U-Net: later they would wait for it
-        target, mask = self.target(batch), batch.get("mask")  # (B, C, h, w), (B, 1, h, w)
-        weights = None if self.snr_gamma is None else min_snr_weights(self.schedule, batch["t"], self.snr_gamma)  # (B,)
+        target, weights, mask = self.target(batch), None, batch.get("mask")
+        if self.snr_gamma is not None:
+            weights = min_snr_weights(self.schedule, batch["t"], self.snr_gamma)  # (B,)
         output, x_t, text = self.predict(batch)
         if self.base is not None:
             target = base_target(target, x_t, batch["t"], text, self.base)
         if self.prior_weight > 0:
             return prior_preservation(output, target, self.prior_weight, weights, mask)
         return mse(output, target, weights, mask)
+
+    def target(self, batch: dict[str, Tensor]) -> Tensor:
+        """The right output (B, C, h, w): eps, or v."""
+        return training_target(self.schedule, batch["latents"], batch["noise"], batch["t"])
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The output of the U-Net (B, C, h, w), and its inputs x_t and text (B, L, D)."""
@@ -146,10 +149,6 @@ class DiffusionLoss:
         x_t = add_noise(self.schedule, batch["latents"], batch["noise"], batch["t"]).to(dtype)
         text = (self.text_encoder(input_ids=batch["ids"]).last_hidden_state if "ids" in batch else batch["text"]).to(dtype)
         return self.unet(x_t, batch["t"], text), x_t, text
-
-    def target(self, batch: dict[str, Tensor]) -> Tensor:
-        """The right output (B, C, h, w): eps, or v."""
-        return training_target(self.schedule, batch["latents"], batch["noise"], batch["t"])
 
 
 def base_target(target: Tensor, x_t: Tensor, t: Tensor, text: Tensor, base: Answer) -> Tensor:

@@ -13,10 +13,6 @@ variance that is left:
 | `x0`        | x_0; in latent diffusion the latent z_0                               | the clean latent          |
 | `eps`, `v`  | epsilon in DDPM; v = sqrt(a_bar) eps - sqrt(1 - a_bar) x0 (2202.00512)| what the network predicts |
 
-Two scales of the same noisy latent appear in the samplers: `x_t` above, whose variance stays near 1 (variance
-preserving, VP: what the network sees and `vae.decode` wants), and x_t / sqrt(a_bar_t) = x_0 + sigma eps (variance
-exploding, VE).
-
 Shapes: B pictures, T training timesteps; latents (B, C, H, W), timesteps (B,).
 Papers: DDPM arXiv 2006.11239, DDIM 2010.02502, EDM 2206.00364, latent diffusion 2112.10752, v-prediction 2202.00512,
 zero terminal SNR 2305.08891.
@@ -35,8 +31,7 @@ from minidiff.core.errors import SettingsError
 class NoiseSchedule:
     """The tables of the forward process.
 
-    With `rescale_betas_zero_snr` the last timestep is pure noise: a_bar is 0 there. Sigma would be infinite; the table holds
-    4096, which is sigma at a_bar = 2^-24, as in the reference.
+    With `rescale_betas_zero_snr` the last timestep is pure noise. Sigma would be infinite there; the table holds 4096.
     """
 
     config: NoiseConfig
@@ -62,7 +57,7 @@ class NoiseSchedule:
         if config.rescale_betas_zero_snr:
             betas = zero_terminal_snr(betas)
         a_bar = torch.cumprod(1 - betas, dim=0)  # DDPM, beside eq. 4
-        above_0 = a_bar.clamp(min=2.0**-24)  # fp16's smallest number
+        above_0 = a_bar.clamp(min=2.0**-24)  # fp16's smallest number, as in the reference
         return cls(config, a_bar, ((1 - above_0) / above_0).sqrt())
 
 
@@ -77,8 +72,7 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
 def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t for clean latents `x0` (B, C, H, W) and integer timesteps `t` (B,), in the dtype of `x0`.
 
-    Because a_bar is fp32, the line is computed in fp32; the result is cast last. In fp16, 1 - a_bar[0] would be 15 % wrong,
-    and so the noise 7 % too strong.
+    It is computed in fp32 and cast last: in fp16 the noise at t = 0 would be 7 % too strong.
     """
     a_bar = _a_bar_at(schedule, t, x0)
     return (a_bar.sqrt() * x0 + (1 - a_bar).sqrt() * noise).to(x0.dtype)  # DDPM eq. 4

@@ -9,7 +9,6 @@ Shapes: B prompts, D width of the text (768 in SD 1.5, 128 in the pocket checkpo
 """
 
 import re
-import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -63,12 +62,8 @@ def first_75(tokenizer: "CLIPTokenizer", caption: str, placeholders: Mapping[str
     """The first 75 ids of a caption; a warning quotes the rest."""
     ids = token_ids(tokenizer, caption, placeholders)
     if lost := ids[LENGTH - 2 :]:
-        unread = textwrap.shorten(spelled(tokenizer, lost, placeholders), 300, placeholder=" …")
-        warnings.warn(
-            f"the prompt is {len(ids)} tokens long and CLIP reads {LENGTH - 2}; cut off: "
-            f'"{unread}". Say the important things first, or say less.',
-            stacklevel=3,
-        )
+        unread = f'"{spelled(tokenizer, lost, placeholders):.300}"'
+        warnings.warn(f"the prompt has {len(ids)} tokens and CLIP reads {LENGTH - 2}; cut off: {unread}.", stacklevel=3)
     return ids[: LENGTH - 2]
 
 

@@ -7,18 +7,16 @@ No weight changes. The word, such as `<dog>`, gets n vectors beside the model's 
     ids < V     the row of the token table, frozen; it is never resized
     ids >= V    the row of a new word
 
-So AdamW has nothing but the new vectors in its hands. (Where the table is enlarged and trained, its weight decay moves
-the other 49,408 words too, and memory for the gradients and moments of all of them is wasted.)
+So the optimizer holds nothing but the new vectors. (Where the table is enlarged and trained, AdamW's weight decay moves
+the other 49,408 words, too.)
 
-    vectors = initial_vectors(tokenizer, text_encoder, "dog", 2)
-    row = add_word(tokenizer, text_encoder, "<dog>", vectors)        # train `row`
+    row = add_word(tokenizer, text_encoder, "<dog>", initial_vectors(tokenizer, text_encoder, "dog", 2))    # train `row`
     encode_captions(tokenizer, text_encoder, ["a photo of <dog>"], placeholders(text_encoder))
     eject(text_encoder)
 
 Shapes: B prompts, L tokens, D width of the text, V words in the table, n vectors of a new word.
 """
 
-import warnings
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
@@ -46,11 +44,6 @@ class ExtendedEmbedding(nn.Module):
         self.base = base.requires_grad_(False)
         self.vectors = nn.ParameterList()  # (n, D) each; a list, because "<v1.5>" cannot name a parameter
         self.placeholders: dict[str, list[int]] = {}  # word -> ids, in the order of `vectors`
-
-    @property
-    def rows(self) -> dict[str, nn.Parameter]:
-        """Word -> its vectors (n, D)."""
-        return dict(zip(self.placeholders, self.vectors))
 
     def add(self, word: str, vectors: Tensor) -> nn.Parameter:
         """Give `word` the next n ids and a copy of `vectors` (n, D); the Parameter to train."""
@@ -98,10 +91,8 @@ def add_word(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", word: st
         raise AdapterError(f'"{word}" has a meaning already; take a word of your own, such as <my-dog>.')
     width = text_encoder.config.hidden_size
     if vectors.ndim != 2 or vectors.shape[1] != width or not 1 <= len(vectors) <= MAX_VECTORS:
-        raise AdapterError(
-            f'the vectors of "{word}" have the shape {tuple(vectors.shape)}; '
-            f"this text encoder takes 1 to {MAX_VECTORS} vectors of width {width}."
-        )
+        shape = tuple(vectors.shape)
+        raise AdapterError(f'the vectors of "{word}" are {shape}; this text encoder takes 1 to {MAX_VECTORS} of width {width}.')
     return inject(text_encoder).add(word, vectors)
 
 
@@ -115,18 +106,13 @@ def initial_vectors(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", w
     """Where learning starts: `count` vectors (n, D), fp32, copied from the tokens of `words`, in turn.
 
     "dog" for three vectors gives three copies of it, as in diffusers: they are at different places of the prompt, so
-    their gradients differ and they part. Where `words` has more tokens than that, the last ones are left out, with a
-    warning.
+    their gradients differ and they part. AdapterError where `words` has no token, or more of them than `count`.
     """
     ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
     if not ids:
         raise AdapterError(f'"{words}" holds no word to begin with; take one that is near in meaning, such as "dog".')
     if len(ids) > count:
-        left_out = tokenizer.decode(ids[count:])
-        warnings.warn(
-            f'"{words}" is {len(ids)} tokens and there are {count} vectors to begin at them; left out: "{left_out}".',
-            stacklevel=2,
-        )
+        raise AdapterError(f'"{words}" is {len(ids)} tokens, and there is room for {count}; take fewer words or more vectors.')
     table = token_table(text_encoder)
     weight = table.base.weight if isinstance(table, ExtendedEmbedding) else table.weight
     return weight.detach()[list(islice(cycle(ids), count))].float()
@@ -137,9 +123,3 @@ def token_table(text_encoder: "CLIPTextModel") -> nn.Embedding | ExtendedEmbeddi
     table = text_encoder.get_input_embeddings()
     assert isinstance(table, nn.Embedding | ExtendedEmbedding)
     return table
-
-
-def check_plain(text_encoder: "CLIPTextModel") -> None:
-    """AdapterError while there are new words: the state dict would have names that no other program knows."""
-    if words := placeholders(text_encoder):
-        raise AdapterError(f"the text encoder has new words ({', '.join(words)}); unload_textual_inversion first.")

@@ -12,8 +12,7 @@ Metrics, checkpoints, previews and Ctrl-C live in the code that iterates over it
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -119,34 +118,3 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
     if math.isfinite(value := float(norm)):  # waits for a GPU once
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return value
-
-
-class EMA:
-    """A running average of the weights: a <- d a + (1 - d) w, with d = min(decay, (1 + n) / (10 + n)) after n updates.
-
-    The average is sampled from and exported. While n is small, d is small too, so the average soon forgets the start.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.parameters, self.decay = parameters, decay
-        self.average = {name: p.detach().clone() for name, p in parameters.items()}
-
-    @torch.no_grad()
-    def update(self, done: int) -> None:
-        """Take in the weights after update number `done`, counted from 1."""
-        decay = min(self.decay, (1 + done) / (10 + done))
-        for name, p in self.parameters.items():
-            self.average[name].lerp_(p, 1.0 - decay)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside the `with`, the parameters hold the average; afterwards they are bit for bit what they were."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        for name, p in self.parameters.items():
-            p.data, self.average[name] = self.average[name], p.data

@@ -17,13 +17,13 @@ from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.core.generate import Stations, generate
 from minidiff.core.grids import MAX_STEPS, Step, sampler_named
 from minidiff.core.guidance import UNetCall
-from minidiff.core.rng import Draw, noise_source
 from minidiff.core.text import encode_captions
 from minidiff.core.vae import sample_posterior
 from minidiff.draw.canvas import Canvas, Pictures, as_mask, as_pictures, fitted, on_picture, size_of
 from minidiff.draw.given import Side, check_floats, checked_latents, with_vectors
 from minidiff.draw.lora_tags import at_strengths, loras_of
 from minidiff.draw.model import Model
+from minidiff.draw.noise import Draw, noise_source
 from minidiff.draw.nonfinite import blame, nonfinite_error
 from minidiff.draw.prompting import Prompt, count_chunks, encode_prompts, parse_prompt
 from minidiff.draw.speed import caching

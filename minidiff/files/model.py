@@ -195,7 +195,8 @@ def write_folder(model: ModelParts, folder: str | Path, dtype: torch.dtype | Non
     for adapted in model.adaptable.values():
         if adapters := adapter_names(adapted):  # the state dict would have names that no other program knows
             raise AdapterError(f"{type(adapted).__name__} carries adapters ({', '.join(adapters)}); unload_lora_weights first.")
-    textual_inversion.check_plain(text_encoder)
+    if words := textual_inversion.placeholders(text_encoder):
+        raise AdapterError(f"the text encoder has new words ({', '.join(words)}); unload_textual_inversion first.")
     text_config = dict(sorted({**text_encoder.config.to_diff_dict(), "architectures": ["CLIPTextModel"]}.items()))
     configs = {
         "unet": config_values(unet.config, "UNet2DConditionModel"),

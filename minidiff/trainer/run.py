@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from minidiff.core.errors import MinidiffError, SettingsError, WeightsError
-from minidiff.core.train import EMA, Batch, Task, Update, train
+from minidiff.core.train import Batch, Task, Update, train
 from minidiff.draw.images import save_png
 from minidiff.draw.speed import compile_unet, frozen_weights
 from minidiff.files.atomic import fsync, write_bytes
 from minidiff.trainer import checkpoint, distributed
+from minidiff.trainer.ema import EMA
 from minidiff.trainer.job import Job, batches, check_trainable, culprit, deterministic, loop_settings, stop_signals
 from minidiff.trainer.optimizers import Movement, adamw, load_optimizer_state, optimizer_state, stepping_in_backward, to_bf16
 from minidiff.trainer.plot import loss_curve

@@ -10,9 +10,9 @@ from torch import Tensor
 from minidiff.core.config import NoiseConfig
 from minidiff.core.generate import Stations, generate
 from minidiff.core.grids import SAMPLERS, Step
-from minidiff.core.rng import noise_source
 from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.text import encode_captions
+from minidiff.draw.noise import noise_source
 from minidiff.draw.pipeline import StableDiffusionPipeline
 
 NOISE = NoiseSchedule.from_config(NoiseConfig())

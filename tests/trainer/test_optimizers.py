@@ -13,9 +13,10 @@ from resume_harness import NUMBERS, numbers
 from torch import Tensor, nn
 
 from minidiff.core.errors import MinidiffError, SettingsError, WeightsError
-from minidiff.core.train import EMA, LoopSettings, clip_gradients, lr_factor
+from minidiff.core.train import LoopSettings, clip_gradients, lr_factor
 from minidiff.fast.adam8bit import LeanAdamW
 from minidiff.trainer.distributed import World
+from minidiff.trainer.ema import EMA
 from minidiff.trainer.job import Job
 from minidiff.trainer.optimizers import Movement, adamw, load_optimizer_state, optimizer_state
 from minidiff.trainer.run import fit, read_metrics

@@ -20,7 +20,7 @@ CHECKOUT = Path(__file__).parents[2]
 def train(s: FineTuneSettings) -> None:
     """Train, and leave with code 130 if the run was asked to stop: a script must not take it for finished."""
     from minidiff.draw.speed import keep_memory
-    from minidiff.trainer import savings
+    from minidiff.trainer import memory
     from minidiff.trainer.distributed import joined
     from minidiff.trainer.recipes import RECIPES
     from minidiff.trainer.run import fit
@@ -28,7 +28,7 @@ def train(s: FineTuneSettings) -> None:
     keep_memory(not s.fit)  # with --fit, the peak has to be what the tensors need
     with joined(s.device):
         task = RECIPES[type(s)](s)
-        with savings.budgeted(task, s) as chosen:
+        with memory.budgeted(task, s) as chosen:
             report = fit(task, chosen)
         if report.finished:
             print(f"{s.output_dir}: the result and its card, loss.png, and samples/ with a sheet for each stage")

@@ -1,74 +1,50 @@
-"""How much memory a run needs, estimated before it starts.
+"""How much memory a run needs, estimated before it starts; and `--fit`, which switches on the cheapest savings that suffice.
 
-    total  =  what is held during the whole run  +  the larger of a training step and drawing  +  an allowance
+    together  =  held during the whole run  +  the largest of the moments  +  an allowance
 
-On the `meta` device tensors have shapes and no numbers, so a forward pass takes a second. Autograd reports each tensor that it
-saves for the backward pass. The allowance is for what cannot be counted: memory inside kernels, and gaps in the allocator.
+The moments come one after the other: pictures are encoded, steps are made, sheets are drawn. On the `meta` device tensors have
+shapes and no numbers, so a forward pass takes a second, and autograd reports each tensor that it saves for the backward pass.
+The allowance is for what cannot be counted: memory inside kernels, and gaps in the allocator.
 """
 
-from dataclasses import dataclass
-from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from minidiff.core.blocks import ResBlock
+from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.core.train import DTYPES
 from minidiff.core.transformer import SpatialTransformer
-from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
+from minidiff.draw.device import is_out_of_memory
 from minidiff.draw.speed import checkpoint_gradients, peak_memory
-from minidiff.trainer.settings import FineTuneSettings
-
-if TYPE_CHECKING:
-    from minidiff.trainer.job import Job
+from minidiff.trainer import checkpoint, distributed
+from minidiff.trainer.job import Job
+from minidiff.trainer.settings import AdapterSettings, FineTuneSettings, FrozenSettings, FullSettings, size_in_bytes
 
 MIB, HALF = 2**20, (torch.float16, torch.bfloat16)
 # The allowance: a constant (Python and PyTorch, or CUDA), and a share of the largest moment. For a CPU they were measured on
 # Linux; with --fit, freed memory is returned at once, which leaves fewer gaps. For a GPU they are a guess.
 BASE, SHARE, SHARE_WITH_FIT, SHARE_ON_GPU = 570 * MIB, 0.60, 0.30, 0.15
-
 SMALL = 2**20  # weights of a convolution; larger ones are not copied in training (fast/conv.py)
 
-Row = tuple[str, int, str]  # name, bytes, remark
+SAVINGS = {  # flag -> its cost; the cheapest first. Each costs more than all flags before it together
+    "layerwise_casting": "about a tenth more time, the same result",
+    "gradient_checkpointing": "a third more time, the same result",
+    "use_8bit_adam": "AdamW's running means are rounded, so the last digits differ",
+    "optimizer_in_backward": "each gradient is limited separately, not all together",
+    "bf16_weights": "trained weights have 8 bits of precision, with stochastic rounding",
+}
 
-
-@dataclass(frozen=True)
-class Budget:
-    """The memory of a run: rows that are `held` all the time, `moments` one after the other, and the allowance."""
-
-    held: list[Row]
-    moments: list[Row]
-    allowance: Row
-
-    @property
-    def together(self) -> int:
-        return sum(size for _, size, _ in [*self.held, self.allowance]) + max(size for _, size, _ in self.moments)
-
-    def __str__(self) -> str:
-        rows = [*map(line, self.held), "  one after the other", *map(line, self.moments), line(self.allowance)]
-        return "\n".join(["Memory of the run, estimated:", *rows, line(("together", self.together, "at the largest moment"))])
-
-
-def line(row: Row) -> str:
-    name, size, note = row
-    return f"  {name:20}{size / MIB:9,.1f} MiB   {note}".rstrip()
-
-
-# --- counting ------------------------------------------------------------------------------------------------------------
-
-
-class Step(NamedTuple):
-    """Bytes of a training step."""
-
-    saved: int  # for the backward pass
-    fullest: int  # the most that there is at once, gradients included
-    copies: int  # of frozen weights
+# --- counting --------------------------------------------------------------------------------------------------------
 
 
 class Counter:
@@ -80,7 +56,6 @@ class Counter:
         self.begun: list[int] = []  # bytes that were saved when each of the running modules began
         self.ended: list[tuple[int, int]] = []  # for each module, when it ends: bytes saved so far, numbers of its gradients
         self.inside: dict[type, int] = {}  # the most that one module of a class saves
-        self.copies = 0  # of frozen weights, which fast convolutions keep on a CPU
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -92,11 +67,8 @@ class Counter:
     def begin(self, module: nn.Module, inputs: object) -> None:
         self.begun.append(self.saved)
 
-    def end(self, module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+    def end(self, module: nn.Module, inputs: object, output: object) -> None:
         self.inside[type(module)] = max(self.inside.get(type(module), 0), self.saved - self.begun.pop())
-        if isinstance(module, nn.Conv2d) and type(module) is not nn.Conv2d and module.kernel_size == (3, 3):
-            if not module.weight.requires_grad and module.weight.numel() <= SMALL:
-                self.copies += 4 * module.weight.numel() * (9 if inputs[0].shape[-2:].numel() >= 1024 else 3)
         self.ended.append((self.saved, sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad)))
 
 
@@ -118,69 +90,69 @@ class Fused(torch.autograd.Function):
         return out
 
 
-def forward_pass(task: "Job", settings: FineTuneSettings) -> Counter:
-    """Count a forward pass of the run's first batch on meta."""
-    counter, dtype = Counter(), DTYPES[settings.mixed_precision]
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    batch = {name: rows[: len(rows) // processes].to("meta") for name, rows in task.batch(0, 0).items()}
-
-    def run(network: nn.Module, *inputs: Tensor) -> Any:
-        tensors, most = {}, next(network.parameters()).dtype
-        for name, t in chain(network.named_parameters(), network.named_buffers()):
-            t_meta = torch.empty_like(t, device="meta", dtype=dtype_in(settings, t)).requires_grad_(t.requires_grad)
-            counter.seen[id(t_meta.untyped_storage())] = t_meta.untyped_storage()
-            copied = t.dtype == most and dtype != torch.float32  # autocast keeps such copies until the backward pass
-            tensors[name] = t_meta.to(dtype) if copied else t_meta
-        return functional_call(network, tensors, inputs)
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor)
-    begin, end = register_module_forward_pre_hook(counter.begin), register_module_forward_hook(counter.end)
-    with begin, end, hooks, FusedAttention():
-        text = batch["text"] if "text" in batch else run(task.modules["text_encoder"], batch["ids"]).last_hidden_state
-        run(task.modules["unet"], batch["latents"].to(dtype), batch["t"], text.to(dtype))
-    return counter
-
-
 def dtype_in(settings: FineTuneSettings, weight: Tensor) -> torch.dtype:
     """Of a weight in training with these settings, which may differ from those that it was loaded with."""
     if weight.requires_grad:
         return torch.bfloat16 if settings.bf16_weights else weight.dtype
-    in_fp32 = settings.mixed_precision == "no" and not getattr(settings, "layerwise_casting", False)
+    in_fp32 = settings.mixed_precision == "no" and not is_on(settings, "layerwise_casting")
     return torch.float32 if in_fp32 and weight.dtype in HALF else weight.dtype
 
 
-def step_bytes(task: "Job", settings: FineTuneSettings) -> Step:
+def forward_pass(task: Job, settings: FineTuneSettings, checkpointing: bool) -> Counter:
+    """Count a forward pass of the run's first batch on meta."""
+    counter, dtype, processes = Counter(), DTYPES[settings.mixed_precision], distributed.world().size
+    batch = {name: rows[: len(rows) // processes].to("meta") for name, rows in task.batch(0, 0).items()}
+
+    def on_meta(network: nn.Module) -> nn.Module:
+        memo, most = {}, next(network.parameters()).dtype
+        for t in (*network.parameters(), *network.buffers()):
+            held = dtype_in(settings, t)
+            cast = dtype if t.dtype == most and dtype != torch.float32 else held
+            memo[id(t)] = meta = torch.empty_like(t, device="meta", dtype=cast).requires_grad_(t.requires_grad)
+            if cast == held:  # else it is a copy of autocast's, which autograd may save
+                counter.seen[id(meta.untyped_storage())] = meta.untyped_storage()
+        copied = copy.deepcopy(network, memo)
+        for module in copied.modules():
+            module.register_forward_pre_hook(counter.begin)
+            module.register_forward_hook(counter.end)
+        return copied
+
+    unet = on_meta(task.modules["unet"])
+    checkpoint_gradients(unet, checkpointing)
+    with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor), FusedAttention():
+        ids, text = batch.get("ids"), batch.get("text")
+        text = on_meta(task.modules["text_encoder"])(ids).last_hidden_state if text is None else text
+        unet(batch["latents"].to(dtype), batch["t"], text.to(dtype))
+    return counter
+
+
+class Step(NamedTuple):
+    """Bytes of a training step."""
+
+    saved: int  # for the backward pass
+    most: int  # that there is at once, gradients included
+
+
+def step_bytes(task: Job, settings: FineTuneSettings) -> Step:
     """The memory of one training step: a forward and a backward pass."""
-    unet, accumulates = task.modules["unet"], settings.gradient_accumulation_steps > 1
-    assert isinstance(unet, UNet2DConditionModel)
-    checkpoint_gradients(unet, False)
-    counter = forward_pass(task, settings)
+    counter, size = forward_pass(task, settings, False), 2 if settings.bf16_weights else 4  # bytes of a gradient's number
     layer = sum(counter.inside.get(kind, 0) for kind in (ResBlock, SpatialTransformer))
     if settings.gradient_checkpointing:
-        checkpoint_gradients(unet)
-        counter = forward_pass(task, settings)
-    size, fullest = gradient_size(settings), 0
+        counter = forward_pass(task, settings, True)
+    early, accumulates = settings.optimizer_in_backward, settings.gradient_accumulation_steps > 1
     gradients = size * sum(p.numel() for p in task.trainable.values()) if accumulates else 0  # of the passes before
+    most = 0
     for saved, numbers in reversed(counter.ended):  # the backward pass: saved tensors go, and gradients come
-        fullest = max(fullest, saved + gradients + size * numbers)
-        gradients += 0 if accumulates or settings.optimizer_in_backward else size * numbers
+        most = max(most, saved + gradients + size * numbers)
+        gradients += 0 if accumulates or early else size * numbers
     # In a layer's backward pass there are gradients of all that it saved; with checkpointing it has to be computed again, too.
-    return Step(counter.saved, fullest + layer * (1 + settings.gradient_checkpointing), counter.copies)
-
-
-def gradient_size(settings: FineTuneSettings) -> int:
-    return 2 if settings.bf16_weights else 4
+    return Step(counter.saved, most + layer * (1 + settings.gradient_checkpointing))
 
 
 def vae_bytes(vae: AutoencoderKL, latent: torch.Size, method: str) -> int:
     """The memory in which the VAE can "encode" or "decode" a picture of `latent` (C, h, w): three of its largest tensor."""
-    sizes = []
-    scale, channels = (vae.config.downscale, vae.config.in_channels) if method == "encode" else (1, latent[0])
-    hook = register_module_forward_hook(lambda module, inputs, y: sizes.append(y.nbytes if isinstance(y, Tensor) else 0))
-    with hook, torch.no_grad(), torch.device("meta"):
-        copy, dtype = AutoencoderKL(vae.config), next(vae.parameters()).dtype
-        getattr(copy.to(dtype), method)(torch.empty(1, channels, scale * latent[1], scale * latent[2], dtype=dtype))
-    return 3 * max(sizes)
+    widths, pixels = vae.config.block_out_channels, latent[1:].numel() * vae.config.downscale**2
+    return 3 * pixels * (widths[0] if method == "encode" else max(widths[:2])) * next(vae.parameters()).itemsize
 
 
 def optimizer_bytes(trained: list[int], settings: FineTuneSettings) -> int:
@@ -192,40 +164,161 @@ def optimizer_bytes(trained: list[int], settings: FineTuneSettings) -> int:
     return sum(2 * (n + 4 * -(-n // BLOCK)) if n >= LEAST else 8 * n for n in trained)
 
 
-def budget(task: "Job", settings: FineTuneSettings) -> Budget:
-    """The memory of the run, in rows."""
-    device, trained = next(iter(task.trainable.values())).device.type, [p.numel() for p in task.trainable.values()]
-    networks = {**task.modules, **task.beside}
-    tensors = {name: [*network.parameters(), *network.buffers()] for name, network in networks.items()}
+def copied_bytes(unet: nn.Module, latent: torch.Size) -> int:
+    """Of frozen small convolutions, of which fast/conv.py keeps a copy in another order, for large latents a larger one."""
+    own = [m for m in unet.modules() if isinstance(m, nn.Conv2d) and type(m) is not nn.Conv2d and m.kernel_size == (3, 3)]
+    small = sum(m.weight.numel() for m in own if not m.weight.requires_grad and m.weight.numel() <= SMALL)
+    return 4 * small * (9 if latent[1:].numel() >= 1024 else 3)
+
+
+# --- the budget ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The memory of a run in bytes."""
+
+    held: dict[str, int]  # all the time
+    moments: dict[str, int]  # one after the other
+    allowance: int
+
+    @property
+    def together(self) -> int:
+        return sum(self.held.values()) + max(self.moments.values()) + self.allowance
+
+    def __str__(self) -> str:
+        turns = {f"{name} *": size for name, size in self.moments.items()}
+        rows = {**self.held, **turns, "allowance": self.allowance, "together": self.together}
+        return "\n".join(["Memory of the run, estimated; * only one of these at a time:", *map(row, rows, rows.values())])
+
+
+def row(name: str, size: int) -> str:
+    return f"  {name:20}{size / MIB:9,.1f} MiB"
+
+
+def budget(task: Job, settings: FineTuneSettings) -> Budget:
+    """The memory of the run."""
+    trained = [p.numel() for p in task.trainable.values()]
+    device, latent = next(iter(task.trainable.values())).device.type, task.batch(0, 0)["latents"].shape[1:]
+    tensors = {name: [*n.parameters(), *n.buffers()] for name, n in (task.modules | task.beside).items()}
     there = {name: [t for t in all_of if t.device.type == device] for name, all_of in tensors.items()}
-    away = sum(p.nbytes for network in networks.values() for p in network.parameters() if p.device.type != device)
-    step = step_bytes(task, settings)
-    gradients = 0 if settings.optimizer_in_backward else gradient_size(settings) * sum(trained)
-    weights = sum(t.numel() * dtype_in(settings, t).itemsize for all_of in there.values() for t in all_of)
-    later = [  # than the pictures are encoded
-        ("copies", step.copies if device == "cpu" else 0, "of frozen convolutions, in another order"),
-        ("optimizer", optimizer_bytes(trained, settings), "AdamW's two running means"),
-        ("averaged weights", 4 * sum(trained) if settings.use_ema else 0, "--use_ema"),
-    ]
-    rows = [("weights", weights, " and ".join(name for name, all_of in there.items() if all_of)), *later]
-    about = f"gradients {gradients / MIB:,.1f}; saved for backward {step.saved / MIB:,.1f}"
-    moments = [("training step", step.fullest, about), ("update", gradients, "gradients")]
+    weights = {name: sum(t.numel() * dtype_in(settings, t).itemsize for t in all_of) for name, all_of in there.items()}
+    away = sum(t.nbytes for all_of in tensors.values() for t in all_of if t.device.type != device)
+    later = {  # than the pictures are encoded
+        "copies": copied_bytes(task.modules["unet"], latent) if device == "cpu" else 0,
+        "optimizer": optimizer_bytes(trained, settings),
+        "averaged weights": 4 * sum(trained) if settings.use_ema else 0,
+    }
+    gradients = 0 if settings.optimizer_in_backward else (2 if settings.bf16_weights else 4) * sum(trained)
+    moments = {"training step": step_bytes(task, settings).most, "update": gradients}
     vae = task.beside.get("VAE")
-    if isinstance(vae, AutoencoderKL):
-        latent = task.batch(0, 0)["latents"].shape[1:]
-        if task.used_vae:
-            size = away + vae_bytes(vae, latent, "encode") - sum(size for _, size, _ in later)
-            moments.append(("pictures", max(0, size), "the VAE encodes one at a time, before the rest is there"))
-        if settings.validation_steps:
-            size = gradients + away + vae_bytes(vae, latent, "decode")
-            moments.append(("sample sheets", size, "the VAE draws one at a time"))
+    if isinstance(vae, AutoencoderKL) and task.used_vae:
+        moments["pictures"] = max(0, away + vae_bytes(vae, latent, "encode") - sum(later.values()))
+    if isinstance(vae, AutoencoderKL) and settings.validation_steps:
+        moments["sample sheets"] = gradients + away + vae_bytes(vae, latent, "decode")
     share = (SHARE_WITH_FIT if settings.fit else SHARE) if device == "cpu" else SHARE_ON_GPU
-    rest = BASE + int(share * max(size for _, size, _ in moments))
-    return Budget([row for row in rows if row[1]], moments, ("allowance", rest, f"not counted: {BASE // MIB} + {share:.0%}"))
+    held = {name: size for name, size in (weights | later).items() if size}
+    return Budget(held, moments, BASE + int(share * max(moments.values())))
 
 
-def measured(device: str) -> str:
-    """The peak until now, as a line of the table."""
-    peak = peak_memory(device)
-    about = "of tensors on the GPU, drawing included" if device == "cuda" else "of the whole process, Python included"
-    return "  measured peak       not known on this system" if peak is None else line(("measured peak", peak, about))
+# --- --fit -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def budgeted(task: Job, settings: FineTuneSettings) -> Iterator[FineTuneSettings]:
+    """Choose the savings of --fit and print the budget before the run, and the measured peak after it.
+
+    Gives the settings to train with. Running out of memory becomes a MinidiffError that says what helps.
+    """
+    settings, need, note = chosen(task, settings)
+    print(f"{note}{need}")
+    try:
+        yield settings
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        good = checkpoint.latest(Path(settings.output_dir))
+        resume = f"The last checkpoint is {good}. --resume_from_checkpoint latest continues from it."
+        raise MinidiffError(
+            f"out of memory while training.\n{need}\nWhat helps: --fit with the memory that there is, which switches on "
+            f"savings; {other_hints(settings)}.\n{resume if good else 'No checkpoint had been saved yet.'}"
+        ) from error
+    if peak := peak_memory(next(iter(task.trainable.values())).device.type):
+        print(row("measured peak", peak))
+
+
+def chosen(task: Job, settings: FineTuneSettings) -> tuple[FineTuneSettings, Budget, str]:
+    """The settings with the cheapest savings under which the run fits, its budget, and an explanation.
+
+    A resumed run keeps the savings that it began with, except those that do not change the result. SettingsError if the run
+    does not fit with all savings.
+    """
+    if settings.fit is None:
+        return settings, budget(task, settings), ""
+    begun, limit, on = as_begun(task, settings), size_in_bytes(settings.fit) or 0, list[str]()
+    free = [flag for flag in possible(task, begun) if begun is settings or flag in settings.HARMLESS]
+
+    def switched(flags: list[str]) -> FineTuneSettings:
+        return replace(begun, **dict.fromkeys(flags, True))  # type: ignore[arg-type]
+
+    need = budget(task, begun)
+    while need.together > limit and len(on) < len(free):  # the cheapest first, until it fits
+        on = free[: len(on) + 1]
+        need = budget(task, switched(on))
+    if need.together > limit:
+        hints = f"What helps: {other_hints(settings)}."
+        raise SettingsError(f"--fit {settings.fit}: the run does not fit with all savings. It needs:\n{need}\n{hints}")
+    for flag in on[::-1]:  # leave out what is not needed beside the last one
+        fewer = [other for other in on if other != flag]
+        if (less := budget(task, switched(fewer))).together <= limit:
+            on, need = fewer, less
+    trained = switched(on)
+    checkpoint_gradients(task.modules["unet"], trained.gradient_checkpointing)
+    if may_cast(trained) and not is_on(trained, "layerwise_casting"):
+        task.modules["unet"].float()  # it was loaded in half precision, in case that it had to stay so
+    new = [flag for flag in SAVINGS if is_on(trained, flag) and not is_on(settings, flag)]
+    why = "".join(f"\n  --{flag}: {SAVINGS[flag] if flag in on else 'as the run began'}" for flag in new)
+    return trained, need, f"--fit {settings.fit}: {need.together / MIB:,.0f} MiB fit{' with' + why if new else ' as it is.'}\n"
+
+
+def as_begun(task: Job, settings: FineTuneSettings) -> FineTuneSettings:
+    """The settings with the savings that a resumed run began with."""
+    if (path := checkpoint.find(settings)) is None:
+        return settings
+    begun = checkpoint.read_manifest(path)["made_of"]
+    flags = {flag: bool(begun.get(flag)) for flag in possible(task, settings) if flag not in settings.HARMLESS}
+    return replace(settings, **flags)  # type: ignore[arg-type]
+
+
+def possible(task: Job, settings: FineTuneSettings) -> list[str]:
+    """The savings that this run can still switch on, the cheapest first."""
+    ours = task.optimizer is None  # a task's own optimizer exists already
+    early = settings.gradient_accumulation_steps == 1 and settings.mixed_precision != "fp16" and distributed.world().size == 1
+    rules = {
+        "layerwise_casting": may_cast(settings) and any(p.dtype in HALF for p in task.modules["unet"].parameters()),
+        "gradient_checkpointing": True,
+        "use_8bit_adam": ours,
+        "optimizer_in_backward": ours and early,
+        "bf16_weights": ours and settings.mixed_precision == "bf16" and not settings.use_ema and task.ema_decay is None,
+    }
+    return [flag for flag in SAVINGS if rules[flag] and not is_on(settings, flag)]
+
+
+def may_cast(settings: FineTuneSettings) -> bool:
+    """Load the U-Net in the half precision of its file, to cast it layer by layer? With --fit, `chosen` decides later."""
+    asked = isinstance(settings, FrozenSettings) and (settings.layerwise_casting or settings.fit is not None)
+    return asked and settings.mixed_precision == "no"
+
+
+def is_on(settings: FineTuneSettings, flag: str) -> bool:
+    return bool(getattr(settings, flag, False))  # not every method has every flag
+
+
+def other_hints(settings: FineTuneSettings) -> str:
+    """Ways to save memory by training something else: fewer or smaller pictures at once, or fewer weights."""
+    hints = ["--train_batch_size 1 with more --gradient_accumulation_steps"] if settings.train_batch_size > 1 else []
+    hints += ["--mixed_precision bf16"] if settings.mixed_precision == "no" else []
+    hints += ["a smaller --resolution"]
+    hints += ["a lower --rank, or fewer --lora_targets"] if isinstance(settings, AdapterSettings) else []
+    hints += ["minidiff train lora, which trains a hundredth of the weights"] if isinstance(settings, FullSettings) else []
+    return "; ".join(hints)

@@ -30,9 +30,8 @@ from minidiff.trainer.dataset import bucket_sizes, check_pictures, read_folder
 from minidiff.trainer.distributed import world
 from minidiff.trainer.job import Job, check_precision
 from minidiff.trainer.latents import Cache, LatentData
-from minidiff.trainer.memory import HALF
+from minidiff.trainer.memory import HALF, is_on, may_cast
 from minidiff.trainer.priors import BasePrior, PairedData, class_examples, class_settings
-from minidiff.trainer.savings import is_on, may_cast
 from minidiff.trainer.settings import FineTuneSettings, FullSettings
 from minidiff.trainer.validation import check_prediction_type, validation_set
 

@@ -13,15 +13,15 @@ from tiny_recipes import draw_pictures, tiny
 from torch import Tensor, nn
 
 from minidiff.cli.main import main
-from minidiff.core.errors import MinidiffError, SettingsError
+from minidiff.core.errors import SettingsError
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.fast.conv import HALF
 from minidiff.fast.frozen import FastConv2d, FastLinear, cast_layerwise
-from minidiff.trainer import savings
+from minidiff.trainer import memory
 from minidiff.trainer.job import Job
+from minidiff.trainer.memory import chosen
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.run import fit
-from minidiff.trainer.savings import budgeted, chosen
 
 
 @pytest.fixture(autouse=True)
@@ -127,28 +127,17 @@ def test_fit_leaves_weights_as_stored_only_where_it_must(half_folder: Path, home
     settings = tiny("lora", half_folder, home / "pictures", home / "run", fit="100TB")
     task = RECIPES[type(settings)](settings)
     assert layer_dtypes(task) == {torch.float16}  # until it is settled
-    wide, narrow = (savings.budget(task, replace(settings, layerwise_casting=on)) for on in (False, True))
+    wide, narrow = (memory.budget(task, replace(settings, layerwise_casting=on)) for on in (False, True))
     layers = [m.weight for m in task.modules["unet"].modules() if isinstance(m, (FastConv2d, FastLinear))]
     saved = sum(2 * w.numel() for w in layers)
-    (_, before, _), (_, after, _) = (next(row for row in need.held if row[0] == "weights") for need in (wide, narrow))
-    assert before - after == saved and narrow.together < wide.together
+    assert wide.held["unet"] - narrow.held["unet"] == saved and narrow.together < wide.together
     tight = replace(settings, fit=f"{(wide.together - 1000) / 1000:.3f}KB")
     now, need, note = chosen(task, tight)
     assert now.layerwise_casting and need.together == narrow.together and layer_dtypes(task) == {torch.float16}
     assert "--layerwise_casting: about a tenth more time, the same result" in note
     now, need, _ = chosen(task, settings)
     assert not now.layerwise_casting and need.together == wide.together and layer_dtypes(task) == {torch.float32}
-    assert savings.budget(task, now).together == wide.together  # in numbers as in memory
-
-
-def test_running_out_of_memory_names_it_first(half_folder: Path, home: Path) -> None:
-    """Also where --fit saw no need of it, and widened the weights."""
-    for changes in ({}, {"fit": "100TB"}):
-        settings = tiny("lora", half_folder, home / "pictures", home / "run", **changes)
-        task = RECIPES[type(settings)](settings)
-        with pytest.raises(MinidiffError, match=r"What helps, the cheapest first:\n  --layerwise_casting, if the model's file"):
-            with budgeted(task, settings):
-                raise MemoryError
+    assert memory.budget(task, now).together == wide.together  # in numbers as in memory
 
 
 def test_a_file_in_fp32_has_nothing_to_leave(tiny_folder: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,7 +146,7 @@ def test_a_file_in_fp32_has_nothing_to_leave(tiny_folder: Path, home: Path, caps
     assert layer_dtypes(task) == {torch.float32}
     assert "Note: --layerwise_casting changes nothing: the U-Net's file is not in half precision." in capsys.readouterr().err
     settings = replace(settings, fit="100TB", layerwise_casting=False, output_dir=str(home / "other"))
-    assert "layerwise_casting" not in savings.possible(RECIPES[type(settings)](settings), settings)
+    assert "layerwise_casting" not in memory.possible(RECIPES[type(settings)](settings), settings)
 
 
 def test_where_it_does_not_go(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A training run as a picture: the loss of each step and of validation, how far the weights moved, the learning rate."""
+"""A training run as a picture: the loss of each step and of validation, and the learning rate."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from minidiff.draw.images import HAIRLINE, INK, PAPER, save_png
 
 NO_LOSS = {"step", "lr", "grad_norm", "seconds", "moved"}  # columns of metrics.jsonl; all others are losses
 VALIDATION_COLOURS = ["#7a2e6b", "#c78a1c", "#2e7d75", "#a33b3b", "#5a5a9c"]
-BELOW = {"moved": ("weights moved", "#4d7a3a"), "lr": ("learning rate", "#b3541e")}  # column -> label and colour
+BELOW = {"lr": ("learning rate", "#b3541e")}  # column -> label and colour
 STYLE: dict[Any, Any] = {
     **{f"axes.spines.{side}": False for side in ("top", "right")},
     **dict.fromkeys(("figure.facecolor", "axes.facecolor"), PAPER),
@@ -27,10 +27,10 @@ STYLE: dict[Any, Any] = {
 
 
 def loss_curve(metrics: Path | str | Iterable[Mapping[str, float | None]], path: Path | str) -> None:
-    """Draw `metrics` into a PNG: a metrics.jsonl, or records with `step` and perhaps `loss`, `lr`, `moved`, validation losses.
+    """Draw `metrics` into a PNG: a metrics.jsonl, or records with `step` and perhaps `loss`, `lr`, validation losses.
 
     Pale: each step. Dark: the mean over a few hundredths of the run on either side. Dotted: the validation losses, which say
-    more. Below: how far the weights have moved, and the learning rate. DataError for a file that is no metrics.jsonl.
+    more. Below: the learning rate. DataError for a file that is no metrics.jsonl.
     """
     from matplotlib import rc_context  # only now: it takes long to import
     from matplotlib.figure import Figure

@@ -27,7 +27,7 @@ from minidiff.files.atomic import fsync, write_bytes
 from minidiff.trainer import checkpoint, distributed
 from minidiff.trainer.ema import EMA
 from minidiff.trainer.job import Job, batches, check_trainable, culprit, deterministic, loop_settings, stop_signals
-from minidiff.trainer.optimizers import Movement, adamw, load_optimizer_state, optimizer_state, stepping_in_backward, to_bf16
+from minidiff.trainer.optimizers import adamw, load_optimizer_state, optimizer_state, stepping_in_backward, to_bf16
 from minidiff.trainer.plot import loss_curve
 from minidiff.trainer.settings import FineTuneSettings, TrainSettings
 
@@ -92,7 +92,6 @@ class Run:
         self.writes = world.rank == 0
         self.folder = Path(settings.output_dir)
         self.made_of = json.loads(json.dumps({**settings.identity(total), **job.facts}))
-        self.movement = Movement(job.trainable)  # from the very start: `resume` comes later
         self.metrics: list[dict[str, Any]] = []
         self.done = self.saved = self.skipped = 0  # updates; the newest checkpoint's; updates skipped in a row
 
@@ -171,11 +170,11 @@ class Run:
         self.log(step=self.done, loss=update.loss, lr=update.lr, grad_norm=update.grad_norm, seconds=seconds, **measured)
 
     def measure(self, done: int) -> dict[str, float]:
-        """The validation loss after `done` updates, and how far the weights have moved; empty where it is not due."""
-        if not self.writes or not self._due(done, self.settings.validation_steps):
+        """The validation loss after `done` updates; empty where it is not due."""
+        if not self.writes or not self.job.validate or not self._due(done, self.settings.validation_steps):
             return {}
         with self._averaged():
-            return {"moved": self.movement.rms(), **(self.job.validate() if self.job.validate else {})}
+            return self.job.validate()
 
     def log(self, **row: float | None) -> None:
         """One line in metrics.jsonl. JSON has no NaN: a number that is not finite is written as null."""
@@ -210,8 +209,6 @@ class Run:
         if not finished:
             print(f"Stopped after {done} updates. Go on with --resume_from_checkpoint latest.", file=sys.stderr)
             return
-        if still := self.movement.still():
-            print(f"Note: {len(still)} trained tensors are where they were, such as {still[0]}.", file=sys.stderr)
         with self._writing("the result"):
             checkpoint.publish(self.folder, self._result)
             checkpoint.prune(self.folder, self.settings.checkpoints_total_limit, done)  # if a disk that was full kept one

@@ -150,7 +150,7 @@ def test_a_file_in_fp32_has_nothing_to_leave(tiny_folder: Path, home: Path, caps
 
 
 def test_where_it_does_not_go(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SettingsError, match="--layerwise_casting goes with --mixed_precision no: under the others"):
+    with pytest.raises(SettingsError, match="--layerwise_casting needs --mixed_precision no"):
         tiny("lora", home, home, home / "run", layerwise_casting=True, mixed_precision="bf16").check()
     flags = ["--instance_data_dir", "x", "--instance_prompt", "y", "--layerwise_casting"]
     with pytest.raises(SystemExit) as leave:

@@ -18,7 +18,7 @@ from minidiff.fast.adam8bit import LeanAdamW
 from minidiff.trainer.distributed import World
 from minidiff.trainer.ema import EMA
 from minidiff.trainer.job import Job
-from minidiff.trainer.optimizers import Movement, adamw, load_optimizer_state, optimizer_state
+from minidiff.trainer.optimizers import adamw, load_optimizer_state, optimizer_state
 from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import TrainSettings
 
@@ -94,18 +94,6 @@ def test_ema_applied_is_undone_to_the_bit() -> None:
         assert torch.equal(p, average)
         raise KeyError
     assert torch.equal(p, before) and torch.equal(ema.average["p"], average)
-
-
-def test_movement_is_the_rms_of_the_change() -> None:
-    p, q, still = (nn.Parameter(torch.randn(n)) for n in (3, 5000, 1))
-    movement = Movement({"p": p, "q": q, "still": still})
-    assert movement.rms() == 0.0 and movement.still() == ["p", "q", "still"]
-    p.data += 2.0
-    q.data += 0.5
-    kept = {"p": 3, "q": 1000, "still": 1}
-    assert {name: len(values) for name, values in movement.start.items()} == kept
-    assert movement.rms() == pytest.approx(math.sqrt((3 * 4 + 1000 * 0.25) / 1004), rel=1e-5)
-    assert movement.still() == ["still"]
 
 
 # --- the step inside the backward pass --------------------------------------------------------------------------------------
@@ -264,20 +252,18 @@ def test_which_optimizer_the_settings_mean() -> None:
         assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.5, (0.1, 0.999), 1e-8, 1e-2)
 
 
-@pytest.mark.parametrize("damage", ["a lost scale", "floats for codes", "too many blocks"])
+@pytest.mark.parametrize("damage", ["floats for codes", "too many blocks"])
 def test_8_bit_moments_of_something_else(damage: str) -> None:
     p = nn.Parameter(torch.zeros(5000))
     p.grad = torch.ones_like(p)
     optimizer = LeanAdamW([p], 0.1)
     optimizer.step()
     state = optimizer_state(optimizer)
-    if damage == "a lost scale":
-        del state["0.exp_avg_absmax"]
-    elif damage == "floats for codes":
+    if damage == "floats for codes":
         state["0.exp_avg"] = state["0.exp_avg"].float()
     else:
         state["0.exp_avg_absmax"] = torch.ones(21)
-    with pytest.raises(WeightsError, match="0.exp_avg|without exp_avg_absmax"):
+    with pytest.raises(WeightsError, match="0.exp_avg"):
         load_optimizer_state(LeanAdamW([p], 0.1), state)
 
 

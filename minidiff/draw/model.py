@@ -1,6 +1,6 @@
 """The networks of a pipeline: loading, saving, moving; LoRAs and new words, with the field's method names."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -9,10 +9,11 @@ from torch import nn
 
 from minidiff.core import inject, textual_inversion
 from minidiff.core.config import NoiseConfig
+from minidiff.core.errors import SettingsError
 from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
-from minidiff.draw.speed import cast_layerwise, speed_up
+from minidiff.draw.speed import needed, speed_up
 from minidiff.files import lora_file, word_file
 from minidiff.files.model import ModelParts, check_parts_fit, read_folder, read_single_file, write_folder
 
@@ -34,13 +35,13 @@ class Model:
         name_or_path: str = "",
         plain: bool = False,
     ) -> None:
+        """`plain`: compute as `core` says, without minidiff.fast."""
+        check_parts_fit(ModelParts(unet, vae, text_encoder, tokenizer, noise_config, sampler), name_or_path)
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.noise_config, self.schedule = noise_config, NoiseSchedule.from_config(noise_config)
-        self.sampler, self.name_or_path, self.progress_bar = sampler, name_or_path, True
+        self.sampler, self.name_or_path, self.plain, self.progress_bar = sampler, name_or_path, plain, True
         self.downscale = vae.config.downscale  # pixels per latent cell
         self.tile_size: int | None = None
-        check_parts_fit(ModelParts(unet, vae, text_encoder, tokenizer, noise_config, sampler), name_or_path)
-        self.plain = plain  # compute as `core` says, without minidiff.fast
         speed_up(self)
 
     # --- loading and saving ----------------------------------------------------------------------------------------------
@@ -53,12 +54,15 @@ class Model:
 
         The VAE stays in fp32 for any `torch_dtype`: in fp16 it overflows, and the picture is black. With `layerwise_casting`,
         half-precision weights of the U-Net stay as in the file (fast/frozen.py), and a LoRA that is fused into them is rounded.
-        With `plain`, everything is computed as `core` says, without minidiff.fast.
         Raises WeightsError for anything that is missing, damaged or does not fit.
         """
+        if layerwise_casting and plain:
+            raise SettingsError("layerwise_casting is done by minidiff.fast, which plain leaves out; leave out one of the two.")
         dtypes = {"unet": None if layerwise_casting else torch_dtype, "vae": torch.float32, "text_encoder": torch_dtype}
         pipe = cls(*read_folder(folder, dtypes).arguments, str(folder), plain)
-        return cast_layerwise(pipe, torch_dtype) if layerwise_casting else pipe
+        if layerwise_casting:
+            needed("--layerwise_casting").cast_layerwise(pipe.unet, torch_dtype)
+        return pipe
 
     @classmethod
     def from_single_file(
@@ -108,8 +112,8 @@ class Model:
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Sequence[float] | None = None) -> None:
         """Make these adapters active, each with its weight (default 1), and all others inactive."""
-        names = adapter_names if isinstance(adapter_names, Iterable) and not isinstance(adapter_names, str) else [adapter_names]
-        inject.set_adapters(self.adaptable, list(names), adapter_weights)
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        inject.set_adapters(self.adaptable, names, adapter_weights)
 
     def fuse_lora(self) -> None:
         """Add the adapters to the weights: the same pictures, a little faster."""

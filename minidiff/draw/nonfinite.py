@@ -1,6 +1,6 @@
 """NaN and infinity: which module was the first to output them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,11 +45,9 @@ def blame(module: nn.Module) -> str:
     return f", whose {broken[0]} itself holds NaN or infinity: get its file again" if broken else ""
 
 
-def tensors_in(output: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in a module's output: one, several, or a dictionary of them."""
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors in a module's output: one, several, or a dictionary of them."""
     if isinstance(output, Tensor):
-        yield from [output] if output.is_floating_point() else []
-    elif isinstance(output, (Mapping, list, tuple)):
-        parts: Iterable[Any] = output.values() if isinstance(output, Mapping) else output
-        for part in parts:
-            yield from tensors_in(part)
+        return [output]
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]

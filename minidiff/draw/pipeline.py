@@ -17,19 +17,20 @@ from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.core.generate import Stations, generate
 from minidiff.core.grids import MAX_STEPS, Step, sampler_named
 from minidiff.core.guidance import UNetCall
-from minidiff.core.text import encode_captions
+from minidiff.core.rng import normal
+from minidiff.core.text import LENGTH, encode_captions
 from minidiff.core.vae import sample_posterior
 from minidiff.draw.canvas import Canvas, Pictures, as_mask, as_pictures, fitted, on_picture, size_of
-from minidiff.draw.given import Side, check_floats, checked_latents, with_vectors
 from minidiff.draw.lora_tags import at_strengths, loras_of
 from minidiff.draw.model import Model
-from minidiff.draw.noise import Draw, noise_source
 from minidiff.draw.nonfinite import blame, nonfinite_error
 from minidiff.draw.prompting import Prompt, count_chunks, encode_prompts, parse_prompt
 from minidiff.draw.speed import caching
 from minidiff.draw.tiles import in_tiles, tiled
 
+Draw = Callable[[int | str], Tensor]  # what the noise is for -> the noise
 MAX_SIDE = 8192  # pixels: beyond, attention takes days
+Side = list[Prompt] | Tensor  # all prompts, or all negative prompts; or the vectors (B, 77 k, D) that the caller gives for them
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,6 @@ class StableDiffusionPipeline(Model):
     def placeholders(self) -> dict[str, list[int]]:
         """The new words that prompts may use, and the ids of their vectors."""
         return dict(getattr(self.text_encoder.get_input_embeddings(), "placeholders", {}))
-
-    # --- from a prompt to a picture --------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(
@@ -97,11 +96,11 @@ class StableDiffusionPipeline(Model):
         if output_type not in ("pil", "pt", "latent"):
             raise SettingsError(f'output_type "{output_type}" is unknown; it is pil, pt or latent.')
         prompts, negatives = pairs(prompt, negative_prompt, num_images_per_prompt, prompt_embeds)
-        sides: tuple[Side, Side] = (prompts, negatives)
         chunks = count_chunks(self.tokenizer, prompts + negatives if guidance_scale > 1 else prompts, self.placeholders)
+        sides: tuple[Side, Side] = (prompts, negatives)
         if prompt_embeds is not None or negative_prompt_embeds is not None:
-            width_of_text = self.text_encoder.config.hidden_size
-            sides, chunks = with_vectors(prompts, negatives, prompt_embeds, negative_prompt_embeds, width_of_text, chunks)
+            text_width = self.text_encoder.config.hidden_size
+            sides, chunks = with_vectors(sides, prompt_embeds, negative_prompt_embeds, text_width, chunks)
         pictures = None if image is None else as_pictures(image, len(prompts))
         shape = self.latent_shape(len(prompts), height, width, pictures)
         draw = noise_source(shape, check_seeds(seed, generator, len(prompts)))
@@ -154,27 +153,23 @@ class StableDiffusionPipeline(Model):
         latents: Tensor | None,
     ) -> Canvas:
         """The start for latents of `shape`: noise, or a picture under noise. `latents` replace the noise."""
-        unet: UNetCall = self.unet
-        if self.tile_size is not None:
-            unet = in_tiles(unet, self.tile_size // self.downscale)
+        if latents is not None and tuple(finite_floats("latents", latents).shape) != shape:
+            raise SettingsError(f"latents have the shape {tuple(latents.shape)}; for this call it must be {shape}.")
+        unet: UNetCall = self.unet if self.tile_size is None else in_tiles(self.unet, self.tile_size // self.downscale)
         trained_for_it = self.unet.config.in_channels != self.vae.config.latent_channels  # the U-Net sees the mask, too
+        if trained_for_it and (pictures is None or mask_image is None):
+            needs = "an inpainting model needs an image and a mask_image, whose white part it draws anew"
+            raise SettingsError(f"{self.name_or_path}: {needs}.")
         if pictures is None:
-            if trained_for_it:
-                raise SettingsError(
-                    f"{self.name_or_path}: an inpainting model ({self.unet.config.in_channels} input channels) draws into a "
-                    "picture; give it an image and a mask_image, or take a plain model."
-                )
             for name, value in (("mask_image", mask_image), ("strength", strength)):
                 if value is not None:
                     raise SettingsError(f"{name} was given and there is no image to work on; give one, or leave {name} out.")
-            return Canvas(draw("latents") if latents is None else checked_latents(latents, shape), unet)
-        if trained_for_it and mask_image is None:
-            raise SettingsError(f"{self.name_or_path}: an inpainting model needs a mask_image; white is what it draws anew.")
+            return Canvas(draw("latents") if latents is None else latents.float(), unet)
         height, width = (side * self.downscale for side in shape[2:])
         mask = None if mask_image is None else fitted(as_mask(mask_image, pictures), height, width)
         pictures = fitted(pictures, height, width)
         canvas = on_picture(pictures, mask, strength, draw, self.encode_pictures, unet, trained_for_it)
-        return canvas if latents is None else replace(canvas, noise=checked_latents(latents, shape))
+        return canvas if latents is None else replace(canvas, noise=latents.float())
 
     def encode_prompt(self, prompts: Sequence[str | Prompt] | Tensor, clip_skip: int = 0, chunks: int = 1) -> Tensor:
         """Prompts in the prompt language -> (B, 77 k, D) in the U-Net's dtype, k >= `chunks`; equal prompts are encoded once.
@@ -240,14 +235,11 @@ class StableDiffusionPipeline(Model):
         self.progress_bar = not disable
 
 
-# --- checks at the door --------------------------------------------------------------------------------------------------
+# --- checks of a call ----------------------------------------------------------------------------------------------------
 
 
 def pairs(
-    prompt: str | Sequence[str] | None,
-    negative_prompt: str | Sequence[str] | None,
-    per_prompt: int,
-    embeds: Tensor | None = None,
+    prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str] | None, per_prompt: int, embeds: Tensor | None
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Each prompt `per_prompt` times, and a negative prompt for each; `embeds` (B, 77 k, D) replace the prompts."""
     if per_prompt < 1:
@@ -255,18 +247,45 @@ def pairs(
     if (prompt is None) == (embeds is None):
         raise SettingsError("give either a prompt or prompt_embeds.")
     if embeds is not None:
-        prompt = [""] * len(check_floats("prompt_embeds", embeds))
-    lists: list[list[Any]] = [
-        list(p) if isinstance(p, Iterable) and not isinstance(p, str) else [p] for p in (prompt, negative_prompt or "")
-    ]
-    prompts, negatives = lists
+        prompt = [""] * len(finite_floats("prompt_embeds", embeds))
+    given: tuple[Any, Any] = (prompt, negative_prompt or "")
+    prompts, negatives = (list(p) if isinstance(p, Iterable) and not isinstance(p, str) else [p] for p in given)
     if not prompts or not all(isinstance(p, str) for p in prompts + negatives):
         raise SettingsError("prompt and negative_prompt must be a text, or a list of texts.")
-    prompts = [p for p in prompts for _ in range(per_prompt)]
-    negatives = negatives * len(prompts) if len(negatives) == 1 else [n for n in negatives for _ in range(per_prompt)]
-    if len(prompts) != len(negatives):
-        raise SettingsError(f"{len(negatives)} negative prompts for {len(prompts)} pictures; give one, or one for each prompt.")
-    return [parse_prompt(p) for p in prompts], [parse_prompt(n) for n in negatives]
+    count = len(prompts) * per_prompt
+    negatives = negatives * count if len(negatives) == 1 else [n for n in negatives for _ in range(per_prompt)]
+    if len(negatives) != count:
+        raise SettingsError(f"{len(negatives)} negative prompts for {count} pictures; give one, or one for each prompt.")
+    return [parse_prompt(p) for p in prompts for _ in range(per_prompt)], [parse_prompt(n) for n in negatives]
+
+
+def with_vectors(
+    sides: tuple[Side, Side], x: Tensor | None, no_x: Tensor | None, width: int, chunks: int
+) -> tuple[tuple[Side, Side], int]:
+    """Prompts and negative prompts, replaced by `prompt_embeds` x and `negative_prompt_embeds` no_x (B, 77 k, D); and k.
+
+    `chunks`: how many chunks of 75 tokens the prompts have.
+    """
+    count, replaced = len(sides[0]), list(sides)
+    for i, (name, given) in enumerate((("prompt_embeds", x), ("negative_prompt_embeds", no_x))):
+        if given is None:
+            continue
+        finite_floats(name, given)
+        if given.ndim != 3 or not len(given) or count % len(given) or given.shape[1] % LENGTH or given.shape[2] != width:
+            fits = f"for {count} pictures it must be (1 or {count}, {LENGTH} k, {width})"
+            raise SettingsError(f"{name} has the shape {tuple(given.shape)}; {fits}, as encode_prompt gives it.")
+        replaced[i] = given.repeat_interleave(count // len(given), dim=0)
+        chunks = max(chunks, given.shape[1] // LENGTH)
+    if short := [one for one in replaced if isinstance(one, Tensor) and one.shape[1] < LENGTH * chunks]:
+        raise SettingsError(f"embeds are {short[0].shape[1]} tokens long, and those of the other side {LENGTH * chunks}.")
+    return (replaced[0], replaced[1]), chunks
+
+
+def finite_floats(name: str, given: Tensor) -> Tensor:
+    """The tensor itself; SettingsError if it is not a tensor of finite floats."""
+    if not isinstance(given, Tensor) or not given.is_floating_point() or not given.ndim or not given.isfinite().all():
+        raise SettingsError(f"{name} must be a tensor of floats, without NaN and infinity.")
+    return given
 
 
 def check_seeds(seed: int | Sequence[int] | None, generator: torch.Generator | None, count: int) -> list[int] | torch.Generator:
@@ -276,21 +295,30 @@ def check_seeds(seed: int | Sequence[int] | None, generator: torch.Generator | N
             raise SettingsError(f"generator is a {type(generator).__name__}; give one torch.Generator, or seeds.")
         return generator
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    try:
-        seeds = [index(s) for s in seed] if isinstance(seed, Iterable) else [index(seed) + i for i in range(count)]
-    except TypeError:
-        raise SettingsError(f"seed is {seed!r}; it must be a whole number, or one for each picture.") from None
+    if isinstance(seed, Iterable) and not isinstance(seed, str):
+        seeds = [as_int("seed", one) for one in seed]
+    else:
+        seeds = [as_int("seed", seed) + i for i in range(count)]
     if len(seeds) != count:
         raise SettingsError(f"{len(seeds)} seeds were given for {count} pictures; give one number, or one for each.")
     return seeds
 
 
-def as_int(name: str, value: int) -> int:
-    """A plain int from any integer type; SettingsError for 64.0 and other types."""
-    try:
-        return index(value)
-    except TypeError:
-        raise SettingsError(f"{name} is {value!r}; it must be a whole number.") from None
+def noise_source(shape: Sequence[int], seeds: Sequence[int] | torch.Generator) -> Draw:
+    """draw(purpose) -> standard normal noise of `shape` (B, C, h, w).
+
+    The purpose is "latents", "posterior" (a picture's own latents), "surroundings" (inpainting models), or i for step i. Noise
+    for picture b is a function of seeds[b] and the purpose, fp32 on the CPU for any device. A torch.Generator ignores the
+    purpose: it gives its next numbers, on its own device, so the order of the calls counts, as in diffusers.
+    """
+    if isinstance(seeds, torch.Generator):
+        return lambda purpose: torch.randn(tuple(shape), generator=seeds, device=seeds.device)
+
+    def draw(purpose: int | str) -> Tensor:
+        where = ("step", purpose) if isinstance(purpose, int) else (purpose,)
+        return torch.stack([normal(shape[1:], seed, *where) for seed in seeds])
+
+    return draw
 
 
 def finished(drawn: Tensor, output_type: str) -> Any:
@@ -300,3 +328,11 @@ def finished(drawn: Tensor, output_type: str) -> Any:
     from minidiff.draw.images import to_pil  # only now: Pillow takes time to import
 
     return to_pil(drawn)
+
+
+def as_int(name: str, value: int) -> int:
+    """A plain int from any integer type; SettingsError for 64.0 and other types."""
+    try:
+        return index(value)
+    except TypeError:
+        raise SettingsError(f"{name} is {value!r}; it must be a whole number.") from None

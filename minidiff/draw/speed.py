@@ -2,9 +2,8 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import nn
 
 from minidiff.core.errors import SettingsError
@@ -17,14 +16,12 @@ except ModuleNotFoundError as error:
         raise
     fast = None  # the room was deleted
 
-Pipeline = TypeVar("Pipeline", bound=Any)
-
 
 def speed_up(pipe: Any) -> None:
     """Give a pipeline's networks fast classes, unless it is `plain`. Call this again after an adapter was injected."""
     if fast and not pipe.plain:
-        fast.install(pipe.unet)
-        fast.install(pipe.vae)
+        speed_up_network(pipe.unet)
+        speed_up_network(pipe.vae)
         fast.install(pipe.text_encoder, fast.ADAPTERS)  # transformers' own layers stay as they are
 
 
@@ -40,14 +37,6 @@ def checkpoint_gradients(unet: nn.Module, on: bool = True) -> None:
         needed("--gradient_checkpointing").install(unet, fast.CHECKPOINTED)
     elif fast:
         fast.remove(unet, fast.CHECKPOINTED)
-
-
-def cast_layerwise(pipe: Pipeline, dtype: torch.dtype) -> Pipeline:
-    """--layerwise_casting: weights of the U-Net stay in half precision, and each layer casts its own when it computes."""
-    if pipe.plain:
-        raise SettingsError("layerwise_casting is done by minidiff.fast, which plain leaves out; leave out one of the two.")
-    needed("--layerwise_casting").cast_layerwise(pipe.unet, dtype)
-    return pipe
 
 
 def keep_memory(keep: bool = True) -> None:
@@ -81,12 +70,12 @@ def caching(unet: nn.Module, prompt: bool) -> AbstractContextManager[object]:
     stack = ExitStack()
     if fast:
         stack.enter_context(fast.frozen_weights([unet], large=True))
-    if fast and prompt:
-        stack.enter_context(fast.cache_prompt(unet))
+        stack.enter_context(fast.cache_prompt(unet) if prompt else nullcontext())
     return stack
 
 
 def needed(flag: str) -> Any:
+    """The room `fast`; SettingsError, naming the flag that needs it, where the room was deleted."""
     if fast is None:
         raise SettingsError(f"{flag} is done by the folder minidiff/fast, which is missing here; leave the flag out.")
     return fast

@@ -27,8 +27,7 @@ from torch import Tensor
 from minidiff.core.errors import MinidiffError, SettingsError, did_you_mean
 from minidiff.core.grids import sampler_named
 from minidiff.draw.images import write_picture
-from minidiff.draw.noise import noise_source
-from minidiff.draw.pipeline import StableDiffusionPipeline, check_seeds
+from minidiff.draw.pipeline import StableDiffusionPipeline, check_seeds, noise_source
 from minidiff.draw.progress import progress
 from minidiff.draw.prompting import count_chunks, parse_prompt
 

@@ -1,6 +1,4 @@
-"""Convert a file into another form. What was written is read again, and one number says how far its values moved.
-
-    convert_lora(read_lora("dog.safetensors"), path, "kohya", torch.float16)        max |ΔW - ΔW'|
+"""Convert a file into another form. It is read again after writing, and one number says how far its values moved.
 
 A pickle (.ckpt, .pt, .bin) is opened only here, and becomes a safetensors file first.
 
@@ -8,7 +6,8 @@ Shapes: A (r, in[, kh, kw]), B (out, r), W any.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile, is_zipfile
@@ -16,14 +15,136 @@ from zipfile import ZipFile, is_zipfile
 import torch
 from torch import Tensor
 
-from minidiff.core.config import SD15_UNET, UNetConfig
-from minidiff.core.errors import AdapterError, MinidiffError, WeightsError
+from minidiff.core.config import SD15_UNET
+from minidiff.core.errors import AdapterError, SettingsError, WeightsError
 from minidiff.core.lora import LoRAWeights
-from minidiff.files.lora_file import LoRAFile, read_lora, save_lora
-from minidiff.files.weights import NAMES, first_bytes, foreign, is_finite, is_pickle
-from minidiff.files.word_file import Embedding, read_embedding, save_embedding
+from minidiff.files import names
+from minidiff.files.atomic import called
+from minidiff.files.lora_file import read_lora, save_lora
+from minidiff.files.model import SINGLE_FILE, cast, empty_model, read_model, write_model
+from minidiff.files.weights import NAMES, PICKLES, find_weights, first_bytes, foreign, is_finite, is_pickle, read_header, save
+from minidiff.files.word_file import is_embedding, read_embedding, save_embedding
 
 ADVICE = "Get the .safetensors version of it, or convert it where it was made."
+KINDS = {  # kind of file -> the forms in which it can be written, and the flags that mean something for it
+    "a pickle": (("safetensors",), ()),
+    "a LoRA": (("diffusers", "kohya", "peft"), ("alpha", "dtype", "pretrained_model_name_or_path")),
+    "a textual inversion": (("diffusers", "kohya"), ("token",)),
+    "a model": (("diffusers", "ldm"), ("dtype", "pretrained_model_name_or_path", "tokenizer")),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may add. `pretrained_model_name_or_path` is a model folder that says the sizes of the networks."""
+
+    dtype: torch.dtype | None = None  # None: that of the source
+    alpha: float | None = None
+    token: str | None = None
+    pretrained_model_name_or_path: str | None = None
+    tokenizer: str | None = None
+
+
+def convert(source: Path, place: Path, to: str, options: Options) -> list[str]:
+    """Write a file or folder to the new path `place` in the form `to`. Returns lines for people, with how far it moved.
+
+    SettingsError for a form that this kind of file does not have, or an option that would be ignored.
+    """
+    pickled = not source.is_dir() and (source.suffix in PICKLES or is_pickle(source))
+    path = place.parent / "opened" / f"{source.stem}.safetensors" if pickled else source
+    with called(path, source):
+        if pickled:
+            save(read_pickle(source), path)
+        kind = "a pickle" if pickled and to == "safetensors" else kind_of(path)
+        forms, meaningful = KINDS[kind]
+        if to not in forms:
+            raise SettingsError(f"{path} is {kind}, and that has no form --to {to}; it has {', '.join(forms)}.")
+        given = [flag for flag, value in vars(options).items() if value is not None]
+        if ignored := [flag for flag in given if flag not in meaningful]:
+            raise SettingsError(f"{path} is {kind}, for which --{ignored[0]} means nothing; leave it out.")
+        if kind == "a LoRA":
+            return convert_lora(path, place, to, options)
+        if kind == "a textual inversion":
+            return convert_word(path, place, to, options.token)
+        is_file = to in ("ldm", "safetensors")
+        if (place.suffix == SINGLE_FILE) != is_file:
+            form = f"a file that ends in {SINGLE_FILE}" if is_file else "a folder"
+            raise SettingsError(f"{place}: {kind} in the form {to} is {form}; choose another name, or another --to.")
+        if kind == "a pickle":
+            before = {key or "tensor": tensor for key, tensor in read_header(path).read().items()}
+            save(before, place)
+            return [moved(before, read_header(place).read())]
+        return convert_model(path, place, options)
+
+
+def kind_of(path: Path) -> str:
+    """One of KINDS, for a safetensors file or a folder."""
+    if (path / "model_index.json").is_file():
+        return "a model"
+    tensors = read_header(find_weights(path, ())).tensors
+    return "a LoRA" if names.lora_dialect(tensors) else "a textual inversion" if is_embedding(tensors) else "a model"
+
+
+def convert_lora(path: Path, place: Path, to: str, options: Options) -> list[str]:
+    like, dtype = options.pretrained_model_name_or_path, options.dtype
+    lora = read_lora(path, options.alpha, empty_model(like).unet.config if like else SD15_UNET)
+    kinds = {info.dtype for info in read_header(lora.path).tensors.values() if len(info.shape) > 1}
+    half = kinds.pop() if len(kinds) == 1 and kinds <= {torch.float16, torch.bfloat16} else torch.float32
+    return [str(lora), *rewritten(lora.modules, place, to, dtype or half, kept_metadata(lora.metadata))]
+
+
+def rewritten(
+    modules: Mapping[str, LoRAWeights], path: Path, to: str, dtype: torch.dtype, metadata: Mapping[str, str]
+) -> list[str]:
+    """Write an adapter and read it again. Returns max |ΔW - ΔW'| with ΔW = scale · B A, and a line about the new file.
+
+    Of DoRA, max |m - m'| counts too. AdapterError for a ΔW that is infinite.
+    """
+    written = read_lora(save_lora(modules, path, to, dtype, metadata))
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for name, old in modules.items():
+            new, change = written.modules[name], old.product()
+            if not is_finite(change):
+                raise AdapterError(f"{name}: its numbers are so large that B A is infinite; no program can use this adapter.")
+            yield change, new.product()
+            if old.magnitude is not None and new.magnitude is not None:
+                yield old.magnitude, new.magnitude
+
+    return [f"max |ΔW - ΔW'| = {largest_difference(pairs()):.3g}", str(written)]
+
+
+def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of an adapter, without the keys that its writer sets anew and without hashes of the old file."""
+    anew = ("format", "lora_adapter_metadata", "ss_network_module", "ss_network_dim", "ss_network_alpha")
+    return {key: value for key, value in metadata.items() if key not in anew and "hash" not in key}
+
+
+def convert_word(path: Path, place: Path, to: str, token: str | None) -> list[str]:
+    old = read_embedding(path, token)
+    new = read_embedding(save_embedding(place, old.word, old.vectors, to, read_header(old.path).metadata))
+    note = f'Note: programs that read this form take the file\'s name for the word: "{place.stem}".'
+    lines = [note] if to == "kohya" and place.stem != old.word else []
+    return [str(old), *lines, f"max |v - v'| = {largest_difference([(old.vectors, new.vectors)]):.3g}"]
+
+
+def convert_model(path: Path, place: Path, options: Options) -> list[str]:
+    model = read_model(path, options.pretrained_model_name_or_path, options.tokenizer)
+    before = model.weights()
+    if options.dtype:
+        cast(model, options.dtype)
+    write_model(model, place)
+    return [moved(before, read_model(place, model.home).weights())]
+
+
+def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str:
+    """max |W - W'| over two tables of tensors with the same names."""
+    return f"max |W - W'| = {largest_difference((tensor, after[key]) for key, tensor in before.items()):.3g}"
+
+
+def largest_difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    flat = ((a.double().flatten(), b.double().flatten()) for a, b in pairs if a.numel())
+    return max(((a - b).abs().max().item() for a, b in flat), default=0.0)
 
 
 # --- pickles -----------------------------------------------------------------------------------------------------------
@@ -46,13 +167,13 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     tables alone and refuses the rest. Of a training checkpoint, {"state_dict": …, "optimizer_states": …}, only the state dict
     is taken. WeightsError for a file that is refused, damaged, or unpacks to more bytes than it has.
     """
-    start = first_bytes(path)
+    start, size = first_bytes(path), path.stat().st_size
     if start[8:9] == b"{":
         raise WeightsError(f"{path} is a safetensors file under another name; rename it to {path.stem}.safetensors.")
     if not is_pickle(path):
         raise WeightsError(f"{path} {foreign(start)}")
-    zipped, size = is_zipfile(path), path.stat().st_size
     try:
+        zipped = is_zipfile(path)
         if zipped and sum(entry.file_size for entry in ZipFile(path).infolist()) > size:
             raise WeightsError(f"{path} is refused: it is packed, and would unpack to more than its {size:,} bytes. {ADVICE}")
         with torch.serialization.safe_globals([(Fields, name) for name in HARMLESS]):
@@ -88,53 +209,3 @@ def tensors_in(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(content, Mapping | list | tuple):
         for key, inner in content.items() if isinstance(content, Mapping) else enumerate(content):
             yield from tensors_in(inner, f"{name}/{key}" if name else str(key))
-
-
-# --- adapters and words ------------------------------------------------------------------------------------------------
-
-
-def convert_lora(lora: LoRAFile, path: Path, to: str, dtype: torch.dtype, config: UNetConfig = SD15_UNET) -> float:
-    """Write an adapter in another dialect or dtype, with its metadata, and read it again. Returns max |ΔW - ΔW'|."""
-    written = save_lora(lora.modules, path, to, dtype, kept_metadata(lora.metadata))
-    return largest_change(lora.modules, read_lora(written.parent if to == "peft" else written, config=config).modules)
-
-
-def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of an adapter, without the keys that its writer sets anew and without hashes of the old file."""
-    anew = ("format", "lora_adapter_metadata", "ss_network_module", "ss_network_dim", "ss_network_alpha")
-    return {key: value for key, value in metadata.items() if key not in anew and "hash" not in key}
-
-
-def largest_change(before: Mapping[str, LoRAWeights], after: Mapping[str, LoRAWeights]) -> float:
-    """max |ΔW - ΔW'| over the modules of two adapters, with ΔW = scale · B A. Of DoRA, max |m - m'| counts too.
-
-    AdapterError for a ΔW that is infinite.
-    """
-    if before.keys() != after.keys():
-        raise MinidiffError("the file that was written has other layers than the one that was read. This is a bug.")
-    largest = 0.0
-    for name, weights in before.items():
-        change = weights.product()
-        if not is_finite(change):
-            raise AdapterError(f"{name}: its numbers are so large that B A is infinite; no program can use this adapter.")
-        pairs = [(change, after[name].product()), (weights.magnitude, after[name].magnitude)]
-        differences = [(a.flatten() - b.flatten()).abs().max().item() for a, b in pairs if a is not None and b is not None]
-        largest = max(largest, *differences)
-    return largest
-
-
-def convert_embedding(embedding: Embedding, path: Path, to: str, metadata: Mapping[str, str]) -> float:
-    """Write a word's vectors as another program stores them, in fp32, and read them again. Returns max |v - v'|."""
-    written = read_embedding(save_embedding(path, embedding.word, embedding.vectors, to, metadata))
-    return (embedding.vectors - written.vectors).abs().max().item()
-
-
-# --- models ------------------------------------------------------------------------------------------------------------
-
-
-def largest_difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
-    """max |W - W'| over two tables of tensors with the same names."""
-    if before.keys() != after.keys():
-        raise MinidiffError("the file that was written has other tensors than the one that was read. This is a bug.")
-    pairs = [(tensor, after[key]) for key, tensor in before.items() if tensor.numel()]
-    return max(((a.double() - b.double()).abs().max().item() for a, b in pairs), default=0.0)

@@ -12,7 +12,7 @@ lora_names.py has the names of tensors, lora_module.py the tensors of one layer 
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +29,6 @@ from minidiff.files.lora_module import (
     COMPONENTS,
     METADATA,
     PEFT_CONFIG,
-    Config,
     alpha_of,
     changed_shape,
     check_parts,
@@ -43,11 +42,12 @@ from minidiff.files.lora_module import (
 )
 from minidiff.files.lora_names import WRITTEN, LoRAHeader, Place, key_of, lora_header
 from minidiff.files.values import listed
-from minidiff.files.weights import TensorFile, file_at, find_weights, read_header, save
+from minidiff.files.weights import file_at, find_weights, read_header, save
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 LORA_FILES = (FILE_NAME, PEFT_FILE)
+
 
 @dataclass(frozen=True)
 class LoRAFile:
@@ -58,7 +58,6 @@ class LoRAFile:
     modules: dict[str, LoRAWeights]
     alpha_known: bool  # False: the file does not say it for every layer, and alpha = r was taken
     metadata: dict[str, str]
-    unknown: tuple[str, ...] = ()  # tensors that are no part of an adapter for SD
     notes: tuple[str, ...] = ()  # for the person who loads it
 
     @property
@@ -87,63 +86,50 @@ def _few(values: Iterable[float]) -> str:
 # --- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_lora(
-    path: str | Path,
-    weight_name: str | None = None,
-    alpha: float | None = None,
-    config: UNetConfig = SD15_UNET,
-    strict: bool = True,
-) -> LoRAFile:
-    """Every layer of an adapter file, of a folder that diffusers or peft wrote, or of any folder with `weight_name`.
+def read_lora(path: str | Path, alpha: float | None = None, config: UNetConfig = SD15_UNET) -> LoRAFile:
+    """Every layer of an adapter file, or of a folder that diffusers or peft wrote.
 
     `alpha` is for files that do not say it. `config` is the U-Net in which LDM's names are counted. A tensor that belongs to
-    no adapter of an SD model is an AdapterError; with `strict=False` it is listed in `unknown`.
+    no adapter of an SD model is an AdapterError.
     """
-    file = Path(path) / weight_name if weight_name else find_weights(path, LORA_FILES)
-    return read_modules(lora_header(read_header(file), config), alpha, strict)
+    return read_modules(lora_header(read_header(find_weights(path, LORA_FILES)), config), alpha)
 
 
-def read_modules(header: LoRAHeader, alpha: float | None, strict: bool) -> LoRAFile:
-    """The data of a file whose header is known; the rest as in `read_lora`."""
-    file, modules, unknown = header.file, header.modules, header.unknown
-    if not modules or (unknown and strict):
-        raise AdapterError(
-            f"{file.path}: {len(file.tensors) - len(unknown)} of {len(file.tensors)} tensors have the names of an SD adapter. "
-            f"The file looks like {file.looks_like}.\n{listed('others', unknown)}"
-        )
+def read_modules(header: LoRAHeader, alpha: float | None) -> LoRAFile:
+    """The data of a file whose header is known."""
+    file, modules = header.file, header.modules
+    if header.unknown or not modules:
+        counts = f"{len(file.tensors) - len(header.unknown)} of {len(file.tensors)} tensors"
+        what = f"{counts} have the names of an SD adapter. The file looks like {file.looks_like}."
+        raise AdapterError(f"{file.path}: {what}\n{listed('others', header.unknown)}")
     for name, parts in modules.items():
         check_parts(f"{file.path}: {name}", parts)
-    tensors = replace(file, tensors={key: info for key, info in file.tensors.items() if key not in unknown}).read()
-    values = {name: {part: tensors[info.key] for part, info in parts.items()} for name, parts in modules.items()}
-    configs = read_configs(file)
-    said = {name: said_scale(file.path, name, parts, configs) for name, parts in values.items()}
-    check_alpha(file.path, header.dialect, alpha, said)
-    found = {}
-    for name, scale in said.items():
-        default = 1.0 if alpha is None else alpha / len(values[name]["down"])
-        found[name] = weights_of(f"{file.path}: {name}", values[name], default if scale is None else scale)
-    zeros = sum("alpha" in parts and not parts["alpha"] for parts in values.values())
+    infos = [info for parts in modules.values() for info in parts.values()]
+    tensors, configs = replace(file, tensors={info.key: info for info in infos}).read(), read_configs(file)
+    found, silent, zeros = {}, 0, 0
+    for name, parts in modules.items():
+        values = {part: tensors[info.key] for part, info in parts.items()}
+        rank = len(values["down"])
+        scale = 1.0 if alpha is None else alpha / rank
+        if "alpha" in values:
+            if (said := values["alpha"].item()) < 0:
+                raise AdapterError(f"{file.path}: alpha of {name} is {said:g}; it must be a positive number.")
+            scale = said / rank or 1.0  # kohya's rule: alpha 0 stands for the rank
+            zeros += said == 0
+        elif config := configs.get(name.partition(".")[0]):
+            scale = config_scale(config, name, rank, file.path)
+        else:
+            silent += 1
+        found[name] = weights_of(f"{file.path}: {name}", values, scale)
+    check_alpha(header, alpha, silent > 0)
     notes = (f"alpha is 0 in {zeros} layers, which stands for the rank",) if zeros else ()
-    known = alpha is not None or None not in said.values()
-    return LoRAFile(file.path, header.dialect, found, known, file.metadata, tuple(unknown), notes)
+    return LoRAFile(file.path, header.dialect, found, alpha is not None or not silent, file.metadata, notes)
 
 
-def said_scale(path: Path, module: str, parts: Mapping[str, Tensor], configs: Mapping[str, Config]) -> float | None:
-    """The scale of a layer, from a tensor of the file or from a table; None if the file is silent."""
-    rank = len(parts["down"])
-    if "alpha" in parts:
-        alpha = parts["alpha"].item()
-        if alpha < 0:
-            raise AdapterError(f"{path}: alpha of {module} is {alpha:g}; it must be a positive number.")
-        return alpha / rank if alpha else 1.0  # kohya's rule: 0 stands for the rank
-    config = configs.get(module.partition(".")[0])
-    return None if config is None else config_scale(config, module, rank, path)
-
-
-def check_alpha(path: Path, dialect: str, alpha: float | None, said: Mapping[str, float | None]) -> None:
+def check_alpha(header: LoRAHeader, alpha: float | None, silent: bool) -> None:
     """`alpha` may be given only if the file is silent. peft's folders never are, if both files are there."""
-    silent = None in said.values()
-    if alpha is None and silent and dialect == "peft":
+    path = header.file.path
+    if alpha is None and silent and header.dialect == "peft":
         raise AdapterError(
             f"{path}: alpha is unknown, because {PEFT_CONFIG} is not beside it. Name the whole folder, or give alpha yourself: "
             "minidiff convert --alpha, or load_lora_weights(…, alpha=…)."
@@ -169,19 +155,18 @@ def load_lora(
 
     Every tensor must match a layer. If none or only a part of them does, or the shapes are another model's, that is an
     AdapterError, raised before anything is changed. With `strict=False` a part is attached, and `notes` says what was left.
+    `weight_name` is a file in the folder `path`.
     """
     for model in models.values():
         check_new(model, adapter_name)
-    config = getattr(models.get("unet"), "config", SD15_UNET)
-    layers = {f"{part}.{name}": layer for part, model in models.items() for name, layer in adaptable_layers(model).items()}
-    file = Path(path) / weight_name if weight_name else find_weights(path, LORA_FILES)
-    header = lora_header(read_header(file), config)
-    left = check_fit(models, layers, header, strict)
-    lora = read_modules(header, alpha, strict)
-    found = {name: fitted(weights, layers[name].weight) for name, weights in lora.modules.items() if name in layers}
+    file = read_header(Path(path) / weight_name if weight_name else find_weights(path, LORA_FILES))
+    header = lora_header(file, getattr(models.get("unet"), "config", SD15_UNET))
+    left, layers = check_match(models, header, strict), layers_of(models)
+    matching = {name: parts for name, parts in header.modules.items() if name in layers}
+    lora = read_modules(header._replace(modules=matching, unknown=[]), alpha)
+    found = {name: fitted(weights, layers[name].weight) for name, weights in lora.modules.items()}
     for part, model in models.items():
-        mine = {name.removeprefix(f"{part}."): weights for name, weights in found.items() if name.startswith(f"{part}.")}
-        attach(model, mine, adapter_name)
+        attach(model, {n.removeprefix(f"{part}."): w for n, w in found.items() if n.startswith(f"{part}.")}, adapter_name)
         if lora_layers(model):
             set_adapters(model, [adapter_name] if adapter_name in adapter_names(model) else [])
     notes = (*lora.notes, f"{len(left)} tensors that match nothing were left out") if left else lora.notes
@@ -189,43 +174,28 @@ def load_lora(
 
 
 def attach(model: nn.Module, weights: Mapping[str, LoRAWeights], adapter_name: str = "default") -> None:
-    """Add an adapter to a model, at strength 1: layer name -> its change. AdapterError before anything is changed."""
+    """Add an adapter to a model, at strength 1: layer name -> its change, of that layer's shape."""
     check_new(model, adapter_name)
-    layers = adaptable_layers(model)
-    if unknown := weights.keys() - layers.keys():
-        matched = f"{len(weights) - len(unknown)} of {len(weights)} modules"
-        raise AdapterError(f"{matched} match {type(model).__name__}.\n{listed('without a layer', unknown)}")
-    for name, change in weights.items():
-        check_shapes(name, change, layers[name].weight.shape)
     for name, change in weights.items():
         wrap(model, name).add(adapter_name, change)
 
 
-def check_shapes(name: str, weights: LoRAWeights, shape: Sequence[int]) -> None:
-    """AdapterError unless A, B and m fit a W of this shape."""
-    A, B, ones = tuple(weights.A.shape), tuple(weights.B.shape), (1,) * (len(shape) - 2)
-    if B != (shape[0], A[0]) or A[1:] != tuple(shape)[1:]:
-        raise AdapterError(f"{name}: A is {A} and B is {B}; they do not fit a weight of {tuple(shape)}.")
-    m = None if weights.magnitude is None else tuple(weights.magnitude.shape)
-    if m not in (None, (shape[0], 1, *ones), (1, shape[1], *ones)):
-        raise AdapterError(f"{name}: DoRA's magnitude is {m}; it does not fit a weight of {tuple(shape)}.")
+def layers_of(models: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Every layer that can have an adapter, by its name in adapter files."""
+    return {f"{part}.{name}": layer for part, model in models.items() for name, layer in adaptable_layers(model).items()}
 
 
-def check_fit(
-    models: Mapping[str, nn.Module],
-    layers: Mapping[str, nn.Linear | nn.Conv2d],
-    header: LoRAHeader,
-    strict: bool,
-) -> list[str]:
+def check_match(models: Mapping[str, nn.Module], header: LoRAHeader, strict: bool = True) -> list[str]:
     """The tensors without a layer; none if `strict`. From the header alone, before any data is read."""
-    file, modules = header.file, header.modules
+    file, modules, layers = header.file, header.modules, layers_of(models)
+    width = all_names.cross_attention_width(models["unet"].state_dict()) if "unet" in models else None
+    looks = f"The file looks like {file.looks_like}" + (f"; this model has cross-attention width {width}." if width else ".")
     unmatched = header.unknown + [info.key for name, parts in modules.items() if name not in layers for info in parts.values()]
     matched = len(file.tensors) - len(unmatched)
     if unmatched and (strict or not matched):
-        raise AdapterError(
-            f"{file.path}: {matched} of {len(file.tensors)} tensors match {_named(models)}. "
-            f"{_families(models, file)}\n{listed('without a layer', unmatched)}"
-        )
+        networks = " and ".join(type(model).__name__ for model in models.values())
+        counts = f"{matched} of {len(file.tensors)} tensors match {networks}."
+        raise AdapterError(f"{file.path}: {counts} {looks}\n{listed('without a layer', unmatched)}")
     misfits = []
     for name in modules.keys() & layers.keys():
         check_parts(f"{file.path}: {name}", modules[name])
@@ -233,17 +203,8 @@ def check_fit(
         if shape != flat(own):
             misfits.append(f"{name} is for {shape}, the model has {own}")
     if misfits:
-        raise AdapterError(f"{file.path} is for another model. {_families(models, file)}\n{listed('misshapen', misfits)}")
+        raise AdapterError(f"{file.path} is for another model. {looks}\n{listed('misshapen', misfits)}")
     return unmatched
-
-
-def _named(models: Mapping[str, nn.Module]) -> str:
-    return " and ".join(type(model).__name__ for model in models.values())
-
-
-def _families(models: Mapping[str, nn.Module], file: TensorFile) -> str:
-    width = all_names.cross_attention_width(models["unet"].state_dict()) if "unet" in models else None
-    return f"The file looks like {file.looks_like}" + (f"; this model has cross-attention width {width}." if width else ".")
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------
@@ -261,32 +222,30 @@ def save_lora(
     `path` is a `.safetensors` file, or a folder that gets one; for peft always a folder. `metadata` (texts) is for
     people and for other programs; what they need for loading is added.
     """
-    check_writable(modules, dialect)
-    if dialect == "peft" and Path(path).suffix == ".safetensors":
-        raise AdapterError(f"{path}: peft's adapters are folders of two files; give the name of a folder.")
+    check_writable(modules, path, dialect)
     path = file_at(path, PEFT_FILE if dialect == "peft" else FILE_NAME)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, weights in modules.items():
-        for part, tensor in parts_of(name, weights, dialect, torch_dtype).items():
-            tensors[key_of(Place(name, part), dialect)] = tensor
+        parts = parts_of(name, weights, dialect, torch_dtype)
+        tensors |= {key_of(Place(name, part), dialect): tensor for part, tensor in parts.items()}
     about = {key: text for key, text in (metadata or {}).items() if key != METADATA}  # another file's, if it is there
-    if dialect == "peft":
-        base = about.get("base_model", "")
-        config = {**configs_of(modules)["unet"], "base_model_name_or_path": base, "inference_mode": True}
-        path.with_name(PEFT_CONFIG).unlink(missing_ok=True)  # the old one must not be taken for the new tensors'
-        save(tensors, path, about)
-        write_bytes(path.with_name(PEFT_CONFIG), f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode())
+    if dialect == "kohya":
+        save(tensors, path, about | kohya_metadata(modules))
         return path
+    split = {c: {n.removeprefix(f"{c}."): w for n, w in modules.items() if n.startswith(f"{c}.")} for c in COMPONENTS}
+    configs = {component: peft_config(mine) for component, mine in split.items() if mine}
     if dialect == "diffusers":
-        flat_config = {f"{c}.{key}": value for c, config in configs_of(modules).items() for key, value in config.items()}
-        about[METADATA] = json.dumps(flat_config, sort_keys=True)
-    else:
-        about |= kohya_metadata(modules)
+        table = {f"{component}.{key}": value for component, config in configs.items() for key, value in config.items()}
+        save(tensors, path, about | {METADATA: json.dumps(table, sort_keys=True)})
+        return path
+    config = configs["unet"] | {"base_model_name_or_path": about.get("base_model", ""), "inference_mode": True}
+    path.with_name(PEFT_CONFIG).unlink(missing_ok=True)  # the old one must not be taken for the new tensors'
     save(tensors, path, about)
+    write_bytes(path.with_name(PEFT_CONFIG), f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode())
     return path
 
 
-def check_writable(modules: Mapping[str, LoRAWeights], dialect: str) -> None:
+def check_writable(modules: Mapping[str, LoRAWeights], path: str | Path, dialect: str) -> None:
     if dialect not in WRITTEN:
         raise AdapterError(
             f'"{dialect}" is no style that minidiff writes; there is {", ".join(WRITTEN)}.{did_you_mean(dialect, WRITTEN)}'
@@ -295,12 +254,8 @@ def check_writable(modules: Mapping[str, LoRAWeights], dialect: str) -> None:
         raise AdapterError("there is no adapter to save: it has no layers.")
     if dialect == "peft" and any(name.startswith("text_encoder.") for name in modules):
         raise AdapterError("a peft folder holds the adapter of one network, and this one is for the text encoder too.")
-
-
-def configs_of(modules: Mapping[str, LoRAWeights]) -> dict[str, Config]:
-    """peft's configuration of each component that the adapter changes."""
-    split = {c: {n.removeprefix(f"{c}."): w for n, w in modules.items() if n.startswith(f"{c}.")} for c in COMPONENTS}
-    return {component: peft_config(mine) for component, mine in split.items() if mine}
+    if dialect == "peft" and Path(path).suffix == ".safetensors":
+        raise AdapterError(f"{path}: peft's adapters are folders of two files; give the name of a folder.")
 
 
 def kohya_metadata(modules: Mapping[str, LoRAWeights]) -> dict[str, str]:

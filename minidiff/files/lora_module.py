@@ -1,4 +1,4 @@
-"""One layer's adapter as the tensors of a file, and as `LoRAWeights`; and how strong it is.
+"""One layer's adapter as the tensors of a file, and as `LoRAWeights`; and peft's table, which says how strong it is.
 
     down            A: (r, in), or (r, in, kh, kw) for a convolution
     up              B: (out, r) or (out, r, 1, 1)
@@ -13,7 +13,7 @@ peft writes the scale into a table, `adapter_config.json` in its folders and `lo
 
     {"r": 4, "lora_alpha": 8, "use_rslora": false, "rank_pattern": {"attn2.to_k": 2}, "alpha_pattern": {}, …}
 
-scale = lora_alpha / r, or lora_alpha / √r with rsLoRA. The patterns give single layers their own rank and alpha.
+The patterns give single layers their own rank and alpha.
 """
 
 import json
@@ -48,24 +48,22 @@ Config = dict[str, Any]
 
 def check_parts(where: str, parts: Mapping[str, TensorInfo]) -> None:
     """AdapterError unless a layer's tensors are complete and fit each other; `where` begins the message."""
-    if "down" not in parts or "up" not in parts:
+    if not {"down", "up"} <= parts.keys():
         there = ", ".join(f"{info.key} {info.shape}" for info in parts.values())
         raise AdapterError(f"{where} has {there} and not the other half: the file is incomplete. Get it again.")
     if odd := [info for part, info in parts.items() if part != "alpha" and info.dtype not in WEIGHT_DTYPES]:
         raise AdapterError(f"{where}: {odd[0].key} is of type {odd[0].dtype}; a LoRA is of floating-point numbers.")
-    down, up = parts["down"].shape, parts["up"].shape
-    shapes = f"down is {down}, up is {up}"
-    if len(down) not in (2, 4) or flat(up) != up[:2] or not all(down + up):
-        raise AdapterError(f"{where}: odd shapes: {shapes}; they should be (r, in) or (r, in, kh, kw), and (out, r).")
-    if "mid" in parts:
-        mid = parts["mid"].shape
-        if len(mid) != 4 or mid[:2] != (up[1], down[0]) or flat(down) != down[:2] or not all(mid):
-            raise AdapterError(f"{where}: the kernel between down and up does not fit them: it is {mid}, {shapes}.")
-    elif down[0] != up[1]:
-        raise AdapterError(f"{where}: the ranks differ: {shapes}. The file is damaged; get it again.")
-    if "alpha" in parts and parts["alpha"].shape not in ((), (1,)):
-        raise AdapterError(f"{where}: alpha has the shape {parts['alpha'].shape}; it should be one number.")
-    if "magnitude" in parts and "dora_scale" in parts:
+    shapes = {part: info.shape for part, info in parts.items()}
+    down, up, mid = shapes["down"], shapes["up"], shapes.get("mid")
+    fit = len(down) in (2, 4) and flat(up) == up[:2] and all(down + up) and shapes.get("alpha", ()) in ((), (1,))
+    if mid is None:
+        fit = fit and down[0] == up[1]
+    else:
+        fit = fit and len(mid) == 4 and mid[:2] == (up[1], down[0]) and flat(down) == down[:2] and all(mid)
+    if not fit:
+        there = ", ".join(f"{part} is {shape}" for part, shape in shapes.items())
+        raise AdapterError(f"{where}: the shapes do not fit each other: {there}. The file is damaged; get it again.")
+    if {"magnitude", "dora_scale"} <= parts.keys():
         raise AdapterError(f"{where} has two magnitudes: {parts['magnitude'].key} and {parts['dora_scale'].key}.")
 
 
@@ -76,8 +74,7 @@ def flat(shape: Shape) -> Shape:
 
 def changed_shape(parts: Mapping[str, TensorInfo]) -> Shape:
     """The shape of the W that a layer's tensors change, `flat`."""
-    kernel = parts.get("mid", parts["down"]).shape[2:]
-    return flat((parts["up"].shape[0], parts["down"].shape[1], *kernel))
+    return flat((parts["up"].shape[0], parts["down"].shape[1], *parts.get("mid", parts["down"]).shape[2:]))
 
 
 def weights_of(where: str, parts: Mapping[str, Tensor], scale: float) -> LoRAWeights:
@@ -85,15 +82,15 @@ def weights_of(where: str, parts: Mapping[str, Tensor], scale: float) -> LoRAWei
     A, B = parts["down"].float(), parts["up"].float().flatten(1)
     if "mid" in parts:  # ΔW_oi = U_or M_rs V_si: M V is one convolution, exactly
         A = torch.einsum("rshw,si->rihw", parts["mid"].float(), A.flatten(1))
-    weights = LoRAWeights(A.contiguous(), B, scale)
     m = parts.get("magnitude", parts.get("dora_scale"))
-    if m is None:
-        return weights
-    rows, columns = (len(B), 1, *[1] * (A.ndim - 2)), (1, A.shape[1], *[1] * (A.ndim - 2))
-    by_columns = "dora_scale" in parts and m.shape[:2] == columns[:2] and m.shape[0] != len(B)
-    if m.numel() != max(shape := columns if by_columns else rows):
-        raise AdapterError(f"{where}: DoRA's magnitude is {tuple(m.shape)}; for this layer it should be {shape}.")
-    return replace(weights, magnitude=m.float().reshape(shape))
+    if m is not None:
+        ones = (1,) * (A.ndim - 2)
+        by_columns = "dora_scale" in parts and m.shape[:2] == (1, A.shape[1]) and len(B) != 1
+        shape = (1, A.shape[1], *ones) if by_columns else (len(B), 1, *ones)
+        if m.numel() != max(shape):
+            raise AdapterError(f"{where}: DoRA's magnitude is {tuple(m.shape)}; for this layer it should be {shape}.")
+        m = m.float().reshape(shape)
+    return LoRAWeights(A.contiguous(), B, scale, m)
 
 
 def fitted(weights: LoRAWeights, W: Tensor) -> LoRAWeights:
@@ -140,16 +137,21 @@ def alpha_of(weights: LoRAWeights) -> float:
 
 
 def read_configs(file: TensorFile) -> dict[str, Config]:
-    """The configuration of each component, "unet" and "text_encoder"; empty if the file has none."""
-    beside = file.path.with_name(PEFT_CONFIG)
+    """The configuration of each component, "unet" and "text_encoder"; empty if the file has none.
+
+    AdapterError if it is no LoRA's, or asks for something that minidiff does not do.
+    """
     if names.lora_dialect(file.tensors) == "peft":
-        return dict.fromkeys(COMPONENTS, parse_config(beside.read_bytes(), str(beside))) if beside.is_file() else {}
-    if METADATA not in file.metadata:
-        return {}
-    where = f"{file.path}: {METADATA}"
-    both = parse_config(file.metadata[METADATA].encode(), where)
-    split = {c: {k.removeprefix(f"{c}."): v for k, v in both.items() if k.startswith(f"{c}.")} for c in COMPONENTS}
-    return {component: check_config(config, where) for component, config in split.items() if config}
+        beside = file.path.with_name(PEFT_CONFIG)
+        where, text = str(beside), beside.read_bytes() if beside.is_file() else b"{}"
+        tables = dict.fromkeys(COMPONENTS, parse_config(text, where))
+    else:
+        where = f"{file.path}: {METADATA}"
+        both = parse_config(file.metadata.get(METADATA, "{}").encode(), where)
+        tables = {c: {k.removeprefix(f"{c}."): v for k, v in both.items() if k.startswith(f"{c}.")} for c in COMPONENTS}
+    for config in tables.values():
+        check_config(config, where)
+    return {component: config for component, config in tables.items() if config}
 
 
 def parse_config(text: bytes, where: str) -> Config:
@@ -159,30 +161,26 @@ def parse_config(text: bytes, where: str) -> Config:
             raise ValueError(f"it is {str(config):.100}, no table")
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{where} is not the configuration of a LoRA: {error}.") from error
-    return check_config(config, where)
+    return config
 
 
-def check_config(config: Config, where: str) -> Config:
-    """The same configuration. AdapterError if it is no LoRA's, or says things that minidiff cannot follow."""
+def check_config(config: Config, where: str) -> None:
     try:
-        for field in ("rank_pattern", "alpha_pattern"):
-            for pattern in (config.get(field) or {}).keys():
-                if len(pattern) > LONGEST:
-                    raise ValueError(f"{field} has a pattern of {len(pattern):,} letters; {LONGEST} are enough for a layer")
-                ending(pattern)
+        for pattern in [*(config.get("rank_pattern") or {}).keys(), *(config.get("alpha_pattern") or {}).keys()]:
+            if len(pattern) > LONGEST:
+                raise ValueError(f"it has a pattern of {len(pattern):,} letters; {LONGEST} are enough for a layer")
+            ending(pattern)
     except (ValueError, TypeError, AttributeError, re.error) as error:
         raise AdapterError(f"{where} is not the configuration of a LoRA: {error}.") from error
     if (kind := config.get("peft_type", "LORA")) != "LORA":
         raise AdapterError(f"{where}: unsupported adapter type {kind}; minidiff reads LoRA and DoRA.")
     if config.get("use_rslora") not in (None, True, False):
         raise AdapterError(f"{where}: use_rslora is {config['use_rslora']!r}; it must be true or false.")
-    start = str(config.get("init_lora_weights", "")).lower()
-    if start.startswith(CHANGE_THE_BASE):
+    if (start := str(config.get("init_lora_weights", "")).lower()).startswith(CHANGE_THE_BASE):
         raise AdapterError(
             f"{where}: init_lora_weights is {start}, which changes the base model too, so the adapter alone is not enough. "
             f"Save it again with peft's path_initial_model_for_weight_conversion."
         )
-    return config
 
 
 @cache
@@ -213,10 +211,10 @@ def peft_config(modules: Mapping[str, LoRAWeights]) -> Config:
     ranks = {name: weights.rank for name, weights in modules.items()}
     alphas = {name: alpha_of(weights) for name, weights in modules.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    dora = {name for name, weights in modules.items() if weights.magnitude is not None}
-    if dora and len(dora) < len(modules):
+    dora = sum(weights.magnitude is not None for weights in modules.values())
+    if 0 < dora < len(modules):
         raise AdapterError(
-            f"{len(dora)} of {len(modules)} modules are DoRA and the others plain LoRA; peft and diffusers have all or none. "
+            f"{dora} of {len(modules)} modules are DoRA and the others plain LoRA; peft and diffusers have all or none. "
             f"The kohya style can hold both."
         )
     return {
@@ -227,6 +225,6 @@ def peft_config(modules: Mapping[str, LoRAWeights]) -> Config:
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
         "use_rslora": False,  # an rsLoRA's scale is in its alpha
-        "use_dora": bool(dora),
+        "use_dora": dora > 0,
         "bias": "none",
     }

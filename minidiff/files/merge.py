@@ -11,7 +11,7 @@ Shapes: A (r, in[, kh, kw]), B (out, r), W (out, in[, kh, kw]); convolutions are
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,33 +26,21 @@ Modules = Mapping[str, LoRAWeights]
 LEAST = 1e-6  # a relative change below this is rounding
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(NamedTuple):
     """An adapter of lower rank, and its error ||ΔW - ΔW'|| / ||ΔW|| in each layer, in the Frobenius norm."""
 
     modules: dict[str, LoRAWeights]
     error: dict[str, float]
-    left_out: tuple[str, ...] = ()  # tensors that changed and that no adapter can hold: biases, norms, embeddings
-
-
-# --- join --------------------------------------------------------------------------------------------------------------
 
 
 def join(adapters: Sequence[Modules], strengths: Sequence[float]) -> dict[str, LoRAWeights]:
     """Σ strength · ΔW as one adapter, exactly, by concatenation. A layer need not be in each of them."""
-    if len(adapters) != len(strengths):
-        raise AdapterError(f"{len(adapters)} adapters but {len(strengths)} weights; give one weight for each.")
     check_linear(adapters)
-    return {name: concatenated(name, parts) for name, parts in by_module(adapters, strengths).items()}
-
-
-def by_module(adapters: Sequence[Modules], strengths: Sequence[float]) -> dict[str, list[tuple[LoRAWeights, float]]]:
-    """Layer -> its change in each adapter that has it, with the strength."""
     found: dict[str, list[tuple[LoRAWeights, float]]] = {}
-    for modules, strength in zip(adapters, strengths):
+    for modules, strength in zip(adapters, strengths, strict=True):
         for name, weights in modules.items():
             found.setdefault(name, []).append((weights, strength))
-    return found
+    return {name: concatenated(name, parts) for name, parts in found.items()}
 
 
 def concatenated(name: str, parts: Sequence[tuple[LoRAWeights, float]]) -> LoRAWeights:
@@ -65,18 +53,27 @@ def concatenated(name: str, parts: Sequence[tuple[LoRAWeights, float]]) -> LoRAW
     return LoRAWeights(A, B, 1.0)
 
 
+def check_linear(adapters: Sequence[Modules]) -> None:
+    """AdapterError for DoRA: its change depends on W and is no product of two thin matrices."""
+    for modules in adapters:
+        if dora := next((name for name, weights in modules.items() if weights.magnitude is not None), None):
+            raise AdapterError(
+                f"{dora} is DoRA, whose change is no product B A; it cannot be joined or cut. "
+                f"Bake it into the model: minidiff merge bake. From that, merge extract gets a plain LoRA."
+            )
+
+
 # --- rank --------------------------------------------------------------------------------------------------------------
 
 
 def cut(modules: Modules, rank: int) -> Cut:
     """The best adapter of at most this rank: the truncated SVD of every ΔW."""
     check_linear([modules])
-    shorter, error = {}, {}
+    shorter = Cut({}, {})
     for name, old in modules.items():
         U, S, Vt = svd(old)
-        shorter[name] = split_evenly(U, S, Vt, rank, old.A.shape)
-        error[name] = lost(S, rank)
-    return Cut(shorter, error)
+        shorter.modules[name], shorter.error[name] = split_evenly(U, S, Vt, rank, old.A.shape), lost(S, rank)
+    return shorter
 
 
 def svd(weights: LoRAWeights) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,8 +90,6 @@ def svd(weights: LoRAWeights) -> tuple[Tensor, Tensor, Tensor]:
 
 def split_evenly(U: Tensor, S: Tensor, Vt: Tensor, rank: int, shape: Sequence[int]) -> LoRAWeights:
     """U S Vᵀ, cut to `rank`, as B A with √S in each half, so that neither is large; A gets the kernel of `shape` back."""
-    if rank < 1:
-        raise AdapterError(f"the rank is {rank}; it must be at least 1.")
     root = S[:rank].sqrt()
     A = (root[:, None] * Vt[:rank]).float().unflatten(1, tuple(shape[1:]))
     return LoRAWeights(A.contiguous(), (U[:, :rank] * root).float().contiguous(), 1.0)
@@ -112,41 +107,39 @@ def lost(S: Tensor, rank: int) -> float:
 def extract(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module], rank: int) -> Cut:
     """The adapter of at most this rank that changes one model into the other: the truncated SVD of every W' - W.
 
-    Both are {"unet": …, "text_encoder": …}. Layers that have not changed are left out.
+    The models are {"unet": …, "text_encoder": …}. Layers that have not changed are left out.
     """
     from tqdm import tqdm
 
-    found, error, left_out = {}, {}, []
+    found = Cut({}, {})
     for part, model in base.items():
-        check_same_shapes(part, model, tuned[part])
-        after, old = adaptable_layers(tuned[part]), adaptable_layers(model)
-        for name in tqdm(old, part, unit="layer", leave=False, disable=None):
-            W, change = old[name].weight, moved(old[name].weight, after[name].weight)
-            if change is not None:
+        after = {name: layer.weight for name, layer in adaptable_layers(tuned[part]).items()}
+        for name, layer in tqdm(adaptable_layers(model).items(), part, unit="layer", leave=False, disable=None):
+            W, path, new = layer.weight, f"{part}.{name}", after.get(name)
+            if new is None or new.shape != W.shape:
+                there = "missing" if new is None else tuple(new.shape)
+                raise AdapterError(
+                    "the two models are of different shapes, and an adapter leads between two weights of one network: "
+                    f"{path}.weight is {tuple(W.shape)} in the base and {there} in the tuned model."
+                )
+            if (change := moved(W, new)) is not None:
                 U, S, Vt = torch.linalg.svd(change.flatten(1), full_matrices=False)
-                found[f"{part}.{name}"] = split_evenly(U, S, Vt, rank, W.shape)
-                error[f"{part}.{name}"] = lost(S, rank)
-        matrices = {f"{part}.{name}.weight" for name in old}
-        left_out += [name for name in moved_tensors(part, model, tuned[part]) if name not in matrices]
-    if not found:
+                found.modules[path], found.error[path] = split_evenly(U, S, Vt, rank, W.shape), lost(S, rank)
+    if not found.modules:
         raise AdapterError("the two models have the same matrices; there is no adapter between them.")
-    return Cut(found, error, tuple(left_out))
+    return found
 
 
-def check_same_shapes(part: str, base: nn.Module, tuned: nn.Module) -> None:
-    shapes = [{key: tuple(tensor.shape) for key, tensor in model.state_dict().items()} for model in (base, tuned)]
-    if odd := [key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key)]:
-        first = min(odd)
-        raise AdapterError(
-            f"the two models are of different shapes, and an adapter leads between two weights of one network: {part}.{first} "
-            f"is {shapes[0].get(first, 'missing')} in the base and {shapes[1].get(first, 'missing')} in the tuned model."
-        )
-
-
-def moved_tensors(part: str, base: nn.Module, tuned: nn.Module) -> list[str]:
-    """The names of the tensors that differ between two networks of the same shapes."""
-    others = tuned.state_dict()
-    return [f"{part}.{plain_name(key)}" for key, W in base.state_dict().items() if moved(W, others[key]) is not None]
+def left_out(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module], modules: Modules) -> list[str]:
+    """The tensors that differ between two models and are in no layer of the adapter `modules`."""
+    left = []
+    for part, network in base.items():
+        after = tuned[part].state_dict()
+        for key, W in network.state_dict().items():
+            name = f"{part}.{plain_name(key)}"
+            if name.removesuffix(".weight") not in modules and key in after and moved(W, after[key]) is not None:
+                left.append(name)
+    return left
 
 
 @torch.no_grad()
@@ -173,13 +166,3 @@ def bake(models: Iterable[nn.Module]) -> int:
             layer.base.weight.data = tuned
         eject(model)
     return changed
-
-
-def check_linear(adapters: Sequence[Modules]) -> None:
-    """AdapterError for DoRA: its change depends on W and is no product of two thin matrices."""
-    for modules in adapters:
-        if dora := next((name for name, weights in modules.items() if weights.magnitude is not None), None):
-            raise AdapterError(
-                f"{dora} is DoRA, whose change is no product B A; it cannot be joined or cut. "
-                f"Bake it into the model: minidiff merge bake. From that, merge extract gets a plain LoRA."
-            )

@@ -182,9 +182,7 @@ def load_into(model: nn.Module, source: str | Path | TensorFile, torch_dtype: to
     `torch_dtype`, so build the model under `torch.device("meta")`: it takes no time and no memory.
     """
     file = source if isinstance(source, TensorFile) else read_header(source)
-    wanted = {keymaps.modern(key): tensor for key, tensor in model.state_dict().items()}
-    given = {keymaps.modern(key): info for key, info in file.tensors.items() if not key.endswith(keymaps.POSITION_IDS)}
-    check_fit(model, wanted, given, file)
+    given = check_fit(model, file)
     tensors = replace(file, tensors=given).read(torch_dtype, mapped=True)
     state = {key: tensors[keymaps.modern(key)].reshape(old.shape) for key, old in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
@@ -194,8 +192,15 @@ def load_into(model: nn.Module, source: str | Path | TensorFile, torch_dtype: to
             module.position_ids = torch.arange(ids.shape[-1]).expand(ids.shape)
 
 
-def check_fit(model: nn.Module, wanted: Mapping[str, Tensor], given: Mapping[str, TensorInfo], file: TensorFile) -> None:
-    """WeightsError with the first ten keys of each kind of misfit, and with what the file looks like."""
+def named(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors by their modern names."""
+    return {keymaps.modern(key): tensor for key, tensor in model.state_dict().items()}
+
+
+def check_fit(model: nn.Module, file: TensorFile) -> dict[str, TensorInfo]:
+    """The file's tensors by their modern names; WeightsError with the first ten keys of each kind of misfit."""
+    wanted = named(model)
+    given = {keymaps.modern(key): info for key, info in file.tensors.items() if not key.endswith(keymaps.POSITION_IDS)}
     misfits = []
     for name in wanted.keys() & given.keys():
         model_shape, shape = tuple(wanted[name].shape), given[name].shape
@@ -208,6 +213,7 @@ def check_fit(model: nn.Module, wanted: Mapping[str, Tensor], given: Mapping[str
     if lines := [listed(what, names) for what, names in problems.items() if names]:
         looks = f"does not fit {type(model).__name__}. The file looks like {file.looks_like}."
         raise WeightsError("\n".join([f"{file.path} {looks}", *lines]))
+    return given
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

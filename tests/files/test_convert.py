@@ -1,6 +1,7 @@
 """`minidiff convert`: from any form to any other, read again; and one message for each thing that cannot be done."""
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from minidiff.cli.main import main
-from minidiff.core.errors import AdapterError, MinidiffError, WeightsError
+from minidiff.core.errors import AdapterError, WeightsError
 from minidiff.core.lora import LoRAWeights
 from minidiff.files.atomic import new_output
-from minidiff.files.convert import convert_lora, kept_metadata, largest_change, largest_difference
+from minidiff.files.convert import kept_metadata, moved, rewritten
 from minidiff.files.lora_file import read_lora, save_lora
 from minidiff.files.model import ModelParts, cast, empty_model, read_model
 from minidiff.files.names import UNET_PREFIX
@@ -137,33 +138,24 @@ def test_a_model_says_what_ldm_names_count(model: ModelParts, tiny_folder: Path,
 # --- how far numbers moved ---------------------------------------------------------------------------------------------
 
 
-def test_the_largest_change(modules: dict[str, LoRAWeights]) -> None:
-    one = {NAME: modules[NAME]}
-    stronger = {NAME: LoRAWeights(modules[NAME].A, modules[NAME].B, modules[NAME].scale * 1.01)}
-    assert largest_change(one, one) == 0
-    assert largest_change(one, stronger) == pytest.approx(0.01 * modules[NAME].product().abs().max().item(), rel=1e-3)
-    dora = {NAME: LoRAWeights(modules[NAME].A, modules[NAME].B, 1.0, torch.ones(32, 1))}
-    assert largest_change(dora, {NAME: LoRAWeights(modules[NAME].A, modules[NAME].B, 1.0, torch.full((32, 1), 3.0))}) == 2
-    infinite = {NAME: LoRAWeights(torch.full((2, 32), 3e38), torch.full((32, 2), 3e38), 1.0)}
-    with pytest.raises(AdapterError, match="its numbers are so large that B A is infinite"):
-        largest_change(infinite, infinite)
-    with pytest.raises(MinidiffError, match="has other layers than the one that was read. This is a bug"):
-        largest_change(one, {})
-
-
 def test_the_largest_difference() -> None:
     W = {"a": torch.tensor([1.0, 2.0]), "empty": torch.ones(0, 3)}
-    assert largest_difference(W, W) == 0 and largest_difference(W, W | {"a": W["a"].half()}) == 0
-    assert largest_difference(W, W | {"a": W["a"] + 0.5}) == 0.5
-    assert largest_difference({"empty": torch.ones(0)}, {"empty": torch.ones(0)}) == 0
-    with pytest.raises(MinidiffError, match="has other tensors than the one that was read. This is a bug"):
-        largest_difference(W, {})
+    assert moved(W, W) == "max |W - W'| = 0" == moved(W, W | {"a": W["a"].half()})
+    assert moved(W, W | {"a": W["a"] + 0.5}) == "max |W - W'| = 0.5"
 
 
-def test_convert_lora_gives_the_largest_change(modules: dict[str, LoRAWeights], tmp_path: Path) -> None:
-    lora = read_lora(save_lora({NAME: modules[NAME]}, tmp_path / "a.safetensors"))
-    assert 0 < convert_lora(lora, tmp_path / "b.safetensors", "kohya", torch.float16) < 1e-3
-    assert convert_lora(lora, tmp_path / "c.safetensors", "kohya", torch.float32) == 0
+def test_an_adapter_is_read_again(modules: dict[str, LoRAWeights], tmp_path: Path) -> None:
+    one = {NAME: modules[NAME]}
+    line, _ = rewritten(one, tmp_path / "b.safetensors", "kohya", torch.float16, {})
+    written = read_lora(tmp_path / "b.safetensors").modules
+    change = float(line.removeprefix("max |ΔW - ΔW'| = "))
+    assert change == pytest.approx(differences(one, written), rel=1e-2) and 0 < change < 1e-3
+    dora = {NAME: replace(modules[NAME], magnitude=torch.full((32, 1), 1.0001))}
+    line, _ = rewritten(dora, tmp_path / "c.safetensors", "kohya", torch.bfloat16, {})
+    assert float(line.removeprefix("max |ΔW - ΔW'| = ")) >= 1e-4  # m counts too
+    infinite = {NAME: LoRAWeights(torch.full((2, 32), 3e38), torch.full((32, 2), 3e38), 1.0)}
+    with pytest.raises(AdapterError, match="its numbers are so large that B A is infinite"):
+        rewritten(infinite, tmp_path / "d.safetensors", "kohya", torch.float32, {})
 
 
 def test_kept_metadata() -> None:
@@ -289,7 +281,7 @@ def test_refusals(modules: dict[str, LoRAWeights], tiny_folder: Path, tmp_path: 
         (lora, new, "--to", "ldm"): "is a LoRA, and that has no form --to ldm; it has diffusers, kohya, peft",
         (lora, new, "--token", "x"): "is a LoRA, for which --token means nothing; leave it out",
         (lora, new, "--to", "peft"): "peft's adapters are folders of two files; give the name of a folder",
-        (lora, new, "--to", "safetensors"): "--to safetensors makes .safetensors files of pickles",
+        (lora, new, "--to", "safetensors"): "is a LoRA, and that has no form --to safetensors; it has diffusers",
         (word, new, "--to", "peft"): "is a textual inversion, and that has no form --to peft; it has diffusers, kohya",
         (word, new, "--dtype", "float16"): "is a textual inversion, for which --dtype means nothing",
         (tiny_folder, new, "--to", "kohya"): "is a model, and that has no form --to kohya; it has diffusers, ldm",

@@ -492,9 +492,9 @@ REFUSED = {
     ),
     "down without up": ({A: (2, 24)}, None, rf"{TO_K} has .*lora_A.weight \(2, 24\) and not the other half"),
     "up without down": ({B: (16, 2)}, None, rf"{TO_K} has .*lora_B.weight \(16, 2\) and not the other half"),
-    "ranks differ": (GOOD | {B: (16, 3)}, None, r"the ranks differ: down is \(2, 24\), up is \(16, 3\)"),
-    "rank 0": ({A: (0, 24), B: (16, 0)}, None, r"odd shapes: down is \(0, 24\), up is \(16, 0\)"),
-    "up with a kernel": (GOOD | {B: (16, 2, 3, 3)}, None, r"odd shapes: down is \(2, 24\), up is \(16, 2, 3, 3\)"),
+    "ranks differ": (GOOD | {B: (16, 3)}, None, r"not fit each other: down is \(2, 24\), up is \(16, 3\)"),
+    "rank 0": ({A: (0, 24), B: (16, 0)}, None, r"not fit each other: down is \(0, 24\), up is \(16, 0\)"),
+    "up with a kernel": (GOOD | {B: (16, 2, 3, 3)}, None, r"not fit each other: down is \(2, 24\), up is \(16, 2, 3, 3\)"),
     "two ways to say one": (
         GOOD | {f"unet.{TO_K}.lora.down.weight": (2, 24)},
         None,
@@ -503,12 +503,12 @@ REFUSED = {
     "odd kernel between": (
         {f"{KOHYA}.lora_down.weight": (2, 24), f"{KOHYA}.lora_up.weight": (16, 2), f"{KOHYA}.lora_mid.weight": (3, 2, 3, 3)},
         None,
-        r"the kernel between down and up does not fit them: it is \(3, 2, 3, 3\)",
+        r"not fit each other: down is \(2, 24\), mid is \(3, 2, 3, 3\)",
     ),
     "alphas": (
         {f"{KOHYA}.lora_down.weight": (2, 24), f"{KOHYA}.lora_up.weight": (16, 2), f"{KOHYA}.alpha": (2,)},
         None,
-        r"alpha has the shape \(2,\); it should be one number",
+        r"the shapes do not fit each other: alpha is \(2,\)",
     ),
     "rank in metadata": (GOOD, R2 | {"unet.r": 4}, "has rank 2, and its configuration says 4"),
     "alpha 0": (GOOD, R2 | {"unet.lora_alpha": 0}, "alpha of .* is 0"),
@@ -517,7 +517,7 @@ REFUSED = {
     "patterns": (GOOD, R2 | {"unet.rank_pattern": ["x"]}, "not the configuration"),
     "regex": (GOOD, R2 | {"unet.rank_pattern": {"(": 2}}, "not the configuration"),
     "regex with flags": (GOOD, R2 | {"unet.alpha_pattern": {"(?i)x": 2}}, "not the configuration"),
-    "long regex": (GOOD, R2 | {"unet.alpha_pattern": {"x" * 501: 2}}, "alpha_pattern has a pattern of 501 letters"),
+    "long regex": (GOOD, R2 | {"unet.alpha_pattern": {"x" * 501: 2}}, "has a pattern of 501 letters"),
     "endless alpha": (GOOD, R2 | {"unet.lora_alpha": 10**400}, "alpha of .* is 1000.*; it must be a positive number"),
     "no alpha": (GOOD, {"unet.r": 2}, "alpha of .* is None"),
     "rsLoRA text": (GOOD, R2 | {"unet.use_rslora": "no"}, "use_rslora is 'no'"),
@@ -546,7 +546,7 @@ REFUSED = {
         None,
         r"2 of 4 tensors match UNet2D(.|\n)*text_encoder.text_model.encoder",
     ),
-    "cloneofsimo": ({"unet:0:up": (2, 24)}, None, "in the cloneofsimo style, which counts layers"),
+    "cloneofsimo": ({"unet:0:up": (2, 24)}, None, "0 of 1 tensors match(.|\n)*in the cloneofsimo style"),
     "embedding": ({"<cat-toy>": (1, 768)}, None, "is no LoRA. The file looks like a textual inversion embedding"),
     "U-Net": ({"conv_in.weight": (2, 4, 3, 3), "time_embedding.linear_1.bias": (2,)}, None, "is no LoRA.*U-Net"),
 }
@@ -578,7 +578,6 @@ def test_reading_without_a_model_is_strict_too(tmp_path: Path) -> None:
         AdapterError, match=r"2 of 3 tensors have the names of an SD adapter(.|\n)*1 others: unet.a.lora_A.weight"
     ):
         read_lora(path)
-    assert read_lora(path, strict=False).unknown == ("unet.a.lora_A.weight",)
 
 
 @pytest.mark.parametrize(
@@ -617,7 +616,7 @@ def test_nan_in_an_adapter(tmp_path: Path) -> None:
 def test_a_textual_inversion_is_no_lora(tmp_path: Path) -> None:
     path = save_embedding(tmp_path, "<dog>", torch.ones(2, 24))
     for place in (path, tmp_path):
-        with pytest.raises(AdapterError, match="A textual inversion is used by --textual_inversion"):
+        with pytest.raises(AdapterError, match="is no LoRA. The file looks like a textual inversion"):
             read_lora(place)
 
 

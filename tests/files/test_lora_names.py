@@ -7,7 +7,8 @@ from tiny_sizes import TINY_UNET
 from minidiff.core.config import SD15_UNET, UNetConfig
 from minidiff.core.inject import adaptable_layers
 from minidiff.core.unet import UNet2DConditionModel
-from minidiff.files.lora_names import WRITTEN, Place, key_of, kohya_names, place_of, text_paths, unet_paths
+from minidiff.files import names
+from minidiff.files.lora_names import WRITTEN, Place, key_of, place_of
 from minidiff.pocket.pretrain import POCKET_UNET
 
 DOWN = "down_blocks.0.attentions.0"
@@ -84,12 +85,12 @@ def test_other_names_have_no_place(key: str) -> None:
     assert place_of(key, SD15_UNET) is None
 
 
-@pytest.mark.parametrize("config", [SD15_UNET, POCKET_UNET, TINY_UNET], ids=["sd15", "pocket", "tiny"])
-def test_every_layer_of_a_unet_has_a_name(config: UNetConfig) -> None:
+def modules_of(config: UNetConfig) -> list[str]:
+    """Every layer of a U-Net and of a text encoder."""
     with torch.device("meta"):
-        layers = adaptable_layers(UNet2DConditionModel(config))
-    assert layers.keys() <= set(unet_paths())
-    assert config != SD15_UNET or len(layers) == 282
+        unet = adaptable_layers(UNet2DConditionModel(config))
+    last = [*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2"]
+    return [f"unet.{path}" for path in unet] + [f"text_encoder.encoder.layers.{i}.{x}" for i in (0, 11, 31) for x in last]
 
 
 @pytest.mark.parametrize("path", ["conv_in.\x1b[2J", "conv_in.a b", "conv_in.\n"])
@@ -97,20 +98,28 @@ def test_letters_that_no_module_has(path: str) -> None:
     assert place_of(f"unet.{path}.lora_A.weight", SD15_UNET) is None
 
 
-def test_no_two_layers_share_an_underscored_name() -> None:
-    paths = [*unet_paths(), *text_paths()]
-    assert len(set(paths)) == len(paths) == len({path.replace(".", "_") for path in paths})
-    names = kohya_names(SD15_UNET)
-    assert set(names.values()) == {f"unet.{p}" for p in unet_paths()} | {f"text_encoder.{p}" for p in text_paths()}
+CONFIGS = pytest.mark.parametrize("config", [SD15_UNET, POCKET_UNET, TINY_UNET], ids=["sd15", "pocket", "tiny"])
 
 
-@pytest.mark.parametrize("config", [SD15_UNET, POCKET_UNET, TINY_UNET], ids=["sd15", "pocket", "tiny"])
+@CONFIGS
+def test_ldm_names_of_every_layer_are_read(config: UNetConfig) -> None:
+    modules = [name for name in modules_of(config) if name.startswith("unet.")]
+    assert config != SD15_UNET or len(modules) == 282
+    for name in modules:
+        ldm = names.rename(name.removeprefix("unet."), names.unet_table(config)).replace(".", "_")
+        assert place_of(f"lora_unet_{ldm}.alpha", config) == (name, "alpha")
+
+
+@CONFIGS
 @pytest.mark.parametrize("dialect", WRITTEN)
 def test_written_names_are_read_back(dialect: str, config: UNetConfig) -> None:
     magnitude = "dora_scale" if dialect == "kohya" else "magnitude"
-    for module in {f"unet.{path}" for path in unet_paths()} | {f"text_encoder.{path}" for path in text_paths()}:
+    keys = set()
+    for module in modules_of(config):
         for part in ("down", "up", magnitude):
-            assert place_of(key_of(Place(module, part), dialect), config) == (module, part)
+            keys.add(key := key_of(Place(module, part), dialect))
+            assert place_of(key, config) == (module, part)
+    assert len(keys) == 3 * len(modules_of(config))
 
 
 def test_written_names() -> None:

@@ -19,7 +19,7 @@ from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files import model as models
 from minidiff.files.lora_file import attach, read_lora, save_lora
-from minidiff.files.merge import bake, cut, extract, join, lost
+from minidiff.files.merge import bake, cut, extract, join, left_out, lost
 from minidiff.files.model import ModelParts, read_model
 
 NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -87,8 +87,6 @@ def test_join_takes_a_1x1_convolution_in_both_forms() -> None:
 
 
 def test_join_refuses() -> None:
-    with pytest.raises(AdapterError, match="2 adapters but 1 weights; give one weight for each"):
-        join([{NAME: small(1)}, {NAME: small(2)}], [1])
     with pytest.raises(AdapterError, match=r"attn1.to_q is of the shapes \[\(6, 5\), \(6, 7\)\].* different models"):
         join([{NAME: small(1)}, {NAME: small(2, inputs=(7,))}], [1, 1])
     dora = LoRAWeights(torch.ones(2, 5), torch.ones(6, 2), 1.0, torch.ones(6, 1))
@@ -126,11 +124,6 @@ def test_cut_of_nothing_is_nothing() -> None:
     assert not nothing.modules[NAME].product().any() and nothing.error == {NAME: 0}
 
 
-def test_rank_is_at_least_one() -> None:
-    with pytest.raises(AdapterError, match="the rank is 0; it must be at least 1"):
-        cut({NAME: small(1)}, 0)
-
-
 def test_lost_follows_eckart_and_young() -> None:
     assert lost(torch.tensor([4.0, 3.0, 0.0]), 1) == pytest.approx(3 / 5) and lost(torch.tensor([4.0, 3.0]), 2) == 0
 
@@ -144,7 +137,7 @@ def test_extract_finds_the_adapter_again(model: ModelParts, pair: tuple[Modules,
         attach(network, {n.removeprefix(f"{part}."): w for n, w in pair[0].items() if n.startswith(f"{part}.")})
     bake(tuned.values())
     found = extract(model.adaptable, tuned, 2)
-    assert found.modules.keys() == pair[0].keys() and not found.left_out
+    assert found.modules.keys() == pair[0].keys() and not left_out(model.adaptable, tuned, found.modules)
     for name, weights in pair[0].items():
         torch.testing.assert_close(found.modules[name].product(), weights.product(), rtol=0, atol=1e-5)
         assert found.error[name] < 1e-5
@@ -157,7 +150,8 @@ def test_extract_says_what_it_cannot_hold(model: ModelParts) -> None:
     tuned.conv_out.weight.data += torch.randn_like(tuned.conv_out.weight)
     found = extract({"unet": model.unet}, {"unet": tuned}, 1)
     assert list(found.modules) == ["unet.conv_out"]
-    assert set(found.left_out) == {"unet.conv_in.bias", "unet.conv_norm_out.weight"}
+    left = left_out({"unet": model.unet}, {"unet": tuned}, found.modules)
+    assert set(left) == {"unet.conv_in.bias", "unet.conv_norm_out.weight"}
     change = tuned.conv_out.weight - model.unet.conv_out.weight
     error = (found.modules["unet.conv_out"].product() - change).norm() / change.norm()
     assert found.error["unet.conv_out"] == pytest.approx(error.item(), abs=1e-6) and error > 0.1
@@ -221,7 +215,7 @@ def test_bake_into_a_folder(tiny_folder: Path, files: list[str], wanted: Tensor,
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["baked"]
     said = capsys.readouterr().out
     assert "a.safetensors: diffusers style" in said and "weight 0.8" in said
-    assert re.search(r"baked: \d+ layers changed; written, and read again", said)
+    assert re.search(r"\d+ layers changed\n.*baked: written, and read again", said)
 
 
 def test_bake_a_single_file_in_the_bases_dtype(
@@ -238,7 +232,7 @@ def test_bake_a_single_file_in_the_bases_dtype(
     torch.testing.assert_close(predict(read_model(out).unet.float()), wanted, rtol=0, atol=1e-2)
 
 
-def test_bake_of_dora_says_what_a_weight_means(tiny_folder: Path, tmp_path: Path, capsys) -> None:
+def test_bake_of_dora_is_the_straight_line(tiny_folder: Path, tmp_path: Path) -> None:
     W = dict(StableDiffusionPipeline.from_pretrained(tiny_folder).unet.named_modules())[NAME[5:]].weight.detach()
     g = torch.Generator().manual_seed(1)
     dora = LoRAWeights(torch.randn(2, W.shape[1], generator=g), torch.randn(len(W), 2, generator=g), 1.0, torch.ones(len(W), 1))
@@ -249,16 +243,13 @@ def test_bake_of_dora_says_what_a_weight_means(tiny_folder: Path, tmp_path: Path
     )
     baked = read_model(tmp_path / "baked").unet.get_submodule(NAME[5:]).weight
     torch.testing.assert_close(baked.detach(), W + 0.5 * dora.delta(W), rtol=0, atol=1e-6)
-    assert (
-        "DoRA at weight 0.5: W' lies on the straight line from the base (0) to what was trained (1)" in capsys.readouterr().out
-    )
 
 
 def test_bake_that_changes_nothing_says_so(tiny_folder: Path, files: list[str], tmp_path: Path, capsys) -> None:
     out = tmp_path / "baked"
     merge("bake", "--pretrained_model_name_or_path", tiny_folder, "--lora", files[1], "--lora_weight", 0, "--output", out)
     said = capsys.readouterr().out
-    assert "Note: this is the base model again" in said and "baked: 0 layers changed" in said
+    assert "0 layers changed. This is the base model again: the weights are 0" in said
 
 
 def test_bake_beyond_all_numbers_names_the_flag(tiny_folder: Path, files: list[str], tmp_path: Path, capsys) -> None:

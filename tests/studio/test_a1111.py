@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, PngImagePlugin
 
-from minidiff.cli.flags import Sample
+from minidiff.cli.draw_flags import Sample
 from minidiff.core.errors import DataError
 from minidiff.core.grids import SAMPLERS
 from minidiff.files.values import printable

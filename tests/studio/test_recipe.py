@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import minidiff
 from minidiff.cli import draw_commands as drawing
-from minidiff.cli.flags import Sample
+from minidiff.cli.draw_flags import Sample
 from minidiff.core.errors import DataError, MinidiffError, SettingsError
 from minidiff.draw.images import read_png_text, save_png
 from minidiff.draw.pipeline import StableDiffusionPipeline

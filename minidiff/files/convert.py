@@ -36,7 +36,7 @@ KINDS = {  # kind of file -> the forms in which it can be written, and the flags
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may add. `pretrained_model_name_or_path` is a model folder that says the sizes of the networks."""
+    """The flags of a conversion. `pretrained_model_name_or_path` is a model folder that says the sizes of the networks."""
 
     dtype: torch.dtype | None = None  # None: that of the source
     alpha: float | None = None

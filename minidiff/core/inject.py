@@ -4,7 +4,6 @@
 
 A layer is called by its dotted path ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"), an adapter by any word
 ("default", "dog"). A layer can have several adapters: W' = W + Σ strength · ΔW. The same functions serve the text encoder.
-transformers 4 has CLIP's tower one level down, in `text_model`; names here never have this prefix.
 
 Shapes: as in lora.py.
 """
@@ -31,7 +30,6 @@ GROUPS = {  # a word for several targets
     "text": ("q_proj", "k_proj", "v_proj", "out_proj"),  # the text encoder's attention
     "text_mlp": ("fc1", "fc2"),
 }
-TEXT = "text_model."
 
 # --- in, and out -----------------------------------------------------------------------------------------------------
 
@@ -55,33 +53,33 @@ def inject(
     gives some layers another rank: target -> rank, the last that fits wins. alpha defaults to the rank of each layer.
     `dropout`: the share of the adapters' inputs that is dropped in training. AdapterError before anything is changed.
     """
-    ranks = dict.fromkeys(find_targets(model, (targets,) if isinstance(targets, str) else targets), rank)
+    check_new(model, adapter_name)
+    ranks = dict.fromkeys(find_targets(model, [targets] if isinstance(targets, str) else targets), rank)
     for target, other in rank_of.items():
         if not (chosen := ranks.keys() & find_targets(model, [target])):
             raise AdapterError(f'a rank is given for "{target}", and no such layer is among the targets; add it to them.')
         ranks |= dict.fromkeys(chosen, other)
-    check_new(model, adapter_name)
     if not 0 < (1 if alpha is None else alpha) < math.inf or not 0 <= dropout < 1:
         raise AdapterError(f"alpha is {alpha} and dropout is {dropout}; alpha must be positive, and 0 <= dropout < 1.")
-    layers = adaptable_layers(model)
-    for name, r in ranks.items():
-        most = min(layers[name].weight.flatten(1).shape)
-        if not 1 <= r <= most:
-            raise AdapterError(f"rank {r} is not possible for {name}: it can be 1 to {most}.")
+    weights = {name: layer.weight.detach() for name, layer in adaptable_layers(model).items() if name in ranks}
+    for name, W in weights.items():
+        if not 1 <= ranks[name] <= min(W.flatten(1).shape):
+            raise AdapterError(f"rank {ranks[name]} is not possible for {name}: it can be 1 to {min(W.flatten(1).shape)}.")
     model.requires_grad_(False)
     for name, r in ranks.items():
-        W, random = layers[name].weight.detach(), generator(seed, "lora_A", name)
-        wrap(model, name).add(adapter_name, fresh(W, r, r if alpha is None else alpha, rslora, dora, random), dropout)
+        random = generator(seed, "lora_A", name)
+        adapter = fresh(weights[name], r, r if alpha is None else alpha, rslora, dora, random)
+        wrap(model, name).add(adapter_name, adapter, dropout)
     return {name: layer for name, layer in lora_layers(model).items() if name in ranks}
 
 
 def wrap(model: nn.Module, name: str) -> LoRALayer:
     """The layer `name` as a LoRALayer: the one that is there already, or a new one around the plain layer."""
-    module = model.get_submodule(real_path(model, name))
+    module = network(model).get_submodule(name)
     if isinstance(module, nn.Linear | nn.Conv2d):
         layer = LoRALinear(module) if isinstance(module, nn.Linear) else LoRAConv2d(module)
         module = layer.train(module.training)  # a new module is in training mode, where dropout is on
-        model.set_submodule(real_path(model, name), module)
+        network(model).set_submodule(name, module)
     assert isinstance(module, LoRALayer)
     return module
 
@@ -90,7 +88,7 @@ def eject(model: nn.Module) -> None:
     """Remove every adapter: the same layer objects return, with the same bits (still frozen)."""
     for name, layer in lora_layers(model).items():
         layer.unmerge()
-        model.set_submodule(real_path(model, name), layer.base)
+        network(model).set_submodule(name, layer.base)
 
 
 # --- mix and merge ---------------------------------------------------------------------------------------------------
@@ -99,26 +97,25 @@ def eject(model: nn.Module) -> None:
 def set_adapters(model: nn.Module, names: Sequence[str], strengths: Sequence[float] | None = None) -> None:
     """Switch on the adapters `names`, each at its strength (default 1), and all others off."""
     strengths = [1.0] * len(names) if strengths is None else strengths
-    layers, known, wanted = adapted_layers(model), adapter_names(model), dict(zip(names, strengths))
+    layers, known, wanted = unmerged_layers(model), adapter_names(model), dict(zip(names, strengths))
     if len(names) != len(strengths) or len(wanted) < len(names) or not all(map(math.isfinite, strengths)):
         raise AdapterError(f"adapters {list(names)}, weights {list(strengths)}: each adapter needs one finite weight.")
     if unknown := next((name for name in names if name not in known), None):
         raise AdapterError(f'no adapter is called "{unknown}"; there is {", ".join(known)}.{did_you_mean(unknown, known)}')
-    for layer in layers.values():
+    for layer in layers:
         layer.strength = {name: float(wanted.get(name, 0.0)) for name in layer.strength}
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside the `with`, the model computes as its base does, to the bit."""
-    layers = adapted_layers(model).values()
-    before = [layer.strength for layer in layers]
-    for layer in layers:
+    before = {layer: layer.strength for layer in unmerged_layers(model)}
+    for layer in before:
         layer.strength = dict.fromkeys(layer.strength, 0.0)
     try:
         yield
     finally:
-        for layer, strength in zip(layers, before):
+        for layer, strength in before.items():
             layer.strength = strength
 
 
@@ -128,7 +125,7 @@ def merge(model: nn.Module) -> None:
     W' is rounded to W's dtype, so the outputs change a little; in half precision a small ΔW can be lost. The old weights
     are kept, so that `unmerge` is exact to the bit: with the default targets of SD 1.5 178 MiB in fp16, 357 MiB in fp32.
     """
-    for layer in adapted_layers(model).values():
+    for layer in unmerged_layers(model):
         layer.merge()
 
 
@@ -143,18 +140,15 @@ def unmerge(model: nn.Module) -> None:
 # --- what a model has ------------------------------------------------------------------------------------------------
 
 
+def network(model: nn.Module) -> nn.Module:
+    """The module in which layers have their names: transformers 4 has CLIP's one level down, in `text_model`."""
+    return getattr(model, "text_model", model)
+
+
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """Every linear layer and convolution, by its name in the plain model, whether it has an adapter or not."""
-    return {plain_name(path): m for path, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-
-
-def plain_name(path: str) -> str:
-    return path.removeprefix(TEXT).removesuffix(".base")
-
-
-def real_path(model: nn.Module, name: str) -> str:
-    """The path of the layer `name` in this model: below `text_model` for transformers 4."""
-    return TEXT + name if hasattr(model, "text_model") else name
+    modules = network(model).named_modules()
+    return {path.removesuffix(".base"): m for path, m in modules if isinstance(m, nn.Linear | nn.Conv2d)}
 
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -173,7 +167,7 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """Every layer with adapters, by name."""
-    return {name.removeprefix(TEXT): module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+    return {name: module for name, module in network(model).named_modules() if isinstance(module, LoRALayer)}
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -182,7 +176,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def adapter_weights(model: nn.Module, adapter_name: str = "default") -> dict[str, LoRAWeights]:
-    """One adapter, as `attach` takes it; the tensors are the layers' own, without gradients."""
+    """One adapter, by layer; the tensors are the layers' own, without gradients."""
     layers = lora_layers(model).items()
     return {name: layer.weights(adapter_name) for name, layer in layers if adapter_name in layer.lora_A}
 
@@ -192,7 +186,17 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-# --- checks ----------------------------------------------------------------------------------------------------------
+def is_merged(model: nn.Module) -> bool:
+    return any(layer.unmerged_weight is not None for layer in lora_layers(model).values())
+
+
+def unmerged_layers(model: nn.Module) -> list[LoRALayer]:
+    """The layers with adapters. AdapterError if there are none or they are merged."""
+    if not (layers := lora_layers(model)):
+        raise AdapterError("the model has no adapter; inject or load one first.")
+    if is_merged(model):
+        raise AdapterError("the adapters are merged already; unmerge (unfuse_lora) first.")
+    return list(layers.values())
 
 
 def check_new(model: nn.Module, adapter_name: str) -> None:
@@ -203,16 +207,3 @@ def check_new(model: nn.Module, adapter_name: str) -> None:
         raise AdapterError(f'an adapter called "{adapter_name}" is there already; choose another name, or eject first.')
     if is_merged(model):
         raise AdapterError("adapters are merged into the weights; unmerge (unfuse_lora) before adding another.")
-
-
-def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The layers with adapters. AdapterError if there are none or they are merged."""
-    if not (layers := lora_layers(model)):
-        raise AdapterError("the model has no adapter; inject or load one first.")
-    if is_merged(model):
-        raise AdapterError("the adapters are merged already; unmerge (unfuse_lora) first.")
-    return layers
-
-
-def is_merged(model: nn.Module) -> bool:
-    return any(layer.unmerged_weight is not None for layer in lora_layers(model).values())

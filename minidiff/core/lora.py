@@ -12,10 +12,8 @@ DoRA splits the tuned matrix V = W + scale · B A into lengths and directions, a
 
     W' = m · V / ||V||                            DoRA, eq. 5; ||V|| is one norm for each row of V: for each output
 
-m starts at ||W||, so this starts as the base model, too. (The paper says "column", because its W is (in, out); PyTorch's W is
-(out, in). Old files of LyCORIS have one norm for each input instead. Both kinds work here: the shape of m says which it is.)
-
-This file is about one layer. inject.py puts adapters into a whole model.
+m starts at ||W||, so this starts as the base model, too. (Old files of LyCORIS have one norm for each input instead. Both kinds
+work here: the shape of m says which it is.)
 
 Shapes: W (out, in), for convolutions (out, in, kh, kw); A (r, in) or (r, in, kh, kw); B (out, r); m (out, 1) or (out, 1, 1, 1)
 for each output, (1, in) or (1, in, 1, 1) for each input; x (…, in) or (batch, in, H, W).
@@ -23,7 +21,6 @@ for each output, (1, in) or (1, in, 1, 1) for each input; x (…, in) or (batch,
 
 import math
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -77,27 +74,22 @@ def fresh(W: Tensor, rank: int, alpha: float, rslora: bool, dora: bool, random: 
     return LoRAWeights(A.to(W.device), B.to(W.device), scale, lengths(W.float(), one_for_each_output) if dora else None)
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+def without_autocast(x: Tensor) -> torch.autocast:
     """Inside the `with`, products on x's device are not rounded to half precision. (The `meta` device has no autocast.)"""
-    device = x.device.type
-    known = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if known and torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 class LoRALayer(nn.Module, ABC):
     """A frozen layer and its adapters, by name. `LoRALinear` and `LoRAConv2d` add how A and B are applied.
 
-    Several adapters add up, each times its strength: W' = W + Σ strength · ΔW. This holds for DoRA, too: strength leads on a
-    straight line from W (0) to the trained W' (1).
-
+    Several adapters add up, each times its strength: W' = W + Σ strength · ΔW. This holds for DoRA, too.
     A, B and m are fp32, whatever the dtype of the base. So cast a model before it gets adapters, not after.
     """
 
     def __init__(self, base: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.lora_A = nn.ParameterDict()  # adapter name -> A
-        self.lora_B = nn.ParameterDict()  # adapter name -> B
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # adapter name -> A, and B
         self.lora_magnitude = nn.ParameterDict()  # adapter name -> m, where the adapter is DoRA
         self.scale: dict[str, float] = {}  # belongs to the file
         self.strength: dict[str, float] = {}  # 0 off, 1 as trained: belongs to the user
@@ -107,13 +99,11 @@ class LoRALayer(nn.Module, ABC):
 
     def add(self, adapter_name: str, weights: LoRAWeights, dropout: float = 0.0) -> None:
         """Add a copy of an adapter, at strength 1."""
-
-        def own(tensor: Tensor) -> nn.Parameter:
-            return nn.Parameter(tensor.detach().to(self.base.weight.device, torch.float32, copy=True))
-
-        self.lora_A[adapter_name], self.lora_B[adapter_name] = own(weights.A), own(weights.B)
-        if weights.magnitude is not None:
-            self.lora_magnitude[adapter_name] = own(weights.magnitude)
+        device = self.base.weight.device
+        parts = ((self.lora_A, weights.A), (self.lora_B, weights.B), (self.lora_magnitude, weights.magnitude))
+        for table, tensor in parts:
+            if tensor is not None:
+                table[adapter_name] = nn.Parameter(tensor.detach().to(device, torch.float32, copy=True))
         self.scale[adapter_name], self.strength[adapter_name], self.dropout[adapter_name] = weights.scale, 1.0, dropout
 
     def weights(self, adapter_name: str) -> LoRAWeights:
@@ -146,21 +136,21 @@ class LoRALayer(nn.Module, ABC):
 
         Dropout applies only to the x of B A x. (peft drops parts of the x in (g - 1) W x, too.)
         """
-        g = self.along_channels(self.gain(name))
+        g = self.gain(name)
         if self.lora_magnitude[name].shape[1] == 1:  # a length for each output: g V x = g W x + g B A x
-            Wx = y.float() if self.base.bias is None else y.float() - self.along_channels(self.base.bias.float())
+            Wx = y.float() if self.base.bias is None else y.float() - self.base.bias.float().view(-1, *g.shape[1:])
             return (g - 1) * Wx + g * self.lora(name, x)
         return self.down((g - 1) * x, self.base.weight.float()) + self.lora(name, g * x)  # for each input: V (g x)
 
     def gain(self, name: str) -> Tensor:
-        """DoRA's g = m / ||V||, in the shape of m; exactly 1 at the start.
+        """DoRA's g = m / ||V||, one number a channel, shaped to multiply x or y; exactly 1 at the start.
 
         Section 4.3: the norm counts as a constant, which saves memory and hardly changes the result.
         """
-        m = self.lora_magnitude[name]
-        with torch.no_grad(), without_autocast(m):
-            norm = lengths(self.base.weight.float() + self.weights(name).product(), m.shape)
-        return m / norm
+        m, W = self.lora_magnitude[name], self.base.weight
+        with torch.no_grad(), without_autocast(W):
+            norm = lengths(W.float() + self.weights(name).product(), m.shape)
+        return (m / norm).view(-1, *[1] * (W.ndim - 2))
 
     @abstractmethod
     def down(self, x: Tensor, weight: Tensor) -> Tensor: ...  # apply W or A
@@ -168,21 +158,15 @@ class LoRALayer(nn.Module, ABC):
     @abstractmethod
     def up(self, x: Tensor, B: Tensor) -> Tensor: ...  # apply B
 
-    @abstractmethod
-    def along_channels(self, values: Tensor) -> Tensor: ...  # one number a channel, shaped to multiply x or y
-
     # --- W' itself ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def delta(self) -> Tensor:
         """W' - W: the sum of strength · ΔW over the adapters, fp32, in the shape of W."""
         W = self.base.weight if self.unmerged_weight is None else self.unmerged_weight
-        total = torch.zeros_like(W, dtype=torch.float32)
         with without_autocast(W):
-            for name, strength in self.strength.items():
-                if strength:
-                    total += strength * self.weights(name).delta(W)
-        return total
+            changes = (strength * self.weights(name).delta(W) for name, strength in self.strength.items() if strength)
+            return sum(changes, start=torch.zeros_like(W, dtype=torch.float32))
 
     def merge(self) -> None:
         """W' = W + ΔW, added in fp32 and rounded once to W's dtype. The old W is kept."""
@@ -207,9 +191,6 @@ class LoRALinear(LoRALayer):
     def up(self, x: Tensor, B: Tensor) -> Tensor:
         return F.linear(x, B)
 
-    def along_channels(self, values: Tensor) -> Tensor:
-        return values.flatten()
-
 
 class LoRAConv2d(LoRALayer):
     """A frozen `nn.Conv2d` and its adapters. A moves over the picture as W does, in its strides and with its padding."""
@@ -221,6 +202,3 @@ class LoRAConv2d(LoRALayer):
 
     def up(self, x: Tensor, B: Tensor) -> Tensor:
         return F.conv2d(x, B[:, :, None, None])
-
-    def along_channels(self, values: Tensor) -> Tensor:
-        return values.reshape(-1, 1, 1)

@@ -1,7 +1,7 @@
 """Five ways of fine-tuning, side by side. They bring the same batches to the same loss, and differ in what moves.
 
     full                 every weight of the U-Net, perhaps of the text encoder too       W
-    dreambooth           the same weights; half of each batch shows the subject's class   W
+    full, as DreamBooth  the same weights; half of each batch shows the subject's class   W
     lora (LoRA, DoRA)    two thin matrices beside each of some layers                     W + (alpha / r) B A
     textual_inversion    the vectors of one new word                                      v*
     pivotal              a new word and a LoRA                                            v*, B A
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.core.inject import inject
+from minidiff.core.inject import inject, trainable
 from minidiff.core.losses import min_snr_weights, mse, prior_preservation
 from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
 from minidiff.core.textual_inversion import add_word, initial_vectors
@@ -36,19 +36,12 @@ Answer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, text) -> the out
 
 
 def full(unet: nn.Module, text_encoder: nn.Module | None = None) -> Trainable:
-    """Full fine-tuning: every weight moves."""
-    networks = {"unet": unet} if text_encoder is None else {"unet": unet, "text_encoder": text_encoder}
-    for network in networks.values():
-        network.requires_grad_(True)
-    return trainable_in(networks)
+    """Full fine-tuning: every weight moves.
 
-
-def dreambooth(unet: nn.Module, text_encoder: nn.Module | None = None) -> Trainable:
-    """DreamBooth (arXiv 2208.12242): full fine-tuning on batches that hold the subject and its class, half and half.
-
-    The loss has a `prior_weight`. With LoRA instead of all weights, it is called DreamBooth-LoRA.
+    DreamBooth (arXiv 2208.12242) is the same on batches that hold the subject and its class, half and half; its loss has a
+    `prior_weight`. With LoRA instead of all weights, it is called DreamBooth-LoRA.
     """
-    return full(unet, text_encoder)
+    return trainable(together(unet, text_encoder).requires_grad_(True))
 
 
 @dataclass(frozen=True)
@@ -67,12 +60,11 @@ class Adapter:
 
 def lora(unet: nn.Module, adapter: Adapter, text_encoder: nn.Module | None = None) -> Trainable:
     """LoRA: the weights are frozen; A and B beside some layers move, and in DoRA the lengths m too."""
-    a, networks = adapter, {"unet": unet}
+    a = adapter
     inject(unet, a.rank, a.alpha, a.targets, a.seed, rank_of=a.rank_of, rslora=a.rslora, dora=a.dora, dropout=a.dropout)
     if text_encoder is not None:
-        networks["text_encoder"] = text_encoder
         inject(text_encoder, a.rank, a.alpha, ("text",), a.seed, rslora=a.rslora, dora=a.dora, dropout=a.dropout)
-    return trainable_in(networks)
+    return trainable(together(unet, text_encoder))
 
 
 def textual_inversion(
@@ -103,9 +95,9 @@ def pivotal(
     return adapters | textual_inversion(tokenizer, text_encoder, word, like, count)
 
 
-def trainable_in(networks: Mapping[str, nn.Module]) -> Trainable:
-    """Everything trainable in some networks, by network and name."""
-    return {f"{part}.{name}": p for part, model in networks.items() for name, p in model.named_parameters() if p.requires_grad}
+def together(unet: nn.Module, text_encoder: nn.Module | None) -> nn.ModuleDict:
+    """The networks that are trained, as one module: its parameters have the names `unet.…` and `text_encoder.…`."""
+    return nn.ModuleDict({"unet": unet} | ({} if text_encoder is None else {"text_encoder": text_encoder}))
 
 
 # --- the loss ------------------------------------------------------------------------------------------------------------
@@ -128,9 +120,8 @@ class DiffusionLoss:
     def __call__(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
         device = next(self.unet.parameters()).device
         batch = {name: rows.to(device) for name, rows in batch.items()}  # before the U-Net: later they would wait for it
-        target, weights, mask = self.target(batch), None, batch.get("mask")
-        if self.snr_gamma is not None:
-            weights = min_snr_weights(self.schedule, batch["t"], self.snr_gamma)  # (B,)
+        target, mask = self.target(batch), batch.get("mask")
+        weights = None if self.snr_gamma is None else min_snr_weights(self.schedule, batch["t"], self.snr_gamma)  # (B,)
         output, x_t, text = self.predict(batch)
         if self.base is not None:
             target = base_target(target, x_t, batch["t"], text, self.base)
@@ -144,8 +135,7 @@ class DiffusionLoss:
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The output of the U-Net (B, C, h, w), and its inputs x_t and text (B, L, D)."""
-        norm: nn.Module = self.unet.get_submodule("conv_norm_out")
-        dtype = next(norm.parameters()).dtype  # in which the U-Net computes
+        dtype = self.unet.get_parameter("conv_norm_out.weight").dtype  # in which the U-Net computes
         x_t = add_noise(self.schedule, batch["latents"], batch["noise"], batch["t"]).to(dtype)
         text = (self.text_encoder(input_ids=batch["ids"]).last_hidden_state if "ids" in batch else batch["text"]).to(dtype)
         return self.unet(x_t, batch["t"], text), x_t, text

@@ -7,8 +7,8 @@ No weight changes. The word, such as `<dog>`, gets n vectors beside the model's 
     ids < V     the row of the token table, frozen; it is never resized
     ids >= V    the row of a new word
 
-So the optimizer holds nothing but the new vectors. (Where the table is enlarged and trained, AdamW's weight decay moves
-the other 49,408 words, too.)
+So the optimizer holds nothing but the new vectors. (If the table were enlarged, AdamW's weight decay would move its other
+49,408 rows, too.)
 
     row = add_word(tokenizer, text_encoder, "<dog>", initial_vectors(tokenizer, text_encoder, "dog", 2))    # train `row`
     encode_captions(tokenizer, text_encoder, ["a photo of <dog>"], placeholders(text_encoder))
@@ -68,17 +68,16 @@ class ExtendedEmbedding(nn.Module):
 
 def inject(text_encoder: "CLIPTextModel") -> ExtendedEmbedding:
     """Put an ExtendedEmbedding around the token table, unless it is there already. It changes no prompt by itself."""
-    table = token_table(text_encoder)
+    table: nn.Module = text_encoder.get_input_embeddings()
     if isinstance(table, nn.Embedding):
-        table = ExtendedEmbedding(table)
-        text_encoder.set_input_embeddings(table)
+        text_encoder.set_input_embeddings(table := ExtendedEmbedding(table))
+    assert isinstance(table, ExtendedEmbedding)
     return table
 
 
 def eject(text_encoder: "CLIPTextModel") -> None:
     """Take every new word out: the very same `nn.Embedding` returns, with the very same bits (still frozen)."""
-    table = token_table(text_encoder)
-    if isinstance(table, ExtendedEmbedding):
+    if isinstance(table := text_encoder.get_input_embeddings(), ExtendedEmbedding):
         text_encoder.set_input_embeddings(table.base)
 
 
@@ -89,17 +88,15 @@ def add_word(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", word: st
     """
     if word in placeholders(text_encoder) or len(tokenizer(word, add_special_tokens=False).input_ids) == 1:
         raise AdapterError(f'"{word}" has a meaning already; take a word of your own, such as <my-dog>.')
-    width = text_encoder.config.hidden_size
-    if vectors.ndim != 2 or vectors.shape[1] != width or not 1 <= len(vectors) <= MAX_VECTORS:
-        shape = tuple(vectors.shape)
+    width, shape = text_encoder.config.hidden_size, tuple(vectors.shape)
+    if shape[1:] != (width,) or not 1 <= len(vectors) <= MAX_VECTORS:
         raise AdapterError(f'the vectors of "{word}" are {shape}; this text encoder takes 1 to {MAX_VECTORS} of width {width}.')
     return inject(text_encoder).add(word, vectors)
 
 
 def placeholders(text_encoder: "CLIPTextModel") -> dict[str, list[int]]:
     """The new words and their ids, as `tokenize` and `encode_captions` want them; empty where there are none."""
-    table = token_table(text_encoder)
-    return dict(table.placeholders) if isinstance(table, ExtendedEmbedding) else {}
+    return dict(getattr(text_encoder.get_input_embeddings(), "placeholders", {}))
 
 
 def initial_vectors(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", words: str, count: int) -> Tensor:
@@ -109,17 +106,8 @@ def initial_vectors(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", w
     their gradients differ and they part. AdapterError where `words` has no token, or more of them than `count`.
     """
     ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
-    if not ids:
-        raise AdapterError(f'"{words}" holds no word to begin with; take one that is near in meaning, such as "dog".')
-    if len(ids) > count:
-        raise AdapterError(f'"{words}" is {len(ids)} tokens, and there is room for {count}; take fewer words or more vectors.')
-    table = token_table(text_encoder)
-    weight = table.base.weight if isinstance(table, ExtendedEmbedding) else table.weight
-    return weight.detach()[list(islice(cycle(ids), count))].float()
-
-
-def token_table(text_encoder: "CLIPTextModel") -> nn.Embedding | ExtendedEmbedding:
-    """The layer that ids go through first; the library's getter is the same in its versions 4 and 5."""
-    table = text_encoder.get_input_embeddings()
-    assert isinstance(table, nn.Embedding | ExtendedEmbedding)
-    return table
+    if not 1 <= len(ids) <= count:
+        raise AdapterError(f'"{words}" has {len(ids)} tokens for {count} vectors; take a word such as "dog", or more vectors.')
+    in_turn = torch.tensor(list(islice(cycle(ids), count)), device=text_encoder.device)
+    vectors: Tensor = text_encoder.get_input_embeddings()(in_turn)
+    return vectors.detach().float()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.core.errors import AdapterError
-from minidiff.core.inject import adaptable_layers, eject, lora_layers, plain_name
+from minidiff.core.inject import adaptable_layers, eject, lora_layers
 from minidiff.core.lora import LoRAWeights
 from minidiff.files.lora_module import flat
 from minidiff.files.weights import is_finite
@@ -136,7 +136,7 @@ def left_out(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module], modu
     for part, network in base.items():
         after = tuned[part].state_dict()
         for key, W in network.state_dict().items():
-            name = f"{part}.{plain_name(key)}"
+            name = f"{part}.{key.removeprefix('text_model.')}"  # the prefix: transformers 4
             if name.removesuffix(".weight") not in modules and key in after and moved(W, after[key]) is not None:
                 left.append(name)
     return left

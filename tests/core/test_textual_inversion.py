@@ -19,7 +19,6 @@ from minidiff.core.textual_inversion import (
     initial_vectors,
     inject,
     placeholders,
-    token_table,
 )
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.text_files import load_tokenizer
@@ -95,16 +94,16 @@ def test_several_words_keep_apart(tokenizer: CLIPTokenizer, encoder: CLIPTextMod
 
 
 def test_eject_gives_the_same_layer_back(tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
-    table, names = token_table(encoder), list(encoder.state_dict())
+    table, names = encoder.get_input_embeddings(), list(encoder.state_dict())
     bits = table.weight.clone()
     extended = inject(encoder)
-    assert inject(encoder) is extended and token_table(encoder) is extended
+    assert inject(encoder) is extended and encoder.get_input_embeddings() is extended
     add_word(tokenizer, encoder, "<it>", random(3, 24))
     eject(encoder)
-    assert token_table(encoder) is table and torch.equal(table.weight, bits)
+    assert encoder.get_input_embeddings() is table and torch.equal(table.weight, bits)
     assert list(encoder.state_dict()) == names and placeholders(encoder) == {}
     eject(encoder)
-    assert token_table(encoder) is table
+    assert encoder.get_input_embeddings() is table
 
 
 # --- learning ----------------------------------------------------------------------------------------------------------
@@ -148,7 +147,7 @@ def test_eq2(base: StableDiffusionPipeline, encoder: CLIPTextModel) -> None:
 
 
 def test_gradient_is_that_of_an_enlarged_table(tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
-    base = token_table(encoder)
+    base = encoder.get_input_embeddings()
     assert isinstance(base, nn.Embedding)
     extended = ExtendedEmbedding(base)
     row = extended.add("<it>", random(2, 24))
@@ -171,7 +170,7 @@ def test_initial_vectors_are_copied_in_turn(
     tokenizer: CLIPTokenizer, encoder: CLIPTextModel, words: str, count: int, want: str
 ) -> None:
     vectors = initial_vectors(tokenizer, encoder.half(), words, count)
-    table = token_table(encoder).weight
+    table = encoder.get_input_embeddings().weight
     assert torch.equal(vectors, table[tokenizer(want, add_special_tokens=False).input_ids].float())
     assert vectors.dtype == torch.float32 and not vectors.requires_grad
     add_word(tokenizer, encoder, "<it>", vectors)
@@ -179,9 +178,9 @@ def test_initial_vectors_are_copied_in_turn(
 
 
 def test_too_many_initial_words_are_named(tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
-    with pytest.raises(AdapterError, match='"red dog beach" is 3 tokens, and there is room for 1; take fewer words'):
+    with pytest.raises(AdapterError, match='"red dog beach" has 3 tokens for 1 vectors; take a word .* or more vectors'):
         initial_vectors(tokenizer, encoder, "red dog beach", 1)
-    with pytest.raises(AdapterError, match='"  " holds no word to begin with; take one .* such as "dog"'):
+    with pytest.raises(AdapterError, match='"  " has 0 tokens for 1 vectors; take a word such as "dog"'):
         initial_vectors(tokenizer, encoder, "  ", 1)
 
 
@@ -246,7 +245,7 @@ def test_vectors_that_do_not_fit_change_nothing(
     message = f'"<it>" are {shape}; this text encoder takes 1 to 75 of width 24'
     with pytest.raises(AdapterError, match=re.escape(message)):
         add_word(tokenizer, encoder, "<it>", torch.zeros(shape))
-    assert isinstance(token_table(encoder), nn.Embedding)
+    assert isinstance(encoder.get_input_embeddings(), nn.Embedding)
 
 
 def test_new_words_are_not_saved_into_a_checkpoint(

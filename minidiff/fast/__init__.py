@@ -84,9 +84,9 @@ GPU_IMPLS = ("triton",)
 def attention(q: Tensor, k: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
     """softmax(q kᵀ / √D) v: "Attention Is All You Need" (arXiv 1706.03762), eq. 1.
 
-    Takes q (B, N, L, D) and k, v (B, N, S, D) of any strides; gives (B, N, L, D). `impl` chooses how it is computed: `naive` is
-    the formula, `tiled` FlashAttention in plain PyTorch, `sdpa` PyTorch's fused kernels, `triton` our own kernels for NVIDIA
-    GPUs; `auto` is `sdpa`. SettingsError for an unknown `impl`, and for `triton` where it cannot run.
+    Takes q (B, N, L, D) and k, v (B, N, S, D) of any strides; gives (B, N, L, D). `impl`: `naive` is the formula, `tiled`
+    FlashAttention in plain PyTorch, `sdpa` PyTorch's fused kernels, `triton` our own kernels for NVIDIA GPUs; `auto` is `sdpa`.
+    SettingsError for an unknown `impl`, and for `triton` where it cannot run.
     """
     if impl == "naive":
         return naive_attention(q, k, v)

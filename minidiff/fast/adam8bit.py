@@ -11,22 +11,19 @@ two numbers a weight, and they need range more than precision:
       0.001     0.01              0.1                                 1
       | · · · · | · · · · · · · · | · · · · · · · · · · · · · · · · · |      (a few of them, not to scale)
 
-The moments are made fp32 for the update, and that uses them before they are rounded back, as in the paper's section 2. What
-is lost: a second moment under 1.6e-7 of the largest in its block is remembered as zero, that is a gradient under 1/2500 of
-the block's largest. Such a weight's steps can be too long: in 60 updates of the pocket checkpoint, which move no weight by
-more than 5.2e-4 with fp32 moments, one went 8.6e-4. The loss was the same to 3e-5.
+The update computes with fp32 moments, before they are rounded back (section 2). What is lost: a second moment below 1.6e-7 of
+the largest in its block becomes zero, and the steps of such a weight can be too long.
 
 bf16 weights. A bf16 number has 8 bits of precision, so a step smaller than 2^-9 of a weight is lost when the result is
 rounded to the nearest: at fine-tuning's learning rates most weights would never move. Stochastic rounding (Gupta et al. 2015,
 arXiv 1502.02551; for training in bf16 Zamirai et al., arXiv 2010.06192) takes the neighbour below or above, each as often as x
 lies near to it. Then E[round(x)] = x, and small steps arrive, one time in many. bf16 is the upper half of an fp32 number:
-adding 16 random bits to the lower half carries into the upper one with probability (lower half) / 2^16, which is how far x is
-on its way to the next bf16 number; then the lower half is cut off.
+adding 16 random bits to the lower half carries into the upper one with the right probability; then the lower half is cut off.
 
 The step in the backward pass (`in_backward`). Usually the gradients of all tensors wait in memory for the last one: as much
 again as the weights. Here each tensor is updated as soon as its gradient is complete, and the gradient is freed, as in LOMO
-(Lv et al., arXiv 2306.09782). The cost: each gradient is clipped to the norm by itself, which clips less; gradients cannot be
-accumulated; and where a gradient is not finite, its tensor keeps it and stays, but tensors before it in this pass have moved.
+(Lv et al., arXiv 2306.09782). The cost: each gradient is clipped to the norm by itself; gradients cannot be accumulated; and
+where a gradient is not finite, the tensors before it in this pass have moved already.
 
 Shapes: n numbers of a tensor in row-major order, K = ceil(n / 256) blocks. State: codes (n), uint8; absmax (K,), fp32.
 """
@@ -67,32 +64,18 @@ def tree_values(signed: bool) -> tuple[float, ...]:
 
 
 @cache
-def tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For `quantize` and `dequantize`: values (256,), the boundaries above them (256,), and the first guess (65536,).
-
-    The upper half of an fp32 number has sign, exponent and 7 bits of the fraction. Among all numbers that begin with one
-    such half there is at most one boundary, so the code of the lowest of them is right, or one too low.
-    """
+def tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The values (256,) and the boundaries between them (255,)."""
     values = torch.tensor(tree_values(signed))
-    boundaries = (values[:-1] + values[1:]) / 2
-    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).roll(2**15) << 16  # every upper half, 0 … 0xFFFF
-    lowest = torch.where(halves < 0, halves | 0xFFFF, halves).view(torch.float32).nan_to_num(0.0)
-    guess = torch.bucketize(lowest, boundaries, right=True, out_int32=True)
-    return values.to(device), F.pad(boundaries, (0, 1), value=torch.inf).to(device), guess.to(device)
+    return values.to(device), ((values[:-1] + values[1:]) / 2).to(device)
 
 
 def quantize(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Section 2.1: x (n,) fp32 -> codes (n,), absmax (K,); each number divided by its block's largest takes the nearest code.
-
-    Searching 255 boundaries takes a CPU ten times as long as looking the first guess up.
-    """
-    values, above, guess = tables(signed, x.device)
+    """Section 2.1: x (n,) fp32 -> codes (n,), absmax (K,). Each number, divided by its block's largest, takes the nearest."""
     blocks = F.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)  # (K, 256): the last one is filled up with zeros
     absmax = blocks.abs().amax(dim=1)
     scaled = (blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).view(-1)[: len(x)]
-    codes = guess.index_select(0, (scaled.view(torch.int32) >> 16) & 0xFFFF)
-    codes += scaled >= above.index_select(0, codes)
-    return codes.to(torch.uint8), absmax
+    return torch.bucketize(scaled, tables(signed, x.device)[1], right=True).to(torch.uint8), absmax
 
 
 def dequantize(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
@@ -105,11 +88,7 @@ def dequantize(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
 
 
 def rounding_noise(count: int, device: torch.device, seed: int, *where: int | str) -> Tensor:
-    """16 random bits for each of `count` numbers, int16: a function of (seed, where), with no state.
-
-    So a resumed run rounds as one that never stopped. They are drawn where the numbers are: sending bits for every weight
-    from the CPU would take longer than the step. So CPU and GPU round differently, as their sums differ anyway.
-    """
+    """16 random bits for each of `count` numbers, int16, drawn on `device`: a function of (seed, where), with no state."""
     generator = torch.Generator(device).manual_seed(hashed_seed(seed, "rounding", *where))
     drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
     return drawn.view(torch.int16)[:count]  # four of 16 bits from each drawn number
@@ -128,9 +107,8 @@ def round_to_bf16(x: Tensor, seed: int, *where: int | str) -> Tensor:
 class LeanAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) with `eight_bit` moments or fp32 ones, for fp32 or bf16 weights.
 
-    bf16 weights are rounded by chance (`round_to_bf16`); the noise is a function of `seed`, the number of the update
-    and that of the tensor, by which its state is saved, too. With fp32 moments and fp32 weights it is torch's AdamW, up to
-    rounding.
+    The noise that rounds bf16 weights is a function of `seed`, the number of the update and the number of the tensor. With fp32
+    moments and fp32 weights it is torch's AdamW, up to rounding.
     """
 
     def __init__(
@@ -183,9 +161,7 @@ class LeanAdamW(torch.optim.Optimizer):
     def in_backward(self, max_norm: float) -> Iterator[None]:
         """Inside the `with`, every backward pass clips each gradient, updates its parameter, and frees the gradient."""
 
-        def take(
-            p: nn.Parameter,
-        ) -> None:  # PyTorch calls it when p.grad is complete and p is not read again
+        def take(p: nn.Parameter) -> None:  # PyTorch calls it when p.grad is complete and p is not read again
             assert p.grad is not None
             self.norms[p] = clip_gradients([p], max_norm)
             if math.isfinite(self.norms[p]):
@@ -205,13 +181,9 @@ class LeanAdamW(torch.optim.Optimizer):
         self.norms.clear()
         return norm
 
-    def packed(self, p: Tensor) -> bool:
-        """Are its moments of 8 bits?"""
-        return self.eight_bit and p.numel() >= LEAST
-
     def kinds(self, p: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """The state of a parameter: name -> shape, dtype."""
-        packed = self.packed(p)
+        packed = self.eight_bit and p.numel() >= LEAST
         table = {"step": (torch.Size(), torch.float32)}
         for name in ("exp_avg", "exp_avg_sq"):
             table[name] = (p.shape, torch.uint8 if packed else torch.float32)

@@ -13,11 +13,7 @@ a large picture, there are methods with fewer than 9 multiplications for each we
                2 x 2 cells with 16 instead of 36 over 16 x 16, if the transformed weights may be cached
 
 The method depends only on the shapes and on whether copies may be cached (frozen.py), never on a clock. So the same run gives
-the same numbers every time. All three give F.conv2d's numbers up to rounding: 3e-6 of the largest number for winograd, 1e-6 to
-5e-6 for oneDNN, 3e-7 for product.
-
-On processors without instructions for fp16 and bf16, both are computed as fp32 and rounded once. Trained weights are left to
-PyTorch.
+the same numbers every time. All three give F.conv2d's numbers up to rounding: 5e-6 of the largest number.
 """
 
 import platform
@@ -55,10 +51,7 @@ def by_pieces(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, cache: Cache | None = None) -> Tensor:
-    """F.conv2d for square kernels: x (B, C, H, W), weight (O, C, k, k), bias (O,) -> (B, O, H', W'). No gradients.
-
-    `cache` holds copies of the weight; None: make them anew (see `cached`).
-    """
+    """F.conv2d for square kernels: x (B, C, H, W), weight (O, C, k, k), bias (O,) -> (B, O, H', W'). No gradients."""
     x = as_autocast(x)
     if x.device.type != "cpu":
         return F.conv2d(x, weight.to(x.dtype), bias, stride, padding)
@@ -179,12 +172,8 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
 def transforms(m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Aᵀ ⊗ Aᵀ (m², n²), Bᵀ ⊗ Bᵀ (n², n²) and G ⊗ G (n², 9): each does both axes of eq. 8 at once.
 
-    Along one axis, m = 2: y0 = d0 g0 + d1 g1 + d2 g2 and y1 = d1 g0 + d2 g1 + d3 g2 are 6 products. They are sums and
-    differences of 4: of (d0 - d2) g0, (d1 + d2)(g0 + g1 + g2)/2, (d2 - d1)(g0 - g1 + g2)/2 and (d1 - d3) g2.
-
-    Why that works: a product of polynomials is a product of their values at enough points (Toom and Cook), and a convolution is
-    that, read the other way. So G and Aᵀ evaluate polynomials with 3 and with m coefficients, and Bᵀ interpolates one with
-    n, at m + 1 points and at infinity.
+    A product of polynomials is a product of their values at enough points (Toom and Cook), and a convolution is the same, read
+    the other way. G and Aᵀ evaluate polynomials with 3 and with m coefficients, and Bᵀ interpolates one with n.
     """
 
     def values(coefficients: int) -> Tensor:
@@ -215,10 +204,7 @@ def as_autocast(x: Tensor) -> Tensor:
 
 
 def slow_half(x: Tensor) -> bool:
-    """Is x in half precision on an x86 without vector instructions for it (AVX2 at most)? PyTorch's loops are slow there.
-
-    (A convolution in bf16 took 119 times as long as in fp32, a linear layer 6 times.)
-    """
+    """Is x in half precision on an x86 without vector instructions for it? There bf16 convolutions take 100 times as long."""
     if x.dtype not in HALF or x.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return False
     return not torch.backends.cpu.get_cpu_capability().startswith("AVX512")

@@ -2,39 +2,38 @@
 
     B batch   N heads   L query tokens   S key tokens   D width of one head: 40, 80 and 160 in SD 1.5
 
-Read `tiled.py` first: this is the same algorithm, FlashAttention-2 (arXiv 2307.08691). There, PyTorch runs one small
+Read `tiled_attention.py` first: this is the same algorithm, FlashAttention-2 (arXiv 2307.08691). There, PyTorch runs one small
 operation after the other, and every tile of scores goes to memory and back between them. Here, one program does all of it for
 some rows of one head, and no score ever leaves the chip:
 
                              kᵀ (D, S), read tile by tile, past all queries
-                            +---------+---------+---------+----+
-                       main |/////////|         |         |    |    D = 40 is 32 + 8: a power of two, as a tile must be,
-                            |/////////|         |         |    |    and a tail, another. Stock kernels go up to 64
-                       tail |/////////|         |         |    |    instead, and multiply 24 columns of zeros
-                            +----+----+---------+---------+----+
-         main     tail           |       BLOCK_S         REST_S     S = 77 is 64 + 16, where others take 128
-        +--------+----+     +----v----+ - - - - + - - - - + - -+
-        |////////|////|     | scores  |         :         :    :    a product over D is a sum of two:
-        |/ q, of one /|---->| of one  |         :         :    :        q_main k_mainᵀ + q_tail k_tailᵀ
-    L   |// program //|     | tile    |         :         :    :
-        +--------+----+     +----+----+ - - - - + - - - - + - -+
+                            +---------+---------+---------+
+                       main |/////////|         |         |    D = 40 is 32 + 8: a power of two, as a tile must be,
+                            |/////////|         |         |    and a tail, another. Stock kernels go up to 64
+                       tail |/////////|         |         |    instead, and multiply 24 columns of zeros
+                            +----+----+---------+---------+
+         main     tail           |       BLOCK_S
+        +--------+----+     +----v----+ - - - - + - - - - +
+        |////////|////|     | scores  |         :         :    a product over D is a sum of two:
+        |/ q, of one /|---->| of one  |         :         :        q_main k_mainᵀ + q_tail k_tailᵀ
+    L   |// program //|     | tile    |         :         :
+        +--------+----+     +----+----+ - - - - + - - - - +
         |        |    |          v
         |  of the next|      p = 2^(scores - m): the weights, but for the sum of their row
         |        |    |          |
-        +--------+----+          v   p v_main and p v_tail are added to what is kept of each row:
+        +--------+----+          v   p v_main and p v_tail are added to the sums of each row:
                             +--------+----+   +---+-------+
                             |   o    | o  |   | m | total |    all of it in registers, until the row has met its last key;
                             |  main  |tail|   |   |       |    then o / total is the output, and m + log2(total)
-                            +--------+----+   +---+-------+    is kept for the backward
+                            +--------+----+   +---+-------+    is saved for the backward
 
 A product takes at least 16 numbers of each row, so where D is what is summed over, the tail of D = 40 is 16 wide, half of
 it zeros; where D is the width of the result it is 8. Together: 48 + 40 columns of 64 + 64.
 
-Strides go to the kernels, so that q, k and v are read where they lie, such as in the packed output of one linear. What is
-written lies in memory as (B, L, N·D): merging the heads afterwards copies nothing. fp32 is multiplied as three products in
-TF32 ("3xTF32": nearly fp32's own accuracy, on tensor cores); sums are in fp32 for every dtype.
+Strides go to the kernels, so that q, k and v are read where they lie. The result lies in memory as (B, L, N·D), so that merging
+the heads copies nothing. fp32 is multiplied as three products in TF32 (nearly fp32's own accuracy); sums are in fp32.
 
-flash_forward.py and flash_backward.py hold the kernels; here is what starts them.
+flash_kernels.py holds the kernels. This file starts them.
 """
 
 import math
@@ -55,12 +54,11 @@ except ImportError as error:
         'pip install "minidiff[triton]"; or take impl "sdpa".'
     ) from error
 
-from minidiff.fast.flash_backward import d_k_d_v_kernel, d_q_kernel
-from minidiff.fast.flash_forward import forward_kernel, short_kernel
+from minidiff.fast.flash_kernels import d_k_d_v_kernel, d_q_kernel, forward_kernel
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_D = 160
-SHORT = 128  # keys, at most, that are a prompt's: seen all at once by the forward
+SHORT = 128  # keys, at most, that are a prompt's: for them tiles are narrower, as 77 would be 64 + 64
 PART = 512  # queries for which a prompt's dk and dv are summed by one program
 STAGES = 2  # tiles on their way from memory at once
 
@@ -69,25 +67,21 @@ class Tile(NamedTuple):
     """The sides of a tile, and how many warps of 32 threads work on it."""
 
     queries: int
-    keys: int  # of the short kernel, which takes all: unused
+    keys: int
     warps: int
     tail: int = 0  # columns of the tail, if there is one, at least
 
 
-# By MAIN (see `split`). Chosen by compiling for sm_86, 89, 90 and 120; no GPU has timed them yet. In fp16 and bf16 no kernel of
-# SD's runs out of registers, nor at D = 128. Over a prompt, some instructions of 1,250 store or load one: of d_k_d_v 9 on sm_86
-# and 89 (D = 72), 25 (64) and 19 (72) on sm_90; of d_q 26 on sm_120 (72).
+# By MAIN (see `split`). Chosen by compiling for sm_86, 89, 90 and 120; no GPU has timed them yet.
 HALF_TILES = {
     "forward": {32: Tile(128, 64, 8), 64: Tile(128, 64, 8), 128: Tile(64, 32, 4)},
-    "short": {32: Tile(128, 0, 8), 64: Tile(128, 0, 8), 128: Tile(16, 0, 4)},
+    "short forward": {32: Tile(128, 32, 8), 64: Tile(128, 32, 8), 128: Tile(64, 32, 4)},
     "d_q": {32: Tile(64, 32, 4), 64: Tile(64, 32, 4), 128: Tile(64, 16, 4)},
     "d_k_d_v": {32: Tile(64, 64, 4), 64: Tile(32, 64, 4), 128: Tile(32, 16, 4)},
     "short d_k_d_v": {32: Tile(64, 16, 1), 64: Tile(32, 16, 1), 128: Tile(32, 16, 4)},
 }
 # fp32 takes twice the registers, and each operand of a 3xTF32 product twice that. Rows are shared out to warps 16 by 16; where
-# all warps have the same 16, the columns are shared out, if a tail is wider than the rows are many: hence the tails of 32. What
-# is left of spills, in instructions that store or load a register, of some 2,000: d_k_d_v on sm_90 3 (D = 72, 80), on sm_120 21
-# (D = 128) and 28 (160); d_q on sm_120 6 (64, 128) and 3 (160). Tiles without them would multiply up to three times as much.
+# all warps have the same 16, the columns are shared out, if a tail is wider than the rows are many: hence the tails of 32.
 FP32_TILES = {
     "forward": {32: Tile(64, 16, 4), 64: Tile(16, 32, 4, tail=32), 128: Tile(16, 32, 4)},
     "d_q": {32: Tile(64, 16, 4), 64: Tile(16, 32, 4, tail=32), 128: Tile(16, 32, 4)},
@@ -98,8 +92,7 @@ FP32_TILES = {
 def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √D) v. q (B, N, L, D), k and v (B, N, S, D), of any strides, in fp16, bf16 or fp32 -> (B, N, L, D).
 
-    The result lies in memory as (B, L, N, D). Keeps q, k, v, the result and one fp32 number a row for the backward, which
-    gives the same bits every time. SettingsError for what the kernels cannot take.
+    The backward pass gives the same bits every time. SettingsError for what the kernels cannot take.
     """
     check(q, k, v)
     return FlashAttention.apply(q, k, v)
@@ -128,13 +121,11 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """-> the output (B, N, L, D), and (B, N, L) the base-2 logarithm of the sum that each row was divided by."""
     (b, n, length, d), s = q.shape, k.shape[-2]
     out, lse = empty_by_tokens(q), torch.empty(b, n, length, dtype=torch.float32, device=q.device)
-    short = s <= SHORT and q.dtype != torch.float32  # of fp32, a row of all keys does not fit into the registers
-    tile = tile_of("short" if short else "forward", q)
-    kernel, tiles = (short_kernel, whole_row(s)) if short else (forward_kernel, tiles_along("S", s, tile.keys, q.dtype))
+    tile = tile_of("forward", q, s)
     with torch.cuda.device_of(q):
-        kernel[triton.cdiv(length, tile.queries), b * n](
+        forward_kernel[triton.cdiv(length, tile.queries), b * n](
             q, k, v, out, lse, q.stride(), k.stride(), v.stride(), out.stride(), n, length, s, scale_of(d),
-            **columns_of(q, tile), BLOCK_L=tile.queries, **tiles,
+            **columns_of(q, tile), BLOCK_L=tile.queries, BLOCK_S=tile.keys, MASK=s % tile.keys > 0,
             ALIGN=alignment(q, k, v, out), num_warps=tile.warps, num_stages=STAGES,
         )  # fmt: skip
     return out, lse
@@ -144,11 +135,11 @@ def launch_d_q(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out:
     """-> dq (B, N, L, D), and (B, N, L) the sum of dO ∘ O over each row."""
     (b, n, length, d), s = q.shape, k.shape[-2]
     d_q, delta = empty_by_tokens(q), torch.empty_like(lse)
-    tile = tile_of("d_q", q)
+    tile = tile_of("d_q", q, s)
     with torch.cuda.device_of(q):
         d_q_kernel[triton.cdiv(length, tile.queries), b * n](
             q, k, v, out, d_out, lse, delta, d_q, q.stride(), k.stride(), v.stride(), out.stride(), d_out.stride(),
-            n, length, s, scale_of(d), **columns_of(q, tile), BLOCK_L=tile.queries, **tiles_along("S", s, tile.keys, q.dtype),
+            n, length, s, scale_of(d), **columns_of(q, tile), BLOCK_L=tile.queries, BLOCK_S=tile.keys, MASK=s % tile.keys > 0,
             ALIGN=alignment(q, k, v, out, d_out), num_warps=tile.warps, num_stages=STAGES,
         )  # fmt: skip
     return d_q, delta
@@ -157,7 +148,7 @@ def launch_d_q(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out:
 def launch_d_k_d_v(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
     """-> dk and dv (B, N, S, D). Over a prompt, the queries are shared out in parts, and these are summed in fp32."""
     (b, n, length, d), s = q.shape, k.shape[-2]
-    tile = tile_of("short d_k_d_v" if s <= SHORT and q.dtype != torch.float32 else "d_k_d_v", q)
+    tile = tile_of("d_k_d_v", q, s)
     parts = triton.cdiv(length, PART) if s <= SHORT else 1
     like = k.new_empty(1).expand(parts * b, n, s, d)
     d_k, d_v = (empty_by_tokens(like, k.dtype if parts == 1 else torch.float32) for _ in range(2))
@@ -165,7 +156,7 @@ def launch_d_k_d_v(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, 
         d_k_d_v_kernel[triton.cdiv(s, tile.keys), b * n, parts](
             q, k, v, d_out, lse, delta, d_k, d_v, q.stride(), k.stride(), v.stride(), d_out.stride(), d_k.stride(),
             n, length, s, length if parts == 1 else PART, scale_of(d), **columns_of(q, tile),
-            BLOCK_S=tile.keys, **tiles_along("L", length, tile.queries, q.dtype),
+            BLOCK_S=tile.keys, BLOCK_L=tile.queries, MASK=length % tile.queries > 0,
             ALIGN=alignment(q, k, v, d_out, d_k), num_warps=tile.warps, num_stages=STAGES,
         )  # fmt: skip
     if parts == 1:
@@ -175,10 +166,11 @@ def launch_d_k_d_v(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, 
     return d_k, d_v
 
 
-def tile_of(kernel: str, q: Tensor) -> Tile:
+def tile_of(kernel: str, q: Tensor, keys: int) -> Tile:
     """From the tables above."""
+    tables = FP32_TILES if q.dtype == torch.float32 else HALF_TILES
     main, _ = split(q.shape[-1])
-    return (FP32_TILES if q.dtype == torch.float32 else HALF_TILES)[kernel][max(main, 32)]
+    return (tables.get(f"short {kernel}" if keys <= SHORT else "") or tables[kernel])[max(main, 32)]
 
 
 def scale_of(d: int) -> float:
@@ -191,19 +183,8 @@ def columns_of(q: Tensor, tile: Tile) -> dict[str, int | str]:
     d = q.shape[-1]
     main, tail = split(d)
     tail = max(tail, tile.tail) if tail else 0
-    out_tail = min(tail, power_of_two(d - main, max(narrowest_result(q.device), tile.tail)))
+    out_tail = min(tail, power_of_two(d - main, max(8, tile.tail)))
     return {"D": d, "MAIN": main, "TAIL": tail, "OUT_TAIL": out_tail, "PRECISION": "tf32x3"}
-
-
-def narrowest_result(device: torch.device) -> int:
-    """8 columns; 16 on sm_90 with a Triton before 3.9, which uses the matrix instructions of older GPUs there for 8."""
-    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
-    return 16 if old and generation(device) == 9 else 8
-
-
-def generation(device: torch.device) -> int | None:
-    """The first number of the compute capability: 9 for sm_90."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
 
 
 def alignment(*tensors: Tensor) -> int:
@@ -216,28 +197,6 @@ def split(length: int) -> tuple[int, int]:
     whole = power_of_two(length, 16)
     main, tail = whole // 2, power_of_two(length - whole // 2, 16)
     return (main, tail) if main + tail < whole else (whole, 0)
-
-
-def whole_row(s: int) -> dict[str, int]:
-    """Two tiles that hold all keys of a prompt."""
-    block, more = split(s)
-    return {"BLOCK_S": block, "REST_S": more}
-
-
-def tiles_along(axis: str, length: int, block: int, dtype: torch.dtype) -> dict[str, int]:
-    """How a kernel's loop walks along `length`: in whole blocks, and then a narrower one, if need be, with a mask.
-
-    The code for two sizes needs more registers than fp32 leaves: there, and where the narrower one would be as wide, all blocks
-    are whole, and with a mask where the last is not.
-    """
-    more = rest(length, block)
-    one_size = dtype == torch.float32 or more == block
-    return {f"BLOCK_{axis}": block, f"REST_{axis}": 0 if one_size else more, "MASK": int(one_size and more > 0)}
-
-
-def rest(length: int, block: int) -> int:
-    """The width of the last, narrower tile: a power of two, at least 16, that holds what whole blocks leave; 0 for nothing."""
-    return power_of_two(length % block, 16) if length % block else 0
 
 
 def power_of_two(x: int, least: int) -> int:

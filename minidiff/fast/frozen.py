@@ -21,13 +21,15 @@ from minidiff.fast import conv, memory
 from minidiff.fast.conv import HALF, as_autocast
 from minidiff.fast.lean import saves
 
+Caches = tuple[conv.Cache, conv.Cache]  # for forward and backward
+
 # --- the classes ---------------------------------------------------------------------------------------------------------
 
 
 class FastConv2d(nn.Conv2d):
     """Equals PyTorch's `F.conv2d(x, weight, bias)`, for square kernels; up to rounding on a CPU."""
 
-    caches: tuple[conv.Cache, conv.Cache] | None = None  # copies of the weight for forward and backward; None: do not cache
+    caches: Caches | None = None  # copies of the weight for forward and backward; None: do not cache
 
     def forward(self, x: Tensor) -> Tensor:
         stride, padding, caches = self.stride[0], int(self.padding[0]), self.caches
@@ -90,8 +92,7 @@ def cache_prompt(model: nn.Module) -> Iterator[None]:
 def frozen_weights(models: Iterable[nn.Module], large: bool) -> Iterator[None]:
     """Use this while the weights of `models` do not change: their convolutions then cache rearranged copies of them.
 
-    In training (with gradients) this applies only to frozen layers. The copies of `large` weights need up to four times the
-    memory of the weights, and are cached only if the machine has enough; without them, the copies need a few MB.
+    In training it applies only to frozen layers. `large` caches copies of large weights, too, if the machine has the memory.
     """
     training = torch.is_grad_enabled()
     layers = [m for model in models for m in model.modules() if isinstance(m, FastConv2d)]
@@ -146,13 +147,7 @@ class FrozenConv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: int,
-        padding: int,
-        caches: tuple[conv.Cache, conv.Cache] | None,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, caches: Caches | None
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape, ctx.how, ctx.cache = x.shape, (stride, padding), caches and caches[1]

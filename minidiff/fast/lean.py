@@ -17,7 +17,6 @@ fine-tuning, where the gradients of the weights need the inputs.
 
 How an output is recomputed: `tensor.grad_fn` is the autograd node that produced the tensor. The nodes in this file can compute
 their output again. So a later operation does not save its input: in its backward pass it asks that node (`save`, `saved`).
-That node runs its own backward pass later, so it still has what it saved.
 """
 
 from collections.abc import Callable
@@ -41,27 +40,23 @@ class LeanNormSiLU(NormSiLU):
     """Equals `F.silu(norm(x))` in core/blocks.py."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not saves(x, self):
-            return super().forward(x)
-        return GroupNormFunction.apply(x, self.weight, self.bias, self.num_groups, self.eps, True)
+        how = self.num_groups, self.eps, True
+        return GroupNormFunction.apply(x, self.weight, self.bias, *how) if saves(x, self) else super().forward(x)
 
 
 class LeanGroupNorm(nn.GroupNorm):
     """Equals PyTorch's `F.group_norm(x)`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not saves(x, self):
-            return super().forward(x)
-        return GroupNormFunction.apply(x, self.weight, self.bias, self.num_groups, self.eps, False)
+        how = self.num_groups, self.eps, False
+        return GroupNormFunction.apply(x, self.weight, self.bias, *how) if saves(x, self) else super().forward(x)
 
 
 class LeanLayerNorm(nn.LayerNorm):
     """Equals PyTorch's `F.layer_norm(x)`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not saves(x, self):
-            return super().forward(x)
-        return LayerNormFunction.apply(x, self.weight, self.bias, self.eps)
+        return LayerNormFunction.apply(x, self.weight, self.bias, self.eps) if saves(x, self) else super().forward(x)
 
 
 class LeanGEGLU(GEGLU):

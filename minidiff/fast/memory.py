@@ -13,10 +13,9 @@ malloc_options: dict[int, int] = {}  # as this process has set them
 
 
 def keep_memory() -> None:
-    """Have this process keep the memory that tensors leave, for the next ones. For programs that own their process.
+    """Have glibc keep freed memory for the next tensors. For programs that own their process.
 
-    On Linux a large tensor's memory is given back when it goes, and the next one gets it anew, page by page and filled with
-    zeros: about a tenth of a U-Net's time on a CPU. glibc is told to keep it.
+    Otherwise each large tensor gets new memory, page by page and filled with zeros: a tenth of a U-Net's time on a CPU.
     """
     large_pages()
     tell_malloc(TRIM_THRESHOLD, 2**31 - 1)
@@ -24,20 +23,16 @@ def keep_memory() -> None:
 
 
 def return_memory() -> None:
-    """Have this process give the memory of each tensor back when it goes: slower, and the peak is what tensors need.
+    """Have glibc return the memory of each freed tensor to the system: slower, with a lower peak.
 
-    Left alone, glibc learns from freed tensors of up to 32 MB to keep such memory, and what it keeps does not always fit the
-    next one: a LoRA step of SD 1.5 in fp32 took 2.2 GiB beside the weights, and 1.5 like this.
+    A LoRA step of SD 1.5 in fp32 took 1.5 GiB beside the weights; 2.2 by glibc's defaults.
     """
     large_pages()
     tell_malloc(MMAP_THRESHOLD, 2**20)
 
 
 def large_pages() -> None:
-    """Have PyTorch take large tensors in pages of 2 MB; before the first of them, or it will not.
-
-    Memory that is given back comes anew in 512 times fewer pieces: a step of SD 1.5 under `return_memory` took 28 s, before 34.
-    """
+    """Have PyTorch take large tensors in pages of 2 MB. It asks once, before the first of them. (34 s a step became 28 s.)"""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's own switch: "transparent huge pages"
 
 
@@ -61,9 +56,9 @@ def machine_memory() -> int | None:
 
 
 def peak_memory(device: str) -> int | None:
-    """The most that this process has had so far, in bytes: of tensors on a GPU, else of everything. None on Windows.
+    """The most memory that this process has had so far, in bytes: of tensors on a GPU, else of everything. None on Windows.
 
-    Linux's `ru_maxrss` is no use: a process begins with that of the one that started it.
+    (Linux's `ru_maxrss` begins with that of the parent process.)
     """
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)

@@ -2,9 +2,8 @@
 
     B batch   N heads   L query tokens   S key tokens   D width of one head
 
-The weights of attention are an L x S matrix for each head, 4096 x 4096 at the finest level of SD 1.5, and `naive` keeps
-them all. But a row of the output needs its weights only once, and only their sum has to be known at the end. So they are made
-tile by tile and thrown away; the backward makes them again:
+The weights of attention are an L x S matrix for each head, 4096 x 4096 at the finest level of SD 1.5, and `naive` saves them
+all. Here they are computed tile by tile and freed; the backward pass computes them again:
 
               S keys ->
             +-----+-----+-----+-----+     one row of tiles at a time, from left to right. What is kept of each query:
@@ -12,7 +11,7 @@ tile by tile and thrown away; the backward makes them again:
     queries +-----+-----+-----+-----+       total   the sum of exp(score - m) so far (the papers' l)
      |    1 |  *  | now |     |     |       o       the sum of exp(score - m) · v so far
      v      +-----+-----+-----+-----+     A tile with a larger score makes m grow: total and o are then multiplied by
-                                          exp(old m - new m), as if they had been summed with the new m from the start.
+                                          exp(old m - new m).
 
 Papers: FlashAttention (arXiv 2205.14135), and FlashAttention-2 (arXiv 2307.08691), whose order of loops this is.
 Memory: O(L) beside one tile, on any device.
@@ -34,8 +33,7 @@ BLOCK = 512  # queries and keys of a tile
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK) -> Tensor:
     """softmax(q kᵀ / √D) v without the L x S weights. q (B, N, L, D), k and v (B, N, S, D) -> (B, N, L, D).
 
-    Sums in fp32 where the inputs are fp16 or bf16. The result lies in memory as (B, L, N, D), so that merging the heads
-    after it copies nothing. `block` is the side of a tile.
+    Sums in fp32 where the inputs are fp16 or bf16. The result lies in memory as (B, L, N, D). `block` is the side of a tile.
     """
     return TiledAttention.apply(q, k, v, block)
 
@@ -61,7 +59,7 @@ class TiledAttention(torch.autograd.Function):
 
 def forward_tiles(q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """2307.08691, algorithm 1 -> the output (B, N, L, D) and the log-sum-exp of every row's scores (B, N, L, 1)."""
-    scale, wide = 1 / math.sqrt(q.shape[-1]), sum_dtype(q)
+    scale, wide = 1 / math.sqrt(q.shape[-1]), torch.promote_types(q.dtype, torch.float32)
     out = empty_by_tokens(q)
     lse = torch.empty_like(q[..., :1], dtype=wide)
     for rows in tiles(q.shape[-2], block):
@@ -89,7 +87,7 @@ def backward_tiles(
     With P the weights, O = P v, and dP = dO vᵀ: the softmax hands back dS = P ∘ (dP - Δ), where Δ is the sum of dP ∘ P over
     a row, which is the sum of dO ∘ O over that row: short to compute, because O was kept.
     """
-    scale, wide = 1 / math.sqrt(q.shape[-1]), sum_dtype(q)
+    scale, wide = 1 / math.sqrt(q.shape[-1]), torch.promote_types(q.dtype, torch.float32)
     d_q, d_k, d_v = (empty_by_tokens(x, wide).zero_() if need else None for x, need in zip((q, k, v), needed))
     for rows in tiles(q.shape[-2], block):
         q_tile, d_o = q[..., rows, :].to(wide), d_out[..., rows, :].to(wide)
@@ -110,11 +108,6 @@ def backward_tiles(
 def tiles(length: int, block: int) -> Iterator[slice]:
     """0 to `block`, `block` to 2 · `block`, …; the last one may be shorter."""
     return (slice(start, min(start + block, length)) for start in range(0, length, block))
-
-
-def sum_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of sums: fp32 for fp16 and bf16."""
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
 def empty_by_tokens(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,8 +1,7 @@
 """Examples -> latents, noise, timesteps and text for the loop; and their cache on the disk (`--cache_dir`).
 
-A sample is numbered through the whole run, and each thing drawn for it (which picture, flip, timestep, noise) is a
-function of (seed, that number, purpose). So a resumed run sees what it would have seen, and batch 4 sees what four
-batches of 1 see.
+Samples are numbered through the whole run, and each thing drawn for one (which picture, flip, timestep, noise) is a function
+of (seed, its number, purpose). So a resumed run sees what it would have seen, and one batch of 4 is four batches of 1.
 
 Shapes: B samples, 3 H W a picture in [-1, 1], C h w its latent, L tokens, D width of the text.
 """
@@ -13,9 +12,9 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import PIL
 import torch
@@ -33,7 +32,7 @@ from minidiff.files.weights import read_header, save
 from minidiff.trainer.dataset import Example, Size
 from minidiff.trainer.settings import FineTuneSettings
 
-Tensors = Mapping[str, Tensor]
+Tensors = dict[str, Tensor]
 Place = tuple[float, float]  # of a crop, across and down: 0 is left or top, 1 right or bottom
 MIDDLE: Place = (0.5, 0.5)
 
@@ -101,14 +100,6 @@ class Draw:
     prompt: str
 
 
-class Encoded(NamedTuple):
-    """A picture's latent, as the VAE gives it, and its mask."""
-
-    mean: Tensor  # (C, h, w)
-    logvar: Tensor  # (C, h, w)
-    mask: Tensor | None = None  # (1, h, w), the share of each cell that is learnt; None: without --masked_loss
-
-
 class LatentData:
     """The data of every latent diffusion recipe: `batch(step, micro)` gives latents, noise, timesteps and text.
 
@@ -140,20 +131,20 @@ class LatentData:
             rows = {p: encode_prompts([p])[0].cpu() for p in dict.fromkeys(prompts)}
         self.live_text = not rows[""].is_floating_point()  # token ids: the text encoder is trained itself
         self.prompts = rows if self.live_text else {p: row.float() for p, row in rows.items()}
-        self.cache: dict[tuple[int, bool], Encoded] = {}
+        self.cache: dict[tuple[int, bool], Tensors] = {}
         self.disk = Cache(settings.cache_dir, vae) if settings.cache_dir else None
         self.used_vae = False
         if settings.cache_latents:
             for i in progress(range(len(examples)), "picture", "encoding pictures", show=True):
                 for flip in (False, True) if settings.random_flip else (False,):
-                    self.cache[i, flip] = self._from_disk(i, flip) if self.disk else self._encode(i, MIDDLE, flip)
+                    self.cache[i, flip] = self._encoded(i, MIDDLE, flip)
 
     @property
     def facts(self) -> dict[str, Any]:
         """Facts about the data. A resumed run must have the same."""
         return {"pictures": len(self.examples), "data": fingerprint(self.examples), "side": self.resolution}
 
-    def batch(self, step: int, micro: int) -> dict[str, Tensor]:
+    def batch(self, step: int, micro: int) -> Tensors:
         """latents (B, C, h, w), scaled; noise, of that shape; t (B,), whole numbers; text (B, L, D). All on the CPU.
 
         Instead of text perhaps ids (B, L); with --masked_loss also mask (B, 1, h, w).
@@ -182,25 +173,25 @@ class LatentData:
         prompt = "" if drop < s.proportion_empty_prompts else template.replace("{}", self.examples[i].caption)
         return Draw(i, MIDDLE if s.center_crop else (x, y), s.random_flip and flip < 0.5, t, prompt)
 
-    def sample(self, number: int) -> dict[str, Tensor]:
+    def sample(self, number: int) -> Tensors:
         """One row of a batch."""
         seed, draw = self.settings.seed, self.draw(number)
         encoded = self._encoded(draw.picture, draw.place, draw.flip)
-        shape = encoded.mean.shape
-        z = sample_posterior(encoded.mean, encoded.logvar, normal(shape, seed, "posterior", number))
+        shape = encoded["mean"].shape
+        z = sample_posterior(encoded["mean"], encoded["logvar"], normal(shape, seed, "posterior", number))
         noise = normal(shape, seed, "noise", number)
         if self.settings.noise_offset:  # also a shift of each whole channel: Guttenberg 2023, "Diffusion with Offset Noise"
             noise = noise + self.settings.noise_offset * normal((shape[0], 1, 1), seed, "noise offset", number)
         return self._row(encoded, z, draw.prompt) | {"noise": noise, "t": draw.t}
 
-    def still(self, i: int) -> dict[str, Tensor]:
+    def still(self, i: int) -> Tensors:
         """Picture `i` with nothing drawn (its middle, the mean of its latent, the first template), without noise and t."""
         encoded = self._encoded(i, MIDDLE, False)
-        return self._row(encoded, encoded.mean, self.templates[0].replace("{}", self.examples[i].caption))
+        return self._row(encoded, encoded["mean"], self.templates[0].replace("{}", self.examples[i].caption))
 
-    def _row(self, encoded: Encoded, z: Tensor, prompt: str) -> dict[str, Tensor]:
+    def _row(self, encoded: Tensors, z: Tensor, prompt: str) -> Tensors:
         row = {"latents": z * self.vae.config.scaling_factor, "ids" if self.live_text else "text": self.prompts[prompt]}
-        return row if encoded.mask is None else row | {"mask": encoded.mask}
+        return row | {"mask": encoded["mask"]} if "mask" in encoded else row
 
     def _order(self, epoch: int) -> list[int]:
         if self.settings.aspect_ratio_buckets:
@@ -208,30 +199,31 @@ class LatentData:
             return bucketed_order(sizes, self.settings.train_batch_size, self.settings.seed, epoch)
         return order(len(self.turns), self.settings.seed, epoch)
 
-    def _encoded(self, i: int, place: Place, flip: bool) -> Encoded:
-        return self.cache[i, flip] if self.cache else self._encode(i, place, flip)
+    def _encoded(self, i: int, place: Place, flip: bool) -> Tensors:
+        """A picture's latent as the VAE gives it, "mean" and "logvar" (C, h, w), and its "mask"; encoded now or earlier."""
+        if (i, flip) in self.cache:
+            return self.cache[i, flip]
+        encode = partial(self._encode, i, place, flip)
+        if self.disk is None:
+            return encode()
+        example, masked = self.examples[i], self.settings.masked_loss
+        mask = sha256(example.mask) if masked and example.mask else None
+        origin = {"picture": sha256(example.path), "size": self.sizes[i], "place": place, "flip": flip}
+        return self.disk.kept(origin | {"masked": masked, "mask": mask}, encode)
 
     @torch.no_grad()
-    def _encode(self, i: int, place: Place, flip: bool) -> Encoded:
-        """A picture through the VAE, and its mask: each cell is the mean of its pixels."""
+    def _encode(self, i: int, place: Place, flip: bool) -> Tensors:
         self.used_vae = True
         example, size, weight = self.examples[i], self.sizes[i], next(self.vae.parameters())
         x = crop(load_image(example.path), size, place, flip)  # (3, H, W)
         mean, logvar = self.vae.encode(x[None].to(weight.device, weight.dtype))
-        mask = torch.ones_like(mean[0, :1], dtype=torch.float32, device="cpu") if self.settings.masked_loss else None
-        if mask is not None and example.mask is not None:
-            pixels = crop(load_image(example.mask).convert("L"), size, place, flip)[:1] / 2 + 0.5  # (1, H, W) in [0, 1]
-            mask = F.avg_pool2d(pixels, self.vae.config.downscale)
-        return Encoded(mean[0].float().cpu(), logvar[0].float().cpu(), mask)
-
-    def _from_disk(self, i: int, flip: bool) -> Encoded:
-        """The middle of a picture, encoded now or in an earlier run."""
-        assert self.disk
-        example, masked = self.examples[i], self.settings.masked_loss
-        mask = sha256(example.mask) if masked and example.mask else None
-        origin = {"picture": sha256(example.path), "size": self.sizes[i], "place": MIDDLE, "flip": flip}
-        encode = lambda: {k: v for k, v in self._encode(i, MIDDLE, flip)._asdict().items() if v is not None}  # noqa: E731
-        return Encoded(**self.disk.kept(origin | {"masked": masked, "mask": mask}, encode))
+        encoded = {"mean": mean[0].float().cpu(), "logvar": logvar[0].float().cpu()}
+        if not self.settings.masked_loss:
+            return encoded
+        if example.mask is None:
+            return encoded | {"mask": torch.ones_like(encoded["mean"][:1])}
+        pixels = crop(load_image(example.mask).convert("L"), size, place, flip)[:1] / 2 + 0.5  # (1, H, W) in [0, 1]
+        return encoded | {"mask": F.avg_pool2d(pixels, self.vae.config.downscale)}  # each cell: the mean of its pixels
 
 
 # --- the cache on the disk -------------------------------------------------------------------------------------------
@@ -279,7 +271,7 @@ class Cache:
         return tensors
 
 
-def read(path: Path, key: str) -> dict[str, Tensor] | None:
+def read(path: Path, key: str) -> Tensors | None:
     """The tensors of a file, if it is the one of that key and its numbers are as they were written; else None."""
     try:
         file = read_header(path)

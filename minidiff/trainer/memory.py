@@ -1,10 +1,9 @@
-"""How much memory a run needs, estimated before it starts; and `--fit`, which switches on the cheapest savings that suffice.
+"""How much memory a run needs, estimated before it starts; and `--fit`, which switches on savings until that is enough.
 
     together  =  held during the whole run  +  the largest of the moments  +  an allowance
 
 The moments come one after the other: pictures are encoded, steps are made, sheets are drawn. On the `meta` device tensors have
 shapes and no numbers, so a forward pass takes a second, and autograd reports each tensor that it saves for the backward pass.
-The allowance is for what cannot be counted: memory inside kernels, and gaps in the allocator.
 """
 
 import copy
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,23 +27,28 @@ from minidiff.draw.device import is_out_of_memory
 from minidiff.draw.speed import checkpoint_gradients, peak_memory
 from minidiff.trainer import checkpoint, distributed
 from minidiff.trainer.job import Job
-from minidiff.trainer.settings import AdapterSettings, FineTuneSettings, FrozenSettings, FullSettings, size_in_bytes
+from minidiff.trainer.settings import FineTuneSettings, FrozenSettings, size_in_bytes
 
 MIB, HALF = 2**20, (torch.float16, torch.bfloat16)
-# The allowance: a constant (Python and PyTorch, or CUDA), and a share of the largest moment. For a CPU they were measured on
-# Linux; with --fit, freed memory is returned at once, which leaves fewer gaps. For a GPU they are a guess.
+# The allowance is for what cannot be counted: Python and PyTorch (or CUDA) themselves, and of the largest moment a share for
+# memory inside kernels and gaps in the allocator. For a CPU it was measured on Linux; with --fit, freed memory is returned at
+# once, which leaves fewer gaps. For a GPU it is a guess.
 BASE, SHARE, SHARE_WITH_FIT, SHARE_ON_GPU = 570 * MIB, 0.60, 0.30, 0.15
 SMALL = 2**20  # weights of a convolution; larger ones are not copied in training (fast/conv.py)
 
-SAVINGS = {  # flag -> its cost; the cheapest first. Each costs more than all flags before it together
+SAVINGS = {  # flag -> its cost; the cheapest first
     "layerwise_casting": "about a tenth more time, the same result",
     "gradient_checkpointing": "a third more time, the same result",
     "use_8bit_adam": "AdamW's running means are rounded, so the last digits differ",
     "optimizer_in_backward": "each gradient is limited separately, not all together",
     "bf16_weights": "trained weights have 8 bits of precision, with stochastic rounding",
 }
+HINTS = (
+    "--train_batch_size 1 with more --gradient_accumulation_steps; --mixed_precision bf16; a smaller --resolution; "
+    "minidiff train lora with a low --rank, which trains a hundredth of the weights"
+)
 
-# --- counting --------------------------------------------------------------------------------------------------------
+# --- a step on meta --------------------------------------------------------------------------------------------------
 
 
 class Counter:
@@ -109,7 +113,7 @@ def forward_pass(task: Job, settings: FineTuneSettings, checkpointing: bool) -> 
             held = dtype_in(settings, t)
             cast = dtype if t.dtype == most and dtype != torch.float32 else held
             memo[id(t)] = meta = torch.empty_like(t, device="meta", dtype=cast).requires_grad_(t.requires_grad)
-            if cast == held:  # else it is a copy of autocast's, which autograd may save
+            if cast == held:  # else it is a copy that autocast makes, and autograd may save
                 counter.seen[id(meta.untyped_storage())] = meta.untyped_storage()
         copied = copy.deepcopy(network, memo)
         for module in copied.modules():
@@ -120,21 +124,13 @@ def forward_pass(task: Job, settings: FineTuneSettings, checkpointing: bool) -> 
     unet = on_meta(task.modules["unet"])
     checkpoint_gradients(unet, checkpointing)
     with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor), FusedAttention():
-        ids, text = batch.get("ids"), batch.get("text")
-        text = on_meta(task.modules["text_encoder"])(ids).last_hidden_state if text is None else text
+        text = batch["text"] if "text" in batch else on_meta(task.modules["text_encoder"])(batch["ids"]).last_hidden_state
         unet(batch["latents"].to(dtype), batch["t"], text.to(dtype))
     return counter
 
 
-class Step(NamedTuple):
-    """Bytes of a training step."""
-
-    saved: int  # for the backward pass
-    most: int  # that there is at once, gradients included
-
-
-def step_bytes(task: Job, settings: FineTuneSettings) -> Step:
-    """The memory of one training step: a forward and a backward pass."""
+def step_bytes(task: Job, settings: FineTuneSettings) -> tuple[int, int]:
+    """The bytes that a training step saves for its backward pass, and the most that there is at once, with gradients."""
     counter, size = forward_pass(task, settings, False), 2 if settings.bf16_weights else 4  # bytes of a gradient's number
     layer = sum(counter.inside.get(kind, 0) for kind in (ResBlock, SpatialTransformer))
     if settings.gradient_checkpointing:
@@ -146,29 +142,7 @@ def step_bytes(task: Job, settings: FineTuneSettings) -> Step:
         most = max(most, saved + gradients + size * numbers)
         gradients += 0 if accumulates or early else size * numbers
     # In a layer's backward pass there are gradients of all that it saved; with checkpointing it has to be computed again, too.
-    return Step(counter.saved, most + layer * (1 + settings.gradient_checkpointing))
-
-
-def vae_bytes(vae: AutoencoderKL, latent: torch.Size, method: str) -> int:
-    """The memory in which the VAE can "encode" or "decode" a picture of `latent` (C, h, w): three of its largest tensor."""
-    widths, pixels = vae.config.block_out_channels, latent[1:].numel() * vae.config.downscale**2
-    return 3 * pixels * (widths[0] if method == "encode" else max(widths[:2])) * next(vae.parameters()).itemsize
-
-
-def optimizer_bytes(trained: list[int], settings: FineTuneSettings) -> int:
-    """AdamW's two running means for tensors of so many numbers: fp32, or 8 bits with a scale for each block."""
-    if not settings.use_8bit_adam:
-        return 8 * sum(trained)
-    from minidiff.fast.adam8bit import BLOCK, LEAST
-
-    return sum(2 * (n + 4 * -(-n // BLOCK)) if n >= LEAST else 8 * n for n in trained)
-
-
-def copied_bytes(unet: nn.Module, latent: torch.Size) -> int:
-    """Of frozen small convolutions, of which fast/conv.py keeps a copy in another order, for large latents a larger one."""
-    own = [m for m in unet.modules() if isinstance(m, nn.Conv2d) and type(m) is not nn.Conv2d and m.kernel_size == (3, 3)]
-    small = sum(m.weight.numel() for m in own if not m.weight.requires_grad and m.weight.numel() <= SMALL)
-    return 4 * small * (9 if latent[1:].numel() >= 1024 else 3)
+    return counter.saved, most + layer * (1 + settings.gradient_checkpointing)
 
 
 # --- the budget ------------------------------------------------------------------------------------------------------
@@ -198,20 +172,19 @@ def row(name: str, size: int) -> str:
 
 def budget(task: Job, settings: FineTuneSettings) -> Budget:
     """The memory of the run."""
-    trained = [p.numel() for p in task.trainable.values()]
+    trained, unet, vae = [p.numel() for p in task.trainable.values()], task.modules["unet"], task.beside.get("VAE")
     device, latent = next(iter(task.trainable.values())).device.type, task.batch(0, 0)["latents"].shape[1:]
     tensors = {name: [*n.parameters(), *n.buffers()] for name, n in (task.modules | task.beside).items()}
     there = {name: [t for t in all_of if t.device.type == device] for name, all_of in tensors.items()}
     weights = {name: sum(t.numel() * dtype_in(settings, t).itemsize for t in all_of) for name, all_of in there.items()}
     away = sum(t.nbytes for all_of in tensors.values() for t in all_of if t.device.type != device)
     later = {  # than the pictures are encoded
-        "copies": copied_bytes(task.modules["unet"], latent) if device == "cpu" else 0,
+        "copies": copied_bytes(unet, latent) if device == "cpu" else 0,
         "optimizer": optimizer_bytes(trained, settings),
         "averaged weights": 4 * sum(trained) if settings.use_ema else 0,
     }
     gradients = 0 if settings.optimizer_in_backward else (2 if settings.bf16_weights else 4) * sum(trained)
-    moments = {"training step": step_bytes(task, settings).most, "update": gradients}
-    vae = task.beside.get("VAE")
+    moments = {"training step": step_bytes(task, settings)[1], "update": gradients}
     if isinstance(vae, AutoencoderKL) and task.used_vae:
         moments["pictures"] = max(0, away + vae_bytes(vae, latent, "encode") - sum(later.values()))
     if isinstance(vae, AutoencoderKL) and settings.validation_steps:
@@ -219,6 +192,28 @@ def budget(task: Job, settings: FineTuneSettings) -> Budget:
     share = (SHARE_WITH_FIT if settings.fit else SHARE) if device == "cpu" else SHARE_ON_GPU
     held = {name: size for name, size in (weights | later).items() if size}
     return Budget(held, moments, BASE + int(share * max(moments.values())))
+
+
+def vae_bytes(vae: AutoencoderKL, latent: torch.Size, method: str) -> int:
+    """The memory in which the VAE can "encode" or "decode" a picture of `latent` (C, h, w): three of its largest tensor."""
+    widths, pixels = vae.config.block_out_channels, latent[1:].numel() * vae.config.downscale**2
+    return 3 * pixels * (widths[0] if method == "encode" else max(widths[:2])) * next(vae.parameters()).itemsize
+
+
+def optimizer_bytes(trained: list[int], settings: FineTuneSettings) -> int:
+    """AdamW's two running means for tensors of so many numbers: fp32, or 8 bits with a scale for each block."""
+    if not settings.use_8bit_adam:
+        return 8 * sum(trained)
+    from minidiff.fast.adam8bit import BLOCK, LEAST
+
+    return sum(2 * (n + 4 * -(-n // BLOCK)) if n >= LEAST else 8 * n for n in trained)
+
+
+def copied_bytes(unet: nn.Module, latent: torch.Size) -> int:
+    """Of frozen small convolutions, of which fast/conv.py keeps a copy in another order, for large latents a larger one."""
+    own = [m for m in unet.modules() if isinstance(m, nn.Conv2d) and type(m) is not nn.Conv2d and m.kernel_size == (3, 3)]
+    small = sum(m.weight.numel() for m in own if not m.weight.requires_grad and m.weight.numel() <= SMALL)
+    return 4 * small * (9 if latent[1:].numel() >= 1024 else 3)
 
 
 # --- --fit -----------------------------------------------------------------------------------------------------------
@@ -241,53 +236,44 @@ def budgeted(task: Job, settings: FineTuneSettings) -> Iterator[FineTuneSettings
         resume = f"The last checkpoint is {good}. --resume_from_checkpoint latest continues from it."
         raise MinidiffError(
             f"out of memory while training.\n{need}\nWhat helps: --fit with the memory that there is, which switches on "
-            f"savings; {other_hints(settings)}.\n{resume if good else 'No checkpoint had been saved yet.'}"
+            f"savings; {HINTS}.\n{resume if good else 'No checkpoint had been saved yet.'}"
         ) from error
     if peak := peak_memory(next(iter(task.trainable.values())).device.type):
         print(row("measured peak", peak))
 
 
 def chosen(task: Job, settings: FineTuneSettings) -> tuple[FineTuneSettings, Budget, str]:
-    """The settings with the cheapest savings under which the run fits, its budget, and an explanation.
+    """The settings with as many savings, the cheapest first, as the run needs to fit; its budget, and an explanation.
 
-    A resumed run keeps the savings that it began with, except those that do not change the result. SettingsError if the run
-    does not fit with all savings.
+    A resumed run keeps the savings that it began with, and adds only those that do not change the result. SettingsError if the
+    run does not fit with all savings.
     """
     if settings.fit is None:
         return settings, budget(task, settings), ""
-    begun, limit, on = as_begun(task, settings), size_in_bytes(settings.fit) or 0, list[str]()
-    free = [flag for flag in possible(task, begun) if begun is settings or flag in settings.HARMLESS]
-
-    def switched(flags: list[str]) -> FineTuneSettings:
-        return replace(begun, **dict.fromkeys(flags, True))  # type: ignore[arg-type]
-
-    need = budget(task, begun)
-    while need.together > limit and len(on) < len(free):  # the cheapest first, until it fits
-        on = free[: len(on) + 1]
-        need = budget(task, switched(on))
+    free, limit, trained, notes = possible(task, settings), size_in_bytes(settings.fit) or 0, settings, ""
+    if path := checkpoint.find(settings):
+        begun = checkpoint.read_manifest(path)["made_of"]
+        kept = [flag for flag in free if flag not in settings.HARMLESS and begun.get(flag)]
+        trained, notes = with_flags(trained, *kept), "".join(f"\n  --{flag}: as the run began" for flag in kept)
+        free = [flag for flag in free if flag in settings.HARMLESS]
+    need = budget(task, trained)
+    for flag in free:
+        if need.together <= limit:
+            break
+        trial = with_flags(trained, flag)
+        if (less := budget(task, trial)).together < need.together:
+            trained, need, notes = trial, less, f"{notes}\n  --{flag}: {SAVINGS[flag]}"
     if need.together > limit:
-        hints = f"What helps: {other_hints(settings)}."
-        raise SettingsError(f"--fit {settings.fit}: the run does not fit with all savings. It needs:\n{need}\n{hints}")
-    for flag in on[::-1]:  # leave out what is not needed beside the last one
-        fewer = [other for other in on if other != flag]
-        if (less := budget(task, switched(fewer))).together <= limit:
-            on, need = fewer, less
-    trained = switched(on)
+        raise SettingsError(f"--fit {settings.fit}: it does not fit with all savings. It needs:\n{need}\nWhat helps: {HINTS}.")
     checkpoint_gradients(task.modules["unet"], trained.gradient_checkpointing)
     if may_cast(trained) and not is_on(trained, "layerwise_casting"):
         task.modules["unet"].float()  # it was loaded in half precision, in case that it had to stay so
-    new = [flag for flag in SAVINGS if is_on(trained, flag) and not is_on(settings, flag)]
-    why = "".join(f"\n  --{flag}: {SAVINGS[flag] if flag in on else 'as the run began'}" for flag in new)
-    return trained, need, f"--fit {settings.fit}: {need.together / MIB:,.0f} MiB fit{' with' + why if new else ' as it is.'}\n"
+    how = f"with{notes}" if notes else "as it is."
+    return trained, need, f"--fit {settings.fit}: {need.together / MIB:,.0f} MiB fit {how}\n"
 
 
-def as_begun(task: Job, settings: FineTuneSettings) -> FineTuneSettings:
-    """The settings with the savings that a resumed run began with."""
-    if (path := checkpoint.find(settings)) is None:
-        return settings
-    begun = checkpoint.read_manifest(path)["made_of"]
-    flags = {flag: bool(begun.get(flag)) for flag in possible(task, settings) if flag not in settings.HARMLESS}
-    return replace(settings, **flags)  # type: ignore[arg-type]
+def with_flags(settings: FineTuneSettings, *flags: str) -> FineTuneSettings:
+    return replace(settings, **dict.fromkeys(flags, True))  # type: ignore[arg-type]
 
 
 def possible(task: Job, settings: FineTuneSettings) -> list[str]:
@@ -312,13 +298,3 @@ def may_cast(settings: FineTuneSettings) -> bool:
 
 def is_on(settings: FineTuneSettings, flag: str) -> bool:
     return bool(getattr(settings, flag, False))  # not every method has every flag
-
-
-def other_hints(settings: FineTuneSettings) -> str:
-    """Ways to save memory by training something else: fewer or smaller pictures at once, or fewer weights."""
-    hints = ["--train_batch_size 1 with more --gradient_accumulation_steps"] if settings.train_batch_size > 1 else []
-    hints += ["--mixed_precision bf16"] if settings.mixed_precision == "no" else []
-    hints += ["a smaller --resolution"]
-    hints += ["a lower --rank, or fewer --lora_targets"] if isinstance(settings, AdapterSettings) else []
-    hints += ["minidiff train lora, which trains a hundredth of the weights"] if isinstance(settings, FullSettings) else []
-    return "; ".join(hints)

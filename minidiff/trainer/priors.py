@@ -4,7 +4,7 @@
 
     with class pictures    drawn once by the base model; the class half is noise on these         `PairedData`
     from the base itself   the class half is other noise on the instance's latents, under the
-                           class prompt, and its target is what the base model answers there      `BasePrior`
+                           class prompt, and its target is what the base model predicts there     `BasePrior`
 
 The paper has the first alone. The second is distillation from the model before training, as in Learning without Forgetting
 (arXiv 1606.09282, section 3), which asks an old model about new pictures in the same way.
@@ -12,14 +12,11 @@ The paper has the first alone. The second is distillation from the model before 
 Shapes: B samples of each half, C h w a latent, L tokens, D width of the text.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from minidiff.core.errors import DataError
@@ -28,13 +25,9 @@ from minidiff.draw.images import generation_text, read_png_text, save_png
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.progress import progress
 from minidiff.trainer import distributed
-from minidiff.trainer.dataset import PICTURES, Example, read_folder
+from minidiff.trainer.dataset import Example, is_picture, read_folder
 from minidiff.trainer.latents import LatentData, fingerprint
 from minidiff.trainer.settings import FineTuneSettings
-
-DRAWN = "class-{:05d}.png"  # the names of pictures that we drew
-
-# --- class pictures --------------------------------------------------------------------------------------------------
 
 
 def class_examples(pipe: StableDiffusionPipeline, settings: FineTuneSettings, side: int) -> list[Example]:
@@ -42,74 +35,37 @@ def class_examples(pipe: StableDiffusionPipeline, settings: FineTuneSettings, si
 
     Picture i is drawn from a seed of its own and written whole, so an interrupted call goes on where it stopped.
     """
-    folder, prompt = Path(settings.class_data_dir or ""), settings.class_prompt or ""
-    have = _pictures_in(folder)
-    if not have and settings.num_class_images == 0:
-        raise DataError(f"{folder} has no class pictures, and --num_class_images 0 draws none; give a number, such as 100.")
-    _check_prompt(have, prompt)
-    free = (i for i in count() if not (folder / DRAWN.format(i)).exists())
-    missing = list(islice(free, max(0, settings.num_class_images - len(have))))
-    world = distributed.world()
-    if world.rank == 0:  # the first process draws for all
-        drawn = _drawn(pipe, settings, side, missing)
-        for i, image in progress(drawn, "picture", "drawing class pictures", len(missing), show=bool(missing)):
-            save_png(image, folder / DRAWN.format(i), {"parameters": _how(settings, i)})
-    world.wait()
-    return read_folder(folder, prompt)
-
-
-def _pictures_in(folder: Path) -> list[Path]:
+    s, folder, prompt = settings, Path(settings.class_data_dir or ""), settings.class_prompt or ""
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file; --class_data_dir is the folder of the class pictures.")
-    files = sorted(folder.iterdir()) if folder.exists() else []
-    return [p for p in files if p.suffix.lower() in PICTURES and not p.name.startswith(".")]
-
-
-def _check_prompt(pictures: list[Path], prompt: str) -> None:
-    """Pictures that were drawn for another prompt must not get this one."""
-    for path in pictures:
+    have = sorted(filter(is_picture, folder.iterdir())) if folder.exists() else []
+    if not have and s.num_class_images == 0:
+        raise DataError(f"{folder} has no class pictures, and --num_class_images 0 draws none; give a number, such as 100.")
+    for path in have:
         was = read_png_text(path).get("parameters", "").rpartition("\n")[0] if path.name.startswith("class-") else ""
         if was and was != prompt:
-            raise DataError(
-                f'{path} was drawn for "{was}", and --class_prompt is "{prompt}". Give that prompt, or another '
-                "--class_data_dir."
+            hint = "Give that prompt, or another --class_data_dir."
+            raise DataError(f'{path} was drawn for "{was}", and --class_prompt is "{prompt}". {hint}')
+    if distributed.world().rank == 0:  # the first process draws for all
+        files = [folder / f"class-{i:05d}.png" for i in range(s.num_class_images)]
+        files = [file for file in files if not file.exists()][: max(0, s.num_class_images - len(have))]
+        batches = [files[k : k + s.sample_batch_size] for k in range(0, len(files), s.sample_batch_size)]
+        for some in progress(batches, "batch", "drawing class pictures", show=bool(files)):
+            seeds = [class_seed(s.seed, int(file.stem[-5:])) for file in some]
+            steps, scale = s.validation_inference_steps, s.validation_guidance_scale
+            drawn = pipe(
+                [prompt] * len(some), seed=seeds, guidance_scale=scale, num_inference_steps=steps, width=side, height=side
             )
-
-
-def _drawn(
-    pipe: StableDiffusionPipeline, settings: FineTuneSettings, side: int, numbers: list[int]
-) -> Iterator[tuple[int, Image.Image]]:
-    """Class pictures, each with its number."""
-    for first in range(0, len(numbers), settings.sample_batch_size):
-        some = numbers[first : first + settings.sample_batch_size]
-        images = pipe(
-            [settings.class_prompt or ""] * len(some),
-            seed=[class_seed(settings.seed, i) for i in some],
-            guidance_scale=settings.validation_guidance_scale,
-            num_inference_steps=settings.validation_inference_steps,
-            width=side,
-            height=side,
-        ).images
-        yield from zip(some, images)
+            for file, seed, image in zip(some, seeds, drawn.images):
+                how = {"Steps": steps, "CFG scale": scale, "Seed": seed}
+                save_png(image, file, {"parameters": generation_text(prompt, "", how)})
+    distributed.world().wait()
+    return read_folder(folder, prompt)
 
 
 def class_seed(seed: int, i: int) -> int:
     """The seed of class picture i, in 32 bits, which other programs accept too."""
     return hashed_seed(seed, "class picture", i) % 2**32
-
-
-def _how(settings: FineTuneSettings, i: int) -> str:
-    """How a class picture was drawn, for its file."""
-    numbers = {
-        "Steps": settings.validation_inference_steps,
-        "CFG scale": settings.validation_guidance_scale,
-        "Seed": class_seed(settings.seed, i),
-        "Model": Path(settings.pretrained_model_name_or_path).name,
-    }
-    return generation_text(settings.class_prompt or "", "", numbers)
-
-
-# --- batches of two halves -------------------------------------------------------------------------------------------
 
 
 def class_settings(settings: FineTuneSettings) -> FineTuneSettings:
@@ -122,16 +78,13 @@ class PairedData:
 
     def __init__(self, instance: LatentData, prior: LatentData) -> None:
         self.instance, self.prior = instance, prior
+        self.used_vae = instance.used_vae or prior.used_vae
 
     @property
     def facts(self) -> dict[str, Any]:
         """Facts about the data. A resumed run must have the same."""
         pictures = self.prior.examples
         return self.instance.facts | {"class_pictures": len(pictures), "class_data": fingerprint(pictures)}
-
-    @property
-    def used_vae(self) -> bool:
-        return self.instance.used_vae or self.prior.used_vae
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         """As `LatentData.batch`, with 2B rows."""
@@ -147,15 +100,7 @@ class BasePrior:
 
     def __init__(self, instance: LatentData, class_prompt: Tensor) -> None:
         self.instance, self.class_prompt = instance, class_prompt.detach().cpu()
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Facts about the data. A resumed run must have the same."""
-        return self.instance.facts
-
-    @property
-    def used_vae(self) -> bool:
-        return self.instance.used_vae
+        self.facts, self.used_vae = instance.facts, instance.used_vae
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         """As `LatentData.batch`, with 2B rows. The target of the last B comes from core/recipes.py's `base_target`."""

@@ -44,9 +44,8 @@ class ValidationSet:
 
 def validation_set(data: LatentData) -> ValidationSet:
     """The pictures of `data` at fixed timesteps under fixed noise, whatever the run's seed is."""
-    T, count = data.timesteps, min(MOST, len(data.examples))
+    T, count, batches = data.timesteps, min(MOST, len(data.examples)), []
     bounds = [T * quarter // QUARTERS for quarter in range(QUARTERS + 1)]
-    batches = []
     for k in range(count):
         still = data.still(k * len(data.examples) // count)
         # picture k of n takes the (k + ½)/n-th part of each quarter: together they cover it
@@ -61,28 +60,21 @@ def validation_set(data: LatentData) -> ValidationSet:
 def check_prediction_type(
     schedule: NoiseSchedule, fixed: ValidationSet, predict: Callable[[dict[str, Tensor]], Tensor]
 ) -> None:
-    """SettingsError where the base clearly answers with v and its scheduler says eps, or the other way round.
+    """SettingsError where the base clearly predicts v and its scheduler says eps, or the other way round.
 
-    `predict` gives the U-Net's output (B, C, h, w) for a batch. Clearly: the other reading explains more than half of
-    the target's variance, and errs less than half as much. An untrained network is neither, and passes. A picture is
-    enough where the base as clearly does what its scheduler says; else up to four are looked at.
+    `predict` gives the U-Net's output (B, C, h, w) for a batch. Clearly: on the first picture, the other reading explains
+    more than half of the target's variance, and errs less than half as much. An untrained network does neither, and passes.
     """
-    kinds = ("epsilon", "v_prediction")
-    error, variance = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
-    named = schedule.config.prediction_type
-    other = kinds[1 - kinds.index(named)]
-    for batch in progress(looked := fixed.batches[:4], "picture", "looking at the base"):
-        output = predict(batch).float().cpu()
-        for kind in kinds:
-            reading = replace(schedule, config=replace(schedule.config, prediction_type=kind))
-            target = training_target(reading, batch["latents"], batch["noise"], batch["t"])
-            error[kind] += squared_error(output, target).mean().item()
-            variance[kind] += target.var().item()
-        if error[named] < 0.5 * min(variance[named], error[other]):
-            return
+    batch, named, error, variance = fixed.batches[0], schedule.config.prediction_type, {}, {}
+    other = "v_prediction" if named == "epsilon" else "epsilon"
+    output = predict(batch).float().cpu()
+    for kind in (named, other):
+        reading = replace(schedule, config=replace(schedule.config, prediction_type=kind))
+        target = training_target(reading, batch["latents"], batch["noise"], batch["t"])
+        error[kind], variance[kind] = squared_error(output, target).mean().item(), target.var().item()
     if error[other] < 0.5 * min(variance[other], error[named]):
         raise SettingsError(
             f'The base model\'s scheduler_config.json says prediction_type "{named}", but the U-Net answers with "{other}" '
-            f"(mean error {error[other] / len(looked):.2g}, not {error[named] / len(looked):.2g}). "
-            f'Set prediction_type to "{other}" there, else training would undo the model.'
+            f"(mean error {error[other]:.2g}, not {error[named]:.2g}). Set prediction_type to \"{other}\" there, else training "
+            "would undo the model."
         )

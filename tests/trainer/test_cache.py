@@ -64,7 +64,7 @@ def data(vae: AutoencoderKL, examples: list[Example], folder: Path | None, **cha
 
 
 def latents(found: LatentData) -> list[Tensor]:
-    return [tensor for encoded in found.cache.values() for tensor in encoded if tensor is not None]
+    return [tensor for encoded in found.cache.values() for tensor in encoded.values()]
 
 
 def same(a: LatentData, b: LatentData) -> bool:

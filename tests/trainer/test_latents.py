@@ -68,7 +68,7 @@ def test_exif_rotation(tmp_path: Path) -> None:
     picture_upright = tmp_path / "b.png"
     image.save(picture_upright)
     y = latents([Example(picture_upright, "p")]).cache
-    assert torch.equal(x[0, False][0], y[0, False][0])
+    assert torch.equal(x[0, False]["mean"], y[0, False]["mean"])
 
 
 def encode(prompts: list[str]) -> Tensor:
@@ -116,7 +116,7 @@ def test_latents_are_drawn_from_the_posterior(examples: list[Example]) -> None:
     """z = mean + sigma eps, times the scaling factor; eps differs from sample to sample."""
     data = latents(examples[:1])
     z = torch.stack([data.sample(n)["latents"] for n in range(200)]) / TINY_VAE.scaling_factor
-    mean, logvar = data.cache[0, False][:2]
+    mean, logvar = data.cache[0, False]["mean"], data.cache[0, False]["logvar"]
     noise = (z - mean) / (0.5 * logvar).exp()
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     t = torch.stack([data.sample(n)["t"] for n in range(2000)])
@@ -213,7 +213,7 @@ def test_masks_are_averaged_over_each_cell(tmp_path: Path) -> None:
     row = torch.tensor([1.0] * 7 + [0.5] + [0.0] * 8)
     assert torch.equal(batch["mask"], row.expand(2, 1, 16, 16))
     flipped = latents([example], masked_loss=True, random_flip=True)
-    assert torch.equal(flipped.cache[0, True].mask, row.flip(0).expand(1, 16, 16))  # type: ignore[arg-type]
+    assert torch.equal(flipped.cache[0, True]["mask"], row.flip(0).expand(1, 16, 16))
     assert "mask" not in latents([example]).batch(0, 0)
     assert latents([replace(example, mask=None)], masked_loss=True).batch(0, 0)["mask"].min() == 1
 

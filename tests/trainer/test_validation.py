@@ -98,22 +98,6 @@ def test_a_base_that_predicts_something_else_is_refused(fixed: ValidationSet) ->
         check_prediction_type(schedule, fixed, lambda b: add_noise(SCHEDULE, b["latents"], b["noise"], b["t"]) * 0.01)
 
 
-def test_one_picture_is_enough_where_the_base_is_clear(tmp_path: Path) -> None:
-    """An untrained network answers to all of the first four; one that plainly does what its scheduler says, to one."""
-    fixed = validation_set(data(tmp_path, 6))
-    asked = 0
-
-    def answer(skill: float, batch: Batch) -> Tensor:
-        nonlocal asked
-        asked += 1
-        return skill * batch["noise"]
-
-    for skill, pictures in ((0.9, 1), (0.0, 4)):
-        asked = 0
-        check_prediction_type(SCHEDULE, fixed, lambda batch: answer(skill, batch))  # noqa: B023
-        assert asked == pictures
-
-
 @pytest.mark.parametrize("samples, calls", [(1, [1] * 4), (3, [3, 1]), (8, [4])])
 def test_no_more_samples_at_once_than_in_training(tiny_folder: Path, tmp_path: Path, samples: int, calls: list[int]) -> None:
     draw_pictures(tmp_path / "pictures")

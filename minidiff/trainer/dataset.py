@@ -78,15 +78,13 @@ def scan_folder(folder: Path, prompt: str | None, caption_column: str | None = N
         for path in kohya:
             repeats, words = path.name.split("_", maxsplit=1)
             scan.read(path, words.strip(), int(repeats))
-        scan.not_used(folder, [p.name for p in inside if p not in kohya])
+        scan.notice(f"{folder}: not used", [p.name for p in inside if p not in kohya])
     without = [e.path.name for e in scan.examples if e.mask is None] if masks else []
     if without and len(without) == len(scan.examples):
-        scan.errors.append(
-            f"{folder}: no picture has a mask, and --masked_loss needs some: {Path(without[0]).stem}{MASK} beside "
-            f'{without[0]}, or a column "mask" in the metadata.'
-        )
-    elif without:
-        scan.notices.append(f"{folder}: without a mask, and so learnt as a whole: {some(without)}.")
+        wanted = f'{Path(without[0]).stem}{MASK} beside {without[0]}, or a column "mask" in the metadata'
+        scan.errors.append(f"{folder}: no picture has a mask, and --masked_loss needs some: {wanted}.")
+    else:
+        scan.notice(f"{folder}: without a mask, and so learnt as a whole", without)
     return scan
 
 
@@ -110,49 +108,38 @@ class Scan:
         except DataError as error:
             self.errors.append(str(error))
 
+    def notice(self, what: str, names: list[str]) -> None:
+        if names:
+            self.notices.append(f"{what}: {some(names)}.")
+
     def read(self, folder: Path, fallback: str | None = None, repeats: int = 1) -> None:
         """Read one folder, without those in it. `fallback` is the caption of pictures that have none."""
-        inside, before = sorted(folder.iterdir()), len(self.errors)
-        pictures, tables = [p for p in inside if is_picture(p)], [p for p in inside if p.name in METADATA]
+        inside, before, found = sorted(folder.iterdir()), len(self.errors), list[Example]()
+        pictures = [p for p in inside if is_picture(p)]
         stems = {p.stem for p in pictures}
         pictures = [p for p in pictures if not (p.name.endswith(MASK) and p.name.removesuffix(MASK) in stems)]
-        found: list[Example] = []
+        tables = [p for p in inside if p.name in METADATA and self.prompt is None]
         with self.collecting():
-            if self.prompt is not None:
-                found = [Example(p, self.prompt) for p in pictures]
-            elif len(tables) == 2:
+            if len(tables) == 2:
                 raise DataError(f"{folder} has both {tables[0].name} and {tables[1].name}; remove one of them.")
-            else:
-                found = [*self.from_table(tables[0])] if tables else [*self.from_sidecars(folder, pictures, fallback)]
+            found += self.from_table(tables[0]) if tables else self.from_sidecars(folder, pictures, fallback)
         if not found and len(self.errors) == before:
             holds = ", ".join(sorted({p.suffix or p.name for p in inside})) or "nothing"
             self.errors.append(f"{folder} has no pictures ({', '.join(PICTURES)}); it holds {holds}.")
-        if self.masks:
-            beside = {p: p.with_name(p.stem + MASK) for p in (e.path for e in found)}
-            found = [replace(e, mask=e.mask or (beside[e.path] if beside[e.path].is_file() else None)) for e in found]
-        meant = [e.path for e in found] if tables and self.prompt is None else pictures  # with or without a caption
-        files = [*meant, *(e.mask for e in found if e.mask)]
+        files = [*([e.path for e in found] if tables else pictures), *(e.mask for e in found if e.mask)]
         used = {p.relative_to(folder).parts[0] for p in files} | set(METADATA)  # a file, or the folder it is in
         used |= {str(Path(name).with_suffix(s)) for name in used for s in SIDECARS}
-        self.not_used(folder, [p.name for p in inside if p.name not in used])
+        self.notice(f"{folder}: not used", [p.name for p in inside if p.name not in used])
         self.examples += [replace(e, repeats=repeats) for e in found]
         self.pictures += pictures
 
-    def not_used(self, folder: Path, names: list[str]) -> None:
-        if names:
-            self.notices.append(f"{folder}: not used: {some(names)}.")
-
     def from_sidecars(self, folder: Path, pictures: list[Path], fallback: str | None) -> Iterator[Example]:
-        """a.png takes its caption from a.txt or a.caption."""
+        """The caption of a.png is the prompt of all pictures, or in a.txt or a.caption."""
         without = []
         for picture in pictures:
             with self.collecting():
-                found = [p for p in (picture.with_suffix(s) for s in SIDECARS) if p.is_file()]
-                if len(found) == 2:
-                    raise DataError(f"{picture} has two captions, {found[0].name} and {found[1].name}; remove one.")
-                if found or fallback:
-                    text = checked(" ".join(read_text(found[0]).split()), str(found[0])) if found else fallback
-                    yield Example(picture, text or "")
+                if caption := self.prompt or sidecar(picture) or fallback:
+                    yield Example(picture, caption, self.mask_beside(picture))
                 else:
                     without.append(picture.name)
         if without:
@@ -172,10 +159,15 @@ class Scan:
                 if path in lines:
                     raise DataError(f"{where}: {row['file_name']!r} was already on line {lines[path]}; a picture has one line.")
                 lines[path] = line
-                mask = file_in(table.parent, row, "mask", where) if self.masks and row.get("mask") else None
+                own = self.masks and row.get("mask")
+                mask = file_in(table.parent, row, "mask", where) if own else self.mask_beside(path)
                 yield Example(path, checked(cell(row, column, where), f'{where}: "{column}"'), mask)
         if not column:
             raise DataError(f"{table} is empty; one line for each picture is expected.")
+
+    def mask_beside(self, picture: Path) -> Path | None:
+        mask = picture.with_name(picture.stem + MASK)
+        return mask if self.masks and mask.is_file() else None
 
 
 def is_picture(path: Path) -> bool:
@@ -186,33 +178,15 @@ def some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-# --- metadata --------------------------------------------------------------------------------------------------------
+# --- captions and metadata -------------------------------------------------------------------------------------------
 
 
-def rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a metadata.jsonl or metadata.csv, each with the number of its line."""
-    text = read_text(table)
-    if table.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        try:
-            for row in reader:
-                if None in row:
-                    where = f"{table}, line {reader.line_num}"
-                    raise DataError(f'{where}: more fields than columns; put "…" around a text with commas.')
-                yield reader.line_num, row
-        except csv.Error as error:
-            raise DataError(f"{table}, line {reader.line_num}: not CSV ({error}).") from error
-        return
-    for line, words in enumerate(text.split("\n"), start=1):  # not splitlines: a caption may hold U+2028
-        try:
-            value, wrong = json.loads(words) if words.strip() else {}, "not an object"
-        except (ValueError, RecursionError) as error:
-            value, wrong = None, f"not JSON ({error})"
-        if not isinstance(value, dict):
-            like = '{"file_name": "a.png", "text": "a photo of a dog"}'
-            raise DataError(f"{table}, line {line}: {wrong}. Write one object per line, such as {like}.")
-        if value:
-            yield line, value
+def sidecar(picture: Path) -> str | None:
+    """The caption in a file beside a picture, if there is one."""
+    found = [p for p in (picture.with_suffix(s) for s in SIDECARS) if p.is_file()]
+    if len(found) == 2:
+        raise DataError(f"{picture} has two captions, {found[0].name} and {found[1].name}; remove one.")
+    return checked(" ".join(read_text(found[0]).split()), str(found[0])) if found else None
 
 
 def read_text(path: Path) -> str:
@@ -221,6 +195,34 @@ def read_text(path: Path) -> str:
         if path.is_file():  # a pipe with nobody at its other end would wait for ever
             return path.read_text("utf-8-sig")
     raise DataError(f"{path} cannot be read as UTF-8 text; save it as UTF-8, or remove it.")
+
+
+def rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a metadata.jsonl or metadata.csv, each with the number of its line."""
+    if table.suffix == ".csv":
+        yield from csv_rows(table)
+        return
+    for line, words in enumerate(read_text(table).split("\n"), start=1):  # not splitlines: a caption may hold U+2028
+        try:
+            row, wrong = json.loads(words) if words.strip() else {}, "not an object"
+        except (ValueError, RecursionError) as error:
+            row, wrong = None, f"not JSON ({error})"
+        if not isinstance(row, dict):
+            like = '{"file_name": "a.png", "text": "a photo of a dog"}'
+            raise DataError(f"{table}, line {line}: {wrong}. Write one object per line, such as {like}.")
+        if row:
+            yield line, row
+
+
+def csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(read_text(table), newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise csv.Error('more fields than columns; put "…" around a text with commas')
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise DataError(f"{table}, line {reader.line_num}: not CSV ({error}).") from error
 
 
 def caption_column(row: dict[str, Any], wanted: str | None, where: str) -> str:
@@ -269,10 +271,9 @@ def checked(caption: object, where: str) -> str:
 
 
 def bucket_sizes(resolution: int, stride: int) -> list[Size]:
-    """Aspect-ratio buckets: the sizes at which pictures are trained in their own shape.
+    """Aspect-ratio buckets: sizes in which pictures keep their shape, of about as many pixels as a square, and never more.
 
-    Sides are multiples of `stride`, from half to twice `resolution`. Each size has about as many pixels as a square of
-    `resolution`, and never more: so every batch needs about the same memory.
+    Sides are multiples of `stride`, from half to twice `resolution`.
     """
     shortest = math.ceil(resolution / 2 / stride) * stride
     wide = [(w, resolution**2 // w // stride * stride) for w in range(shortest, resolution + 1, stride)]

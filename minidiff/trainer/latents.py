@@ -125,6 +125,7 @@ class LatentData:
         self.vae, self.timesteps, self.templates = vae, timesteps, templates
         self.turns = [i for i, e in enumerate(examples) for _ in range(e.repeats)]  # an epoch, in no order yet
         self.sizes = [e.size or (resolution, resolution) for e in examples]
+        self.sizes_in_turn = tuple(self.sizes[i] for i in self.turns)
         self.samples_per_epoch = len(self._order(0))  # with repeats, and with what fills the last batches of buckets
         prompts = [*(template.replace("{}", e.caption) for e in examples for template in templates), ""]
         with torch.no_grad():
@@ -194,10 +195,10 @@ class LatentData:
         return row | {"mask": encoded["mask"]} if "mask" in encoded else row
 
     def _order(self, epoch: int) -> list[int]:
-        if self.settings.aspect_ratio_buckets:
-            sizes = tuple(self.sizes[i] for i in self.turns)
-            return bucketed_order(sizes, self.settings.train_batch_size, self.settings.seed, epoch)
-        return order(len(self.turns), self.settings.seed, epoch)
+        s = self.settings
+        if s.aspect_ratio_buckets:
+            return bucketed_order(self.sizes_in_turn, s.train_batch_size, s.seed, epoch)
+        return order(len(self.turns), s.seed, epoch)
 
     def _encoded(self, i: int, place: Place, flip: bool) -> Tensors:
         """A picture's latent as the VAE gives it, "mean" and "logvar" (C, h, w), and its "mask"; encoded now or earlier."""

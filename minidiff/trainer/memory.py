@@ -30,11 +30,10 @@ from minidiff.trainer.job import Job
 from minidiff.trainer.settings import FineTuneSettings, FrozenSettings, size_in_bytes
 
 MIB, HALF = 2**20, (torch.float16, torch.bfloat16)
-# The allowance is for what cannot be counted: Python and PyTorch (or CUDA) themselves, and of the largest moment a share for
-# memory inside kernels and gaps in the allocator. For a CPU it was measured on Linux; with --fit, freed memory is returned at
-# once, which leaves fewer gaps. For a GPU it is a guess.
+# The allowance is for memory that cannot be counted: Python and PyTorch (or CUDA) themselves; and, as a share of the largest
+# moment, memory inside kernels, copies of weights, gaps in the allocator. For a CPU it was measured on Linux; with --fit, freed
+# memory is returned at once, which leaves fewer gaps. For a GPU it is a guess.
 BASE, SHARE, SHARE_WITH_FIT, SHARE_ON_GPU = 570 * MIB, 0.60, 0.30, 0.15
-SMALL = 2**20  # weights of a convolution; larger ones are not copied in training (fast/conv.py)
 
 SAVINGS = {  # flag -> its cost; the cheapest first
     "layerwise_casting": "about a tenth more time, the same result",
@@ -172,14 +171,13 @@ def row(name: str, size: int) -> str:
 
 def budget(task: Job, settings: FineTuneSettings) -> Budget:
     """The memory of the run."""
-    trained, unet, vae = [p.numel() for p in task.trainable.values()], task.modules["unet"], task.beside.get("VAE")
+    trained, vae = [p.numel() for p in task.trainable.values()], task.beside.get("VAE")
     device, latent = next(iter(task.trainable.values())).device.type, task.batch(0, 0)["latents"].shape[1:]
     tensors = {name: [*n.parameters(), *n.buffers()] for name, n in (task.modules | task.beside).items()}
     there = {name: [t for t in all_of if t.device.type == device] for name, all_of in tensors.items()}
     weights = {name: sum(t.numel() * dtype_in(settings, t).itemsize for t in all_of) for name, all_of in there.items()}
     away = sum(t.nbytes for all_of in tensors.values() for t in all_of if t.device.type != device)
     later = {  # than the pictures are encoded
-        "copies": copied_bytes(unet, latent) if device == "cpu" else 0,
         "optimizer": optimizer_bytes(trained, settings),
         "averaged weights": 4 * sum(trained) if settings.use_ema else 0,
     }
@@ -207,13 +205,6 @@ def optimizer_bytes(trained: list[int], settings: FineTuneSettings) -> int:
     from minidiff.fast.adam8bit import BLOCK, LEAST
 
     return sum(2 * (n + 4 * -(-n // BLOCK)) if n >= LEAST else 8 * n for n in trained)
-
-
-def copied_bytes(unet: nn.Module, latent: torch.Size) -> int:
-    """Of frozen small convolutions, of which fast/conv.py keeps a copy in another order, for large latents a larger one."""
-    own = [m for m in unet.modules() if isinstance(m, nn.Conv2d) and type(m) is not nn.Conv2d and m.kernel_size == (3, 3)]
-    small = sum(m.weight.numel() for m in own if not m.weight.requires_grad and m.weight.numel() <= SMALL)
-    return 4 * small * (9 if latent[1:].numel() >= 1024 else 3)
 
 
 # --- --fit -----------------------------------------------------------------------------------------------------------

@@ -64,8 +64,7 @@ def test_the_table_before_a_run() -> None:
     batch = task.batch(0, 0)
     saved = saved_bytes(lambda: unet(batch["latents"], batch["t"], batch["text"]), unet.parameters())["bytes"]
     assert step_bytes(task, PLAIN)[0] == saved  # on meta as in memory
-    held = {name: size for name, size in need.held.items() if name != "copies"}
-    assert held == {**weights, "optimizer": 2 * trained}
+    assert need.held == {**weights, "optimizer": 2 * trained}
     assert need.moments["update"] == trained and need.moments["training step"] > saved
     assert need.together == sum(need.held.values()) + max(need.moments.values()) + need.allowance
     assert f"{need.together / MIB:,.1f} MiB" in str(need).splitlines()[-1]
@@ -130,8 +129,3 @@ def test_a_text_encoder_in_training_saves_tensors_too() -> None:
     frozen = step_bytes(task, PLAIN)[0]
     task.modules["text_encoder"].requires_grad_(True)
     assert batch.keys() == {"latents", "t", "ids"} and step_bytes(task, PLAIN)[0] > frozen
-
-
-def test_only_frozen_convolutions_have_copies() -> None:
-    lora, full = (memory.budget(a_task(full), PLAIN).held for full in (False, True))
-    assert lora["copies"] > 0 and "copies" not in full

@@ -64,7 +64,7 @@ def data(vae: AutoencoderKL, examples: list[Example], folder: Path | None, **cha
 
 
 def latents(found: LatentData) -> list[Tensor]:
-    return [tensor for encoded in found.cache.values() for tensor in encoded.values()]
+    return [tensor for encoded in found.cache.values() for _, tensor in sorted(encoded.items())]
 
 
 def same(a: LatentData, b: LatentData) -> bool:

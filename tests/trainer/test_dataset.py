@@ -65,7 +65,7 @@ def test_metadata_csv(folder: Path) -> None:
     (folder / "metadata.csv").write_text('file_name,text\na.jpg,"red, square"\nb.PNG,"two\nlines"\n')
     assert captions(read_folder(folder, None)) == {"a.jpg": "red, square", "b.PNG": "two\nlines"}
     (folder / "metadata.csv").write_text("file_name,text\nb.PNG,x\na.jpg,red, square\n")
-    with pytest.raises(DataError, match="line 3: more fields"):
+    with pytest.raises(DataError, match="line 3: not CSV .more fields"):
         read_folder(folder, None)
 
 

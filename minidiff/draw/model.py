@@ -15,7 +15,8 @@ from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.speed import needed, speed_up
 from minidiff.files import lora_file, word_file
-from minidiff.files.model import ModelParts, check_parts_fit, read_folder, read_single_file, write_folder
+from minidiff.files.folder import local_folder
+from minidiff.files.model import ModelParts, check_parts_fit, read_model, write_folder
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -59,7 +60,7 @@ class Model:
         if layerwise_casting and plain:
             raise SettingsError("layerwise_casting is done by minidiff.fast, which plain leaves out; leave out one of the two.")
         dtypes = {"unet": None if layerwise_casting else torch_dtype, "vae": torch.float32, "text_encoder": torch_dtype}
-        pipe = cls(*read_folder(folder, dtypes).arguments, str(folder), plain)
+        pipe = cls(*read_model(local_folder(str(folder)), dtypes=dtypes).arguments, str(folder), plain)
         if layerwise_casting:
             needed("--layerwise_casting").cast_layerwise(pipe.unet, torch_dtype)
         return pipe
@@ -70,7 +71,7 @@ class Model:
     ) -> Self:
         """Read an SD 1.x checkpoint in one LDM/CompVis file. It has no vocabulary: `tokenizer` is any SD 1.x's folder."""
         dtypes = {"unet": torch_dtype, "vae": torch.float32, "text_encoder": torch_dtype}
-        return cls(*read_single_file(path, tokenizer=tokenizer, dtypes=dtypes).arguments, str(path), plain=plain)
+        return cls(*read_model(path, tokenizer=tokenizer, dtypes=dtypes).arguments, str(path), plain=plain)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the folder that `from_pretrained` and diffusers read; weights as they are, or cast to `dtype`.

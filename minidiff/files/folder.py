@@ -11,7 +11,7 @@ follow is an error.
 
 import json
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -22,20 +22,11 @@ from minidiff.files.values import fits
 
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # deleted in 2024
 
-SD15_TEXT: dict[str, Any] = {  # CLIP ViT-L/14's text tower, openai/clip-vit-large-patch14
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
-    "pad_token_id": 49407,
-    "projection_dim": 768,
-}
+SD15_TEXT: dict[str, Any] = dict(  # CLIP ViT-L/14's text tower, openai/clip-vit-large-patch14
+    vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+    max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=768,
+    bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
+)  # fmt: skip
 
 
 def local_folder(name: str) -> Path:
@@ -87,32 +78,18 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 Config = TypeVar("Config", UNetConfig, VAEConfig, NoiseConfig)
 
 ONLY: dict[type, dict[str, Any]] = {  # keys of the JSON, and the one value of each that minidiff implements
-    UNetConfig: {
-        "act_fn": "silu",
-        "center_input_sample": False,
-        "downsample_padding": 1,
-        "dual_cross_attention": False,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "mid_block_scale_factor": 1,
-        "only_cross_attention": False,
-        "resnet_time_scale_shift": "default",
-        "time_embedding_type": "positional",
-        "use_linear_projection": False,
-        "class_embed_type": None,
-        "addition_embed_type": None,
-        "num_class_embeds": None,
-    },
-    VAEConfig: {
-        "act_fn": "silu",
-        "use_quant_conv": True,
-        "use_post_quant_conv": True,
-        "mid_block_add_attention": True,
-        "shift_factor": None,
-    },
-    NoiseConfig: {"trained_betas": None, "clip_sample": False, "skip_prk_steps": True},
-}
-BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+    UNetConfig: dict(
+        act_fn="silu", center_input_sample=False, downsample_padding=1, dual_cross_attention=False, flip_sin_to_cos=True,
+        freq_shift=0, mid_block_scale_factor=1, only_cross_attention=False, resnet_time_scale_shift="default",
+        time_embedding_type="positional", use_linear_projection=False, class_embed_type=None, addition_embed_type=None,
+        num_class_embeds=None,
+    ),
+    VAEConfig: dict(
+        act_fn="silu", use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True, shift_factor=None
+    ),
+    NoiseConfig: dict(trained_betas=None, clip_sample=False, skip_prk_steps=True),
+}  # fmt: skip
+BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
 LARGEST, LEVELS, LAYERS = 65_536, 8, 16  # more than any SD 1.x model has; refused before a network of that size is built
 
 
@@ -123,48 +100,47 @@ def config_of(folder: Path, name: str = "config.json") -> tuple[dict[str, Any], 
 
 
 def read_config(kind: type[Config], values: dict[str, Any], where: str) -> Config:
-    """A dataclass of this kind from parsed JSON. WeightsError, which names the file `where`, for what cannot be built."""
+    """A dataclass of this kind from parsed JSON. WeightsError, which names the file `where`, for impossible values."""
     for key, only in ONLY[kind].items():
         if values.get(key, only) not in (only, None):
-            family = {"1024": " This is an SD 2.x model.", "2048": " This is an SDXL model."}
-            hint = family.get(str(values.get("cross_attention_dim")), "")
+            family = {1024: " This is an SD 2.x model.", 2048: " This is an SDXL model."}
+            width = values.get("cross_attention_dim")
+            hint = family.get(width, "") if isinstance(width, int) else ""
             raise WeightsError(f"{where}: {key} is {values[key]!r}; minidiff builds SD 1.x models, where it is {only!r}.{hint}")
-    for key, hint in get_type_hints(kind).items():
-        if key in values and not (fits(values[key], hint) and in_range(values[key], 0 if key == "steps_offset" else 1e-9)):
-            raise WeightsError(f"{where}: {key} is {values[key]!r:.60}; no SD 1.x model has that. Copy the file again.")
-    known = {field.name for field in fields(kind)}
-    given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in known}
+    hints = get_type_hints(kind)
+    given: dict[str, Any] = {key: value for key, value in values.items() if key in hints}
+    for key, value in given.items():
+        least = 0 if key == "steps_offset" else 1e-9
+        numbers = [one for one in (value if isinstance(value, list) else [value]) if type(one) in (int, float)]
+        if not fits(value, hints[key]) or not all(least <= one <= LARGEST for one in numbers):  # NaN is no number between
+            raise WeightsError(f"{where}: {key} is {value!r:.60}; no SD 1.x model has that. Copy the file again.")
+        if isinstance(value, list):
+            given[key] = tuple(value)
     config = kind(**given)
-    if isinstance(config, NoiseConfig):
-        try:
+    try:
+        if isinstance(config, NoiseConfig):
             NoiseSchedule.from_config(config)
-        except SettingsError as error:
-            raise WeightsError(f"{where}: {error}") from error
-    elif problem := network_problem(config):
-        raise WeightsError(f"{where}: not a usable configuration: {problem}.")
+        else:
+            check_sizes(config)
+    except SettingsError as error:
+        raise WeightsError(f"{where}: {error}") from error
     return config
 
 
-def in_range(value: Any, least: float) -> bool:
-    """Do all the numbers in it lie between `least` and LARGEST? NaN does not."""
-    numbers = [one for one in (value if isinstance(value, list) else [value]) if type(one) in (int, float)]
-    return all(least <= one <= LARGEST for one in numbers)
-
-
-def network_problem(config: UNetConfig | VAEConfig) -> str | None:
-    """Why no network of these sizes can be built; None if it can."""
-    levels, layers, groups = len(config.block_out_channels), config.layers_per_block, config.norm_num_groups
-    heads = config.attention_head_dim if isinstance(config, UNetConfig) else 1
+def check_sizes(config: UNetConfig | VAEConfig) -> None:
+    """SettingsError if no network of these sizes can be built."""
+    widths, layers, groups, heads = config.block_out_channels, config.layers_per_block, config.norm_num_groups, 1
+    problem = None
     if isinstance(config, UNetConfig):
-        if not levels == len(config.down_block_types) == len(config.up_block_types):
-            return "block_out_channels, down_block_types and up_block_types differ in length"
-        if odd := next((kind for kind in config.down_block_types + config.up_block_types if kind not in BLOCKS), None):
-            return f"block type {odd!r} is not one of SD 1.x"
-    if not 1 <= levels <= LEVELS or layers > LAYERS:
-        return f"{levels} levels of {layers} layers; it can be 1 to {LEVELS} levels of 1 to {LAYERS} layers"
-    if odd_width := next((width for width in config.block_out_channels if width % groups or width % heads), None):
-        return f"width {odd_width} does not divide into {groups} groups" + (f" and {heads} heads" if heads > 1 else "")
-    return None
+        heads, down, up = config.attention_head_dim, config.down_block_types, config.up_block_types
+        if not len(widths) == len(down) == len(up) or not BLOCKS.issuperset(down + up):
+            problem = "block_out_channels and the block types differ in length, or a block is none of SD 1.x"
+    if not 1 <= len(widths) <= LEVELS or layers > LAYERS:
+        problem = f"{len(widths)} levels of {layers} layers; it can be 1 to {LEVELS} levels of 1 to {LAYERS} layers"
+    elif odd := next((width for width in widths if width % groups or width % heads), None):
+        problem = f"width {odd} does not divide into {groups} groups" + (f" and {heads} heads" if heads > 1 else "")
+    if problem:
+        raise SettingsError(f"not a usable configuration: {problem}.")
 
 
 def config_values(config: UNetConfig | VAEConfig | NoiseConfig, class_name: str) -> dict[str, Any]:
@@ -191,41 +167,14 @@ SAMPLER_OF = {  # `_class_name` in scheduler_config.json -> our sampler; of dpm+
     "UniPCMultistepScheduler": "unipc",
     "LCMScheduler": "lcm",
 }
-NO_OTHER_SIGMAS = {"use_exponential_sigmas": (False, None), "use_beta_sigmas": (False, None)}
-MULTISTEP: dict[str, tuple[Any, ...]] = {
+DRAWN_AS: dict[str, tuple[Any, ...]] = {  # settings of diffusers' classes, and the values of them that minidiff follows
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),  # diffusers, too, takes "deis" for dpmsolver++
     "solver_order": (2,),
-    "thresholding": (False,),
     "lower_order_final": (True,),
     "final_sigmas_type": ("zero",),
-    "use_flow_sigmas": (False,),
-    **NO_OTHER_SIGMAS,
-}
-DRAWN_AS: dict[str, dict[str, tuple[Any, ...]]] = {  # settings of a class, and the values of them that minidiff follows
-    "DDIMScheduler": {"thresholding": (False,)},
-    "DDPMScheduler": {"thresholding": (False,), "variance_type": ("fixed_small", "fixed_small_log")},
-    "EulerDiscreteScheduler": {
-        "final_sigmas_type": ("zero",),
-        "interpolation_type": ("linear",),
-        "timestep_type": ("discrete",),
-        "sigma_min": (None,),
-        "sigma_max": (None,),
-        **NO_OTHER_SIGMAS,
-    },
-    "HeunDiscreteScheduler": NO_OTHER_SIGMAS,
-    "DPMSolverMultistepScheduler": {
-        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),  # diffusers, too, takes "deis" for dpmsolver++,
-        "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # and for midpoint what other classes call their solvers
-        "use_lu_lambdas": (False,),
-        "variance_type": (None,),
-        **MULTISTEP,
-    },
-    "UniPCMultistepScheduler": {
-        "solver_type": ("bh2", "midpoint", "heun", "logrho"),
-        "predict_x0": (True,),
-        "disable_corrector": ([],),
-        **MULTISTEP,
-    },
-    "LCMScheduler": {"thresholding": (False,), "original_inference_steps": (50,), "timestep_scaling": (10.0,)},
+    "original_inference_steps": (50,),
+    **dict.fromkeys(("thresholding", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas"), (False, None)),
+    **dict.fromkeys(("use_flow_sigmas", "sigma_min", "sigma_max"), (False, None)),
 }
 
 
@@ -238,22 +187,16 @@ def sampler_of(scheduler: dict[str, Any], where: str) -> str:
     if name not in SAMPLER_OF:
         warnings.warn(f"{where}: {name} is not among minidiff's samplers; ddim takes its place.", stacklevel=3)
         return "ddim"
-    sampler = SAMPLER_OF[name]
-    if sampler == "dpm++_2m" and str(scheduler.get("algorithm_type")).startswith("sde-"):
-        sampler = "dpm++_2m_sde"
-    for key, ours in DRAWN_AS.get(name, {}).items():
-        if (value := scheduler.get(key, ours[0])) not in ours:
-            warnings.warn(
-                f"{where}: {key} is {value!r}, which minidiff's {sampler} does not have; its pictures differ a little from "
-                "those of diffusers.",
-                stacklevel=3,
-            )
-    return sampler
+    for key in DRAWN_AS.keys() & scheduler.keys():
+        if scheduler[key] not in DRAWN_AS[key]:
+            what = f"{key} is {scheduler[key]!r}, which minidiff's samplers do not have"
+            warnings.warn(f"{where}: {what}; its pictures differ a little from those of diffusers.", stacklevel=3)
+    sde = name == "DPMSolverMultistepScheduler" and str(scheduler.get("algorithm_type")).startswith("sde-")
+    return "dpm++_2m_sde" if sde else SAMPLER_OF[name]
 
 
 def scheduler_values(noise: NoiseConfig, sampler: str) -> dict[str, Any]:
     """scheduler_config.json of a model that is drawn with `sampler`. `sampler_of` reads it back."""
-    solver = "dpm++_2m" if sampler == "dpm++_2m_sde" else sampler
+    solver = sampler.removesuffix("_sde")
     class_name = next(name for name, ours in SAMPLER_OF.items() if ours == solver)
-    kind = {"algorithm_type": "sde-dpmsolver++"} if solver != sampler else {}
-    return config_values(noise, class_name) | kind
+    return config_values(noise, class_name) | ({"algorithm_type": "sde-dpmsolver++"} if solver != sampler else {})

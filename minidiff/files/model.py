@@ -43,6 +43,17 @@ if TYPE_CHECKING:
 SINGLE_FILE = ".safetensors"
 DTypes = Mapping[str, torch.dtype | None]  # network -> the dtype to cast its weights to; None: as the file has them
 AS_IN_THE_FILE: DTypes = {"unet": None, "vae": None, "text_encoder": None}
+MODEL_INDEX: dict[str, Any] = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.30.0",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
 
 
 @dataclass(frozen=True)
@@ -86,38 +97,32 @@ class ModelParts:
 # --- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_model(name: str | Path, like: str | Path | None = None, tokenizer: str | Path | None = None) -> ModelParts:
-    """A model folder, a hub id in the local cache, or a single file; each tensor keeps its dtype."""
-    return read_single_file(name, like, tokenizer) if is_single_file(name) else read_folder(name, tokenizer=tokenizer)
+def read_model(
+    name: str | Path, like: str | Path | None = None, tokenizer: str | Path | None = None, dtypes: DTypes = AS_IN_THE_FILE
+) -> ModelParts:
+    """A model folder, a hub id in the local cache, or an SD 1.x checkpoint in one LDM file; frozen.
+
+    `like` is a folder that describes the networks of a single file, in place of SD 1.5's sizes. `tokenizer` is the folder of
+    a vocabulary, in place of the model's own. WeightsError for anything that is missing, damaged or does not fit.
+    """
+    single = is_single_file(name)
+    model = empty_model(like if single else name)
+    if single:
+        files = split_single_file(name, model.unet.config, model.vae.config)
+    else:
+        files = {part: read_header(find_weights(local_folder(str(name)) / part)) for part in model.networks}
+    for part, network in model.networks.items():
+        load_into(network, files[part], dtypes[part])
+        network.requires_grad_(False).eval()
+    if model.home is not None:
+        values, where = config_of(model.home / "scheduler", "scheduler_config.json")
+        model = replace(model, noise_config=read_config(NoiseConfig, values, where), sampler=sampler_of(values, where))
+    folder = tokenizer or (model.home and model.home / "tokenizer")
+    return replace(model, tokenizer=load_tokenizer(Path(folder))) if folder else model
 
 
 def is_single_file(name: str | Path) -> bool:
     return Path(name).is_file() or Path(name).suffix == SINGLE_FILE
-
-
-def read_folder(name: str | Path, dtypes: DTypes = AS_IN_THE_FILE, tokenizer: str | Path | None = None) -> ModelParts:
-    """The folder, or the hub id in the local cache; frozen.
-
-    Raises WeightsError for anything that is missing, damaged or does not fit.
-    """
-    model = empty_model(name)
-    assert model.home is not None  # the folder just named
-    for part, network in model.networks.items():
-        load_into(network, find_weights(model.home / part), dtypes[part])
-    return furnished(model, tokenizer)
-
-
-def read_single_file(
-    path: str | Path, like: str | Path | None = None, tokenizer: str | Path | None = None, dtypes: DTypes = AS_IN_THE_FILE
-) -> ModelParts:
-    """An SD 1.x checkpoint in one LDM/CompVis file, or one of the architecture of the folder `like`; frozen.
-
-    `tokenizer` is the folder of a vocabulary. Without it, that of `like` is taken.
-    """
-    model = empty_model(like)
-    for part, file in split_single_file(path, model.unet.config, model.vae.config).items():
-        load_into(model.networks[part], file, dtypes[part])
-    return furnished(model, tokenizer)
 
 
 def empty_model(name: str | Path | None) -> ModelParts:
@@ -127,25 +132,14 @@ def empty_model(name: str | Path | None) -> ModelParts:
             text_encoder = build_text_encoder(SD15_TEXT, "SD 1.5")
             return ModelParts(UNet2DConditionModel(SD15_UNET), AutoencoderKL(SD15_VAE), text_encoder)
     home = local_folder(str(name))
-    index = read_json(home / "model_index.json", "a model folder in the diffusers layout has one")
-    if (kind := index.get("_class_name")) not in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
+    kind = read_json(home / "model_index.json", "a model folder in the diffusers layout has one").get("_class_name")
+    if kind not in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
         what = f"describes a {kind}; minidiff reads Stable Diffusion 1.x (StableDiffusionPipeline)"
         raise WeightsError(f"{home / 'model_index.json'} {what}.")
     with torch.device("meta"):
         unet = UNet2DConditionModel(read_config(UNetConfig, *config_of(home / "unet")))
         vae = AutoencoderKL(read_config(VAEConfig, *config_of(home / "vae")))
         return ModelParts(unet, vae, build_text_encoder(*config_of(home / "text_encoder")), home=home)
-
-
-def furnished(model: ModelParts, tokenizer: str | Path | None) -> ModelParts:
-    """The same model, frozen, with the schedule and the vocabulary of its folder; `tokenizer` is another one's folder."""
-    for network in model.networks.values():
-        network.requires_grad_(False).eval()
-    if model.home is not None:
-        values, where = config_of(model.home / "scheduler", "scheduler_config.json")
-        model = replace(model, noise_config=read_config(NoiseConfig, values, where), sampler=sampler_of(values, where))
-    folder = tokenizer or (model.home and model.home / "tokenizer")
-    return replace(model, tokenizer=load_tokenizer(Path(folder))) if folder else model
 
 
 def split_single_file(
@@ -186,7 +180,7 @@ def write_model(model: ModelParts, place: Path) -> None:
 
 
 def write_folder(model: ModelParts, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write the folder that `read_folder` reads, and diffusers too.
+    """Write a folder for `read_model` and diffusers.
 
     Raises AdapterError while a LoRA or a new word is attached, and SettingsError if there is no vocabulary.
     """
@@ -197,57 +191,34 @@ def write_folder(model: ModelParts, folder: str | Path, dtype: torch.dtype | Non
             raise AdapterError(f"{type(adapted).__name__} carries adapters ({', '.join(adapters)}); unload_lora_weights first.")
     if words := textual_inversion.placeholders(text_encoder):
         raise AdapterError(f"the text encoder has new words ({', '.join(words)}); unload_textual_inversion first.")
-    text_config = dict(sorted({**text_encoder.config.to_diff_dict(), "architectures": ["CLIPTextModel"]}.items()))
     configs = {
         "unet": config_values(unet.config, "UNet2DConditionModel"),
         "vae": config_values(vae.config, "AutoencoderKL"),
-        "text_encoder": text_config,
+        "text_encoder": dict(sorted({**text_encoder.config.to_diff_dict(), "architectures": ["CLIPTextModel"]}.items())),
     }
     for part, network in model.networks.items():
         state = to_file_keys(network.state_dict()) if part == "text_encoder" else network.state_dict()
         stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-        tensors = {key: tensor.to(dtype or tensor.dtype) for key, tensor in state.items()}
-        save(tensors, home / part / f"{stem}.safetensors")
+        save({key: tensor.to(dtype or tensor.dtype) for key, tensor in state.items()}, home / part / f"{stem}.safetensors")
         write_json(home / part / "config.json", configs[part])
     scheduler = scheduler_values(noise, sampler)
     write_json(home / "scheduler" / "scheduler_config.json", scheduler)
-    save_tokenizer(tokenizer, home / "tokenizer")
+    tokenizer.save_pretrained(str(home / "tokenizer"))
+    if not (home / "tokenizer" / "vocab.json").exists():  # transformers 5 writes one file in place of SD 1.5's two
+        tokenizer.backend_tokenizer.model.save(str(home / "tokenizer"))
+        (home / "tokenizer" / "tokenizer.json").unlink()
     write_json(home / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]})
-
-
-MODEL_INDEX: dict[str, Any] = {
-    "_class_name": "StableDiffusionPipeline",
-    "_diffusers_version": "0.30.0",
-    "feature_extractor": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-
-
-def save_tokenizer(tokenizer: "CLIPTokenizer", folder: Path) -> None:
-    """SD 1.5's files. transformers 5 writes one `tokenizer.json` in place of the vocabulary and the merges."""
-    tokenizer.save_pretrained(str(folder))
-    if not (folder / "vocab.json").exists():
-        tokenizer.backend_tokenizer.model.save(str(folder))
-        (folder / "tokenizer.json").unlink()
 
 
 def to_single_file(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: nn.Module, path: str | Path) -> None:
     """Write the three networks as one checkpoint in the LDM layout, which A1111 and ComfyUI read."""
-    tensors = {}
+    tensors = {names.TEXT_PREFIX + key: value for key, value in to_file_keys(text_encoder.state_dict()).items()}
     table = names.unet_table(unet.config)
-    for key, value in unet.state_dict().items():
-        tensors[names.UNET_PREFIX + names.rename(key, table)] = value
+    tensors |= {names.UNET_PREFIX + names.rename(key, table): value for key, value in unet.state_dict().items()}
     table = names.vae_table(vae.config)
     for key, value in vae.state_dict().items():
         weight = value[:, :, None, None] if names.is_vae_attention(key) else value
         tensors[names.VAE_PREFIX + names.rename(key, table)] = weight
-    for key, value in to_file_keys(text_encoder.state_dict()).items():
-        tensors[names.TEXT_PREFIX + key] = value
     save(tensors, path)
 
 
@@ -256,21 +227,21 @@ def to_single_file(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder:
 
 def check_parts_fit(model: ModelParts, name: str = "") -> None:
     """WeightsError unless the networks fit each other: each may be sound, and from another model."""
-    of = f"{name}: the" if name else "the"
     unet, vae, text_encoder, tokenizer, *_ = model.arguments
     words, table = len(tokenizer), text_encoder.config.vocab_size
-    if words != table:  # a smaller tokenizer would not fail: its ids mean other words, and the picture is another
-        raise WeightsError(f"{of} tokenizer has {words} tokens and the text encoder {table}; they are from different models.")
     width, reads = text_encoder.config.hidden_size, unet.config.cross_attention_dim
-    if width != reads:
-        raise WeightsError(f"{of} text encoder is {width} wide and the U-Net reads {reads}; they are from different models.")
     channels, latent = unet.config.in_channels, vae.config.latent_channels
-    if channels not in (latent, 2 * latent + 1):  # 9: noisy latents, the mask, and the latents of the masked picture
+    problem = None
+    if words != table:  # a smaller tokenizer would not fail: its ids mean other words, and the picture is another
+        problem = f"tokenizer has {words} tokens and the text encoder {table}; they are from different models."
+    elif width != reads:
+        problem = f"text encoder is {width} wide and the U-Net reads {reads}; they are from different models."
+    elif channels not in (latent, 2 * latent + 1):  # 9: noisy latents, the mask, and the latents of the masked picture
         what = {8: "an image-editing model", 5: "a depth model"}.get(channels, "another model")
-        raise WeightsError(
-            f"{of} U-Net has {channels} input channels ({what}); minidiff draws with {latent}, or {2 * latent + 1} for "
-            "inpainting. Take such a model."
-        )
+        works = f"minidiff draws with {latent}, or {2 * latent + 1} for inpainting. Take such a model."
+        problem = f"U-Net has {channels} input channels ({what}); {works}"
+    if problem:
+        raise WeightsError(f"{name}: the {problem}" if name else f"the {problem}")
 
 
 def cast(model: ModelParts, dtype: torch.dtype) -> None:

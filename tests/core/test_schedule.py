@@ -158,10 +158,8 @@ def test_what_is_off_is_not_written():
     ("values", "sampler", "said"),
     [
         ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "dpm++_2m", "solver_order is 3"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun"}, "dpm++_2m", "solver_type is 'heun'"),
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "dpm++_2m", "algorithm_type"),
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver"}, "dpm++_2m_sde", "algorithm_type"),
-        ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"}, "unipc", "solver_type is 'bh1'"),
         ({"_class_name": "UniPCMultistepScheduler", "final_sigmas_type": "sigma_min"}, "unipc", "final_sigmas_type"),
         ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "euler", "use_beta_sigmas is True"),
         ({"_class_name": "EulerDiscreteScheduler", "sigma_max": 700.0}, "euler", "sigma_max is 700"),

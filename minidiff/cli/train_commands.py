@@ -37,10 +37,10 @@ def train(s: FineTuneSettings) -> None:
 
 
 def data_check(s: DataCheck) -> None:
-    from minidiff.trainer.dataset import as_table, bucket_sizes, check_folder, scan_folder
+    from minidiff.trainer.dataset import as_table, bucket_sizes, check_scan, scan_folder
 
     scan = scan_folder(Path(s.folder), s.instance_prompt, s.caption_column, s.masked_loss)
-    check_folder(scan, s.resolution, bucket_sizes(s.resolution, 64) if s.aspect_ratio_buckets else [])
+    check_scan(scan, bucket_sizes(s.resolution, 64) if s.aspect_ratio_buckets else [(s.resolution, s.resolution)])
     print(as_table(scan, Path(s.folder)))
     if scan.errors:
         raise DataError(f"{s.folder}: mend what is marked as an error above. --skip_bad leaves out pictures that are no use.")

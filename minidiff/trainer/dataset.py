@@ -8,7 +8,6 @@ masks             a.mask.png beside a.png, or a column "mask" of the metadata: w
 """
 
 import csv
-import hashlib
 import io
 import json
 import math
@@ -21,10 +20,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from minidiff.core.errors import DataError, did_you_mean
 from minidiff.draw.images import load_image
+from minidiff.files.atomic import sha256
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -43,7 +41,7 @@ class Example:
     caption: str
     mask: Path | None = None
     repeats: int = 1  # times an epoch
-    size: Size | None = None  # to train at, where that is not a square
+    size: Size | None = None  # to train at; None: not checked yet
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -287,33 +285,28 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size | None:
     return min(filled, key=lambda b: abs(math.log(b[0] / b[1]) - math.log(width / height)), default=None)
 
 
-def check_picture(example: Example, image: Image.Image, resolution: int, buckets: Sequence[Size] = ()) -> Size:
-    """The size at which an example's `image` is trained. DataError if it is too small, or if its mask does not fit."""
-    size = nearest_bucket(image.size, buckets) if buckets else (resolution, resolution)
+def check_picture(example: Example, sizes: Sequence[Size]) -> Example:
+    """The example with the one of `sizes` at which it is trained. DataError if it is damaged, too small, or its mask unfit."""
+    image = load_image(example.path)
+    size = nearest_bucket(image.size, sizes)
     if size is None:
-        wide, high = image.size
-        raise DataError(f"{example.path}: {wide} x {high} pixels fill no bucket of --resolution {resolution}.")
-    if not buckets and (small := min(image.size)) < resolution:
-        raise DataError(f"{example.path}: its shorter side is {small} pixels, and --resolution is {resolution}.")
+        few = f"{image.width} x {image.height} pixels are too few for --resolution {max(map(min, sizes))}"
+        raise DataError(f"{example.path}: {few}.")
     if example.mask:
         mask = load_image(example.mask).convert("L")
         if mask.size != image.size:
             raise DataError(f"{example.mask} has another size than {example.path.name}: {mask.size}, not {image.size}.")
         if mask.getextrema() == (0, 0):
             raise DataError(f"{example.mask} is black all over: there is nothing to learn. White is what is learnt.")
-    return size
+    return replace(example, size=size)
 
 
-def check_pictures(examples: list[Example], resolution: int, skip_bad: bool, buckets: Sequence[Size] = ()) -> list[Example]:
-    """Decode every picture once. Broken ones, and those smaller than `resolution`, are all listed in one DataError.
-
-    With `skip_bad` they are listed in a notice, and the others are returned. With `buckets`, each with its size.
-    """
+def check_pictures(examples: list[Example], sizes: Sequence[Size], skip_bad: bool) -> list[Example]:
+    """The examples with their sizes. One DataError lists all pictures that cannot be used; with `skip_bad` it is a notice."""
     good, bad = [], []
     for example in examples:
         try:
-            size = check_picture(example, load_image(example.path), resolution, buckets)
-            good.append(replace(example, size=size) if buckets else example)
+            good.append(check_picture(example, sizes))
         except DataError as error:
             bad.append(str(error))
     if bad:
@@ -326,19 +319,14 @@ def check_pictures(examples: list[Example], resolution: int, skip_bad: bool, buc
     return good
 
 
-# --- minidiff data check ---------------------------------------------------------------------------------------------
-
-
-def check_folder(scan: Scan, resolution: int, buckets: Sequence[Size] = ()) -> None:
-    """Decode every picture of a scan. Add to it an error for each that cannot be used, and a notice for each double."""
+def check_scan(scan: Scan, sizes: Sequence[Size]) -> None:
+    """`minidiff data check`: add an error for each picture that cannot be used, and a notice for each that is there twice."""
     seen, known = dict[str, Path](), {example.path for example in scan.examples}
     for example in scan.examples + [Example(path, "") for path in scan.pictures if path not in known]:
         with scan.collecting():
-            image = load_image(example.path)
-            check_picture(example, image, resolution, buckets)
-            first = seen.setdefault(hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest(), example.path)
-            if first != example.path:
-                scan.notices.append(f"{example.path}: the same picture as {first.name}.")
+            check_picture(example, sizes)
+            if (first := seen.setdefault(sha256(example.path), example.path)) != example.path:
+                scan.notices.append(f"{example.path}: the same file as {first.name}.")
 
 
 def as_table(scan: Scan, folder: Path) -> str:

@@ -79,9 +79,9 @@ def encoded(
 ) -> LatentData:
     """A folder of pictures as latents."""
     side, stride = training_side(pipe, settings)
-    buckets = bucket_sizes(side, stride) if settings.aspect_ratio_buckets else []
+    sizes = bucket_sizes(side, stride) if settings.aspect_ratio_buckets else [(side, side)]
     examples = read_folder(folder, prompt, settings.caption_column, settings.masked_loss)
-    examples = check_pictures(examples, side, settings.skip_bad, buckets)
+    examples = check_pictures(examples, sizes, settings.skip_bad)
     encode = text_of(pipe, settings, live_text)
     return LatentData(examples, settings, side, pipe.vae, encode, len(pipe.schedule.alphas_cumprod), templates)
 
@@ -122,7 +122,8 @@ def with_prior(pipe: StableDiffusionPipeline, data: LatentData) -> LatentData | 
     encode = text_of(pipe, settings, data.live_text)
     if settings.prior_from_base:
         return BasePrior(data, encode([settings.class_prompt or ""])[0])
-    examples = check_pictures(class_examples(pipe, settings, data.resolution), data.resolution, settings.skip_bad)
+    side = data.resolution
+    examples = check_pictures(class_examples(pipe, settings, side), [(side, side)], settings.skip_bad)
     prior = LatentData(examples, class_settings(settings), data.resolution, pipe.vae, encode, data.timesteps)
     return PairedData(data, prior)
 

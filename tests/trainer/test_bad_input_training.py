@@ -147,7 +147,7 @@ def test_case_17_bad_pictures_are_all_listed(says: Said, pictures: Path) -> None
     (pictures / "picture-1.png").write_bytes((pictures / "picture-1.png").read_bytes()[:60])
     said = says()
     assert "2 of 3 pictures cannot be used" in said and "or leave them out with --skip_bad" in said
-    assert f"{pictures}/picture-0.png: its shorter side is 4 pixels, and --resolution is 16" in said
+    assert f"{pictures}/picture-0.png: 4 x 4 pixels are too few for --resolution 16" in said
     assert f"{pictures}/picture-1.png: damaged or cut short" in said
     (pictures / "picture-2.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     said = says("--skip_bad")  # of no use where none is left

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from test_cli import refused
 
-from minidiff.trainer.dataset import Scan, as_table, bucket_sizes, check_folder, scan_folder
+from minidiff.trainer.dataset import Scan, as_table, bucket_sizes, check_scan, scan_folder
 
 
 def picture(path: Path, colour: tuple[int, ...] = (255, 0, 0), mode: str = "RGB", size: tuple[int, int] = (40, 32)) -> Path:
@@ -17,7 +17,7 @@ def picture(path: Path, colour: tuple[int, ...] = (255, 0, 0), mode: str = "RGB"
 
 def check(folder: Path, prompt: str | None = "p", masks: bool = False, buckets: bool = False) -> Scan:
     scan = scan_folder(folder, prompt, None, masks)
-    check_folder(scan, 32, bucket_sizes(32, 4) if buckets else [])
+    check_scan(scan, bucket_sizes(32, 4) if buckets else [(32, 32)])
     return scan
 
 
@@ -32,10 +32,10 @@ def test_all_of_it_at_once(tmp_path: Path) -> None:
     table = as_table(check(tmp_path), tmp_path).splitlines()
     expected = [
         "error   broken.jpg: not a picture",
-        "error   small.png: its shorter side is 31 pixels",
+        "error   small.png: 40 x 31 pixels are too few for --resolution 32.",
         "error   truncated.png: damaged or cut short",
         f"notice  {tmp_path}: not used: .DS_Store, metadata.json1.",
-        "notice  twin.png: the same picture as good.png.",
+        "notice  twin.png: the same file as good.png.",
         "3 errors, 2 notices",
     ]
     assert len(table) == 6 and all(line.startswith(text) for line, text in zip(table, expected))
@@ -50,7 +50,7 @@ def test_pictures_are_looked_at_even_where_captions_are_wrong(tmp_path: Path) ->
     picture(tmp_path / "a.png"), picture(tmp_path / "b.png", size=(9, 9))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png", "text": "a"}\nnonsense\n')
     errors = check(tmp_path, None).errors
-    assert len(errors) == 3 and "b.png: its shorter side is 9" in errors[2]
+    assert len(errors) == 3 and "b.png: 9 x 9 pixels" in errors[2]
     assert "line 1: there is no file" in errors[0] and "line 2: not JSON" in errors[1]
 
 
@@ -58,7 +58,7 @@ def test_masks_and_buckets(tmp_path: Path) -> None:
     picture(tmp_path / "a.png"), picture(tmp_path / "a.mask.png", (0, 0, 0)), picture(tmp_path / "b.png", (1, 1, 1))
     assert [f"{tmp_path}/a.mask.png is black all over" in text for text in check(tmp_path, masks=True).errors] == [True]
     wide = picture(tmp_path / "c.png", (2, 2, 2), size=(64, 20))
-    assert [f"{wide}: its shorter side is 20" in text for text in check(tmp_path).errors] == [True]
+    assert [f"{wide}: 64 x 20 pixels are too few" in text for text in check(tmp_path).errors] == [True]
     assert check(tmp_path, buckets=True).errors == []
 
 

@@ -35,14 +35,14 @@ def test_all_bad_pictures_are_listed(folder: Path, capsys: pytest.CaptureFixture
     picture(folder / "d.png", (20, 90))
     examples = read_folder(folder, "p")
     with pytest.raises(DataError) as error:
-        check_pictures(examples, 32, skip_bad=False)
+        check_pictures(examples, [(32, 32)], skip_bad=False)
     message = str(error.value)
-    assert "2 of 4" in message and "c.png" in message and "d.png: its shorter side is 20" in message
+    assert "2 of 4" in message and "c.png" in message and "d.png: 20 x 90 pixels are too few for --resolution 32" in message
     assert "--skip_bad" in message
-    left = check_pictures(examples, 32, skip_bad=True)
+    left = check_pictures(examples, [(32, 32)], skip_bad=True)
     assert [e.path.name for e in left] == ["a.jpg", "b.PNG"] and "c.png" in capsys.readouterr().err
     with pytest.raises(DataError, match="4 of 4"):
-        check_pictures(examples, 64, skip_bad=True)
+        check_pictures(examples, [(64, 64)], skip_bad=True)
 
 
 def test_crop() -> None:
@@ -186,15 +186,15 @@ def test_repeats(examples: list[Example]) -> None:
 def test_buckets_make_batches_of_one_shape(tmp_path: Path) -> None:
     sides = [(64, 40), (70, 40), (40, 64), (40, 40), (41, 40)]
     examples = [Example(noisy(tmp_path / f"{i}.png", size), f"{i}") for i, size in enumerate(sides)]
-    checked = check_pictures(examples, 32, False, bucket_sizes(32, 4))
+    checked = check_pictures(examples, bucket_sizes(32, 4), False)
     assert [e.size for e in checked] == [(40, 24), (40, 24), (24, 40), (32, 32), (32, 32)]
     data = latents(checked, aspect_ratio_buckets=True)
     assert data.samples_per_epoch == 6
     shapes = [tuple(data.batch(step, 0)["latents"].shape) for step in range(3)]
     assert sorted(shapes) == [(2, 4, 12, 20), (2, 4, 16, 16), (2, 4, 20, 12)]
     assert {data.draw(number).picture for number in range(6)} == {0, 1, 2, 3, 4}
-    with pytest.raises(DataError, match="4.png: 41 x 40 pixels fill no bucket of --resolution 64"):
-        check_pictures(examples[4:], 64, False, bucket_sizes(64, 4))
+    with pytest.raises(DataError, match="4.png: 41 x 40 pixels are too few for --resolution 64"):
+        check_pictures(examples[4:], bucket_sizes(64, 4), False)
 
 
 def masked(folder: Path, mask: Image.Image) -> Example:
@@ -207,7 +207,7 @@ def test_masks_are_averaged_over_each_cell(tmp_path: Path) -> None:
     left = Image.new("L", (40, 32))
     left.paste(255, (0, 0, 19, 32))  # the crop begins at 4: 15 columns are white, 7 and a half cells
     example = masked(tmp_path, left)
-    assert check_pictures([example], 32, False) == [example]
+    assert check_pictures([example], [(32, 32)], False) == [replace(example, size=(32, 32))]
     batch = latents([example], masked_loss=True).batch(0, 0)
     assert batch["mask"].shape == (2, 1, 16, 16)
     row = torch.tensor([1.0] * 7 + [0.5] + [0.0] * 8)
@@ -221,10 +221,10 @@ def test_masks_are_averaged_over_each_cell(tmp_path: Path) -> None:
 def test_bad_masks(tmp_path: Path) -> None:
     black = masked(tmp_path, Image.new("L", (40, 32)))
     with pytest.raises(DataError, match="a.mask.png is black all over: there is nothing to learn"):
-        check_pictures([black], 32, False)
+        check_pictures([black], [(32, 32)], False)
     small = masked(tmp_path, Image.new("L", (20, 16), 255))
     with pytest.raises(DataError, match=r"a.mask.png has another size than a.png: \(20, 16\), not \(40, 32\)"):
-        check_pictures([small], 32, False)
+        check_pictures([small], [(32, 32)], False)
 
 
 def test_noise_offset_guttenberg_2023(examples: list[Example]) -> None:

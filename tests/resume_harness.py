@@ -24,10 +24,10 @@ from minidiff.files import weights
 from minidiff.pocket.muon import Muon
 from minidiff.trainer import checkpoint
 from minidiff.trainer.dataset import read_folder
-from minidiff.trainer.job import Job
 from minidiff.trainer.latents import LatentData
 from minidiff.trainer.run import Report, fit, read_metrics
 from minidiff.trainer.settings import FineTuneSettings, TrainSettings
+from minidiff.trainer.task import Job
 
 PATHS = {"train_config.toml", "metrics.jsonl", ".lock"}  # these hold paths or times; rows of metrics are compared apart
 

@@ -9,7 +9,6 @@ from PIL import Image
 from torch import Tensor
 
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.trainer.job import Job
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.run import fit
 from minidiff.trainer.settings import (
@@ -20,6 +19,7 @@ from minidiff.trainer.settings import (
     PivotalSettings,
     TextualInversionSettings,
 )
+from minidiff.trainer.task import Job
 
 SKS = {"instance_prompt": "a photo of a sks dog"}
 WORD = {"placeholder_token": "<dog>", "initializer_token": "dog", "learning_rate": 1e-2, "num_vectors": 2}

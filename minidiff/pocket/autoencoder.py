@@ -24,7 +24,7 @@ from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.settings import PretrainSettings
 from minidiff.pocket.stage import begun, channels_last, chosen, first_of, fused, run
 from minidiff.pocket.world import draw, held_out
-from minidiff.trainer.job import Job
+from minidiff.trainer.task import Job
 
 POCKET_VAE = VAEConfig(
     sample_size=128, block_out_channels=(16, 32, 96, 128), layers_per_block=1, norm_num_groups=16, scaling_factor=1.0

@@ -49,7 +49,7 @@ from minidiff.pocket.stage import begun, chosen, first_of, fused, run
 from minidiff.pocket.tokenizer import build_tokenizer
 from minidiff.pocket.towers import Towers, image_tower_config
 from minidiff.pocket.world import caption, held_out, random_caption
-from minidiff.trainer.job import Job
+from minidiff.trainer.task import Job
 
 # SD 1.5's parts, three levels, one layer a block. The finest level has no attention, which would cost
 # as much there as everything else together: a picture of 16 x 16 cells is composed at 8 x 8 and 4 x 4.

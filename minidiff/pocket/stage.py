@@ -13,9 +13,9 @@ from minidiff.core.train import Batch
 from minidiff.draw.device import chosen_device
 from minidiff.files import weights
 from minidiff.pocket.settings import PretrainSettings, Stage
-from minidiff.trainer.job import Job
 from minidiff.trainer.run import fit
 from minidiff.trainer.settings import TrainSettings
+from minidiff.trainer.task import Job
 
 
 def run(task: Job, settings: PretrainSettings, stage: Stage, steps: int, batch: int, warmup: int = 100) -> None:

@@ -7,14 +7,15 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from minidiff.core.schedule import NoiseSchedule
 from minidiff.files.folder import local_folder
-from minidiff.trainer.latents import LatentData
+from minidiff.files.values import to_toml
 from minidiff.trainer.settings import FineTuneSettings
 
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"]
 LICENSE = ("license", "license_name", "license_link")
 NOT_PUBLISHED = ("checkpoint-*/", "metrics.jsonl", ".lock", ".tmp-*", "state/")  # git and huggingface_hub follow .gitignore
+WORD, LORA = 'pipe.load_textual_inversion("{name}")', 'pipe.load_lora_weights("{name}")'
+USAGE = {"lora": [LORA], "textual_inversion": [WORD], "pivotal": [WORD, LORA]}  # by tag; other results are whole models
 
 
 def base_license(base: str) -> dict[str, str]:
@@ -28,83 +29,6 @@ def base_license(base: str) -> dict[str, str]:
     return found if "license" in found else {"license": "other", "license_name": "unknown"}
 
 
-def model_spec(
-    settings: FineTuneSettings, kind: str, data: LatentData, schedule: NoiseSchedule, base_hash: str
-) -> dict[str, str]:
-    """Metadata of an adapter's file: ModelSpec 1.0.1, and those fields of kohya's scripts (`ss_`) that A1111 reads.
-
-    `kind` is "lora" or "textual-inversion", `base_hash` is the fingerprint of the base. The format allows only strings.
-    """
-    name, resolution = Path(settings.output_dir).resolve().name, data.resolution
-    spec = {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"stable-diffusion-v1/{kind}",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": name,
-        "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.license": license_word(base_license(settings.pretrained_model_name_or_path)),
-        "modelspec.prediction_type": "v" if schedule.config.prediction_type == "v_prediction" else "epsilon",
-        "modelspec.trigger_phrase": settings.prompt or "",
-    }
-    return {key: value for key, value in spec.items() if value} | {
-        "ss_v2": "False",
-        "ss_base_model_version": "sd_v1",
-        "ss_output_name": name,
-        "ss_sd_model_name": Path(settings.pretrained_model_name_or_path).resolve().name,
-        "ss_learning_rate": f"{settings.learning_rate:g}",
-        "ss_max_train_steps": str(settings.updates(data.samples_per_epoch)),
-        "ss_seed": str(settings.seed),
-        "ss_resolution": f"({resolution}, {resolution})",
-        "ss_num_train_images": str(len(data.examples)),
-        "base_fingerprint": base_hash,
-    }
-
-
-USAGE = {  # by tag: how the result is used
-    "lora": 'pipe.load_lora_weights("{name}")',
-    "textual_inversion": 'pipe.load_textual_inversion("{name}")',
-    "pivotal": 'pipe.load_textual_inversion("{name}")\npipe.load_lora_weights("{name}")',
-}
-
-
-def write_card(
-    folder: Path, settings: FineTuneSettings, data: LatentData, method: str, tag: str, facts: Mapping[str, object]
-) -> None:
-    """Write `folder/README.md`, a model card, and .gitignore. `facts` become rows of the card's table; `tag` is the hub's."""
-    from huggingface_hub import ModelCardData
-
-    base, name, prompt = settings.pretrained_model_name_or_path, Path(settings.output_dir).resolve().name, settings.prompt
-    short, terms, updates = Path(base).resolve().name, base_license(base), settings.updates(data.samples_per_epoch)
-    front = ModelCardData(base_model=base if is_hub_id(base) else short, tags=[*TAGS, tag], inference=True)
-    for key, value in terms.items():
-        front[key] = value
-    if prompt:
-        front["instance_prompt"], front["widget"] = prompt, [{"text": prompt}]
-    rows = {
-        "method": method,
-        "base model": short,
-        **facts,
-        "updates": f"{updates:,}, of {settings.train_batch_size * settings.gradient_accumulation_steps} samples",
-        "learning rate": f"{settings.learning_rate:g}, {settings.lr_scheduler}",
-        "seed": settings.seed,
-    }
-    lines = [f"# {name}", f"{method} of {short}."]
-    if settings.validation_steps:
-        lines.insert(1, f"![The base above, this model below](samples/step-{updates:06d}.png)")
-    if prompt:
-        lines.append(f"Its prompt: `{prompt}`.")
-    lines.append("| | |\n|---|---|\n" + "\n".join(f"| {what} | {value} |" for what, value in rows.items()))
-    load = f'pipe = StableDiffusionPipeline.from_pretrained("{short if tag in USAGE else name}")'
-    use = "\n".join(filter(None, (load, USAGE.get(tag, "").replace("{name}", name))))
-    lines.append(f"```python\nfrom minidiff import StableDiffusionPipeline  # or from diffusers\n\n{use}\n```")
-    lines.append(
-        "Made with minidiff; `train_config.toml` makes it again, given the pictures. "
-        f"The licence ({license_word(terms)}) is that of the base model."
-    )
-    (folder / "README.md").write_text(f"---\n{front}\n---\n\n" + "\n\n".join(lines) + "\n", encoding="utf-8")
-    (folder / ".gitignore").write_text("\n".join(NOT_PUBLISHED) + "\n", encoding="utf-8")
-
-
 def license_word(terms: Mapping[str, str]) -> str:
     """The name of a licence. The hub calls a licence that it does not know "other", and gives its name separately."""
     return terms.get("license_name", terms["license"])
@@ -113,3 +37,50 @@ def license_word(terms: Mapping[str, str]) -> str:
 def is_hub_id(name: str) -> bool:
     """Is it "owner/name", and no path that exists here?"""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+
+
+def model_spec(settings: FineTuneSettings, kind: str, side: int, predicts: str, base_hash: str) -> dict[str, str]:
+    """Metadata of an adapter's file: ModelSpec 1.0.1, and those fields of kohya's scripts (`ss_`) by which A1111 knows it.
+
+    `kind` is "lora" or "textual-inversion", `side` the pictures' in pixels, `base_hash` the fingerprint of the base.
+    """
+    name = Path(settings.output_dir).resolve().name
+    spec = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"stable-diffusion-v1/{kind}",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": name,
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.license": license_word(base_license(settings.pretrained_model_name_or_path)),
+        "modelspec.prediction_type": "v" if predicts == "v_prediction" else "epsilon",
+        "ss_v2": "False",
+        "ss_base_model_version": "sd_v1",
+        "ss_output_name": name,
+        "ss_sd_model_name": Path(settings.pretrained_model_name_or_path).resolve().name,
+        "base_fingerprint": base_hash,
+    }
+    return spec | ({"modelspec.trigger_phrase": settings.prompt} if settings.prompt else {})
+
+
+def write_card(folder: Path, settings: FineTuneSettings, updates: int, tag: str) -> None:
+    """Write `folder/README.md`, a model card, and .gitignore. `tag` names the method, in the words of the hub."""
+    from huggingface_hub import ModelCardData
+
+    base, name, prompt = settings.pretrained_model_name_or_path, Path(settings.output_dir).resolve().name, settings.prompt
+    short, terms = Path(base).resolve().name, base_license(base)
+    front = ModelCardData(base_model=base if is_hub_id(base) else short, tags=[*TAGS, tag], inference=True)
+    for key, value in terms.items():
+        front[key] = value
+    lines = [f"# {name}", f"{tag} of {short}, {updates:,} updates.".replace("_", " ")]
+    if settings.validation_steps:
+        lines.insert(1, f"![The base above, this model below](samples/step-{updates:06d}.png)")
+    if prompt:
+        front["instance_prompt"], front["widget"] = prompt, [{"text": prompt}]
+        lines.append(f"Its prompt: `{prompt}`.")
+    load = f'pipe = StableDiffusionPipeline.from_pretrained("{short if tag in USAGE else name}")'
+    use = "\n".join([load, *(line.format(name=name) for line in USAGE.get(tag, []))])
+    lines.append(f"```python\nfrom minidiff import StableDiffusionPipeline  # or from diffusers\n\n{use}\n```")
+    lines.append(f"Made with minidiff. The licence ({license_word(terms)}) is that of the base model. Settings:")
+    lines.append(f"```toml\n{to_toml(settings, settings.HARMLESS)}```")
+    (folder / "README.md").write_text(f"---\n{front}\n---\n\n" + "\n\n".join(lines) + "\n", encoding="utf-8")
+    (folder / ".gitignore").write_text("\n".join(NOT_PUBLISHED) + "\n", encoding="utf-8")

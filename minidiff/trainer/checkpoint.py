@@ -247,15 +247,16 @@ def clear(folder: Path) -> None:
     sweep(folder)
 
 
-def publish(folder: Path, export: Callable[[Path], None]) -> None:
-    """Let `export` write into a hidden folder, then move what it wrote into `folder`, each piece whole.
+def publish(folder: Path, *writers: Callable[[Path], None]) -> None:
+    """Let functions write into a hidden folder, then move what they wrote into `folder`, each piece whole.
 
     Only a .gitignore that is there already stays: the folder may be a clone of a repository, with rules of its own.
     """
     hidden = folder / f"{HIDDEN}export"
     remove(hidden)
     hidden.mkdir()
-    export(hidden)
+    for write in writers:
+        write(hidden)
     fsync_tree(hidden)
     for path in sorted(hidden.iterdir()):
         if path.name == ".gitignore" and (folder / path.name).exists():

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.core.train import Batch, Task
 
+AnyTask = TypeVar("AnyTask", bound=Task)
 PATIENCE = timedelta(hours=2)  # the others wait while the first one draws or saves; a process that dies is noticed at once
 
 
@@ -35,24 +37,17 @@ class World:
     def check(self, batch_size: int) -> None:
         """SettingsError for a batch that cannot be shared evenly: its mean would not be the mean of the shares."""
         if batch_size % self.size:
-            near = batch_size - batch_size % self.size
-            sizes = " or ".join(str(n) for n in (near, near + self.size) if n)
-            raise SettingsError(
-                f"--train_batch_size {batch_size} is for all {self.size} processes together, which cannot share it evenly; "
-                f"give {sizes}."
-            )
+            rule = f"is for all {self.size} processes together; give a multiple of {self.size}"
+            raise SettingsError(f"--train_batch_size {batch_size} {rule}.")
 
     def share(self, batch: Batch, batch_size: int) -> Batch:
-        """This process's rows of a batch.
+        """This process's rows of a batch; a tensor without rows is for all.
 
-        A tensor of k B rows holds k batches one after the other (DreamBooth: pictures of the subject, then of the class): it
-        gives a share of each. One without rows is for all.
+        DreamBooth's batch has 2 B rows, pictures of the subject and then of the class: it gives a share of each half.
         """
-        if self.size == 1:
-            return batch
         part = batch_size // self.size
         mine = slice(self.rank * part, (self.rank + 1) * part)
-        halves = {k: v.unflatten(0, (-1, batch_size)) for k, v in batch.items() if v.ndim}  # (k, B, …)
+        halves = {k: v.unflatten(0, (-1, batch_size)) for k, v in batch.items() if v.ndim}  # (1 or 2, B, …)
         return {k: halves[k][:, mine].flatten(0, 1) if v.ndim else v for k, v in batch.items()}
 
     def any(self, flag: bool) -> bool:
@@ -75,7 +70,7 @@ class Loss(nn.Module):
         return self.loss(batch, step, micro)
 
 
-def own_share(task: Task, world: World, batch_size: int) -> Task:
+def own_share(task: AnyTask, world: World, batch_size: int) -> AnyTask:
     """The task on the rows of this process."""
     if world.size == 1:
         return task
@@ -105,9 +100,7 @@ def summed(x: Tensor) -> Tensor:
 
 def world() -> World:
     """The processes that `joined` has connected; else this one alone."""
-    if dist.is_available() and dist.is_initialized():
-        return World(dist.get_rank(), dist.get_world_size())
-    return World()
+    return World(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else World()
 
 
 @contextmanager
@@ -120,18 +113,14 @@ def joined(device: str | None) -> Iterator[World]:
     if size == 1:
         yield World()
         return
-    if sys.platform == "win32" or not dist.is_available():
-        raise SettingsError("several processes need a torch with torch.distributed and gloo; start minidiff without torchrun.")
-    backend, gpus, local = "gloo", torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-    if gpus and device != "cpu":
-        together = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        if together > gpus:
-            raise SettingsError(f"torchrun started {together} processes, and there are {gpus} GPUs: --nproc_per_node {gpus}.")
-        if device not in (None, "cuda"):
-            raise SettingsError(f"--device {device}: torchrun gives each process a GPU of its own; leave the flag out.")
-        torch.cuda.set_device(local)
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    if gpus and (together := int(os.environ.get("LOCAL_WORLD_SIZE", size))) > gpus:
+        raise SettingsError(f"torchrun started {together} processes, and there are {gpus} GPUs: --nproc_per_node {gpus}.")
+    if gpus and device not in (None, "cuda"):
+        raise SettingsError(f"--device {device}: torchrun gives each process a GPU of its own; leave the flag out.")
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if dist.get_rank() else sys.stdout):
             yield world()

@@ -159,10 +159,6 @@ class LatentData:
         first = (step * s.gradient_accumulation_steps + micro) * s.train_batch_size
         return range(first, first + s.train_batch_size)
 
-    def describe(self, step: int, micro: int) -> str:
-        """The pictures in a batch, for messages."""
-        return ", ".join(self.examples[self.draw(number).picture].path.name for number in self.numbers(step, micro))
-
     def draw(self, number: int) -> Draw:
         """The random choices of sample `number` of the run: a pure function of (seed, number)."""
         s, (epoch, turn) = self.settings, divmod(number, self.samples_per_epoch)

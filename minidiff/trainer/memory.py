@@ -26,8 +26,8 @@ from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.device import is_out_of_memory
 from minidiff.draw.speed import checkpoint_gradients, peak_memory
 from minidiff.trainer import checkpoint, distributed
-from minidiff.trainer.job import Job
-from minidiff.trainer.settings import FineTuneSettings, FrozenSettings, size_in_bytes
+from minidiff.trainer.settings import FineTuneSettings, size_in_bytes
+from minidiff.trainer.task import Job
 
 MIB, HALF = 2**20, (torch.float16, torch.bfloat16)
 # The allowance is for memory that cannot be counted: Python and PyTorch (or CUDA) themselves; and, as a share of the largest
@@ -257,7 +257,7 @@ def chosen(task: Job, settings: FineTuneSettings) -> tuple[FineTuneSettings, Bud
     if need.together > limit:
         raise SettingsError(f"--fit {settings.fit}: it does not fit with all savings. It needs:\n{need}\nWhat helps: {HINTS}.")
     checkpoint_gradients(task.modules["unet"], trained.gradient_checkpointing)
-    if may_cast(trained) and not is_on(trained, "layerwise_casting"):
+    if trained.may_cast and not is_on(trained, "layerwise_casting"):
         task.modules["unet"].float()  # it was loaded in half precision, in case that it had to stay so
     how = f"with{notes}" if notes else "as it is."
     return trained, need, f"--fit {settings.fit}: {need.together / MIB:,.0f} MiB fit {how}\n"
@@ -272,19 +272,13 @@ def possible(task: Job, settings: FineTuneSettings) -> list[str]:
     ours = task.optimizer is None  # a task's own optimizer exists already
     early = settings.gradient_accumulation_steps == 1 and settings.mixed_precision != "fp16" and distributed.world().size == 1
     rules = {
-        "layerwise_casting": may_cast(settings) and any(p.dtype in HALF for p in task.modules["unet"].parameters()),
+        "layerwise_casting": settings.may_cast and any(p.dtype in HALF for p in task.modules["unet"].parameters()),
         "gradient_checkpointing": True,
         "use_8bit_adam": ours,
         "optimizer_in_backward": ours and early,
         "bf16_weights": ours and settings.mixed_precision == "bf16" and not settings.use_ema and task.ema_decay is None,
     }
     return [flag for flag in SAVINGS if rules[flag] and not is_on(settings, flag)]
-
-
-def may_cast(settings: FineTuneSettings) -> bool:
-    """Load the U-Net in the half precision of its file, to cast it layer by layer? With --fit, `chosen` decides later."""
-    asked = isinstance(settings, FrozenSettings) and (settings.layerwise_casting or settings.fit is not None)
-    return asked and settings.mixed_precision == "no"
 
 
 def is_on(settings: FineTuneSettings, flag: str) -> bool:

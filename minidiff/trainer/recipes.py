@@ -18,8 +18,6 @@ from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import speed_up
 from minidiff.files.lora_file import save_lora
 from minidiff.files.word_file import check_word, save_embedding
-from minidiff.trainer.card import model_spec, write_card
-from minidiff.trainer.job import Job
 from minidiff.trainer.latents import LatentData
 from minidiff.trainer.optimizers import adamw
 from minidiff.trainer.settings import (
@@ -31,83 +29,95 @@ from minidiff.trainer.settings import (
     TextualInversionSettings,
     WordSettings,
 )
-from minidiff.trainer.task import load_base, load_data, make_job, prepared
+from minidiff.trainer.task import Job, Prepared, load_base, load_data, make_job, prepared
 
 
 def full(settings: FullSettings) -> Job:
     """Full fine-tuning and DreamBooth. The result is a whole model folder."""
     settings.check()
     pipe, base_hash = load_base(replace(settings, mixed_precision="no", bf16_weights=False))  # trained weights start unrounded
-    live = settings.train_text_encoder
-    ready = prepared(pipe, settings, base_hash, load_data(pipe, settings, live))
-    trainable = core.full(pipe.unet, pipe.text_encoder if live else None)
-
-    def card(folder: Path) -> None:
-        method, tag = ("DreamBooth", "dreambooth") if settings.with_prior_preservation else ("Full fine-tune", "full")
-        write_card(folder, settings, ready.data, method, tag, {"trained": "unet and text_encoder" if live else "unet"})
-
-    return make_job(ready, trainable, pipe.save_pretrained, card)
+    text_encoder = pipe.text_encoder if settings.train_text_encoder else None
+    ready = prepared(pipe, settings, base_hash, load_data(pipe, settings, settings.train_text_encoder))
+    tag = "dreambooth" if settings.with_prior_preservation else "full"
+    return make_job(ready, core.full(pipe.unet, text_encoder), pipe.save_pretrained, tag)
 
 
 def lora(settings: LoRASettings) -> Job:
     """LoRA or DoRA. The result is `pytorch_lora_weights.safetensors`, which minidiff and diffusers load."""
     pipe, base_hash = load_base(settings)
-    networks = adapted_networks(pipe, settings)
-    trainable = core.lora(pipe.unet, shape(settings), networks.get("text_encoder"))  # first: a target may be wrong
-    announce(pipe, networks)
+    trainable = new_adapters(pipe, settings)
     data = load_data(pipe, settings, settings.train_text_encoder)
     ready = prepared(pipe, settings, base_hash, data, as_base=lambda: adapters_off(pipe.unet))
-
-    def export(folder: Path) -> None:
-        write_adapter(folder, networks, model_spec(settings, "lora", data, pipe.schedule, base_hash))
-
-    def card(folder: Path) -> None:
-        write_card(folder, settings, data, "DoRA" if settings.use_dora else "LoRA", "lora", shape_of(settings))
-
-    return make_job(ready, trainable, export, card)
+    return make_job(ready, trainable, lambda folder: write_adapters(folder, ready), "lora")
 
 
 def textual_inversion(settings: TextualInversionSettings) -> Job:
     """Textual inversion. The result is `learned_embeds.safetensors`, a few kilobytes."""
     pipe, base_hash = load_base(settings)
     trainable = new_word(pipe, settings)
-    data = load_word_data(pipe, settings)
-    ready = prepared(pipe, settings, base_hash, data)
+    ready = prepared(pipe, settings, base_hash, load_word_data(pipe, settings))
+    spec = ready.spec("textual-inversion")
 
     def export(folder: Path) -> None:
-        spec = model_spec(settings, "textual-inversion", data, pipe.schedule, base_hash)
         save_embedding(folder, settings.placeholder_token, trainable["word"], metadata=spec)
 
-    def card(folder: Path) -> None:
-        write_card(folder, settings, data, "Textual inversion", "textual_inversion", word_facts(settings))
-
-    return make_job(ready, trainable, export, card)
+    return make_job(ready, trainable, export, "textual_inversion")
 
 
 def pivotal(settings: PivotalSettings) -> Job:
     """Pivotal tuning: a word and a LoRA, each with its own learning rate. The result is the files of both."""
     pipe, base_hash = load_base(settings)
-    networks = adapted_networks(pipe, settings)
-    adapters = core.lora(pipe.unet, shape(settings), networks.get("text_encoder"))
-    announce(pipe, networks)
-    word = new_word(pipe, settings)
+    adapters, word = new_adapters(pipe, settings), new_word(pipe, settings)
     data = load_word_data(pipe, settings)
     ready = prepared(pipe, settings, base_hash, data, as_base=lambda: adapters_off(pipe.unet))
     optimizer = adamw(list(adapters.values()), settings)
     optimizer.add_param_group({"params": list(word.values()), "lr": settings.learning_rate_embedding})
 
     def export(folder: Path) -> None:
-        spec = model_spec(settings, "lora", data, pipe.schedule, base_hash)
-        write_adapter(folder, networks, spec)
-        save_embedding(folder, settings.placeholder_token, word["word"], metadata=spec)
+        write_adapters(folder, ready)
+        save_embedding(folder, settings.placeholder_token, word["word"], metadata=ready.spec("lora"))
 
-    def card(folder: Path) -> None:
-        facts = word_facts(settings) | shape_of(settings)
-        facts["learning rate of the word"] = f"{settings.learning_rate_embedding:g}"
-        write_card(folder, settings, data, "Pivotal tuning", "pivotal", facts)
+    return make_job(ready, adapters | word, export, "pivotal", optimizer)
 
-    return make_job(ready, adapters | word, export, card, optimizer)
 
+RECIPES: dict[type, Callable[[Any], Job]] = {
+    FullSettings: full,
+    DreamBoothSettings: full,
+    LoRASettings: lora,
+    TextualInversionSettings: textual_inversion,
+    PivotalSettings: pivotal,
+}
+
+# --- adapters ------------------------------------------------------------------------------------------------------------
+
+
+def new_adapters(pipe: StableDiffusionPipeline, settings: AdapterSettings) -> core.Trainable:
+    """The new adapters, with their fast classes. Prints how much is trained, as peft does."""
+    s, text_encoder = settings, pipe.text_encoder if settings.train_text_encoder else None
+    shape = core.Adapter(s.rank, s.lora_alpha, s.lora_targets, s.rank_of, s.use_rslora, s.use_dora, s.lora_dropout, s.seed)
+    adapters = core.lora(pipe.unet, shape, text_encoder)
+    speed_up(pipe)
+    for network in (pipe.unet, text_encoder):
+        if network is not None:
+            print_trainable_parameters(network)
+    return adapters
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """One line, in peft's form: trainable params: 797,184 || all params: 860,318,148 || trainable%: 0.0927"""
+    some = sum(parameter.numel() for parameter in trainable(model).values())
+    every = sum(parameter.numel() for parameter in model.parameters())
+    print(f"trainable params: {some:,} || all params: {every:,} || trainable%: {100 * some / every:.4f}")
+
+
+def write_adapters(folder: Path, ready: Prepared) -> None:
+    """The adapters of both networks in one file. (A network without one adds nothing.)"""
+    networks = {"unet": ready.pipe.unet, "text_encoder": ready.pipe.text_encoder}
+    modules = {f"{part}.{name}": w for part, model in networks.items() for name, w in adapter_weights(model).items()}
+    save_lora(modules, folder, metadata=ready.spec("lora"))
+
+
+# --- words ---------------------------------------------------------------------------------------------------------------
 
 # Sentences to train a new word {} with, if there are no captions; by --learnable_property. As in the appendix of arXiv
 # 2208.01618: many neutral sentences, true of any picture, so that the word learns what the pictures have in common. They use
@@ -127,62 +137,6 @@ TEMPLATES = {
     ),
 }
 
-RECIPES: dict[type, Callable[[Any], Job]] = {
-    FullSettings: full,
-    DreamBoothSettings: full,
-    LoRASettings: lora,
-    TextualInversionSettings: textual_inversion,
-    PivotalSettings: pivotal,
-}
-
-# --- adapters ------------------------------------------------------------------------------------------------------------
-
-
-def shape(settings: AdapterSettings) -> core.Adapter:
-    """The adapter that the settings describe."""
-    s = settings
-    return core.Adapter(s.rank, s.lora_alpha, s.lora_targets, s.rank_of, s.use_rslora, s.use_dora, s.lora_dropout, s.seed)
-
-
-def adapted_networks(pipe: StableDiffusionPipeline, settings: AdapterSettings) -> dict[str, nn.Module]:
-    """The networks that get an adapter."""
-    networks: dict[str, nn.Module] = {"unet": pipe.unet}
-    return networks | ({"text_encoder": pipe.text_encoder} if settings.train_text_encoder else {})
-
-
-def announce(pipe: StableDiffusionPipeline, networks: dict[str, nn.Module]) -> None:
-    """Print how much is trained, and give the new adapters their fast classes."""
-    speed_up(pipe)
-    for network in networks.values():
-        print_trainable_parameters(network)
-
-
-def print_trainable_parameters(model: nn.Module) -> None:
-    """One line, in peft's form: trainable params: 797,184 || all params: 860,318,148 || trainable%: 0.0927"""
-    some = sum(parameter.numel() for parameter in trainable(model).values())
-    every = sum(parameter.numel() for parameter in model.parameters())
-    print(f"trainable params: {some:,} || all params: {every:,} || trainable%: {100 * some / every:.4f}")
-
-
-def write_adapter(folder: Path, networks: dict[str, nn.Module], metadata: dict[str, str]) -> None:
-    """The adapters of all networks in one file."""
-    modules = {f"{part}.{name}": w for part, model in networks.items() for name, w in adapter_weights(model).items()}
-    save_lora(modules, folder, metadata=metadata)
-
-
-def shape_of(settings: AdapterSettings) -> dict[str, object]:
-    """An adapter's rows in the model card."""
-    alpha = settings.rank if settings.lora_alpha is None else settings.lora_alpha
-    scale = "alpha / √rank (rsLoRA)" if settings.use_rslora else "alpha / rank"
-    facts: dict[str, object] = {"rank, alpha": f"{settings.rank}, {alpha:g}; the scale is {scale}"}
-    if settings.rank_pattern:
-        facts["other ranks"] = ", ".join(settings.rank_pattern)
-    facts["layers"] = ", ".join(settings.lora_targets)
-    return facts | ({"text encoder": "its attention"} if settings.train_text_encoder else {})
-
-
-# --- words ---------------------------------------------------------------------------------------------------------------
-
 
 def new_word(pipe: StableDiffusionPipeline, settings: WordSettings) -> core.Trainable:
     """The new word with its first vectors."""
@@ -192,11 +146,6 @@ def new_word(pipe: StableDiffusionPipeline, settings: WordSettings) -> core.Trai
     except AdapterError as error:
         raise AdapterError(f"--placeholder_token: {error}") from error
     return core.textual_inversion(pipe.tokenizer, pipe.text_encoder, word, like, settings.num_vectors)
-
-
-def word_facts(settings: WordSettings) -> dict[str, object]:
-    """The rows of a new word in the model card."""
-    return {"new word": f"`{settings.placeholder_token}`", "vectors": settings.num_vectors}
 
 
 def load_word_data(pipe: StableDiffusionPipeline, settings: WordSettings) -> LatentData:

@@ -26,6 +26,7 @@ ONE = "give only one of them"
 FAST = f"needs the faster code of minidiff/fast, which --plain leaves out: {ONE}"
 AGAIN = f"starts again, and --resume_from_checkpoint continues: {ONE}"
 FREED = "cannot be joined with --gradient_accumulation_steps: a gradient that is freed cannot be added to the next one"
+CROP = "cannot be joined with --no-center_crop, as a cached latent has one crop; add --no-cache_latents"
 SQUARE = "cannot be joined with --class_data_dir, whose pictures are square; take --prior_from_base"
 CLASS = "needs --class_data_dir, where the base model draws missing pictures; or --prior_from_base, which needs none"
 Holds = Callable[[Any], object]
@@ -43,7 +44,7 @@ RULES: tuple[tuple[str, Holds, str], ...] = (  # where the flag is given, the co
     ("instance_data_dir", lambda s: (s.prompt or "").strip(), 'needs --instance_prompt, such as "a photo of a sks dog"'),
     ("instance_prompt", lambda s: s.instance_data_dir, "goes with --instance_data_dir; --train_data_dir has captions"),
     ("instance_prompt", lambda s: (word(s) or "") in s.instance_prompt.lower(), "must contain the new word"),
-    ("cache_latents", lambda s: s.center_crop, "and --no-center_crop exclude each other: a cached latent has one crop"),
+    ("cache_latents", lambda s: s.center_crop, CROP),
     *((flag, lambda s, flag=flag: outside(s, flag), OWN) for flag in ("cache_dir", "class_data_dir")),
     *((flag, lambda s, flag=flag: apart(s, flag), APART) for flag in ("cache_dir", "class_data_dir")),
     ("cache_dir", lambda s: s.cache_latents, "cannot be joined with --no-cache_latents"),

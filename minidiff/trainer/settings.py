@@ -183,7 +183,7 @@ class FineTuneSettings(TrainSettings):
     cache_latents: bool = True
     """Encode each picture once, before training, instead of in every step."""
     cache_dir: Folder | None = None
-    """Keep encoded pictures and prompts in this folder for later runs. They are as private as the pictures themselves."""
+    """Keep encoded pictures in this folder for later runs. They are as private as the pictures themselves."""
     proportion_empty_prompts: Annotated[float, between(0, 1)] = 0.0
     """Share of the samples that are trained with an empty prompt (caption dropout)."""
     snr_gamma: Positive | None = None
@@ -230,10 +230,15 @@ class FineTuneSettings(TrainSettings):
         """The prompt of all pictures in --instance_data_dir."""
         return self.instance_prompt
 
+    @property
+    def may_cast(self) -> bool:
+        """Load the U-Net in the half precision of its file, to cast it layer by layer? With --fit, memory.py decides later."""
+        return False
+
     def check(self) -> None:
         super().check()
         if self.instance_data_dir is None and self.train_data_dir is None:
-            raise SettingsError("give the pictures: --instance_data_dir (one prompt) or --train_data_dir (a caption each).")
+            raise SettingsError("Give the pictures: one of --instance_data_dir (one prompt) and --train_data_dir (captions).")
 
 
 # --- the methods ---------------------------------------------------------------------------------------------------------
@@ -266,6 +271,10 @@ class FrozenSettings(FineTuneSettings):
     """Keep frozen weights in the half precision of their file, and cast them layer by layer. A tenth slower, same result."""
 
     HARMLESS = FineTuneSettings.HARMLESS | {"layerwise_casting"}
+
+    @property
+    def may_cast(self) -> bool:
+        return self.mixed_precision == "no" and (self.layerwise_casting or self.fit is not None)
 
 
 @dataclass(frozen=True)

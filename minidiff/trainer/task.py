@@ -1,4 +1,4 @@
-"""The parts that all recipes share: the base model, the pictures, the loss, the sheets, and how they make a `Job`.
+"""A `Job`: a task of the training loop and what surrounds it. The parts that all recipes share make one.
 
 Shapes: B samples, C h w a latent, L tokens, D width of the text.
 """
@@ -8,8 +8,9 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -19,21 +20,48 @@ from minidiff.core.errors import SettingsError
 from minidiff.core.losses import squared_error
 from minidiff.core.recipes import Answer, DiffusionLoss
 from minidiff.core.text import tokenize
-from minidiff.core.train import DTYPES, Batch
+from minidiff.core.train import DTYPES, Batch, Task
 from minidiff.draw.device import chosen_device
 from minidiff.draw.images import contact_sheet
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import checkpoint_gradients
 from minidiff.files import names as keymaps
+from minidiff.trainer.card import model_spec, write_card
 from minidiff.trainer.checkpoint import check_folder
 from minidiff.trainer.dataset import bucket_sizes, check_pictures, read_folder
 from minidiff.trainer.distributed import world
-from minidiff.trainer.job import Job, check_precision
-from minidiff.trainer.latents import Cache, LatentData
-from minidiff.trainer.memory import HALF, is_on, may_cast
+from minidiff.trainer.latents import LatentData
 from minidiff.trainer.priors import BasePrior, PairedData, class_examples, class_settings
 from minidiff.trainer.settings import FineTuneSettings, FullSettings
 from minidiff.trainer.validation import check_prediction_type, validation_set
+
+
+@dataclass
+class Job(Task):
+    """`batch` gives CPU tensors, and threads may call it; `loss` moves them to its device.
+
+    With prior preservation a batch has two halves, and the loss is the sum of two means.
+    """
+
+    export: Callable[[Path], None] = lambda folder: None  # writes the result into a folder: that of the run, or of a checkpoint
+    card: Callable[[Path], None] = lambda folder: None  # writes the model card beside the result of the whole run
+    preview: Callable[[int], Image.Image | None] = lambda done: None  # a sample sheet
+    validate: Callable[[], dict[str, float]] | None = None  # numbers for metrics.jsonl that tell how good the model is now
+    facts: dict[str, Any] = field(default_factory=dict)  # JSON; a resumed run must agree with it (base, data, …)
+    samples_per_epoch: int | None = None  # None: it has no epochs
+    ema_decay: float | None = None  # None: as the settings say. With it, export, preview and validate see averaged weights
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # searched where the loss is not finite
+    beside: dict[str, nn.Module] = field(default_factory=dict)  # other networks in memory, such as the VAE, by a readable name
+    used_vae: bool = False  # do pictures go through the VAE in this run, before or during training?
+
+
+def check_precision(precision: str, device: str) -> None:
+    """SettingsError where the device cannot train in that --mixed_precision."""
+    if precision == "fp16" and device == "cpu":
+        raise SettingsError("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no.")
+    if precision == "bf16" and device != "cpu" and not torch.cuda.is_bf16_supported():
+        raise SettingsError("--mixed_precision bf16 is more than this GPU can do; use fp16.")
+
 
 # --- the base and the pictures ---------------------------------------------------------------------------------------
 
@@ -47,60 +75,48 @@ def load_base(settings: FineTuneSettings) -> tuple[StableDiffusionPipeline, str]
     check_folder(settings)
     device = chosen_device(settings.device)
     check_precision(settings.mixed_precision, device)
-    dtype = DTYPES[settings.mixed_precision]
-    name, casts = settings.pretrained_model_name_or_path, may_cast(settings)
+    name, dtype, casts = settings.pretrained_model_name_or_path, DTYPES[settings.mixed_precision], settings.may_cast
     pipe = StableDiffusionPipeline.from_pretrained(name, dtype, casts, settings.plain)
     pipe.set_progress_bar_config(disable=True)
-    if is_on(settings, "layerwise_casting") and not any(p.dtype in HALF for p in pipe.unet.parameters()):
+    if casts and settings.fit is None and all(p.element_size() > 2 for p in pipe.unet.parameters()):
         print("Note: --layerwise_casting changes nothing: the U-Net's file is not in half precision.", file=sys.stderr)
     if settings.gradient_checkpointing:
         checkpoint_gradients(pipe.unet)
     return pipe.to(device), model_fingerprint(pipe.unet, pipe.vae, pipe.text_encoder)
 
 
+def model_fingerprint(*models: nn.Module) -> str:
+    """Tells base models apart, wherever they lie: a hash of the first numbers of each tensor, as loaded here."""
+    digest = hashlib.sha256()
+    for model in models:
+        for name, tensor in model.state_dict().items():  # modern: transformers 4 and 5 call the text encoder's differently
+            digest.update(f"{keymaps.modern(name)} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
 def load_data(
-    pipe: StableDiffusionPipeline, settings: FineTuneSettings, live_text: bool = False, templates: Sequence[str] = ("{}",)
+    pipe: StableDiffusionPipeline,
+    settings: FineTuneSettings,
+    live_text: bool = False,
+    templates: Sequence[str] = ("{}",),
+    folder: str | None = None,
 ) -> LatentData:
-    """The training pictures and their prompts, checked and encoded.
+    """The training pictures, or those of another folder, and their prompts: checked and encoded.
 
     With `live_text` a batch holds token ids, for a text encoder that changes in training.
     """
-    folder = settings.instance_data_dir or settings.train_data_dir or ""
-    return encoded(pipe, settings, Path(folder), settings.prompt, live_text, templates)
-
-
-def encoded(
-    pipe: StableDiffusionPipeline,
-    settings: FineTuneSettings,
-    folder: Path,
-    prompt: str | None,
-    live_text: bool,
-    templates: Sequence[str] = ("{}",),
-) -> LatentData:
-    """A folder of pictures as latents."""
     side, stride = training_side(pipe, settings)
+    folder = folder or settings.instance_data_dir or settings.train_data_dir or ""
     sizes = bucket_sizes(side, stride) if settings.aspect_ratio_buckets else [(side, side)]
-    examples = read_folder(folder, prompt, settings.caption_column, settings.masked_loss)
+    examples = read_folder(Path(folder), settings.prompt, settings.caption_column, settings.masked_loss)
     examples = check_pictures(examples, sizes, settings.skip_bad)
-    encode = text_of(pipe, settings, live_text)
+    encode = text_of(pipe, live_text)
     return LatentData(examples, settings, side, pipe.vae, encode, len(pipe.schedule.alphas_cumprod), templates)
 
 
-def text_of(pipe: StableDiffusionPipeline, settings: FineTuneSettings, live_text: bool) -> Callable[[list[str]], Tensor]:
+def text_of(pipe: StableDiffusionPipeline, live_text: bool) -> Callable[[list[str]], Tensor]:
     """Prompts -> (B, L, D) from the text encoder as it is now; or ids (B, L), to be encoded in each step."""
-
-    def ids(prompts: list[str]) -> Tensor:
-        return tokenize(pipe.tokenizer, prompts, pipe.placeholders)
-
-    if live_text or not settings.cache_dir:
-        return ids if live_text else pipe.encode_captions
-    disk = Cache(settings.cache_dir, pipe.text_encoder)
-
-    def kept(prompt: str) -> Tensor:
-        origin = {"ids": ids([prompt])[0].tolist()}
-        return disk.kept(origin, lambda: {"text": pipe.encode_captions([prompt])[0]})["text"]
-
-    return lambda prompts: torch.stack([kept(prompt) for prompt in prompts])
+    return (lambda prompts: tokenize(pipe.tokenizer, prompts, pipe.placeholders)) if live_text else pipe.encode_captions
 
 
 def training_side(pipe: StableDiffusionPipeline, settings: FineTuneSettings) -> tuple[int, int]:
@@ -119,7 +135,7 @@ def with_prior(pipe: StableDiffusionPipeline, data: LatentData) -> LatentData | 
     settings = data.settings
     if not has_prior(settings):
         return data
-    encode = text_of(pipe, settings, data.live_text)
+    encode = text_of(pipe, data.live_text)
     if settings.prior_from_base:
         return BasePrior(data, encode([settings.class_prompt or ""])[0])
     side = data.resolution
@@ -131,37 +147,6 @@ def with_prior(pipe: StableDiffusionPipeline, data: LatentData) -> LatentData | 
 def has_prior(settings: FineTuneSettings) -> bool:
     """Weight 0 is the plain loss: then the class half is not computed at all."""
     return settings.with_prior_preservation and settings.prior_loss_weight > 0
-
-
-# --- the loss --------------------------------------------------------------------------------------------------------
-
-
-def diffusion_loss(pipe: StableDiffusionPipeline, settings: FineTuneSettings, base: Answer | None = None) -> DiffusionLoss:
-    """The loss with what the settings add to it. `base` predicts the target of the class half: --prior_from_base."""
-    weight = settings.prior_loss_weight if has_prior(settings) else 0.0
-    return DiffusionLoss(pipe.unet, pipe.schedule, pipe.text_encoder, settings.snr_gamma, weight, base)
-
-
-def base_answer(
-    pipe: StableDiffusionPipeline,
-    settings: FineTuneSettings,
-    unet: nn.Module,
-    as_base: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Answer | None:
-    """For --prior_from_base: what the base answers under the class prompt, which is what `unet` answers inside `as_base()`.
-
-    Made while the text encoder still is the base's.
-    """
-    if not (settings.prior_from_base and has_prior(settings)):
-        return None
-    words = text_of(pipe, settings, live_text=False)([settings.class_prompt or ""]).to(pipe.device)  # (1, L, D)
-
-    def base(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        with as_base():
-            answer: Tensor = unet(x_t, t, words.expand(len(x_t), -1, -1))
-            return answer
-
-    return base
 
 
 # --- sheets, and the task --------------------------------------------------------------------------------------------
@@ -215,7 +200,11 @@ class Prepared:
     batches: LatentData | PairedData | BasePrior
     loss: DiffusionLoss
     sheets: Callable[[int], Image.Image | None]
-    untuned: nn.Module | None = None  # a copy of the U-Net as it was, if one is kept
+    untuned: nn.Module | None  # a copy of the U-Net as it was, if one is needed
+
+    def spec(self, kind: str) -> dict[str, str]:
+        """Metadata for the file of an adapter or a word."""
+        return model_spec(self.settings, kind, self.data.resolution, self.pipe.schedule.config.prediction_type, self.base_hash)
 
 
 def prepared(
@@ -229,29 +218,39 @@ def prepared(
 
     Inside `as_base()` the U-Net in training predicts what the base did. Without it --prior_from_base keeps a copy.
     """
-    batches = with_prior(pipe, data)
-    sheets = sample_sheets(pipe, settings, data)
-    untuned = copy.deepcopy(pipe.unet) if as_base is None and settings.prior_from_base and has_prior(settings) else None
-    base = base_answer(pipe, settings, untuned or pipe.unet, as_base or nullcontext)
-    return Prepared(pipe, settings, base_hash, data, batches, diffusion_loss(pipe, settings, base), sheets, untuned)
+    s, batches, sheets = settings, with_prior(pipe, data), sample_sheets(pipe, settings, data)
+    untuned: nn.Module | None = None
+    base: Answer | None = None
+    if has_prior(s) and s.prior_from_base:
+        words = pipe.encode_captions([s.class_prompt or ""]).to(pipe.device)  # (1, L, D); now: the text encoder may be trained
+        untuned = copy.deepcopy(pipe.unet) if as_base is None else None
+        unet, inside = untuned or pipe.unet, as_base or nullcontext
+
+        def base(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+            with inside():
+                return unet(x_t, t, words.expand(len(x_t), -1, -1))
+
+    weight = s.prior_loss_weight if has_prior(s) else 0.0
+    loss = DiffusionLoss(pipe.unet, pipe.schedule, pipe.text_encoder, s.snr_gamma, weight, base)
+    return Prepared(pipe, settings, base_hash, data, batches, loss, sheets, untuned)
 
 
 def make_job(
     ready: Prepared,
     trainable: dict[str, nn.Parameter],
     export: Callable[[Path], None],
-    card: Callable[[Path], None],
+    tag: str,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Job:
     """The job, with the validation loss on fixed noise, and a first look at whether the base predicts what it says.
 
-    Networks that no step needs leave the GPU or the memory.
+    Networks that no step needs leave the GPU or the memory. `tag` names the method in the model card.
     """
     pipe, settings, data = ready.pipe, ready.settings, ready.data
     validation, networks = data, {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     if settings.validation_data_dir:
-        folder, plain = Path(settings.validation_data_dir), replace(settings, masked_loss=False)
-        validation = encoded(pipe, plain, folder, settings.prompt, data.live_text, data.templates)
+        plain = replace(settings, masked_loss=False)
+        validation = load_data(pipe, plain, data.live_text, data.templates, settings.validation_data_dir)
     fixed = validation_set(validation)
     whole_model = isinstance(settings, FullSettings)  # is the result
     offload(idle_networks(pipe, data), needed_again=bool(settings.validation_steps) or whole_model)
@@ -269,7 +268,7 @@ def make_job(
         batch=ready.batches.batch,
         loss=ready.loss,
         export=export,
-        card=card,
+        card=lambda folder: write_card(folder, settings, settings.updates(data.samples_per_epoch), tag),
         preview=ready.sheets,
         validate=validate,
         facts={"base": ready.base_hash} | ready.batches.facts,
@@ -278,7 +277,6 @@ def make_job(
         modules=networks,
         beside=beside,
         used_vae=ready.batches.used_vae or validation.used_vae or not settings.cache_latents,
-        describe=data.describe,
     )
 
 
@@ -328,15 +326,3 @@ def without_dropout(pipe: StableDiffusionPipeline) -> Iterator[None]:
     finally:
         for network, training in modes:
             network.train(training)
-
-
-def model_fingerprint(*models: nn.Module) -> str:
-    """Tells base models apart, wherever they lie: a hash of the first numbers of each tensor.
-
-    Of the tensors as they are here: the same model in another number format has another fingerprint.
-    """
-    digest = hashlib.sha256()
-    for model in models:
-        for name, tensor in model.state_dict().items():  # modern: transformers 4 and 5 call the text encoder's differently
-            digest.update(f"{keymaps.modern(name)} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}".encode())
-    return digest.hexdigest()[:16]

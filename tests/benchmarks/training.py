@@ -21,10 +21,10 @@ from benchmarks.report import OURS, Row, timed_rows
 from benchmarks.timing import Seconds, rounds_of, summaries, timed, wait_for_gpu
 from minidiff.core.inject import adapter_weights
 from minidiff.core.train import Batch
-from minidiff.trainer.job import Job
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.run import fit
 from minidiff.trainer.settings import DreamBoothSettings, FineTuneSettings, LoRASettings, TextualInversionSettings
+from minidiff.trainer.task import Job
 
 METHODS = ("lora", "dora", "dreambooth", "textual_inversion")
 CHECKED = 3  # steps whose losses must agree: the third one sees what two updates did

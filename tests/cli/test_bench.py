@@ -21,7 +21,7 @@ from minidiff.cli import train_commands
 from minidiff.cli.flags import Bench, Group
 from minidiff.cli.main import main
 from minidiff.draw.images import PAPER
-from minidiff.trainer.job import Job
+from minidiff.trainer.task import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 

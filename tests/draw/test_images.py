@@ -304,35 +304,11 @@ def test_smoothed_keeps_lines_and_skips_gaps() -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("count", [1, 40])
-def test_loss_curve_of_a_file(tmp_path: Path, count: int) -> None:
-    records = [{"step": i + 1, "loss": 1 / (i + 1), "lr": 1e-4, "grad_norm": 1.0} for i in range(count)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+def test_loss_curve(tmp_path: Path, count: int) -> None:
+    rows = [{"step": i + 1, "loss": 1 / (i + 1), "lr": 1e-4, "grad_norm": 1.0} for i in range(count)]
+    loss_curve([{"step": 0, "val_loss": None}, *rows], tmp_path / "loss.png")
     image = load_image(tmp_path / "loss.png")
     assert image.width > 1000 and "#{:02x}{:02x}{:02x}".format(*image.getpixel((0, 0))) == PAPER  # type: ignore
-
-
-def test_loss_curve_of_a_resumed_run_keeps_the_last_of_each_step(tmp_path: Path) -> None:
-    once = [{"step": i, "loss": 1.0, "lr": 1e-4} for i in range(1, 5)]
-    loss_curve(once, tmp_path / "once.png")
-    loss_curve([*once[:2], {"step": 3, "loss": 9.0, "lr": 1.0}, *once[2:]], tmp_path / "resumed.png")
-    assert (tmp_path / "resumed.png").read_bytes() == (tmp_path / "once.png").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "no steps"),
-        ('{"step": 1, "loss": 2}\n{"step": 2, "lo', "line 2"),
-        ('{"loss": 1}\n', "line 1"),
-        (None, "cannot be"),
-    ],
-)
-def test_bad_metrics_name_file_and_line(tmp_path: Path, content: str | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(DataError, match=f"metrics.jsonl.*{message}"):
-        loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
 
 
 def test_postscript_by_another_name_is_not_run(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.fast.conv import HALF
 from minidiff.fast.frozen import FastConv2d, FastLinear, cast_layerwise
 from minidiff.trainer import memory
-from minidiff.trainer.job import Job
 from minidiff.trainer.memory import chosen
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.run import fit
+from minidiff.trainer.task import Job
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 from minidiff.core.errors import SettingsError
 from minidiff.draw.device import chosen_device
 from minidiff.fast.memory import keep_memory, machine_memory, peak_memory
-from minidiff.trainer.job import deterministic
+from minidiff.trainer.run import deterministic
 
 MIB = 2**20
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from minidiff.core.inject import adapter_weights
 from minidiff.core.train import Batch
 from minidiff.files.lora_file import read_lora
-from minidiff.trainer.job import Job
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.run import fit
+from minidiff.trainer.task import Job
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")

@@ -15,10 +15,10 @@ from minidiff.core.inject import inject, trainable
 from minidiff.draw.speed import speed_up_network
 from minidiff.files.text_files import build_text_encoder
 from minidiff.trainer import memory
-from minidiff.trainer.job import Job
 from minidiff.trainer.memory import MIB, Counter, step_bytes
 from minidiff.trainer.optimizers import adamw
 from minidiff.trainer.settings import FineTuneSettings
+from minidiff.trainer.task import Job
 
 PLAIN = FineTuneSettings()
 

@@ -19,8 +19,8 @@ from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.files.weights import read_header
 from minidiff.trainer import distributed
 from minidiff.trainer.distributed import World
-from minidiff.trainer.job import Job
 from minidiff.trainer.settings import TrainSettings
+from minidiff.trainer.task import Job
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun's gloo is tested on Linux and macOS")
 SLOW_STEP = 0.05  # seconds, where a test wants to come in between
@@ -210,13 +210,13 @@ def test_shares_put_together_are_the_batch() -> None:
     assert torch.equal(torch.cat([s["x"] for s in shares]), batch["x"])
     assert [s["pairs"].tolist() for s in shares] == [[0, 1, 4, 5], [2, 3, 6, 7]]  # half of each half
     assert all(s["anchor"].item() == 3 for s in shares)
-    assert World().share(batch, 4) is batch
+    assert torch.equal(World().share(batch, 4)["x"], batch["x"])
 
 
 def test_a_batch_that_cannot_be_shared() -> None:
-    with pytest.raises(SettingsError, match="--train_batch_size 5 is for all 2 processes.*give 4 or 6"):
+    with pytest.raises(SettingsError, match="--train_batch_size 5 is for all 2 processes together; give a multiple of 2"):
         World(0, 2).check(5)
-    with pytest.raises(SettingsError, match="cannot share it evenly; give 4"):
+    with pytest.raises(SettingsError, match="give a multiple of 4"):
         World(3, 4).check(1)
     World(0, 2).check(4)
 

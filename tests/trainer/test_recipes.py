@@ -30,11 +30,10 @@ from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files.folder import SAMPLER_OF, config_values, write_json
 from minidiff.files.text_files import to_file_keys
 from minidiff.trainer import checkpoint
-from minidiff.trainer.job import Job
 from minidiff.trainer.recipes import RECIPES, print_trainable_parameters
 from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import FineTuneSettings, LoRASettings
-from minidiff.trainer.task import diffusion_loss, load_base, load_data, model_fingerprint, sample_sheets
+from minidiff.trainer.task import Job, load_base, load_data, model_fingerprint, prepared, sample_sheets
 
 
 @pytest.fixture(autouse=True)
@@ -304,9 +303,9 @@ def test_simple_loss_eq14(make: Any, gamma: float | None, prediction_type: str) 
     settings = make("lora", snr_gamma=gamma)
     pipe = load_base(settings)[0]
     pipe.schedule = NoiseSchedule.from_config(NoiseConfig(prediction_type=prediction_type))
-    batch = load_data(pipe, settings).batch(0, 0)
+    batch = (data := load_data(pipe, settings)).batch(0, 0)
     with torch.no_grad():
-        given = diffusion_loss(pipe, settings)(batch, 0, 0)
+        given = prepared(pipe, settings, "", data).loss(batch, 0, 0)
         output = pipe.unet(add_noise(pipe.schedule, batch["latents"], batch["noise"], batch["t"]), batch["t"], batch["text"])
     weights = None if gamma is None else min_snr_weights(pipe.schedule, batch["t"], gamma)
     target = training_target(pipe.schedule, batch["latents"], batch["noise"], batch["t"])
@@ -436,7 +435,7 @@ def test_first_row_is_the_base(make: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "textual inversion"])
-def test_a_broken_number_names_pictures_and_module(make: Any, method: str) -> None:
+def test_a_broken_number_names_the_module(make: Any, method: str) -> None:
     settings = make(method, train_batch_size=1, max_train_steps=5)
     task = recipe(settings)
     broken = dict(task.modules["unet"].named_modules())["mid_block.resnets.0.conv1"]
@@ -445,7 +444,7 @@ def test_a_broken_number_names_pictures_and_module(make: Any, method: str) -> No
         fit(replace(task, trainable={k: p for k, p in task.trainable.items() if p is not broken.weight}), settings)
     message = str(error.value)
     assert "3 updates in a row without a finite loss" in message and "unet.mid_block.resnets.0.conv1 (FastConv2d)" in message
-    assert re.search(r"picture-\d.png", message) and "No checkpoint had been saved yet" in message
+    assert "No checkpoint had been saved yet" in message
 
 
 def test_a_broken_batch_is_named(make: Any) -> None:
@@ -468,7 +467,7 @@ def test_a_broken_batch_is_named(make: Any) -> None:
         ({"resolution": 64}, "3 of 3 pictures cannot be used"),
         ({"rank": 0}, "--rank must be at least 1; it is 0"),
         ({"rank": 99}, "rank 99 is not possible for"),
-        ({"rank_pattern": ("resnets",)}, '--rank_pattern "resnets": give a layer and its rank, such as resnets=8'),
+        ({"rank_pattern": ("resnets",)}, "--rank_pattern must give layers and ranks, such as resnets=8"),
         ({"rank_pattern": ("resnets=8",)}, 'a rank is given for "resnets"'),
         ({"lora_alpha": -1.0}, "--lora_alpha"),
         ({"lora_dropout": 1.0}, "--lora_dropout must lie in [0, 1)"),
@@ -476,8 +475,8 @@ def test_a_broken_batch_is_named(make: Any) -> None:
         ({"learning_rate": 0.0}, "--learning_rate must be a number above 0"),
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps"),
         ({"instance_prompt": " "}, "--instance_data_dir needs --instance_prompt"),
-        ({"instance_data_dir": None}, "one of --instance_data_dir"),
-        ({"train_data_dir": "x"}, "one of --instance_data_dir"),
+        ({"instance_data_dir": None}, "--instance_prompt goes with --instance_data_dir"),
+        ({"train_data_dir": "x"}, "--instance_data_dir and --train_data_dir both name the pictures"),
         ({"instance_data_dir": "nowhere"}, "nowhere is no folder"),
         ({"validation_data_dir": "nowhere"}, "nowhere is no folder"),
         ({"device": "tpu9"}, "--device tpu9 is no device"),

@@ -14,11 +14,11 @@ from minidiff.cli.main import main
 from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.files.values import from_toml
 from minidiff.trainer import memory
-from minidiff.trainer.job import Job
 from minidiff.trainer.memory import MIB, SAVINGS, budgeted, chosen, possible
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.run import Run, fit
 from minidiff.trainer.settings import FineTuneSettings, size_in_bytes
+from minidiff.trainer.task import Job
 
 FLAGS = [*SAVINGS]
 ALL_METHODS = [flag for flag in FLAGS if flag != "layerwise_casting"]  # which every method knows
@@ -170,14 +170,14 @@ def test_running_out_of_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the third update, after a checkpoint: the table, what helps, and from where to go on."""
-    plain = Run.log
+    plain = Run._log
 
     def full(self: Run, **row: Any) -> None:
         if row.get("step") == 3:
             raise error
         plain(self, **row)
 
-    monkeypatch.setattr(Run, "log", full)
+    monkeypatch.setattr(Run, "_log", full)
     flags = ("--max_train_steps", "4", "--checkpointing_steps", "2", "--gradient_checkpointing")
     with pytest.raises(SystemExit) as leave:
         train(tiny_folder, pictures, tmp_path / "out", *flags)

@@ -5,37 +5,41 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL.Image import Image
+from torch import Tensor
 
 from minidiff.cli.draw_flags import Attention, Filmstrip, Morph, Sample, Sampling, Sheet, Tokens
 from minidiff.core.errors import SettingsError
-from minidiff.core.grids import sampler_named
+from minidiff.core.grids import Step, sampler_named
 from minidiff.core.inject import adapter_names
 from minidiff.draw.device import chosen_device
 from minidiff.draw.images import contact_sheet, save_png
 from minidiff.draw.lora_tags import adapter_name_of, in_lora_dir
-from minidiff.draw.pipeline import MAX_SIDE, StableDiffusionPipeline
+from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.prompting import parse_prompt
 from minidiff.draw.speed import compile_unet, keep_memory
-from minidiff.files.folder import config_of, local_folder, sampler_of
-from minidiff.files.weights import read_header
-from minidiff.studio.recipe import Origin, check_origin, check_outputs, parameters, recipe_texts, several
+from minidiff.files.folder import local_folder
+from minidiff.files.text_files import load_tokenizer
+from minidiff.studio.filmstrip import Film
+from minidiff.studio.filmstrip import filmstrip as strip_of
+from minidiff.studio.maps import AttentionMaps, attention_sheet, words_of
+from minidiff.studio.morph import Keyframe, check_animation, check_loop, keyframe_tensors, save_animation
+from minidiff.studio.morph import morph as frames_of
+from minidiff.studio.previews import PreviewFile, fit_preview
+from minidiff.studio.recipe import Origin, check_origin, check_outputs, parameters, recipe_texts
+from minidiff.studio.sheet import check_count, contact_sheet_of, parse_axis
+from minidiff.studio.tokens import token_view
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from minidiff.core.grids import Step
-    from minidiff.studio.sheet import Axis
-
-Callback = Callable[["Step"], None]
 LOADED = (  # the settings that decide which model is loaded, and what is attached to it
     *("pretrained_model_name_or_path", "tokenizer", "torch_dtype", "device", "compile", "plain"),
     *("lora", "lora_dir", "textual_inversion"),
 )
-MAX_WORDS = 100
+CALL = (  # the flags that are arguments of `pipe()`, too
+    *("negative_prompt", "seed", "num_inference_steps", "guidance_scale", "sampler", "timestep_spacing", "use_karras_sigmas"),
+    *("eta", "clip_skip", "width", "height", "image", "mask_image", "strength"),
+)
 
 
 # --- the commands ------------------------------------------------------------------------------------------------------
@@ -43,10 +47,9 @@ MAX_WORDS = 100
 
 def sample(s: Sample) -> None:
     """One file for each picture; how it was made is written into it."""
-    assert s.prompt is not None  # checked
     names = output_files(s)
     pipe = load(s, [s.prompt])
-    preview = preview_of(pipe, s.preview)
+    preview = PreviewFile(fit_preview(pipe.vae), s.preview) if s.preview else None
     for name, seed in zip(names, range(s.seed, s.seed + s.num_images_per_prompt)):  # each alone: see `recipe_texts`
         alone = replace(s, seed=seed)
         image = draw(pipe, alone, s.prompt, callback=preview)
@@ -64,10 +67,8 @@ def sheet(s: Sheet) -> None:
 
 def before_and_after(s: Sheet) -> tuple[Image, str]:
     """A column for each prompt, the same seeds in every row; the sheet and how it was made."""
-    from minidiff.studio.sheet import check_count
-
     learned = bool(s.lora or s.textual_inversion)
-    check_count(len(s.prompts), s.num_images_per_prompt * (1 + learned))
+    check_count(len(s.prompts) * s.num_images_per_prompt * (1 + learned))
     pipe = load(replace(s, lora=(), lora_weight=(), textual_inversion=()), s.prompts)
     rows, labels = [], []
     for when in ("before", "after") if learned else ("",):
@@ -82,123 +83,94 @@ def before_and_after(s: Sheet) -> tuple[Image, str]:
 
 def over_settings(s: Sheet) -> tuple[Image, str]:
     """--columns and --rows; the sheet and how it was made. A model is loaded again only where a tile needs another one."""
-    from minidiff.studio import sheet as sheets
-
-    prompts = sheets.Axis("prompts", tuple((prompt,) for prompt in s.prompts))
-    axes = [
-        None if text is None else named_weights(sheets.parse_axis(text, Sampling, s.prompts), s) for text in (s.columns, s.rows)
-    ]
-    if len(s.prompts) > 1 and not any(axis and axis.name == prompts.name for axis in axes):
+    if s.num_images_per_prompt > 1:
+        raise SettingsError("--num_images_per_prompt does nothing with --columns and --rows; give an axis such as seed=0..3.")
+    axes = [None if text is None else parse_axis(text, Sampling, s.prompts) for text in (s.columns, s.rows)]
+    if len(s.prompts) > 1 and not any(axis and axis.name == "prompts" for axis in axes):
         if all(axes):
             raise SettingsError(f"{len(s.prompts)} prompts, --columns and --rows are three axes; a sheet has two.")
-        axes[axes.index(None)] = prompts
+        axes[axes.index(None)] = parse_axis("prompt", Sampling, s.prompts)
     here: dict[Sampling, StableDiffusionPipeline] = {}  # one model at a time
     about: list[str] = []
 
-    def tile(settings: Sheet) -> Image:
-        if (wanted := Sampling(**{name: getattr(settings, name) for name in LOADED})) not in here:
+    def tile(one: Sheet) -> Image:
+        if (wanted := Sampling(**{name: getattr(one, name) for name in LOADED})) not in here:
             here.clear()  # before the next model is loaded: two need twice the memory
             here[wanted] = load(wanted, s.prompts)
         pipe = here[wanted]
         pipe.set_progress_bar_config(disable=True)  # the sheet has one of its own
-        pipe.set_tile_size(settings.tile_size)
-        set_weights(pipe, settings)
-        image = draw(pipe, settings, settings.prompts[0])
-        if not about:
-            about.append(how(settings, pipe, " | ".join(s.prompts), image))
+        pipe.set_tile_size(one.tile_size)
+        set_weights(pipe, one)
+        image = draw(pipe, one, one.prompts[0])
+        about.append(how(one, pipe, " | ".join(s.prompts), image))
         return image
 
-    return sheets.contact_sheet_of(s, axes[0], axes[1], tile, s.title, s.tile, check=check_tile), about[0]
+    return contact_sheet_of(s, axes[0], axes[1], tile, s.title, s.tile, check=check_tile), about[0]
 
 
 def check_tile(s: Sheet) -> None:
     """Find missing files and impossible sampler settings before the first tile is drawn."""
     output_files(s)  # an axis of pictures may hold the sheet's own name
-    for name, side in (("width", s.width), ("height", s.height), ("tile_size", s.tile_size)):
-        if side is not None and not 1 <= side <= MAX_SIDE:
-            raise SettingsError(f"{name} is {side}; it can be 1 to {MAX_SIDE} pixels.")
-    for name in ("tokenizer", "lora", "textual_inversion", "image", "mask_image"):
-        for path in filter(None, several(getattr(s, name))):
-            if not Path(path).exists():
-                raise SettingsError(f"{name} {path}: no such file or folder.")
-    model, sampler = s.pretrained_model_name_or_path, s.sampler or "ddim"
-    if not Path(model).is_file():
-        folder = local_folder(model) / "scheduler"
-        sampler = s.sampler or sampler_of(*config_of(folder, "scheduler_config.json"))
-    sampler_named(sampler).check(s.timestep_spacing, s.use_karras_sigmas, s.eta)
-
-
-def named_weights(axis: "Axis", s: Sheet) -> "Axis":
-    """Where several LoRAs are weighed, the labels say which is which: "sks-dog 1 + chalk 0.7"."""
-    if axis.name != "lora_weight" or len(s.lora) < 2 or any(len(weights) != len(s.lora) for weights in axis.values):
-        return axis
-    names = lora_names(s.lora)
-    said = [" + ".join(f"{name} {weight:g}" for name, weight in zip(names, weights)) for weights in axis.values]
-    return replace(axis, said=tuple(said))
+    for path in (s.tokenizer, *s.lora, *s.textual_inversion, s.image, s.mask_image):
+        if path is not None and not Path(path).exists():
+            raise SettingsError(f"{path}: no such file or folder.")
+    if not Path(s.pretrained_model_name_or_path).is_file():
+        local_folder(s.pretrained_model_name_or_path)
+    if s.sampler:
+        sampler_named(s.sampler).check(s.timestep_spacing, s.use_karras_sigmas, s.eta)
 
 
 def morph(s: Morph) -> None:
     """A loop through keyframes, and its length before it starts."""
-    from minidiff.studio.morph import Keyframe, Loop, check_animation, check_sampler, keyframe_tensors, save_animation
-    from minidiff.studio.morph import morph as frames_of
-
-    check_animation(s.output, s.fps)
+    check_animation(s.output)
     output_files(s)
     seeds = s.seeds or (tuple(range(s.seed, s.seed + 3)) if len(s.prompts) == 1 else (s.seed,))
     count = max(len(s.prompts), len(seeds))
+    if {len(s.prompts), len(seeds)} - {1, count}:
+        raise SettingsError(
+            f"--seeds has {len(seeds)} numbers for {len(s.prompts)} prompts; give one for each, or one for all."
+        )
     keys = [Keyframe(s.prompts[i % len(s.prompts)], seeds[i % len(seeds)]) for i in range(count)]
-    loop = Loop(len(keys), s.frames, s.fps, s.ease)
     pipe = load(s, s.prompts)
-    check_sampler(s.sampler or pipe.sampler, s.eta, keys)
-    print(loop, file=sys.stderr)
+    check_loop(keys, s.frames, s.sampler or pipe.sampler, s.eta)
+    total = count * s.frames
+    print(f"{count} keyframes x {s.frames} frames = {total} frames, a loop of {total / s.fps:.1f} s", file=sys.stderr)
     noises, texts = keyframe_tensors(pipe, keys, s.height, s.width, s.clip_skip, s.negative_prompt)
-
-    def frame(noise: "Tensor", text: "Tensor") -> Image:
-        return draw(pipe, replace(s, seed=seeds[0]), latents=noise, prompt_embeds=text)
-
     pipe.set_progress_bar_config(disable=True)  # the loop has one of its own
-    pictures = list(frames_of(loop, noises, texts, frame))
+    frames = frames_of(noises, texts, s.frames, lambda noise, text: draw(pipe, s, latents=noise, embeds=text), s.ease)
+    pictures = list(frames)
     save_animation(pictures, s.output, s.fps, how(replace(s, seed=seeds[0]), pipe, " | ".join(s.prompts), pictures[0]))
     print(s.output)
 
 
 def filmstrip(s: Filmstrip) -> None:
-    from minidiff.studio.filmstrip import Film
-    from minidiff.studio.filmstrip import filmstrip as strip
-
     output_files(s)
-    pipe = load(s, [s.prompt or ""])
+    pipe = load(s, [s.prompt])
     with Film(pipe) as film:
         image = draw(pipe, s, s.prompt, callback=film)
-    about = {"parameters": how(s, pipe, s.prompt or "", image)}
-    save_png(strip(film, pipe.decode, pipe.schedule, s.prompt or "", s.count), s.output, about)
+    strip = strip_of(film, pipe.decode, pipe.schedule, s.prompt, s.count)
+    save_png(strip, s.output, {"parameters": how(s, pipe, s.prompt, image)})
     print(s.output)
 
 
 def attention(s: Attention) -> None:
-    from minidiff.studio.maps import AttentionMaps, attention_sheet, words_of
-
     output_files(s)
-    pipe = load(s, [s.prompt or ""])
-    words = words_of(pipe.tokenizer, s.prompt or "", pipe.placeholders)
-    if len(words) > MAX_WORDS:
-        raise SettingsError(f"the prompt has {len(words)} words, and each gets a tile; give {MAX_WORDS} at most.")
+    pipe = load(s, [s.prompt])
+    words = words_of(pipe.tokenizer, s.prompt, pipe.placeholders)
+    check_count(len(words))
     with AttentionMaps(pipe) as maps:
         image = draw(pipe, s, s.prompt)
-    about = {"parameters": how(s, pipe, s.prompt or "", image)}
-    save_png(attention_sheet(image, maps.mean(s.resolution), words, s.prompt or ""), s.output, about)
+    drawn = attention_sheet(image, maps.mean(s.resolution), words, s.prompt)
+    save_png(drawn, s.output, {"parameters": how(s, pipe, s.prompt, image)})
     print(s.output)
 
 
 def tokens(s: Tokens) -> None:
-    from minidiff.files.text_files import load_tokenizer
-    from minidiff.studio.tokens import token_view
-
     tokenizer = load_tokenizer(local_folder(s.pretrained_model_name_or_path) / "tokenizer")
-    print(token_view(tokenizer, s.prompt or "", trigger=s.trigger))
+    print(token_view(tokenizer, s.prompt, trigger=s.trigger))
 
 
-# --- what they share ---------------------------------------------------------------------------------------------------
+# --- shared by the commands --------------------------------------------------------------------------------------------
 
 
 def output_files(s: Sample | Sheet | Morph | Filmstrip | Attention, origin: Path | None = None) -> list[Path]:
@@ -230,20 +202,16 @@ def how(s: Sampling, pipe: StableDiffusionPipeline, prompt: str, image: Image) -
 def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
     """The model on its device, with the LoRAs and new words of the flags and of the prompts attached."""
     keep_memory()  # this process is only for drawing
-    device = chosen_device(s.device)
+    device, name = chosen_device(s.device), s.pretrained_model_name_or_path
     dtype = getattr(torch, s.torch_dtype or ("float32" if device == "cpu" else "float16"))
-    name = s.pretrained_model_name_or_path
-    if single := Path(name).is_file():
-        read_header(name)  # first of all: is it a model file?
-    if single or name.endswith(".safetensors"):
-        if s.tokenizer is None:
-            raise SettingsError(
-                f"{name}: a model in a single file holds no vocabulary; give --tokenizer, the tokenizer folder of SD 1.5. "
-                "(If it is a LoRA, give it with --lora, and the model it belongs to here.)"
-            )
-        pipe = StableDiffusionPipeline.from_single_file(name, s.tokenizer, dtype, s.plain)
-    elif s.tokenizer is not None:
-        raise SettingsError(f"--tokenizer is for a model in a single file; {name} is a folder with its own. Leave it out.")
+    single = Path(name).is_file() or name.endswith(".safetensors")
+    if single != (s.tokenizer is not None):
+        raise SettingsError(
+            f"{name}: a model in one file needs --tokenizer, the tokenizer folder of SD 1.5, and a folder has its own. "
+            "(If the file is a LoRA, give it with --lora, and the model it belongs to here.)"
+        )
+    if single:
+        pipe = StableDiffusionPipeline.from_single_file(name, s.tokenizer or "", dtype, s.plain)
     else:
         pipe = StableDiffusionPipeline.from_pretrained(name, dtype, plain=s.plain)
     pipe.to(device)
@@ -259,8 +227,7 @@ def attach(pipe: StableDiffusionPipeline, s: Sampling, prompts: Sequence[str]) -
     for path, name in zip(s.lora, lora_names(s.lora)):
         print(pipe.load_lora_weights(path, adapter_name=name), file=sys.stderr)
     named = {name for prompt in prompts for name, _ in parse_prompt(prompt).loras}
-    named -= {name for name in named if adapter_name_of(name) in lora_names(s.lora)}
-    for name in sorted(named):
+    for name in sorted(name for name in named if adapter_name_of(name) not in lora_names(s.lora)):
         print(pipe.load_lora_weights(in_lora_dir(s.lora_dir, name), adapter_name_of(name)), file=sys.stderr)
     set_weights(pipe, s)
     for path in s.textual_inversion:
@@ -283,38 +250,11 @@ def draw(
     pipe: StableDiffusionPipeline,
     s: Sampling,
     prompt: str | None = None,
-    latents: "Tensor | None" = None,
-    prompt_embeds: "Tensor | None" = None,
-    callback: Callback | None = None,
+    latents: Tensor | None = None,
+    embeds: Tensor | None = None,
+    callback: Callable[[Step], None] | None = None,
 ) -> Image:
     """The one picture of these settings."""
-    image: Image = pipe(
-        prompt,
-        s.negative_prompt,
-        seed=s.seed,
-        latents=latents,
-        prompt_embeds=prompt_embeds,
-        num_inference_steps=s.num_inference_steps,
-        guidance_scale=s.guidance_scale,
-        sampler=s.sampler,
-        timestep_spacing=s.timestep_spacing,
-        use_karras_sigmas=s.use_karras_sigmas,
-        eta=s.eta,
-        clip_skip=s.clip_skip,
-        width=s.width,
-        height=s.height,
-        image=s.image,
-        mask_image=s.mask_image,
-        strength=s.strength,
-        callback=callback,
-    ).images[0]
+    flags = {name: getattr(s, name) for name in CALL}
+    image: Image = pipe(prompt, latents=latents, prompt_embeds=embeds, callback=callback, **flags).images[0]
     return image
-
-
-def preview_of(pipe: StableDiffusionPipeline, path: str | None) -> Callback | None:
-    """A callback that writes a small preview of the picture to `path` at each step."""
-    if path is None:
-        return None
-    from minidiff.studio.previews import PreviewFile, fit_preview
-
-    return PreviewFile(fit_preview(pipe.vae), path)

@@ -1,7 +1,7 @@
 """The text `parameters` in a picture: how it was made, in the words of AUTOMATIC1111 (A1111), for people and other programs.
 
     text = parameters(settings, pipe, image.size)       # settings: the values of the flags by name
-    settings, left = read_a1111(text)                   # what minidiff has, and what it has not
+    settings = read_a1111(text)                         # prompts, steps, sampler, seed, size, guidance
 
 A file is named with the first digits of its sha256, as in A1111.
 """
@@ -9,6 +9,7 @@ A file is named with the first digits of its sha256, as in A1111.
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from minidiff import __version__
@@ -18,9 +19,7 @@ from minidiff.draw.images import generation_text
 from minidiff.draw.lora_tags import adapter_name_of, in_lora_dir
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.prompting import parse_prompt
-from minidiff.files.lora_file import LORA_FILES
-from minidiff.files.weights import find_weights
-from minidiff.studio.hashes import HASHES, model_sha256, sha256_of
+from minidiff.studio.hashes import model_sha256
 
 Settings = Mapping[str, Any]
 SAMPLER_NAMES = {  # ours -> A1111's
@@ -41,7 +40,7 @@ SAMPLER_NAMES = {  # ours -> A1111's
 
 
 def parameters(settings: Settings, pipe: StableDiffusionPipeline, size: tuple[int, int]) -> str:
-    """How a picture was made, in the words and the order of A1111, which reads it back."""
+    """How a picture of `size` (W, H) was made, in the words and the order of A1111, which reads it back."""
     settings = with_named_loras(settings)
     prompt, sampler, model = settings["prompt"], settings["sampler"] or pipe.sampler, settings["pretrained_model_name_or_path"]
     loras = list(zip(map(title_of, settings["lora"]), settings["lora_weight"]))
@@ -56,13 +55,6 @@ def parameters(settings: Settings, pipe: StableDiffusionPipeline, size: tuple[in
         fields["Denoising strength"] = strength_of(settings)
     if settings["clip_skip"]:
         fields["Clip skip"] = settings["clip_skip"] + 1  # A1111 counts from 1
-    if sampler == "ddim" and settings["eta"]:
-        fields["Eta DDIM"] = settings["eta"]
-    if settings["lora"]:
-        files = {title_of(path): find_weights(path, LORA_FILES) for path in settings["lora"]}
-        fields["Lora hashes"] = ", ".join(f"{title}: {sha256_of(file, data_only=True)[:12]}" for title, file in files.items())
-    if words := settings["textual_inversion"]:
-        fields["TI hashes"] = ", ".join(f"{title_of(path)}: {HASHES['textual_inversion'](path)[:12]}" for path in words)
     fields["Version"] = f"minidiff {__version__}"
     return generation_text(" ".join(filter(None, [prompt, *tags])), settings["negative_prompt"], fields)
 
@@ -91,47 +83,28 @@ def with_named_loras(settings: Settings) -> dict[str, Any]:
 
 # --- reading -----------------------------------------------------------------------------------------------------------
 
-
 FIELD = re.compile(r'(\w[\w /-]{0,60}): *("(?:\\.|[^"\\])*"|[^,]*)')  # A1111's own, with a limit: time stays linear
-NUMBERS = {"Steps": "num_inference_steps", "Seed": "seed", "CFG scale": "guidance_scale", "Clip skip": "clip_skip"}
-SCHEDULES = ("karras", "automatic", "uniform", "normal")
 
 
-def read_a1111(text: str) -> tuple[dict[str, Any], list[str]]:
-    """The settings in a text of A1111 (written by `create_infotext` there), and the fields that were not taken over.
+def read_a1111(text: str) -> dict[str, Any]:
+    """The prompts, steps, sampler, seed, size and guidance in a text of A1111. LoRA tags stay in the prompt.
 
-    First the prompt, then `Negative prompt: …`, then one line `Steps: 20, Sampler: Euler a, …`. A tag <lora:NAME:0.8> stays in
-    the prompt; drawing looks NAME up in --lora_dir.
+    First comes the prompt, then `Negative prompt: …`, then one line `Steps: 20, Sampler: Euler a, …`.
     """
     head, found, line = f"\n{text}".rpartition("\nSteps: ")
     prompt, _, negative = (head if found else line).partition("\nNegative prompt:")
+    settings: dict[str, Any] = {"prompt": prompt.strip(), "negative_prompt": negative.strip()}
     fields = dict(FIELD.findall("Steps: " + line.partition("\n")[0])) if found else {}
-    fields.pop("Version", None)
-    settings = {"prompt": prompt.strip(), "negative_prompt": negative.strip(), **_a1111_sampler(fields)}
-    for label in [label for label in fields if label in (*NUMBERS, "Size")]:
-        try:
-            if label == "Size":
-                settings["width"], settings["height"] = map(int, fields[label].split("x"))
-            else:
-                settings[NUMBERS[label]] = (float if label == "CFG scale" else int)(fields[label]) - (label == "Clip skip")
-        except ValueError:
-            continue  # no number: it stays among those that are not taken over
-        del fields[label]
-    return settings, [f"{label}: {value}" for label, value in fields.items()]
-
-
-def _a1111_sampler(fields: dict[str, str]) -> dict[str, Any]:
-    """`DPM++ 2M Karras`, or since version 1.9 `DPM++ 2M` and `Schedule type: Karras`; taken out of `fields`."""
-    name = fields.get("Sampler", "").lower()
-    plain = name.removesuffix(" karras")
-    sampler = next((ours for ours, theirs in SAMPLER_NAMES.items() if plain in (ours, theirs.lower())), None)
-    if sampler is None or (plain != name and not SAMPLERS[sampler].karras):
-        return {}
-    del fields["Sampler"]
-    if not SAMPLERS[sampler].karras:
-        return {"sampler": sampler}
-    schedule = fields.get("Schedule type", "").lower()
-    if schedule in SCHEDULES:
-        del fields["Schedule type"]
-    automatic = schedule == "automatic" and sampler.startswith("dpm++")  # as A1111 1.9 chooses
-    return {"sampler": sampler, "use_karras_sigmas": plain != name or schedule == "karras" or automatic}
+    numbers = {"Steps": ("num_inference_steps", int), "Seed": ("seed", int), "CFG scale": ("guidance_scale", float)}
+    for label, (name, kind) in numbers.items():
+        with suppress(KeyError, ValueError):  # it is not there, or is no number
+            settings[name] = kind(fields[label])
+    with suppress(KeyError, ValueError):
+        settings["width"], settings["height"] = map(int, fields["Size"].split("x"))
+    theirs, schedule = fields.get("Sampler", "").lower(), fields.get("Schedule type", "").lower()
+    names = {name.lower(): ours for ours, name in SAMPLER_NAMES.items()}
+    if sampler := names.get(theirs.removesuffix(" karras")):  # `DPM++ 2M Karras` before A1111's version 1.9
+        settings["sampler"] = sampler
+        if SAMPLERS[sampler].karras:
+            settings["use_karras_sigmas"] = theirs.endswith("karras") or schedule == "karras"
+    return settings

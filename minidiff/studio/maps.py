@@ -15,8 +15,7 @@ N heads   L h·w places   S tokens   D width of one head
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -27,17 +26,15 @@ from torch import Tensor, nn
 from minidiff.core.errors import SettingsError
 from minidiff.core.text import LENGTH, token_ids
 from minidiff.core.transformer import CrossAttention
+from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.prompting import chunked, parse_prompt
-from minidiff.studio.filmstrip import in_one_piece
+from minidiff.studio.filmstrip import check_visible
 from minidiff.studio.sheet import gallery
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-    from minidiff.draw.pipeline import StableDiffusionPipeline
-
 Size = tuple[int, int]  # height and width, in cells
-HEAT = ((0.0, 0.35, 0.7, 1.0), (16, 112, 230, 255), (18, 32, 92, 236), (40, 104, 60, 150))  # heat; its red, green, blue
 
 
 class AttentionMaps:
@@ -48,14 +45,14 @@ class AttentionMaps:
     are: 1.7 MB at 512 pixels.
     """
 
-    def __init__(self, pipe: "StableDiffusionPipeline") -> None:
+    def __init__(self, pipe: StableDiffusionPipeline) -> None:
         self.pipe = pipe
         self.sums: dict[Size, Tensor] = {}  # (S, h, w), fp32 on the CPU
         self.counts: dict[Size, int] = {}  # layers times steps
         self._latent: Size = (0, 0)
 
     def __enter__(self) -> Self:
-        in_one_piece(self.pipe, "a map of attention")
+        check_visible(self.pipe)
         layers = [module for name, module in self.pipe.unet.named_modules() if name.endswith("attn2")]
         self._hooks = [layer.register_forward_hook(self._look) for layer in layers]
         self._hooks.append(self.pipe.unet.register_forward_pre_hook(self._measure))
@@ -92,13 +89,8 @@ class AttentionMaps:
             known = ", ".join(map(str, heights))
             raise SettingsError(f"no cross-attention is {resolution} cells high; in this picture there are {known}.")
         chosen = [size for size in self.sums if resolution in (None, size[0])]
-        total = torch.stack([larger(self.sums[size], max(chosen)) for size in chosen]).sum(dim=0)
-        return total / sum(self.counts[size] for size in chosen)
-
-
-def larger(maps: Tensor, size: Size) -> Tensor:
-    """(S, h, w) -> (S, *size). Bilinear where DAAM is bicubic: no share goes below 0 or above 1."""
-    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+        sums = [F.interpolate(self.sums[size][None], size=max(chosen), mode="bilinear") for size in chosen]  # no share below 0
+        return torch.cat(sums).sum(dim=0) / sum(self.counts[size] for size in chosen)
 
 
 def size_of(places: int, latent: Size) -> Size:
@@ -109,8 +101,7 @@ def size_of(places: int, latent: Size) -> Size:
     return height, width
 
 
-@dataclass(frozen=True)
-class Word:
+class Word(NamedTuple):
     """A word of the prompt, and where its tokens stand among the S."""
 
     text: str
@@ -147,10 +138,12 @@ def attention_sheet(picture: Image.Image, maps: Tensor, words: Sequence[Word], t
 
 def over(picture: Image.Image, heat: Tensor) -> Image.Image:
     """A heat map (h, w) laid over a picture in gray."""
+    import matplotlib  # only now: it takes time to import
+
     low, high = float(heat.min()), float(heat.max())
-    scaled = (heat - low) / (high - low) if high > low else torch.zeros_like(heat)
+    scaled = (heat - low) / max(high - low, 1e-12)
     size = (picture.height, picture.width)
     smooth = F.interpolate(scaled[None, None], size=size, mode="bicubic", align_corners=False)[0, 0].clamp(0, 1).numpy()
-    glow = np.stack([np.interp(smooth, HEAT[0], channel) for channel in HEAT[1:]], axis=-1)
+    glow = matplotlib.colormaps["inferno"](smooth)[..., :3] * 255
     gray = np.asarray(picture.convert("L"), dtype=np.float64)[..., None]
     return Image.fromarray((0.7 * glow + 0.3 * gray).round().astype(np.uint8))

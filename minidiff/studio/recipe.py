@@ -14,7 +14,6 @@ A text in a picture may come from anybody: types and sizes are checked, and a pa
 import json
 import os
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -24,17 +23,18 @@ import torch
 
 from minidiff import __version__
 from minidiff.core.errors import DataError, MinidiffError, SettingsError
-from minidiff.draw.images import READ_ERRORS, check_writable, open_image, read_png_text
+from minidiff.draw.images import check_writable, read_png_text
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.values import fits, printable
 from minidiff.studio.a1111 import Settings, parameters, read_a1111, strength_of, with_named_loras
 from minidiff.studio.hashes import HASHES
 
 SCHEMA, KEY = 1, "minidiff"
-MAX_TEXT = 1_000_000  # characters: no program writes so much
+MAX_TEXT, MAX_DIGITS = 1_000_000, 100  # no program writes more characters, or larger numbers
 PROMPTS = ("prompt", "negative_prompt")
 MACHINE = ("device", "torch_dtype")  # under "machine" stands what was used, not what was asked for
 NOT_PIXELS = ("output", "num_images_per_prompt", "preview", "lora_dir", "compile", "plain", *MACHINE)
+OURS = f"Version: {KEY} ".encode()  # stands in every file that minidiff draws
 
 # --- writing -----------------------------------------------------------------------------------------------------------
 
@@ -52,8 +52,7 @@ def recipe_texts(settings: Settings, pipe: StableDiffusionPipeline, size: tuple[
         "versions": versions(),
         "machine": machine(pipe.device) | {"dtype": str(pipe.dtype).removeprefix("torch.")},
     }
-    text = parameters(settings, pipe, size)
-    return {"parameters": text, KEY: json.dumps(recipe, separators=(",", ":"), allow_nan=False)}
+    return {"parameters": parameters(settings, pipe, size), KEY: json.dumps(recipe, separators=(",", ":"), allow_nan=False)}
 
 
 def versions() -> dict[str, str]:
@@ -119,49 +118,40 @@ def read_origin(path: str | Path, kind: type) -> Origin:
         )
     if len(text) > MAX_TEXT:
         raise DataError(f"{path}: its text has {len(text):,} characters, more than any program writes; not read.")
-    if KEY in texts:
-        return _own(path, text, {name: hint for name, hint in get_type_hints(kind).items() if name not in NOT_PIXELS})
-    settings, left = read_a1111(text)
-    note = f"{path} was made with A1111 or its like. Its settings are taken over, but its noise is another, so are the pixels."
-    if left:
-        note += f" Not taken over: {', '.join(shown(field) for field in left[:12])}."
-    return Origin(path, settings, {}, {}, [note])
-
-
-def _own(path: Path, text: str, hints: Mapping[str, Any]) -> Origin:
+    if KEY not in texts:
+        note = f"{path} was made with A1111 or its like, so its noise is another, and so are the pixels. Taken over are its"
+        return Origin(path, read_a1111(text), {}, {}, [f"{note} prompts, steps, sampler, seed, size and guidance alone."])
     try:
-        recipe = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f'{path}: its text "{KEY}" is no JSON ({shown(error)}). Look for the original file.') from None
-    if not isinstance(recipe, dict) or not isinstance(given := recipe.get("settings"), dict):
-        raise DataError(f'{path}: its text "{KEY}" is no recipe of minidiff\'s. Look for the original file.')
-    if (schema := recipe.get("schema")) != SCHEMA:
-        raise DataError(f"{path}: a recipe of kind {shown(schema)}; this minidiff {__version__} reads kind {SCHEMA}.")
-    settings = {name: _public(name, value) for name, value in given.items() if name in hints}
-    for name in settings:
-        if not fits(given[name], hints[name]) or not (name == "seed" or _usable(given[name])):
-            raise DataError(f"{path}: its recipe says {name} is {shown(given[name])}. That cannot be; look for the original.")
-    unknown = ", ".join(f"{shown(name)}: {shown(given[name])}" for name in list(given.keys() - hints.keys())[:5])
+        return _own(path, json.loads(text, parse_int=_number), get_type_hints(kind))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        what = f'its text "{KEY}" is no recipe that minidiff {__version__} reads ({shown(error)})'
+        raise DataError(f"{path}: {what}. Look for the original file.") from None
+
+
+def _own(path: Path, recipe: Any, hints: Mapping[str, Any]) -> Origin:
+    """The origin in a recipe of our own; one of several errors of Python for other JSON."""
+    if recipe["schema"] != SCHEMA:
+        raise ValueError(f"kind {recipe['schema']}")
+    known = {name: value for name, value in recipe["settings"].items() if name in hints and name not in NOT_PIXELS}
+    for name, value in known.items():
+        if not fits(value, hints[name]):
+            raise ValueError(f"{name} is {value}")
+    json.dumps(known, ensure_ascii=False, allow_nan=False).encode()  # ValueError for infinity, and for halves of letters
+    settings = {name: _public(name, value) for name, value in known.items()}
+    unknown = ", ".join([shown(name) for name in recipe["settings"] if name not in known][:5])
     notes = [f"{path}: this minidiff does not have the settings {unknown}. The pixels may differ."] if unknown else []
-    sha256 = {name: several(digests) for name, digests in _table(recipe.get("sha256")).items() if name in HASHES}
-    found = {**_table(recipe.get("versions")), **_table(recipe.get("machine"))}
-    made_with = {name: shown(value, 40) for name, value in found.items()}
+    sha256 = {name: [str(one) for one in several(found)] for name, found in recipe["sha256"].items() if name in HASHES}
+    made_with = {name: shown(value, 40) for name, value in {**recipe["versions"], **recipe["machine"]}.items()}
     device, dtype = made_with.get("device"), made_with.get("dtype")
     if device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
         settings |= {"device": device} | ({"torch_dtype": dtype} if dtype in ("float32", "float16", "bfloat16") else {})
     return Origin(path, settings, sha256, made_with, notes)
 
 
-def _usable(value: object) -> bool:
-    """JSON can also hold 1e999, which is infinity, whole numbers that no float holds, and halves of UTF-16 letters."""
-    return all(
-        abs(one) < 2**63 if isinstance(one, (int, float)) else str(one).encode("utf-8", "ignore").decode() == str(one)
-        for one in several(value)
-    )
-
-
-def _table(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def _number(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def shown(value: object, length: int = 60) -> str:
@@ -174,7 +164,7 @@ def shown(value: object, length: int = 60) -> str:
 
 
 def check_origin(origin: Origin, settings: Settings) -> list[str]:
-    """Notes on what differs here and may change pixels. `settings` are the origin's and, over them, the flags that were given.
+    """Notes on differences here that may change pixels. `settings` are the origin's and, over them, the flags that were given.
 
     SettingsError, naming the flag, for a file that is not here.
     """
@@ -196,24 +186,6 @@ def check_origin(origin: Origin, settings: Settings) -> list[str]:
     return notes
 
 
-# --- what may be written over ------------------------------------------------------------------------------------------
-
-OURS = re.compile(r"(Steps: .*, Version: minidiff [^,\n]+|minidiff preview, step [0-9]+ of [0-9]+)$")
-
-
-def drawn_here(path: Path) -> bool:
-    """Does a file say that minidiff drew it? A model or a prompt of that name is not enough."""
-    try:
-        with open_image(path) as image:
-            image.load()  # texts of a PNG may follow its pixels
-            texts = getattr(image, "text", {})
-            loop = image.info.get("comment", b"") + image.info.get("exif", b"")  # of a GIF, of a WebP
-    except (DataError, *READ_ERRORS):
-        return False
-    text = texts.get("parameters") or loop.replace(b"\0", b"").decode("utf-8", "replace")
-    return KEY in texts or OURS.search(text) is not None
-
-
 def check_outputs(written: Sequence[tuple[str, Path]], read: Mapping[str, str | Path | None]) -> None:
     """Before anything is loaded: SettingsError where drawing would cost a file. Both are files by the flags that name them.
 
@@ -224,6 +196,6 @@ def check_outputs(written: Sequence[tuple[str, Path]], read: Mapping[str, str | 
     for flag, path in written:
         if (other := taken.setdefault(os.path.realpath(path), flag)) != flag:
             raise SettingsError(f"{flag} {path} is the file of {other}, too; choose another name.")
-        if os.path.lexists(path) and not drawn_here(path):
+        if os.path.lexists(path) and not (path.is_file() and OURS in path.read_bytes()):
             raise SettingsError(f"{flag} {path} is there already, and does not say that minidiff drew it; choose another name.")
         check_writable(path)

@@ -1,4 +1,4 @@
-"""Contact sheets over any one or two settings: what does guidance do, from seed to seed?
+"""Contact sheets over any one or two settings: how does guidance change the picture, from seed to seed?
 
     columns = parse_axis("guidance_scale=1.5,5,20", Sampling)
     rows = parse_axis("seed=0..3", Sampling)
@@ -9,12 +9,11 @@ itself, so that a new setting can be an axis on the day it is added.
 """
 
 import dataclasses
+import json
 import math
 import re
-import types
 from collections.abc import Callable, Sequence
-from pathlib import PurePath
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from PIL import Image
 
@@ -22,17 +21,12 @@ from minidiff.core.errors import MinidiffError, SettingsError, did_you_mean
 from minidiff.core.grids import sampler_named
 from minidiff.draw.images import contact_sheet
 from minidiff.draw.progress import progress
+from minidiff.files.values import broken_rule, fits
 
 MAX_TILES = 400
 MAX_ABREAST = 6  # tiles of a single axis beside each other, before they are laid in rows
-SHORT = {  # words that people say, and the settings that they mean
-    "guidance": "guidance_scale",
-    "steps": "num_inference_steps",
-    "model": "pretrained_model_name_or_path",
-}
-PATHS = ("pretrained_model_name_or_path", "tokenizer", "lora", "textual_inversion")
-UNITS = {"num_inference_steps": "steps", "width": "wide", "height": "high"}  # said behind the number
-NEEDS_LOADING = (*PATHS, "torch_dtype", "device")
+SHORT = {"guidance": "guidance_scale", "steps": "num_inference_steps", "model": "pretrained_model_name_or_path"}
+NEEDS_LOADING = ("pretrained_model_name_or_path", "tokenizer", "lora", "textual_inversion", "torch_dtype", "device")
 S = TypeVar("S")
 
 
@@ -42,23 +36,27 @@ class Axis:
 
     name: str
     values: tuple[Any, ...]
-    said: tuple[str, ...] = ()  # labels, where they are better known than from name and value
 
     def __post_init__(self) -> None:
         if not self.values:
             raise SettingsError(f"the axis {self.name} has no values; give one or more, as in seed=0,1,2.")
-        doubled = [value for i, value in enumerate(self.values) if value in self.values[:i]]
-        if doubled:
-            raise SettingsError(f"the axis {self.name} has {shown(doubled[0])} twice; give each value once.")
+        if len(set(self.values)) < len(self.values):
+            raise SettingsError(f"the axis {self.name} has one of its values twice; give each value once.")
 
     @property
     def labels(self) -> list[str]:
-        """The labels beside or above the tiles."""
-        if self.said:
-            return list(self.said)
-        if self.name in PATHS and not any(value in (None, ()) for value in self.values):
-            return distinct_ends([" + ".join(value) if isinstance(value, tuple) else str(value) for value in self.values])
-        return [label(self.name, value) for value in self.values]
+        """The labels beside or above the tiles, such as "guidance 5" or "seed 2"; prompts and samplers stand for themselves."""
+        short = next((word for word, name in SHORT.items() if name == self.name), self.name.replace("_", " "))
+        return [f"{'' if self.name in ('prompt', 'prompts', 'sampler') else short} {shown(v)}".strip() for v in self.values]
+
+
+def shown(value: Any) -> str:
+    """5.0 -> "5"; a tuple as its parts."""
+    if value is None:
+        return "default"
+    if isinstance(value, tuple):
+        return " + ".join(map(shown, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 # --- from words to an axis ---------------------------------------------------------------------------------------------
@@ -71,108 +69,41 @@ def parse_axis(text: str, kind: type, prompts: Sequence[str] = ()) -> Axis:
     LoRAs. `prompt` alone is the axis of `prompts`, which may hold commas. SettingsError for anything that cannot be an axis.
     """
     name, equals, listed = (part.strip() for part in text.partition("="))
-    name = name.replace("-", "_")
-    name = SHORT.get(name, name)
-    hints = get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]
-    if name in ("prompt", "prompts"):
-        if equals:
-            raise SettingsError(f'"{text}": a prompt may hold commas; give the prompts themselves, and "prompt" as the axis.')
+    name = SHORT.get(name, name.replace("-", "_"))
+    hints, names = get_type_hints(kind), [field.name for field in dataclasses.fields(kind)]
+    if name in ("prompt", "prompts") and not equals:
         return Axis("prompt", tuple(prompts)) if "prompt" in names else Axis("prompts", tuple((prompt,) for prompt in prompts))
-    if name not in names:
+    if name not in names or name in ("prompt", "prompts"):
         hint = did_you_mean(name, [*names, *SHORT])
-        raise SettingsError(f'"{name}" is no setting, so it cannot be an axis.{hint} There are: {", ".join(names)}.')
-    if not equals:
-        raise SettingsError(f'the axis "{text}" has no values; give them as in seed=0,1,2 or seed=0..3.')
-    words = [word.strip() for word in listed.split(",")]
-    if "" in words:
-        raise SettingsError(f'the axis "{text}" has an empty value; give them as in {name}=a,b.')
-    return Axis(name, tuple(value for word in words for value in values_of(word, hints[name], name)))
+        raise SettingsError(f'"{text}" is no axis.{hint} Give "prompt" alone, or one of these with values: {", ".join(names)}.')
+    values: list[Any] = []
+    for word in map(str.strip, listed.split(",")):
+        if ends := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", word):
+            first, last = int(ends[1]), int(ends[2])
+            if not first <= last < first + MAX_TILES:
+                raise SettingsError(f"{text}: the second number has to be above the first, by {MAX_TILES - 1} at most.")
+            values += range(first, last + 1)
+        else:
+            values.append(value_of(word, hints[name], name))
+    return Axis(name, tuple(values))
 
 
-def values_of(word: str, hint: Any, name: str) -> list[Any]:
-    """One word of an axis as values of the type `hint`; several for a range."""
-    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if type(None) in choices and word.lower() == "none":
-        return [None]
-    (kind,) = (choice for choice in choices if choice is not type(None))
-    if get_origin(kind) is tuple:
-        if word.lower() == "none":
-            return [()]
-        inner = get_args(kind)[0]
-        parts = [word] if inner is str else word.split("+")
-        return [tuple(value for part in parts for value in values_of(part.strip(), inner, name))]
-    if kind is int and (ends := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", word)):
-        return whole_numbers(int(ends[1]), int(ends[2]), name)
-    return [value_of(word, kind, name)]
+def value_of(word: str, hint: Any, name: str) -> Any:
+    """One word of an axis as a value of the type `hint`: the first reading that fits."""
+    readings = [word, [word], _json(word), [_json(part) for part in word.split("+")]]
+    for value in [None, [], *readings] if word.lower() == "none" else readings:
+        if fits(value, hint):
+            return tuple(value) if isinstance(value, list) else value
+    kind = "a whole number" if hint is int else getattr(hint, "__name__", hint)
+    raise SettingsError(f"{name}={word}: {broken_rule(word, hint) or f'must be {kind}'}.")
 
 
-def whole_numbers(first: int, last: int, name: str) -> list[int]:
-    """`first..last`, both included."""
-    if not first <= last < first + MAX_TILES:
-        raise SettingsError(f"{name}={first}..{last}: the second number has to be above the first, by {MAX_TILES - 1} at most.")
-    return list(range(first, last + 1))
-
-
-def value_of(word: str, kind: Any, name: str) -> Any:
-    """One word as one value."""
-    if get_origin(kind) is Literal:
-        if word not in get_args(kind):
-            hint = did_you_mean(word, get_args(kind))
-            raise SettingsError(f"{name}={word}: it is one of {', '.join(get_args(kind))}.{hint}")
-        return word
-    if kind is bool:
-        if word.lower() not in ("true", "false"):
-            raise SettingsError(f"{name}={word}: it is true or false.")
-        return word.lower() == "true"
+def _json(word: str) -> Any:
+    """A number or true or false; any other word as it is."""
     try:
-        value = kind(word)
+        return json.loads(word.lower())
     except ValueError:
-        value = math.nan
-    if kind in (int, float) and not math.isfinite(value):
-        what = "a whole number, or a range such as 0..3" if kind is int else "a number"
-        raise SettingsError(f"{name}={word}: this is not {what}.")
-    return value
-
-
-# --- what stands beside the tiles --------------------------------------------------------------------------------------
-
-
-def label(name: str, value: Any) -> str:
-    """Such as "guidance 5", "25 steps", "euler_a", "seed 2"."""
-    words = name.removeprefix("use_").replace("_", " ").replace("karras", "Karras").replace("lora", "LoRA")
-    if value is None or value == ():
-        return f"{'no' if value == () and name in PATHS else 'default'} {words}"
-    if isinstance(value, bool):
-        return f"{'with' if value else 'without'} {words}"
-    if name in ("prompt", "prompts"):
-        return value if isinstance(value, str) else " | ".join(value)
-    if name == "negative_prompt":
-        return f"not: {value}" if value else "no negative prompt"
-    if name in UNITS:
-        return f"{shown(value)} {UNITS[name] if value != 1 else UNITS[name].removesuffix('s')}"
-    if isinstance(value, str) or name in PATHS:
-        return shown(value)
-    return f"{'guidance' if name == 'guidance_scale' else words} {shown(value)}"
-
-
-def shown(value: Any) -> str:
-    """5.0 -> "5"; a tuple as its parts; a path as its name."""
-    if isinstance(value, tuple):
-        return " + ".join(map(shown, value)) or "none"
-    if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else str(value)
-    return PurePath(value).name if isinstance(value, str) and value.strip("/. ") else str(value)
-
-
-def distinct_ends(paths: Sequence[str]) -> list[str]:
-    """The last parts of each path, as few as tell them apart: runs/a/model, runs/b/model -> a/model, b/model."""
-    parts = [PurePath(path).parts for path in paths]
-    for count in range(1, max(map(len, parts), default=1) + 1):
-        ends = ["/".join(part[-count:]) for part in parts]
-        if len(set(ends)) == len(ends):
-            return ends
-    return list(paths)
+        return word
 
 
 # --- the sheet ---------------------------------------------------------------------------------------------------------
@@ -190,56 +121,35 @@ def contact_sheet_of(
 ) -> Image.Image:
     """Draw a picture for each pair of values, and lay them out with labels. `settings` is a dataclass; it stays as it is.
 
-    Every tile's settings are checked before the first is drawn, by themselves and by `check`.
-    One axis alone is laid in rows, with captions. SettingsError for axes that cannot be; any error while drawing says which
-    tile it was.
+    Every tile's settings are checked before the first is drawn, by themselves and by `check`. One axis alone is laid in rows,
+    with captions. SettingsError for axes that cannot be; any error while drawing says which tile it was.
     """
-    across, down = columns or Axis("", ("",)), rows or Axis("", ("",))
-    cells = {(i, j): with_values(settings, [a for a in ((rows, i), (columns, j)) if a[0]]) for i, j in places(down, across)}
-    for changed in cells.values():
-        check(changed)
-    tiles = {}
-    for place in progress(cells, "picture", show=show):
+    chosen = [axis for axis in (rows, columns) if axis]
+    check_count(math.prod(len(axis.values) for axis in chosen))
+    if len({axis.name for axis in chosen}) < len(chosen):
+        raise SettingsError(f"rows and columns are both {chosen[0].name}; give two settings, or one alone.")
+    across, down = len(columns.values) if columns else 1, len(rows.values) if rows else 1
+    cells = [(i, j) for i in range(down) for j in range(across)]
+    if columns and columns.name in NEEDS_LOADING:  # what has to be loaded changes as seldom as possible
+        cells.sort(key=lambda cell: cell[::-1])
+    tiles: dict[tuple[int, int], Any] = {}  # the settings, then the picture
+    for i, j in cells:
+        tiles[i, j] = with_values(settings, {axis.name: axis.values[k] for axis, k in ((rows, i), (columns, j)) if axis})
+        check(tiles[i, j])
+    for i, j in progress(cells, "picture", show=show):
         try:
-            tiles[place] = draw(cells[place])
+            tiles[i, j] = draw(tiles[i, j])
         except MinidiffError as error:
-            raise type(error)(f"{', '.join(names_of(place, rows, columns)) or 'the picture'}: {error}") from error
-    only = columns if rows is None else rows if columns is None else None
-    if only is not None and len(only.values) > (MAX_ABREAST if only is columns else 0):
-        return gallery([tiles[place] for place in sorted(tiles)], only.labels, title, tile)
-    grid = [[tiles[i, j] for j in range(len(across.values))] for i in range(len(down.values))]
+            names = ", ".join(axis.labels[k] for axis, k in ((rows, i), (columns, j)) if axis)
+            raise type(error)(f"{names or 'the picture'}: {error}") from error
+    if len(chosen) == 1 and (rows or across > MAX_ABREAST):
+        return gallery([tiles[cell] for cell in sorted(tiles)], chosen[0].labels, title, tile)
+    grid = [[tiles[i, j] for j in range(across)] for i in range(down)]
     return contact_sheet(grid, rows.labels if rows else (), columns.labels if columns else (), title, tile)
 
 
-def gallery(images: Sequence[Image.Image], captions: Sequence[str], title: str = "", tile: int = 256) -> Image.Image:
-    """A sheet of captioned pictures in rows of equal length, or nearly so."""
-    rows = math.ceil(len(images) / MAX_ABREAST)
-    abreast = math.ceil(len(images) / rows)
-    starts = range(0, len(images), abreast)
-    grid, texts = [images[i : i + abreast] for i in starts], [captions[i : i + abreast] for i in starts]
-    return contact_sheet(grid, title=title, tile=tile, captions=texts)
-
-
-def places(rows: Axis, columns: Axis) -> list[tuple[int, int]]:
-    """(row, column) in the order of drawing: what has to be loaded changes as seldom as possible."""
-    check_count(len(columns.values), len(rows.values))
-    if rows.name == columns.name and rows.name:
-        raise SettingsError(f"rows and columns are both {rows.name}; give two settings, or one alone.")
-    pairs = [(i, j) for i in range(len(rows.values)) for j in range(len(columns.values))]
-    return sorted(pairs, key=lambda pair: pair[::-1]) if columns.name in NEEDS_LOADING else pairs
-
-
-def check_count(columns: int, rows: int) -> None:
-    if columns * rows > MAX_TILES:
-        raise SettingsError(
-            f"{columns} columns by {rows} rows are {columns * rows} pictures; a sheet holds {MAX_TILES} at most. "
-            "Give fewer values."
-        )
-
-
-def with_values(settings: S, chosen: Sequence[tuple[Axis | None, int]]) -> S:
+def with_values(settings: S, values: dict[str, Any]) -> S:
     """The settings of one tile, checked where they know how."""
-    values = {axis.name: axis.values[index] for axis, index in chosen if axis}
     changed: S = dataclasses.replace(settings, **values)  # type: ignore[type-var]
     if hasattr(changed, "check"):
         changed.check()
@@ -248,6 +158,14 @@ def with_values(settings: S, chosen: Sequence[tuple[Axis | None, int]]) -> S:
     return changed
 
 
-def names_of(place: tuple[int, int], rows: Axis | None, columns: Axis | None) -> list[str]:
-    """The labels of a tile, row first."""
-    return [axis.labels[index] for axis, index in zip((rows, columns), place) if axis]
+def check_count(pictures: int) -> None:
+    if pictures > MAX_TILES:
+        raise SettingsError(f"{pictures} pictures; a sheet holds {MAX_TILES} at most. Give fewer values.")
+
+
+def gallery(images: Sequence[Image.Image], captions: Sequence[str], title: str = "", tile: int = 256) -> Image.Image:
+    """A sheet of captioned pictures in rows of equal length, or nearly so."""
+    abreast = math.ceil(len(images) / math.ceil(len(images) / MAX_ABREAST))
+    starts = range(0, len(images), abreast)
+    grid, texts = [images[i : i + abreast] for i in starts], [captions[i : i + abreast] for i in starts]
+    return contact_sheet(grid, title=title, tile=tile, captions=texts)

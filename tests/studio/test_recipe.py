@@ -11,12 +11,11 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 import minidiff
 from minidiff.cli import draw_commands as drawing
 from minidiff.cli.draw_flags import Sample
-from minidiff.core.errors import DataError, MinidiffError, SettingsError
+from minidiff.core.errors import DataError, SettingsError
 from minidiff.draw.images import read_png_text, save_png
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.lora_file import save_lora
@@ -168,7 +167,7 @@ def test_a_new_setting_is_stored_and_read_at_once(tiny_folder: Path) -> None:
     s = Later(**{f.name: getattr(settings(Path("model")), f.name) for f in fields(Sample)}, extra=(0.1, 2.0))
     assert set(stored(s)) == {f.name for f in fields(Later)} - set(NOT_PIXELS)
     save_png(Image.new("RGB", (32, 32)), "picture.png", recipe_texts(vars(s), load(s), (32, 32)))
-    assert any("extra: [0.1, 2.0]" in note for note in read_origin("picture.png", Sample).notes)  # a version without it
+    assert any("does not have the settings extra." in note for note in read_origin("picture.png", Sample).notes)
     assert Later(output="picture-again.png", **read_origin("picture.png", Later).settings) == again(s, sampler="ddim")
 
 
@@ -202,7 +201,7 @@ def test_loras_that_the_prompt_names(tiny_folder: Path, home: Path) -> None:
     s = settings(Path("model"), prompt="a red dog <lora:ink:0.6>", lora_dir="outputs.v1")
     drawn = draw(s, "picture.png")
     texts = read_png_text("picture.png")
-    assert texts["parameters"].startswith("a red dog <lora:ink:0.6>\nSteps") and 'Lora hashes: "ink: ' in texts["parameters"]
+    assert texts["parameters"].startswith("a red dog <lora:ink:0.6>\nSteps")
     _, found = read("picture.png")
     assert found.lora == ("outputs.v1/ink.safetensors",) and found.lora_weight == (0.6,)
     assert draw(found, "again.png").tobytes() == drawn.tobytes()
@@ -252,17 +251,15 @@ def test_parameters_are_read_back(tiny_folder: Path, home: Path) -> None:
     s = settings(tiny_folder, lora=(lora,), lora_weight=(0.7,), textual_inversion=(word,), sampler="dpm++_2m", seed=9)
     pipe = load(s)
     text = parameters(vars(s), pipe, (48, 32))
-    model, data = model_sha256(str(tiny_folder)), sha256_of(lora, data_only=True)
+    model = model_sha256(str(tiny_folder))
     assert text.splitlines() == [
         "a red dog <lora:ink:0.7>",
         "Steps: 2, Sampler: DPM++ 2M, Schedule type: Uniform, CFG scale: 5.0, Seed: 9, Size: 48x32, "
-        f'Model hash: {model[:10]}, Model: model, Lora hashes: "ink: {data[:12]}", TI hashes: "toy: {sha256_of(word)[:12]}", '
-        f"Version: minidiff {minidiff.__version__}",
+        f"Model hash: {model[:10]}, Model: model, Version: minidiff {minidiff.__version__}",
     ]
-    found, left = read_a1111(text)
+    found = read_a1111(text)
     same = {"prompt": "a red dog <lora:ink:0.7>", "seed": 9, "width": 48, "height": 32, "sampler": "dpm++_2m"}
     assert (same | {"use_karras_sigmas": False, "num_inference_steps": 2}).items() <= found.items()
-    assert [field.partition(":")[0] for field in left] == ["Model hash", "Model", "Lora hashes", "TI hashes"]
     assert parameters(vars(s) | {"prompt": "a <lora:ink:0.7> dog"}, pipe, (8, 8)).count("<lora:") == 1
 
 
@@ -275,15 +272,10 @@ def test_a_file_is_read_once_until_it_changes(home: Path, monkeypatch: pytest.Mo
     first = sha256_of(file)
     assert first == hashlib.sha256(b"a" * 1000).hexdigest()
     with monkeypatch.context() as patch:
-        patch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+        patch.setattr("minidiff.studio.hashes.sha256", lambda path: pytest.fail("read again"))
         assert sha256_of(file) == first == sha256_of(str(file))
     file.write_bytes(b"b" * 1001)
     assert sha256_of(file) == hashlib.sha256(b"b" * 1001).hexdigest()
-
-
-def test_a_file_that_cannot_be_read_is_one_message(home: Path) -> None:
-    with pytest.raises(MinidiffError, match="none.bin: cannot be read"):
-        sha256_of(home / "none.bin")
 
 
 def test_model_hash_is_that_of_coreutils_lines(tiny_folder: Path, home: Path) -> None:
@@ -301,19 +293,6 @@ def test_model_hash_is_that_of_coreutils_lines(tiny_folder: Path, home: Path) ->
     assert model_sha256(str(copy)) != model_sha256(str(tiny_folder))
 
 
-def test_no_tokenizer_has_no_hash(home: Path) -> None:
-    with pytest.raises(MinidiffError, match="there is no tokenizer in it"):
-        HASHES["tokenizer"](str(home / "work"))
-
-
-def test_data_hash_leaves_the_header_out(home: Path) -> None:
-    for name in ("a", "b"):
-        save_file({"x": torch.arange(9.0)}, home / f"{name}.safetensors", {"title": name * 20})
-    a, b = home / "a.safetensors", home / "b.safetensors"
-    assert sha256_of(a) != sha256_of(b) and sha256_of(a, data_only=True) == sha256_of(b, data_only=True)
-    assert sha256_of(a, data_only=True) == hashlib.sha256(torch.arange(9.0).numpy().tobytes()).hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------------------- hostile
 
 
@@ -328,33 +307,33 @@ def picture(tiny_folder: Path) -> str:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"text": "{"}, "no JSON"),
+        ({"text": "{"}, "no recipe"),
         ({"text": "[1]"}, "no recipe"),
         ({"text": "{}"}, "no recipe"),
-        ({"text": "[" * 400_000}, "no JSON"),
-        ({"text": '{"schema": 1, "settings": {"guidance_scale": 1e999}}'}, "guidance_scale is inf"),
-        ({"text": '{"schema": 1, "settings": {"guidance_scale": NaN}}'}, "guidance_scale is nan"),
-        ({"text": '{"schema": 1, "settings": {"lora_weight": [1, -1e999]}}'}, "lora_weight"),
-        ({"text": '{"schema": 1, "settings": {"seed": ' + "9" * 5000 + "}}"}, "no JSON"),
-        ({"settings": {"guidance_scale": 10**400}}, "guidance_scale is 1000"),
-        ({"settings": {"lora_weight": [10**400]}}, r"lora_weight is \[1000"),
-        ({"settings": {"num_inference_steps": 10**400}}, "num_inference_steps is 1000"),
-        ({"settings": {"width": -(2**63)}}, "width is -9223372036854775808"),
+        ({"text": "[" * 400_000}, "no recipe"),
+        ({"settings": {"guidance_scale": float("inf")}}, "not JSON compliant"),
+        ({"settings": {"guidance_scale": float("nan")}}, "not JSON compliant"),
+        ({"settings": {"lora_weight": [1, -float("inf")]}}, "not JSON compliant"),
+        ({"settings": {"seed": 10**4000}}, "a number of 4001 digits"),
+        ({"settings": {"guidance_scale": 10**400}}, "a number of 401 digits"),
         ({"schema": 2}, "kind 2"),
         ({"schema": "\x1b[2J"}, r"kind .x1b"),
-        ({"settings": {"prompt": "half a letter \ud800"}}, "prompt is half"),
+        ({"settings": {"prompt": "half a letter \ud800"}}, "no recipe"),
         ({"text": "x" * 1_000_001}, "has 1,000,001 characters"),
         ({"settings": {"num_inference_steps": "20"}}, "num_inference_steps is 20"),
         ({"settings": {"num_inference_steps": True}}, "num_inference_steps"),
         ({"settings": {"lora": "x"}}, "lora is x"),
         ({"settings": {"prompt": ["x\x1b"] * 9999}}, "prompt is"),
+        ({"versions": None}, "no recipe"),
+        ({"versions": 5}, "no recipe"),
+        ({"sha256": []}, "no recipe"),
     ],
 )
 def test_hostile_recipes_are_one_clear_message(picture: str, changes: dict[str, Any], words: str) -> None:
     altered(picture, **changes)
     with pytest.raises(DataError, match=f"picture.png.*{words}") as error:
         read_origin(picture, Sample)
-    assert len(str(error.value)) < 300 and printable(str(error.value)) == str(error.value)
+    assert len(str(error.value)) < 400 and printable(str(error.value)) == str(error.value)
 
 
 def test_hostile_paths_are_defused(picture: str) -> None:
@@ -382,7 +361,7 @@ def test_huge_numbers_are_left_to_the_checks_of_the_pipeline(picture: str, tiny_
     draw(read(picture)[1], "again.png")  # any whole number is a seed here
 
 
-@pytest.mark.parametrize("versions", [None, 5, {"torch": {"a": []}}, {"torch": "x" * 100_000}])
+@pytest.mark.parametrize("versions", [{"torch": {"a": []}}, {"torch": "x" * 100_000}])
 def test_odd_versions_are_only_a_note(picture: str, versions: object) -> None:
     altered(picture, versions=versions)
     (note,) = notes(*read(picture))

@@ -19,7 +19,7 @@ from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.images import load_image, read_png_text, to_pil, to_tensor
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.pocket.world import Picture, draw
-from minidiff.studio.filmstrip import Film, evenly, filmstrip, noise_share
+from minidiff.studio.filmstrip import Film, filmstrip, noise_share
 from minidiff.studio.maps import AttentionMaps, Word, attention_sheet, over, size_of, words_of
 from minidiff.studio.previews import PreviewFile, fit_preview
 
@@ -88,10 +88,6 @@ def test_the_strip_has_a_pair_of_pictures_for_each_frame(pipe: StableDiffusionPi
     assert wider.width > strip.width + 2 * 32  # six frames: no more than there are
 
 
-def test_evenly_takes_both_ends() -> None:
-    assert evenly(25, 4) == [0, 8, 16, 24] and evenly(3, 8) == [0, 1, 2] and evenly(9, 1) == [8]
-
-
 def test_noise_share_is_that_of_ddpm_eq4(pipe: StableDiffusionPipeline) -> None:
     a_bar = pipe.schedule.alphas_cumprod.double()
     assert noise_share(pipe.schedule, 500) == pytest.approx(float((1 - a_bar[500]).sqrt()))
@@ -100,12 +96,11 @@ def test_noise_share_is_that_of_ddpm_eq4(pipe: StableDiffusionPipeline) -> None:
 
 
 def test_a_film_without_pictures_is_told(pipe: StableDiffusionPipeline) -> None:
-    film = Film(pipe)
-    with pytest.raises(SettingsError, match="film is empty"):
-        filmstrip(film, pipe.decode, pipe.schedule)
-    with pytest.raises(SettingsError, match="has seen no call"):
+    with pytest.raises(SettingsError, match="a strip of 8 out of 0 steps"):
+        filmstrip(Film(pipe), pipe.decode, pipe.schedule)
+    with Film(pipe) as film:
         pipe(DOG, seed=0, num_inference_steps=1, callback=film)
-    with pytest.raises(SettingsError, match="strip of 0"):
+    with pytest.raises(SettingsError, match="strip of 0 out of 1"):
         filmstrip(film, pipe.decode, pipe.schedule, count=0)
 
 
@@ -227,8 +222,11 @@ def test_maps_that_cannot_be_made_are_told(pipe: StableDiffusionPipeline) -> Non
     with pytest.raises(SettingsError, match="has no words"):
         attention_sheet(Image.new("RGB", (8, 8)), torch.ones(77, 4, 4), [])
     tiled = SimpleNamespace(unet=pipe.unet, tile_size=64)
+    compiled = SimpleNamespace(unet=SimpleNamespace(_compiled_call_impl=print), tile_size=None)
     for watch in (AttentionMaps, Film):
-        with pytest.raises(SettingsError, match="leave tile_size out"), watch(tiled):  # type: ignore[arg-type]
+        with pytest.raises(SettingsError, match="tile_size shows the U-Net only parts"), watch(tiled):  # type: ignore[arg-type]
+            pass
+        with pytest.raises(SettingsError, match="leave --compile out"), watch(compiled):  # type: ignore[arg-type]
             pass
 
 
@@ -259,7 +257,7 @@ def test_previews_look_like_the_decoded_picture(pocket: StableDiffusionPipeline)
     with torch.no_grad():
         latents = pocket.vae.encode(pictures)[0] * pocket.vae.config.scaling_factor
         decoded = F.avg_pool2d(pocket.decode(latents), 8)
-    correlation = np.corrcoef(preview.rgb(latents).flatten(), decoded.flatten())[0, 1]
+    correlation = np.corrcoef(preview(latents).flatten(), decoded.flatten())[0, 1]
     assert correlation > 0.95
 
 
@@ -276,18 +274,17 @@ def test_the_fit_is_the_least_squares_one(pipe: StableDiffusionPipeline) -> None
     preview = fit_preview(Linear(config))
     colours = normal((2, 3, 4, 4), 0, "colours").clamp(-1, 1) * 0.8
     latents = torch.einsum("bdhw,cd->bchw", colours - 0.1, matrix) / 0.5 * config.scaling_factor
-    torch.testing.assert_close(preview.rgb(latents), colours, atol=1e-5, rtol=0)
-    assert preview(latents).size == (8, 4)
+    torch.testing.assert_close(preview(latents), colours, atol=1e-5, rtol=0)
 
 
-def test_the_preview_file_is_rewritten_every_so_often(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+def test_the_preview_file_is_rewritten_at_each_step(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     path, said = tmp_path / "preview.png", []
-    write = PreviewFile(fit_preview(pipe.vae), path, every=2, scale=3)
+    write = PreviewFile(fit_preview(pipe.vae), path, scale=3)
 
     def callback(step: Step) -> None:
         write(step)
-        said.append(read_png_text(path)["parameters"].removeprefix("minidiff preview, step ") if path.exists() else "")
+        said.append(read_png_text(path)["parameters"].partition(",")[0])
 
     pipe(DOG, seed=0, num_inference_steps=5, sampler="ddim", callback=callback)
-    assert said == ["", "2 of 5", "2 of 5", "4 of 5", "5 of 5"]
+    assert said == [f"Preview: {i} of 5" for i in range(1, 6)]
     assert load_image(path).size == (24, 24) and os.listdir(tmp_path) == ["preview.png"]

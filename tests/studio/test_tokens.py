@@ -4,7 +4,6 @@ import pytest
 from tiny_text import PLACEHOLDERS, ids_of, tiny_tokenizer
 from transformers import CLIPTokenizer
 
-from minidiff.core.text import token_ids
 from minidiff.studio.tokens import token_view
 
 
@@ -17,22 +16,21 @@ def test_the_token_view_of_a_short_prompt(tokenizer: CLIPTokenizer) -> None:
     view = token_view(tokenizer, "a (red:1.3) <Dog> <lora:chalk:0.8>", PLACEHOLDERS, trigger="<dog>")
     lines = [" ".join(line.split()) for line in view.splitlines()]
     a, red = ids_of(tokenizer, "a red")
-    assert "One chunk: 5 of 75 tokens" in lines
+    assert "Chunk 1 of 1: 5 of 75 tokens" in lines
     assert {f"1 a {a}", f"2 red {red} x1.30", "3 <dog> 1/3 1001", "5 <dog> 3/3 1003"} <= set(lines)
-    assert "Adapters chalk x 0.8" in lines
-    assert 'Trigger "<dog>" is a word of textual inversion, 3 vectors. It stands in the prompt once.' in lines
+    assert "Adapter: chalk x 0.8." in lines
+    assert 'Trigger: "<dog>" is 3 tokens: <dog> 1/3 <dog> 2/3 <dog> 3/3; 1 x in the prompt.' in lines
 
 
 def test_the_token_view_of_a_long_prompt(tokenizer: CLIPTokenizer) -> None:
     view = token_view(tokenizer, "dog " * 75 + "red beach BREAK BREAK a photo", trigger="zebra")
     lines = view.splitlines()
     assert max(map(len, lines)) <= 100 and not view.endswith("\n")
-    for heading in ("1 of 4: 75 of", "2 of 4: 2 of", "3 of 4: 0 of 75 tokens, nothing but filling", "4 of 4: 2 of"):
+    for heading in ("1 of 4: 75 of", "2 of 4: 2 of", "3 of 4: 0 of 75 tokens", "4 of 4: 2 of"):
         assert sum(line.startswith(f"Chunk {heading}") for line in lines) == 1
-    cut = len(token_ids(tokenizer, "dog " * 75 + "red beach BREAK BREAK a photo")) - 75
-    assert f"cuts {cut} off: red beach" in view
+    assert "cuts off: red beach" in view
     assert all(f"{i:>4}  dog" in view for i in range(1, 76))
-    assert f'"zebra" is {len(ids_of(tokenizer, "zebra"))} tokens' in view and "nowhere" in view
+    assert f'"zebra" is {len(ids_of(tokenizer, "zebra"))} tokens' in view and "0 x in the prompt" in view
 
 
 def test_the_token_view_marks_words_that_go_on(tokenizer: CLIPTokenizer) -> None:

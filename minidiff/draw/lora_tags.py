@@ -16,10 +16,10 @@ def loras_of(prompts: Sequence[Prompt], negatives: Sequence[Prompt] = ()) -> dic
 
     A batch runs through one U-Net, so all of its prompts must name the same adapters.
     """
-    if len({prompt.loras for prompt in prompts}) > 1:
-        raise SettingsError("the prompts of one call name different LoRAs; draw them one by one.")
     if any(negative.loras for negative in negatives):
         raise SettingsError("the negative prompt names a LoRA, which would act on both halves; name it in the prompt.")
+    if len({prompt.loras for prompt in prompts}) > 1:
+        raise SettingsError("the prompts of one call name different LoRAs; draw them one by one.")
     weights: dict[str, float] = {}
     for name, weight in prompts[0].loras:
         weights[adapter_name_of(name)] = weights.get(adapter_name_of(name), 0.0) + weight

@@ -5,7 +5,7 @@ B pictures   D text width   H W picture height and width   h w = H/8, W/8 latent
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from operator import index
 from typing import Any
@@ -95,16 +95,15 @@ class StableDiffusionPipeline(Model):
         (default `strength` 1). `output_type`: "pil", "pt" (B, 3, H, W) in [-1, 1], "latent". `callback` sees each `Step`."""
         if output_type not in ("pil", "pt", "latent"):
             raise SettingsError(f'output_type "{output_type}" is unknown; it is pil, pt or latent.')
-        prompts, negatives = pairs(prompt, negative_prompt, num_images_per_prompt, prompt_embeds)
+        given = (prompt, prompt_embeds), ("" if negative_prompt is None else negative_prompt, negative_prompt_embeds)
+        sides = both_sides(*given, num_images_per_prompt)
+        prompts, negatives = ([] if isinstance(side, Tensor) else side for side in sides)
         chunks = count_chunks(self.tokenizer, prompts + negatives if guidance_scale > 1 else prompts, self.placeholders)
-        sides: tuple[Side, Side] = (prompts, negatives)
-        if prompt_embeds is not None or negative_prompt_embeds is not None:
-            text_width = self.text_encoder.config.hidden_size
-            sides, chunks = with_vectors(sides, prompt_embeds, negative_prompt_embeds, text_width, chunks)
-        pictures = None if image is None else as_pictures(image, len(prompts))
-        shape = self.latent_shape(len(prompts), height, width, pictures)
-        draw = noise_source(shape, check_seeds(seed, generator, len(prompts)))
-        canvas = self.canvas(pictures, mask_image, strength, shape, draw, latents)
+        chunks = max(chunks, *(side.shape[1] // LENGTH if isinstance(side, Tensor) else 1 for side in sides))
+        pictures = None if image is None else as_pictures(image, len(sides[0]))
+        shape = self.latent_shape(len(sides[0]), height, width, pictures)
+        draw = noise_source(shape, seed, generator, latents)
+        canvas = self.canvas(pictures, mask_image, strength, shape, draw)
         chosen = sampler_named(self.sampler if sampler is None else sampler)
         walk = partial(chosen, image=canvas.image, strength=canvas.strength, fix_x0=canvas.fix_x0)
         walk = partial(walk, spacing=timestep_spacing, karras=use_karras_sigmas, eta=eta)
@@ -144,17 +143,9 @@ class StableDiffusionPipeline(Model):
         return drawn
 
     def canvas(
-        self,
-        pictures: Tensor | None,
-        mask_image: Pictures | None,
-        strength: float | None,
-        shape: tuple[int, ...],
-        draw: Draw,
-        latents: Tensor | None,
+        self, pictures: Tensor | None, mask_image: Pictures | None, strength: float | None, shape: Sequence[int], draw: Draw
     ) -> Canvas:
-        """The start for latents of `shape`: noise, or a picture under noise. `latents` replace the noise."""
-        if latents is not None and tuple(finite_floats("latents", latents).shape) != shape:
-            raise SettingsError(f"latents have the shape {tuple(latents.shape)}; for this call it must be {shape}.")
+        """The start for latents of `shape`: noise, or a picture under noise."""
         unet: UNetCall = self.unet if self.tile_size is None else in_tiles(self.unet, self.tile_size // self.downscale)
         trained_for_it = self.unet.config.in_channels != self.vae.config.latent_channels  # the U-Net sees the mask, too
         if trained_for_it and (pictures is None or mask_image is None):
@@ -164,19 +155,20 @@ class StableDiffusionPipeline(Model):
             for name, value in (("mask_image", mask_image), ("strength", strength)):
                 if value is not None:
                     raise SettingsError(f"{name} was given and there is no image to work on; give one, or leave {name} out.")
-            return Canvas(draw("latents") if latents is None else latents.float(), unet)
+            return Canvas(draw("latents"), unet)
         height, width = (side * self.downscale for side in shape[2:])
         mask = None if mask_image is None else fitted(as_mask(mask_image, pictures), height, width)
-        pictures = fitted(pictures, height, width)
-        canvas = on_picture(pictures, mask, strength, draw, self.encode_pictures, unet, trained_for_it)
-        return canvas if latents is None else replace(canvas, noise=latents.float())
+        return on_picture(fitted(pictures, height, width), mask, strength, draw, self.encode_pictures, unet, trained_for_it)
 
     def encode_prompt(self, prompts: Sequence[str | Prompt] | Tensor, clip_skip: int = 0, chunks: int = 1) -> Tensor:
         """Prompts in the prompt language -> (B, 77 k, D) in the U-Net's dtype, k >= `chunks`; equal prompts are encoded once.
 
-        LoRA tags have no effect here, only in `__call__`. Encoded prompts only move to the U-Net's device.
+        LoRA tags have no effect here, only in `__call__`. Encoded prompts (B, 77 k, D) are checked and moved to the U-Net.
         """
         if isinstance(prompts, Tensor):
+            if tuple(prompts.shape[1:]) != (LENGTH * chunks, width := self.text_encoder.config.hidden_size):
+                fits = f"it must be (B, {LENGTH * chunks}, {width}), as encode_prompt gives it, on both sides"
+                raise SettingsError(f"prompt_embeds have the shape {tuple(prompts.shape)}; {fits}.")
             return prompts.to(self.device, self.dtype)
         parsed = [parse_prompt(p) if isinstance(p, str) else p for p in prompts]
         distinct = list(dict.fromkeys(parsed))
@@ -238,47 +230,64 @@ class StableDiffusionPipeline(Model):
 # --- checks of a call ----------------------------------------------------------------------------------------------------
 
 
-def pairs(
-    prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str] | None, per_prompt: int, embeds: Tensor | None
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Each prompt `per_prompt` times, and a negative prompt for each; `embeds` (B, 77 k, D) replace the prompts."""
+def both_sides(given: tuple[Any, Tensor | None], negative: tuple[Any, Tensor | None], per_prompt: int) -> tuple[Side, Side]:
+    """Prompts and negative prompts from (text or texts, or encoded prompts instead): each prompt `per_prompt` times, and a
+    negative prompt for each."""
     if per_prompt < 1:
         raise SettingsError(f"num_images_per_prompt is {per_prompt}; it must be at least 1.")
-    if (prompt is None) == (embeds is None):
+    if (given[0] is None) == (given[1] is None):
         raise SettingsError("give either a prompt or prompt_embeds.")
-    if embeds is not None:
-        prompt = [""] * len(finite_floats("prompt_embeds", embeds))
-    given: tuple[Any, Any] = (prompt, negative_prompt or "")
-    prompts, negatives = (list(p) if isinstance(p, Iterable) and not isinstance(p, str) else [p] for p in given)
-    if not prompts or not all(isinstance(p, str) for p in prompts + negatives):
-        raise SettingsError("prompt and negative_prompt must be a text, or a list of texts.")
+    rows: list[list[Any]] = []
+    for texts, embeds in (given, negative):
+        row = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+        rows.append(row if embeds is None else list(finite_floats("prompt_embeds", embeds)))
+        if not rows[-1] or embeds is None and not all(isinstance(text, str) for text in row):
+            raise SettingsError("prompt and negative_prompt must be a text, or a list of texts.")
+    prompts, negatives = rows
+    if len(negatives) not in (1, len(prompts)):
+        raise SettingsError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each.")
     count = len(prompts) * per_prompt
-    negatives = negatives * count if len(negatives) == 1 else [n for n in negatives for _ in range(per_prompt)]
-    if len(negatives) != count:
-        raise SettingsError(f"{len(negatives)} negative prompts for {count} pictures; give one, or one for each prompt.")
-    return [parse_prompt(p) for p in prompts for _ in range(per_prompt)], [parse_prompt(n) for n in negatives]
+    prompts, negatives = ([one for one in row for _ in range(count // len(row))] for row in rows)
+    first, second = (
+        torch.stack(row) if isinstance(row[0], Tensor) else [parse_prompt(text) for text in row] for row in (prompts, negatives)
+    )
+    return first, second
 
 
-def with_vectors(
-    sides: tuple[Side, Side], x: Tensor | None, no_x: Tensor | None, width: int, chunks: int
-) -> tuple[tuple[Side, Side], int]:
-    """Prompts and negative prompts, replaced by `prompt_embeds` x and `negative_prompt_embeds` no_x (B, 77 k, D); and k.
+def noise_source(
+    shape: Sequence[int],
+    seed: int | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    latents: Tensor | None = None,
+) -> Draw:
+    """draw(purpose) -> standard normal noise of `shape` (B, C, h, w); for the purpose "latents", the caller's if given.
 
-    `chunks`: how many chunks of 75 tokens the prompts have.
+    The purpose is "latents", "posterior" (a picture's own latents), "surroundings" (inpainting models), or i for step i. Noise
+    for picture b is a function of seed + b (or seed[b]) and the purpose, fp32 on the CPU for any device. A torch.Generator
+    ignores the purpose: it gives its next numbers, on its own device, so the order of the calls counts, as in diffusers.
     """
-    count, replaced = len(sides[0]), list(sides)
-    for i, (name, given) in enumerate((("prompt_embeds", x), ("negative_prompt_embeds", no_x))):
-        if given is None:
-            continue
-        finite_floats(name, given)
-        if given.ndim != 3 or not len(given) or count % len(given) or given.shape[1] % LENGTH or given.shape[2] != width:
-            fits = f"for {count} pictures it must be (1 or {count}, {LENGTH} k, {width})"
-            raise SettingsError(f"{name} has the shape {tuple(given.shape)}; {fits}, as encode_prompt gives it.")
-        replaced[i] = given.repeat_interleave(count // len(given), dim=0)
-        chunks = max(chunks, given.shape[1] // LENGTH)
-    if short := [one for one in replaced if isinstance(one, Tensor) and one.shape[1] < LENGTH * chunks]:
-        raise SettingsError(f"embeds are {short[0].shape[1]} tokens long, and those of the other side {LENGTH * chunks}.")
-    return (replaced[0], replaced[1]), chunks
+    if latents is not None and finite_floats("latents", latents).shape != tuple(shape):
+        raise SettingsError(f"latents have the shape {tuple(latents.shape)}; for this call it must be {tuple(shape)}.")
+    if not isinstance(generator, torch.Generator | None):
+        raise SettingsError(f"generator is a {type(generator).__name__}; give one torch.Generator, or seeds.")
+    if seed is None:
+        seed = 0 if generator else int(torch.randint(2**31, ()))
+    if isinstance(seed, Iterable) and not isinstance(seed, str):
+        seeds = [as_int("seed", one) for one in seed]
+    else:  # plain ints: the hash of numpy's would draw other pictures
+        seeds = [as_int("seed", seed) + i for i in range(shape[0])]
+    if len(seeds) != shape[0]:
+        raise SettingsError(f"{len(seeds)} seeds were given for {shape[0]} pictures; give one number, or one for each.")
+
+    def draw(purpose: int | str) -> Tensor:
+        if latents is not None and purpose == "latents":
+            return latents.float()
+        if generator is not None:
+            return torch.randn(tuple(shape), generator=generator, device=generator.device)
+        where = ("step", purpose) if isinstance(purpose, int) else (purpose,)
+        return torch.stack([normal(shape[1:], one, *where) for one in seeds])
+
+    return draw
 
 
 def finite_floats(name: str, given: Tensor) -> Tensor:
@@ -286,39 +295,6 @@ def finite_floats(name: str, given: Tensor) -> Tensor:
     if not isinstance(given, Tensor) or not given.is_floating_point() or not given.ndim or not given.isfinite().all():
         raise SettingsError(f"{name} must be a tensor of floats, without NaN and infinity.")
     return given
-
-
-def check_seeds(seed: int | Sequence[int] | None, generator: torch.Generator | None, count: int) -> list[int] | torch.Generator:
-    """One seed for each picture, or the generator. Plain ints: the hash of numpy's would draw other pictures."""
-    if generator is not None:
-        if not isinstance(generator, torch.Generator):
-            raise SettingsError(f"generator is a {type(generator).__name__}; give one torch.Generator, or seeds.")
-        return generator
-    seed = int(torch.randint(2**31, ())) if seed is None else seed
-    if isinstance(seed, Iterable) and not isinstance(seed, str):
-        seeds = [as_int("seed", one) for one in seed]
-    else:
-        seeds = [as_int("seed", seed) + i for i in range(count)]
-    if len(seeds) != count:
-        raise SettingsError(f"{len(seeds)} seeds were given for {count} pictures; give one number, or one for each.")
-    return seeds
-
-
-def noise_source(shape: Sequence[int], seeds: Sequence[int] | torch.Generator) -> Draw:
-    """draw(purpose) -> standard normal noise of `shape` (B, C, h, w).
-
-    The purpose is "latents", "posterior" (a picture's own latents), "surroundings" (inpainting models), or i for step i. Noise
-    for picture b is a function of seeds[b] and the purpose, fp32 on the CPU for any device. A torch.Generator ignores the
-    purpose: it gives its next numbers, on its own device, so the order of the calls counts, as in diffusers.
-    """
-    if isinstance(seeds, torch.Generator):
-        return lambda purpose: torch.randn(tuple(shape), generator=seeds, device=seeds.device)
-
-    def draw(purpose: int | str) -> Tensor:
-        where = ("step", purpose) if isinstance(purpose, int) else (purpose,)
-        return torch.stack([normal(shape[1:], seed, *where) for seed in seeds])
-
-    return draw
 
 
 def finished(drawn: Tensor, output_type: str) -> Any:

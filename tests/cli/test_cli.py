@@ -129,7 +129,7 @@ def test_help_of_a_group_of_commands(words: list[str], capsys: pytest.CaptureFix
         (["train", "lora", "--instance_data_dir", "x"], "--instance_prompt"),
         (["train", "lora", "--config"], "expected one argument"),
         (["train", "lora", "--config", "nowhere.toml"], "nowhere.toml"),
-        (["sheet"], "give one or more, as in"),
+        (["sheet"], "must be one or more, as in"),
         (["sample"], "Missing from minidiff sample"),
         (["lesson", "99"], "there is no lesson 99"),
         (["sample", "a dog", "--pretrained_model_name_or_path", "nowhere/at-all"], "no such folder"),

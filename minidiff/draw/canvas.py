@@ -78,14 +78,11 @@ def keep_outside(image: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def with_surroundings(unet: UNetCall, mask: Tensor, surroundings: Tensor) -> UNetCall:
-    """The U-Net of an inpainting model, which has 2C + 1 channels: noisy latent, mask, latent of the picture around it.
-
-    The call takes x (B, C, h, w), as that of an ordinary U-Net; guidance may have doubled B.
-    """
+    """The U-Net of an inpainting model, called with x (B, C, h, w): it sees x, the mask, and the picture around it."""
 
     def call(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         known = torch.cat([mask.to(x).expand(len(surroundings), -1, -1, -1), surroundings.to(x)], dim=1)
-        return unet(torch.cat([x, known.repeat(len(x) // len(known), 1, 1, 1)], dim=1), t, text)
+        return unet(torch.cat([x, known.repeat(len(x) // len(known), 1, 1, 1)], dim=1), t, text)  # guidance doubles B
 
     return call
 
@@ -109,13 +106,11 @@ def pasted(drawn: Tensor, pictures: Tensor, mask: Tensor) -> Tensor:
 
 def as_pictures(image: Pictures, count: int) -> Tensor:
     """(count, 3, H, W); one picture serves for all. SettingsError for several sizes, another count, or other types."""
-    if isinstance(image, Tensor) and image.ndim == 4:
-        image = list(image)
-    pictures = [_as_picture(one) for one in (image if isinstance(image, Sequence) and not isinstance(image, str) else [image])]
-    if len(pictures) not in (1, count):
-        raise SettingsError(f"image holds {len(pictures)} pictures for {count} to draw; give one, or one for each.")
-    if len(sizes := {f"{p.shape[-1]} x {p.shape[-2]}" for p in pictures}) > 1:
-        raise SettingsError(f"image holds pictures of several sizes ({', '.join(sorted(sizes))}); a batch has one.")
+    several = isinstance(image, Tensor) and image.ndim == 4 or isinstance(image, Sequence) and not isinstance(image, str)
+    pictures = [_as_picture(one) for one in (image if several else [image])]
+    if len(pictures) not in (1, count) or len({picture.shape for picture in pictures}) > 1:
+        sizes = ", ".join(f"{picture.shape[-1]} x {picture.shape[-2]}" for picture in pictures)
+        raise SettingsError(f"image holds pictures of {sizes}; give one, or {count} of one size, one for each that is drawn.")
     return torch.stack(pictures).expand(count, -1, -1, -1)
 
 
@@ -145,7 +140,7 @@ def as_mask(mask: Pictures, pictures: Tensor) -> Tensor:
         (h, w), (height, width) = bright.shape[-2:], pictures.shape[-2:]
         raise SettingsError(f"mask_image is {w} x {h} and the picture {width} x {height}; make the mask as large.")
     if not bright.any():
-        raise SettingsError("mask_image is nowhere brighter than middle grey; paint white what shall be drawn anew.")
+        raise SettingsError("mask_image is nowhere brighter than middle grey; paint the part white that is to be drawn anew.")
     return bright
 
 

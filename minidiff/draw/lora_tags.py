@@ -33,14 +33,12 @@ def adapter_name_of(name: str) -> str:
 
 
 def in_lora_dir(folder: str, name: str) -> Path:
-    """The file or folder of that name; SettingsError, with a list of what is there, if there is none. A name is not a path."""
+    """The file or folder of that name; SettingsError, with a list of those in the folder, if there is none."""
     for path in (Path(folder, name), Path(folder, f"{name}.safetensors")):
-        if Path(name).name == name and name not in ("", "..") and path.exists():
+        if Path(name).name == name and name not in ("", "..") and path.exists():  # a name is not a path
             return path
-    there = sorted(path.name.removesuffix(".safetensors") for path in Path(folder).glob("*"))[:10]
-    raise SettingsError(
-        f'<lora:{name}>: no such file or folder in --lora_dir "{folder}"; there is {", ".join(there) or "nothing"}.'
-    )
+    there = ", ".join(sorted(path.name.removesuffix(".safetensors") for path in Path(folder).glob("*"))[:10])
+    raise SettingsError(f'<lora:{name}>: no such file or folder in --lora_dir "{folder}"; there is {there or "nothing"}.')
 
 
 @contextmanager

@@ -23,13 +23,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
+from minidiff import __version__
 from minidiff.core.errors import SettingsError, WeightsError
 from minidiff.files import weights
 from minidiff.files.atomic import HIDDEN, fsync, fsync_tree, put_aside, remove, sha256, write_bytes
@@ -63,7 +64,10 @@ def save(
         for name, group in tensors.items():
             weights.save(group, hidden / "state" / f"{name}.safetensors")
         export(hidden)
-        _write_manifest(hidden, step, facts)
+        files = fsync_tree(hidden)  # the manifest is written when they are all on the disk
+        listed = {p.relative_to(hidden).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+        manifest = {"step": step, "environment": environment(), **facts, "files": listed}
+        write_bytes(hidden / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode())
         put_aside(final)  # exists only if it is damaged: an intact one is never written again
         os.rename(hidden, final)
         fsync(folder)
@@ -91,23 +95,22 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint that is whole by its files' sizes: `verify`, but in no time. Else a WeightsError."""
+    """The manifest of a checkpoint whose files have the right sizes: `verify`, but in no time. Else a WeightsError."""
     try:
         if not (path / "manifest.json").is_file():
             raise FileNotFoundError("it has no manifest.json")
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text("utf-8"))
-        files, step, told = manifest["files"], manifest["step"], (manifest["made_of"], manifest["environment"])
-        if type(step) is not int or step < 0 or not all(isinstance(table, dict) for table in told):
+        files, step = manifest["files"], manifest["step"]
+        tables = (files, manifest["made_of"], manifest["environment"])
+        if type(step) is not int or step < 0 or not all(isinstance(table, dict) for table in tables):
             raise ValueError("its manifest.json makes no sense")
-        if not STATE <= files.keys():
-            raise ValueError("its manifest.json does not list what a run needs to go on")
         if path.name.startswith("checkpoint-") and path.name != f"checkpoint-{step}":
             raise ValueError(f"by its manifest.json it is that of step {step}")
-        for name, want in files.items():
-            if not (path / name).is_file() or (path / name).stat().st_size != want["bytes"] or "sha256" not in want:
-                raise ValueError(f"{name} is missing or cut short")
+        for name in STATE | files.keys():
+            if (path / name).stat().st_size != files[name]["bytes"] or "sha256" not in files[name]:
+                raise ValueError(f"{name} is cut short")
         return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise WeightsError(f"{path} is no complete checkpoint ({type(error).__name__}: {error}).") from error
 
 
@@ -131,17 +134,29 @@ def latest(folder: Path) -> Path | None:
 def prune(folder: Path, keep: int | None, step: int) -> None:
     """After `step`, take away all but the `keep` newest whole checkpoints (None: keep all), and what `sweep` takes.
 
-    What is damaged, or bears the name of a later step, does not count, and stays for a person to look at.
+    Damaged ones, and those with the name of a later step, do not count, and stay for a person to look at.
     """
-    whole = [] if keep is None else [p for p in checkpoints(folder) if _is_whole(p) and _step(p) <= step]
-    for path in whole[:-keep] if keep else []:
+    whole = [path for path in checkpoints(folder) if keep and step_of(path) <= step and is_whole(path)]
+    for path in whole[: -keep if keep else None]:
         put_aside(path)
     sweep(folder)
 
 
+def step_of(path: Path) -> int:
+    """Of a checkpoint, by its name."""
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def is_whole(path: Path) -> bool:
+    try:
+        return bool(read_manifest(path))
+    except WeightsError:
+        return False
+
+
 def sweep(folder: Path) -> None:
     """Take away what a killed process of minidiff's left half done; hidden files of other names are not ours."""
-    for left in (f"{HIDDEN}*", ".loss.png.*.part", f"samples/{HIDDEN}*", "samples/.step-*.part"):  # .part: images.save_png
+    for left in (f"{HIDDEN}*", f"samples/{HIDDEN}*"):
         for path in folder.glob(left):
             remove(path)
 
@@ -163,7 +178,7 @@ def find(settings: TrainSettings) -> Path | None:
             f'--resume_from_checkpoint {wanted}: no such folder. Checkpoints in {folder}: {there}; or "latest".'
         )
     step = verify(path)["step"]
-    newer = [p.name for p in checkpoints(folder) if _step(p) > step]
+    newer = [p.name for p in checkpoints(folder) if step_of(p) > step]
     if newer:
         raise SettingsError(
             f"--resume_from_checkpoint {wanted}: {folder} holds newer ones ({', '.join(newer)}), which this run would "
@@ -177,7 +192,8 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     # None, False, 0 and an empty value count as missing: a checkpoint from before a flag existed still fits.
     keys = [k for k in {**saved, **now} if (saved.get(k) or None) != (now.get(k) or None)]
     if keys:
-        rows = "".join(f"\n  {k}: was {_short(saved.get(k))}, is now {_short(now.get(k))}" for k in keys)
+        short = [{k: f"{json.dumps(values.get(k), ensure_ascii=False):.60}" for k in keys} for values in (saved, now)]
+        rows = "".join(f"\n  {k}: was {short[0][k]}, is now {short[1][k]}" for k in keys)
         raise SettingsError(
             f"{path} was made with other settings or data:{rows}\nSet these back, or start in another --output_dir."
         )
@@ -185,14 +201,15 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions, threads and devices: apart from the settings, the last bits of a result depend on them."""
-    try:
-        own = metadata.version("minidiff")
-    except metadata.PackageNotFoundError:  # read from a clone, not installed
-        own = "not installed"
-    versions = {"minidiff": own, "torch": torch.__version__, "python": platform.python_version()}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    here = {"threads": torch.get_num_threads(), "machine": platform.machine(), "gpu": gpu}
-    return {**versions, **here, "processes": distributed.world().size}
+    return {
+        "minidiff": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "processes": distributed.world().size,
+    }
 
 
 # --- the folder of a run ---------------------------------------------------------------------------------------------
@@ -221,12 +238,14 @@ def check_folder(settings: TrainSettings) -> Path:
 
 @contextmanager
 def claimed(settings: TrainSettings) -> Iterator[Path]:
-    """The output folder, checked, made if need be, and locked for this process."""
+    """The output folder, checked, made if need be, and locked for this process. The system unlocks it when the process ends."""
     folder = check_folder(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as lock:
-        if not _try_lock(lock.fileno()):
-            raise SettingsError(f"--output_dir {folder}: another process is training there at this moment.")
+    try:
+        lock = FileLock(folder / ".lock", timeout=0).acquire()
+    except Timeout as error:
+        raise SettingsError(f"--output_dir {folder}: another process is training there at this moment.") from error
+    with lock:
         check_folder(settings)  # again: another process may have come and gone
         if settings.overwrite_output_dir:
             clear(folder)
@@ -266,44 +285,3 @@ def publish(folder: Path, *writers: Callable[[Path], None]) -> None:
         os.replace(path, folder / path.name)
     fsync(folder)
     sweep(folder)
-
-
-def _try_lock(descriptor: int) -> bool:
-    """An advisory lock that the system drops when the process ends, however it ends."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
-
-
-def _write_manifest(folder: Path, step: int, facts: dict[str, Any]) -> None:
-    """The last file to be written, after all others are on the disk."""
-    files = fsync_tree(folder)
-    listed = {str(p.relative_to(folder).as_posix()): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-    manifest = {"step": step, "environment": environment(), **facts, "files": listed}
-    write_bytes(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode())
-
-
-def _step(path: Path) -> int:
-    """Of a checkpoint, by its name."""
-    return int(path.name.removeprefix("checkpoint-"))
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        return bool(read_manifest(path))
-    except WeightsError:
-        return False
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -205,7 +205,7 @@ def test_what_is_not_ours_stays(tmp_path: Path) -> None:
     for name in theirs:
         (tmp_path / name).write_text("mine")
     write_bytes(tmp_path / checkpoint.CONFIG, b"")
-    ours = (".tmp-minidiff-export", ".loss.png.7.part", "samples/.step-000003.png.7.part", "samples/step-000003.png")
+    ours = (".tmp-minidiff-export", "samples/.tmp-minidiff-step-000003.png.7.tmp", "samples/step-000003.png")
     for name in ours:
         (tmp_path / name).write_text("ours")
     with checkpoint.claimed(settings(tmp_path, overwrite=True)):

@@ -27,9 +27,9 @@ def inspect(s: Inspect) -> None:
     model = empty_model(s.pretrained_model_name_or_path) if s.pretrained_model_name_or_path else None
     reports = inspecting.inspect(s.file, model)
     if s.json:
-        print(json.dumps([report.as_dict() for report in reports], indent=2))
+        print(json.dumps(reports, indent=2))
     else:
-        print(*reports, sep="\n\n")
+        print(*map(inspecting.as_text, reports), sep="\n\n")
 
 
 def convert(s: Convert) -> None:

@@ -1,13 +1,12 @@
 """Describe a weight file: its program and model family, its size, ranks and alpha, trigger words, and what is broken.
 
-    for report in inspect("dog.safetensors"): print(report)
+    for report in inspect("dog.safetensors"): print(as_text(report))
 """
 
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,33 +28,7 @@ Facts = Iterator[tuple[str, Any]]  # labels, and for each a text, a list of text
 FITS = "the file fits it"
 
 
-@dataclass(frozen=True)
-class Report:
-    """The facts about one file."""
-
-    path: Path
-    facts: dict[str, Any]
-
-    def __str__(self) -> str:
-        width = max(map(len, self.facts)) + 2
-        lines = [str(self.path)]
-        for label, value in self.facts.items():
-            first, *more = as_lines(value)
-            lines += [f"  {label:<{width}}{first}", *(f"  {'':<{width}}{line}" for line in more)]
-        return printable("\n".join(lines))
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"path": str(self.path), **self.facts}
-
-
-def as_lines(value: Any) -> list[str]:
-    if isinstance(value, Mapping):
-        width = max(map(len, value))
-        return [f"{name:<{width}}  {text if len(text) <= 100 else f'({len(text):,} letters)'}" for name, text in value.items()]
-    return value if isinstance(value, list) else str(value).splitlines()
-
-
-def inspect(path: str | Path, model: ModelParts | None = None) -> list[Report]:
+def inspect(path: str | Path, model: ModelParts | None = None) -> list[dict[str, Any]]:
     """A report on a file; for a folder, on each weight file in it. With `model`, also whether the file fits it."""
     path = Path(path)
     if (path / "model_index.json").is_file():
@@ -65,31 +38,40 @@ def inspect(path: str | Path, model: ModelParts | None = None) -> list[Report]:
     return [describe(file, model) for file in files or [find_weights(path)]]
 
 
-def describe_folder(path: Path) -> Report:
+def as_text(report: Mapping[str, Any]) -> str:
+    """A report for people: the path, and below it the labels and their texts."""
+    width = max(map(len, report)) + 2
+    lines = []
+    for label, value in report.items():
+        if isinstance(value, Mapping):  # metadata
+            short = {name: text if len(text) <= 100 else f"({len(text):,} letters)" for name, text in value.items()}
+            value = [f"{name:<{max(map(len, value))}}  {text}" for name, text in short.items()]
+        first, *more = value if isinstance(value, list) else str(value).splitlines()
+        lines += [first if label == "path" else f"  {label:<{width}}{first}", *(f"  {'':<{width}}{line}" for line in more)]
+    return printable("\n".join(lines))
+
+
+def describe_folder(path: Path) -> dict[str, Any]:
     index = read_json(path / "model_index.json", "a model folder has one")
     schedule = read_json(path / "scheduler" / "scheduler_config.json", "a model folder has one")
-    facts = {
-        "is": "a model folder in the diffusers layout",
-        "pipeline": str(index.get("_class_name", "not said")),
-        "predicts": str(schedule.get("prediction_type", "epsilon")),
-        "sampler": str(schedule.get("_class_name", "not said")),
-    }
-    return Report(path, facts)
+    said = {"pipeline": index.get("_class_name"), "predicts": schedule.get("prediction_type", "epsilon")}
+    said["sampler"] = schedule.get("_class_name")
+    return {"path": str(path), "is": "a model folder in the diffusers layout", **{key: str(said[key]) for key in said}}
 
 
-def describe(path: Path, model: ModelParts | None) -> Report:
+def describe(path: Path, model: ModelParts | None) -> dict[str, Any]:
     """WeightsError if it is no safetensors file. Other damage is in the report, in the words of the error in loading."""
     file = read_header(path)
-    facts: dict[str, Any] = {"is": file.looks_like, "size": size(file)}
+    report: dict[str, Any] = {"path": str(path), "is": file.looks_like, "size": size(file)}
     is_lora, is_word = lora_dialect(file.tensors), is_embedding(file.tensors)
     try:
         for label, value in (lora_facts if is_lora else word_facts if is_word else model_facts)(file, model):
-            facts[label] = value
+            report[label] = value
     except MinidiffError as error:
-        facts["problem"] = str(error)
+        report["problem"] = str(error)
     if about := {key: text for key, text in sorted(file.metadata.items()) if key not in ("format", METADATA)}:
-        facts["metadata"] = about
-    return Report(path, facts)
+        report["metadata"] = about
+    return report
 
 
 def size(file: TensorFile) -> str:

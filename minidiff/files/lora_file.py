@@ -23,23 +23,9 @@ from minidiff.core.config import SD15_UNET, UNetConfig
 from minidiff.core.errors import AdapterError, did_you_mean
 from minidiff.core.inject import adaptable_layers, adapter_names, check_new, lora_layers, set_adapters, wrap
 from minidiff.core.lora import LoRAWeights
-from minidiff.files import names as all_names
+from minidiff.files import lora_module, names
 from minidiff.files.atomic import write_bytes
-from minidiff.files.lora_module import (
-    COMPONENTS,
-    METADATA,
-    PEFT_CONFIG,
-    alpha_of,
-    changed_shape,
-    check_parts,
-    config_scale,
-    fitted,
-    flat,
-    parts_of,
-    peft_config,
-    read_configs,
-    weights_of,
-)
+from minidiff.files.lora_module import COMPONENTS, METADATA, PEFT_CONFIG, alpha_of, check_parts, flat
 from minidiff.files.lora_names import WRITTEN, LoRAHeader, Place, key_of, lora_header
 from minidiff.files.values import listed
 from minidiff.files.weights import file_at, find_weights, read_header, save
@@ -105,7 +91,7 @@ def read_modules(header: LoRAHeader, alpha: float | None) -> LoRAFile:
     for name, parts in modules.items():
         check_parts(f"{file.path}: {name}", parts)
     infos = [info for parts in modules.values() for info in parts.values()]
-    tensors, configs = replace(file, tensors={info.key: info for info in infos}).read(), read_configs(file)
+    tensors, configs = replace(file, tensors={info.key: info for info in infos}).read(), lora_module.read_configs(file)
     found, silent, zeros = {}, 0, 0
     for name, parts in modules.items():
         values = {part: tensors[info.key] for part, info in parts.items()}
@@ -117,10 +103,10 @@ def read_modules(header: LoRAHeader, alpha: float | None) -> LoRAFile:
             scale = said / rank or 1.0  # kohya's rule: alpha 0 stands for the rank
             zeros += said == 0
         elif config := configs.get(name.partition(".")[0]):
-            scale = config_scale(config, name, rank, file.path)
+            scale = lora_module.config_scale(config, name, rank, file.path)
         else:
             silent += 1
-        found[name] = weights_of(f"{file.path}: {name}", values, scale)
+        found[name] = lora_module.weights_of(f"{file.path}: {name}", values, scale)
     check_alpha(header, alpha, silent > 0)
     notes = (f"alpha is 0 in {zeros} layers, which stands for the rank",) if zeros else ()
     return LoRAFile(file.path, header.dialect, found, alpha is not None or not silent, file.metadata, notes)
@@ -164,7 +150,7 @@ def load_lora(
     left, layers = check_match(models, header, strict), layers_of(models)
     matching = {name: parts for name, parts in header.modules.items() if name in layers}
     lora = read_modules(header._replace(modules=matching, unknown=[]), alpha)
-    found = {name: fitted(weights, layers[name].weight) for name, weights in lora.modules.items()}
+    found = {name: lora_module.fitted(weights, layers[name].weight) for name, weights in lora.modules.items()}
     for part, model in models.items():
         attach(model, {n.removeprefix(f"{part}."): w for n, w in found.items() if n.startswith(f"{part}.")}, adapter_name)
         if lora_layers(model):
@@ -188,7 +174,7 @@ def layers_of(models: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.Conv2
 def check_match(models: Mapping[str, nn.Module], header: LoRAHeader, strict: bool = True) -> list[str]:
     """The tensors without a layer; none if `strict`. From the header alone, before any data is read."""
     file, modules, layers = header.file, header.modules, layers_of(models)
-    width = all_names.cross_attention_width(models["unet"].state_dict()) if "unet" in models else None
+    width = names.cross_attention_width(models["unet"].state_dict()) if "unet" in models else None
     looks = f"The file looks like {file.looks_like}" + (f"; this model has cross-attention width {width}." if width else ".")
     unmatched = header.unknown + [info.key for name, parts in modules.items() if name not in layers for info in parts.values()]
     matched = len(file.tensors) - len(unmatched)
@@ -199,7 +185,7 @@ def check_match(models: Mapping[str, nn.Module], header: LoRAHeader, strict: boo
     misfits = []
     for name in modules.keys() & layers.keys():
         check_parts(f"{file.path}: {name}", modules[name])
-        shape, own = changed_shape(modules[name]), tuple(layers[name].weight.shape)
+        shape, own = lora_module.changed_shape(modules[name]), tuple(layers[name].weight.shape)
         if shape != flat(own):
             misfits.append(f"{name} is for {shape}, the model has {own}")
     if misfits:
@@ -222,18 +208,29 @@ def save_lora(
     `path` is a `.safetensors` file, or a folder that gets one; for peft always a folder. `metadata` (texts) is for
     people and for other programs; what they need for loading is added.
     """
-    check_writable(modules, path, dialect)
+    if dialect not in WRITTEN:
+        raise AdapterError(f'"{dialect}" is no style that minidiff writes.{did_you_mean(dialect, WRITTEN)}')
+    if not modules:
+        raise AdapterError("there is no adapter to save: it has no layers.")
+    if dialect == "peft" and any(name.startswith("text_encoder.") for name in modules):
+        raise AdapterError("a peft folder holds the adapter of one network, and this one is for the text encoder too.")
+    if dialect == "peft" and Path(path).suffix == ".safetensors":
+        raise AdapterError(f"{path}: peft's adapters are folders of two files; give the name of a folder.")
     path = file_at(path, PEFT_FILE if dialect == "peft" else FILE_NAME)
     tensors: dict[str, Tensor] = {}
     for name, weights in modules.items():
-        parts = parts_of(name, weights, dialect, torch_dtype)
+        parts = lora_module.parts_of(name, weights, dialect, torch_dtype)
         tensors |= {key_of(Place(name, part), dialect): tensor for part, tensor in parts.items()}
     about = {key: text for key, text in (metadata or {}).items() if key != METADATA}  # another file's, if it is there
-    if dialect == "kohya":
-        save(tensors, path, about | kohya_metadata(modules))
+    if dialect == "kohya":  # for kohya's scripts and A1111; the scale itself is in the tensors `alpha`
+        dims, alphas = {str(w.rank) for w in modules.values()}, {f"{alpha_of(w):g}" for w in modules.values()}
+        about["ss_network_module"] = "networks.lora"
+        about["ss_network_dim"] = dims.pop() if len(dims) == 1 else "Dynamic"
+        about["ss_network_alpha"] = alphas.pop() if len(alphas) == 1 else "Dynamic"
+        save(tensors, path, about)
         return path
     split = {c: {n.removeprefix(f"{c}."): w for n, w in modules.items() if n.startswith(f"{c}.")} for c in COMPONENTS}
-    configs = {component: peft_config(mine) for component, mine in split.items() if mine}
+    configs = {component: lora_module.peft_config(mine) for component, mine in split.items() if mine}
     if dialect == "diffusers":
         table = {f"{component}.{key}": value for component, config in configs.items() for key, value in config.items()}
         save(tensors, path, about | {METADATA: json.dumps(table, sort_keys=True)})
@@ -243,27 +240,3 @@ def save_lora(
     save(tensors, path, about)
     write_bytes(path.with_name(PEFT_CONFIG), f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode())
     return path
-
-
-def check_writable(modules: Mapping[str, LoRAWeights], path: str | Path, dialect: str) -> None:
-    if dialect not in WRITTEN:
-        raise AdapterError(
-            f'"{dialect}" is no style that minidiff writes; there is {", ".join(WRITTEN)}.{did_you_mean(dialect, WRITTEN)}'
-        )
-    if not modules:
-        raise AdapterError("there is no adapter to save: it has no layers.")
-    if dialect == "peft" and any(name.startswith("text_encoder.") for name in modules):
-        raise AdapterError("a peft folder holds the adapter of one network, and this one is for the text encoder too.")
-    if dialect == "peft" and Path(path).suffix == ".safetensors":
-        raise AdapterError(f"{path}: peft's adapters are folders of two files; give the name of a folder.")
-
-
-def kohya_metadata(modules: Mapping[str, LoRAWeights]) -> dict[str, str]:
-    """The metadata that kohya's scripts and A1111 look for. The scale itself is in the tensors `alpha`."""
-    ranks = {str(weights.rank) for weights in modules.values()}
-    alphas = {f"{alpha_of(weights):g}" for weights in modules.values()}
-    return {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
-    }

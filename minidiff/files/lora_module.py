@@ -55,11 +55,11 @@ def check_parts(where: str, parts: Mapping[str, TensorInfo]) -> None:
         raise AdapterError(f"{where}: {odd[0].key} is of type {odd[0].dtype}; a LoRA is of floating-point numbers.")
     shapes = {part: info.shape for part, info in parts.items()}
     down, up, mid = shapes["down"], shapes["up"], shapes.get("mid")
-    fit = len(down) in (2, 4) and flat(up) == up[:2] and all(down + up) and shapes.get("alpha", ()) in ((), (1,))
+    fit = len(down) in (2, 4) and len(flat(up)) == 2 and 0 not in down + up and shapes.get("alpha", ()) in ((), (1,))
     if mid is None:
         fit = fit and down[0] == up[1]
     else:
-        fit = fit and len(mid) == 4 and mid[:2] == (up[1], down[0]) and flat(down) == down[:2] and all(mid)
+        fit = fit and len(mid) == 4 and 0 not in mid and mid[:2] == (up[1], down[0]) and len(flat(down)) == 2
     if not fit:
         there = ", ".join(f"{part} is {shape}" for part, shape in shapes.items())
         raise AdapterError(f"{where}: the shapes do not fit each other: {there}. The file is damaged; get it again.")
@@ -166,7 +166,8 @@ def parse_config(text: bytes, where: str) -> Config:
 
 def check_config(config: Config, where: str) -> None:
     try:
-        for pattern in [*(config.get("rank_pattern") or {}).keys(), *(config.get("alpha_pattern") or {}).keys()]:
+        patterns = [pattern for field in ("rank_pattern", "alpha_pattern") for pattern in (config.get(field) or {}).keys()]
+        for pattern in patterns:
             if len(pattern) > LONGEST:
                 raise ValueError(f"it has a pattern of {len(pattern):,} letters; {LONGEST} are enough for a layer")
             ending(pattern)
@@ -177,10 +178,8 @@ def check_config(config: Config, where: str) -> None:
     if config.get("use_rslora") not in (None, True, False):
         raise AdapterError(f"{where}: use_rslora is {config['use_rslora']!r}; it must be true or false.")
     if (start := str(config.get("init_lora_weights", "")).lower()).startswith(CHANGE_THE_BASE):
-        raise AdapterError(
-            f"{where}: init_lora_weights is {start}, which changes the base model too, so the adapter alone is not enough. "
-            f"Save it again with peft's path_initial_model_for_weight_conversion."
-        )
+        what = f"init_lora_weights is {start}, which changes the base model too, so the adapter alone is not enough"
+        raise AdapterError(f"{where}: {what}. Save it again with peft's path_initial_model_for_weight_conversion.")
 
 
 @cache

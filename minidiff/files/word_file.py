@@ -6,8 +6,8 @@
     bare        (n, D) or (D,)                                                the word must be given; for `convert`
     SDXL        {"clip_l": (n, 768), "clip_g": (n, 1280)}                     for two text encoders: refused
 
-minidiff's files also name the word in their metadata, so the kohya form keeps it whatever the file is called. A prompt
-names the word once, however many vectors it has.
+minidiff's files also name the word in their metadata, so the kohya form keeps it. A prompt names the word once, however many
+vectors it has.
 
 Shapes: n vectors, D width of the text: 768 in SD 1.x, 1024 in SD 2.x, 128 in the pocket checkpoint.
 """
@@ -25,7 +25,7 @@ from minidiff.core.errors import AdapterError
 from minidiff.core.textual_inversion import MAX_VECTORS, add_word, placeholders
 from minidiff.files import names as keymaps
 from minidiff.files.values import listed
-from minidiff.files.weights import file_at, find_weights, is_finite, read_header, save
+from minidiff.files.weights import file_at, find_weights, read_header, save
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -53,9 +53,6 @@ class Embedding:
         return f"{self.path}: {self.dialect} style, {self.word}, {n} vector{'s'[: n > 1]} of width {width}"
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
-
-
 def load_embedding(
     tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", path: str | Path, token: str | None = None
 ) -> Embedding:
@@ -66,9 +63,10 @@ def load_embedding(
     embedding = read_embedding(path, token)
     width, reads = embedding.vectors.shape[1], text_encoder.config.hidden_size
     if width != reads:
+        family, wanted = (keymaps.FAMILIES.get(size, "no model of the SD family") for size in (width, reads))
         raise AdapterError(
-            f"{embedding.path}: its vectors are {width} wide, {_family(width)}; this text encoder is {reads} wide, "
-            f"{_family(reads)}. Look for an embedding that was made for this model."
+            f"{embedding.path}: its vectors are {width} wide, as in {family}; this text encoder is {reads} wide, "
+            f"as in {wanted}. Look for an embedding that was made for this model."
         )
     try:
         check_word(tokenizer, embedding.word, placeholders(text_encoder))
@@ -76,10 +74,6 @@ def load_embedding(
         raise AdapterError(f"{embedding.path}: {error} {RENAME}") from error
     add_word(tokenizer, text_encoder, embedding.word, embedding.vectors).requires_grad_(False)
     return embedding
-
-
-def _family(width: int) -> str:
-    return f"as in {keymaps.FAMILIES[width]}" if width in keymaps.FAMILIES else "as in no model of the SD family"
 
 
 def read_embedding(path: str | Path, token: str | None = None) -> Embedding:
@@ -100,11 +94,14 @@ def is_embedding(tensors: Mapping[str, keymaps.HasShape]) -> bool:
 
 
 def embedding_in(tensors: Mapping[str, Tensor], path: Path, token: str | None = None, said: str | None = None) -> Embedding:
-    """The vectors among the tensors of a file.
-
-    `said` is the word in the file's metadata. `path` names the file in errors, and in some dialects the word.
-    """
-    dialect, words = _words_in(tensors, path, said)
+    """The word among the tensors of a file. `said` is the word in the metadata; in some dialects `path` names the word."""
+    if {"clip_l", "clip_g"} & tensors.keys():
+        raise AdapterError(f"{path} was made for SDXL, which has two text encoders (clip_l, clip_g); SD 1.x cannot use it.")
+    dialect, words = "bare" if set(tensors) == {""} else "diffusers", dict(tensors)
+    if set(tensors) == {KOHYA}:
+        dialect, words = "kohya", {said or path.stem: tensors[KOHYA]}
+    elif table := {name.removeprefix(A1111): tensor for name, tensor in tensors.items() if name.startswith(A1111)}:
+        dialect, words = "A1111", {path.stem: next(iter(table.values()))} if len(table) == 1 else table
     if token in words:
         words = {token: words[token]}
     if len(words) != 1:
@@ -115,35 +112,11 @@ def embedding_in(tensors: Mapping[str, Tensor], path: Path, token: str | None = 
     ((own, vectors),) = words.items()
     if not (word := token or own):
         raise AdapterError(f"{path} does not say what its word is. {RENAME}")
-    return Embedding(path, dialect, word, _checked(vectors, path))
-
-
-def _words_in(tensors: Mapping[str, Tensor], path: Path, said: str | None) -> tuple[str, dict[str, Tensor]]:
-    """The dialect, and word -> vectors."""
-    if {"clip_l", "clip_g"} & tensors.keys():
-        raise AdapterError(f"{path} was made for SDXL, which has two text encoders (clip_l, clip_g); SD 1.x cannot use it.")
-    if table := {name.removeprefix(A1111): tensor for name, tensor in tensors.items() if name.startswith(A1111)}:
-        return "A1111", {path.stem if len(table) == 1 else name: vectors for name, vectors in table.items()}
-    if set(tensors) == {KOHYA}:
-        return "kohya", {said or path.stem: tensors[KOHYA]}
-    return "bare" if set(tensors) == {""} else "diffusers", dict(tensors)
-
-
-def _checked(vectors: Tensor, path: Path) -> Tensor:
-    """(n, D) in fp32."""
-    if not vectors.is_floating_point():
-        raise AdapterError(f"{path} is no textual inversion: where its vectors should be is {vectors.dtype}.")
-    if vectors.ndim not in (1, 2) or not vectors.numel():
-        raise AdapterError(f"{path} is no textual inversion: its vectors have the shape {tuple(vectors.shape)}, not (n, D).")
-    if not is_finite(vectors):
-        raise AdapterError(f"{path}: its vectors have NaN or infinite values.")
-    rows = vectors.detach().float().reshape(-1, vectors.shape[-1])
-    if len(rows) > MAX_VECTORS:
-        raise AdapterError(f"{path} has {len(rows)} vectors for one word, and a prompt has room for {MAX_VECTORS}.")
-    return rows
-
-
-# --- writing -----------------------------------------------------------------------------------------------------------
+    rows = torch.atleast_2d(vectors)
+    if not rows.is_floating_point() or rows.ndim != 2 or not rows.numel() or len(rows) > MAX_VECTORS:
+        there, wanted = f"{tuple(vectors.shape)} of {vectors.dtype}", f"(n, D) floating-point numbers, n at most {MAX_VECTORS}"
+        raise AdapterError(f"{path}: its vectors are {there}; a word has {wanted}.")
+    return Embedding(path, dialect, word, rows.detach().float())
 
 
 def save_embedding(
@@ -166,12 +139,11 @@ def save_embedding(
         "modelspec.architecture": "stable-diffusion-v1/textual-inversion",
         "modelspec.trigger_phrase": word,
     }
-    tensor = vectors.detach().to(torch.float32)
-    save({KOHYA if dialect == "kohya" else word: tensor}, path, {**(metadata or {}), **about})
+    save({KOHYA if dialect == "kohya" else word: vectors.detach().float()}, path, {**(metadata or {}), **about})
     return path
 
 
-# --- what can be a word ------------------------------------------------------------------------------------------------
+# --- the spelling of a word --------------------------------------------------------------------------------------------
 
 
 def check_word(tokenizer: "CLIPTokenizer", word: str, taken: dict[str, list[int]]) -> None:
@@ -187,13 +159,15 @@ def check_word(tokenizer: "CLIPTokenizer", word: str, taken: dict[str, list[int]
 
 def check_spelling(word: str) -> None:
     """The half of it that needs no vocabulary. In a file the word is the tensor's name, and must not read as another one's."""
-    if not word:
-        raise AdapterError(f"the new word is empty. {ADVICE}")
-    if any(letter.isspace() for letter in word):
-        raise AdapterError(f'"{word}" has a space in it; a new word is one word. {ADVICE}')
-    if not word.isprintable():
-        raise AdapterError(f"{word!a} has a character that nobody can see. {ADVICE}")
-    if len(word) > LONGEST:
-        raise AdapterError(f'"{word[:20]}…" has {len(word):,} letters; {LONGEST} are enough. {ADVICE}')
-    if word in RESERVED or word.endswith((".weight", ".bias")) or keymaps.lora_dialect([word]):
-        raise AdapterError(f'"{word}" means something else in files, so that the word could not be read again. {ADVICE}')
+    name = f'"{word:.20}"' if word.isprintable() else ascii(word)
+    problems = {
+        "is empty": not word,
+        "has a space in it; a new word is one word": any(letter.isspace() for letter in word),
+        "has a character that nobody can see": not word.isprintable(),
+        f"has {len(word):,} letters; {LONGEST} are enough": len(word) > LONGEST,
+        "means something else in files, so that the word could not be read again": (
+            word in RESERVED or word.endswith((".weight", ".bias")) or keymaps.lora_dialect([word]) is not None
+        ),
+    }
+    if problem := next((problem for problem, there in problems.items() if there), None):
+        raise AdapterError(f"{name} {problem}. {ADVICE}")

@@ -195,7 +195,7 @@ def test_any_word_of_ones_own_will_do(tokenizer: CLIPTokenizer, word: str) -> No
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("", "the new word is empty. Take a word of your own"),
+        ("", '"" is empty. Take a word of your own'),
         ("<my dog>", '"<my dog>" has a space in it; a new word is one word'),
         ("two\nlines", "has a space in it"),
         ("dog", '"dog" is in the model\'s vocabulary already, and its meaning would be overwritten. Take a word'),
@@ -206,7 +206,7 @@ def test_any_word_of_ones_own_will_do(tokenizer: CLIPTokenizer, word: str) -> No
         ("<Cat>", '"<Cat>": there is a new word "<cat>" already, and a prompt could not tell them apart. Take'),
         ("<\u200bdog>", "'<\\u200bdog>' has a character that nobody can see. Take a word of your own"),
         ("<\x1b[2Jdog>", "'<\\x1b[2Jdog>' has a character that nobody can see"),
-        (5000 * "x", f'"{20 * "x"}…" has 5,000 letters; 100 are enough'),
+        (5000 * "x", f'"{20 * "x"}" has 5,000 letters; 100 are enough'),
         ("__metadata__", '"__metadata__" means something else in files, so that the word could not be read again'),
         ("emb_params", '"emb_params" means something else in files'),
         ("clip_l", '"clip_l" means something else in files'),

@@ -12,7 +12,7 @@ from torch import Tensor
 from minidiff.cli.main import main
 from minidiff.core.errors import WeightsError
 from minidiff.core.lora import LoRAWeights
-from minidiff.files.inspect import inspect, trigger_words
+from minidiff.files.inspect import as_text, inspect, trigger_words
 from minidiff.files.lora_file import save_lora
 from minidiff.files.model import ModelParts, read_model, to_single_file
 from minidiff.files.weights import is_pickle, save
@@ -34,7 +34,7 @@ def modules(model: ModelParts) -> dict[str, LoRAWeights]:
 
 def facts(path: Path, model: ModelParts | None = None) -> dict[str, Any]:
     (report,) = inspect(path, model)
-    return report.as_dict()
+    return report
 
 
 def tensor_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
@@ -48,7 +48,7 @@ def tensor_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 @pytest.mark.parametrize("style", ["diffusers", "kohya"])
 def test_lora(modules: dict[str, LoRAWeights], model: ModelParts, tmp_path: Path, style: str) -> None:
     path = save_lora(modules, tmp_path / "a.safetensors", style, torch.float16, {"modelspec.trigger_phrase": "sks dog"})
-    found, text = facts(path, model), str(inspect(path, model)[0])
+    found, text = facts(path, model), as_text(inspect(path, model)[0])
     assert found["is"] == f"a LoRA in the {style} style for another model (cross-attention width 24)"
     count = sum(name.startswith("unet.") for name in modules)
     assert found["layers"][0].startswith(f"{count} of the U-Net: rank 2, alpha 3 (conv, conv1, conv2, ")
@@ -144,14 +144,14 @@ def test_trigger_words() -> None:
 
 def test_names_and_texts_cannot_write_over_the_terminal(tmp_path: Path) -> None:
     path = tensor_file(tmp_path / "x.safetensors", {"\x1b[2Jfirst": torch.ones(2, 2, 2)}, {"title": "\x1b]0;owned\x07\x9b2J"})
-    text = str(inspect(path)[0])
+    text = as_text(inspect(path)[0])
     assert r"\x1b[2Jfirst" in text and r"\x1b]0;owned\x07\x9b2J" in text and text.replace("\n", "").isprintable()
 
 
 def test_long_metadata_is_not_printed(tmp_path: Path) -> None:
     about = {"ss_seed": "7", "ss_datasets": "x" * 5000}
     path = tensor_file(tmp_path / "a.safetensors", {"<dog>": torch.ones(1, 768)}, about)
-    text = str(inspect(path)[0])
+    text = as_text(inspect(path)[0])
     assert "ss_datasets  (5,000 letters)" in text and "ss_seed      7" in text
     assert facts(path)["metadata"] == about
 
@@ -183,18 +183,19 @@ def test_an_empty_textual_inversion(tmp_path: Path, shape: tuple[int, ...]) -> N
 
 def test_model_folder(tiny_folder: Path, model: ModelParts) -> None:
     reports = inspect(tiny_folder, model)
-    assert [report.facts["is"] for report in reports] == [
+    assert [report["is"] for report in reports] == [
         "a model folder in the diffusers layout",
         "an SD (cross-attention width 24) U-Net in the diffusers layout",
         "a VAE in the diffusers layout",
         "a CLIP text encoder of width 24",
     ]
-    assert reports[0].facts == {
+    assert reports[0] == {
+        "path": str(tiny_folder),
         "is": "a model folder in the diffusers layout",
         "pipeline": "StableDiffusionPipeline", "predicts": "epsilon", "sampler": "DDIMScheduler",
     }
     for report in reports[1:]:
-        assert report.facts["model"] == "the file fits it"
+        assert report["model"] == "the file fits it"
 
 
 def test_single_file(model: ModelParts, tmp_path: Path) -> None:
@@ -250,7 +251,7 @@ def test_every_weight_file_of_a_folder(tmp_path: Path) -> None:
         inspect(tmp_path)
     for name in ("b", "a"):
         tensor_file(tmp_path / f"{name}.safetensors", {"a": torch.ones(1)})
-    assert [report.path.name for report in inspect(tmp_path)] == ["a.safetensors", "b.safetensors"]
+    assert [Path(report["path"]).name for report in inspect(tmp_path)] == ["a.safetensors", "b.safetensors"]
 
 
 def test_the_command(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:

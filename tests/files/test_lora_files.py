@@ -323,7 +323,7 @@ def test_what_a_dialect_cannot_hold(tmp_path: Path) -> None:
         (some | {f"unet.{TO_K}": dora[f"unet.{TO_K}"]}, "diffusers", "1 of 83 modules are DoRA and the others plain LoRA"),
         ({f"unet.{TO_K}": columns}, "diffusers", "measures the columns of W, and diffusers knows only rows"),
         ({}, "kohya", "there is no adapter to save"),
-        (some, "kohia", r'"kohia" is no style that minidiff writes; .* Did you mean "kohya"\?'),
+        (some, "kohia", r'"kohia" is no style that minidiff writes. Did you mean "kohya"\?'),
     ):
         with pytest.raises(AdapterError, match=message):
             save_lora(modules, tmp_path / "x", dialect)

@@ -151,9 +151,9 @@ def test_a_word_survives_a_cast_table(tmp_path: Path, tiny_folder: Path) -> None
         ({"<x>": torch.ones(2, 99)}, "its vectors are 99 wide, as in no model of the SD family; this"),
         ({"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)}, "made for SDXL, which has two text encoders"),
         ({"clip_g": torch.ones(2, 1280)}, "made for SDXL"),
-        ({"<x>": torch.ones(76, D)}, "has 76 vectors for one word, and a prompt has room for 75"),
-        ({"<x>": torch.ones(0, D)}, "its vectors have the shape (0, 24), not (n, D)"),
-        ({"<x>": torch.ones(2, D, dtype=torch.int64)}, "where its vectors should be is torch.int64"),
+        ({"<x>": torch.ones(76, D)}, "its vectors are (76, 24) of torch.float32; a word has (n, D) floating-point numbers"),
+        ({"<x>": torch.ones(0, D)}, "its vectors are (0, 24) of torch.float32; a word has (n, D)"),
+        ({"<x>": torch.ones(2, D, dtype=torch.int64)}, "its vectors are (2, 24) of torch.int64"),
         ({"<x>": torch.ones(2, D, 1)}, "no textual inversion. The file looks like"),
         ({}, "no textual inversion. The file looks like an empty file"),
         ({"lora_unet_x.lora_down.weight": torch.ones(2, D)}, "no textual inversion. The file looks like a LoRA in the kohya"),
@@ -194,8 +194,6 @@ def test_nan_is_refused(tmp_path: Path) -> None:
     bad = torch.full((1, D), torch.nan)
     with pytest.raises(WeightsError, match="<x> has NaN or infinite values"):
         read_embedding(write(tmp_path / "x.safetensors", {"<x>": bad}))
-    with pytest.raises(AdapterError, match="its vectors have NaN or infinite values"):
-        embedding_in({"<x>": bad}, Path("x.bin"))
 
 
 @pytest.mark.parametrize(

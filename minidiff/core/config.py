@@ -1,7 +1,6 @@
-"""The sizes of the three networks and of the noise, as frozen dataclasses.
+"""The sizes of the networks and of the noise. Field names are the keys of the `config.json` files in an SD 1.5 folder.
 
-Field names are the keys of the `config.json` files in an SD 1.5 folder. SD 1.5, the pocket checkpoint and the tiny test model
-differ in these numbers and in nothing else.
+SD 1.5 (the defaults), the pocket checkpoint and the tiny test model differ in these numbers and in nothing else.
 """
 
 from dataclasses import dataclass
@@ -47,13 +46,13 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """The noise schedule of training. The defaults are SD 1.5's."""
+    """The noise schedule of training."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
-    beta_schedule: str = "scaled_linear"  # or "linear"
-    prediction_type: str = "epsilon"  # or "v_prediction"
+    beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear"
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     steps_offset: int = 1
     set_alpha_to_one: bool = False
     timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None  # None: the sampler's own default

@@ -1,7 +1,6 @@
-"""Errors that a person caused and a person can mend.
+"""Errors that a person caused and can mend: the message says what is wrong, in which file or flag, and what to do.
 
-The message of a `MinidiffError` says what is wrong, in which file or flag, and what to do. The command line prints it
-without a traceback and leaves with exit code 2. Anything else that is raised is a bug of minidiff's own.
+The command line prints it and leaves with exit code 2. Anything else that is raised is a bug of minidiff's own.
 """
 
 import difflib

@@ -36,8 +36,6 @@ from minidiff.core.schedule import NoiseSchedule
 SPACINGS = ("leading", "linspace", "trailing")
 RHO = 7.0  # EDM, table 1: steps are equal in sigma^(1/RHO), so a larger RHO puts more of them where sigma is small
 LCM_STEPS = 50  # the timesteps that a latent consistency model was distilled on
-MAX_STEPS = 1000  # training's timesteps; `timesteps` knows the number of this model and refuses more
-LARGEST_SIGMA = 1000.0  # for Heun: above all sigmas of training, below the 4096 of zero terminal SNR
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +79,16 @@ class Sampler:
     ) -> Iterator[Step]:
         """Draw. Raises SettingsError at once, before the first step, for settings that this sampler cannot have."""
         self.check(spacing, karras, eta)
-        config = schedule.config
+        T, config = len(schedule.alphas_cumprod), schedule.config
+        if not 1 <= steps <= T:
+            raise SettingsError(f"num_inference_steps is {steps}; it can be 1 to {T}, the timesteps of training.")
+        if not 0 < strength <= 1 or (strength < 1 and image is None):
+            raise SettingsError(f"strength is {strength}; it can be above 0 (the image as it is) to 1, and needs an image.")
+        if (taken := int(steps * strength)) == 0:
+            raise SettingsError(f"0 denoising steps: {steps} steps at strength {strength} are too few; use more of either.")
         spacing = spacing or config.timestep_spacing or self.spacing or ""
         karras = self.karras and (config.use_karras_sigmas if karras is None else karras)
-        first = 0 if strength == 1 else left_out(steps, strength, image)
-        grid = self.grid(schedule, steps, first, spacing, karras)
+        grid = self.grid(schedule, steps, steps - taken, spacing, karras)
         noise = noise.float()
         x = self.start(noise, None if image is None else image.to(noise), grid[0][1], spacing)
         denoise = Denoiser(model, config.prediction_type, fix_x0)
@@ -104,16 +107,6 @@ class Sampler:
             raise SettingsError(f"eta is {eta}; only ddim has one, from 0 (deterministic) to 1 (as DDPM).")
 
 
-def left_out(steps: int, strength: float, image: Tensor | None) -> int:
-    """How many of the first steps are left out, from an image: all but strength * steps, rounded down."""
-    if image is None or not 0 < strength <= 1:
-        raise SettingsError(f"strength is {strength}; it can be above 0 (the image as it is) to 1, and needs an image.")
-    taken = int(min(steps, MAX_STEPS) * strength)  # min: a float cannot hold a number of 400 digits
-    if taken < 1 <= steps:
-        raise SettingsError(f"0 denoising steps: {steps} steps at strength {strength} are less than one; use more of either.")
-    return steps - taken
-
-
 # --- timesteps and levels ----------------------------------------------------------------------------------------------
 
 
@@ -129,8 +122,6 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str, whole: bool = T
     """
     # numpy, not torch: 499.5 and similar numbers are rounded as in the reference only with the reference's arithmetic
     T, points = len(schedule.alphas_cumprod), steps + spare
-    if not 1 <= steps <= T:
-        raise SettingsError(f"num_inference_steps is {steps}; it can be 1 to {T}, the timesteps of training.")
     if spacing == "leading":
         grid = np.arange(points - 1, -1, -1.0) * (T // points) + schedule.config.steps_offset
     elif spacing == "linspace":
@@ -146,7 +137,7 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str, whole: bool = T
 
 
 def sigmas_at(schedule: NoiseSchedule, t: Sequence[float]) -> list[float]:
-    """Sigma at timesteps `t`, linear between whole ones; and a final 0, so one number more than `t` has."""
+    """Sigma at timesteps `t`, linear between whole ones; and a final 0."""
     table = schedule.sigmas.double().numpy()
     return [*np.interp(t, np.arange(len(table)), table).tolist(), 0.0]
 
@@ -154,7 +145,8 @@ def sigmas_at(schedule: NoiseSchedule, t: Sequence[float]) -> list[float]:
 def karras_sigmas(sigma_max: float, sigma_min: float, steps: int) -> list[float]:
     """`steps` sigmas from `sigma_max` down to `sigma_min`, dense where little noise is left: details are made there."""
     high, low = sigma_max ** (1 / RHO), sigma_min ** (1 / RHO)
-    return [float(sigma) for sigma in (high + np.linspace(0, 1, steps) * (low - high)) ** RHO]  # EDM eq. 5
+    sigmas: list[float] = ((high + np.linspace(0, 1, steps) * (low - high)) ** RHO).tolist()  # EDM eq. 5
+    return sigmas
 
 
 def timesteps_at(schedule: NoiseSchedule, sigmas: Sequence[float]) -> list[float]:
@@ -194,22 +186,18 @@ def equal_jumps(schedule: NoiseSchedule, steps: int, first: int, spacing: str, k
 def first_jump_twice(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
     """PNDM: DDIM's grid, but the first jump is repeated after the network was called at its end.
 
-    In this row t is the timestep at the end of the jump, but the noise level is the one at its start. (From an image, the
-    reference repeats the second entry of the whole list, which does not fit the noise level of x.)
+    In this row t is the timestep at the end of the jump, but the noise level is the one at its start.
     """
-    grid = equal_jumps(schedule, steps, first, spacing, karras)
-    if len(grid) == 1:
-        return grid
-    t, a_bar, _ = grid[1]
-    return [grid[0], (t, a_bar_at(schedule, t + len(schedule.alphas_cumprod) // steps), a_bar), *grid[1:]]
+    grid, jump = equal_jumps(schedule, steps, first, spacing, karras), len(schedule.alphas_cumprod) // steps
+    again = [(t, a_bar_at(schedule, t + jump), a_bar) for t, a_bar, _ in grid[1:2]]
+    return grid[:1] + again + grid[1:]
 
 
 def distilled(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
     """LCM: every T / 50th timestep, as in distillation; of these, `steps` evenly spread ones, the noisiest first."""
-    T = len(schedule.alphas_cumprod)
-    if not 1 <= steps <= min(LCM_STEPS, T):
-        raise SettingsError(f"num_inference_steps is {steps}; lcm takes 1 to {min(LCM_STEPS, T)} steps, and 4 to 8 are usual.")
-    known = np.arange(LCM_STEPS, 0, -1) * (T // LCM_STEPS) - 1  # 999, 979, ... 19
+    if steps > LCM_STEPS:
+        raise SettingsError(f"num_inference_steps is {steps}; lcm takes 1 to {LCM_STEPS} steps, and 4 to 8 are usual.")
+    known = np.arange(LCM_STEPS, 0, -1) * (len(schedule.alphas_cumprod) // LCM_STEPS) - 1  # 999, 979, ... 19
     ts = [float(t) for t in known[np.floor(np.linspace(0, LCM_STEPS, steps, endpoint=False)).astype(int)][first:]]
     return rows(ts, [*(a_bar_at(schedule, t) for t in ts), 1.0])
 
@@ -230,7 +218,7 @@ def between_timesteps(schedule: NoiseSchedule, steps: int, first: int, spacing: 
 def without_infinity(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
     """Heun: Euler's grid, but not from sigma = 4096, which stands for infinity: there a mean of two directions is noise."""
     grid = between_timesteps(schedule, steps, first, spacing, karras)
-    if grid[0][1] > LARGEST_SIGMA:
+    if grid[0][1] > 1000:  # above all sigmas of training
         raise SettingsError("heun cannot begin at zero terminal SNR; use euler, or leading timestep_spacing.")
     return grid
 
@@ -275,7 +263,9 @@ SAMPLERS: dict[str, Sampler] = {
     "euler_a": Sampler(samplers.euler_a, between_timesteps, start_euler, "linspace", karras=True, fresh_noise=True),
     "heun": Sampler(samplers.heun, without_infinity, start_euler, "linspace", karras=True, calls=lambda n: 2 * n - 1),
     "dpm++_2m": Sampler(samplers.dpmpp_2m, whole_timesteps, start_ve, "linspace", karras=True),
-    "dpm++_2m_sde": Sampler(samplers.dpmpp_2m_sde, whole_timesteps, start_ve, "linspace", karras=True, fresh_noise=True),
+    "dpm++_2m_sde": Sampler(
+        partial(samplers.dpmpp_2m, sde=True), whole_timesteps, start_ve, "linspace", karras=True, fresh_noise=True
+    ),
     "unipc": Sampler(samplers.unipc, whole_timesteps, start_ve, "linspace", karras=True),
     "lcm": Sampler(samplers.lcm, distilled, start_vp, None, fresh_noise=True),
 }

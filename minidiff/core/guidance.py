@@ -20,14 +20,12 @@ def guided(unet: UNetCall, cond: Tensor, uncond: Tensor | None, scale: float) ->
 
     `cond` and `uncond` are encoded prompts (B, L, D), `uncond` may have B = 1; the network sees x in their dtype.
     Above 1, `scale` guides, and both questions go through the network as one batch of 2B. Otherwise only the prompt is
-    asked, as in every other program: scale 1 means "no guidance", not "no prompt". SettingsError for NaN and infinity.
+    asked, as in every other program: scale 1 means "no guidance", not "no prompt".
     """
-    if not isfinite(scale):
-        raise SettingsError(f"guidance_scale is {scale}; it has to be a number, 7.5 for instance.")
-    if scale <= 1:
+    if not isfinite(scale) or (scale > 1 and uncond is None):
+        raise SettingsError(f"guidance_scale is {scale}; it must be a finite number, and above 1 it needs a negative prompt.")
+    if scale <= 1 or uncond is None:
         return lambda x, t: unet(x.to(cond.dtype), t, cond).float()
-    if uncond is None:
-        raise SettingsError(f"guidance_scale is {scale}: above 1 it needs a negative prompt, if only an empty one.")
     text = torch.cat([uncond.expand_as(cond), cond])  # (2B, L, D)
 
     def model(x: Tensor, t: Tensor) -> Tensor:

@@ -6,18 +6,15 @@ Papers: DDPM arXiv 2006.11239, DreamBooth 2208.12242, min-SNR 2303.09556.
 
 from torch import Tensor
 
-from minidiff.core.errors import SettingsError
 from minidiff.core.schedule import NoiseSchedule
 
 
 def squared_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """The mean squared error of each sample (B,), in fp32.
 
-    `mask` (B, 1, H, W), 1 where to learn and 0 where not, weighs the cells:
+    `mask` (B, 1, H, W), 1 where to learn and 0 where not, weighs the cells. A small mask is no small loss:
 
         sum over c, i, j of m_ij e_cij^2  /  (C  sum over i, j of m_ij)
-
-    so that a small mask is no small loss.
     """
     error = (output.float() - target.float()).square()
     if mask is None:
@@ -36,9 +33,8 @@ def prior_preservation(
 ) -> Tensor:
     """DreamBooth's loss for a batch whose first half is the instance and whose second half is the class.
 
-        L = L_instance + prior_weight · L_class,  each the mean over its own half
-
-    as diffusers has it. kohya's trainer takes one mean over both halves, which at weight 1 is half of this.
+    L = L_instance + prior_weight · L_class, each the mean over its own half. kohya's trainer takes one mean over both halves,
+    which at weight 1 is half of this.
     """
     half = len(output) // 2
 
@@ -46,20 +42,15 @@ def prior_preservation(
         w, m = (None if x is None else x[part] for x in (weights, mask))
         return mse(output[part], target[part], w, m)
 
-    instance = loss(slice(half))
-    if prior_weight == 0:  # not 0 · L_class: that would be NaN where L_class is not finite
-        return instance
-    return instance + prior_weight * loss(slice(half, None))  # 2208.12242, eq. 2
+    return loss(slice(half)) + prior_weight * loss(slice(half, None))  # 2208.12242, eq. 2
 
 
 def min_snr_weights(schedule: NoiseSchedule, t: Tensor, gamma: float = 5.0) -> Tensor:
     """Loss weights (B,) for timesteps `t` (B,) that keep the nearly clean timesteps from dominating.
 
     The paper's weight on the x0 error is min(SNR, gamma). An error in eps is one in x0 times SNR, in v times SNR + 1,
-    so the weights on the losses that we really compute are divided by that. SettingsError unless gamma > 0.
+    so the weights on the losses that we really compute are divided by that.
     """
-    if not gamma > 0:
-        raise SettingsError(f"snr_gamma is {gamma}; it has to be above 0, and the paper's value is 5.")
     a_bar = schedule.alphas_cumprod.to(t.device)[t]
     snr = a_bar / (1 - a_bar)
     x0_weight = snr.clamp(max=gamma)  # min-SNR-gamma: 2303.09556, section 3.4

@@ -5,7 +5,7 @@
 | argument  | meaning                                                                                                  |
 |-----------|----------------------------------------------------------------------------------------------------------|
 | `denoise` | (x, t, a_bar) -> x0 and eps: the network's answer, read as a clean latent and as noise (`Denoiser`)      |
-| `x`       | where to start: (B, C, H, W), fp32                                                                       |
+| `x`       | where to start: B pictures, C H W one latent (B, C, H, W), fp32                                          |
 | `grid`    | one row per step: the timestep t, the noise level at t, the level that the step goes to (`grids.py`)     |
 | `noise`   | i -> fresh standard normal noise for step i, like x; only stochastic samplers call it                    |
 
@@ -19,8 +19,6 @@
 The same noisy latent is written on two scales. DDPM, DDIM, PNDM and LCM use x_t itself, whose variance stays near 1. The
 network sees this scale, too. The others solve dx = eps dsigma (DDIM eq. 14) for x_t / sqrt(a_bar) = x0 + sigma eps. For an
 x0 that is constant over a step of length h, the exact solution is x e^-h + x0 (1 - e^-h).
-
-Shapes: B pictures, C H W one latent.
 """
 
 from collections.abc import Callable, Iterator
@@ -48,7 +46,7 @@ LCM_SIGMA_DATA, LCM_TIMESTEP_SCALING = 0.5, 10.0  # LCM, 2310.04378, authors' co
 
 @dataclass(frozen=True)
 class Denoiser:
-    """The network as samplers see it."""
+    """The network as samplers see it: it is called with x_t and answers with x0 and eps."""
 
     model: Model
     prediction_type: str  # "epsilon" or "v_prediction"
@@ -59,7 +57,7 @@ class Denoiser:
         return self.model(x, torch.full((len(x),), float(t), device=x.device)).float()
 
     def read(self, output: Tensor, x: Tensor, a_bar: float) -> tuple[Tensor, Tensor]:
-        """A raw answer as x0 and eps."""
+        """A raw answer to x as x0 and eps."""
         x0, eps = read_output(output, x, a_bar, self.prediction_type)
         if self.fix_x0:
             x0 = self.fix_x0(x0)
@@ -69,6 +67,10 @@ class Denoiser:
     def __call__(self, x: Tensor, t: float, a_bar: float) -> tuple[Tensor, Tensor]:
         """x0 and eps at `x`: one call of the network."""
         return self.read(self.output(x, t), x, a_bar)
+
+    def at_sigma(self, x: Tensor, t: float, sigma: float) -> tuple[Tensor, Tensor]:
+        """The same for x = x0 + sigma eps."""
+        return self(unit_variance(x, sigma), t, 1 / (sigma**2 + 1))
 
 
 # --- samplers that walk the timesteps of training; levels are a_bar ----------------------------------------------------
@@ -147,7 +149,7 @@ def euler(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterato
     not lose three digits at zero terminal SNR, where sigma is 4096.
     """
     for t, sigma, sigma_next in grid:
-        x0, eps = denoise(unit_variance(x, sigma), t, a_bar_of(sigma))
+        x0, eps = denoise.at_sigma(x, t, sigma)
         x = x0 + sigma_next * eps  # DDIM eq. 13: Euler's step on eq. 14. EDM algorithm 1, line 5
         yield t, unit_variance(x, sigma_next), x0
 
@@ -155,7 +157,7 @@ def euler(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterato
 def euler_a(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator[Visit]:
     """Euler ancestral (k-diffusion): an Euler step to less noise than wanted, then fresh noise up to the wanted level."""
     for i, (t, sigma, sigma_next) in enumerate(grid):
-        x0, eps = denoise(unit_variance(x, sigma), t, a_bar_of(sigma))
+        x0, eps = denoise.at_sigma(x, t, sigma)
         sigma_up = sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2)  # 2011.13456, appendix F: its noise
         sigma_down = sqrt(sigma_next**2 - sigma_up**2)  # so that down^2 + up^2 = next^2
         x = x + eps * (sigma_down - sigma)  # DDIM eq. 13, in the reference's order of rounding
@@ -169,39 +171,31 @@ def heun(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator
     Second order for two calls per step. The last step goes to sigma = 0, where there is no direction: it is Euler's.
     """
     for i, (t, sigma, sigma_next) in enumerate(grid):
-        x0, eps = denoise(unit_variance(x, sigma), t, a_bar_of(sigma))
+        x0, eps = denoise.at_sigma(x, t, sigma)
         x_euler = x + (sigma_next - sigma) * eps  # EDM algorithm 1, line 5
         yield t, unit_variance(x_euler, sigma_next), x0
         if sigma_next > 0:
             t_next = grid[i + 1][0]
-            x0, eps_next = denoise(unit_variance(x_euler, sigma_next), t_next, a_bar_of(sigma_next))
+            x0, eps_next = denoise.at_sigma(x_euler, t_next, sigma_next)
             x = x + (sigma_next - sigma) * (eps + eps_next) / 2  # EDM algorithm 1, line 8
             yield t_next, unit_variance(x, sigma_next), x0
 
 
-def dpmpp_2m(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator[Visit]:
+def dpmpp_2m(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise, sde: bool = False) -> Iterator[Visit]:
     """DPM-Solver++ 2M (2211.01095, algorithm 2): second order for one call per step, by remembering the last x0.
 
     In log sigma the linear part of the equation is solved exactly; only x0 has to be extrapolated over the step. The first
     step has no past, and the last one is infinitely long in log sigma: both are first order, that is DDIM.
+    With `sde`, each step goes twice as far in log sigma, and fresh noise leads back up to the level.
     """
-    x0s, hs = list[Tensor](), list[float]()  # x0 and h of the steps so far
-    for t, sigma, sigma_next in grid:
-        x0, _ = denoise(unit_variance(x, sigma), t, a_bar_of(sigma))
-        h = step_length(sigma, sigma_next)
-        x = exp(-h) * x - expm1(-h) * half_a_step_ahead(x0, h, x0s, hs)  # algorithm 2: x_{t_i}
-        x0s, hs = [x0], [h]
-        yield t, unit_variance(x, sigma_next), x0
-
-
-def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator[Visit]:
-    """DPM-Solver++ 2M for the SDE (2211.01095): a step of twice the length in log sigma, then fresh noise up to the level."""
-    x0s, hs = list[Tensor](), list[float]()
+    x0s, hs = list[Tensor](), list[float]()  # x0 and h of the last step
     for i, (t, sigma, sigma_next) in enumerate(grid):
-        x0, _ = denoise(unit_variance(x, sigma), t, a_bar_of(sigma))
+        x0, _ = denoise.at_sigma(x, t, sigma)
         h = step_length(sigma, sigma_next)
-        x = exp(-2 * h) * x - expm1(-2 * h) * half_a_step_ahead(x0, h, x0s, hs)  # SDE-DPM-Solver++(2M): its mean
-        x = x + sigma_next * sqrt(-expm1(-2 * h)) * noise(i)  # and its noise
+        far = 2 * h if sde else h
+        x = exp(-far) * x - expm1(-far) * half_a_step_ahead(x0, h, x0s, hs)  # algorithm 2: x_{t_i}; or the SDE's mean
+        if sde:
+            x = x + sigma_next * sqrt(-expm1(-far)) * noise(i)  # SDE-DPM-Solver++(2M): the SDE's noise
         x0s, hs = [x0], [h]
         yield t, unit_variance(x, sigma_next), x0
 
@@ -213,7 +207,7 @@ def unipc(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterato
     """
     x_start, x0s, hs = x, list[Tensor](), list[float]()
     for t, sigma, sigma_next in grid:
-        x0, _ = denoise(unit_variance(x, sigma), t, a_bar_of(sigma))
+        x0, _ = denoise.at_sigma(x, t, sigma)
         if hs:
             x = exp(-hs[-1]) * x_start - expm1(-hs[-1]) * corrected(x0, x0s, hs)  # UniC-2; after the first step UniC-1
         x_start, h = x, step_length(sigma, sigma_next)
@@ -225,11 +219,6 @@ def unipc(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterato
 def unit_variance(x: Tensor, sigma: float) -> Tensor:
     """x0 + sigma eps as the network sees it: times sqrt(a_bar)."""
     return x / sqrt(sigma**2 + 1)
-
-
-def a_bar_of(sigma: float) -> float:
-    """The share of signal where noise / signal is `sigma`."""
-    return 1 / (sigma**2 + 1)
 
 
 def step_length(sigma: float, sigma_next: float) -> float:

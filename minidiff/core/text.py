@@ -51,20 +51,16 @@ def encode(text_encoder: "CLIPTextModel", ids: Tensor, clip_skip: int = 0) -> Te
 def tokenize(tokenizer: "CLIPTokenizer", captions: Sequence[str], placeholders: Mapping[str, Sequence[int]] = {}) -> Tensor:
     """Captions -> ids (B, 77), int64. Text beyond 75 tokens is lost; a warning quotes it.
 
-    `placeholders`: {"<dog>": [49408, 49409]}. The word, in upper or lower case, stands for all of its vectors. The names that
-    diffusers gives to the single vectors ("<dog>_1") mean nothing here.
+    `placeholders`: {"<dog>": [49408, 49409]}. The word, in upper or lower case, stands for all of its vectors.
     """
-    rows = [with_marks(tokenizer, first_75(tokenizer, caption, placeholders)) for caption in captions]
+    rows = []
+    for caption in captions:
+        ids = token_ids(tokenizer, caption, placeholders)
+        if lost := ids[LENGTH - 2 :]:
+            unread = f'"{spelled(tokenizer, lost, placeholders):.300}"'
+            warnings.warn(f"the prompt has {len(ids)} tokens and CLIP reads {LENGTH - 2}; cut off: {unread}.", stacklevel=2)
+        rows.append(with_marks(tokenizer, ids[: LENGTH - 2]))
     return torch.tensor(rows, dtype=torch.long).reshape(-1, LENGTH)
-
-
-def first_75(tokenizer: "CLIPTokenizer", caption: str, placeholders: Mapping[str, Sequence[int]] = {}) -> list[int]:
-    """The first 75 ids of a caption; a warning quotes the rest."""
-    ids = token_ids(tokenizer, caption, placeholders)
-    if lost := ids[LENGTH - 2 :]:
-        unread = f'"{spelled(tokenizer, lost, placeholders):.300}"'
-        warnings.warn(f"the prompt has {len(ids)} tokens and CLIP reads {LENGTH - 2}; cut off: {unread}.", stacklevel=3)
-    return ids[: LENGTH - 2]
 
 
 def with_marks(tokenizer: "CLIPTokenizer", ids: Sequence[int]) -> list[int]:
@@ -85,19 +81,14 @@ def pieces(tokenizer: "CLIPTokenizer", text: str, placeholders: Mapping[str, Seq
     word, so the pieces get the same ids as in the whole text.
     """
     words = sorted(placeholders, key=len, reverse=True)  # "<dog>s" before "<dog>"
+    edge = r"(?!(?<=\w)\w)"  # not between two letters: "sks" does not match inside "asks"
+    pattern = f"{edge}(?:{'|'.join(f'({re.escape(word)})' for word in words)}){edge}"
     end = 0
-    for found in re.finditer("|".join(map(_whole_word, words)), text, re.IGNORECASE) if words else ():
+    for found in re.finditer(pattern, text, re.IGNORECASE) if words else ():
         yield from ([i] for i in tokenizer(text[end : found.start()], add_special_tokens=False, verbose=False).input_ids)
         yield placeholders[words[(found.lastindex or 0) - 1]]
         end = found.end()
     yield from ([i] for i in tokenizer(text[end:], add_special_tokens=False, verbose=False).input_ids)
-
-
-def _whole_word(word: str) -> str:
-    """A pattern with one group. "sks" does not match inside "asks"; ">" may be followed by anything."""
-    before = r"(?<!\w)" if re.match(r"\w", word) else ""
-    behind = r"(?!\w)" if re.search(r"\w$", word) else ""
-    return f"{before}({re.escape(word)}){behind}"
 
 
 def spelled(tokenizer: "CLIPTokenizer", ids: list[int], placeholders: Mapping[str, Sequence[int]]) -> str:

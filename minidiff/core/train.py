@@ -3,12 +3,9 @@
     for update in train(task, settings):
         print(update.done, update.loss)
 
-Metrics, checkpoints, previews and Ctrl-C live in the code that iterates over it. The loop keeps two promises.
-- The same numbers: batch and loss are pure functions of (step, micro), and the loop has no state but its arguments. So training
-  that goes on after update N is `train(task, settings, start=N)`, and its result is equal to the last bit.
-- No harm: where the loss or a gradient is not finite, the update is skipped.
-
-`step` counts from 0 and says which data to use; `done` = step + 1 is the number of updates made.
+Metrics, checkpoints, previews and Ctrl-C live in the code that iterates over it. Batch and loss are pure functions of
+(step, micro), and the loop has no state but its arguments. So training that goes on after update N is
+`train(task, settings, start=N)`, and its result is equal to the last bit.
 """
 
 import math
@@ -30,11 +27,11 @@ class LoopSettings:
 
     updates: int = 400
     learning_rate: float = 1e-4
-    lr_scheduler: str = "constant"
+    lr_scheduler: str = "constant"  # or linear, cosine
     lr_warmup_steps: int = 0
     gradient_accumulation_steps: int = 1
     max_grad_norm: float = 1.0
-    mixed_precision: str = "no"
+    mixed_precision: str = "no"  # a key of DTYPES
     seed: int = 0
     rank: int = 0  # of this process, where several train together: each has its own dropout
 
@@ -51,17 +48,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Update:
-    """One update, as numbers. `skipped`: its loss or its gradients were not finite, so no weight was changed."""
+    """One update, as numbers."""
 
     done: int  # updates made so far, with this one
     loss: float
     grad_norm: float  # before clipping
     lr: float
-    skipped: bool
+    skipped: bool  # the loss or a gradient was not finite, so no weight was changed
 
 
 def train(task: Task, settings: LoopSettings, start: int = 0) -> Iterator[Update]:
-    """Make the updates from `start` to `settings.updates`. The gradients stay until the next update begins."""
+    """Make the updates `start` (counted from 0) to `settings.updates`. The gradients stay until the next update begins."""
     s, parameters = settings, list(task.trainable.values())  # a list: an iterator would leave nothing for clipping
     optimizer = task.optimizer or torch.optim.AdamW(parameters, s.learning_rate)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -82,8 +79,7 @@ def train(task: Task, settings: LoopSettings, start: int = 0) -> Iterator[Update
                 p.grad.div_(scale)
 
         norm, value = clip_gradients(parameters, s.max_grad_norm), mean.item()
-        finite = math.isfinite(norm) and math.isfinite(value)
-        if finite:
+        if finite := math.isfinite(norm + value):
             optimizer.step()
         yield Update(step + 1, value, norm, optimizer.param_groups[0]["lr"], skipped=not finite)
 

@@ -15,23 +15,23 @@ from minidiff.core.transformer import SpatialAttention
 EPS = 1e-6  # every norm of the VAE
 
 
-class Level(nn.Module):
-    """ResBlocks at one resolution, then a step down or up (or neither: the last level)."""
+class Level(nn.Sequential):
+    """ResBlocks at one resolution, then a step down or up (or neither: the last level), one after the other."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, step: str | None) -> None:
         super().__init__()
         widths = [c_in] + [c_out] * layers
-        self.resnets = nn.ModuleList(ResBlock(a, b, None, groups, EPS) for a, b in zip(widths, widths[1:]))
+        self.resnets = nn.Sequential(*(ResBlock(a, b, None, groups, EPS) for a, b in zip(widths, widths[1:])))
         if step == "down":
-            self.downsamplers = nn.ModuleList([Downsample(c_out, pad_all_around=False)])
+            self.downsamplers = nn.Sequential(Downsample(c_out, pad_all_around=False))
         if step == "up":
-            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+            self.upsamplers = nn.Sequential(Upsample(c_out))
 
-    def forward(self, x: Tensor) -> Tensor:
-        for module in self.children():  # resnets, then the one sampler
-            for layer in module:  # type: ignore[attr-defined]
-                x = layer(x)
-        return x
+
+def levels(widths: tuple[int, ...], layers: int, groups: int, step: str) -> nn.Sequential:
+    """A Level for each width, with a step from each to the next."""
+    ins, steps = (widths[0], *widths[:-1]), [step] * (len(widths) - 1) + [None]
+    return nn.Sequential(*(Level(c_in, c_out, layers, groups, step) for c_in, c_out, step in zip(ins, widths, steps)))
 
 
 class MidBlock(nn.Module):
@@ -52,21 +52,15 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
-        steps = ["down"] * (len(widths) - 1) + [None]
-        ins = (widths[0], *widths[:-1])
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            Level(a, b, config.layers_per_block, groups, step) for a, b, step in zip(ins, widths, steps)
-        )
+        self.down_blocks = levels(widths, config.layers_per_block, groups, "down")
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = NormSiLU(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down_blocks:
-            x = level(x)
-        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
+        x = self.mid_block(self.down_blocks(self.conv_in(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class Decoder(nn.Module):
@@ -75,20 +69,14 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        steps = ["up"] * (len(widths) - 1) + [None]
-        ins = (widths[0], *widths[:-1])
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.up_blocks = nn.ModuleList(
-            Level(a, b, config.layers_per_block + 1, groups, step) for a, b, step in zip(ins, widths, steps)
-        )
+        self.up_blocks = levels(widths, config.layers_per_block + 1, groups, "up")
         self.mid_block = MidBlock(widths[0], groups)
         self.conv_norm_out = NormSiLU(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
-        for level in self.up_blocks:
-            x = level(x)
+        x = self.up_blocks(self.mid_block(self.conv_in(z)))
         return self.conv_out(self.conv_norm_out(x))
 
 
@@ -98,8 +86,7 @@ class AutoencoderKL(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 

@@ -324,7 +324,7 @@ def test_spacing_conventions_of_the_samplers():
 @pytest.mark.parametrize("steps", [0, -3, 1001])
 def test_steps_out_of_range(steps):
     with pytest.raises(SettingsError, match=f"num_inference_steps is {steps}; it can be 1 to 1000"):
-        timesteps(SCHEDULE, steps, "trailing")
+        ddim(lambda x, t: x, draw(1, 1, 4, 2, 2)[0], SCHEDULE, steps, silent, spacing="trailing")
 
 
 def test_more_steps_than_different_timesteps():

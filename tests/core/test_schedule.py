@@ -34,8 +34,8 @@ def test_linear_betas_and_other_lengths():
 
 @pytest.mark.parametrize("wrong", [{"beta_schedule": "cosine"}, {"prediction_type": "v-prediction"}])
 def test_unknown_settings_are_refused(wrong):
-    with pytest.raises(SettingsError, match=next(iter(wrong))):
-        NoiseSchedule.from_config(NoiseConfig(**wrong))
+    with pytest.raises(WeightsError, match=next(iter(wrong))):
+        read_config(NoiseConfig, wrong, "here.json")
 
 
 def test_add_noise_ddpm_eq4():

@@ -322,7 +322,7 @@ def test_a_mask_is_not_white_where_it_is_transparent(as_file: bool, tmp_path: Pa
 
 
 def test_extreme_strengths_and_steps(pipe: StableDiffusionPipeline) -> None:
-    with pytest.raises(SettingsError, match="less than one; use more of either.$"):
+    with pytest.raises(SettingsError, match="are too few; use more of either.$"):
         draw(pipe, image=picture(), strength=1e-300)
     with pytest.raises(SettingsError, match="it can be 1 to 1000"):
         draw(pipe, image=picture(), strength=0.5, num_inference_steps=10**400)

@@ -113,10 +113,12 @@ class StableDiffusionPipeline(Model):
         drawing = partial(generate, stations, *sides, canvas.noise.to(self.device), draw, steps, guidance_scale, walk)
         named = any(one.loras for one in prompts + negatives)
         with at_strengths(self.adaptable, loras_of(prompts, negatives)) if named else nullcontext():
-            drawn = self.run(drawing, callback, decode=output_type != "latent")
+            drawn = self.run(drawing, steps, callback, decode=output_type != "latent")
         return PipelineOutput(drawn if output_type == "latent" else finished(canvas.paste(drawn), output_type))
 
-    def run(self, drawing: Callable[[], Iterator[Any]], callback: Callable[[Step], None] | None, decode: bool) -> Tensor:
+    def run(
+        self, drawing: Callable[[], Iterator[Any]], steps: int, callback: Callable[[Step], None] | None, decode: bool
+    ) -> Tensor:
         """Go through the stations of `generate`: the pictures, or the last latents. A bar and `callback` see each step.
 
         NaN and infinity never go away again, so one look at the last latents finds them.
@@ -124,7 +126,7 @@ class StableDiffusionPipeline(Model):
         from tqdm import tqdm
 
         stations = drawing()
-        bar = tqdm(unit="step", leave=False, disable=not self.progress_bar)
+        bar = tqdm(total=min(steps, len(self.schedule.sigmas)), unit="step", leave=False, disable=not self.progress_bar)
         compiled = self.unet._compiled_call_impl is not None  # then a cache would compile again for each prompt
         with bar, caching(self.unet, prompt=not (compiled or callback)):  # a callback may change an adapter
             for step in stations:

@@ -470,7 +470,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another prediction": (
         lambda folder: change(folder / "scheduler/scheduler_config.json", prediction_type="sample"),
-        "prediction_type 'sample' is unknown",
+        "prediction_type is 'sample'",
     ),
     "a bigger vocabulary": (lambda folder: other_tokenizer(folder, "many other words that are new here"), "different models"),
     "a smaller vocabulary": (lambda folder: other_tokenizer(folder, "a"), "different models"),

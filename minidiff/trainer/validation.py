@@ -8,6 +8,7 @@ Shapes: B = 4 samples, one a quarter; C h w a latent; L tokens, D width of the t
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def check_prediction_type(
     more than half of the target's variance, and errs less than half as much. An untrained network does neither, and passes.
     """
     batch, named, error, variance = fixed.batches[0], schedule.config.prediction_type, {}, {}
-    other = "v_prediction" if named == "epsilon" else "epsilon"
+    other: Literal["epsilon", "v_prediction"] = "v_prediction" if named == "epsilon" else "epsilon"
     output = predict(batch).float().cpu()
     for kind in (named, other):
         reading = replace(schedule, config=replace(schedule.config, prediction_type=kind))

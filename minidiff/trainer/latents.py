@@ -122,7 +122,7 @@ class LatentData:
         templates: Sequence[str] = ("{}",),
     ) -> None:
         self.examples, self.settings, self.resolution = examples, settings, resolution
-        self.vae, self.timesteps, self.templates = vae, timesteps, templates
+        self.vae, self.encode, self.timesteps, self.templates = vae, encode_prompts, timesteps, templates
         self.turns = [i for i, e in enumerate(examples) for _ in range(e.repeats)]  # an epoch, in no order yet
         self.sizes = [e.size or (resolution, resolution) for e in examples]
         self.sizes_in_turn = tuple(self.sizes[i] for i in self.turns)

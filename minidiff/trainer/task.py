@@ -105,29 +105,17 @@ def load_data(
 
     With `live_text` a batch holds token ids, for a text encoder that changes in training.
     """
-    side, stride = training_side(pipe, settings)
+    unet, factor = pipe.unet.config, pipe.vae.config.downscale
+    side, stride = settings.resolution or unet.sample_size * factor, factor * 2 ** (len(unet.block_out_channels) - 1)
+    if side % stride:
+        near = max(side // stride, 1) * stride
+        raise SettingsError(f"--resolution {side}: this model needs a multiple of {stride}, such as {near} or {near + stride}.")
     folder = folder or settings.instance_data_dir or settings.train_data_dir or ""
     sizes = bucket_sizes(side, stride) if settings.aspect_ratio_buckets else [(side, side)]
     examples = read_folder(Path(folder), settings.prompt, settings.caption_column, settings.masked_loss)
     examples = check_pictures(examples, sizes, settings.skip_bad)
-    encode = text_of(pipe, live_text)
+    encode = (lambda prompts: tokenize(pipe.tokenizer, prompts, pipe.placeholders)) if live_text else pipe.encode_captions
     return LatentData(examples, settings, side, pipe.vae, encode, len(pipe.schedule.alphas_cumprod), templates)
-
-
-def text_of(pipe: StableDiffusionPipeline, live_text: bool) -> Callable[[list[str]], Tensor]:
-    """Prompts -> (B, L, D) from the text encoder as it is now; or ids (B, L), to be encoded in each step."""
-    return (lambda prompts: tokenize(pipe.tokenizer, prompts, pipe.placeholders)) if live_text else pipe.encode_captions
-
-
-def training_side(pipe: StableDiffusionPipeline, settings: FineTuneSettings) -> tuple[int, int]:
-    """The side of the pictures in pixels, and what it must be a multiple of."""
-    side, factor = settings.resolution, pipe.vae.config.downscale
-    side = pipe.unet.config.sample_size * factor if side is None else side
-    stride = factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    if side % stride:
-        near = max(side // stride, 1) * stride
-        raise SettingsError(f"--resolution {side}: this model needs a multiple of {stride}, such as {near} or {near + stride}.")
-    return side, stride
 
 
 def with_prior(pipe: StableDiffusionPipeline, data: LatentData) -> LatentData | PairedData | BasePrior:
@@ -135,12 +123,11 @@ def with_prior(pipe: StableDiffusionPipeline, data: LatentData) -> LatentData | 
     settings = data.settings
     if not has_prior(settings):
         return data
-    encode = text_of(pipe, data.live_text)
     if settings.prior_from_base:
-        return BasePrior(data, encode([settings.class_prompt or ""])[0])
+        return BasePrior(data, data.encode([settings.class_prompt or ""])[0])
     side = data.resolution
     examples = check_pictures(class_examples(pipe, settings, side), [(side, side)], settings.skip_bad)
-    prior = LatentData(examples, class_settings(settings), data.resolution, pipe.vae, encode, data.timesteps)
+    prior = LatentData(examples, class_settings(settings), data.resolution, pipe.vae, data.encode, data.timesteps)
     return PairedData(data, prior)
 
 
@@ -163,15 +150,8 @@ def sample_sheets(
     seeds = [settings.seed + i for i in range(settings.num_validation_images)]
 
     def draw(prompt: str, seed: int) -> Image.Image:
-        image: Image.Image = pipe(
-            prompt,
-            seed=seed,
-            guidance_scale=settings.validation_guidance_scale,
-            num_inference_steps=settings.validation_inference_steps,
-            width=data.resolution,
-            height=data.resolution,
-        ).images[0]
-        return image
+        scale, steps, side = settings.validation_guidance_scale, settings.validation_inference_steps, data.resolution
+        return pipe(prompt, seed=seed, guidance_scale=scale, num_inference_steps=steps, width=side, height=side).images[0]
 
     def row() -> list[Image.Image]:
         with without_dropout(pipe):
@@ -318,11 +298,11 @@ def idle_networks(pipe: StableDiffusionPipeline, data: LatentData) -> list[nn.Mo
 @contextmanager
 def without_dropout(pipe: StableDiffusionPipeline) -> Iterator[None]:
     """Inside the `with`, the networks are as they are for drawing."""
-    modes = [(network, network.training) for network in (pipe.unet, pipe.text_encoder)]
-    for network, _ in modes:
+    networks, training = (pipe.unet, pipe.text_encoder), pipe.unet.training  # both are trained, or none yet
+    for network in networks:
         network.eval()
     try:
         yield
     finally:
-        for network, training in modes:
+        for network in networks:
             network.train(training)

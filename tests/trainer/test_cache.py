@@ -13,7 +13,7 @@ import pytest
 import torch
 from resume_harness import fingerprint, memory_path, rows  # noqa: F401
 from test_latents import encode, noisy
-from tiny_recipes import PRIOR, draw_pictures, tiny, train
+from tiny_recipes import draw_pictures, tiny, train
 from tiny_sizes import TINY_VAE
 from torch import Tensor, nn
 
@@ -347,13 +347,3 @@ def test_sheets_after_networks_were_offloaded(
     RECIPES[type(settings)](settings).preview(0)
     (base,), (now,) = drawn
     assert base is not now and base.tobytes() == now.tobytes()
-
-
-def test_the_base_as_prior_from_the_cache(tiny_folder: Path, memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    pictures = draw_pictures(memory_path / "pictures")
-    prior = {**PRIOR, "cache_dir": str(memory_path / "cache")}
-    settings = [tiny("lora", tiny_folder, pictures, memory_path / name / "run", **prior) for name in "ab"]
-    train(settings[0])
-    monkeypatch.setattr(StableDiffusionPipeline, "encode_captions", None)
-    train(settings[1])
-    assert fingerprint(memory_path / "a") == fingerprint(memory_path / "b")

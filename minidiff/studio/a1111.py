@@ -1,9 +1,7 @@
 """The text `parameters` in a picture: how it was made, in the words of AUTOMATIC1111 (A1111), for people and other programs.
 
     text = parameters(settings, pipe, image.size)       # settings: the values of the flags by name
-    settings = read_a1111(text)                         # prompts, steps, sampler, seed, size, guidance
-
-A file is named with the first digits of its sha256, as in A1111.
+    settings = read_a1111(text)                         # prompts (LoRA tags stay in them), steps, sampler, seed, size, guidance
 """
 
 import os
@@ -87,10 +85,7 @@ FIELD = re.compile(r'(\w[\w /-]{0,60}): *("(?:\\.|[^"\\])*"|[^,]*)')  # A1111's 
 
 
 def read_a1111(text: str) -> dict[str, Any]:
-    """The prompts, steps, sampler, seed, size and guidance in a text of A1111. LoRA tags stay in the prompt.
-
-    First comes the prompt, then `Negative prompt: …`, then one line `Steps: 20, Sampler: Euler a, …`.
-    """
+    """The settings in a text of A1111: prompt, `Negative prompt: …`, then one line `Steps: 20, Sampler: Euler a, …`."""
     head, found, line = f"\n{text}".rpartition("\nSteps: ")
     prompt, _, negative = (head if found else line).partition("\nNegative prompt:")
     settings: dict[str, Any] = {"prompt": prompt.strip(), "negative_prompt": negative.strip()}

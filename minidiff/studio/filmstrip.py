@@ -34,8 +34,7 @@ class Frame:
 class Film:
     """Watches the U-Net, and is the pipeline's callback: one `Frame` a step. Use it in a `with`, which removes its hook.
 
-    It records the input of the network, not the states of the sampler: some samplers go through states that the network
-    never sees. A frame is two latents, 16 kB at 512 pixels.
+    It records the input of the network: some samplers go through states that the network never sees.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline) -> None:

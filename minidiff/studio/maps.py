@@ -41,8 +41,7 @@ class AttentionMaps:
     """Watches every cross-attention of the U-Net while it draws. Use it in a `with`: its hooks are removed at the end.
 
     It computes the attention again with the layers' own projections, so that adapters count. Of a batch it keeps the last
-    picture: with guidance the half with the prompt comes last. It holds one sum for each resolution, however many steps there
-    are: 1.7 MB at 512 pixels.
+    picture: with guidance the half with the prompt comes last.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline) -> None:
@@ -77,10 +76,9 @@ class AttentionMaps:
         self.counts[size] = self.counts.get(size, 0) + 1
 
     def mean(self, resolution: int | None = None) -> Tensor:
-        """(S, h, w): how much of its attention each place gives to each token; 1 in all. Over layers, heads and steps.
+        """(S, h, w): how much of its attention each place gives to each token, over layers, heads and steps; 1 in all.
 
-        `resolution` chooses the layers whose maps are that high, in cells; without it all count, laid over each other at
-        the size of the largest (DAAM, arXiv 2210.04885, eq. 5).
+        `resolution`: only layers whose maps are so many cells high; without it all, at the size of the largest (DAAM, eq. 5).
         """
         if not self.sums:
             raise SettingsError("the U-Net has not drawn anything yet; draw within `with AttentionMaps(pipe) as maps:`.")
@@ -124,10 +122,9 @@ def words_of(tokenizer: "CLIPTokenizer", prompt: str, placeholders: Mapping[str,
 
 
 def attention_sheet(picture: Image.Image, maps: Tensor, words: Sequence[Word], title: str = "", tile: int = 192) -> Image.Image:
-    """The picture, and a tile for each word: bright where the picture looks at it, dark where not.
+    """The picture, and a tile for each word: bright where the picture looks at it. `maps` (S, h, w) from `AttentionMaps.mean`.
 
-    `maps` (S, h, w) from `AttentionMaps.mean`. Each word is scaled to its own brightest place: the words differ a good deal
-    in how much attention they get at all, and the question here is where.
+    Each word is scaled to its own brightest place: words differ in how much attention they get; the question here is where.
     """
     if not words:
         raise SettingsError("the prompt has no words, so there is nothing to look at.")
@@ -140,10 +137,8 @@ def over(picture: Image.Image, heat: Tensor) -> Image.Image:
     """A heat map (h, w) laid over a picture in gray."""
     import matplotlib  # only now: it takes time to import
 
-    low, high = float(heat.min()), float(heat.max())
-    scaled = (heat - low) / max(high - low, 1e-12)
+    scaled = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
     size = (picture.height, picture.width)
-    smooth = F.interpolate(scaled[None, None], size=size, mode="bicubic", align_corners=False)[0, 0].clamp(0, 1).numpy()
-    glow = matplotlib.colormaps["inferno"](smooth)[..., :3] * 255
-    gray = np.asarray(picture.convert("L"), dtype=np.float64)[..., None]
+    smooth = F.interpolate(scaled[None, None], size=size, mode="bicubic")[0, 0].clamp(0, 1).numpy()
+    glow, gray = 255 * matplotlib.colormaps["inferno"](smooth)[..., :3], np.asarray(picture.convert("L"))[..., None]
     return Image.fromarray((0.7 * glow + 0.3 * gray).round().astype(np.uint8))

@@ -5,10 +5,9 @@
     def draw(noise, text): return pipe(prompt_embeds=text, latents=noise, sampler="ddim").images[0]
     save_animation(morph(noises, texts, 24, draw), "morph.gif", fps=12)      # 24 frames from each keyframe to the next
 
-A keyframe is a prompt and a seed. Between two keyframes the noise moves along an arc (`slerp`), and the encoded prompt along
-a straight line (`lerp`). Noise of n numbers is always about √n long. Halfway along a straight line between two noises it would
-be √(n/2) long; the network has never seen such weak noise, and draws fog. An arc keeps the length. The encoded prompt is read
-by linear maps, so halfway the network reads the mean of both prompts.
+A keyframe is a prompt and a seed. Between two keyframes the encoded prompt moves along a straight line (`lerp`), and the noise
+along an arc (`slerp`). Noise of n numbers is about √n long. Halfway along a straight line it would be √(n/2) long; the network
+has never seen such weak noise, and draws fog. An arc keeps the length.
 
 Shapes: B pictures, C H W one latent, S tokens, D text width.
 """

@@ -4,11 +4,9 @@
     origin = read_origin("picture.png", Sample)                         # origin.settings draws the same pixels again
     notes = check_origin(origin, settings)                              # what differs here and may change pixels
 
-A picture holds two texts. `parameters` has the form of AUTOMATIC1111 (studio/a1111.py). `minidiff` is
-JSON: every setting, the sha256 of every file that was used, the versions and the machine. Of an absolute path, or one
-through `..` or `~`, only the last name is written, so a picture does not show its maker's folders. No date, user or host.
-
-A text in a picture may come from anybody: types and sizes are checked, and a path in it leads down from the working folder.
+A picture holds two texts. `parameters` has the form of AUTOMATIC1111 (studio/a1111.py). `minidiff` is JSON: every setting, the
+sha256 of every file that was used, the versions and the machine, but no date, user or host, and no folder outside of the
+working folder. A text in a picture may come from anybody: types and sizes are checked.
 """
 
 import json
@@ -40,8 +38,7 @@ OURS = f"Version: {KEY} ".encode()  # stands in every file that minidiff draws
 
 
 def recipe_texts(settings: Settings, pipe: StableDiffusionPipeline, size: tuple[int, int]) -> dict[str, str]:
-    """The texts of one picture of `size` (W, H), for `save_png`. It must have been drawn alone, from `seed` in `settings`: in
-    a batch matrix products round differently, and one value in ten thousand would differ by 1."""
+    """The texts of one picture of `size` (W, H), drawn alone from `seed`: in a batch, matrix products round differently."""
     values = with_named_loras(settings)
     values |= {"sampler": values["sampler"] or pipe.sampler, "strength": strength_of(values)}
     recipe = {
@@ -104,18 +101,13 @@ class Origin:
 
 
 def read_origin(path: str | Path, kind: type) -> Origin:
-    """The settings that draw a picture again; `kind` is the dataclass that has them as fields.
-
-    DataError, one message, for a picture without a text, and for a text that is damaged, too long or no recipe.
-    """
+    """The settings that draw a picture again: fields of the dataclass `kind`. DataError for a picture without a usable text."""
     path = Path(path)
     texts = read_png_text(path)
     text = texts.get(KEY) or texts.get("parameters", "").strip()
     if not text:
-        raise DataError(
-            f"{path} does not say how it was made: there is no text of minidiff or A1111 in it. Editors and messengers "
-            "take it out; look for the original PNG."
-        )
+        why = "there is no text of minidiff or A1111 in it, which editors and messengers take out"
+        raise DataError(f"{path} does not say how it was made: {why}. Look for the original PNG.")
     if len(text) > MAX_TEXT:
         raise DataError(f"{path}: its text has {len(text):,} characters, more than any program writes; not read.")
     if KEY not in texts:
@@ -164,10 +156,8 @@ def shown(value: object, length: int = 60) -> str:
 
 
 def check_origin(origin: Origin, settings: Settings) -> list[str]:
-    """Notes on differences here that may change pixels. `settings` are the origin's and, over them, the flags that were given.
-
-    SettingsError, naming the flag, for a file that is not here.
-    """
+    """Notes on differences here that may change pixels. `settings`: the origin's, and over them the flags that were given.
+    SettingsError for a file that is not here."""
     notes = list(origin.notes)
     for name, digests in origin.sha256.items():
         if settings[name] != origin.settings.get(name):
@@ -187,11 +177,8 @@ def check_origin(origin: Origin, settings: Settings) -> list[str]:
 
 
 def check_outputs(written: Sequence[tuple[str, Path]], read: Mapping[str, str | Path | None]) -> None:
-    """Before anything is loaded: SettingsError where drawing would cost a file. Both are files by the flags that name them.
-
-    A file that minidiff drew is drawn over: it says how to draw it again. Any other file is left alone, and so is every picture
-    that is read.
-    """
+    """SettingsError where drawing would cost a file that is read, or one that minidiff did not draw. (A picture of ours says how
+    to draw it again.) Both are files by the flags that name them."""
     taken = {os.path.realpath(path): flag for flag, path in read.items() if path is not None}
     for flag, path in written:
         if (other := taken.setdefault(os.path.realpath(path), flag)) != flag:

@@ -9,11 +9,7 @@ from minidiff.core.errors import SettingsError
 
 
 def chosen_device(name: str | None) -> str:
-    """The device of --device: cpu, cuda or cuda:1; for None a GPU if there is one. SettingsError for any other.
-
-    A GPU with a number becomes the current one, which is what `cuda` alone means, to kernels and counters too. Before its first
-    use, cuBLAS is told to take the same workspace each time, without which its products need not repeat themselves.
-    """
+    """The device of --device: cpu, cuda or cuda:1, which becomes the current GPU; for None a GPU if there is one."""
     gpus = torch.cuda.device_count()
     name = name or ("cuda" if gpus else "cpu")
     known = ["cpu", "cuda", *(f"cuda:{i}" for i in range(gpus))]
@@ -21,7 +17,7 @@ def chosen_device(name: str | None) -> str:
         raise SettingsError(f"--device {name}: there is no GPU that torch can use here; leave the flag out, or say cpu.")
     if name not in known:
         raise SettingsError(f"--device {name} is no device; it can be {', '.join(known if gpus else known[:1])}.")
-    if name.startswith("cuda") and not torch.cuda.is_initialized():  # later it would not look
+    if name.startswith("cuda") and not torch.cuda.is_initialized():  # so that cuBLAS repeats its products to the bit
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if ":" in name:
         torch.cuda.set_device(name)

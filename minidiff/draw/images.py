@@ -31,10 +31,10 @@ READ_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFErro
 
 
 def load_image(path: Path | str, under: str = "white") -> Image.Image:
-    """A picture of any usual kind as 8-bit RGB, the way a viewer shows it.
+    """A picture of any usual kind as 8-bit RGB, the way a viewer shows it. Raises DataError for anything else.
 
     Turned upright by its EXIF mark, 16 bits scaled to 8, transparency laid over white (or the colour `under`), CMYK and
-    wide-gamut colours brought to sRGB, the first frame of an animation (with a warning). Raises DataError for anything else.
+    wide-gamut colours brought to sRGB, the first frame of an animation (with a warning).
     """
     with open_image(Path(path)) as image:
         if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a JPEG with a preview behind it

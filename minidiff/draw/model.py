@@ -51,11 +51,10 @@ class Model:
     def from_pretrained(
         cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32, layerwise_casting: bool = False, plain: bool = False
     ) -> Self:
-        """Read a folder in the diffusers layout, or a hub id whose files are in the local cache.
+        """Read a folder in the diffusers layout, or a hub id whose files are in the local cache. WeightsError for any other.
 
         The VAE stays in fp32 for any `torch_dtype`: in fp16 it overflows, and the picture is black. With `layerwise_casting`,
         half-precision weights of the U-Net stay as in the file (fast/frozen.py), and a LoRA that is fused into them is rounded.
-        Raises WeightsError for anything that is missing, damaged or does not fit.
         """
         if layerwise_casting and plain:
             raise SettingsError("layerwise_casting is done by minidiff.fast, which plain leaves out; leave out one of the two.")
@@ -74,10 +73,7 @@ class Model:
         return cls(*read_model(path, tokenizer=tokenizer, dtypes=dtypes).arguments, str(path), plain=plain)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the folder that `from_pretrained` and diffusers read; weights as they are, or cast to `dtype`.
-
-        Raises AdapterError while a LoRA or a new word is attached: remove it first, or `fuse_lora` and eject it.
-        """
+        """Write the folder that `from_pretrained` and diffusers read. AdapterError while a LoRA or a new word is attached."""
         parts = (self.unet, self.vae, self.text_encoder, self.tokenizer, self.noise_config, self.sampler)
         write_folder(ModelParts(*parts), folder, dtype)
 
@@ -104,8 +100,7 @@ class Model:
     ) -> lora_file.LoRAFile:
         """Attach the adapter of a file or folder and make it the only active one. Print the result for a one-line summary.
 
-        `alpha` is for files that do not contain it. If only a part of a file matches this model, that is an AdapterError;
-        with `strict=False` the part is attached, and the summary says how many tensors were left out.
+        `alpha` is for files that do not contain it. With `strict=False`, tensors that do not match this model are left out.
         """
         loaded = lora_file.load_lora(dict(self.adaptable.items()), path, adapter_name, weight_name, alpha, strict)
         speed_up(self)

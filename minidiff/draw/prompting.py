@@ -9,8 +9,7 @@ r"""A1111's prompt language: weights, BREAK, LoRAs by name; then its chunks, and
         sections  ("a " x 1, "red" x 0.909, " " x 1, "dog" x 1.3), ("on a beach " x 1)
         loras     chalk at 0.8
 
-Malformed markup is read as plain letters, as in A1111, and a warning names its column. minidiff does not have A1111's prompt
-editing [from:to:when], alternation [a|b] and AND. Parsing takes linear time.
+Malformed markup is read as plain letters, as in A1111, and a warning names its column. Parsing takes linear time.
 
 A prompt becomes k chunks of 75 tokens. Each is encoded alone, between its own marks, and the states are concatenated: the
 U-Net's cross-attention takes any number of them. Shapes: B prompts, D width of the text.
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
 CHUNK = 75  # tokens, without the two marks
 COMMA_REACH = 20  # tokens; A1111's setting "Increase coherency by padding from the last comma within n tokens"
-MAX_CHUNKS = 100  # A1111 has no limit, but memory has
 STANDS_OUT = 0.01  # times the standard deviation: a mean below it is chance
 
 Token = tuple[int, float]  # id, weight
@@ -162,7 +160,7 @@ def chunked(tokenizer: "CLIPTokenizer", prompt: Prompt, placeholders: Mapping[st
     """The chunks of a prompt, at least one: ids and weights, at most 75 in each, without the marks.
 
     As in A1111: if a full chunk has a comma among its last 20 tokens, the tokens after the comma move to the next chunk. The
-    vectors of a placeholder stay together. BREAK ends a chunk, full or not. SettingsError for more than 100 chunks.
+    vectors of a placeholder stay together. BREAK ends a chunk, full or not.
     """
     comma = list(tokenizer(",", add_special_tokens=False, verbose=False).input_ids)
     chunks: list[list[Token]] = []
@@ -175,8 +173,6 @@ def chunked(tokenizer: "CLIPTokenizer", prompt: Prompt, placeholders: Mapping[st
                 chunks[-1] += [(index, part.weight) for index in ids]
     if len(chunks) > 1 and not chunks[-1]:  # nothing after the last BREAK
         chunks.pop()
-    if len(chunks) > MAX_CHUNKS:
-        raise SettingsError(f"the prompt fills {len(chunks)} chunks of {CHUNK} tokens; {MAX_CHUNKS} is the limit.")
     return chunks
 
 
@@ -208,10 +204,8 @@ def encode_prompts(
     """
     layers = text_encoder.config.num_hidden_layers
     if not isinstance(clip_skip, int) or clip_skip not in range(layers):
-        raise SettingsError(
-            f"clip_skip is {clip_skip}; this text encoder has {layers} layers, so it is 0 (none skipped) to {layers - 1}. "
-            f"A1111's Clip skip counts one higher: 1 to {layers}."
-        )
+        a1111 = f"A1111's Clip skip counts one higher: 1 to {layers}"
+        raise SettingsError(f"clip_skip is {clip_skip}; this text encoder has {layers} layers: 0 to {layers - 1}. {a1111}.")
     split = [chunked(tokenizer, prompt, placeholders) for prompt in prompts]
     k = max(chunks, *map(len, split))
     flat = [chunk for own in split for chunk in own + [[]] * (k - len(own))]  # B k chunks, those of a prompt side by side
@@ -225,10 +219,9 @@ def encode_prompts(
 def _weighted(z: Tensor, weights: list[float]) -> Tensor:
     """States (77, D) times the weights of their tokens, with the mean that they had before. Marks and padding weigh 1.
 
-    A1111's rule (sd_emphasis.py, "Original"):  z' = z w,  z'' = z' mean(z) / mean(z'). The mean is taken over the chunk, not
-    over the batch, so a prompt's states do not depend on other prompts. Where a mean is small beside the standard deviation
-    (0.001 beside 1 in the pocket checkpoint), the quotient is chance: it can enlarge all states (A1111's issue 14867) or
-    change their sign. Then z' is the result, as with A1111's "No norm".
+    A1111's rule (sd_emphasis.py, "Original"):  z' = z w,  z'' = z' mean(z) / mean(z'). Where a mean is small beside the
+    standard deviation (0.001 beside 1 in the pocket checkpoint), the quotient is chance: it can enlarge all states (A1111's
+    issue 14867) or change their sign. Then z' is the result, as with A1111's "No norm".
     """
     before = z.float()
     after = before * before.new_tensor([1.0, *weights] + [1.0] * (len(z) - 1 - len(weights)))[:, None]

@@ -177,8 +177,7 @@ def check_origin(origin: Origin, settings: Settings) -> list[str]:
 
 
 def check_outputs(written: Sequence[tuple[str, Path]], read: Mapping[str, str | Path | None]) -> None:
-    """SettingsError where drawing would cost a file that is read, or one that minidiff did not draw. (A picture of ours says how
-    to draw it again.) Both are files by the flags that name them."""
+    """SettingsError where drawing would cost a file that is read, or one that minidiff did not draw. Both are files by flag."""
     taken = {os.path.realpath(path): flag for flag, path in read.items() if path is not None}
     for flag, path in written:
         if (other := taken.setdefault(os.path.realpath(path), flag)) != flag:

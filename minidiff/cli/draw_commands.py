@@ -110,6 +110,7 @@ def over_settings(s: Sheet) -> tuple[Image, str]:
 
 def check_tile(s: Sheet) -> None:
     """Find missing files and impossible sampler settings before the first tile is drawn."""
+    s.check()
     output_files(s)  # an axis of pictures may hold the sheet's own name
     for path in (s.tokenizer, *s.lora, *s.textual_inversion, s.image, s.mask_image):
         if path is not None and not Path(path).exists():

@@ -18,7 +18,6 @@ from typing import Any, TypeVar, get_type_hints
 from PIL import Image
 
 from minidiff.core.errors import MinidiffError, SettingsError, did_you_mean
-from minidiff.core.grids import sampler_named
 from minidiff.draw.images import contact_sheet
 from minidiff.draw.progress import progress
 from minidiff.files.values import broken_rule, fits
@@ -121,8 +120,8 @@ def contact_sheet_of(
 ) -> Image.Image:
     """Draw a picture for each pair of values, and lay them out with labels. `settings` is a dataclass; it stays as it is.
 
-    Every tile's settings are checked before the first is drawn, by themselves and by `check`. One axis alone is laid in rows,
-    with captions. SettingsError for axes that cannot be; any error while drawing says which tile it was.
+    `check` sees every tile's settings before the first is drawn. One axis alone is laid in rows, with captions. SettingsError
+    for axes that cannot be; any error while drawing says which tile it was.
     """
     chosen = [axis for axis in (rows, columns) if axis]
     check_count(math.prod(len(axis.values) for axis in chosen))
@@ -132,30 +131,22 @@ def contact_sheet_of(
     cells = [(i, j) for i in range(down) for j in range(across)]
     if columns and columns.name in NEEDS_LOADING:  # what has to be loaded changes as seldom as possible
         cells.sort(key=lambda cell: cell[::-1])
-    tiles: dict[tuple[int, int], Any] = {}  # the settings, then the picture
+    asked: dict[tuple[int, int], S] = {}
     for i, j in cells:
-        tiles[i, j] = with_values(settings, {axis.name: axis.values[k] for axis, k in ((rows, i), (columns, j)) if axis})
-        check(tiles[i, j])
+        values = {axis.name: axis.values[k] for axis, k in ((rows, i), (columns, j)) if axis}
+        asked[i, j] = dataclasses.replace(settings, **values)  # type: ignore[type-var]
+        check(asked[i, j])
+    drawn: dict[tuple[int, int], Image.Image] = {}
     for i, j in progress(cells, "picture", show=show):
         try:
-            tiles[i, j] = draw(tiles[i, j])
+            drawn[i, j] = draw(asked[i, j])
         except MinidiffError as error:
             names = ", ".join(axis.labels[k] for axis, k in ((rows, i), (columns, j)) if axis)
             raise type(error)(f"{names or 'the picture'}: {error}") from error
     if len(chosen) == 1 and (rows or across > MAX_ABREAST):
-        return gallery([tiles[cell] for cell in sorted(tiles)], chosen[0].labels, title, tile)
-    grid = [[tiles[i, j] for j in range(across)] for i in range(down)]
+        return gallery([drawn[cell] for cell in sorted(drawn)], chosen[0].labels, title, tile)
+    grid = [[drawn[i, j] for j in range(across)] for i in range(down)]
     return contact_sheet(grid, rows.labels if rows else (), columns.labels if columns else (), title, tile)
-
-
-def with_values(settings: S, values: dict[str, Any]) -> S:
-    """The settings of one tile, checked where they know how."""
-    changed: S = dataclasses.replace(settings, **values)  # type: ignore[type-var]
-    if hasattr(changed, "check"):
-        changed.check()
-    if sampler := getattr(changed, "sampler", None):
-        sampler_named(sampler)
-    return changed
 
 
 def check_count(pictures: int) -> None:

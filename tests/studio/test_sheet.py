@@ -10,6 +10,7 @@ from PIL import Image
 
 from minidiff.cli.draw_flags import Sampling, Sheet
 from minidiff.core.errors import DataError, SettingsError
+from minidiff.core.grids import sampler_named
 from minidiff.draw.images import contact_sheet
 from minidiff.studio.sheet import Axis, contact_sheet_of, gallery, parse_axis
 
@@ -30,6 +31,7 @@ class Settings:
     def check(self) -> None:
         if self.guidance_scale > 100:
             raise SettingsError("guidance_scale is too high")
+        sampler_named(self.sampler or "ddim")
 
 
 def picture(settings: Settings) -> Image.Image:
@@ -170,7 +172,8 @@ def test_nothing_is_drawn_for_axes_that_cannot_be(columns: str, rows: str, messa
         raise AssertionError("drawn")
 
     with pytest.raises(SettingsError, match=message):
-        contact_sheet_of(Settings(), parse_axis(columns, Settings), parse_axis(rows, Settings), never, show=False)
+        axes = parse_axis(columns, Settings), parse_axis(rows, Settings)
+        contact_sheet_of(Settings(), *axes, never, show=False, check=Settings.check)
 
 
 def test_an_error_while_drawing_names_its_tile() -> None:

@@ -132,7 +132,7 @@ def morph(s: Morph) -> None:
             f"--seeds has {len(seeds)} numbers for {len(s.prompts)} prompts; give one for each, or one for all."
         )
     keys = [Keyframe(s.prompts[i % len(s.prompts)], seeds[i % len(seeds)]) for i in range(count)]
-    pipe = load(s, s.prompts)
+    s, pipe = replace(s, seed=seeds[0]), load(s, s.prompts)
     check_loop(keys, s.frames, s.sampler or pipe.sampler, s.eta)
     total = count * s.frames
     print(f"{count} keyframes x {s.frames} frames = {total} frames, a loop of {total / s.fps:.1f} s", file=sys.stderr)
@@ -140,7 +140,7 @@ def morph(s: Morph) -> None:
     pipe.set_progress_bar_config(disable=True)  # the loop has one of its own
     frames = frames_of(noises, texts, s.frames, lambda noise, text: draw(pipe, s, latents=noise, embeds=text), s.ease)
     pictures = list(frames)
-    save_animation(pictures, s.output, s.fps, how(replace(s, seed=seeds[0]), pipe, " | ".join(s.prompts), pictures[0]))
+    save_animation(pictures, s.output, s.fps, how(s, pipe, " | ".join(s.prompts), pictures[0]))
     print(s.output)
 
 

@@ -210,6 +210,9 @@ def test_a_loop(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loop = Image.open("m.png")
     assert loop.n_frames == 6
     assert np.array_equal(np.asarray(loop.convert("RGB")), pixels("key.png"))
+    run(tiny_folder, "morph", DOG, "the snow", "--seeds", "5", "--sampler", "euler_a", "--frames", "1", "--output", "n.png")
+    run(tiny_folder, "sample", DOG, "--seed", "5", "--sampler", "euler_a", "--output", "key.png")
+    assert np.array_equal(np.asarray(Image.open("n.png").convert("RGB")), pixels("key.png"))  # fresh noise of that seed
     Image.new("RGB", (8, 8)).save("holiday.png")
     said = refused(capsys, tiny_folder, "morph", DOG, "--output", "holiday.png")
     assert "is there already" in said

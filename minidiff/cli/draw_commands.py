@@ -25,9 +25,9 @@ from minidiff.files.text_files import load_tokenizer
 from minidiff.studio.filmstrip import Film
 from minidiff.studio.filmstrip import filmstrip as strip_of
 from minidiff.studio.maps import AttentionMaps, attention_sheet, words_of
-from minidiff.studio.morph import Keyframe, check_animation, check_loop, keyframe_tensors, save_animation
+from minidiff.studio.morph import check_animation, check_loop, keyframe_tensors, save_animation
 from minidiff.studio.morph import morph as frames_of
-from minidiff.studio.previews import PreviewFile, fit_preview
+from minidiff.studio.previews import fit_preview, preview_file
 from minidiff.studio.recipe import Origin, check_origin, check_outputs, parameters, recipe_texts
 from minidiff.studio.sheet import check_count, contact_sheet_of, parse_axis
 from minidiff.studio.tokens import token_view
@@ -49,7 +49,7 @@ def sample(s: Sample) -> None:
     """One file for each picture; how it was made is written into it."""
     names = output_files(s)
     pipe = load(s, [s.prompt])
-    preview = PreviewFile(fit_preview(pipe.vae), s.preview) if s.preview else None
+    preview = preview_file(fit_preview(pipe.vae), s.preview) if s.preview else None
     for name, seed in zip(names, range(s.seed, s.seed + s.num_images_per_prompt)):  # each alone: see `recipe_texts`
         alone = replace(s, seed=seed)
         image = draw(pipe, alone, s.prompt, callback=preview)
@@ -131,7 +131,7 @@ def morph(s: Morph) -> None:
         raise SettingsError(
             f"--seeds has {len(seeds)} numbers for {len(s.prompts)} prompts; give one for each, or one for all."
         )
-    keys = [Keyframe(s.prompts[i % len(s.prompts)], seeds[i % len(seeds)]) for i in range(count)]
+    keys = [(s.prompts[i % len(s.prompts)], seeds[i % len(seeds)]) for i in range(count)]
     s, pipe = replace(s, seed=seeds[0]), load(s, s.prompts)
     check_loop(keys, s.frames, s.sampler or pipe.sampler, s.eta)
     total = count * s.frames

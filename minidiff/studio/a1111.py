@@ -1,7 +1,7 @@
 """The text `parameters` in a picture: how it was made, in the words of AUTOMATIC1111 (A1111), for people and other programs.
 
-    text = parameters(settings, pipe, image.size)       # settings: the values of the flags by name
-    settings = read_a1111(text)                         # prompts (LoRA tags stay in them), steps, sampler, seed, size, guidance
+text = parameters(settings, pipe, image.size)       # settings: the values of the flags by name
+settings = read_a1111(text)                         # prompts (LoRA tags stay in them), steps, sampler, seed, size, guidance
 """
 
 import os

@@ -8,8 +8,7 @@ Shapes: B pictures, C H W one latent.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from PIL import Image
@@ -22,20 +21,16 @@ from minidiff.draw.images import contact_sheet, to_pil
 from minidiff.draw.pipeline import StableDiffusionPipeline
 
 
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """One call of the network. Latents (1, C, H, W) of the first picture, on the CPU."""
+class Frame(NamedTuple):
+    """One call of the network: t, the noisy latents that went in, and the clean ones as the network sees them (1, C, H, W)."""
 
     t: float
-    seen: Tensor  # the noisy latents that went in
-    x0: Tensor  # the clean latents as the network sees them
+    seen: Tensor
+    x0: Tensor
 
 
 class Film:
-    """Watches the U-Net, and is the pipeline's callback: one `Frame` a step. Use it in a `with`, which removes its hook.
-
-    It records the input of the network: some samplers go through states that the network never sees.
-    """
+    """Watches the U-Net, and is the pipeline's callback: one `Frame` a step. Use it in a `with`, which removes its hook."""
 
     def __init__(self, pipe: StableDiffusionPipeline) -> None:
         self.pipe, self.frames = pipe, list[Frame]()
@@ -49,7 +44,7 @@ class Film:
         self._hook.remove()
 
     def _look(self, unet: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._input = inputs[0][:1]  # with guidance both halves hold the same latents
+        self._input = inputs[0][:1]  # of the first picture; with guidance both halves hold the same latents
 
     def __call__(self, step: Step) -> None:
         x0 = step.x0[:1].float().cpu()

@@ -23,31 +23,21 @@ def _digest(path: Path, size: int, mtime_ns: int) -> str:
     return sha256(path)
 
 
-def sha256_of_files(folder: Path, files: list[Path]) -> str:
-    """The sha256 of the lines that `sha256sum` writes, `HASH  unet/config.json`, sorted by name."""
-    lines = sorted((file.relative_to(folder).as_posix(), sha256_of(file)) for file in files)
-    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in lines).encode()).hexdigest()
-
-
 def model_sha256(name: str) -> str:
-    """The hash of a model in one file; of a folder or hub id, one over the files in it that the pipeline reads."""
+    """The hash of a model in one file; of a folder or hub id, that of the lines that `sha256sum` writes for the files which the
+    pipeline reads, `HASH  unet/config.json`, sorted by name."""
     if Path(name).is_file():
         return sha256_of(name)
     home = local_folder(name)
-    files = [home / "scheduler" / "scheduler_config.json", *vocabulary(home / "tokenizer")]
+    files = [file for file in (home / "tokenizer").iterdir() if file.suffix in (".json", ".txt")]
     for part in ("unet", "vae", "text_encoder"):
         files += [home / part / "config.json", find_weights(home / part)]
-    return sha256_of_files(home, files)
-
-
-def vocabulary(folder: Path) -> list[Path]:
-    """The files of a tokenizer."""
-    return [file for file in folder.iterdir() if file.suffix in (".json", ".txt")]
+    named = sorted((file.relative_to(home).as_posix(), file) for file in [*files, home / "scheduler" / "scheduler_config.json"])
+    return hashlib.sha256("".join(f"{sha256_of(file)}  {name}\n" for name, file in named).encode()).hexdigest()
 
 
 HASHES: dict[str, Callable[[str], str]] = {  # by setting: how the file that it names is hashed
     "pretrained_model_name_or_path": model_sha256,
-    "tokenizer": lambda folder: sha256_of_files(Path(folder), vocabulary(Path(folder))),
     "lora": lambda path: sha256_of(find_weights(path, LORA_FILES)),
     "textual_inversion": lambda path: sha256_of(find_weights(path, (FILE_NAME,))),
     "image": sha256_of,

@@ -15,7 +15,7 @@ N heads   L h·w places   S tokens   D width of one head
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 Size = tuple[int, int]  # height and width, in cells
+Word = tuple[str, list[int]]  # a word of the prompt, and where its tokens stand among the S
 
 
 class AttentionMaps:
@@ -99,25 +100,17 @@ def size_of(places: int, latent: Size) -> Size:
     return height, width
 
 
-class Word(NamedTuple):
-    """A word of the prompt, and where its tokens stand among the S."""
-
-    text: str
-    positions: tuple[int, ...]
-
-
 def words_of(tokenizer: "CLIPTokenizer", prompt: str, placeholders: Mapping[str, Sequence[int]] = {}) -> list[Word]:
     """The words of a prompt, between spaces, each with all of its tokens; without the weights and marks of the language."""
     parsed = parse_prompt(prompt)
     chunks = chunked(tokenizer, parsed, placeholders)
     free = [LENGTH * i + 1 + j for i, chunk in enumerate(chunks) for j in range(len(chunk))]  # each starts with a mark
-    words = []
+    words: list[Word] = []
     for text in (word for section in parsed.sections for part in section for word in part.text.split()):
         count = len(token_ids(tokenizer, text, placeholders))
-        own, free = free[:count], free[count:]
-        name = re.sub(r"^[^\w<]+|[^\w>]+$", "", text)
-        if name:
-            words.append(Word(name, tuple(own)))
+        if name := re.sub(r"^[^\w<]+|[^\w>]+$", "", text):
+            words.append((name, free[:count]))
+        free = free[count:]
     return words
 
 
@@ -128,9 +121,8 @@ def attention_sheet(picture: Image.Image, maps: Tensor, words: Sequence[Word], t
     """
     if not words:
         raise SettingsError("the prompt has no words, so there is nothing to look at.")
-    heats = [maps[list(word.positions)].sum(dim=0) for word in words]  # a word's share is that of its tokens together
-    tiles = [over(picture, heat) for heat in heats]
-    return gallery([picture, *tiles], ["the picture", *(word.text for word in words)], title, tile)
+    tiles = [over(picture, maps[positions].sum(dim=0)) for _, positions in words]  # the share of its tokens together
+    return gallery([picture, *tiles], ["the picture", *(text for text, _ in words)], title, tile)
 
 
 def over(picture: Image.Image, heat: Tensor) -> Image.Image:

@@ -1,11 +1,11 @@
 """A seamless loop through pictures: from keyframe to keyframe, and from the last back to the first.
 
-    keys = [Keyframe("a photo of a red dog", 0), Keyframe("a photo of a blue cat", 1)]
-    noises, texts = keyframe_tensors(pipe, keys)
+    keyframes = [("a photo of a red dog", 0), ("a photo of a blue cat", 1)]                  # prompts and seeds
+    noises, texts = keyframe_tensors(pipe, keyframes)
     def draw(noise, text): return pipe(prompt_embeds=text, latents=noise, sampler="ddim").images[0]
     save_animation(morph(noises, texts, 24, draw), "morph.gif", fps=12)      # 24 frames from each keyframe to the next
 
-A keyframe is a prompt and a seed. Between two keyframes the encoded prompt moves along a straight line (`lerp`), and the noise
+Between two keyframes the encoded prompt moves along a straight line (`lerp`), and the noise
 along an arc (`slerp`). Noise of n numbers is about √n long. Halfway along a straight line it would be √(n/2) long; the network
 has never seen such weak noise, and draws fog. An arc keeps the length.
 
@@ -14,7 +14,6 @@ Shapes: B pictures, C H W one latent, S tokens, D text width.
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from minidiff.draw.pipeline import StableDiffusionPipeline, noise_source
 from minidiff.draw.progress import progress
 from minidiff.draw.prompting import count_chunks, parse_prompt
 
+Keyframe = tuple[str, int]  # a prompt and a seed
 Draw = Callable[[Tensor, Tensor], Image.Image]  # (noise (1, C, H, W), text (1, S, D)) -> picture
 MAX_FRAMES = 2000
 FORMATS = (".gif", ".webp", ".png")  # .png: APNG
@@ -65,14 +65,6 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
 # --- the loop ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Keyframe:
-    """A picture that the loop passes through."""
-
-    prompt: str
-    seed: int
-
-
 def places(keyframes: int, frames: int, ease: str = "even") -> Iterator[tuple[int, int, float]]:
     """(from keyframe, to keyframe, t in [0, 1)) of each frame. After the last frame comes the first again.
 
@@ -95,12 +87,12 @@ def keyframe_tensors(
 
     S is that of the longest prompt, `negative_prompt` included.
     """
-    prompts = [parse_prompt(prompt) for prompt in (*(key.prompt for key in keyframes), negative_prompt)]
+    prompts = [parse_prompt(prompt) for prompt in (*(prompt for prompt, _ in keyframes), negative_prompt)]
     if any(prompt.loras for prompt in prompts):
         raise SettingsError("a keyframe's prompt names a LoRA, which cannot be faded in or out. Attach it for all, by --lora.")
     shape, chunks = pipe.latent_shape(1, height, width), count_chunks(pipe.tokenizer, prompts, pipe.placeholders)
-    noises = [noise_source(shape, [key.seed])("latents") for key in keyframes]
-    return noises, [pipe.encode_prompt([key.prompt], clip_skip, chunks) for key in keyframes]
+    noises = [noise_source(shape, seed)("latents") for _, seed in keyframes]
+    return noises, [pipe.encode_prompt([prompt], clip_skip, chunks) for prompt, _ in keyframes]
 
 
 def morph(
@@ -120,7 +112,7 @@ def check_loop(keyframes: Sequence[Keyframe], frames: int, sampler: str, eta: fl
     if len(keyframes) < 2 or len(keyframes) * frames > MAX_FRAMES:
         count = f"{len(keyframes)} keyframes x {frames} frames"
         raise SettingsError(f"{count}: a loop needs two prompts or seeds, or more, and has at most {MAX_FRAMES} frames in all.")
-    if (sampler_named(sampler).fresh_noise or eta > 0) and len({key.seed for key in keyframes}) > 1:
+    if (sampler_named(sampler).fresh_noise or eta > 0) and len({seed for _, seed in keyframes}) > 1:
         raise SettingsError(
             f"{sampler} draws fresh noise in each step (ddim with --eta, too), so the frames would flicker between seeds. Take "
             "ddim, dpm++_2m or unipc; or keep one seed for all keyframes."

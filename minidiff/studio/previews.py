@@ -1,7 +1,7 @@
 """Previews while sampling: latents -> small pictures, by one matrix instead of the decoder.
 
     preview = fit_preview(pipe.vae)
-    pipe(prompt, callback=PreviewFile(preview, "preview.png"))
+    pipe(prompt, callback=preview_file(preview, "preview.png"))
 
 A latent is a small picture in other colours: red, green and blue are, nearly, weighted sums of its channels. The weights are
 fitted to the autoencoder at hand.
@@ -10,7 +10,6 @@ Shapes: B pictures, c latent channels, h w latent height and width; one latent c
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -45,16 +44,14 @@ def fit_preview(vae: AutoencoderKL) -> Preview:
     return lambda latents: (torch.einsum("bchw,cd->bdhw", latents.float().cpu(), matrix) + bias).clamp(-1, 1)
 
 
-@dataclass
-class PreviewFile:
-    """A callback that rewrites one small PNG after each step: the picture as the network expects it by then."""
+def preview_file(preview: Preview, path: Path | str, scale: int = 4) -> Callable[[Step], None]:
+    """A callback that rewrites a small PNG after each step: the picture as the network expects it by then.
 
-    preview: Preview
-    path: Path | str
-    scale: int = 4  # screen pixels for a latent cell: half the size of the finished picture
+    A latent cell becomes `scale` pixels: with 4, the preview is half as large as the picture.
+    """
 
-    def __call__(self, step: Step) -> None:
-        """The file is whole at any moment, so that a viewer may reload it whenever it likes."""
-        (picture,) = to_pil(F.interpolate(self.preview(step.x0[:1]), scale_factor=self.scale, mode="bicubic"))
-        about = f"Preview: {step.index + 1} of {step.total}, Version: minidiff {__version__}"
-        save_png(picture, self.path, {"parameters": about})
+    def callback(step: Step) -> None:
+        (picture,) = to_pil(F.interpolate(preview(step.x0[:1]), scale_factor=scale, mode="bicubic"))
+        save_png(picture, path, {"parameters": f"Preview: {step.index + 1} of {step.total}, Version: minidiff {__version__}"})
+
+    return callback

@@ -79,9 +79,9 @@ def pipe(tiny_folder: Path) -> StableDiffusionPipeline:
 @pytest.mark.parametrize(
     "keys",
     [
-        [Keyframe("a (red:1.3) dog", 0), Keyframe(CAT, 5), Keyframe(DOG, 9)],
-        [Keyframe(DOG, 0), Keyframe(DOG, 1)],
-        [Keyframe(DOG, 3), Keyframe(CAT, 3)],
+        [("a (red:1.3) dog", 0), (CAT, 5), (DOG, 9)],
+        [(DOG, 0), (DOG, 1)],
+        [(DOG, 3), (CAT, 3)],
     ],
     ids=["both", "seeds", "prompts"],
 )
@@ -92,8 +92,8 @@ def test_keyframes_are_exactly_what_the_pipeline_draws(pipe: StableDiffusionPipe
 
     frames = list(morph(*keyframe_tensors(pipe, keys), 2, draw, show=False))
     assert len(frames) == 2 * len(keys)
-    for key, frame in zip(keys, frames[::2]):
-        assert frame.tobytes() == pipe(key.prompt, seed=key.seed, num_inference_steps=3).images[0].tobytes()
+    for (prompt, seed), frame in zip(keys, frames[::2]):
+        assert frame.tobytes() == pipe(prompt, seed=seed, num_inference_steps=3).images[0].tobytes()
     assert len({frame.tobytes() for frame in frames}) >= len(keys) + 1  # between them is something else
 
 
@@ -113,20 +113,20 @@ def test_the_smooth_loop_rests_at_its_keyframes() -> None:
 
 def test_loops_that_cannot_be() -> None:
     with pytest.raises(SettingsError, match="1 keyframes x 24 frames: a loop needs two"):
-        check_loop([Keyframe(DOG, 0)], 24, "ddim", 0.0)
+        check_loop([(DOG, 0)], 24, "ddim", 0.0)
     with pytest.raises(SettingsError, match="at most 2000 frames in all"):
-        check_loop([Keyframe(DOG, 0)] * 3, 1000, "ddim", 0.0)
+        check_loop([(DOG, 0)] * 3, 1000, "ddim", 0.0)
 
 
 def test_keyframes_of_several_lengths(pipe: StableDiffusionPipeline) -> None:
     """All prompts get as many chunks as the longest."""
-    _, texts = keyframe_tensors(pipe, [Keyframe(DOG, 0), Keyframe("red " * 80, 0)])
+    _, texts = keyframe_tensors(pipe, [(DOG, 0), ("red " * 80, 0)])
     assert [text.shape[1] for text in texts] == [154, 154]
 
 
 def test_keyframes_beside_a_long_negative_prompt(pipe: StableDiffusionPipeline) -> None:
     """Its chunks count for the prompt too; else the two halves of guidance would differ in length."""
-    keys, negative = [Keyframe(DOG, 0), Keyframe(CAT, 1)], "red " * 80
+    keys, negative = [(DOG, 0), (CAT, 1)], "red " * 80
     noises, texts = keyframe_tensors(pipe, keys, 16, 32, clip_skip=1, negative_prompt=negative)
     options = {"num_inference_steps": 2, "negative_prompt": negative, "height": 16, "width": 32, "clip_skip": 1}
     frame = pipe(prompt_embeds=texts[1], latents=noises[1], **options).images[0]
@@ -135,11 +135,11 @@ def test_keyframes_beside_a_long_negative_prompt(pipe: StableDiffusionPipeline) 
 
 def test_keyframes_name_no_lora(pipe: StableDiffusionPipeline) -> None:
     with pytest.raises(SettingsError, match="names a LoRA"):
-        keyframe_tensors(pipe, [Keyframe("a dog <lora:x:1>", 0), Keyframe(DOG, 0)])
+        keyframe_tensors(pipe, [("a dog <lora:x:1>", 0), (DOG, 0)])
 
 
 def test_samplers_that_draw_fresh_noise_need_one_seed() -> None:
-    apart, together = [Keyframe(DOG, 0), Keyframe(CAT, 1)], [Keyframe(DOG, 0), Keyframe(CAT, 0)]
+    apart, together = [(DOG, 0), (CAT, 1)], [(DOG, 0), (CAT, 0)]
     check_loop(together, 24, "euler_a", 0.0)
     check_loop(apart, 24, "ddim", 0.0)
     for name, eta in (("ddpm", 0.0), ("euler_a", 0.0), ("dpm++_2m_sde", 0.0), ("ddim", 0.5), ("lcm", 0.0)):

@@ -144,7 +144,7 @@ def test_public_path(path: str, public: str) -> None:
 
 def test_every_setting_is_sorted() -> None:
     """A new flag that is a text must be a path with a hash, a prompt, or known to be neither."""
-    neither = {"sampler"}
+    neither = {"sampler", "tokenizer"}
     texts = {name for name, hint in get_type_hints(Sample).items() if str in (hint, *get_args(hint)) or "str, ..." in str(hint)}
     assert texts - HASHES.keys() - set(PROMPTS) - set(NOT_PIXELS) <= neither, "sort the new flag into HASHES or NOT_PIXELS"
 

@@ -20,8 +20,8 @@ from minidiff.draw.images import load_image, read_png_text, to_pil, to_tensor
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.pocket.world import Picture, draw
 from minidiff.studio.filmstrip import Film, filmstrip, noise_share
-from minidiff.studio.maps import AttentionMaps, Word, attention_sheet, over, size_of, words_of
-from minidiff.studio.previews import PreviewFile, fit_preview
+from minidiff.studio.maps import AttentionMaps, attention_sheet, over, size_of, words_of
+from minidiff.studio.previews import fit_preview, preview_file
 
 DOG = "a photo of a red dog on the beach"
 POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
@@ -167,24 +167,24 @@ def test_pictures_are_the_same_while_watched(pipe: StableDiffusionPipeline) -> N
 def test_words_have_all_of_their_tokens(pipe: StableDiffusionPipeline) -> None:
     prompt = "a red dog, xyz!"
     words = words_of(pipe.tokenizer, prompt)
-    assert [word.text for word in words] == ["a", "red", "dog", "xyz"]
-    positions = [i for word in words for i in word.positions]
+    assert [text for text, _ in words] == ["a", "red", "dog", "xyz"]
+    positions = [i for _, positions in words for i in positions]
     ids = pipe.tokenizer(prompt).input_ids
     assert positions == list(range(1, len(ids) - 1))  # between the start mark and the end mark
-    assert len(words[3].positions) > 1 and len(words[1].positions) == 1  # "xyz" is not in the vocabulary, "red" is
+    assert len(words[3][1]) > 1 and len(words[1][1]) == 1  # "xyz" is not in the vocabulary, "red" is
 
 
 def test_new_words_have_the_tokens_of_their_vectors(pipe: StableDiffusionPipeline) -> None:
     words = words_of(pipe.tokenizer, "a <new> dog", {"<new>": [7, 8, 9]})
-    assert [(word.text, word.positions) for word in words] == [("a", (1,)), ("<new>", (2, 3, 4)), ("dog", (5,))]
+    assert words == [("a", [1]), ("<new>", [2, 3, 4]), ("dog", [5])]
 
 
 def test_words_of_the_prompt_language(pipe: StableDiffusionPipeline) -> None:
     """Weights are no words; BREAK and a full chunk go on behind the marks of the next one, at 77 and 154."""
     words = words_of(pipe.tokenizer, "a (red:1.3) dog BREAK beach " + "red " * 80)
-    assert [word.text for word in words[:5]] == ["a", "red", "dog", "beach", "red"]
-    assert [word.positions for word in words[:5]] == [(1,), (2,), (3,), (78,), (79,)]
-    assert [word.positions for word in words[77:80]] == [(77 + 75,), (154 + 1,), (154 + 2,)]
+    assert [text for text, _ in words[:5]] == ["a", "red", "dog", "beach", "red"]
+    assert [positions for _, positions in words[:5]] == [[1], [2], [3], [78], [79]]
+    assert [positions for _, positions in words[77:80]] == [[77 + 75], [154 + 1], [154 + 2]]
 
 
 @pytest.mark.parametrize("latent", [(8, 8), (5, 7), (64, 48), (9, 2)])
@@ -210,7 +210,7 @@ def test_tokens_of_a_word_are_added(pipe: StableDiffusionPipeline) -> None:
     together = maps.clone()
     together[1] = maps[1] + maps[2]
     picture = Image.new("RGB", (16, 16), "gray")
-    sheets = [attention_sheet(picture, *args) for args in ((maps, [Word("dog", (1, 2))]), (together, [Word("dog", (1,))]))]
+    sheets = [attention_sheet(picture, *args) for args in ((maps, [("dog", [1, 2])]), (together, [("dog", [1])]))]
     assert sheets[0].tobytes() == sheets[1].tobytes()
 
 
@@ -233,9 +233,9 @@ def test_maps_that_cannot_be_made_are_told(pipe: StableDiffusionPipeline) -> Non
 def test_the_word_dog_lies_on_the_dog(pocket: StableDiffusionPipeline) -> None:
     with AttentionMaps(pocket) as maps:
         (picture,) = pocket(DOG, seed=0, num_inference_steps=6, guidance_scale=5.0, sampler="dpm++_2m").images
-    (dog,) = (word for word in words_of(pocket.tokenizer, DOG) if word.text == "dog")
+    dog = dict(words_of(pocket.tokenizer, DOG))["dog"]
     mean = maps.mean()
-    heat = F.interpolate(mean[list(dog.positions)].sum(0)[None, None], size=(128, 128), mode="bilinear")[0, 0]
+    heat = F.interpolate(mean[dog].sum(0)[None, None], size=(128, 128), mode="bilinear")[0, 0]
     red, green, blue = to_tensor(picture)
     is_red = (red - torch.maximum(green, blue)) > 0.6
     assert is_red.float().mean() > 0.05 and heat[is_red].mean() > 2 * heat[~is_red].mean()
@@ -279,7 +279,7 @@ def test_the_fit_is_the_least_squares_one(pipe: StableDiffusionPipeline) -> None
 
 def test_the_preview_file_is_rewritten_at_each_step(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     path, said = tmp_path / "preview.png", []
-    write = PreviewFile(fit_preview(pipe.vae), path, scale=3)
+    write = preview_file(fit_preview(pipe.vae), path, scale=3)
 
     def callback(step: Step) -> None:
         write(step)

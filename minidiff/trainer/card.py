@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from minidiff.core.schedule import NoiseSchedule
 from minidiff.files.folder import local_folder
 from minidiff.files.values import to_toml
 from minidiff.trainer.settings import FineTuneSettings
@@ -39,7 +40,7 @@ def is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
 
 
-def model_spec(settings: FineTuneSettings, kind: str, side: int, predicts: str, base_hash: str) -> dict[str, str]:
+def model_spec(settings: FineTuneSettings, kind: str, side: int, schedule: NoiseSchedule, base_hash: str) -> dict[str, str]:
     """Metadata of an adapter's file: ModelSpec 1.0.1, and those fields of kohya's scripts (`ss_`) by which A1111 knows it.
 
     `kind` is "lora" or "textual-inversion", `side` the pictures' in pixels, `base_hash` the fingerprint of the base.
@@ -52,7 +53,7 @@ def model_spec(settings: FineTuneSettings, kind: str, side: int, predicts: str, 
         "modelspec.title": name,
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.license": license_word(base_license(settings.pretrained_model_name_or_path)),
-        "modelspec.prediction_type": "v" if predicts == "v_prediction" else "epsilon",
+        "modelspec.prediction_type": "v" if schedule.config.prediction_type == "v_prediction" else "epsilon",
         "ss_v2": "False",
         "ss_base_model_version": "sd_v1",
         "ss_output_name": name,

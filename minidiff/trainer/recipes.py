@@ -6,6 +6,7 @@ The prior is a setting of every recipe that changes the model: LoRA with --with_
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import speed_up
 from minidiff.files.lora_file import save_lora
 from minidiff.files.word_file import check_word, save_embedding
+from minidiff.trainer.card import model_spec
 from minidiff.trainer.latents import LatentData
 from minidiff.trainer.optimizers import adamw
 from minidiff.trainer.settings import (
@@ -29,17 +31,17 @@ from minidiff.trainer.settings import (
     TextualInversionSettings,
     WordSettings,
 )
-from minidiff.trainer.task import Job, Prepared, load_base, load_data, make_job, prepared
+from minidiff.trainer.task import Job, load_base, load_data, make_job
 
 
 def full(settings: FullSettings) -> Job:
     """Full fine-tuning and DreamBooth. The result is a whole model folder."""
     settings.check()
     pipe, base_hash = load_base(replace(settings, mixed_precision="no", bf16_weights=False))  # trained weights start unrounded
-    text_encoder = pipe.text_encoder if settings.train_text_encoder else None
-    ready = prepared(pipe, settings, base_hash, load_data(pipe, settings, settings.train_text_encoder))
+    data = load_data(pipe, settings, settings.train_text_encoder)
+    trainable = core.full(pipe.unet, pipe.text_encoder if settings.train_text_encoder else None)
     tag = "dreambooth" if settings.with_prior_preservation else "full"
-    return make_job(ready, core.full(pipe.unet, text_encoder), pipe.save_pretrained, tag)
+    return make_job(pipe, settings, base_hash, data, trainable, pipe.save_pretrained, tag)
 
 
 def lora(settings: LoRASettings) -> Job:
@@ -47,21 +49,22 @@ def lora(settings: LoRASettings) -> Job:
     pipe, base_hash = load_base(settings)
     trainable = new_adapters(pipe, settings)
     data = load_data(pipe, settings, settings.train_text_encoder)
-    ready = prepared(pipe, settings, base_hash, data, as_base=lambda: adapters_off(pipe.unet))
-    return make_job(ready, trainable, lambda folder: write_adapters(folder, ready), "lora")
+    spec = model_spec(settings, "lora", data.resolution, pipe.schedule, base_hash)
+    write = partial(write_adapters, pipe, spec)
+    return make_job(pipe, settings, base_hash, data, trainable, write, "lora", partial(adapters_off, pipe.unet))
 
 
 def textual_inversion(settings: TextualInversionSettings) -> Job:
     """Textual inversion. The result is `learned_embeds.safetensors`, a few kilobytes."""
     pipe, base_hash = load_base(settings)
     trainable = new_word(pipe, settings)
-    ready = prepared(pipe, settings, base_hash, load_word_data(pipe, settings))
-    spec = ready.spec("textual-inversion")
+    data = load_word_data(pipe, settings)
+    spec = model_spec(settings, "textual-inversion", data.resolution, pipe.schedule, base_hash)
 
     def export(folder: Path) -> None:
         save_embedding(folder, settings.placeholder_token, trainable["word"], metadata=spec)
 
-    return make_job(ready, trainable, export, "textual_inversion")
+    return make_job(pipe, settings, base_hash, data, trainable, export, "textual_inversion")
 
 
 def pivotal(settings: PivotalSettings) -> Job:
@@ -69,15 +72,16 @@ def pivotal(settings: PivotalSettings) -> Job:
     pipe, base_hash = load_base(settings)
     adapters, word = new_adapters(pipe, settings), new_word(pipe, settings)
     data = load_word_data(pipe, settings)
-    ready = prepared(pipe, settings, base_hash, data, as_base=lambda: adapters_off(pipe.unet))
+    spec = model_spec(settings, "lora", data.resolution, pipe.schedule, base_hash)
     optimizer = adamw(list(adapters.values()), settings)
     optimizer.add_param_group({"params": list(word.values()), "lr": settings.learning_rate_embedding})
 
     def export(folder: Path) -> None:
-        write_adapters(folder, ready)
-        save_embedding(folder, settings.placeholder_token, word["word"], metadata=ready.spec("lora"))
+        write_adapters(pipe, spec, folder)
+        save_embedding(folder, settings.placeholder_token, word["word"], metadata=spec)
 
-    return make_job(ready, adapters | word, export, "pivotal", optimizer)
+    off = partial(adapters_off, pipe.unet)
+    return make_job(pipe, settings, base_hash, data, adapters | word, export, "pivotal", off, optimizer)
 
 
 RECIPES: dict[type, Callable[[Any], Job]] = {
@@ -110,11 +114,11 @@ def print_trainable_parameters(model: nn.Module) -> None:
     print(f"trainable params: {some:,} || all params: {every:,} || trainable%: {100 * some / every:.4f}")
 
 
-def write_adapters(folder: Path, ready: Prepared) -> None:
+def write_adapters(pipe: StableDiffusionPipeline, metadata: dict[str, str], folder: Path) -> None:
     """The adapters of both networks in one file. (A network without one adds nothing.)"""
-    networks = {"unet": ready.pipe.unet, "text_encoder": ready.pipe.text_encoder}
+    networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     modules = {f"{part}.{name}": w for part, model in networks.items() for name, w in adapter_weights(model).items()}
-    save_lora(modules, folder, metadata=ready.spec("lora"))
+    save_lora(modules, folder, metadata=metadata)
 
 
 # --- words ---------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minidiff.core.errors import SettingsError
 from minidiff.core.losses import squared_error
-from minidiff.core.recipes import Answer, DiffusionLoss
+from minidiff.core.recipes import DiffusionLoss
 from minidiff.core.text import tokenize
 from minidiff.core.train import DTYPES, Batch, Task
 from minidiff.draw.device import chosen_device
@@ -26,7 +26,7 @@ from minidiff.draw.images import contact_sheet
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import checkpoint_gradients
 from minidiff.files import names as keymaps
-from minidiff.trainer.card import model_spec, write_card
+from minidiff.trainer.card import write_card
 from minidiff.trainer.checkpoint import check_folder
 from minidiff.trainer.dataset import bucket_sizes, check_pictures, read_folder
 from minidiff.trainer.distributed import world
@@ -34,6 +34,8 @@ from minidiff.trainer.latents import LatentData
 from minidiff.trainer.priors import BasePrior, PairedData, class_examples, class_settings
 from minidiff.trainer.settings import FineTuneSettings, FullSettings
 from minidiff.trainer.validation import check_prediction_type, validation_set
+
+AsBase = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass
@@ -169,41 +171,19 @@ def sample_sheets(
     return sheet
 
 
-@dataclass
-class Prepared:
-    """The model, which is still the base, and its data: all that a recipe needs before training."""
+def diffusion_loss(
+    pipe: StableDiffusionPipeline, settings: FineTuneSettings, as_base: AsBase | None = None
+) -> tuple[DiffusionLoss, nn.Module | None]:
+    """The loss with what the settings add to it; and a copy of the untrained U-Net, if --prior_from_base needs one.
 
-    pipe: StableDiffusionPipeline
-    settings: FineTuneSettings
-    base_hash: str
-    data: LatentData
-    batches: LatentData | PairedData | BasePrior
-    loss: DiffusionLoss
-    sheets: Callable[[int], Image.Image | None]
-    untuned: nn.Module | None  # a copy of the U-Net as it was, if one is needed
-
-    def spec(self, kind: str) -> dict[str, str]:
-        """Metadata for the file of an adapter or a word."""
-        return model_spec(self.settings, kind, self.data.resolution, self.pipe.schedule.config.prediction_type, self.base_hash)
-
-
-def prepared(
-    pipe: StableDiffusionPipeline,
-    settings: FineTuneSettings,
-    base_hash: str,
-    data: LatentData,
-    as_base: Callable[[], AbstractContextManager[None]] | None = None,
-) -> Prepared:
-    """Class pictures and the first row of the sheets are drawn here, by the base.
-
-    Inside `as_base()` the U-Net in training predicts what the base did. Without it --prior_from_base keeps a copy.
+    Inside `as_base()` the U-Net in training predicts what the base does, so that no copy is needed. Call this while the model
+    still is the base.
     """
-    s, batches, sheets = settings, with_prior(pipe, data), sample_sheets(pipe, settings, data)
-    untuned: nn.Module | None = None
-    base: Answer | None = None
+    s, base, untuned = settings, None, None
     if has_prior(s) and s.prior_from_base:
-        words = pipe.encode_captions([s.class_prompt or ""]).to(pipe.device)  # (1, L, D); now: the text encoder may be trained
-        untuned = copy.deepcopy(pipe.unet) if as_base is None else None
+        with torch.no_grad():
+            words = pipe.encode_captions([s.class_prompt or ""]).to(pipe.device)  # (1, L, D)
+        untuned = copy.deepcopy(pipe.unet).requires_grad_(False) if as_base is None else None
         unet, inside = untuned or pipe.unet, as_base or nullcontext
 
         def base(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
@@ -211,66 +191,67 @@ def prepared(
                 return unet(x_t, t, words.expand(len(x_t), -1, -1))
 
     weight = s.prior_loss_weight if has_prior(s) else 0.0
-    loss = DiffusionLoss(pipe.unet, pipe.schedule, pipe.text_encoder, s.snr_gamma, weight, base)
-    return Prepared(pipe, settings, base_hash, data, batches, loss, sheets, untuned)
+    return DiffusionLoss(pipe.unet, pipe.schedule, pipe.text_encoder, s.snr_gamma, weight, base), untuned
 
 
 def make_job(
-    ready: Prepared,
+    pipe: StableDiffusionPipeline,
+    settings: FineTuneSettings,
+    base_hash: str,
+    data: LatentData,
     trainable: dict[str, nn.Parameter],
     export: Callable[[Path], None],
     tag: str,
+    as_base: AsBase | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Job:
-    """The job, with the validation loss on fixed noise, and a first look at whether the base predicts what it says.
+    """The job. The model still is the base here: it draws missing class pictures and the first row of the sheets.
 
-    Networks that no step needs leave the GPU or the memory. `tag` names the method in the model card.
+    Then networks that no step needs leave the GPU or the memory. `tag` names the method in the model card; for `as_base` see
+    `diffusion_loss`.
     """
-    pipe, settings, data = ready.pipe, ready.settings, ready.data
+    batches, sheets = with_prior(pipe, data), sample_sheets(pipe, settings, data)
+    loss, untuned = diffusion_loss(pipe, settings, as_base)
     validation, networks = data, {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     if settings.validation_data_dir:
         plain = replace(settings, masked_loss=False)
         validation = load_data(pipe, plain, data.live_text, data.templates, settings.validation_data_dir)
-    fixed = validation_set(validation)
-    whole_model = isinstance(settings, FullSettings)  # is the result
-    offload(idle_networks(pipe, data), needed_again=bool(settings.validation_steps) or whole_model)
-    check_prediction_type(pipe.schedule, fixed, lambda batch: outputs_of(ready, batch))
+    fixed, at_once = validation_set(validation), max(1, settings.train_batch_size // world().size)
+
+    def outputs(batch: Batch) -> Tensor:
+        """The U-Net's output for a batch; of as many samples at once as in training, for which there is memory."""
+        pieces = zip(*(rows.to(pipe.device).split(at_once) for rows in batch.values()))
+        return torch.cat([loss.predict(dict(zip(batch, piece)))[0] for piece in pieces])
+
+    def errors(batch: Batch) -> Tensor:
+        """The squared error of each sample of a batch, (B,)."""
+        batch = {name: rows.to(pipe.device) for name, rows in batch.items()}
+        return squared_error(outputs(batch), loss.target(batch), batch.get("mask"))
 
     def validate() -> dict[str, float]:
         with without_dropout(pipe):
-            return fixed.loss(lambda batch: errors_of(ready, batch))
+            return fixed.loss(errors)
 
+    whole_model = isinstance(settings, FullSettings)  # is the result
+    offload(idle_networks(pipe, data), needed_again=bool(settings.validation_steps) or whole_model)
+    check_prediction_type(pipe.schedule, fixed, outputs)
     for network in networks.values():
         network.train()  # with dropout, where there is some
-    beside: dict[str, nn.Module] = {"VAE": pipe.vae} | ({} if ready.untuned is None else {"untuned U-Net": ready.untuned})
     return Job(
         trainable=trainable,
-        batch=ready.batches.batch,
-        loss=ready.loss,
+        batch=batches.batch,
+        loss=loss,
         export=export,
         card=lambda folder: write_card(folder, settings, settings.updates(data.samples_per_epoch), tag),
-        preview=ready.sheets,
+        preview=sheets,
         validate=validate,
-        facts={"base": ready.base_hash} | ready.batches.facts,
+        facts={"base": base_hash} | batches.facts,
         samples_per_epoch=data.samples_per_epoch,
         optimizer=optimizer,
         modules=networks,
-        beside=beside,
-        used_vae=ready.batches.used_vae or validation.used_vae or not settings.cache_latents,
+        beside={"VAE": pipe.vae} | ({} if untuned is None else {"untuned U-Net": untuned}),
+        used_vae=batches.used_vae or validation.used_vae or not settings.cache_latents,
     )
-
-
-def outputs_of(ready: Prepared, batch: Batch) -> Tensor:
-    """The U-Net's output for a batch; of as many samples at once as in training, for which there is memory."""
-    at_once = max(1, ready.settings.train_batch_size // world().size)
-    pieces = zip(*(rows.to(ready.pipe.device).split(at_once) for rows in batch.values()))
-    return torch.cat([ready.loss.predict(dict(zip(batch, piece)))[0] for piece in pieces])
-
-
-def errors_of(ready: Prepared, batch: Batch) -> Tensor:
-    """The squared error of each sample of a batch, (B,)."""
-    batch = {name: rows.to(ready.pipe.device) for name, rows in batch.items()}
-    return squared_error(outputs_of(ready, batch), ready.loss.target(batch), batch.get("mask"))
 
 
 def offload(networks: Sequence[nn.Module], needed_again: bool) -> None:

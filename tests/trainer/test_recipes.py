@@ -33,7 +33,7 @@ from minidiff.trainer import checkpoint
 from minidiff.trainer.recipes import RECIPES, print_trainable_parameters
 from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import FineTuneSettings, LoRASettings
-from minidiff.trainer.task import Job, load_base, load_data, model_fingerprint, prepared, sample_sheets
+from minidiff.trainer.task import Job, diffusion_loss, load_base, load_data, model_fingerprint, sample_sheets
 
 
 @pytest.fixture(autouse=True)
@@ -303,9 +303,9 @@ def test_simple_loss_eq14(make: Any, gamma: float | None, prediction_type: str) 
     settings = make("lora", snr_gamma=gamma)
     pipe = load_base(settings)[0]
     pipe.schedule = NoiseSchedule.from_config(NoiseConfig(prediction_type=prediction_type))
-    batch = (data := load_data(pipe, settings)).batch(0, 0)
+    batch = load_data(pipe, settings).batch(0, 0)
     with torch.no_grad():
-        given = prepared(pipe, settings, "", data).loss(batch, 0, 0)
+        given = diffusion_loss(pipe, settings)[0](batch, 0, 0)
         output = pipe.unet(add_noise(pipe.schedule, batch["latents"], batch["noise"], batch["t"]), batch["t"], batch["text"])
     weights = None if gamma is None else min_snr_weights(pipe.schedule, batch["t"], gamma)
     target = training_target(pipe.schedule, batch["latents"], batch["noise"], batch["t"])

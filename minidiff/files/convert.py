@@ -50,7 +50,7 @@ def convert(source: Path, place: Path, to: str, options: Options) -> list[str]:
 
     SettingsError for a form that this kind of file does not have, or an option that would be ignored.
     """
-    pickled = not source.is_dir() and (source.suffix in PICKLES or is_pickle(source))
+    pickled = not source.is_dir() and (source.suffix in PICKLES or is_pickle(first_bytes(source)))
     path = place.parent / "opened" / f"{source.stem}.safetensors" if pickled else source
     with called(path, source):
         if pickled:
@@ -86,11 +86,11 @@ def kind_of(path: Path) -> str:
 
 
 def convert_lora(path: Path, place: Path, to: str, options: Options) -> list[str]:
-    like, dtype = options.pretrained_model_name_or_path, options.dtype
+    like = options.pretrained_model_name_or_path
     lora = read_lora(path, options.alpha, empty_model(like).unet.config if like else SD15_UNET)
     kinds = {info.dtype for info in read_header(lora.path).tensors.values() if len(info.shape) > 1}
-    half = kinds.pop() if len(kinds) == 1 and kinds <= {torch.float16, torch.bfloat16} else torch.float32
-    return [str(lora), *rewritten(lora.modules, place, to, dtype or half, kept_metadata(lora.metadata))]
+    own = kinds.pop() if len(kinds) == 1 and kinds <= {torch.float16, torch.bfloat16} else torch.float32
+    return [str(lora), *rewritten(lora.modules, place, to, options.dtype or own, kept_metadata(lora.metadata))]
 
 
 def rewritten(
@@ -123,9 +123,10 @@ def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 def convert_word(path: Path, place: Path, to: str, token: str | None) -> list[str]:
     old = read_embedding(path, token)
     new = read_embedding(save_embedding(place, old.word, old.vectors, to, read_header(old.path).metadata))
-    note = f'Note: programs that read this form take the file\'s name for the word: "{place.stem}".'
-    lines = [note] if to == "kohya" and place.stem != old.word else []
-    return [str(old), *lines, f"max |v - v'| = {largest_difference([(old.vectors, new.vectors)]):.3g}"]
+    lines = [str(old), f"max |v - v'| = {largest_difference([(old.vectors, new.vectors)]):.3g}"]
+    if to == "kohya" and place.stem != old.word:
+        lines.append(f'Note: programs that read this form take the file\'s name for the word: "{place.stem}".')
+    return lines
 
 
 def convert_model(path: Path, place: Path, options: Options) -> list[str]:
@@ -170,7 +171,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     start, size = first_bytes(path), path.stat().st_size
     if start[8:9] == b"{":
         raise WeightsError(f"{path} is a safetensors file under another name; rename it to {path.stem}.safetensors.")
-    if not is_pickle(path):
+    if not is_pickle(start):
         raise WeightsError(f"{path} {foreign(start)}")
     try:
         zipped = is_zipfile(path)

@@ -103,9 +103,8 @@ def read_config(kind: type[Config], values: dict[str, Any], where: str) -> Confi
     """A dataclass of this kind from parsed JSON. WeightsError, which names the file `where`, for impossible values."""
     for key, only in ONLY[kind].items():
         if values.get(key, only) not in (only, None):
-            family = {1024: " This is an SD 2.x model.", 2048: " This is an SDXL model."}
-            width = values.get("cross_attention_dim")
-            hint = family.get(width, "") if isinstance(width, int) else ""
+            family = {"1024": " This is an SD 2.x model.", "2048": " This is an SDXL model."}
+            hint = family.get(str(values.get("cross_attention_dim")), "")
             raise WeightsError(f"{where}: {key} is {values[key]!r}; minidiff builds SD 1.x models, where it is {only!r}.{hint}")
     hints = get_type_hints(kind)
     given: dict[str, Any] = {key: value for key, value in values.items() if key in hints}
@@ -117,30 +116,26 @@ def read_config(kind: type[Config], values: dict[str, Any], where: str) -> Confi
         if isinstance(value, list):
             given[key] = tuple(value)
     config = kind(**given)
+    if not isinstance(config, NoiseConfig):
+        check_sizes(config, where)
+        return config
     try:
-        if isinstance(config, NoiseConfig):
-            NoiseSchedule.from_config(config)
-        else:
-            check_sizes(config)
+        NoiseSchedule.from_config(config)
     except SettingsError as error:
         raise WeightsError(f"{where}: {error}") from error
     return config
 
 
-def check_sizes(config: UNetConfig | VAEConfig) -> None:
-    """SettingsError if no network of these sizes can be built."""
+def check_sizes(config: UNetConfig | VAEConfig, where: str) -> None:
+    """WeightsError if no network of these sizes can be built."""
     widths, layers, groups, heads = config.block_out_channels, config.layers_per_block, config.norm_num_groups, 1
-    problem = None
+    possible = 1 <= len(widths) <= LEVELS and layers <= LAYERS
     if isinstance(config, UNetConfig):
         heads, down, up = config.attention_head_dim, config.down_block_types, config.up_block_types
-        if not len(widths) == len(down) == len(up) or not BLOCKS.issuperset(down + up):
-            problem = "block_out_channels and the block types differ in length, or a block is none of SD 1.x"
-    if not 1 <= len(widths) <= LEVELS or layers > LAYERS:
-        problem = f"{len(widths)} levels of {layers} layers; it can be 1 to {LEVELS} levels of 1 to {LAYERS} layers"
-    elif odd := next((width for width in widths if width % groups or width % heads), None):
-        problem = f"width {odd} does not divide into {groups} groups" + (f" and {heads} heads" if heads > 1 else "")
-    if problem:
-        raise SettingsError(f"not a usable configuration: {problem}.")
+        possible = possible and len(widths) == len(down) == len(up) and BLOCKS.issuperset(down + up)
+    if not possible or any(width % groups or width % heads for width in widths):
+        sizes = f"{len(widths)} levels of {layers} layers, with widths {widths}, {groups} groups and {heads} heads"
+        raise WeightsError(f"{where}: not a usable configuration: {sizes}, or blocks of another kind than SD 1.x has.")
 
 
 def config_values(config: UNetConfig | VAEConfig | NoiseConfig, class_name: str) -> dict[str, Any]:

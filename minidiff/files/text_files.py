@@ -31,7 +31,8 @@ def load_tokenizer(folder: Path) -> "CLIPTokenizer":
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), model_max_length=LENGTH, local_files_only=True)
         joined = set(merges.read_text(encoding="utf-8").replace(" ", "").splitlines()) if two_files else None
     except Exception as error:  # the library raises bare Exception for a damaged file
-        raise WeightsError(f"{folder}: the tokenizer cannot be read: {error}. Copy the folder again.") from error
+        files = "vocab.json and merges.txt" if two_files else "tokenizer.json"
+        raise WeightsError(f"{folder}: the tokenizer cannot be read ({files}): {error}. Copy the folder again.") from error
     if None in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         raise WeightsError(f"{folder}: the start, end or padding token is not in the vocabulary; not a CLIP tokenizer.")
     longer = {token for token in tokenizer.get_vocab() if len(token.removesuffix("</w>")) > 1 and not token.startswith("<|")}

@@ -143,9 +143,8 @@ def foreign(start: bytes) -> str:
     return next((what for magic, what in OTHER_FILES.items() if start.startswith(magic)), unknown)
 
 
-def is_pickle(path: Path) -> bool:
-    """By its first bytes. A safetensors file can begin with any eight, the length of its header, and then has a brace."""
-    start = first_bytes(path) if path.is_file() and path.stat().st_size else b""
+def is_pickle(start: bytes) -> bool:
+    """Does a pickle begin so? A safetensors file can begin with any eight bytes, and then has a brace."""
     return start.startswith((b"PK", b"\x80")) and start[8:9] != b"{"
 
 

@@ -243,7 +243,7 @@ def test_a_header_may_be_as_long_as_a_pickle_begins(tmp_path: Path) -> None:
     path = tensor_file(tmp_path / "x.safetensors", {"a": torch.ones(1, 4)}, {"x": ""})
     missing = 0x80 - path.read_bytes()[0]
     tensor_file(path, {"a": torch.ones(1, 4)}, {"x": "y" * missing})
-    assert path.read_bytes()[:1] == b"\x80" and not is_pickle(path)
+    assert path.read_bytes()[:1] == b"\x80" and not is_pickle(path.read_bytes())
 
 
 def test_every_weight_file_of_a_folder(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from minidiff.draw.prompting import parse_prompt
 from minidiff.draw.speed import compile_unet, keep_memory
 from minidiff.files.folder import local_folder
 from minidiff.files.text_files import load_tokenizer
+from minidiff.files.weights import read_header
 from minidiff.studio.filmstrip import Film
 from minidiff.studio.filmstrip import filmstrip as strip_of
 from minidiff.studio.maps import AttentionMaps, attention_sheet, words_of
@@ -206,6 +207,8 @@ def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
     device, name = chosen_device(s.device), s.pretrained_model_name_or_path
     dtype = getattr(torch, s.torch_dtype or ("float32" if device == "cpu" else "float16"))
     single = Path(name).is_file() or name.endswith(".safetensors")
+    if single:
+        read_header(name)  # first of all: is it a model file?
     if single != (s.tokenizer is not None):
         raise SettingsError(
             f"{name}: a model in one file needs --tokenizer, the tokenizer folder of SD 1.5, and a folder has its own. "

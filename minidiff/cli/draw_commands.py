@@ -207,7 +207,7 @@ def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
     device, name = chosen_device(s.device), s.pretrained_model_name_or_path
     dtype = getattr(torch, s.torch_dtype or ("float32" if device == "cpu" else "float16"))
     single = Path(name).is_file() or name.endswith(".safetensors")
-    if single:
+    if Path(name).is_file():
         read_header(name)  # first of all: is it a model file?
     if single != (s.tokenizer is not None):
         raise SettingsError(

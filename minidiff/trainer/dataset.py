@@ -114,8 +114,6 @@ class Scan:
         """Read one folder, without those in it. `fallback` is the caption of pictures that have none."""
         inside, before, found = sorted(folder.iterdir()), len(self.errors), list[Example]()
         pictures = [p for p in inside if is_picture(p)]
-        stems = {p.stem for p in pictures}
-        pictures = [p for p in pictures if not (p.name.endswith(MASK) and p.name.removesuffix(MASK) in stems)]
         tables = [p for p in inside if p.name in METADATA and self.prompt is None]
         with self.collecting():
             if len(tables) == 2:
@@ -169,7 +167,7 @@ class Scan:
 
 
 def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURES and not path.name.startswith(".")
+    return path.suffix.lower() in PICTURES and not path.name.startswith(".") and not path.name.endswith(MASK)
 
 
 def some(names: list[str], most: int = 5) -> str:

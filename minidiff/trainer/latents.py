@@ -11,6 +11,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -101,14 +102,11 @@ class Draw:
 
 
 class LatentData:
-    """The data of every latent diffusion recipe: `batch(step, micro)` gives latents, noise, timesteps and text.
+    """The data of every recipe: `batch(step, micro)` gives latents, noise, timesteps and text.
 
-    Prompts are encoded once. Pictures too, to the mean and log-variance of their latents (`cache_latents`); a latent
-    is drawn from these anew each time. With `random_flip` the mirror images are encoded as well.
-
-    `encode_prompts` gives (B, L, D), which a batch holds as "text"; or whole numbers (B, L), token ids for a text encoder
-    that is trained itself, which it holds as "ids". Where there are `templates`, one is drawn for each sample, and its
-    {} is the caption.
+    Prompts are encoded once. With `cache_latents` pictures are, too, to the mean and log-variance of their latents; a latent is
+    drawn from these anew each time. `encode_prompts` gives (B, L, D), the "text" of a batch; or, for a text encoder that is
+    trained itself, token ids (B, L), the "ids" of a batch. Each sample draws one of the `templates`; its {} is the caption.
     """
 
     def __init__(
@@ -146,9 +144,9 @@ class LatentData:
         return {"pictures": len(self.examples), "data": fingerprint(self.examples), "side": self.resolution}
 
     def batch(self, step: int, micro: int) -> Tensors:
-        """latents (B, C, h, w), scaled; noise, of that shape; t (B,), whole numbers; text (B, L, D). All on the CPU.
+        """latents (B, C, h, w), scaled; noise, of that shape; t (B,), whole numbers; text (B, L, D), or ids (B, L).
 
-        Instead of text perhaps ids (B, L); with --masked_loss also mask (B, 1, h, w).
+        With --masked_loss also mask (B, 1, h, w), the share of each cell that is learnt. All on the CPU.
         """
         samples = [self.sample(number) for number in self.numbers(step, micro)]
         return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
@@ -197,7 +195,7 @@ class LatentData:
         return order(len(self.turns), s.seed, epoch)
 
     def _encoded(self, i: int, place: Place, flip: bool) -> Tensors:
-        """A picture's latent as the VAE gives it, "mean" and "logvar" (C, h, w), and its "mask"; encoded now or earlier."""
+        """A picture's latent as the VAE gives it, "mean" and "logvar" (C, h, w), and its "mask" (1, h, w)."""
         if (i, flip) in self.cache:
             return self.cache[i, flip]
         encode = partial(self._encode, i, place, flip)
@@ -215,12 +213,12 @@ class LatentData:
         x = crop(load_image(example.path), size, place, flip)  # (3, H, W)
         mean, logvar = self.vae.encode(x[None].to(weight.device, weight.dtype))
         encoded = {"mean": mean[0].float().cpu(), "logvar": logvar[0].float().cpu()}
-        if not self.settings.masked_loss:
-            return encoded
-        if example.mask is None:
-            return encoded | {"mask": torch.ones_like(encoded["mean"][:1])}
-        pixels = crop(load_image(example.mask).convert("L"), size, place, flip)[:1] / 2 + 0.5  # (1, H, W) in [0, 1]
-        return encoded | {"mask": F.avg_pool2d(pixels, self.vae.config.downscale)}  # each cell: the mean of its pixels
+        if self.settings.masked_loss and example.mask:
+            pixels = crop(load_image(example.mask).convert("L"), size, place, flip)[:1] / 2 + 0.5  # (1, H, W) in [0, 1]
+            encoded["mask"] = F.avg_pool2d(pixels, self.vae.config.downscale)  # each cell: the mean of its pixels
+        elif self.settings.masked_loss:
+            encoded["mask"] = torch.ones_like(encoded["mean"][:1])
+        return encoded
 
 
 # --- the cache on the disk -------------------------------------------------------------------------------------------
@@ -231,10 +229,9 @@ class Cache:
 
         cache/3f0c…e1.safetensors      one picture's latent, and its mask; or the embedding of one prompt
 
-    A file's name is the sha256 of everything its numbers come from: the picture's bytes, size, crop and flip, or the
-    prompt's token ids; each number of the network; and the device and versions, on which the last bits depend. So no file
-    is ever out of date. Each file appears whole or not at all, and holds the sha256 of its own numbers: a damaged one is
-    computed again.
+    A file's name is the sha256 of everything its numbers come from: the picture's bytes, size, crop and flip, or the prompt's
+    token ids; each number of the network; and the device and versions, on which the last bits depend. So no file is ever out of
+    date. Each file appears whole or not at all, and holds the sha256 of its own numbers: a damaged one is computed again.
     """
 
     def __init__(self, folder: str | Path, network: nn.Module) -> None:
@@ -261,7 +258,7 @@ class Cache:
         tensors = {name: tensor.detach().cpu() for name, tensor in make().items()}
         try:
             if self.writes:
-                save(tensors, path, {"key": key, "sha256": digest(tensors)})
+                save(tensors, path, {"sha256": digest(tensors, key)})
         except OSError as error:  # no reason to stop
             print(f"Note: --cache_dir: {path} could not be written ({error.strerror}); going on without.", file=sys.stderr)
             self.writes = False
@@ -270,18 +267,17 @@ class Cache:
 
 def read(path: Path, key: str) -> Tensors | None:
     """The tensors of a file, if it is the one of that key and its numbers are as they were written; else None."""
-    try:
+    with suppress(WeightsError, OSError):
         file = read_header(path)
         tensors = file.read()
-    except (WeightsError, OSError):
-        return None
-    right = file.metadata.get("key") == key and file.metadata.get("sha256") == digest(tensors)
-    return tensors if right else None
+        if file.metadata.get("sha256") == digest(tensors, key):
+            return tensors
+    return None
 
 
-def digest(tensors: Tensors) -> str:
-    """sha256 of names, dtypes, shapes and numbers."""
-    sha = hashlib.sha256()
+def digest(tensors: Mapping[str, Tensor], key: str = "") -> str:
+    """sha256 of the key, and of names, dtypes, shapes and numbers."""
+    sha = hashlib.sha256(key.encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

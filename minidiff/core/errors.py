@@ -29,5 +29,6 @@ class SettingsError(MinidiffError):
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint such as ` Did you mean "ddim"?`, or an empty string where nothing is near."""
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f' Did you mean "{near[0]}"?' if near else ""
+    known = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
+    return f' Did you mean "{known[near[0]]}"?' if near else ""

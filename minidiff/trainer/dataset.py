@@ -157,7 +157,7 @@ class Scan:
                 lines[path] = line
                 own = self.masks and row.get("mask")
                 mask = file_in(table.parent, row, "mask", where) if own else self.mask_beside(path)
-                yield Example(path, checked(cell(row, column, where), f'{where}: "{column}"'), mask)
+                yield Example(path, checked(row.get(column), f'{where}: "{column}"'), mask)
         if not column:
             raise DataError(f"{table} is empty; one line for each picture is expected.")
 
@@ -233,22 +233,16 @@ def caption_column(row: dict[str, Any], wanted: str | None, where: str) -> str:
     return wanted or (usual or strings)[0]
 
 
-def cell(row: dict[str, Any], column: str, where: str) -> object:
-    if column not in row:
-        raise DataError(f'{where}: no "{column}"; the columns here are {", ".join(row)}.')
-    return row[column]
-
-
 def file_in(folder: Path, row: dict[str, Any], column: str, where: str) -> Path:
     """The file that a row names, which lies in `folder`."""
-    name = cell(row, column, where)
-    path = os.path.normpath(name) if isinstance(name, str) else ""
+    name = row.get(column)
+    if not isinstance(name, str) or not name:
+        raise DataError(f'{where}: no "{column}" that names a file in {folder}; the columns here are {", ".join(row)}.')
+    path = os.path.normpath(name)
     outside = os.path.isabs(path) or path.split(os.sep)[0] == ".."
     if outside or not os.path.isfile(folder / path):  # False, too, for a name that no file can have
-        files = {p.name.lower(): p.name for p in folder.iterdir() if is_picture(p)}
-        near = files.get(str(name).lower())
-        hint = f' Did you mean "{near}"?' if near else did_you_mean(str(name), files.values())
-        raise DataError(f'{where}: there is no file {name!r:.100} in {folder}; "{column}" must name one.{hint}')
+        hint = did_you_mean(name, (p.name for p in folder.iterdir() if is_picture(p)))
+        raise DataError(f"{where}: there is no file {name!r:.100} in {folder}.{hint}")
     return folder / path
 
 

@@ -172,8 +172,8 @@ ROW = {"file_name": "picture-0.png", "text": "a dog"}
     [
         (f"{json.dumps(ROW)}\n{{oops", "line 2: not JSON"),
         (json.dumps(ROW, indent=1), "Write one object per line, such as"),
-        ('{"text": "a dog"}', 'line 1: no "file_name"; the columns here are text'),
-        ('{"file_name": null, "text": "a dog"}', "line 1: there is no file None in"),
+        ('{"text": "a dog"}', 'line 1: no "file_name" that names a file in'),
+        ('{"file_name": null, "text": "a dog"}', 'line 1: no "file_name" that names a file in'),
         ('{"file_name": "pictur-0.png", "text": "a"}', "line 1: there is no file 'pictur-0.png' in"),
         (f"{json.dumps(ROW)}\n{json.dumps(ROW)}", "line 2: 'picture-0.png' was already on line 1"),
         ('{"file_name": "picture-0.png", "a": "x", "b": "y"}', "Say so with --caption_column; it has file_name, a, b"),

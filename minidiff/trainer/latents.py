@@ -225,18 +225,18 @@ class LatentData:
 
 
 class Cache:
-    """The outputs of one network, cached in a folder. SettingsError for a folder that cannot be made.
+    """Encoded pictures in a folder. SettingsError for a folder that cannot be made.
 
-        cache/3f0c…e1.safetensors      one picture's latent, and its mask; or the embedding of one prompt
+        cache/3f0c…e1.safetensors      one picture's latent, and its mask
 
-    A file's name is the sha256 of everything its numbers come from: the picture's bytes, size, crop and flip, or the prompt's
-    token ids; each number of the network; and the device and versions, on which the last bits depend. So no file is ever out of
-    date. Each file appears whole or not at all, and holds the sha256 of its own numbers: a damaged one is computed again.
+    A file's name is the sha256 of everything its numbers come from: the picture's bytes, size, crop and flip; each number of
+    the VAE; and the device and versions, on which the last bits depend. So no file is ever out of date. Each file appears
+    whole or not at all, and holds the sha256 of its own numbers: a damaged one is computed again.
     """
 
-    def __init__(self, folder: str | Path, network: nn.Module) -> None:
+    def __init__(self, folder: str | Path, vae: nn.Module) -> None:
         self.folder, self.writes = Path(folder), True
-        self.fingerprint, device = digest(network.state_dict()), next(network.parameters()).device
+        self.fingerprint, device = digest(vae.state_dict()), next(vae.parameters()).device
         processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         versions = [torch.__version__, PIL.__version__]
         self.surroundings = [processor, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), *versions]
@@ -250,12 +250,12 @@ class Cache:
         return hashlib.sha256(whole.encode()).hexdigest()
 
     def kept(self, origin: Mapping[str, Any], make: Callable[[], Tensors]) -> Tensors:
-        """The output of this network for `origin` (JSON values), computed now or read from an earlier run. On the CPU."""
+        """The tensors of a picture, read if an earlier run made them, else made now. `origin` (JSON) says from what."""
         key = self.key(origin)
         path = self.folder / f"{key}.safetensors"
         if (found := read(path, key)) is not None:
             return found
-        tensors = {name: tensor.detach().cpu() for name, tensor in make().items()}
+        tensors = make()
         try:
             if self.writes:
                 save(tensors, path, {"sha256": digest(tensors, key)})

@@ -9,8 +9,8 @@ The cases are numbered 1 to 25; those about files are in test_bad_input_files.py
     14  sides, steps; strength                       case_14                  test_cli: wrong_sampling; test_grids: strength
     15  an unknown sampler; LCM, Karras, turbo       case_15                  test_grids: unknown_sampler, karras
     16  eps and v                                    case_16                  test_validation: predicts_something_else
-    17  no pictures, small or damaged ones           case_17 (three)          test_data: all_bad_pictures; test_check_data
-    18  metadata.jsonl                               case_18                  test_folders: bad_metadata, bad_folder
+    17  no pictures, small or damaged ones           case_17 (three)          test_latents: all_bad_pictures; test_check_data
+    18  metadata.jsonl                               case_18                  test_dataset: bad_metadata, bad_folder
     19  prior preservation                           case_19 (two)            test_priors: bad_settings, bad_class_folders
     20  rank, targets, alpha, rates, accumulation    case_20                  test_inject: bad_settings; test_methods; test_cli
     21  resume with other things, folders in use     case_21 (two)            test_loop: resume_refuses; test_checkpoint

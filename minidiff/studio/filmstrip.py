@@ -7,9 +7,11 @@
 Shapes: B pictures, C H W one latent.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -78,7 +80,5 @@ def filmstrip(
 
 def noise_share(schedule: NoiseSchedule, t: float) -> float:
     """√(1 - ā_t); between two timesteps, on the line between their ā."""
-    a_bar = schedule.alphas_cumprod.double()
-    below = min(max(int(t), 0), len(a_bar) - 1)
-    above = min(below + 1, len(a_bar) - 1)
-    return float((1 - torch.lerp(a_bar[below], a_bar[above], t - below)).sqrt())  # DDPM eq. 4
+    a_bar = schedule.alphas_cumprod.double().numpy()
+    return math.sqrt(1 - np.interp(t, range(len(a_bar)), a_bar))  # DDPM eq. 4

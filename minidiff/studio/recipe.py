@@ -125,9 +125,9 @@ def _own(path: Path, recipe: Any, hints: Mapping[str, Any]) -> Origin:
     if recipe["schema"] != SCHEMA:
         raise ValueError(f"kind {recipe['schema']}")
     known = {name: value for name, value in recipe["settings"].items() if name in hints and name not in NOT_PIXELS}
-    for name, value in known.items():
-        if not fits(value, hints[name]):
-            raise ValueError(f"{name} is {value}")
+    for name in ("prompt", *known):
+        if not fits(known[name], hints[name]):
+            raise ValueError(f"{name} is {known[name]}")
     json.dumps(known, ensure_ascii=False, allow_nan=False).encode()  # ValueError for infinity, and for halves of letters
     settings = {name: _public(name, value) for name, value in known.items()}
     unknown = ", ".join([shown(name) for name in recipe["settings"] if name not in known][:5])

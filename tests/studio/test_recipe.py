@@ -310,6 +310,7 @@ def picture(tiny_folder: Path) -> str:
         ({"text": "{"}, "no recipe"),
         ({"text": "[1]"}, "no recipe"),
         ({"text": "{}"}, "no recipe"),
+        ({"text": '{"schema": 1, "settings": {}, "sha256": {}, "versions": {}, "machine": {}}'}, "no recipe"),
         ({"text": "[" * 400_000}, "no recipe"),
         ({"settings": {"guidance_scale": float("inf")}}, "not JSON compliant"),
         ({"settings": {"guidance_scale": float("nan")}}, "not JSON compliant"),

@@ -127,8 +127,10 @@ class StableDiffusionPipeline(Model):
 
         stations = drawing()
         bar = tqdm(total=min(steps, len(self.schedule.sigmas)), unit="step", leave=False, disable=not self.progress_bar)
-        compiled = self.unet._compiled_call_impl is not None  # then a cache would compile again for each prompt
-        with bar, caching(self.unet, prompt=not (compiled or callback)):  # a callback may change an adapter
+        # A compiled U-Net would be compiled again for each cached prompt, and a callback may change an adapter.
+        prompt = self.unet._compiled_call_impl is None and callback is None
+        cached = nullcontext() if self.plain else caching(self.unet, prompt)
+        with bar, cached:
             for step in stations:
                 bar.total = step.total  # Heun calls the network twice a step
                 bar.update()

@@ -88,7 +88,7 @@ def one_picture() -> Walk:
 
 
 def test_one_picture_passes_through_few_files() -> None:
-    walk = one_picture().without_fast()
+    walk = one_picture()
     before = walk.before("core/unet.py")
     assert len(before.files) <= 8 and len(before.places) <= 40, f"before the U-Net:\n{before}"
     assert len(walk.files) <= 14, str(walk)

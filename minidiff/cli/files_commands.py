@@ -18,7 +18,6 @@ from minidiff.files import merge as merging
 from minidiff.files.atomic import new_output
 from minidiff.files.lora_file import LoRAFile, load_lora, read_lora
 from minidiff.files.model import cast, empty_model, is_single_file, read_model, write_model
-from minidiff.files.weights import check_ending
 
 WORST = 10  # rows of a table of errors
 
@@ -34,7 +33,7 @@ def inspect(s: Inspect) -> None:
 
 def convert(s: Convert) -> None:
     options = converting.Options(dtype_named(s.dtype), s.alpha, s.token, s.pretrained_model_name_or_path, s.tokenizer)
-    with new_output(output_of(s)) as place:
+    with new_output(Path(s.output)) as place:
         lines = converting.convert(Path(s.source), place, s.to, options)
     report(lines, place, s.output)
 
@@ -43,7 +42,7 @@ def convert(s: Convert) -> None:
 
 
 def bake(s: Bake) -> None:
-    with new_output(output_of(s)) as place:
+    with new_output(Path(s.output)) as place:
         model = read_model(s.pretrained_model_name_or_path, tokenizer=s.tokenizer)
         strengths = {f"lora{i}": strength for i, strength in enumerate(s.strengths)}
         for path, (name, strength) in zip(s.lora, strengths.items()):
@@ -61,7 +60,7 @@ def bake(s: Bake) -> None:
 
 
 def join(s: Join) -> None:
-    with new_output(output_of(s)) as place:
+    with new_output(Path(s.output)) as place:
         loras = [read_lora(path) for path in s.lora]
         for lora, strength in zip(loras, s.strengths):
             print(f"{lora}; weight {strength:g}")
@@ -75,18 +74,16 @@ def join(s: Join) -> None:
 
 def joined_metadata(loras: Sequence[LoRAFile], strengths: Sequence[float]) -> dict[str, str]:
     """The files of the adapters, and every word that calls one of them up."""
-    sources = ", ".join(f"{lora.path.name} x {strength:g}" for lora, strength in zip(loras, strengths))
-    words, bases = (
-        list(dict.fromkeys(lora.metadata[key] for lora in loras if lora.metadata.get(key)))
-        for key in ("modelspec.trigger_phrase", "base_model")
-    )
-    about = {"modelspec.merged_from": sources}
-    about |= {"modelspec.trigger_phrase": ", ".join(words)} if words else {}
-    return about | ({"base_model": bases[0]} if len(bases) == 1 else {})
+    about = {"modelspec.merged_from": ", ".join(f"{lora.path.name} x {s:g}" for lora, s in zip(loras, strengths))}
+    for key in ("modelspec.trigger_phrase", "base_model"):
+        texts = list(dict.fromkeys(lora.metadata[key] for lora in loras if lora.metadata.get(key)))
+        if len(texts) == 1 or (texts and key != "base_model"):
+            about[key] = ", ".join(texts)
+    return about
 
 
 def extract(s: Extract) -> None:
-    with new_output(output_of(s)) as place:
+    with new_output(Path(s.output)) as place:
         base = read_model(s.base, None if is_single_file(s.tuned) else s.tuned)
         tuned = read_model(s.tuned, None if is_single_file(s.base) else s.base)
         modules, error = merging.extract(base.adaptable, tuned.adaptable, s.rank)
@@ -99,7 +96,7 @@ def extract(s: Extract) -> None:
 
 
 def resize(s: Resize) -> None:
-    with new_output(output_of(s)) as place:
+    with new_output(Path(s.output)) as place:
         lora = read_lora(s.adapter)
         print(lora)
         modules, error = merging.cut(lora.modules, s.rank)
@@ -109,11 +106,6 @@ def resize(s: Resize) -> None:
 
 
 # --- what they share -----------------------------------------------------------------------------------------------------
-
-
-def output_of(s: Convert | Bake | Join | Extract | Resize) -> Path:
-    check_ending(Path(s.output))
-    return Path(s.output)
 
 
 def saved(

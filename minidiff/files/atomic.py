@@ -13,8 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
-from minidiff.core.errors import MinidiffError, SettingsError
+from minidiff.core.errors import MinidiffError, SettingsError, WeightsError
 
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")  # the usual endings of pickled weights
 HIDDEN = ".tmp-minidiff-"  # how the names of half-written files and folders begin
 
 
@@ -51,6 +52,7 @@ def new_output(output: Path) -> Iterator[Path]:
 
     After an error nothing stays. SettingsError if `output` exists.
     """
+    check_ending(output)
     asked, output = output, output.parent.resolve() / output.name  # "x/../dog.safetensors" needs no folder x
     check_new(output)
     beside = next(folder for folder in output.parents if folder.exists())
@@ -63,6 +65,12 @@ def new_output(output: Path) -> Iterator[Path]:
         check_new(output)  # another program may have written it in the meantime
         place.rename(output)
     fsync(output.parent)
+
+
+def check_ending(output: Path) -> None:
+    """WeightsError for an output whose name says that it is a pickle."""
+    if output.suffix in PICKLES:
+        raise WeightsError(f"{output}: minidiff writes no {output.suffix} files; name a .safetensors file, or a folder.")
 
 
 def check_new(output: Path) -> None:

@@ -19,10 +19,10 @@ from minidiff.core.config import SD15_UNET
 from minidiff.core.errors import AdapterError, SettingsError, WeightsError
 from minidiff.core.lora import LoRAWeights
 from minidiff.files import names
-from minidiff.files.atomic import called
+from minidiff.files.atomic import PICKLES, called
 from minidiff.files.lora_file import read_lora, save_lora
 from minidiff.files.model import SINGLE_FILE, cast, empty_model, read_model, write_model
-from minidiff.files.weights import NAMES, PICKLES, find_weights, first_bytes, foreign, is_finite, is_pickle, read_header, save
+from minidiff.files.weights import NAMES, find_weights, first_bytes, foreign, is_finite, is_pickle, read_header, save
 from minidiff.files.word_file import is_embedding, read_embedding, save_embedding
 
 ADVICE = "Get the .safetensors version of it, or convert it where it was made."

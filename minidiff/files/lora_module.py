@@ -95,12 +95,10 @@ def weights_of(where: str, parts: Mapping[str, Tensor], scale: float) -> LoRAWei
 
 def fitted(weights: LoRAWeights, W: Tensor) -> LoRAWeights:
     """With as many axes as W has: a 1 x 1 convolution in a file may be a linear layer in the model, or the reverse."""
-
-    def axes_of_W(tensor: Tensor) -> Tensor:
-        return tensor.reshape(*tensor.shape[:2], *tensor.shape[2 : W.ndim], *[1] * (W.ndim - tensor.ndim))
-
-    m = weights.magnitude
-    return replace(weights, A=axes_of_W(weights.A), magnitude=None if m is None else axes_of_W(m))
+    m, ones = weights.magnitude, (1,) * (W.ndim - 2)
+    return replace(
+        weights, A=weights.A.reshape(-1, *W.shape[1:]), magnitude=None if m is None else m.reshape(*m.shape[:2], *ones)
+    )
 
 
 def parts_of(name: str, weights: LoRAWeights, dialect: str, torch_dtype: torch.dtype) -> dict[str, Tensor]:

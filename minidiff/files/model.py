@@ -35,7 +35,7 @@ from minidiff.files.folder import (
 )
 from minidiff.files.text_files import build_text_encoder, load_tokenizer, to_file_keys
 from minidiff.files.values import listed
-from minidiff.files.weights import TensorFile, TensorInfo, find_weights, is_finite, load_into, read_header, save
+from minidiff.files.weights import TensorFile, TensorInfo, find_weights, is_finite, load_into, named, read_header, save
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -87,11 +87,7 @@ class ModelParts:
 
     def weights(self) -> dict[str, Tensor]:
         """Every tensor, by network and minidiff's name; the tensors themselves, not copies."""
-        return {
-            f"{part}.{names.modern(key)}": tensor
-            for part, network in self.networks.items()
-            for key, tensor in network.state_dict().items()
-        }
+        return {f"{part}.{key}": tensor for part in self.networks for key, tensor in named(self.networks[part]).items()}
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------

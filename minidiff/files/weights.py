@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minidiff.core.errors import WeightsError
 from minidiff.files import names as keymaps
-from minidiff.files.atomic import whole_file
+from minidiff.files.atomic import PICKLES, check_ending, whole_file
 from minidiff.files.values import listed
 
 DTYPES = {  # by their names in a header
@@ -36,7 +36,6 @@ METADATA = "__metadata__"  # the one name in a header that is no tensor's
 LARGE = 2**28  # bytes: 256 MB
 MODEL_FILES = tuple(f"{stem}{end}.safetensors" for stem in ("diffusion_pytorch_model", "model") for end in ("", ".fp16"))
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")  # the usual endings of pickled weights
 PICKLE = "which can run code when it is opened; get the .safetensors version of it, or `minidiff convert` it."
 OTHER_FILES = {  # their first bytes, and what to say of them
     b"version https://git-lfs": "is a git-LFS pointer, not the file itself; run `git lfs pull` in its folder.",
@@ -249,9 +248,3 @@ def file_at(path: str | Path, name: str) -> Path:
     path = Path(path)
     check_ending(path)
     return path if path.suffix == ".safetensors" else path / name
-
-
-def check_ending(path: Path) -> None:
-    """WeightsError for an output whose name says that it is a pickle."""
-    if path.suffix in PICKLES:
-        raise WeightsError(f"{path}: minidiff writes no {path.suffix} files; name a .safetensors file, or a folder.")

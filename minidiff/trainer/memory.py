@@ -162,11 +162,8 @@ class Budget:
     def __str__(self) -> str:
         turns = {f"{name} *": size for name, size in self.moments.items()}
         rows = {**self.held, **turns, "allowance": self.allowance, "together": self.together}
-        return "\n".join(["Memory of the run, estimated; * only one of these at a time:", *map(row, rows, rows.values())])
-
-
-def row(name: str, size: int) -> str:
-    return f"  {name:20}{size / MIB:9,.1f} MiB"
+        lines = [f"  {name:20}{size / MIB:9,.1f} MiB" for name, size in rows.items()]
+        return "\n".join(["Memory of the run, estimated; * only one of these at a time:", *lines])
 
 
 def budget(task: Job, settings: FineTuneSettings) -> Budget:
@@ -230,7 +227,7 @@ def budgeted(task: Job, settings: FineTuneSettings) -> Iterator[FineTuneSettings
             f"savings; {HINTS}.\n{resume if good else 'No checkpoint had been saved yet.'}"
         ) from error
     if peak := peak_memory(next(iter(task.trainable.values())).device.type):
-        print(row("measured peak", peak))
+        print(f"  {'measured peak':20}{peak / MIB:9,.1f} MiB")
 
 
 def chosen(task: Job, settings: FineTuneSettings) -> tuple[FineTuneSettings, Budget, str]:
@@ -245,13 +242,14 @@ def chosen(task: Job, settings: FineTuneSettings) -> tuple[FineTuneSettings, Bud
     if path := checkpoint.find(settings):
         begun = checkpoint.read_manifest(path)["made_of"]
         kept = [flag for flag in free if flag not in settings.HARMLESS and begun.get(flag)]
-        trained, notes = with_flags(trained, *kept), "".join(f"\n  --{flag}: as the run began" for flag in kept)
+        trained = replace(trained, **dict.fromkeys(kept, True))  # type: ignore[arg-type]
+        notes = "".join(f"\n  --{flag}: as the run began" for flag in kept)
         free = [flag for flag in free if flag in settings.HARMLESS]
     need = budget(task, trained)
     for flag in free:
         if need.together <= limit:
             break
-        trial = with_flags(trained, flag)
+        trial = replace(trained, **{flag: True})  # type: ignore[arg-type]
         if (less := budget(task, trial)).together < need.together:
             trained, need, notes = trial, less, f"{notes}\n  --{flag}: {SAVINGS[flag]}"
     if need.together > limit:
@@ -261,10 +259,6 @@ def chosen(task: Job, settings: FineTuneSettings) -> tuple[FineTuneSettings, Bud
         task.modules["unet"].float()  # it was loaded in half precision, in case that it had to stay so
     how = f"with{notes}" if notes else "as it is."
     return trained, need, f"--fit {settings.fit}: {need.together / MIB:,.0f} MiB fit {how}\n"
-
-
-def with_flags(settings: FineTuneSettings, *flags: str) -> FineTuneSettings:
-    return replace(settings, **dict.fromkeys(flags, True))  # type: ignore[arg-type]
 
 
 def possible(task: Job, settings: FineTuneSettings) -> list[str]:

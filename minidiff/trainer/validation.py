@@ -33,10 +33,7 @@ class ValidationSet:
 
     @torch.no_grad()
     def loss(self, errors: Callable[[dict[str, Tensor]], Tensor]) -> dict[str, float]:
-        """val_loss, and val_loss_0_250 … for each quarter; `errors` gives the squared error of each sample, (B,).
-
-        The model should be as it is for sampling: no dropout, averaged weights if there are any.
-        """
+        """val_loss, and val_loss_0_250 … for each quarter; `errors` gives the squared error of each sample, (B,)."""
         seen = progress(self.batches, "picture", "validation loss")
         each = torch.stack([errors(batch).float().cpu() for batch in seen])  # (pictures, B)
         names = [f"val_loss_{first}_{end}" for first, end in zip(self.bounds, self.bounds[1:])]

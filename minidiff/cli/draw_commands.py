@@ -21,8 +21,8 @@ from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.prompting import parse_prompt
 from minidiff.draw.speed import compile_unet, keep_memory
 from minidiff.files.folder import local_folder
+from minidiff.files.model import read_model
 from minidiff.files.text_files import load_tokenizer
-from minidiff.files.weights import read_header
 from minidiff.studio.filmstrip import Film
 from minidiff.studio.filmstrip import filmstrip as strip_of
 from minidiff.studio.maps import AttentionMaps, attention_sheet, words_of
@@ -206,19 +206,8 @@ def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
     keep_memory()  # this process is only for drawing
     device, name = chosen_device(s.device), s.pretrained_model_name_or_path
     dtype = getattr(torch, s.torch_dtype or ("float32" if device == "cpu" else "float16"))
-    single = Path(name).is_file() or name.endswith(".safetensors")
-    if Path(name).is_file():
-        read_header(name)  # first of all: is it a model file?
-    if single != (s.tokenizer is not None):
-        raise SettingsError(
-            f"{name}: a model in one file needs --tokenizer, the tokenizer folder of SD 1.5, and a folder has its own. "
-            "(If the file is a LoRA, give it with --lora, and the model it belongs to here.)"
-        )
-    if single:
-        pipe = StableDiffusionPipeline.from_single_file(name, s.tokenizer or "", dtype, s.plain)
-    else:
-        pipe = StableDiffusionPipeline.from_pretrained(name, dtype, plain=s.plain)
-    pipe.to(device)
+    parts = read_model(name, tokenizer=s.tokenizer, dtypes={"unet": dtype, "vae": torch.float32, "text_encoder": dtype})
+    pipe = StableDiffusionPipeline(*parts.arguments, name, s.plain).to(device)
     pipe.set_tile_size(s.tile_size)
     attach(pipe, s, prompts)
     if s.compile:

@@ -137,7 +137,7 @@ def test_help_of_a_group_of_commands(words: list[str], capsys: pytest.CaptureFix
             ["sample", "a dog", "--pretrained_model_name_or_path", "runwayml/stable-diffusion-v1-5"],
             "stable-diffusion-v1-5/",
         ),
-        (["sample", "a dog", "--pretrained_model_name_or_path", "model.safetensors"], "--tokenizer"),
+        (["sample", "a dog", "--pretrained_model_name_or_path", "model.safetensors"], "model.safetensors does not exist"),
         (["pretrain", "--stages", "vea"], "vea"),
         (["pretrain", "--stages"], "--stages names none"),
         (["pretrain", "--pictures", "0"], "--pictures must be at least 1; it is 0"),

@@ -288,7 +288,7 @@ WRONG = [
     (["sample", "--from", "none.png"], "none.png: no such file"),
     (
         ["sample", DOG, "--tokenizer", "words"],
-        "a model in one file needs --tokenizer",
+        "no CLIP tokenizer here",
     ),
     (["sample", DOG, "--textual_inversion", ""], "--textual_inversion must name a file or folder"),
     (["sample", DOG, "--preview", "a.jpg"], '--preview "a.jpg": pictures are written as PNG'),

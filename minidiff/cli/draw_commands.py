@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -91,13 +92,13 @@ def over_settings(s: Sheet) -> tuple[Image, str]:
         if all(axes):
             raise SettingsError(f"{len(s.prompts)} prompts, --columns and --rows are three axes; a sheet has two.")
         axes[axes.index(None)] = parse_axis("prompt", Sampling, s.prompts)
-    here: dict[Sampling, StableDiffusionPipeline] = {}  # one model at a time
+    here: dict[tuple[Any, ...], StableDiffusionPipeline] = {}  # one model at a time
     about: list[str] = []
 
     def tile(one: Sheet) -> Image:
-        if (wanted := Sampling(**{name: getattr(one, name) for name in LOADED})) not in here:
+        if (wanted := tuple(getattr(one, name) for name in LOADED)) not in here:
             here.clear()  # before the next model is loaded: two need twice the memory
-            here[wanted] = load(wanted, s.prompts)
+            here[wanted] = load(one, s.prompts)
         pipe = here[wanted]
         pipe.set_progress_bar_config(disable=True)  # the sheet has one of its own
         pipe.set_tile_size(one.tile_size)

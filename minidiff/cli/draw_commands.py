@@ -13,12 +13,12 @@ from torch import Tensor
 
 from minidiff.cli.draw_flags import Attention, Filmstrip, Morph, Sample, Sampling, Sheet, Tokens
 from minidiff.core.errors import SettingsError
-from minidiff.core.grids import Step, sampler_named
+from minidiff.core.grids import Step
 from minidiff.core.inject import adapter_names
 from minidiff.draw.device import chosen_device
 from minidiff.draw.images import contact_sheet, save_png
 from minidiff.draw.lora_tags import adapter_name_of, in_lora_dir
-from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.draw.pipeline import StableDiffusionPipeline, sampler_for
 from minidiff.draw.prompting import parse_prompt
 from minidiff.draw.speed import compile_unet, keep_memory
 from minidiff.files.folder import local_folder
@@ -120,7 +120,7 @@ def check_tile(s: Sheet) -> None:
     if not Path(s.pretrained_model_name_or_path).is_file():
         local_folder(s.pretrained_model_name_or_path)
     if s.sampler:
-        sampler_named(s.sampler).check(s.timestep_spacing, s.use_karras_sigmas, s.eta)
+        sampler_for(s.sampler, s.timestep_spacing, s.use_karras_sigmas, s.eta)
 
 
 def morph(s: Morph) -> None:

@@ -6,17 +6,15 @@
 
 A sampler is an iterator of `Step`s, one after each call of the network, so progress bars and previews live outside.
 
-| argument     | meaning                                                                                               |
-|--------------|-------------------------------------------------------------------------------------------------------|
-| `model`      | (x, t) -> eps or v, for fp32 x (B, C, H, W) with a variance of about 1 and fp32 t (B,); see `guided`  |
-| `noise`      | (B, C, H, W), standard normal; the sampler computes on its device                                     |
-| `step_noise` | i -> standard normal noise (B, C, H, W) for step i; only stochastic samplers call it                  |
-| `image`      | clean latents (B, C, H, W) to start from, under as much noise as `strength` says                      |
-| `strength`   | the share of the steps that is taken, 0 to 1; the first ones are left out. 1 without an image         |
-| `fix_x0`     | corrects the predicted x0: inpainting knows a part of the picture                                     |
-| `spacing`    | which timesteps (see `timesteps`); None: the model's own choice, else the sampler's default           |
-| `karras`     | sigmas by EDM eq. 5, for samplers that can use them; None: the model's own choice                     |
-| `eta`        | the share of fresh noise, for DDIM only: 0 is deterministic, 1 is DDPM                                |
+    model       (x, t) -> eps or v, for fp32 x (B, C, H, W) with a variance of about 1 and fp32 t (B,); see `guided`
+    noise       (B, C, H, W), standard normal; the sampler computes on its device
+    step_noise  i -> standard normal noise (B, C, H, W) for step i; only stochastic samplers call it
+    image       clean latents (B, C, H, W) to start from, under as much noise as `strength` says
+    strength    the share of the steps that is taken, 0 to 1; the first ones are left out. 1 without an image
+    fix_x0      corrects the predicted x0: inpainting knows a part of the picture
+    spacing     which timesteps (see `timesteps`); None: the model's own choice, else the sampler's default
+    karras      sigmas by EDM eq. 5, for samplers that can use them; None: the model's own choice
+    eta         the share of fresh noise, for DDIM only: 0 is deterministic, 1 is DDPM
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,11 +27,10 @@ import numpy as np
 from torch import Tensor
 
 from minidiff.core import samplers
-from minidiff.core.errors import SettingsError, did_you_mean
+from minidiff.core.errors import SettingsError
 from minidiff.core.samplers import Denoiser, Grid, Model, StepNoise, Visit
 from minidiff.core.schedule import NoiseSchedule
 
-SPACINGS = ("leading", "linspace", "trailing")
 RHO = 7.0  # EDM, table 1: steps are equal in sigma^(1/RHO), so a larger RHO puts more of them where sigma is small
 LCM_STEPS = 50  # the timesteps that a latent consistency model was distilled on
 
@@ -77,8 +74,7 @@ class Sampler:
         karras: bool | None = None,
         eta: float = 0.0,
     ) -> Iterator[Step]:
-        """Draw. Raises SettingsError at once, before the first step, for settings that this sampler cannot have."""
-        self.check(spacing, karras, eta)
+        """Draw. SettingsError at once, before the first step. A setting that the sampler does not take has no effect."""
         T, config = len(schedule.alphas_cumprod), schedule.config
         if not 1 <= steps <= T:
             raise SettingsError(f"num_inference_steps is {steps}; it can be 1 to {T}, the timesteps of training.")
@@ -96,41 +92,21 @@ class Sampler:
         visits, total = rule(denoise, x, grid, lambda i: step_noise(i).to(x)), self.calls(len(grid))
         return (Step(index, total, t, x, x0) for index, (t, x, x0) in enumerate(visits))
 
-    def check(self, spacing: str | None, karras: bool | None, eta: float) -> None:
-        """Refuse settings that this sampler does not take."""
-        if spacing and self.spacing is None:
-            raise SettingsError(f"timestep_spacing is {spacing}; lcm has its own timesteps. Leave it out.")
-        if karras and not self.karras:
-            able = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.karras)
-            raise SettingsError(f"use_karras_sigmas is on; only these samplers take Karras sigmas: {able}.")
-        if not 0 <= eta <= 1 or (eta and not self.eta):
-            raise SettingsError(f"eta is {eta}; only ddim has one, from 0 (deterministic) to 1 (as DDPM).")
-
-
-# --- timesteps and levels ----------------------------------------------------------------------------------------------
-
 
 def timesteps(schedule: NoiseSchedule, steps: int, spacing: str, whole: bool = True, spare: int = 0) -> list[float]:
-    """`steps` timesteps from noisy to clean. For T = 1000 and 4 steps:
-
-    leading   751, 501, 251, 1    multiples of T // steps, plus `steps_offset`; never reaches pure noise
-    linspace  999, 666, 333, 0    both ends, rounded if `whole`
-    trailing  999, 749, 499, 249  from pure noise down; the best choice for very few steps (2305.08891, table 2)
+    """`steps` timesteps from noisy to clean, whole ones if `whole`. SettingsError where there are not that many.
 
     With `spare` = 1 the grid has one more point, the cleanest, which is not returned: DPM-Solver++ ends at sigma = 0.
-    SettingsError for an unknown spacing, or where there are not that many different timesteps.
     """
-    # numpy, not torch: 499.5 and similar numbers are rounded as in the reference only with the reference's arithmetic
     T, points = len(schedule.alphas_cumprod), steps + spare
-    if spacing == "leading":
-        grid = np.arange(points - 1, -1, -1.0) * (T // points) + schedule.config.steps_offset
-    elif spacing == "linspace":
-        grid = np.linspace(0, T - 1, points)[::-1]
-    elif spacing == "trailing":
-        grid = np.arange(T, 0, -T / steps).round() - 1
-    else:
-        raise SettingsError(f'timestep_spacing "{spacing}" is unknown; it is one of {", ".join(SPACINGS)}.')
-    t: list[float] = (grid.round() if whole else grid)[:steps].tolist()
+    grids = {  # by numpy, which rounds 499.5 as in the reference. For T = 1000 and 4 steps:
+        "leading": np.arange(points - 1, -1, -1.0) * (T // points) + schedule.config.steps_offset,  # 751, 501, 251, 1
+        "linspace": np.linspace(0, T - 1, points)[::-1],  # 999, 666, 333, 0: both ends
+        "trailing": np.arange(T, 0, -T / steps).round() - 1,  # 999, 749, 499, 249: for very few steps (2305.08891, table 2)
+    }
+    if spacing not in grids:
+        raise SettingsError(f'timestep_spacing "{spacing}" is unknown; it is one of {", ".join(grids)}.')
+    t: list[float] = (grids[spacing].round() if whole else grids[spacing])[:steps].tolist()
     if t[0] > T - 1 or t[-1] < 0 or any(later >= earlier for earlier, later in pairwise(t)):
         raise SettingsError(f'num_inference_steps is {steps}; "{spacing}" timestep_spacing has fewer different timesteps.')
     return t
@@ -145,8 +121,7 @@ def sigmas_at(schedule: NoiseSchedule, t: Sequence[float]) -> list[float]:
 def karras_sigmas(sigma_max: float, sigma_min: float, steps: int) -> list[float]:
     """`steps` sigmas from `sigma_max` down to `sigma_min`, dense where little noise is left: details are made there."""
     high, low = sigma_max ** (1 / RHO), sigma_min ** (1 / RHO)
-    sigmas: list[float] = ((high + np.linspace(0, 1, steps) * (low - high)) ** RHO).tolist()  # EDM eq. 5
-    return sigmas
+    return [float(sigma) for sigma in (high + np.linspace(0, 1, steps) * (low - high)) ** RHO]  # EDM eq. 5
 
 
 def timesteps_at(schedule: NoiseSchedule, sigmas: Sequence[float]) -> list[float]:
@@ -184,17 +159,14 @@ def equal_jumps(schedule: NoiseSchedule, steps: int, first: int, spacing: str, k
 
 
 def first_jump_twice(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
-    """PNDM: DDIM's grid, but the first jump is repeated after the network was called at its end.
-
-    In this row t is the timestep at the end of the jump, but the noise level is the one at its start.
-    """
+    """PNDM: DDIM's grid, but the first jump is repeated: with the timestep at its end, from the noise level at its start."""
     grid, jump = equal_jumps(schedule, steps, first, spacing, karras), len(schedule.alphas_cumprod) // steps
     again = [(t, a_bar_at(schedule, t + jump), a_bar) for t, a_bar, _ in grid[1:2]]
     return grid[:1] + again + grid[1:]
 
 
 def distilled(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
-    """LCM: every T / 50th timestep, as in distillation; of these, `steps` evenly spread ones, the noisiest first."""
+    """LCM: every T / 50th timestep, as in distillation; of these, `steps` evenly spread ones."""
     if steps > LCM_STEPS:
         raise SettingsError(f"num_inference_steps is {steps}; lcm takes 1 to {LCM_STEPS} steps, and 4 to 8 are usual.")
     known = np.arange(LCM_STEPS, 0, -1) * (len(schedule.alphas_cumprod) // LCM_STEPS) - 1  # 999, 979, ... 19
@@ -224,19 +196,13 @@ def without_infinity(schedule: NoiseSchedule, steps: int, first: int, spacing: s
 
 
 def whole_timesteps(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
-    """DPM-Solver++ and UniPC: whole timesteps; sigma = 0 replaces the cleanest one.
-
-    Karras sigmas go between the first and the last sigma of training, for any spacing; the network sees the nearest t.
-    """
+    """DPM-Solver++ and UniPC: whole timesteps; sigma = 0 replaces the cleanest one. Karras sigmas span all of training."""
     ts = timesteps(schedule, steps, spacing, spare=1)
     sigmas = sigmas_at(schedule, ts)
     if karras:
         sigmas = [*karras_sigmas(schedule.sigmas[-1].item(), schedule.sigmas[0].item(), steps), 0.0]
         ts = [float(round(t)) for t in timesteps_at(schedule, sigmas[:-1])]
     return rows(ts, sigmas)[first:]
-
-
-# --- where to start ----------------------------------------------------------------------------------------------------
 
 
 def start_vp(noise: Tensor, image: Tensor | None, a_bar: float, spacing: str) -> Tensor:
@@ -270,10 +236,3 @@ SAMPLERS: dict[str, Sampler] = {
     "lcm": Sampler(samplers.lcm, distilled, start_vp, None, fresh_noise=True),
 }
 ddim = SAMPLERS["ddim"]
-
-
-def sampler_named(name: str) -> Sampler:
-    """The row of `SAMPLERS`, or a SettingsError that lists the names."""
-    if name in SAMPLERS:
-        return SAMPLERS[name]
-    raise SettingsError(f'sampler "{name}" is unknown; it is one of {", ".join(SAMPLERS)}.{did_you_mean(name, SAMPLERS)}')

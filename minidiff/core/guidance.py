@@ -1,6 +1,6 @@
 """Classifier-free guidance (arXiv 2207.12598): ask the network twice, with the prompt and without, and go further that way.
 
-Shapes: B pictures, C H W one latent, L tokens (77 or a multiple of it), D their width.
+B pictures   C H W one latent   L tokens, 77 or a multiple of it   D their width
 """
 
 from collections.abc import Callable

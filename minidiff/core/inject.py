@@ -4,14 +4,11 @@
 
 A layer is called by its dotted path ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"), an adapter by any word
 ("default", "dog"). A layer can have several adapters: W' = W + Σ strength · ΔW. The same functions serve the text encoder.
-
-Shapes: as in lora.py.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -30,8 +27,6 @@ GROUPS = {  # a word for several targets
     "text": ("q_proj", "k_proj", "v_proj", "out_proj"),  # the text encoder's attention
     "text_mlp": ("fc1", "fc2"),
 }
-
-# --- in, and out -----------------------------------------------------------------------------------------------------
 
 
 def inject(
@@ -53,10 +48,13 @@ def inject(
     gives some layers another rank: target -> rank, the last that fits wins. alpha defaults to the rank of each layer.
     `dropout`: the share of the adapters' inputs that is dropped in training. AdapterError before anything is changed.
     """
-    check_new(model, adapter_name)
-    ranks = dict.fromkeys(find_targets(model, [targets] if isinstance(targets, str) else targets), rank)
+    if adapter_name in adapter_names(model):
+        raise AdapterError(f'an adapter called "{adapter_name}" is there already; choose another name, or eject first.')
+    ranks = {name: rank for t in ([targets] if isinstance(targets, str) else targets) for name in layers_of(model, t)}
+    if not ranks:
+        raise AdapterError("no targets were given.")
     for target, other in rank_of.items():
-        if not (chosen := ranks.keys() & find_targets(model, [target])):
+        if not (chosen := ranks.keys() & layers_of(model, target)):
             raise AdapterError(f'a rank is given for "{target}", and no such layer is among the targets; add it to them.')
         ranks |= dict.fromkeys(chosen, other)
     if not 0 < (1 if alpha is None else alpha) < math.inf or not 0 <= dropout < 1:
@@ -91,13 +89,10 @@ def eject(model: nn.Module) -> None:
         network(model).set_submodule(name, layer.base)
 
 
-# --- mix and merge ---------------------------------------------------------------------------------------------------
-
-
 def set_adapters(model: nn.Module, names: Sequence[str], strengths: Sequence[float] | None = None) -> None:
     """Switch on the adapters `names`, each at its strength (default 1), and all others off."""
     strengths = [1.0] * len(names) if strengths is None else strengths
-    layers, known, wanted = unmerged_layers(model), adapter_names(model), dict(zip(names, strengths))
+    layers, known, wanted = adapted_layers(model), adapter_names(model), dict(zip(names, strengths))
     if len(names) != len(strengths) or len(wanted) < len(names) or not all(map(math.isfinite, strengths)):
         raise AdapterError(f"adapters {list(names)}, weights {list(strengths)}: each adapter needs one finite weight.")
     if unknown := next((name for name in names if name not in known), None):
@@ -106,38 +101,16 @@ def set_adapters(model: nn.Module, names: Sequence[str], strengths: Sequence[flo
         layer.strength = {name: float(wanted.get(name, 0.0)) for name in layer.strength}
 
 
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside the `with`, the model computes as its base does, to the bit."""
-    before = {layer: layer.strength for layer in unmerged_layers(model)}
-    for layer in before:
-        layer.strength = dict.fromkeys(layer.strength, 0.0)
-    try:
-        yield
-    finally:
-        for layer, strength in before.items():
-            layer.strength = strength
-
-
 def merge(model: nn.Module) -> None:
-    """Add the adapters, at their present strengths, to the weights: then they cost no time.
-
-    W' is rounded to W's dtype, so the outputs change a little; in half precision a small ΔW can be lost. The old weights
-    are kept, so that `unmerge` is exact to the bit: with the default targets of SD 1.5 178 MiB in fp16, 357 MiB in fp32.
-    """
-    for layer in unmerged_layers(model):
+    """Add the adapters, at their present strengths, to the weights: then they cost no time. The old weights are kept."""
+    for layer in adapted_layers(model):
         layer.merge()
 
 
 def unmerge(model: nn.Module) -> None:
     """Undo `merge`: the old weights return, bit for bit."""
-    if not is_merged(model):
-        raise AdapterError("nothing is merged, so there is nothing to unmerge.")
-    for layer in lora_layers(model).values():
+    for layer in adapted_layers(model, merged=True):
         layer.unmerge()
-
-
-# --- what a model has ------------------------------------------------------------------------------------------------
 
 
 def network(model: nn.Module) -> nn.Module:
@@ -151,18 +124,14 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return {path.removesuffix(".base"): m for path, m in modules if isinstance(m, nn.Linear | nn.Conv2d)}
 
 
-def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """The layers that the targets name. AdapterError for a target that names none."""
-    layers, found = list(adaptable_layers(model)), dict[str, None]()
-    for target in targets:
-        endings = tuple(f".{ending}" for ending in GROUPS.get(target, (target,)))  # "to_q" is no ending of "proj_to_q"
-        if not (matches := [name for name in layers if f".{name}".endswith(endings)]):
-            near = did_you_mean(target, [*GROUPS, *(re.findall(r"[^.]+(?:\.\d+)?$", name)[0] for name in layers)])
-            raise AdapterError(f'target "{target}" matches no linear layer or convolution of {type(model).__name__}.{near}')
-        found |= dict.fromkeys(matches)
-    if not found:
-        raise AdapterError("no targets were given.")
-    return list(found)
+def layers_of(model: nn.Module, target: str) -> list[str]:
+    """The layers that a target names. AdapterError if there are none."""
+    layers = list(adaptable_layers(model))
+    endings = tuple(f".{ending}" for ending in GROUPS.get(target, (target,)))  # "to_q" is no ending of "proj_to_q"
+    if not (found := [name for name in layers if f".{name}".endswith(endings)]):
+        near = did_you_mean(target, [*GROUPS, *(re.findall(r"[^.]+(?:\.\d+)?$", name)[0] for name in layers)])
+        raise AdapterError(f'target "{target}" matches no linear layer or convolution of {type(model).__name__}.{near}')
+    return found
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
@@ -186,24 +155,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def is_merged(model: nn.Module) -> bool:
-    return any(layer.unmerged_weight is not None for layer in lora_layers(model).values())
-
-
-def unmerged_layers(model: nn.Module) -> list[LoRALayer]:
-    """The layers with adapters. AdapterError if there are none or they are merged."""
-    if not (layers := lora_layers(model)):
+def adapted_layers(model: nn.Module, merged: bool = False) -> list[LoRALayer]:
+    """The layers with adapters. AdapterError if there are none, or they are not in the state that `merged` says."""
+    if not (layers := list(lora_layers(model).values())):
         raise AdapterError("the model has no adapter; inject or load one first.")
-    if is_merged(model):
-        raise AdapterError("the adapters are merged already; unmerge (unfuse_lora) first.")
-    return list(layers.values())
-
-
-def check_new(model: nn.Module, adapter_name: str) -> None:
-    """AdapterError unless an adapter of this name can be added."""
-    if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):  # it keeps A and B, by name
-        raise AdapterError(f'"{adapter_name}" cannot name an adapter; take a plain word such as "dog".')
-    if adapter_name in adapter_names(model):
-        raise AdapterError(f'an adapter called "{adapter_name}" is there already; choose another name, or eject first.')
-    if is_merged(model):
-        raise AdapterError("adapters are merged into the weights; unmerge (unfuse_lora) before adding another.")
+    if merged != any(layer.unmerged_weight is not None for layer in layers):
+        already = "the adapters are merged already; unmerge (unfuse_lora) first."
+        raise AdapterError("nothing is merged, so there is nothing to unmerge." if merged else already)
+    return layers

@@ -20,7 +20,6 @@ for each output, (1, in) or (1, in, 1, 1) for each input; x (…, in) or (batch,
 """
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -79,11 +78,11 @@ def without_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
-class LoRALayer(nn.Module, ABC):
-    """A frozen layer and its adapters, by name. `LoRALinear` and `LoRAConv2d` add how A and B are applied.
+class LoRALayer(nn.Module):
+    """A frozen layer and its adapters, by name: what `LoRALinear` and `LoRAConv2d` have in common.
 
-    Several adapters add up, each times its strength: W' = W + Σ strength · ΔW. This holds for DoRA, too.
-    A, B and m are fp32, whatever the dtype of the base. So cast a model before it gets adapters, not after.
+    Several adapters add up, each times its strength: W' = W + Σ strength · ΔW. A, B and m are fp32, whatever the dtype of the
+    base. So cast a model before it gets adapters, not after.
     """
 
     def __init__(self, base: nn.Linear | nn.Conv2d) -> None:
@@ -97,22 +96,18 @@ class LoRALayer(nn.Module, ABC):
         self.unmerged_weight: Tensor | None
         self.register_buffer("unmerged_weight", None, persistent=False)  # a buffer, so that it follows .to(device)
 
-    def add(self, adapter_name: str, weights: LoRAWeights, dropout: float = 0.0) -> None:
-        """Add a copy of an adapter, at strength 1."""
-        device = self.base.weight.device
+    def add(self, name: str, weights: LoRAWeights, dropout: float = 0.0) -> None:
+        """Add a copy of an adapter, in fp32, at strength 1."""
         parts = ((self.lora_A, weights.A), (self.lora_B, weights.B), (self.lora_magnitude, weights.magnitude))
         for table, tensor in parts:
             if tensor is not None:
-                table[adapter_name] = nn.Parameter(tensor.detach().to(device, torch.float32, copy=True))
-        self.scale[adapter_name], self.strength[adapter_name], self.dropout[adapter_name] = weights.scale, 1.0, dropout
+                table[name] = nn.Parameter(tensor.detach().to(self.base.weight.device, torch.float32, copy=True))
+        self.scale[name], self.strength[name], self.dropout[name] = weights.scale, 1.0, dropout
 
-    def weights(self, adapter_name: str) -> LoRAWeights:
+    def weights(self, name: str) -> LoRAWeights:
         """One adapter as it is now. The tensors are the layer's own, without gradients."""
-        A, B = self.lora_A[adapter_name].detach(), self.lora_B[adapter_name].detach()
-        m = self.lora_magnitude[adapter_name].detach() if adapter_name in self.lora_magnitude else None
-        return LoRAWeights(A, B, self.scale[adapter_name], m)
-
-    # --- W' x --------------------------------------------------------------------------------------------------------
+        m = self.lora_magnitude[name].detach() if name in self.lora_magnitude else None
+        return LoRAWeights(self.lora_A[name].detach(), self.lora_B[name].detach(), self.scale[name], m)
 
     def forward(self, x: Tensor) -> Tensor:
         """W' x + bias, in the dtype that the base gives."""
@@ -132,10 +127,7 @@ class LoRALayer(nn.Module, ABC):
         return self.scale[name] * self.up(self.down(x, A), B)  # LoRA (arXiv 2106.09685), eq. 3
 
     def dora(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """W' x - W x, where W' = g V is DoRA's eq. 5 with g = m / ||V||. y = W x + bias is known already.
-
-        Dropout applies only to the x of B A x. (peft drops parts of the x in (g - 1) W x, too.)
-        """
+        """W' x - W x, where W' = g V is DoRA's eq. 5 with g = m / ||V||. y = W x + bias; only the x of B A x has dropout."""
         g = self.gain(name)
         if self.lora_magnitude[name].shape[1] == 1:  # a length for each output: g V x = g W x + g B A x
             Wx = y.float() if self.base.bias is None else y.float() - self.base.bias.float().view(-1, *g.shape[1:])
@@ -152,13 +144,13 @@ class LoRALayer(nn.Module, ABC):
             norm = lengths(W.float() + self.weights(name).product(), m.shape)
         return (m / norm).view(-1, *[1] * (W.ndim - 2))
 
-    @abstractmethod
-    def down(self, x: Tensor, weight: Tensor) -> Tensor: ...  # apply W or A
+    def down(self, x: Tensor, weight: Tensor) -> Tensor:
+        """W x or A x."""
+        return F.linear(x, weight)
 
-    @abstractmethod
-    def up(self, x: Tensor, B: Tensor) -> Tensor: ...  # apply B
-
-    # --- W' itself ---------------------------------------------------------------------------------------------------
+    def up(self, x: Tensor, B: Tensor) -> Tensor:
+        """B x."""
+        return F.linear(x, B)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
@@ -184,12 +176,6 @@ class LoRALinear(LoRALayer):
     """A frozen `nn.Linear` and its adapters."""
 
     base: nn.Linear
-
-    def down(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
-
-    def up(self, x: Tensor, B: Tensor) -> Tensor:
-        return F.linear(x, B)
 
 
 class LoRAConv2d(LoRALayer):

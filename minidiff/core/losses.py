@@ -1,8 +1,4 @@
-"""Training losses.
-
-Shapes: B samples, C H W one latent; timesteps, weights and per-sample losses (B,).
-Papers: DDPM arXiv 2006.11239, DreamBooth 2208.12242, min-SNR 2303.09556.
-"""
+"""Training losses. Shapes: B samples, C H W one latent; timesteps, weights and per-sample losses (B,)."""
 
 from torch import Tensor
 
@@ -10,15 +6,13 @@ from minidiff.core.schedule import NoiseSchedule
 
 
 def squared_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The mean squared error of each sample (B,), in fp32.
+    """The mean squared error of each sample (B,), in fp32. `mask` (B, 1, H, W) is 1 where to learn and 0 where not:
 
-    `mask` (B, 1, H, W), 1 where to learn and 0 where not, weighs the cells. A small mask is no small loss:
-
-        sum over c, i, j of m_ij e_cij^2  /  (C  sum over i, j of m_ij)
+    sum over c, i, j of m_ij e_cij^2  /  (C  sum over i, j of m_ij)        so a small mask is no small loss
     """
     error = (output.float() - target.float()).square()
     if mask is None:
-        return error.flatten(1).mean(1)  # DDPM eq. 14
+        return error.flatten(1).mean(1)  # DDPM (arXiv 2006.11239), eq. 14
     return (mask * error).flatten(1).mean(1) / mask.flatten(1).mean(1).clamp(min=1e-6)
 
 
@@ -42,7 +36,7 @@ def prior_preservation(
         w, m = (None if x is None else x[part] for x in (weights, mask))
         return mse(output[part], target[part], w, m)
 
-    return loss(slice(half)) + prior_weight * loss(slice(half, None))  # 2208.12242, eq. 2
+    return loss(slice(half)) + prior_weight * loss(slice(half, None))  # DreamBooth (arXiv 2208.12242), eq. 2
 
 
 def min_snr_weights(schedule: NoiseSchedule, t: Tensor, gamma: float = 5.0) -> Tensor:
@@ -53,5 +47,5 @@ def min_snr_weights(schedule: NoiseSchedule, t: Tensor, gamma: float = 5.0) -> T
     """
     a_bar = schedule.alphas_cumprod.to(t.device)[t]
     snr = a_bar / (1 - a_bar)
-    x0_weight = snr.clamp(max=gamma)  # min-SNR-gamma: 2303.09556, section 3.4
+    x0_weight = snr.clamp(max=gamma)  # min-SNR-gamma (arXiv 2303.09556), section 3.4
     return x0_weight / (snr if schedule.config.prediction_type == "epsilon" else snr + 1)

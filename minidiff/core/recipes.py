@@ -1,14 +1,14 @@
 """Five ways of fine-tuning, side by side. They bring the same batches to the same loss, and differ in what moves.
 
-    full                 every weight of the U-Net, perhaps of the text encoder too       W
-    full, as DreamBooth  the same weights; half of each batch shows the subject's class   W
-    lora (LoRA, DoRA)    two thin matrices beside each of some layers                     W + (alpha / r) B A
-    textual_inversion    the vectors of one new word                                      v*
-    pivotal              a new word and a LoRA                                            v*, B A
+    full                           every weight of the U-Net, perhaps of the text encoder too       W
+    full, as DreamBooth            the same weights; half of each batch shows the subject's class   W
+    lora (LoRA, DoRA)              two thin matrices beside each of some layers                     W + (alpha / r) B A
+    textual_inversion              the vectors of one new word                                      v*
+    lora, then textual_inversion   pivotal tuning, after Roich et al. (arXiv 2106.05744)            v*, B A
 
 Each function changes the networks and returns what is trained, by name; `DiffusionLoss` is the loss of all five:
 
-    task = Task(lora(unet, Adapter(rank=4)), batch, DiffusionLoss(unet, schedule))
+    task = Task(lora({"unet": unet}, Adapter(rank=4)), batch, DiffusionLoss(unet, schedule))
     for update in train(task, LoopSettings()): ...
 
 Shapes: B samples, C h w a latent, L tokens, D width of the text. `t` are timesteps (B,).
@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from minidiff.core import textual_inversion as words
 from minidiff.core.inject import inject, trainable
 from minidiff.core.losses import min_snr_weights, mse, prior_preservation
 from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
-from minidiff.core.textual_inversion import add_word, initial_vectors
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -32,16 +32,14 @@ if TYPE_CHECKING:
 Trainable = dict[str, nn.Parameter]
 Answer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, text) -> the output of a U-Net
 
-# --- what moves ----------------------------------------------------------------------------------------------------------
 
-
-def full(unet: nn.Module, text_encoder: nn.Module | None = None) -> Trainable:
-    """Full fine-tuning: every weight moves.
+def full(networks: dict[str, nn.Module]) -> Trainable:
+    """Full fine-tuning: every weight of the `networks` moves, {"unet": …} and perhaps {"text_encoder": …}.
 
     DreamBooth (arXiv 2208.12242) is the same on batches that hold the subject and its class, half and half; its loss has a
     `prior_weight`. With LoRA instead of all weights, it is called DreamBooth-LoRA.
     """
-    return trainable(together(unet, text_encoder).requires_grad_(True))
+    return trainable(nn.ModuleDict(networks).requires_grad_(True))
 
 
 @dataclass(frozen=True)
@@ -58,49 +56,21 @@ class Adapter:
     seed: int = 0
 
 
-def lora(unet: nn.Module, adapter: Adapter, text_encoder: nn.Module | None = None) -> Trainable:
+def lora(networks: dict[str, nn.Module], adapter: Adapter) -> Trainable:
     """LoRA: the weights are frozen; A and B beside some layers move, and in DoRA the lengths m too."""
     a = adapter
-    inject(unet, a.rank, a.alpha, a.targets, a.seed, rank_of=a.rank_of, rslora=a.rslora, dora=a.dora, dropout=a.dropout)
-    if text_encoder is not None:
-        inject(text_encoder, a.rank, a.alpha, ("text",), a.seed, rslora=a.rslora, dora=a.dora, dropout=a.dropout)
-    return trainable(together(unet, text_encoder))
+    for name, network in networks.items():
+        targets, rank_of = (a.targets, a.rank_of) if name == "unet" else (("text",), {})
+        inject(network, a.rank, a.alpha, targets, a.seed, rank_of=rank_of, rslora=a.rslora, dora=a.dora, dropout=a.dropout)
+    return trainable(nn.ModuleDict(networks))
 
 
 def textual_inversion(
     tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", word: str, like: str, count: int = 1
 ) -> Trainable:
-    """Textual inversion (arXiv 2208.01618): nothing of the model moves but the `count` vectors of a new word.
-
-    They start at the meaning of known words, such as `like` "dog".
-    """
-    return {"word": add_word(tokenizer, text_encoder, word, initial_vectors(tokenizer, text_encoder, like, count))}
-
-
-def pivotal(
-    unet: nn.Module,
-    adapter: Adapter,
-    tokenizer: "CLIPTokenizer",
-    text_encoder: "CLIPTextModel",
-    word: str,
-    like: str,
-    count: int = 1,
-    adapt_text: bool = False,
-) -> Trainable:
-    """Pivotal tuning, after Roich et al. (arXiv 2106.05744): a word for the subject, and a LoRA for what no word can say.
-
-    The paper finds the word (the pivot) first, then tunes the model around it. Here, as usual, both learn at once.
-    """
-    adapters = lora(unet, adapter, text_encoder if adapt_text else None)  # first: the word becomes a part of the text encoder
-    return adapters | textual_inversion(tokenizer, text_encoder, word, like, count)
-
-
-def together(unet: nn.Module, text_encoder: nn.Module | None) -> nn.ModuleDict:
-    """The networks that are trained, as one module: its parameters have the names `unet.…` and `text_encoder.…`."""
-    return nn.ModuleDict({"unet": unet} | ({} if text_encoder is None else {"text_encoder": text_encoder}))
-
-
-# --- the loss ------------------------------------------------------------------------------------------------------------
+    """Textual inversion (arXiv 2208.01618): only the `count` vectors of a new word move, from the meaning of `like`, "dog"."""
+    vectors = words.initial_vectors(tokenizer, text_encoder, like, count)
+    return {"word": words.inject(text_encoder).add(word, vectors)}
 
 
 @dataclass(frozen=True)
@@ -122,9 +92,12 @@ class DiffusionLoss:
         batch = {name: rows.to(device) for name, rows in batch.items()}  # before the U-Net: later they would wait for it
         target, mask = self.target(batch), batch.get("mask")
         weights = None if self.snr_gamma is None else min_snr_weights(self.schedule, batch["t"], self.snr_gamma)  # (B,)
-        output, x_t, text = self.predict(batch)
+        output, x_t, text = self.predict(batch)  # (B, C, h, w), twice; (B, L, D)
         if self.base is not None:
-            target = base_target(target, x_t, batch["t"], text, self.base)
+            half = len(target) // 2
+            with torch.no_grad():
+                own = self.base(x_t[half:], batch["t"][half:], text[half:])
+            target = torch.cat([target[:half], own.to(target.dtype)])
         if self.prior_weight > 0:
             return prior_preservation(output, target, self.prior_weight, weights, mask)
         return mse(output, target, weights, mask)
@@ -139,11 +112,3 @@ class DiffusionLoss:
         x_t = add_noise(self.schedule, batch["latents"], batch["noise"], batch["t"]).to(dtype)
         text = (self.text_encoder(input_ids=batch["ids"]).last_hidden_state if "ids" in batch else batch["text"]).to(dtype)
         return self.unet(x_t, batch["t"], text), x_t, text
-
-
-def base_target(target: Tensor, x_t: Tensor, t: Tensor, text: Tensor, base: Answer) -> Tensor:
-    """`target` (2B, C, h, w), its class half replaced by the prediction of the base model there: base(x_t, t, text)."""
-    half = len(target) // 2
-    with torch.no_grad():
-        own = base(x_t[half:], t[half:], text[half:])
-    return torch.cat([target[:half], own.to(target.dtype)])

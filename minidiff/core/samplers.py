@@ -2,19 +2,17 @@
 
     def sampler(denoise, x, grid, noise): yields (t, x, x0) after every call of the network
 
-| argument  | meaning                                                                                                  |
-|-----------|----------------------------------------------------------------------------------------------------------|
-| `denoise` | (x, t, a_bar) -> x0 and eps: the network's answer, read as a clean latent and as noise (`Denoiser`)      |
-| `x`       | where to start: B pictures, C H W one latent (B, C, H, W), fp32                                          |
-| `grid`    | one row per step: the timestep t, the noise level at t, the level that the step goes to (`grids.py`)     |
-| `noise`   | i -> fresh standard normal noise for step i, like x; only stochastic samplers call it                    |
+    denoise   (x, t, a_bar) -> x0 and eps: the network's answer, read as a clean latent and as noise (`Denoiser`)
+    x         where to start: B pictures, C H W one latent (B, C, H, W), fp32
+    grid      one row per step: the timestep t, the noise level at t, the level that the step goes to (`grids.py`)
+    noise     i -> fresh standard normal noise for step i, like x; only stochastic samplers call it
 
-| in the code           | in the papers                                                                                |
-|-----------------------|----------------------------------------------------------------------------------------------|
-| `a_bar`, `a_bar_prev` | alpha_t and alpha_{t-1} in DDIM, alpha-bar in DDPM. "prev" is the next one visited: t falls    |
-| `sigma`, `sigma_next` | sigma in EDM and k-diffusion: noise / signal; a_bar = 1 / (1 + sigma^2)                        |
-| `x0`, `eps`           | the network's answer as a clean latent ("predicted x_0", x_theta) and as noise                 |
-| `h`                   | lambda_{t_i} - lambda_{t_{i-1}} in DPM-Solver++, where lambda = -log sigma                     |
+and in the papers
+
+    a_bar, a_bar_prev   alpha_t and alpha_{t-1} in DDIM, alpha-bar in DDPM. "prev" is the next one visited: t falls
+    sigma, sigma_next   sigma in EDM and k-diffusion: noise / signal; a_bar = 1 / (1 + sigma^2)
+    x0, eps             the network's answer as a clean latent ("predicted x_0", x_theta) and as noise
+    h                   lambda_{t_i} - lambda_{t_{i-1}} in DPM-Solver++: how far a step goes in lambda = -log sigma
 
 The same noisy latent is written on two scales. DDPM, DDIM, PNDM and LCM use x_t itself, whose variance stays near 1. The
 network sees this scale, too. The others solve dx = eps dsigma (DDIM eq. 14) for x_t / sqrt(a_bar) = x0 + sigma eps. For an
@@ -35,12 +33,8 @@ Visit = tuple[float, Tensor, Tensor]  # the t that the network saw; x after the 
 StepNoise = Callable[[int], Tensor]  # i -> noise
 Model = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> eps or v
 
-ADAMS_BASHFORTH = {  # PNDM: how much each of the last outputs counts, newest first
-    1: (1.0,),
-    2: (3 / 2, -1 / 2),
-    3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}
+# PNDM: how much each of the last 1 to 4 outputs counts, newest first
+ADAMS_BASHFORTH = [(1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24)]
 LCM_SIGMA_DATA, LCM_TIMESTEP_SCALING = 0.5, 10.0  # LCM, 2310.04378, authors' code: sigma_data, and t / 0.1 in c_skip and c_out
 
 
@@ -106,8 +100,7 @@ def pndm(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator
     """PNDM without its Runge-Kutta start (2202.09778; PLMS): DDIM's step, with an output extrapolated from the last four.
 
     The first step has no past, so it is taken twice: as DDIM, to ask the network at its end; then with the mean of both
-    outputs. N steps take N + 1 calls. As in the reference, the raw output is extrapolated. For eps this is of high order,
-    for v only of the first.
+    outputs. N steps take N + 1 calls.
     """
     start, past = x, list[Tensor]()
     for i, (t, a_bar, a_bar_prev) in enumerate(grid):
@@ -116,7 +109,7 @@ def pndm(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator
             x, output = start, (output + past[-1]) / 2  # Heun's mean: second order
         else:
             past = [*past[-3:], output]
-            weights = ADAMS_BASHFORTH[len(past)]
+            weights = ADAMS_BASHFORTH[len(past) - 1]
             output = sum((w * p for w, p in zip(weights, reversed(past))), start=0 * output)  # PNDM eq. 12
         x0, eps = denoise.read(output, x, a_bar)
         x = sqrt(a_bar_prev) * x0 + sqrt(1 - a_bar_prev) * eps  # PNDM eq. 11 = DDIM eq. 12 with sigma = 0
@@ -124,10 +117,7 @@ def pndm(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator
 
 
 def lcm(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator[Visit]:
-    """Latent consistency models (2310.04378): jump to x0, add fresh noise of a lower level, jump again.
-
-    Only for models and LoRAs that were distilled for it.
-    """
+    """Latent consistency models (2310.04378), distilled for it: jump to x0, add fresh noise of a lower level, jump again."""
     for i, (t, a_bar, a_bar_prev) in enumerate(grid):
         x0, _ = denoise(x, t, a_bar)
         scaled = LCM_TIMESTEP_SCALING * t
@@ -143,14 +133,10 @@ def lcm(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator[
 
 
 def euler(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator[Visit]:
-    """Euler's method (EDM, 2206.00364): follow the noise that the network sees, straight to the next sigma.
-
-    The step is written as x0 + sigma_next eps, which is x + (sigma_next - sigma) eps because x = x0 + sigma eps. So it does
-    not lose three digits at zero terminal SNR, where sigma is 4096.
-    """
+    """Euler's method (EDM, 2206.00364): follow the noise that the network sees, straight to the next sigma."""
     for t, sigma, sigma_next in grid:
         x0, eps = denoise.at_sigma(x, t, sigma)
-        x = x0 + sigma_next * eps  # DDIM eq. 13: Euler's step on eq. 14. EDM algorithm 1, line 5
+        x = x0 + sigma_next * eps  # = x + (sigma_next - sigma) eps: EDM algorithm 1, line 5; exact at sigma = 4096, too
         yield t, unit_variance(x, sigma_next), x0
 
 
@@ -191,7 +177,7 @@ def dpmpp_2m(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise, sde: bo
     x0s, hs = list[Tensor](), list[float]()  # x0 and h of the last step
     for i, (t, sigma, sigma_next) in enumerate(grid):
         x0, _ = denoise.at_sigma(x, t, sigma)
-        h = step_length(sigma, sigma_next)
+        h = log(sigma / sigma_next) if sigma_next > 0 else inf
         far = 2 * h if sde else h
         x = exp(-far) * x - expm1(-far) * half_a_step_ahead(x0, h, x0s, hs)  # algorithm 2: x_{t_i}; or the SDE's mean
         if sde:
@@ -210,7 +196,7 @@ def unipc(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterato
         x0, _ = denoise.at_sigma(x, t, sigma)
         if hs:
             x = exp(-hs[-1]) * x_start - expm1(-hs[-1]) * corrected(x0, x0s, hs)  # UniC-2; after the first step UniC-1
-        x_start, h = x, step_length(sigma, sigma_next)
+        x_start, h = x, log(sigma / sigma_next) if sigma_next > 0 else inf
         x = exp(-h) * x - expm1(-h) * half_a_step_ahead(x0, h, x0s, hs)  # UniP-2 is 2M's step
         x0s, hs = [*x0s[-1:], x0], [*hs[-1:], h]
         yield t, unit_variance(x, sigma_next), x0
@@ -219,11 +205,6 @@ def unipc(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterato
 def unit_variance(x: Tensor, sigma: float) -> Tensor:
     """x0 + sigma eps as the network sees it: times sqrt(a_bar)."""
     return x / sqrt(sigma**2 + 1)
-
-
-def step_length(sigma: float, sigma_next: float) -> float:
-    """h: how far a step goes in lambda = -log sigma; to sigma = 0 infinitely far."""
-    return log(sigma / sigma_next) if sigma_next > 0 else inf
 
 
 def half_a_step_ahead(x0: Tensor, h: float, x0s: list[Tensor], hs: list[float]) -> Tensor:

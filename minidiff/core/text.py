@@ -3,7 +3,7 @@
     prompt -> tokenizer -> ids (B, 77) -> token and position embeddings -> causal transformer -> LayerNorm -> (B, 77, D)
 
 Every text has 77 ids: a start mark, at most 75 tokens, an end mark, and padding. Stable Diffusion reads all 77 positions,
-the padding too (there is no padding mask), and not the pooled vector that CLIP itself was trained on.
+the padding too, and not the pooled vector that CLIP itself was trained on.
 
 Shapes: B prompts, D width of the text (768 in SD 1.5, 128 in the pocket checkpoint).
 """
@@ -38,11 +38,7 @@ def encode(text_encoder: "CLIPTextModel", ids: Tensor, clip_skip: int = 0) -> Te
 
     `clip_skip` = n takes the states n layers before the last, through the same LayerNorm.
     """
-    ids = ids.to(text_encoder.device)
-    if not clip_skip:
-        last: Tensor = text_encoder(input_ids=ids).last_hidden_state
-        return last
-    states = text_encoder(input_ids=ids, output_hidden_states=True).hidden_states  # the embeddings, then each layer's output
+    states = text_encoder(input_ids=ids.to(text_encoder.device), output_hidden_states=True).hidden_states  # after each layer
     norm: nn.Module = getattr(text_encoder, "text_model", text_encoder).final_layer_norm  # transformers 4, transformers 5
     hidden: Tensor = norm(states[-1 - clip_skip])
     return hidden

@@ -7,12 +7,10 @@ No weight changes. The word, such as `<dog>`, gets n vectors beside the model's 
     ids < V     the row of the token table, frozen; it is never resized
     ids >= V    the row of a new word
 
-So the optimizer holds nothing but the new vectors. (If the table were enlarged, AdamW's weight decay would move its other
-49,408 rows, too.)
+So the optimizer holds nothing but the new vectors. (In an enlarged table, AdamW's weight decay would move all other rows, too.)
 
-    row = add_word(tokenizer, text_encoder, "<dog>", initial_vectors(tokenizer, text_encoder, "dog", 2))    # train `row`
+    row = inject(text_encoder).add("<dog>", initial_vectors(tokenizer, text_encoder, "dog", 2))    # train `row`
     encode_captions(tokenizer, text_encoder, ["a photo of <dog>"], placeholders(text_encoder))
-    eject(text_encoder)
 
 Shapes: B prompts, L tokens, D width of the text, V words in the table, n vectors of a new word.
 """
@@ -25,19 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.core.errors import AdapterError
-from minidiff.core.text import LENGTH
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
-MAX_VECTORS = LENGTH - 2  # a prompt has room for no more
-
 
 class ExtendedEmbedding(nn.Module):
-    """A frozen token table and the rows of new words, which take the ids behind it.
-
-    The rows are fp32 whatever the dtype of the table. Cast the model before, not after.
-    """
+    """A frozen token table and the rows of new words, fp32, which take the ids behind it."""
 
     def __init__(self, base: nn.Embedding) -> None:
         super().__init__()
@@ -63,9 +55,6 @@ class ExtendedEmbedding(nn.Module):
         return torch.where((ids >= V)[..., None], new.to(known.dtype), known)
 
 
-# --- a text encoder and its words --------------------------------------------------------------------------------------
-
-
 def inject(text_encoder: "CLIPTextModel") -> ExtendedEmbedding:
     """Put an ExtendedEmbedding around the token table, unless it is there already. It changes no prompt by itself."""
     table: nn.Module = text_encoder.get_input_embeddings()
@@ -81,19 +70,6 @@ def eject(text_encoder: "CLIPTextModel") -> None:
         text_encoder.set_input_embeddings(table.base)
 
 
-def add_word(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", word: str, vectors: Tensor) -> nn.Parameter:
-    """Teach the encoder a word, given its vectors (n, D); the Parameter to train, fp32.
-
-    Raises AdapterError, before anything is changed, for a word that is known already or vectors that do not fit.
-    """
-    if word in placeholders(text_encoder) or len(tokenizer(word, add_special_tokens=False).input_ids) == 1:
-        raise AdapterError(f'"{word}" has a meaning already; take a word of your own, such as <my-dog>.')
-    width, shape = text_encoder.config.hidden_size, tuple(vectors.shape)
-    if shape[1:] != (width,) or not 1 <= len(vectors) <= MAX_VECTORS:
-        raise AdapterError(f'the vectors of "{word}" are {shape}; this text encoder takes 1 to {MAX_VECTORS} of width {width}.')
-    return inject(text_encoder).add(word, vectors)
-
-
 def placeholders(text_encoder: "CLIPTextModel") -> dict[str, list[int]]:
     """The new words and their ids, as `tokenize` and `encode_captions` want them; empty where there are none."""
     return dict(getattr(text_encoder.get_input_embeddings(), "placeholders", {}))
@@ -102,8 +78,7 @@ def placeholders(text_encoder: "CLIPTextModel") -> dict[str, list[int]]:
 def initial_vectors(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", words: str, count: int) -> Tensor:
     """Where learning starts: `count` vectors (n, D), fp32, copied from the tokens of `words`, in turn.
 
-    "dog" for three vectors gives three copies of it, as in diffusers: they are at different places of the prompt, so
-    their gradients differ and they part. AdapterError where `words` has no token, or more of them than `count`.
+    Three copies of "dog" stand at different places of the prompt, so their gradients differ and they part.
     """
     ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
     if not 1 <= len(ids) <= count:

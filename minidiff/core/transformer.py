@@ -115,6 +115,5 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """x (B, C, H, W), text (B, S, D) -> (B, C, H, W)."""
         tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
-        for block in self.transformer_blocks:
-            tokens = block(tokens, text)
+        tokens = self.transformer_blocks[0](tokens, text)
         return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[-2]))

@@ -1,8 +1,6 @@
 """The autoencoder between pictures and latents: stage one of latent diffusion (arXiv 2112.10752, section 3.1).
 
-    B batch   C channels   H W picture height and width   h w = H/8, W/8 latent height and width (four levels)
-
-Attribute names are the keys of SD's files, so that a checkpoint loads with no map at all.
+B batch   C channels   H W picture height and width   h w = H/8, W/8 latent height and width (four levels)
 """
 
 import torch

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidiff.core.errors import MinidiffError, SettingsError
+from minidiff.core.errors import MinidiffError, SettingsError, did_you_mean
 from minidiff.core.generate import Stations, generate
-from minidiff.core.grids import Step, sampler_named
+from minidiff.core.grids import SAMPLERS, Sampler, Step
 from minidiff.core.guidance import UNetCall
 from minidiff.core.rng import normal
 from minidiff.core.text import LENGTH, encode_captions
@@ -104,7 +104,7 @@ class StableDiffusionPipeline(Model):
         shape = self.latent_shape(len(sides[0]), height, width, pictures)
         draw = noise_source(shape, seed, generator, latents)
         canvas = self.canvas(pictures, mask_image, strength, shape, draw)
-        chosen = sampler_named(self.sampler if sampler is None else sampler)
+        chosen = sampler_for(self.sampler if sampler is None else sampler, timestep_spacing, use_karras_sigmas, eta)
         walk = partial(chosen, image=canvas.image, strength=canvas.strength, fix_x0=canvas.fix_x0)
         walk = partial(walk, spacing=timestep_spacing, karras=use_karras_sigmas, eta=eta)
         steps = as_int("num_inference_steps", num_inference_steps)
@@ -254,6 +254,21 @@ def both_sides(given: tuple[Any, Tensor | None], negative: tuple[Any, Tensor | N
         torch.stack(row) if isinstance(row[0], Tensor) else [parse_prompt(text) for text in row] for row in (prompts, negatives)
     )
     return first, second
+
+
+def sampler_for(name: str, spacing: str | None = None, karras: bool | None = None, eta: float = 0.0) -> Sampler:
+    """The sampler of this name. SettingsError if there is none, or if it does not take these settings."""
+    if name not in SAMPLERS:
+        raise SettingsError(f'sampler "{name}" is unknown; it is one of {", ".join(SAMPLERS)}.{did_you_mean(name, SAMPLERS)}')
+    sampler = SAMPLERS[name]
+    if spacing and sampler.spacing is None:
+        raise SettingsError(f"timestep_spacing is {spacing}; {name} has its own timesteps. Leave it out.")
+    if karras and not sampler.karras:
+        able = ", ".join(name for name, other in SAMPLERS.items() if other.karras)
+        raise SettingsError(f"use_karras_sigmas is on; only these samplers take Karras sigmas: {able}.")
+    if not 0 <= eta <= 1 or (eta and not sampler.eta):
+        raise SettingsError(f"eta is {eta}; only ddim has one, from 0 (deterministic) to 1 (as DDPM).")
+    return sampler
 
 
 def noise_source(

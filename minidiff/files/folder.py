@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from minidiff.core.config import NoiseConfig, UNetConfig, VAEConfig
-from minidiff.core.errors import SettingsError, WeightsError
-from minidiff.core.schedule import NoiseSchedule
+from minidiff.core.errors import WeightsError
 from minidiff.files.values import fits
 
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # deleted in 2024
@@ -116,14 +115,16 @@ def read_config(kind: type[Config], values: dict[str, Any], where: str) -> Confi
         if isinstance(value, list):
             given[key] = tuple(value)
     config = kind(**given)
-    if not isinstance(config, NoiseConfig):
-        check_sizes(config, where)
-        return config
-    try:
-        NoiseSchedule.from_config(config)
-    except SettingsError as error:
-        raise WeightsError(f"{where}: {error}") from error
+    check_noise(config, where) if isinstance(config, NoiseConfig) else check_sizes(config, where)
     return config
+
+
+def check_noise(config: NoiseConfig, where: str) -> None:
+    """WeightsError if there is no such noise schedule."""
+    if not 0 < config.beta_start <= config.beta_end < 1:
+        raise WeightsError(f"{where}: beta_start {config.beta_start}, beta_end {config.beta_end}; they rise and lie in (0, 1).")
+    if config.rescale_betas_zero_snr and config.prediction_type != "v_prediction":
+        raise WeightsError(f"{where}: rescale_betas_zero_snr is true and prediction_type is epsilon; it needs v_prediction.")
 
 
 def check_sizes(config: UNetConfig | VAEConfig, where: str) -> None:

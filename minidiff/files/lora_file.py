@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minidiff.core.config import SD15_UNET, UNetConfig
 from minidiff.core.errors import AdapterError, did_you_mean
-from minidiff.core.inject import adaptable_layers, adapter_names, check_new, lora_layers, set_adapters, wrap
+from minidiff.core.inject import adaptable_layers, adapted_layers, adapter_names, lora_layers, set_adapters, wrap
 from minidiff.core.lora import LoRAWeights
 from minidiff.files import lora_module, names
 from minidiff.files.atomic import write_bytes
@@ -164,6 +164,16 @@ def attach(model: nn.Module, weights: Mapping[str, LoRAWeights], adapter_name: s
     check_new(model, adapter_name)
     for name, change in weights.items():
         wrap(model, name).add(adapter_name, change)
+
+
+def check_new(model: nn.Module, adapter_name: str) -> None:
+    """AdapterError unless an adapter of this name can be added."""
+    if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):  # it keeps A and B, by name
+        raise AdapterError(f'"{adapter_name}" cannot name an adapter; take a plain word such as "dog".')
+    if adapter_name in adapter_names(model):
+        raise AdapterError(f'an adapter called "{adapter_name}" is there already; choose another name, or eject first.')
+    if lora_layers(model):
+        adapted_layers(model)  # AdapterError while they are merged
 
 
 def layers_of(models: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.Conv2d]:

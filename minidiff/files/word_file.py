@@ -22,7 +22,8 @@ from torch import Tensor
 
 from minidiff import __version__
 from minidiff.core.errors import AdapterError
-from minidiff.core.textual_inversion import MAX_VECTORS, add_word, placeholders
+from minidiff.core.text import LENGTH
+from minidiff.core.textual_inversion import inject, placeholders
 from minidiff.files import names as keymaps
 from minidiff.files.values import listed
 from minidiff.files.weights import file_at, find_weights, read_header, save
@@ -72,7 +73,7 @@ def load_embedding(
         check_word(tokenizer, embedding.word, placeholders(text_encoder))
     except AdapterError as error:
         raise AdapterError(f"{embedding.path}: {error} {RENAME}") from error
-    add_word(tokenizer, text_encoder, embedding.word, embedding.vectors).requires_grad_(False)
+    inject(text_encoder).add(embedding.word, embedding.vectors).requires_grad_(False)
     return embedding
 
 
@@ -113,8 +114,8 @@ def embedding_in(tensors: Mapping[str, Tensor], path: Path, token: str | None = 
     if not (word := token or own):
         raise AdapterError(f"{path} does not say what its word is. {RENAME}")
     rows = torch.atleast_2d(vectors)
-    if not rows.is_floating_point() or rows.ndim != 2 or not rows.numel() or len(rows) > MAX_VECTORS:
-        there, wanted = f"{tuple(vectors.shape)} of {vectors.dtype}", f"(n, D) floating-point numbers, n at most {MAX_VECTORS}"
+    if not rows.is_floating_point() or rows.ndim != 2 or not rows.numel() or len(rows) > LENGTH - 2:
+        there, wanted = f"{tuple(vectors.shape)} of {vectors.dtype}", f"(n, D) floating-point numbers, n at most {LENGTH - 2}"
         raise AdapterError(f"{path}: its vectors are {there}; a word has {wanted}.")
     return Embedding(path, dialect, word, rows.detach().float())
 

@@ -25,9 +25,8 @@ from torch import Tensor
 
 from minidiff import __version__
 from minidiff.core.errors import MinidiffError, SettingsError
-from minidiff.core.grids import sampler_named
 from minidiff.draw.images import write_picture
-from minidiff.draw.pipeline import StableDiffusionPipeline, noise_source
+from minidiff.draw.pipeline import StableDiffusionPipeline, noise_source, sampler_for
 from minidiff.draw.progress import progress
 from minidiff.draw.prompting import count_chunks, parse_prompt
 
@@ -112,7 +111,7 @@ def check_loop(keyframes: Sequence[Keyframe], frames: int, sampler: str, eta: fl
     if len(keyframes) < 2 or len(keyframes) * frames > MAX_FRAMES:
         count = f"{len(keyframes)} keyframes x {frames} frames"
         raise SettingsError(f"{count}: a loop needs two prompts or seeds, or more, and has at most {MAX_FRAMES} frames in all.")
-    if (sampler_named(sampler).fresh_noise or eta > 0) and len({seed for _, seed in keyframes}) > 1:
+    if (sampler_for(sampler).fresh_noise or eta > 0) and len({seed for _, seed in keyframes}) > 1:
         raise SettingsError(
             f"{sampler} draws fresh noise in each step (ddim with --eta, too), so the frames would flicker between seeds. Take "
             "ddim, dpm++_2m or unipc; or keep one seed for all keyframes."

@@ -103,7 +103,7 @@ class BasePrior:
         self.facts, self.used_vae = instance.facts, instance.used_vae
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
-        """As `LatentData.batch`, with 2B rows. The target of the last B comes from core/recipes.py's `base_target`."""
+        """As `LatentData.batch`, with 2B rows. The target of the last B comes from core/recipes.py."""
         batch, numbers = self.instance.batch(step, micro), self.instance.numbers(step, micro)
         seed, shape, T = self.instance.settings.seed, batch["latents"].shape[1:], self.instance.timesteps
         words = self.class_prompt.expand(len(numbers), *self.class_prompt.shape)

@@ -14,7 +14,8 @@ from torch import nn
 
 from minidiff.core import recipes as core
 from minidiff.core.errors import AdapterError, DataError
-from minidiff.core.inject import adapter_weights, adapters_off, trainable
+from minidiff.core.inject import adapter_weights, trainable
+from minidiff.draw.lora_tags import at_strengths
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import speed_up
 from minidiff.files.lora_file import save_lora
@@ -39,7 +40,7 @@ def full(settings: FullSettings) -> Job:
     settings.check()
     pipe, base_hash = load_base(replace(settings, mixed_precision="no", bf16_weights=False))  # trained weights start unrounded
     data = load_data(pipe, settings, settings.train_text_encoder)
-    trainable = core.full(pipe.unet, pipe.text_encoder if settings.train_text_encoder else None)
+    trainable = core.full(trained_networks(pipe, settings))
     tag = "dreambooth" if settings.with_prior_preservation else "full"
     return make_job(pipe, settings, base_hash, data, trainable, pipe.save_pretrained, tag)
 
@@ -50,8 +51,8 @@ def lora(settings: LoRASettings) -> Job:
     trainable = new_adapters(pipe, settings)
     data = load_data(pipe, settings, settings.train_text_encoder)
     spec = model_spec(settings, "lora", data.resolution, pipe.schedule, base_hash)
-    write = partial(write_adapters, pipe, spec)
-    return make_job(pipe, settings, base_hash, data, trainable, write, "lora", partial(adapters_off, pipe.unet))
+    write, off = partial(write_adapters, pipe, spec), partial(at_strengths, pipe.unet, {"default": 0.0})
+    return make_job(pipe, settings, base_hash, data, trainable, write, "lora", off)
 
 
 def textual_inversion(settings: TextualInversionSettings) -> Job:
@@ -80,7 +81,7 @@ def pivotal(settings: PivotalSettings) -> Job:
         write_adapters(pipe, spec, folder)
         save_embedding(folder, settings.placeholder_token, word["word"], metadata=spec)
 
-    off = partial(adapters_off, pipe.unet)
+    off = partial(at_strengths, pipe.unet, {"default": 0.0})
     return make_job(pipe, settings, base_hash, data, adapters | word, export, "pivotal", off, optimizer)
 
 
@@ -97,14 +98,17 @@ RECIPES: dict[type, Callable[[Any], Job]] = {
 
 def new_adapters(pipe: StableDiffusionPipeline, settings: AdapterSettings) -> core.Trainable:
     """The new adapters, with their fast classes. Prints how much is trained, as peft does."""
-    s, text_encoder = settings, pipe.text_encoder if settings.train_text_encoder else None
+    s, networks = settings, trained_networks(pipe, settings)
     shape = core.Adapter(s.rank, s.lora_alpha, s.lora_targets, s.rank_of, s.use_rslora, s.use_dora, s.lora_dropout, s.seed)
-    adapters = core.lora(pipe.unet, shape, text_encoder)
+    adapters = core.lora(networks, shape)
     speed_up(pipe)
-    for network in (pipe.unet, text_encoder):
-        if network is not None:
-            print_trainable_parameters(network)
+    for network in networks.values():
+        print_trainable_parameters(network)
     return adapters
+
+
+def trained_networks(pipe: StableDiffusionPipeline, settings: FullSettings | AdapterSettings) -> dict[str, nn.Module]:
+    return {"unet": pipe.unet} | ({"text_encoder": pipe.text_encoder} if settings.train_text_encoder else {})
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

@@ -6,11 +6,10 @@ from tiny_adapters import EVERYWHERE, answer, digest, random, shake, tiny_text_e
 from torch import nn
 
 from minidiff.core.config import SD15_UNET
-from minidiff.core.errors import AdapterError
+from minidiff.core.errors import AdapterError, SettingsError
 from minidiff.core.inject import (
     adapter_names,
     adapter_weights,
-    adapters_off,
     eject,
     inject,
     lora_layers,
@@ -21,6 +20,7 @@ from minidiff.core.inject import (
 )
 from minidiff.core.lora import LoRAConv2d, LoRALinear
 from minidiff.core.unet import UNet2DConditionModel
+from minidiff.draw.lora_tags import at_strengths
 from minidiff.files.folder import SD15_TEXT
 from minidiff.files.lora_file import attach
 from minidiff.files.text_files import build_text_encoder
@@ -317,8 +317,8 @@ def test_merging_twice_and_unmerging_nothing_are_errors() -> None:
     merge(unet)
     with pytest.raises(AdapterError, match="merged already; unmerge .* first"):
         merge(unet)
-    with pytest.raises(AdapterError, match="merged into the weights; unmerge"):
-        inject(unet, 2, adapter_name="second")
+    with pytest.raises(AdapterError, match="merged already; unmerge"):
+        attach(unet, adapter_weights(unet), "second")
 
 
 # --- several adapters ------------------------------------------------------------------------------------------------
@@ -353,16 +353,17 @@ def test_an_adapter_that_is_off_leaves_no_trace() -> None:
     assert not torch.allclose(answer(unet), base, atol=1e-4)
 
 
-def test_adapters_off() -> None:
+def test_adapters_off_for_a_while() -> None:
     unet, base = two_adapters(), answer(tiny_unet())
     set_adapters(unet, ["dog"], [0.7])
     tuned = answer(unet)
-    with pytest.raises(ZeroDivisionError), adapters_off(unet):
+    off = {"dog": 0.0, "style": 0.0}
+    with pytest.raises(ZeroDivisionError), at_strengths(unet, off):
         assert torch.equal(answer(unet), base)
         raise ZeroDivisionError
     assert torch.equal(answer(unet), tuned)
     merge(unet)
-    with pytest.raises(AdapterError, match="merged already"), adapters_off(unet):
+    with pytest.raises(SettingsError, match="fused into the weights"), at_strengths(unet, off):
         pass
 
 
@@ -411,9 +412,6 @@ def test_set_adapters_refuses(names: list[str], strengths: list[float] | None, m
         ({"rank": 2, "targets": ["norm1"]}, "matches no linear layer or convolution"),
         ({"rank": 2, "targets": ["o_q"]}, "matches no linear layer"),
         ({"rank": 2, "targets": []}, "no targets"),
-        ({"rank": 2, "adapter_name": "my.dog"}, "cannot name an adapter"),
-        ({"rank": 2, "adapter_name": "keys"}, "cannot name an adapter"),
-        ({"rank": 2, "adapter_name": "training"}, "cannot name an adapter"),
     ],
 )
 def test_bad_settings_change_nothing(settings: dict, message: str) -> None:
@@ -421,6 +419,13 @@ def test_bad_settings_change_nothing(settings: dict, message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         inject(unet, **settings)
     assert not lora_layers(unet) and all(p.requires_grad for p in unet.parameters())
+
+
+@pytest.mark.parametrize("name", ["", "my.dog", "keys", "training"])
+def test_not_every_word_can_name_an_adapter(name: str) -> None:
+    unet = tiny_unet()
+    with pytest.raises(AdapterError, match="cannot name an adapter"):
+        attach(unet, {}, name)
 
 
 def test_the_same_name_twice_is_an_error() -> None:

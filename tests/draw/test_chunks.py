@@ -165,10 +165,10 @@ def test_a_mean_that_is_chance_is_not_restored(tokenizer: CLIPTokenizer, mean: f
 
 
 def test_gradients_flow_through_chunks_and_weights(tokenizer: CLIPTokenizer) -> None:
-    from minidiff.core.textual_inversion import add_word, placeholders
+    from minidiff.core.textual_inversion import inject, placeholders
 
     tower = with_mean(encoder(tokenizer)).requires_grad_(False)
-    row = add_word(tokenizer, tower, "<dog>", torch.randn(2, 16, generator=torch.Generator().manual_seed(0)))
+    row = inject(tower).add("<dog>", torch.randn(2, 16, generator=torch.Generator().manual_seed(0)))
     prompts = parsed("a red BREAK a (<dog>:1.3) on the beach")
     encode_prompt(tokenizer, tower, prompts, placeholders(tower))[:, 77:].square().sum().backward()
     assert row.grad is not None and bool((row.grad != 0).all())

@@ -23,7 +23,7 @@ from minidiff.core.inject import adapter_weights, inject, lora_layers, set_adapt
 from minidiff.core.rng import normal
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
-from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.draw.pipeline import StableDiffusionPipeline, sampler_for
 from minidiff.draw.speed import caching
 from minidiff.files.folder import SAMPLER_OF, SD15_TEXT
 from minidiff.files.lora_file import save_lora
@@ -577,6 +577,32 @@ def test_sides_follow_the_vaes_levels(pipe: StableDiffusionPipeline, levels: int
     if factor > 1:
         with pytest.raises(SettingsError, match=f"multiple of {factor} up to 8192: {6 * factor} or {7 * factor}"):
             other.latent_shape(1, 64, 6 * factor + 1)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "pndm", "lcm"])
+def test_no_karras_sigmas_for_walkers(name: str) -> None:
+    with pytest.raises(SettingsError, match="only these samplers take Karras sigmas: euler, euler_a, heun, dpm"):
+        sampler_for(name, karras=True)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5, float("nan")])
+def test_bad_eta(eta: float) -> None:
+    with pytest.raises(SettingsError, match="eta is"):
+        sampler_for("ddim", eta=eta)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "ddim"])
+def test_only_ddim_has_an_eta(name: str) -> None:
+    with pytest.raises(SettingsError, match="only ddim has one"):
+        sampler_for(name, eta=0.5)
+
+
+def test_an_unknown_sampler_and_a_spacing_for_lcm() -> None:
+    assert sampler_for("ddim", "trailing", eta=1.0) is SAMPLERS["ddim"]
+    with pytest.raises(SettingsError, match=r'"euler-a" is unknown; .* Did you mean "euler_a"'):
+        sampler_for("euler-a")
+    with pytest.raises(SettingsError, match="Leave it out"):
+        sampler_for("lcm", "trailing")
 
 
 # --- prompt embeddings and the prompt language ---------------------------------------------------------------------------

@@ -22,11 +22,12 @@ pytest.importorskip("diffusers")
 
 from minidiff.core.config import NoiseConfig
 from minidiff.core.errors import SettingsError
-from minidiff.core.grids import SAMPLERS, SPACINGS, timesteps
+from minidiff.core.grids import SAMPLERS, timesteps
 from minidiff.core.losses import min_snr_weights
 from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
 
 GOLDEN = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "make_samplers.py"))
+SPACINGS = GOLDEN["SPACINGS"]
 SHAPE = (2, 4, 6, 5)
 MANY = (32, 4, 6, 5)  # so many that two roundings have nearly the same size
 EVERY_STEPS = [1, 2, 3, 10, 20, *(pytest.param(n, marks=pytest.mark.slow) for n in (30, 50))]  # a minute for these two

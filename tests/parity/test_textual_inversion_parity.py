@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minidiff.core.losses import mse
 from minidiff.core.schedule import add_noise, training_target
 from minidiff.core.text import encode_captions
-from minidiff.core.textual_inversion import add_word, initial_vectors, placeholders
+from minidiff.core.textual_inversion import initial_vectors, inject, placeholders
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.word_file import read_embedding, save_embedding
 
@@ -112,7 +112,7 @@ def batches() -> list[tuple[Tensor, Tensor, Tensor, list[str]]]:
 
 def train_ours(pipe: StableDiffusionPipeline, n: int) -> Tensor:
     start = initial_vectors(pipe.tokenizer, pipe.text_encoder, "dog", n)
-    row = add_word(pipe.tokenizer, pipe.text_encoder, "<dog>", start)
+    row = inject(pipe.text_encoder).add("<dog>", start)
     optimizer = torch.optim.AdamW([row], lr=1e-2, weight_decay=0.01)
     for x0, noise, t, said in batches():
         text = encode_captions(pipe.tokenizer, pipe.text_encoder, said, placeholders(pipe.text_encoder))

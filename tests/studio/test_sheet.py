@@ -10,8 +10,8 @@ from PIL import Image
 
 from minidiff.cli.draw_flags import Sampling, Sheet
 from minidiff.core.errors import DataError, SettingsError
-from minidiff.core.grids import sampler_named
 from minidiff.draw.images import contact_sheet
+from minidiff.draw.pipeline import sampler_for
 from minidiff.studio.sheet import Axis, contact_sheet_of, gallery, parse_axis
 
 
@@ -31,7 +31,7 @@ class Settings:
     def check(self) -> None:
         if self.guidance_scale > 100:
             raise SettingsError("guidance_scale is too high")
-        sampler_named(self.sampler or "ddim")
+        sampler_for(self.sampler or "ddim")
 
 
 def picture(settings: Settings) -> Image.Image:

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from tiny_model import tiny_folder
 from tiny_sizes import TINY_VAE
-from torch import Tensor
+from torch import Tensor, nn
 
+from minidiff.core.config import NoiseConfig
 from minidiff.core.errors import DataError, SettingsError
-from minidiff.core.recipes import base_target
+from minidiff.core.recipes import DiffusionLoss
+from minidiff.core.schedule import NoiseSchedule, add_noise
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.images import read_png_text, save_png
 from minidiff.draw.pipeline import StableDiffusionPipeline
@@ -171,13 +173,28 @@ def test_prior_from_base_batches(settings: FineTuneSettings, tmp_path: Path) -> 
     assert torch.equal(wide.batch(1, 0)["noise"][4:], rows)  # one batch of 4 is two of 2
 
 
+class Echo(nn.Module):
+    """A U-Net that answers with its input, times a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_norm_out, self.weight = nn.GroupNorm(1, 4), nn.Parameter(torch.ones(()))
+
+    def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return self.weight * x_t
+
+
 def test_the_base_is_asked_about_the_class_half_alone() -> None:
-    x, target, t = torch.randn(4, 4, 2, 2), torch.zeros(4, 4, 2, 2), torch.arange(4)
-    weight = torch.ones((), requires_grad=True)
+    schedule, base, seen = NoiseSchedule.from_config(NoiseConfig()), Echo(), []
 
-    def base(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        assert t.tolist() == [2, 3] and len(text) == 2
-        return weight * x_t
+    def answer(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        seen.append((t.tolist(), len(text)))
+        return 2 * base(x_t, t, text)
 
-    got = base_target(target, x, t, torch.zeros(4, 77, 8), base)
-    assert torch.equal(got, torch.cat([target[:2], x[2:]])) and not got.requires_grad
+    latents, noise, t = torch.randn(4, 4, 2, 2), torch.randn(4, 4, 2, 2), torch.arange(4)
+    batch = {"latents": latents, "noise": noise, "t": t, "text": torch.zeros(4, 77, 8)}
+    loss = DiffusionLoss(Echo(), schedule, prior_weight=0.5, base=answer)(batch, 0, 0)
+    x_t = add_noise(schedule, latents, noise, t)
+    torch.testing.assert_close(loss, (x_t - noise)[:2].square().mean() + 0.5 * x_t[2:].square().mean())  # 2 x_t is the target
+    loss.backward()
+    assert seen == [([2, 3], 2)] and base.weight.grad is None

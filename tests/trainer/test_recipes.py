@@ -21,12 +21,12 @@ from torch import Tensor
 from minidiff.core import recipes as core_recipes
 from minidiff.core.config import SD15_UNET, NoiseConfig
 from minidiff.core.errors import DataError, MinidiffError, SettingsError
-from minidiff.core.inject import DEFAULT_TARGETS, GROUPS, adapters_off, inject
-from minidiff.core.losses import min_snr_weights, mse
-from minidiff.core.recipes import base_target
+from minidiff.core.inject import DEFAULT_TARGETS, GROUPS, inject
+from minidiff.core.losses import min_snr_weights, mse, prior_preservation
 from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
 from minidiff.core.train import Batch
 from minidiff.core.unet import UNet2DConditionModel
+from minidiff.draw.lora_tags import at_strengths
 from minidiff.files.folder import SAMPLER_OF, config_values, write_json
 from minidiff.files.text_files import to_file_keys
 from minidiff.trainer import checkpoint
@@ -263,11 +263,11 @@ def test_the_prior_from_the_base_is_the_bases_answer(make: Any, monkeypatch: pyt
     """However far the weights have gone, the class half's target is what the untuned model answers, to the bit."""
     targets: list[Tensor] = []
 
-    def keep(*given: Any) -> Tensor:
-        targets.append(base_target(*given))
-        return targets[-1]
+    def keep(output: Tensor, target: Tensor, *rest: Any) -> Tensor:
+        targets.append(target)
+        return prior_preservation(output, target, *rest)
 
-    monkeypatch.setattr(core_recipes, "base_target", keep)
+    monkeypatch.setattr(core_recipes, "prior_preservation", keep)
     settings = make(method, **PRIOR)
     task, base = moved(recipe(settings)), base_of(settings)
     batch = task.batch(7, 0)
@@ -277,7 +277,7 @@ def test_the_prior_from_the_base_is_the_bases_answer(make: Any, monkeypatch: pyt
         answer = base.unet(x_t, batch["t"][2:], base.encode_prompt([settings.class_prompt]).expand(2, -1, -1))
     assert torch.equal(targets[0], torch.cat([batch["noise"][:2], answer]))
     if method == "lora":
-        with adapters_off(task.modules["unet"]), torch.no_grad():
+        with at_strengths(task.modules["unet"], {"default": 0.0}), torch.no_grad():
             assert torch.equal(task.modules["unet"](x_t, batch["t"][2:], batch["text"][2:]), answer)
 
 

@@ -38,24 +38,26 @@ STANDS_OUT = 0.01  # times the standard deviation: a mean below it is chance
 
 Token = tuple[int, float]  # id, weight
 
+NUMBER = r"[+-]? (?: \d{1,9} (?: \. \d* )? | \. \d+ )"
 LEXEMES = re.compile(
-    r"""
-    < (?: lora | lyco ) : (?P<tag> [^<>]* ) >  # with everything in it, brackets too
+    rf"""
+    (?P<tag> < (?: lora | lyco ) : (?P<name> [^<>:]* [^<>:\s] ) \s* (?: : \s* (?P<strength> {NUMBER} ) \s* )? > )
   | \\ (?P<escaped> [()\[\]\\] )
-  | : \s* (?P<weight> [+-]? [.\d]+ ) \s* (?= \) )
+  | : \s* (?P<weight> {NUMBER} ) \s* (?= \) )
   | (?P<open>  [(\[] )
   | (?P<close> [)\]] )
   | (?P<text>  [^<\\:()\[\]]+ | . )
     """,
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
 )
-BREAK = re.compile(r"\bBREAK\b")
+BREAK, LORA = re.compile(r"\bBREAK\b"), re.compile("<(lora|lyco):", re.IGNORECASE)
 NOT_HERE = re.compile(r"\bAND\b | (?<!\\) \[ [^\[\]|]* (?: \| | : \s* [.\d]+ \s* \] )", re.VERBOSE)
 
 NOTES = {
     "heavy": "a weight outside of 0 to 2, which tears pictures apart. 0.5 to 1.5 is usual.",
     "missing": "prompt editing [from:to:when], alternation [a|b] and AND are A1111's; minidiff does not have them, and reads "
     "the words as plain text. A weight is written (word:0.5).",
+    "tag": "a LoRA tag that is read as text. A tag has a name and at most one weight: <lora:name:0.8>.",
     "unclosed": r"an opening bracket without its closing one; it weighs all the rest. Close it, or write \( or \[.",
     "unopened": r"a closing bracket without its opening one, which is read as text. Take it out, or write \) or \].",
 }
@@ -78,7 +80,7 @@ class Prompt(NamedTuple):
 def parse_prompt(prompt: str) -> Prompt:
     """Parse a prompt. Without brackets and BREAK it is one part of weight 1, with its text unchanged.
 
-    Warns of probable mistakes; columns count from 1. SettingsError for weights that are not finite, and for bad LoRA tags.
+    Warns of probable mistakes; columns count from 1. SettingsError for weights that are not finite.
     """
     lexemes = list(LEXEMES.finditer(prompt))
     factors, used, notes = _brackets(lexemes)
@@ -87,7 +89,7 @@ def parse_prompt(prompt: str) -> Prompt:
     for i, lexeme in enumerate(lexemes):
         kind, text, column = lexeme.lastgroup, lexeme.group(), lexeme.start() + 1
         if kind == "tag":
-            loras.append(_adapter(lexeme, column))
+            loras.append((lexeme["name"].strip(), float(lexeme["strength"] or 1)))
         elif i in factors:
             products[text].append(products[text][-1] * factors[i])
         elif i in used:
@@ -99,6 +101,8 @@ def parse_prompt(prompt: str) -> Prompt:
                 raise SettingsError(f"prompt, column {column}: the weights around this multiply to {weight}; use fewer.")
             if not 0 <= weight <= 2:
                 notes.setdefault("heavy", column)
+            if text == "<" and LORA.match(prompt, column - 1):
+                notes.setdefault("tag", column)
             first, *others = [text[1:]] if kind == "escaped" else BREAK.split(text)
             sections[-1].append(Part(first.rstrip() if others else first, weight))  # BREAK takes the spaces around it along
             for number, piece in enumerate(others, start=1):
@@ -122,8 +126,8 @@ def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], set[i
         if lexeme.lastgroup == "open":
             waiting[lexeme.group()].append(i)
             factors[i] = FACTORS[lexeme.group()]
-        elif lexeme.lastgroup == "weight" and waiting["("] and (weight := _number(lexeme["weight"])) is not None:
-            factors[waiting["("][-1]] = weight  # its closing bracket is the next lexeme
+        elif lexeme.lastgroup == "weight" and waiting["("]:
+            factors[waiting["("][-1]] = float(lexeme["weight"])  # its closing bracket is the next lexeme
             used.add(i)
         elif lexeme.lastgroup == "close":
             if own := waiting["(" if lexeme.group() == ")" else "["]:
@@ -134,23 +138,6 @@ def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], set[i
     if unclosed := waiting["("] + waiting["["]:
         notes["unclosed"] = lexemes[min(unclosed)].start() + 1
     return factors, used, notes
-
-
-def _adapter(lexeme: re.Match[str], column: int) -> tuple[str, float]:
-    """`name:0.8` -> name and weight; without a number the weight is 1."""
-    name, colon, number = (word.strip() for word in lexeme["tag"].partition(":"))
-    weight = _number(number) if colon else 1.0
-    if not name or weight is None or not math.isfinite(weight):
-        tag = f"{lexeme.group():.80}"
-        raise SettingsError(f'prompt, column {column}: "{tag}" names no adapter with one finite weight; write <lora:name:0.8>.')
-    return name, weight
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 # --- chunks ------------------------------------------------------------------------------------------------------------

@@ -163,6 +163,12 @@ def test_a_lora_inside_brackets_leaves_them_alone() -> None:
         ("a [b|c|d]", '3 ("[b|c|d]")', "alternation"),
         ("cats AND dogs", '6 ("AND dogs")', "AND are A1111's"),
         ("(dog:3)", '2 ("dog:3)")', "weight outside of 0 to 2"),
+        ("a <lora:x:heavy>", '3 ("<lora:x:heavy>")', "a LoRA tag that is read as text"),
+        ("a <lora:x:>", '3 ("<lora:x:>")', "at most one weight"),
+        ("a <lora:x:0.8:0.5>", '3 ("<lora:x:0.8:0.5>")', "at most one weight"),
+        ("a <lora::0.8>", '3 ("<lora::0.8>")', "has a name"),
+        ("a <lora: >", '3 ("<lora: >")', "has a name"),
+        ("a <lora:x", '3 ("<lora:x")', "has a name"),
         ("a (dog:-0.5)", '4 ("dog:-0.5)")', "weight outside of 0 to 2"),
         (")" * 9, '1 (")))))))))")', "closing bracket"),
         ("x" * 30 + "\n\n   ) " + "y" * 30, '36 (") yyyyyyyyyyyyyy")', "closing bracket"),
@@ -189,23 +195,9 @@ def test_nothing_is_said_of_good_prompts(prompt: str) -> None:
     assert not notes(prompt)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "says"),
-    [
-        (f"a (dog:{'9' * 400})", "column 4.*multiply to inf"),
-        ("(" * 10000 + "dog", "column 10001.*multiply to inf; use fewer"),
-        ("a <lora:x:heavy>", 'column 3: "<lora:x:heavy>".*one finite weight'),
-        ("a <lora:x:nan>", "finite weight"),
-        ("a <lora:x:>", "finite weight"),
-        ("a <lora:x:0.8:0.5>", "one finite weight"),
-        ("a <lora:x:te=0.8:unet=0.5>", "one finite weight"),
-        ("a <lora::0.8>", "names no adapter"),
-        ("a <lora: >", "names no adapter"),
-    ],
-)
-def test_what_cannot_be_followed_is_refused(prompt: str, says: str) -> None:
-    with pytest.raises(SettingsError, match=says):
-        quietly(prompt)
+def test_weights_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(SettingsError, match="column 10001.*multiply to inf; use fewer"):
+        quietly("(" * 10000 + "dog")
 
 
 def test_a_number_that_is_none_is_text_outside_brackets() -> None:

@@ -19,16 +19,11 @@ from minidiff.files.atomic import new_output
 from minidiff.files.lora_file import LoRAFile, load_lora, read_lora
 from minidiff.files.model import cast, empty_model, is_single_file, read_model, write_model
 
-WORST = 10  # rows of a table of errors
-
 
 def inspect(s: Inspect) -> None:
     model = empty_model(s.pretrained_model_name_or_path) if s.pretrained_model_name_or_path else None
     reports = inspecting.inspect(s.file, model)
-    if s.json:
-        print(json.dumps(reports, indent=2))
-    else:
-        print(*map(inspecting.as_text, reports), sep="\n\n")
+    print(json.dumps(reports, indent=2) if s.json else "\n\n".join(map(inspecting.as_text, reports)))
 
 
 def convert(s: Convert) -> None:
@@ -46,7 +41,10 @@ def bake(s: Bake) -> None:
         model = read_model(s.pretrained_model_name_or_path, tokenizer=s.tokenizer)
         strengths = {f"lora{i}": strength for i, strength in enumerate(s.strengths)}
         for path, (name, strength) in zip(s.lora, strengths.items()):
-            print(f"{load_lora(model.adaptable, path, name)}; weight {strength:g}")
+            lora = load_lora(model.adaptable, path, name)
+            print(f"{lora}; weight {strength:g}")
+            if strength != 1 and any(weights.magnitude is not None for weights in lora.modules.values()):
+                print(f"  DoRA at weight {strength:g}: W' lies on the straight line from the base (0) to what was trained (1).")
         for network in model.adaptable.values():
             if names := adapter_names(network):
                 set_adapters(network, names, [strengths[name] for name in names])
@@ -119,8 +117,8 @@ def report(lines: Sequence[str], place: Path, output: str) -> None:
 
 
 def table(rank: int, errors: Mapping[str, float]) -> str:
-    """The mean error of a cut, and the largest ones."""
-    worst = sorted(errors.items(), key=lambda item: -item[1])[:WORST]
+    """The mean error of a cut, and the ten largest."""
+    worst = sorted(errors.items(), key=lambda item: -item[1])[:10]
     mean = sum(errors.values()) / len(errors)
     heading = f"Relative error of ΔW at rank {rank}: {len(errors)} layers, {mean:.4f} on average; the largest:"
     return "\n".join([heading, *(f"  {value:8.4f}  {name}" for name, value in worst)])

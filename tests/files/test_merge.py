@@ -232,7 +232,7 @@ def test_bake_a_single_file_in_the_bases_dtype(
     torch.testing.assert_close(predict(read_model(out).unet.float()), wanted, rtol=0, atol=1e-2)
 
 
-def test_bake_of_dora_is_the_straight_line(tiny_folder: Path, tmp_path: Path) -> None:
+def test_bake_of_dora_says_what_a_weight_means(tiny_folder: Path, tmp_path: Path, capsys) -> None:
     W = dict(StableDiffusionPipeline.from_pretrained(tiny_folder).unet.named_modules())[NAME[5:]].weight.detach()
     g = torch.Generator().manual_seed(1)
     dora = LoRAWeights(torch.randn(2, W.shape[1], generator=g), torch.randn(len(W), 2, generator=g), 1.0, torch.ones(len(W), 1))
@@ -243,6 +243,8 @@ def test_bake_of_dora_is_the_straight_line(tiny_folder: Path, tmp_path: Path) ->
     )
     baked = read_model(tmp_path / "baked").unet.get_submodule(NAME[5:]).weight
     torch.testing.assert_close(baked.detach(), W + 0.5 * dora.delta(W), rtol=0, atol=1e-6)
+    said = capsys.readouterr().out
+    assert "DoRA at weight 0.5: W' lies on the straight line from the base (0) to what was trained (1)" in said
 
 
 def test_bake_that_changes_nothing_says_so(tiny_folder: Path, files: list[str], tmp_path: Path, capsys) -> None:

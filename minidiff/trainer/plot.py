@@ -63,7 +63,7 @@ def loss_curve(rows: Sequence[Mapping[str, float | None]], path: Path) -> None:
         shown = np.concatenate([smooth, *columns.values()])
         highest = shown.max(where=np.isfinite(shown), initial=1e-9)
         above.set(ylabel="loss", ylim=(0, 1.25 * highest))  # a single spike may be cut
-        above.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5)  # above the lines
+        above.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=8)  # above the lines
         below.set(ylabel="learning rate", ylim=(0, None), xlabel="step")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.2)

@@ -17,6 +17,7 @@ from minidiff.core.train import Batch
 from minidiff.core.vae import AutoencoderKL, sample_posterior
 from minidiff.draw.device import chosen_device
 from minidiff.draw.images import contact_sheet, to_pil, to_tensor
+from minidiff.draw.progress import progress
 from minidiff.draw.speed import speed_up_network
 from minidiff.files import weights
 from minidiff.pocket.dataset import load_latents, load_world
@@ -101,14 +102,12 @@ def load_vae(home: Path, settings: PretrainSettings) -> AutoencoderKL:
 @torch.no_grad()
 def encode_world(home: Path, settings: PretrainSettings) -> None:
     """Means and standard deviations of all posteriors, fp16, in units in which a draw has mean 0 and variance 1."""
-    from tqdm import tqdm
-
     path = home / "latents.safetensors"
     if path.exists():
         return
     world, parts, device = load_world(home, settings.pictures), [], chosen_device(settings.device)
     vae = load_vae(home, settings).to(device)
-    for start in tqdm(range(0, settings.pictures, 16), unit="batch", desc="encoding"):
+    for start in progress(range(0, settings.pictures, 16), "batch", "encoding"):
         mean, logvar = vae.encode(world.batch(list(range(start, min(start + 16, settings.pictures)))).to(device))
         parts.append((mean.cpu(), (0.5 * logvar).exp().cpu()))
     mean, std = (torch.cat(part) for part in zip(*parts))

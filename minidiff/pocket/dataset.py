@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minidiff.core.errors import DataError, SettingsError
+from minidiff.draw.progress import progress
 from minidiff.files import weights
 from minidiff.files.atomic import whole_file
 from minidiff.pocket.world import Picture, draw, random_picture
@@ -49,13 +50,11 @@ def load_world(home: Path, count: int) -> World:
 
 def draw_all(pictures: list[Picture], path: Path) -> None:
     """Draw every picture into one file, which appears under its name when it is whole."""
-    from tqdm import tqdm
-
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"descr": "|u1", "fortran_order": False, "shape": (len(pictures), 128, 128, 3)}
     with whole_file(path) as file:  # not mapped into memory: on a full disk that ends the process without a word
         np.lib.format.write_array_header_1_0(file, about)
-        for i, picture in enumerate(tqdm(pictures, unit="picture", desc="drawing")):
+        for i, picture in enumerate(progress(pictures, "picture", "drawing")):
             file.write(np.asarray(draw(picture, i)).tobytes())
 
 

@@ -25,6 +25,7 @@ from minidiff.core.errors import WeightsError
 from minidiff.core.rng import generator, hashed_seed
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.images import to_tensor
+from minidiff.draw.progress import progress
 from minidiff.files import weights
 from minidiff.files.folder import config_of
 from minidiff.pocket.muon import Muon, split
@@ -77,13 +78,11 @@ def spoiled(x: Tensor, draws: torch.Generator) -> Tensor:
 
 def train_judge(steps: int = 800, batch: int = 48, seed: int = 0) -> Judge:
     """Some minutes on one core; every picture is drawn anew."""
-    from tqdm import tqdm
-
     torch.manual_seed(hashed_seed(seed, "judge"))
     judge = Judge()
     optimizer = Muon(*split(judge, ("body.0.", "heads")), lr=2e-3, adam_lr=2e-3)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, 20 * (done + 1) / steps) * (1 - done / steps))
-    for step in tqdm(range(steps), unit="step", desc="training the judge"):
+    for step in progress(range(steps), "step", "training the judge"):
         words = random.Random(hashed_seed(seed, "judge pictures", step))
         pictures = [any_picture(words) for _ in range(batch)]
         x = to_batch([draw(p, hashed_seed(seed, "judge drawing", step, i)) for i, p in enumerate(pictures)])

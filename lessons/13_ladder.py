@@ -102,7 +102,7 @@ SEEDS = [0] if QUICK else [0, 1]
 STEPS = 2 if QUICK else 25
 
 tower = ImageTower(local_folder(BASE) / "image_encoder")
-dog = [load_image(example.path) for example in read_folder(Path(FLAGS["instance_data_dir"]), "")]
+dog = [load_image(example.path) for example in read_folder(Path(FLAGS["instance_data_dir"]), SUBJECT[0])]
 real = tower.embed(dog)
 print(f"{len(dog)} pictures of the dog -> {tuple(real.shape)}, each row of length {real.norm(dim=-1).mean():.3f}")
 

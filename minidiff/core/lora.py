@@ -127,7 +127,7 @@ class LoRALayer(nn.Module):
         return self.scale[name] * self.up(self.down(x, A), B)  # LoRA (arXiv 2106.09685), eq. 3
 
     def dora(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """W' x - W x, where W' = g V is DoRA's eq. 5 with g = m / ||V||. y = W x + bias; only the x of B A x has dropout."""
+        """W' x - W x, where W' = g V is DoRA's eq. 5 with g = m / ||V||; y = W x + bias. Only the x of B A x has dropout."""
         g = self.gain(name)
         if self.lora_magnitude[name].shape[1] == 1:  # a length for each output: g V x = g W x + g B A x
             Wx = y.float() if self.base.bias is None else y.float() - self.base.bias.float().view(-1, *g.shape[1:])

@@ -68,7 +68,7 @@ def lora(networks: dict[str, nn.Module], adapter: Adapter) -> Trainable:
 def textual_inversion(
     tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", word: str, like: str, count: int = 1
 ) -> Trainable:
-    """Textual inversion (arXiv 2208.01618): only the `count` vectors of a new word move, from the meaning of `like`, "dog"."""
+    """Textual inversion (arXiv 2208.01618): only the `count` vectors of a new word move. They start at the word `like`."""
     vectors = words.initial_vectors(tokenizer, text_encoder, like, count)
     return {"word": words.inject(text_encoder).add(word, vectors)}
 

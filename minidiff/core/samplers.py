@@ -100,7 +100,7 @@ def pndm(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator
     """PNDM without its Runge-Kutta start (2202.09778; PLMS): DDIM's step, with an output extrapolated from the last four.
 
     The first step has no past, so it is taken twice: as DDIM, to ask the network at its end; then with the mean of both
-    outputs. N steps take N + 1 calls.
+    outputs. N steps take N + 1 calls. For eps the extrapolation is of high order, for v only of the first.
     """
     start, past = x, list[Tensor]()
     for i, (t, a_bar, a_bar_prev) in enumerate(grid):
@@ -117,7 +117,7 @@ def pndm(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator
 
 
 def lcm(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator[Visit]:
-    """Latent consistency models (2310.04378), distilled for it: jump to x0, add fresh noise of a lower level, jump again."""
+    """LCM (2310.04378), for models distilled to it: jump to x0, add fresh noise of a lower level, jump to x0 again."""
     for i, (t, a_bar, a_bar_prev) in enumerate(grid):
         x0, _ = denoise(x, t, a_bar)
         scaled = LCM_TIMESTEP_SCALING * t
@@ -136,7 +136,7 @@ def euler(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterato
     """Euler's method (EDM, 2206.00364): follow the noise that the network sees, straight to the next sigma."""
     for t, sigma, sigma_next in grid:
         x0, eps = denoise.at_sigma(x, t, sigma)
-        x = x0 + sigma_next * eps  # = x + (sigma_next - sigma) eps: EDM algorithm 1, line 5; exact at sigma = 4096, too
+        x = x0 + sigma_next * eps  # = x + (sigma_next - sigma) eps: DDIM eq. 13, EDM algorithm 1 line 5; exact at 4096
         yield t, unit_variance(x, sigma_next), x0
 
 

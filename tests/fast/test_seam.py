@@ -1,6 +1,7 @@
 """Fast classes are plugged in from outside: they can be removed again, and the whole folder can be deleted."""
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +88,8 @@ def test_without_fast_and_with_plain_lora_learns_the_same(
     code = f"{HIDE}\nfrom minidiff.cli.main import main\nmain(sys.argv[1:])"
     flags = ["train", "lora", "--pretrained_model_name_or_path", str(tiny_folder), "--instance_data_dir", "pictures"]
     flags += ["--instance_prompt", "a photo of a red dog", "--max_train_steps", "3", "--validation_steps", "0"]
-    subprocess.run([sys.executable, "-c", code, *flags, "--output_dir", "hidden"], check=True, capture_output=True)
+    command = [sys.executable, "-c", code, *flags, "--output_dir", "hidden"]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     main([*flags, "--output_dir", "there"])
     main([*flags, "--output_dir", "plain", "--plain"])
     file = "pytorch_lora_weights.safetensors"

@@ -200,7 +200,7 @@ def rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         return
     for line, words in enumerate(read_text(table).split("\n"), start=1):  # not splitlines: a caption may hold U+2028
         try:
-            row, wrong = json.loads(words) if words.strip() else {}, "not an object"
+            row, wrong = json.loads(words, object_pairs_hook=without_doubles) if words.strip() else {}, "not an object"
         except (ValueError, RecursionError) as error:
             row, wrong = None, f"not JSON ({error})"
         if not isinstance(row, dict):
@@ -210,9 +210,18 @@ def rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield line, row
 
 
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. By itself the reader would silently take the last of two values of one name."""
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return row
+
+
 def csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(read_text(table), newline=""), strict=True)
     try:
+        if len(names := reader.fieldnames or []) > len(set(names)):
+            raise csv.Error("a column stands in it twice")
         for row in reader:
             if None in row:
                 raise csv.Error('more fields than columns; put "…" around a text with commas')

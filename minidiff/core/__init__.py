@@ -22,6 +22,5 @@ How it learns
     textual_inversion   the vector of a new word
     train               the loop
     recipes             five ways of fine-tuning, side by side: what moves
-
     errors, rng         one kind of error; randomness without state
 """

@@ -1,7 +1,4 @@
-"""Errors that a person caused and can mend: the message says what is wrong, in which file or flag, and what to do.
-
-The command line prints it and leaves with exit code 2. Anything else that is raised is a bug of minidiff's own.
-"""
+"""Errors that a person can mend: the message says what is wrong, in which file or flag, and what to do. Others are bugs."""
 
 import difflib
 from collections.abc import Iterable

@@ -48,7 +48,9 @@ def inject(
     gives some layers another rank: target -> rank, the last that fits wins. alpha defaults to the rank of each layer.
     `dropout`: the share of the adapters' inputs that is dropped in training. AdapterError before anything is changed.
     """
-    if adapter_name in adapter_names(model):
+    if known := adapter_names(model):
+        adapted_layers(model)  # an error if they are merged: then no new one would have an effect
+    if adapter_name in known:
         raise AdapterError(f'an adapter called "{adapter_name}" is there already; choose another name, or eject first.')
     ranks = {name: rank for t in ([targets] if isinstance(targets, str) else targets) for name in layers_of(model, t)}
     if not ranks:

@@ -27,10 +27,11 @@ def prior_preservation(
 ) -> Tensor:
     """DreamBooth's loss for a batch whose first half is the instance and whose second half is the class.
 
-    L = L_instance + prior_weight · L_class, each the mean over its own half. kohya's trainer takes one mean over both halves,
-    which at weight 1 is half of this.
+    L = L_instance + prior_weight · L_class, each the mean over its own half. (kohya's trainer: one mean over both.)
     """
-    half = len(output) // 2
+    half, odd = divmod(len(output), 2)
+    if odd:
+        raise ValueError(f"a batch of {len(output)} has no two halves")
 
     def loss(part: slice) -> Tensor:
         w, m = (None if x is None else x[part] for x in (weights, mask))

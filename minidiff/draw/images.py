@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import struct
 import tempfile
 import textwrap
@@ -209,7 +210,9 @@ def _label(text: str, width: int, size: int) -> Image.Image:
         box = ImageDraw.Draw(Image.new("1", (1, 1))).multiline_textbbox((0, 0), block, font, align="center")
         if box[2] <= width:
             break
-    picture = Image.new("RGB", (math.ceil(box[2]), math.ceil(box[3])), PAPER)
+    tall = re.sub(r".+", "Ág", block)  # labels of as many lines have one height, whatever their letters
+    bottom = ImageDraw.Draw(Image.new("1", (1, 1))).multiline_textbbox((0, 0), tall, font)[3]
+    picture = Image.new("RGB", (math.ceil(box[2]), math.ceil(bottom)), PAPER)
     ImageDraw.Draw(picture).multiline_text((0, 0), block, INK, font, align="center")
     return picture
 

@@ -9,7 +9,8 @@ r"""A1111's prompt language: weights, BREAK, LoRAs by name; then its chunks, and
         sections  ("a " x 1, "red" x 0.909, " " x 1, "dog" x 1.3), ("on a beach " x 1)
         loras     chalk at 0.8
 
-Malformed markup is read as plain letters, as in A1111, and a warning names its column. Parsing takes linear time.
+Malformed brackets are read as plain letters, as in A1111, and a warning names their column. A malformed LoRA tag is refused.
+Parsing takes linear time.
 
 A prompt becomes k chunks of 75 tokens. Each is encoded alone, between its own marks, and the states are concatenated: the
 U-Net's cross-attention takes any number of them. Shapes: B prompts, D width of the text.
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
-CHUNK = 75  # tokens, without the two marks
+CHUNK, MOST_CHUNKS = 75, 100  # tokens, without the two marks
 COMMA_REACH = 20  # tokens; A1111's setting "Increase coherency by padding from the last comma within n tokens"
 STANDS_OUT = 0.01  # times the standard deviation: a mean below it is chance
 
@@ -51,13 +52,14 @@ LEXEMES = re.compile(
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
 )
 BREAK, LORA = re.compile(r"\bBREAK\b"), re.compile("<(lora|lyco):", re.IGNORECASE)
+INFINITE = re.compile(r": \s* ( [+-]? (?: inf | infinity | nan | \d{10} [\d.]* ) ) \s* \)", re.VERBOSE | re.IGNORECASE)
 NOT_HERE = re.compile(r"\bAND\b | (?<!\\) \[ [^\[\]|]* (?: \| | : \s* [.\d]+ \s* \] )", re.VERBOSE)
 
 NOTES = {
     "heavy": "a weight outside of 0 to 2, which tears pictures apart. 0.5 to 1.5 is usual.",
     "missing": "prompt editing [from:to:when], alternation [a|b] and AND are A1111's; minidiff does not have them, and reads "
     "the words as plain text. A weight is written (word:0.5).",
-    "tag": "a LoRA tag that is read as text. A tag has a name and at most one weight: <lora:name:0.8>.",
+    "tag": "a LoRA tag without its >, which is read as text: <lora:name:0.8>.",
     "unclosed": r"an opening bracket without its closing one; it weighs all the rest. Close it, or write \( or \[.",
     "unopened": r"a closing bracket without its opening one, which is read as text. Take it out, or write \) or \].",
 }
@@ -82,6 +84,8 @@ def parse_prompt(prompt: str) -> Prompt:
 
     Warns of probable mistakes; columns count from 1. SettingsError for weights that are not finite.
     """
+    if found := INFINITE.search(prompt):
+        raise SettingsError(f'prompt, column {found.start(1) + 1}: "{found[1]:.20}" is no weight; (word:1.2) has a usual one.')
     lexemes = list(LEXEMES.finditer(prompt))
     factors, used, notes = _brackets(lexemes)
     products = {"(": [1.0], "[": [1.0]}  # of the factors of the open brackets, outermost first
@@ -101,8 +105,10 @@ def parse_prompt(prompt: str) -> Prompt:
                 raise SettingsError(f"prompt, column {column}: the weights around this multiply to {weight}; use fewer.")
             if not 0 <= weight <= 2:
                 notes.setdefault("heavy", column)
-            if text == "<" and LORA.match(prompt, column - 1):
-                notes.setdefault("tag", column)
+            if text == "<" and "tag" not in notes and LORA.match(prompt, column - 1):
+                if ">" in prompt[column:]:
+                    raise SettingsError(f"prompt, column {column}: a LoRA tag has a name and one weight, <lora:name:0.8>.")
+                notes["tag"] = column
             first, *others = [text[1:]] if kind == "escaped" else BREAK.split(text)
             sections[-1].append(Part(first.rstrip() if others else first, weight))  # BREAK takes the spaces around it along
             for number, piece in enumerate(others, start=1):
@@ -160,6 +166,8 @@ def chunked(tokenizer: "CLIPTokenizer", prompt: Prompt, placeholders: Mapping[st
                 chunks[-1] += [(index, part.weight) for index in ids]
     if len(chunks) > 1 and not chunks[-1]:  # nothing after the last BREAK
         chunks.pop()
+    if len(chunks) > MOST_CHUNKS:
+        raise SettingsError(f"the prompt fills {len(chunks)} chunks of {CHUNK} tokens; {MOST_CHUNKS} is the limit.")
     return chunks
 
 

@@ -9,24 +9,17 @@ from pathlib import Path
 import torch
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # the options' numbers in glibc's malloc.h
-malloc_options: dict[int, int] = {}  # as this process has set them
 
 
 def keep_memory() -> None:
-    """Have glibc keep freed memory for the next tensors. For programs that own their process.
-
-    Otherwise each large tensor gets new memory, page by page and filled with zeros: a tenth of a U-Net's time on a CPU.
-    """
+    """Have glibc keep freed memory for the next tensors: a tenth of a U-Net's time on a CPU. For programs, not libraries."""
     large_pages()
     tell_malloc(TRIM_THRESHOLD, 2**31 - 1)
     tell_malloc(MMAP_THRESHOLD, 2**30)
 
 
 def return_memory() -> None:
-    """Have glibc return the memory of each freed tensor to the system: slower, with a lower peak.
-
-    A LoRA step of SD 1.5 in fp32 took 1.5 GiB beside the weights; 2.2 by glibc's defaults.
-    """
+    """Have glibc return freed memory to the system: slower, but SD 1.5's LoRA step took 1.5 GiB beside the weights, not 2.2."""
     large_pages()
     tell_malloc(MMAP_THRESHOLD, 2**20)
 
@@ -36,16 +29,11 @@ def large_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's own switch: "transparent huge pages"
 
 
-def returns_memory() -> bool:
-    """Did `return_memory` have the last word?"""
-    return malloc_options.get(MMAP_THRESHOLD) == 2**20
-
-
 def tell_malloc(option: int, value: int) -> None:
     """glibc's mallopt, where there is one."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt and mallopt(option, value):
-        malloc_options[option] = value
+    if mallopt:
+        mallopt(option, value)
 
 
 def machine_memory() -> int | None:
@@ -56,13 +44,10 @@ def machine_memory() -> int | None:
 
 
 def peak_memory(device: str) -> int | None:
-    """The most memory that this process has had so far, in bytes: of tensors on a GPU, else of everything. None on Windows.
-
-    (Linux's `ru_maxrss` begins with that of the parent process.)
-    """
+    """The most memory that this process has had so far, in bytes: of tensors on a GPU, else of everything. None on Windows."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
+    status = Path("/proc/self/status")  # on Linux, ru_maxrss begins with that of the parent process
     if status.exists():
         found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
         return int(found[1]) * 1024 if found else None

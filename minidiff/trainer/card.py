@@ -16,6 +16,7 @@ TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diff
 LICENSE = ("license", "license_name", "license_link")
 NOT_PUBLISHED = ("checkpoint-*/", "metrics.jsonl", ".lock", ".tmp-*", "state/")  # git and huggingface_hub follow .gitignore
 WORD, LORA = 'pipe.load_textual_inversion("{name}")', 'pipe.load_lora_weights("{name}")'
+TITLES = dict(dreambooth="DreamBooth", lora="LoRA", textual_inversion="Textual inversion", pivotal="Pivotal tuning")
 USAGE = {"lora": [LORA], "textual_inversion": [WORD], "pivotal": [WORD, LORA]}  # by tag; other results are whole models
 
 
@@ -72,7 +73,8 @@ def write_card(folder: Path, settings: FineTuneSettings, updates: int, tag: str)
     front = ModelCardData(base_model=base if is_hub_id(base) else short, tags=[*TAGS, tag], inference=True)
     for key, value in terms.items():
         front[key] = value
-    lines = [f"# {name}", f"{tag} of {short}, {updates:,} updates.".replace("_", " ")]
+    method = "DoRA" if getattr(settings, "use_dora", False) and tag == "lora" else TITLES.get(tag, "Full fine-tune")
+    lines = [f"# {name}", f"{method} of {short}, {updates:,} updates."]
     if settings.validation_steps:
         lines.insert(1, f"![The base above, this model below](samples/step-{updates:06d}.png)")
     if prompt:

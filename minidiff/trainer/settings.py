@@ -15,6 +15,7 @@ from minidiff.files import values
 from minidiff.files.values import A_FOLDER, Rule, at_least, at_most, between, check_values
 from minidiff.trainer.rules import RULES
 
+MOST = 10_000_000  # updates of a run
 DEFAULT_UPDATES = 400
 
 
@@ -57,7 +58,7 @@ class TrainSettings:
     """Samples in one forward pass. With several GPUs they share these samples."""
     gradient_accumulation_steps: BatchSize = 1
     """Forward passes in one update. Their gradients are averaged, as for one larger batch."""
-    max_train_steps: Annotated[int, at_least(1), at_most(10_000_000)] | None = None
+    max_train_steps: Annotated[int, at_least(1), at_most(MOST)] | None = None
     """Updates in total, including those before a resume. Default: 400, unless --num_train_epochs is given."""
     num_train_epochs: Annotated[int, at_least(1), at_most(1_000_000)] | None = None
     """How many times all samples are used, instead of --max_train_steps."""
@@ -130,6 +131,7 @@ class TrainSettings:
             self.need(samples is not None, "num_train_epochs", "needs a task with epochs; give --max_train_steps")
             a_update = self.train_batch_size * self.gradient_accumulation_steps
             total = math.ceil(self.num_train_epochs * (samples or 0) / a_update)
+            self.need(total <= MOST, "num_train_epochs", f"makes {total} updates, and a run has at most {MOST}")
         self.need(self.lr_warmup_steps <= total, "lr_warmup_steps", f"must not exceed the {total} updates in total")
         return total
 

@@ -319,6 +319,8 @@ def test_merging_twice_and_unmerging_nothing_are_errors() -> None:
         merge(unet)
     with pytest.raises(AdapterError, match="merged already; unmerge"):
         attach(unet, adapter_weights(unet), "second")
+    with pytest.raises(AdapterError, match="merged already; unmerge"):
+        inject(unet, 2, adapter_name="second")
 
 
 # --- several adapters ------------------------------------------------------------------------------------------------

@@ -63,6 +63,11 @@ def test_halves_never_mix():
     assert torch.equal(unweighted.grad[:2], both.grad[:2]) and unweighted.grad[2:].abs().max() == 0
 
 
+def test_no_two_halves():
+    with pytest.raises(ValueError, match="no two halves"):
+        prior_preservation(*(x[:3] for x in pair()), 1.0)
+
+
 def test_masked_squared_error():
     """sum of m e^2 over sum of m, over the channels too."""
     output, target = pair(2)

@@ -85,6 +85,12 @@ def test_placeholders_work_inside_weights(tokenizer: CLIPTokenizer) -> None:
     assert [weight for _, weight in chunk[4:]] == [1.0] * (len(chunk) - 5) + [1 / 1.1]
 
 
+def test_a_hundred_chunks_are_the_limit(tokenizer: CLIPTokenizer) -> None:
+    assert len(chunked(tokenizer, parse_prompt("dog BREAK " * 99 + "dog"))) == 100
+    with pytest.raises(SettingsError, match="fills 101 chunks of 75 tokens; 100 is the limit"):
+        chunked(tokenizer, parse_prompt("dog BREAK " * 100 + "dog"))
+
+
 def parsed(*prompts: str) -> list[Prompt]:
     return [parse_prompt(prompt) for prompt in prompts]
 

@@ -163,12 +163,7 @@ def test_a_lora_inside_brackets_leaves_them_alone() -> None:
         ("a [b|c|d]", '3 ("[b|c|d]")', "alternation"),
         ("cats AND dogs", '6 ("AND dogs")', "AND are A1111's"),
         ("(dog:3)", '2 ("dog:3)")', "weight outside of 0 to 2"),
-        ("a <lora:x:heavy>", '3 ("<lora:x:heavy>")', "a LoRA tag that is read as text"),
-        ("a <lora:x:>", '3 ("<lora:x:>")', "at most one weight"),
-        ("a <lora:x:0.8:0.5>", '3 ("<lora:x:0.8:0.5>")', "at most one weight"),
-        ("a <lora::0.8>", '3 ("<lora::0.8>")', "has a name"),
-        ("a <lora: >", '3 ("<lora: >")', "has a name"),
-        ("a <lora:x", '3 ("<lora:x")', "has a name"),
+        ("a <lora:x", '3 ("<lora:x")', "without its >"),
         ("a (dog:-0.5)", '4 ("dog:-0.5)")', "weight outside of 0 to 2"),
         (")" * 9, '1 (")))))))))")', "closing bracket"),
         ("x" * 30 + "\n\n   ) " + "y" * 30, '36 (") yyyyyyyyyyyyyy")', "closing bracket"),
@@ -195,13 +190,30 @@ def test_nothing_is_said_of_good_prompts(prompt: str) -> None:
     assert not notes(prompt)
 
 
-def test_weights_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(SettingsError, match="column 10001.*multiply to inf; use fewer"):
-        quietly("(" * 10000 + "dog")
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ("a (dog:inf)", 'column 8: "inf" is no weight'),
+        ("a (dog:-Infinity)", "column 8"),
+        ("a (dog: nan)", "column 9"),
+        (f"a (dog:{'9' * 400})", "column 8"),
+        ("(" * 10000 + "dog", "column 10001.*multiply to inf; use fewer"),
+        ("a <lora:x:heavy>", "column 3: a LoRA tag has a name and one weight"),
+        ("a <lora:x:nan>", "one weight"),
+        ("a <lora:x:>", "one weight"),
+        ("a <lora:x:0.8:0.5>", "one weight"),
+        ("a <lora:x:te=0.8:unet=0.5>", "one weight"),
+        ("a <lora::0.8>", "has a name"),
+        ("a <lora: >", "has a name"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(prompt: str, says: str) -> None:
+    with pytest.raises(SettingsError, match=says):
+        quietly(prompt)
 
 
 def test_a_number_that_is_none_is_text_outside_brackets() -> None:
-    assert parts("dog:inf) (nan) (x:1e999)") == [("dog:inf) ", 1.0), ("nan", 1.1), (" ", 1.0), ("x:1e999", 1.1)]
+    assert parts("dog (nan) (x:1e999)") == [("dog ", 1.0), ("nan", 1.1), (" ", 1.0), ("x:1e999", 1.1)]
 
 
 # --- prompts that mean harm --------------------------------------------------------------------------------------------

@@ -196,9 +196,9 @@ FEW_SPILLS = {  # instructions that store a register or load it back, of some 2,
     ("d_q_kernel", 120, "fp32", 64): 6,
     ("d_q_kernel", 120, "fp32", 128): 6,
     ("d_q_kernel", 120, "fp32", 160): 3,
-    ("d_k_d_v_kernel", 90, "fp32", 72): 9,
-    ("d_k_d_v_kernel", 90, "fp32", 80): 9,
-    ("d_k_d_v_kernel", 120, "fp32", 128): 19,
+    ("d_k_d_v_kernel", 90, "fp32", 72): 3,
+    ("d_k_d_v_kernel", 90, "fp32", 80): 3,
+    ("d_k_d_v_kernel", 120, "fp32", 128): 21,
     ("d_k_d_v_kernel", 120, "fp32", 160): 28,
 }
 

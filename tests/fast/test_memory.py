@@ -83,7 +83,7 @@ tensors = [torch.ones(2**20) for _ in range(50)]  # 4 MiB each
 peak = resident()
 pins = [torch.ones(2**10) for _ in range(50)]  # which may lie behind them
 del tensors
-print(peak - before, resident() - before, int(memory.returns_memory()))
+print(peak - before, resident() - before)
 """
 
 
@@ -92,5 +92,5 @@ print(peak - before, resident() - before, int(memory.returns_memory()))
 def test_what_tensors_leave(way: str, left: range) -> None:
     """Kept for the next ones, or given back."""
     command = [sys.executable, "-c", LEFT.format(way)]
-    peak, after, returns = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-    assert 150 < peak < 300 and after in left and returns == (way == "return_memory")
+    peak, after = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert 150 < peak < 300 and after in left

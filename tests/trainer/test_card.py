@@ -119,7 +119,7 @@ def test_the_card(finished: LoRASettings) -> None:
         "inference": True,
     }
     card = (folder / "README.md").read_text("utf-8")
-    assert "# my-dog" in card and "lora of tiny-model, 3 updates." in card
+    assert "# my-dog" in card and "LoRA of tiny-model, 3 updates." in card
     assert all(f"\n{line}\n" in card for line in ("seed = 7", "rank = 2", "train_batch_size = 2", "learning_rate = 0.002"))
     assert 'pipe.load_lora_weights("my-dog")' in card and "The licence (creativeml-openrail-m)" in card
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", card)
@@ -136,7 +136,7 @@ def test_the_card_is_that_of_the_whole_run(finished: LoRASettings) -> None:
     "method, tag, words",
     [
         ("full", "full", ['from_pretrained("out")']),
-        ("dreambooth", "dreambooth", ["dreambooth of tiny-model, 1 updates"]),
+        ("dreambooth", "dreambooth", ["DreamBooth of tiny-model, 1 updates"]),
         ("dora", "lora", ["use_dora = true", 'lora_targets = ["attention", "resnets"]']),
         ("textual inversion", "textual_inversion", ['placeholder_token = "<dog>"', 'load_textual_inversion("out")']),
         ("pivotal", "pivotal", ["num_vectors = 2", "load_textual_inversion", "load_lora_weights"]),

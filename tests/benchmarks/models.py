@@ -13,6 +13,7 @@ from minidiff.core.inject import inject
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.draw.speed import speed_up_network
 from minidiff.files.folder import SD15_TEXT
 from minidiff.files.text_files import build_text_encoder, load_tokenizer
 
@@ -90,4 +91,5 @@ def lora_unet_on_meta(rank: int = 8, dtype: torch.dtype = torch.float16) -> UNet
     with without_init():
         unet = UNet2DConditionModel(SD15_UNET).to(dtype)
         inject(unet, rank)
+    speed_up_network(unet)
     return unet

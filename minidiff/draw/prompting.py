@@ -20,6 +20,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
 CHUNK, MOST_CHUNKS = 75, 100  # tokens, without the two marks
-COMMA_REACH = 20  # tokens; A1111's setting "Increase coherency by padding from the last comma within n tokens"
 STANDS_OUT = 0.01  # times the standard deviation: a mean below it is chance
 
 Token = tuple[int, float]  # id, weight
@@ -43,6 +43,8 @@ NUMBER = r"[+-]? (?: \d{1,9} (?: \. \d* )? | \. \d+ )"
 LEXEMES = re.compile(
     rf"""
     (?P<tag> < (?: lora | lyco ) : (?P<name> [^<>:]* [^<>:\s] ) \s* (?: : \s* (?P<strength> {NUMBER} ) \s* )? > )
+  | (?P<bad_tag> < (?: lora | lyco ) : )
+  | (?P<infinite> : \s* [+-]? (?: inf | infinity | nan | \d{{10}} [\d.]* ) \s* (?= \) ) )
   | \\ (?P<escaped> [()\[\]\\] )
   | : \s* (?P<weight> {NUMBER} ) \s* (?= \) )
   | (?P<open>  [(\[] )
@@ -51,18 +53,15 @@ LEXEMES = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
 )
-BREAK, LORA = re.compile(r"\bBREAK\b"), re.compile("<(lora|lyco):", re.IGNORECASE)
-INFINITE = re.compile(r": \s* ( [+-]? (?: inf | infinity | nan | \d{10} [\d.]* ) ) \s* \)", re.VERBOSE | re.IGNORECASE)
+BREAK = re.compile(r"\bBREAK\b")
 NOT_HERE = re.compile(r"\bAND\b | (?<!\\) \[ [^\[\]|]* (?: \| | : \s* [.\d]+ \s* \] )", re.VERBOSE)
 
-NOTES = {
-    "heavy": "a weight outside of 0 to 2, which tears pictures apart. 0.5 to 1.5 is usual.",
-    "missing": "prompt editing [from:to:when], alternation [a|b] and AND are A1111's; minidiff does not have them, and reads "
-    "the words as plain text. A weight is written (word:0.5).",
-    "tag": "a LoRA tag without its >, which is read as text: <lora:name:0.8>.",
-    "unclosed": r"an opening bracket without its closing one; it weighs all the rest. Close it, or write \( or \[.",
-    "unopened": r"a closing bracket without its opening one, which is read as text. Take it out, or write \) or \].",
-}
+UNCLOSED = r"an opening bracket without its closing one; it weighs all the rest. Close it, or write \( or \[."
+UNOPENED = r"a closing bracket without its opening one, which is read as text. Take it out, or write \) or \]."
+MISSING = (
+    "prompt editing [from:to:when], alternation [a|b] and AND are A1111's; minidiff does not have them, and reads the words as "
+    "plain text. A weight is written (word:0.5)."
+)
 
 
 class Part(NamedTuple):
@@ -79,71 +78,64 @@ class Prompt(NamedTuple):
     loras: tuple[tuple[str, float], ...] = ()
 
 
+@dataclass
+class Bracket:
+    """A pair of brackets in the prompt."""
+
+    factor: float
+    outer: "Bracket | None" = None  # the next pair of the same kind around it
+    start: int = 0
+    product: float = 1.0  # of its factor, and those of the brackets around it
+
+
 def parse_prompt(prompt: str) -> Prompt:
     """Parse a prompt. Without brackets and BREAK it is one part of weight 1, with its text unchanged.
 
-    Warns of probable mistakes; columns count from 1. SettingsError for weights that are not finite.
+    Warns of probable mistakes; columns count from 1. SettingsError for weights that are not finite, and malformed LoRA tags.
     """
-    if found := INFINITE.search(prompt):
-        raise SettingsError(f'prompt, column {found.start(1) + 1}: "{found[1]:.20}" is no weight; (word:1.2) has a usual one.')
-    lexemes = list(LEXEMES.finditer(prompt))
-    factors, used, notes = _brackets(lexemes)
-    products = {"(": [1.0], "[": [1.0]}  # of the factors of the open brackets, outermost first
-    sections, loras = [list[Part]()], list[tuple[str, float]]()
-    for i, lexeme in enumerate(lexemes):
-        kind, text, column = lexeme.lastgroup, lexeme.group(), lexeme.start() + 1
+    opened = {"(": [Bracket(1.0)], "[": [Bracket(1.0)]}  # innermost last; the two kinds are matched separately, as in A1111
+    brackets, texts = list[Bracket](), list[tuple[str, int, Bracket, Bracket]]()
+    loras, notes = list[tuple[str, float]](), dict[str, int]()
+    for lexeme in LEXEMES.finditer(prompt):
+        kind, text, start = lexeme.lastgroup, lexeme.group(), lexeme.start()
+        own = opened["[" if text in "[]" else "("]
         if kind == "tag":
             loras.append((lexeme["name"].strip(), float(lexeme["strength"] or 1)))
-        elif i in factors:
-            products[text].append(products[text][-1] * factors[i])
-        elif i in used:
-            if kind == "close":
-                products["(" if text == ")" else "["].pop()
+        elif kind == "bad_tag":
+            raise SettingsError(f"prompt, column {start + 1}: a LoRA tag has a name and one weight, <lora:name:0.8>.")
+        elif kind == "infinite":
+            raise SettingsError(f'prompt, column {start + 1}: "{text:.20}" is no weight; (word:1.2) has a usual one.')
+        elif kind == "open":
+            own.append(Bracket(FACTORS[text], own[-1], start))
+            brackets.append(own[-1])
+        elif kind == "weight" and len(own) > 1:
+            own[-1].factor = float(lexeme["weight"])  # its closing bracket is the next lexeme
+        elif kind == "close" and len(own) > 1:
+            own.pop()
         else:
-            weight = products["("][-1] * products["["][-1]
-            if not math.isfinite(weight):
-                raise SettingsError(f"prompt, column {column}: the weights around this multiply to {weight}; use fewer.")
-            if not 0 <= weight <= 2:
-                notes.setdefault("heavy", column)
-            if text == "<" and "tag" not in notes and LORA.match(prompt, column - 1):
-                if ">" in prompt[column:]:
-                    raise SettingsError(f"prompt, column {column}: a LoRA tag has a name and one weight, <lora:name:0.8>.")
-                notes["tag"] = column
-            first, *others = [text[1:]] if kind == "escaped" else BREAK.split(text)
-            sections[-1].append(Part(first.rstrip() if others else first, weight))  # BREAK takes the spaces around it along
-            for number, piece in enumerate(others, start=1):
-                sections.append([Part(piece.strip() if number < len(others) else piece.lstrip(), weight)])
+            if kind == "close":
+                notes.setdefault(UNOPENED, start)
+            texts.append((text[1:] if kind == "escaped" else text, start, opened["("][-1], opened["["][-1]))
+    for bracket in brackets:  # outer ones come first
+        bracket.product = bracket.factor * (bracket.outer.product if bracket.outer else 1)
+    sections = [list[Part]()]
+    for text, start, round_, square in texts:
+        weight, (first, *others) = round_.product * square.product, BREAK.split(text)
+        if not math.isfinite(weight):
+            raise SettingsError(f"prompt, column {start + 1}: the weights around this multiply to {weight}; use fewer.")
+        sections[-1].append(Part(first.rstrip() if others else first, weight))  # BREAK takes the spaces around it along
+        for number, piece in enumerate(others, start=1):
+            sections.append([Part(piece.strip() if number < len(others) else piece.lstrip(), weight)])
+    if unclosed := opened["("][1:] + opened["["][1:]:
+        notes[UNCLOSED] = min(bracket.start for bracket in unclosed)
     if found := NOT_HERE.search(prompt):
-        notes["missing"] = found.start() + 1
-    for kind, column in sorted(notes.items()):
-        place = " ".join(prompt[column - 1 : column + 15].split())
-        warnings.warn(f'prompt, column {column} ("{place}"): {NOTES[kind]}', stacklevel=1)  # Python shows it once per line
+        notes[MISSING] = found.start()
+    for note, start in notes.items():
+        place = " ".join(prompt[start : start + 16].split())
+        warnings.warn(f'prompt, column {start + 1} ("{place}"): {note}', stacklevel=1)  # Python shows it once per line
     # as in A1111, neighbours of the same weight are joined: a word that markup has cut becomes one word again
     runs = [[(w, "".join(part.text for part in run)) for w, run in groupby(s, lambda part: part.weight)] for s in sections]
     return Prompt(tuple(tuple(Part(text, w) for w, text in own if text) for own in runs), tuple(loras))
-
-
-def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], set[int], dict[str, int]]:
-    """The factor of each opening bracket, by its number among the lexemes; the numbers of the closing brackets and weights that
-    belong to one; and notes, kind -> column. Both kinds of brackets are matched separately, as in A1111: "(a [b) c]"."""
-    factors, used, notes = dict[int, float](), set[int](), dict[str, int]()
-    waiting: dict[str, list[int]] = {"(": [], "[": []}
-    for i, lexeme in enumerate(lexemes):
-        if lexeme.lastgroup == "open":
-            waiting[lexeme.group()].append(i)
-            factors[i] = FACTORS[lexeme.group()]
-        elif lexeme.lastgroup == "weight" and waiting["("]:
-            factors[waiting["("][-1]] = float(lexeme["weight"])  # its closing bracket is the next lexeme
-            used.add(i)
-        elif lexeme.lastgroup == "close":
-            if own := waiting["(" if lexeme.group() == ")" else "["]:
-                own.pop()
-                used.add(i)
-            else:
-                notes.setdefault("unopened", lexeme.start() + 1)
-    if unclosed := waiting["("] + waiting["["]:
-        notes["unclosed"] = lexemes[min(unclosed)].start() + 1
-    return factors, used, notes
 
 
 # --- chunks ------------------------------------------------------------------------------------------------------------
@@ -152,31 +144,21 @@ def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], set[i
 def chunked(tokenizer: "CLIPTokenizer", prompt: Prompt, placeholders: Mapping[str, Sequence[int]] = {}) -> list[list[Token]]:
     """The chunks of a prompt, at least one: ids and weights, at most 75 in each, without the marks.
 
-    As in A1111: if a full chunk has a comma among its last 20 tokens, the tokens after the comma move to the next chunk. The
-    vectors of a placeholder stay together. BREAK ends a chunk, full or not.
+    The vectors of a placeholder stay together. BREAK ends a chunk, full or not.
     """
-    comma = list(tokenizer(",", add_special_tokens=False, verbose=False).input_ids)
     chunks: list[list[Token]] = []
     for section in prompt.sections:
         chunks.append([])
         for part in section:
             for ids in pieces(tokenizer, part.text, placeholders):
-                while chunks[-1] and len(chunks[-1]) + len(ids) > CHUNK:
-                    chunks.append([] if list(ids) == comma else _after_comma(chunks[-1], comma))
+                if len(chunks[-1]) + len(ids) > CHUNK:
+                    chunks.append([])
                 chunks[-1] += [(index, part.weight) for index in ids]
     if len(chunks) > 1 and not chunks[-1]:  # nothing after the last BREAK
         chunks.pop()
     if len(chunks) > MOST_CHUNKS:
         raise SettingsError(f"the prompt fills {len(chunks)} chunks of {CHUNK} tokens; {MOST_CHUNKS} is the limit.")
     return chunks
-
-
-def _after_comma(full: list[Token], comma: list[int]) -> list[Token]:
-    """Take the tokens after the last comma out of a full chunk, if the comma is near its end."""
-    near = [i for i, (index, _) in enumerate(full) if [index] == comma and len(full) - i <= COMMA_REACH]
-    moved = full[near[-1] + 1 :] if near and len(full) == CHUNK else []
-    del full[len(full) - len(moved) :]
-    return moved
 
 
 def count_chunks(tokenizer: "CLIPTokenizer", prompts: Sequence[Prompt], placeholders: Mapping[str, Sequence[int]] = {}) -> int:

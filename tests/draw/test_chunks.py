@@ -40,14 +40,6 @@ def encode_prompt(
         ("dog " * 75, [75]),
         ("dog " * 76, [75, 1]),
         ("dog " * 151, [75, 75, 1]),
-        ("red " * 55 + ", " + "dog " * 19 + "beach", [56, 20]),  # the comma is one of the last 20
-        ("red " * 54 + ", " + "dog " * 20 + "beach", [75, 1]),  # and here it is not
-        ("red " * 74 + ", dog", [75, 1]),
-        ("red " * 75 + ", dog", [75, 2]),  # a comma is never kept away from the end
-        ("red " * 55 + ", " + "dog " * 19, [75]),
-        ("red " * 55 + ", " + "dog " * 19 + ", beach", [75, 2]),
-        ("red " * 60 + ", dog, " + "dog " * 12 + "beach", [63, 13]),  # the last one counts
-        ("red " * 55 + ", " + "dog " * 100, [56, 75, 25]),
         ("red BREAK dog", [1, 1]),
         ("red BREAK BREAK dog BREAK", [1, 0, 1]),
         ("BREAK dog", [0, 1]),
@@ -55,9 +47,6 @@ def encode_prompt(
         ("red " * 75 + "BREAK dog", [75, 1]),
         ("red " * 72 + "<dog> beach", [75, 1]),
         ("red " * 73 + "<dog> beach", [73, 4]),  # a word of three vectors stays together
-        ("red " * 60 + ", " + "dog " * 13 + "<dog>", [74, 3]),
-        ("red " * 60 + ", " + "dog " * 14 + "<dog>", [61, 17]),
-        ("red " * 55 + ", " + "dog " * 19 + "<long>", [56, 19, 60]),  # what moved on and the word do not fit together
     ],
 )
 def test_where_chunks_end(tokenizer: CLIPTokenizer, prompt: str, lengths: list[int]) -> None:

@@ -7,13 +7,11 @@ import contextlib
 import io
 import json
 import math
-import re
 import struct
-import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from itertools import accumulate, zip_longest
 from pathlib import Path
 
@@ -49,11 +47,7 @@ def load_image(path: Path | str, under: str = "white") -> Image.Image:
 def open_image(path: Path) -> Iterator[Image.Image]:
     """Open a picture; only the header is read at first. DataError for a file that is no picture, or a damaged one."""
     if not path.is_file():
-        there = "is a folder, not a picture" if path.is_dir() else "is no ordinary file" if path.exists() else "no such file"
-        hint = "Addresses are not read: download it first" if path.parts[:1] in (("http:",), ("https:",)) else "Check the path"
-        raise DataError(f"{path}: {there}. {hint}.")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty (0 bytes). Copy it again, or leave it out.")
+        raise DataError(f"{path}: {'is no picture file' if path.exists() else 'no such file'}. Check the path.")
     huge = f"{path}: more than {MAX_PIXELS // 1_000_000} million pixels. Reduce it first; training needs 512 on a side."
     try:
         with warnings.catch_warnings():
@@ -126,23 +120,7 @@ def save_png(image: Image.Image, path: Path | str, text: Mapping[str, str] | Non
     for key, value in (text or {}).items():
         chunks.add_text(key, value)  # tEXt; where Latin-1 does not hold the text, iTXt
     image.save(png, format="PNG", pnginfo=chunks)
-    write_picture(path, png.getvalue())
-
-
-def write_picture(path: Path | str, data: bytes) -> None:
-    """Write a file and its folders; any reader sees the old file or the new one whole. An OSError names the path."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(Path(path), data)
-
-
-def check_writable(path: Path) -> None:
-    """MinidiffError where `write_picture` could not write; for before long work. It tries, and leaves nothing behind."""
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        with tempfile.TemporaryDirectory(dir=there) as scratch:
-            Path(scratch, path.name).touch()
-    except OSError as error:
-        raise MinidiffError(f"{path}: cannot be written ({error.strerror}). Choose another place.") from error
+    write_bytes(Path(path), png.getvalue())
 
 
 def read_png_text(path: Path | str) -> dict[str, str]:
@@ -166,53 +144,40 @@ PAPER, INK, HAIRLINE = "#f7f6f2", "#23262d", "#d9d7d0"  # warm and light: a card
 
 
 def contact_sheet(
-    rows: Sequence[Sequence[Image.Image]],
+    rows: Sequence[Sequence[Image.Image | str]],
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
     title: str = "",
     tile: int = 256,
-    captions: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """A labelled grid. Each picture is scaled to `tile` pixels on its longer side; labels are wrapped, never cut off.
-
-    `captions`, in the shape of `rows`, stand under the single pictures.
-    """
-    sides, heads = len(row_labels), len(column_labels)
-    if sides not in (0, len(rows)) or heads not in (0, max(map(len, rows))):
-        raise ValueError(f"{sides} row and {heads} column labels do not fit the grid")
-    if captions and [len(texts) for texts in captions] != [len(row) for row in rows]:
-        raise ValueError(f"the captions, {[len(texts) for texts in captions]} in the rows, do not fit the grid")
-    label, gap = partial(_label, width=tile, size=max(14, round(tile * 0.08))), round(tile * 0.05)
-    table = [[label(""), *map(label, column_labels)]] if heads else []  # every cell is a picture, labels too
-    for i, row in enumerate(rows):
-        scaled = [ImageOps.contain(picture.convert("RGB"), (tile, tile), Image.Resampling.LANCZOS) for picture in row]
-        pictures = [ImageOps.expand(picture, 1, HAIRLINE) for picture in scaled]
-        table.append([label(row_labels[i] if sides else ""), *pictures])
-        table += [[label(""), *map(label, captions[i])]] if captions else []
-    columns = zip_longest(*table, fillvalue=label(""))
-    widths, heights = [max(cell.width for cell in column) for column in columns], [max(c.height for c in row) for row in table]
+    """A labelled grid of pictures, or texts. Each picture is scaled to `tile` pixels on its longer side; texts are wrapped."""
+    size, gap = max(14, round(tile * 0.08)), round(tile * 0.05)
+    labelled = zip(row_labels or [""] * len(rows), rows, strict=True)
+    table = [["", *column_labels], *([label, *row] for label, row in labelled)]
+    cells = [[_text(one, tile, size) if isinstance(one, str) else _tile(one, tile) for one in row] for row in table]
+    columns = zip_longest(*cells, fillvalue=Image.new("RGB", (0, 0)))
+    widths, heights = [max(cell.width for cell in column) for column in columns], [max(c.height for c in row) for row in cells]
     lefts, tops = ([*accumulate([gap + side if side else 0 for side in sizes], initial=gap)] for sizes in (widths, heights))
-    heading = _label(title, lefts[-1] - 2 * gap, max(18, round(tile * 0.11)))
+    heading = _text(title, lefts[-1], max(18, round(tile * 0.11)))
     below = heading.height + gap if title else 0
-    sheet = Image.new("RGB", (lefts[-1], tops[-1] + below), PAPER)
+    sheet = Image.new("RGB", (max(lefts[-1], heading.width + 2 * gap), tops[-1] + below), PAPER)
     sheet.paste(heading, (gap, gap))
-    for row, top, height in zip(table, tops, heights):
+    for row, top, height in zip(cells, tops, heights):
         for cell, left, width in zip(row, lefts, widths):
             sheet.paste(cell, (left + (width - cell.width) // 2, below + top + (height - cell.height) // 2))
     return sheet
 
 
-def _label(text: str, width: int, size: int) -> Image.Image:
-    """The text in lines of at most `width` pixels (a single letter may be wider), as a picture."""
-    font, block, box = _font(size), "", (0.0, 0.0, 0.0, 0.0)
-    for letters in range(min(len(text), 4 * width // size), 0, -1):  # 4: no letters are narrower than a quarter of `size`
-        block = "\n".join(textwrap.wrap(text, letters))
-        box = ImageDraw.Draw(Image.new("1", (1, 1))).multiline_textbbox((0, 0), block, font, align="center")
-        if box[2] <= width:
-            break
-    tall = re.sub(r".+", "Ág", block)  # labels of as many lines have one height, whatever their letters
-    bottom = ImageDraw.Draw(Image.new("1", (1, 1))).multiline_textbbox((0, 0), tall, font)[3]
-    picture = Image.new("RGB", (math.ceil(box[2]), math.ceil(bottom)), PAPER)
+def _tile(picture: Image.Image, side: int) -> Image.Image:
+    return ImageOps.expand(ImageOps.contain(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS), 1, HAIRLINE)
+
+
+def _text(text: str, width: int, size: int) -> Image.Image:
+    """The text as a picture, in lines of about `width` pixels: a letter is 0.6 of `size` wide on average."""
+    lines = textwrap.wrap(text, max(1, round(width / (0.6 * size))))
+    block, font = "\n".join(lines), _font(size)
+    right = ImageDraw.Draw(Image.new("1", (1, 1))).multiline_textbbox((0, 0), block, font, align="center")[2]
+    picture = Image.new("RGB", (math.ceil(right), round(1.4 * size * len(lines))), PAPER)
     ImageDraw.Draw(picture).multiline_text((0, 0), block, INK, font, align="center")
     return picture
 

@@ -41,7 +41,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file by these bytes."""
+    """Write a file of these bytes, or replace it; make the folders that its path needs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         file.write(data)
 

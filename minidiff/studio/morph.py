@@ -25,10 +25,10 @@ from torch import Tensor
 
 from minidiff import __version__
 from minidiff.core.errors import MinidiffError, SettingsError
-from minidiff.draw.images import write_picture
 from minidiff.draw.pipeline import StableDiffusionPipeline, noise_source, sampler_for
 from minidiff.draw.progress import progress
 from minidiff.draw.prompting import count_chunks, parse_prompt
+from minidiff.files.atomic import write_bytes
 
 Keyframe = tuple[str, int]  # a prompt and a seed
 Draw = Callable[[Tensor, Tensor], Image.Image]  # (noise (1, C, H, W), text (1, S, D)) -> picture
@@ -155,4 +155,4 @@ def save_animation(frames: Iterable[Image.Image], path: Path | str, fps: float, 
         pictures[0].save(file, ending[1:], save_all=True, append_images=pictures[1:], **options)
     except (ValueError, RuntimeError, OSError) as error:  # Pillow's, for example where a side is beyond the format's limit
         raise MinidiffError(f"{path}: cannot be written ({error}). Choose another format.") from error
-    write_picture(path, file.getvalue())
+    write_bytes(Path(path), file.getvalue())

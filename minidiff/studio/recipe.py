@@ -15,13 +15,14 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
+from tempfile import TemporaryDirectory
 from typing import Any, get_type_hints
 
 import torch
 
 from minidiff import __version__
 from minidiff.core.errors import DataError, MinidiffError, SettingsError
-from minidiff.draw.images import check_writable, read_png_text
+from minidiff.draw.images import read_png_text
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.values import fits, printable
 from minidiff.studio.a1111 import Settings, parameters, read_a1111, strength_of, with_named_loras
@@ -177,11 +178,16 @@ def check_origin(origin: Origin, settings: Settings) -> list[str]:
 
 
 def check_outputs(written: Sequence[tuple[str, Path]], read: Mapping[str, str | Path | None]) -> None:
-    """SettingsError where drawing would cost a file that is read, or one that minidiff did not draw. Both are files by flag."""
+    """SettingsError where drawing would cost a file that is read, or one that minidiff did not draw. Both are files by flag.
+
+    It tries to write beside each file, too: an OSError comes before the long work.
+    """
     taken = {os.path.realpath(path): flag for flag, path in read.items() if path is not None}
     for flag, path in written:
         if (other := taken.setdefault(os.path.realpath(path), flag)) != flag:
             raise SettingsError(f"{flag} {path} is the file of {other}, too; choose another name.")
         if os.path.lexists(path) and not (path.is_file() and OURS in path.read_bytes()):
             raise SettingsError(f"{flag} {path} is there already, and does not say that minidiff drew it; choose another name.")
-        check_writable(path)
+        folder = next(one for one in path.absolute().parents if one.exists())
+        with TemporaryDirectory(dir=folder) as scratch:
+            Path(scratch, path.name).touch()

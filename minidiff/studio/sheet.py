@@ -158,5 +158,5 @@ def gallery(images: Sequence[Image.Image], captions: Sequence[str], title: str =
     """A sheet of captioned pictures in rows of equal length, or nearly so."""
     abreast = math.ceil(len(images) / math.ceil(len(images) / MAX_ABREAST))
     starts = range(0, len(images), abreast)
-    grid, texts = [images[i : i + abreast] for i in starts], [captions[i : i + abreast] for i in starts]
-    return contact_sheet(grid, title=title, tile=tile, captions=texts)
+    rows = [row for i in starts for row in (images[i : i + abreast], captions[i : i + abreast])]
+    return contact_sheet(rows, title=title, tile=tile)

@@ -177,7 +177,7 @@ def test_a_place_that_cannot_be_written_is_told_first(
     monkeypatch.setattr(drawing, "load", lambda *_: pytest.fail("a model was loaded"))
     for output in ("file/a.png", f"new/folder/{'a' * 300}.png"):
         said = refused(capsys, tiny_folder, command, DOG, "--output", output)
-        assert "cannot be written" in said
+        assert "Check path, permissions and free space" in said
 
 
 # --- sheets, loops, strips -----------------------------------------------------------------------------------------------

@@ -278,8 +278,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "width 0": ({"image": picture(), "width": 0}, "width is 0; it must be a multiple of 2"),
     "height 0": ({"image": picture(), "height": 0}, "height is 0; it must be a multiple of 2"),
     "nothing in it": ({"image": torch.zeros(3, 0, 0)}, r"image is a tensor \(3, 0, 0\)"),
-    "an address": ({"image": "https://example.org/a.png"}, "Addresses are not read: download it first"),
-    "a device": ({"image": "/dev/null"}, "/dev/null: is no ordinary file"),
+    "an address": ({"image": "https://example.org/a.png"}, "no such file"),
+    "a device": ({"image": "/dev/null"}, "/dev/null: is no picture file"),
 }
 
 

@@ -152,8 +152,8 @@ def contact_sheet(
 ) -> Image.Image:
     """A labelled grid of pictures, or texts. Each picture is scaled to `tile` pixels on its longer side; texts are wrapped."""
     size, gap = max(14, round(tile * 0.08)), round(tile * 0.05)
-    labelled = zip(row_labels or [""] * len(rows), rows, strict=True)
-    table = [["", *column_labels], *([label, *row] for label, row in labelled)]
+    table: list[list[Image.Image | str]] = [["", *column_labels]]
+    table += [[label, *row] for label, row in zip(row_labels or [""] * len(rows), rows, strict=True)]
     cells = [[_text(one, tile, size) if isinstance(one, str) else _tile(one, tile) for one in row] for row in table]
     columns = zip_longest(*cells, fillvalue=Image.new("RGB", (0, 0)))
     widths, heights = [max(cell.width for cell in column) for column in columns], [max(c.height for c in row) for row in cells]

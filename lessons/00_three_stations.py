@@ -49,7 +49,7 @@ from minidiff.pocket.world import Picture, draw
 LESSONS = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()  # a notebook has no __file__
 ROOT = LESSONS.parent
 CHECKPOINT = ROOT / "checkpoints" / "pocket"
-FIGURES = ROOT / "outputs" / "lessons" / "00_three_stations"
+FIGURES = Path("outputs") / "lessons" / "00_three_stations"
 BLUE, PALE, RUST = "#1d4f8f", "#8fb0d6", "#b3541e"
 
 
@@ -66,7 +66,7 @@ def show(picture, name):
         picture.savefig(path, dpi=150, facecolor=PAPER, bbox_inches="tight", pad_inches=0.2)
     else:
         picture.save(path)
-    print(f"[figure] {path.relative_to(ROOT)}")
+    print(f"[figure] {path}")
     return Image.open(path)
 
 

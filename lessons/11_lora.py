@@ -56,7 +56,7 @@ from minidiff.trainer.settings import LoRASettings
 LESSONS = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()  # a notebook has no __file__
 ROOT = LESSONS.parent
 CHECKPOINT = ROOT / "checkpoints" / "pocket"
-FIGURES = ROOT / "outputs" / "lessons" / "11_lora"
+FIGURES = Path("outputs") / "lessons" / "11_lora"
 BLUE, PALE, RUST = "#1d4f8f", "#8fb0d6", "#b3541e"
 
 
@@ -73,7 +73,7 @@ def show(picture, name):
         picture.savefig(path, dpi=150, facecolor=PAPER, bbox_inches="tight", pad_inches=0.2)
     else:
         picture.save(path)
-    print(f"[figure] {path.relative_to(ROOT)}")
+    print(f"[figure] {path}")
     return Image.open(path)
 
 

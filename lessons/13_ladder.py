@@ -46,12 +46,12 @@ from minidiff.trainer.settings import (
 
 LESSONS = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()  # a notebook has no __file__
 ROOT = LESSONS.parent
-FIGURES = ROOT / "outputs" / "lessons" / "13_ladder"
+FIGURES = Path("outputs") / "lessons" / "13_ladder"
 BLUE, PALE, RUST = "#1d4f8f", "#8fb0d6", "#b3541e"
 FLAGS = {  # the defaults; `minidiff ladder` puts its own in their place
     "pretrained_model_name_or_path": str(ROOT / "checkpoints" / "pocket"),
     "instance_data_dir": str(LESSONS / "data" / "dog"),
-    "output_dir": str(ROOT / "outputs" / "ladder"),
+    "output_dir": "outputs/ladder",
     "rungs": (),
     "quick": False,  # two updates and rough pictures: to try the file itself
 } | globals().get("FLAGS", {})
@@ -71,7 +71,7 @@ def show(picture, name):
         picture.savefig(path, dpi=150, facecolor=PAPER, bbox_inches="tight", pad_inches=0.2)
     else:
         picture.save(path)
-    print(f"[figure] {path.relative_to(ROOT)}")
+    print(f"[figure] {path}")
     return Image.open(path)
 
 

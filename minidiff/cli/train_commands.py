@@ -11,6 +11,7 @@ from pathlib import Path
 
 from minidiff.cli.flags import Bench, DataCheck, Judge, Lesson
 from minidiff.core.errors import DataError, SettingsError
+from minidiff.files.bundled import HOME
 from minidiff.pocket.settings import LadderSettings, PretrainSettings
 from minidiff.trainer.settings import FineTuneSettings
 
@@ -55,11 +56,10 @@ def lesson(s: Lesson) -> None:
 
 
 def lesson_file(number: int) -> Path:
-    """A lesson, in a checkout; SettingsError if it is not there."""
-    lessons = {int(path.name[:2]): path for path in sorted((CHECKOUT / "lessons").glob("[0-9][0-9]_*.py"))}
+    """A lesson's file; SettingsError if it is not there."""
+    lessons = {int(path.name[:2]): path for path in sorted((HOME / "lessons").glob("[0-9][0-9]_*.py"))}
     if number not in lessons:
-        known = ", ".join(map(str, lessons)) or "none beside this installation"
-        raise SettingsError(f"there is no lesson {number}; there are {known}.")
+        raise SettingsError(f"there is no lesson {number}; there are {', '.join(map(str, lessons))}.")
     return lessons[number]
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from minidiff.core.config import NoiseConfig, UNetConfig, VAEConfig
 from minidiff.core.errors import WeightsError
+from minidiff.files.bundled import here_or_bundled
 from minidiff.files.values import fits
 
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # deleted in 2024
@@ -29,9 +30,9 @@ SD15_TEXT: dict[str, Any] = dict(  # CLIP ViT-L/14's text tower, openai/clip-vit
 
 
 def local_folder(name: str) -> Path:
-    """The folder itself, or the local copy of a hub id. Nothing is downloaded here."""
-    if Path(name).is_dir():
-        return Path(name)
+    """The folder itself, one that travels with the package, or the local copy of a hub id. Nothing is downloaded here."""
+    if (folder := here_or_bundled(name)).is_dir():
+        return folder
     if Path(name).is_file():
         raise WeightsError(
             f"{name} is a file, not a model folder; `minidiff convert {name} FOLDER --tokenizer …` makes one of a "
@@ -49,7 +50,7 @@ def local_folder(name: str) -> Path:
     hint = f" {name} is gone from the hub; it lives on as {hub_id}." if hub_id != name else ""
     raise WeightsError(
         f"{name}: there is no such folder, and no hub model of that name in the local cache.{hint} "
-        "checkpoints/README.md says where to get SD 1.5; checkpoints/pocket is in the repository."
+        "checkpoints/README.md says where to get SD 1.5; checkpoints/pocket is in the package."
     )
 
 

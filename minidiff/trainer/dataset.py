@@ -23,6 +23,7 @@ from typing import Any
 from minidiff.core.errors import DataError, did_you_mean
 from minidiff.draw.images import load_image
 from minidiff.files.atomic import sha256
+from minidiff.files.bundled import here_or_bundled
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -63,7 +64,7 @@ def read_folder(folder: Path, prompt: str | None, caption_column: str | None = N
 
 def scan_folder(folder: Path, prompt: str | None, caption_column: str | None = None, masks: bool = False) -> "Scan":
     """Like `read_folder`, but collects all errors instead of raising the first."""
-    scan = Scan(prompt, caption_column, masks)
+    scan, folder = Scan(prompt, caption_column, masks), here_or_bundled(folder)
     if not folder.is_dir():
         what = "a file, not a folder" if folder.exists() else "no folder that exists"
         scan.errors.append(f"{folder} is {what}; give the folder of the pictures.")

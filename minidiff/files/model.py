@@ -187,10 +187,12 @@ def write_folder(model: ModelParts, folder: str | Path, dtype: torch.dtype | Non
             raise AdapterError(f"{type(adapted).__name__} carries adapters ({', '.join(adapters)}); unload_lora_weights first.")
     if words := textual_inversion.placeholders(text_encoder):
         raise AdapterError(f"the text encoder has new words ({', '.join(words)}); unload_textual_inversion first.")
+    text_config = text_encoder.config.to_diff_dict() | {"architectures": ["CLIPTextModel"]}
+    text_config.pop("dtype", None)  # transformers would load it in the file's dtype, while diffusers loads the others in fp32
     configs = {
         "unet": config_values(unet.config, "UNet2DConditionModel"),
         "vae": config_values(vae.config, "AutoencoderKL"),
-        "text_encoder": dict(sorted({**text_encoder.config.to_diff_dict(), "architectures": ["CLIPTextModel"]}.items())),
+        "text_encoder": dict(sorted((text_config | {"torch_dtype": "float32"}).items())),
     }
     for part, network in model.networks.items():
         state = to_file_keys(network.state_dict()) if part == "text_encoder" else network.state_dict()

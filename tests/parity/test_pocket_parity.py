@@ -20,7 +20,7 @@ CALL = {"num_inference_steps": 6, "guidance_scale": 5.0}
 
 @pytest.fixture(scope="module")
 def theirs():  # type: ignore[no-untyped-def]
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(POCKET)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -100,3 +100,11 @@ def test_lora_has_the_same_effect(ours: StableDiffusionPipeline, theirs, tmp_pat
     tuned = ours(PROMPTS, latents=latents, **CALL).images
     same_pictures(tuned, theirs(PROMPTS, latents=latents, **CALL).images)
     assert np.abs(np.asarray(tuned[0], int) - np.asarray(plain[0], int)).max() > 20
+
+
+def test_a_folder_in_half_precision_draws_in_diffusers_without_torch_dtype(ours, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """transformers would load the text encoder as the file has it, and diffusers the other networks in fp32."""
+    ours.save_pretrained(tmp_path, torch.float16)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert {n.dtype for n in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
+    pipe(PROMPTS[0], num_inference_steps=1)

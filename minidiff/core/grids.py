@@ -151,18 +151,19 @@ def ancestors(schedule: NoiseSchedule, steps: int, first: int, spacing: str, kar
     return rows(ts, [*(a_bar_at(schedule, t) for t in ts), 1.0])
 
 
-def equal_jumps(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
-    """DDIM: always T // steps back. With leading spacing this is the next t on the list, otherwise a t near it."""
+def downwards(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
+    """DDIM: from each timestep to the next on the list, and at last below 0.
+
+    The reference always goes T // steps back. Unless spacing is leading, it then ends beside the next t, and noise stays.
+    """
     ts = timesteps(schedule, steps, spacing)[first:]
-    jump = len(schedule.alphas_cumprod) // steps
-    return [(t, a_bar_at(schedule, t), a_bar_at(schedule, t - jump)) for t in ts]
+    return rows(ts, [a_bar_at(schedule, t) for t in (*ts, -1)])
 
 
 def first_jump_twice(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
     """PNDM: DDIM's grid, but the first jump is repeated: with the timestep at its end, from the noise level at its start."""
-    grid, jump = equal_jumps(schedule, steps, first, spacing, karras), len(schedule.alphas_cumprod) // steps
-    again = [(t, a_bar_at(schedule, t + jump), a_bar) for t, a_bar, _ in grid[1:2]]
-    return grid[:1] + again + grid[1:]
+    jump, *others = downwards(schedule, steps, first, spacing, karras)
+    return [jump, *((t, jump[1], level) for t, level, _ in others[:1]), *others]
 
 
 def distilled(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
@@ -223,7 +224,7 @@ def start_euler(noise: Tensor, image: Tensor | None, sigma: float, spacing: str)
 # Karras sigmas for euler_a are k-diffusion's. diffusers has none, and ignores the setting.
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(samplers.ddpm, ancestors, start_vp, "leading", fresh_noise=True),
-    "ddim": Sampler(samplers.ddim, equal_jumps, start_vp, "leading", eta=True),
+    "ddim": Sampler(samplers.ddim, downwards, start_vp, "leading", eta=True),
     "pndm": Sampler(samplers.pndm, first_jump_twice, start_vp, "leading"),
     "euler": Sampler(samplers.euler, between_timesteps, start_euler, "linspace", karras=True),
     "euler_a": Sampler(samplers.euler_a, between_timesteps, start_euler, "linspace", karras=True, fresh_noise=True),

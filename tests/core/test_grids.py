@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference_grids import as_in_the_reference
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -58,7 +59,7 @@ def test_golden_trajectories(golden, case):
         )
     )
     image = None if strength == 1 else golden["picture"]
-    walk = SAMPLERS[name](
+    walk = as_in_the_reference(name)(
         GOLDEN["fake_network"], noise[0], schedule, 7, lambda i: noise[i + 1], image=image, strength=strength, eta=eta
     )
     # with zero SNR the reference's Euler subtracts numbers of size 4096, and loses four digits
@@ -67,6 +68,15 @@ def test_golden_trajectories(golden, case):
         torch.testing.assert_close(step.x, x, rtol=0, atol=tolerance * x.abs().max().item())
         if name in ("ddim", "euler_a", "dpm++_2m") and strength == 1 and not special:
             torch.testing.assert_close(step.x, x, rtol=1e-5, atol=1e-5)  # small elements count as much as large ones
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm"])
+def test_with_leading_spacing_the_grids_are_the_references(name):
+    for steps in (1, 3, 7, 20, 30, 999):
+        for first in (0, steps // 3):
+            assert SAMPLERS[name].grid(SCHEDULE, steps, first, "leading", False) == as_in_the_reference(name).grid(
+                SCHEDULE, steps, first, "leading", False
+            )
 
 
 # ------------------------------------------------------------------------------------------------- the common promises

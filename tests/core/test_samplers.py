@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference_grids import as_in_the_reference
 from torch import Tensor
 
 from minidiff.core.config import NoiseConfig
@@ -77,6 +78,21 @@ def test_gaussian_mean_and_deviation(name, schedule):
     *_, last = SAMPLERS[name](gaussian_network(schedule), noise[0], schedule, steps, lambda i: noise[i + 1])
     assert last.x.mean().item() == pytest.approx(MU, rel=0.07)
     assert last.x.std().item() == pytest.approx(S, rel=0.03)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+@pytest.mark.parametrize("steps", [3, 6, 9, 12])
+def test_ddim_ends_where_the_next_step_begins(steps, spacing):
+    """The mean is right to 4 % (pure noise is not quite x_T: 3 %). On the reference's grid it is 0.509 after three steps."""
+    noise, network = draw(1, 65536, 1, 1, 1)[0], gaussian_network(SCHEDULE)
+
+    def mean(sampler):
+        *_, last = sampler(network, noise, SCHEDULE, steps, silent, spacing=spacing)
+        return last.x.mean().item()
+
+    assert mean(SAMPLERS["ddim"]) == pytest.approx(MU, rel=0.04)
+    if (steps, spacing) == (3, "linspace"):
+        assert mean(as_in_the_reference("ddim")) == pytest.approx(0.509, rel=0.01)
 
 
 def ode_error(name: str, schedule: NoiseSchedule, steps: int, t: float) -> float:

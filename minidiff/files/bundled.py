@@ -1,4 +1,4 @@
-"""What travels with the package, and is found wherever one stands: the pocket checkpoint, the lessons, and their pictures."""
+"""The pocket checkpoint, the lessons and their pictures travel with the package, and are found wherever one stands."""
 
 import os
 from pathlib import Path

@@ -13,7 +13,7 @@ from minidiff.core.errors import SettingsError
 from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
-from minidiff.draw.speed import needed, speed_up
+from minidiff.draw.speed import fast, needed, speed_up
 from minidiff.files import lora_file, word_file
 from minidiff.files.folder import local_folder
 from minidiff.files.model import ModelParts, check_parts_fit, read_model, write_folder
@@ -40,7 +40,8 @@ class Model:
         check_parts_fit(ModelParts(unet, vae, text_encoder, tokenizer, noise_config, sampler), name_or_path)
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.noise_config, self.schedule = noise_config, NoiseSchedule.from_config(noise_config)
-        self.sampler, self.name_or_path, self.plain, self.progress_bar = sampler, name_or_path, plain, True
+        self.sampler, self.name_or_path, self.progress_bar = sampler, name_or_path, True
+        self.plain = plain or fast is None
         self.downscale = vae.config.downscale  # pixels per latent cell
         self.tile_size: int | None = None
         speed_up(self)

@@ -23,13 +23,16 @@ from minidiff.core.vae import sample_posterior
 from minidiff.draw.canvas import Canvas, Pictures, as_mask, as_pictures, fitted, on_picture, size_of
 from minidiff.draw.lora_tags import at_strengths, loras_of
 from minidiff.draw.model import Model
-from minidiff.draw.nonfinite import blame, nonfinite_error
 from minidiff.draw.prompting import Prompt, count_chunks, encode_prompts, parse_prompt
-from minidiff.draw.speed import caching
+from minidiff.draw.speed import fast
 from minidiff.draw.tiles import in_tiles, tiled
 
 Draw = Callable[[int | str], Tensor]  # what the noise is for -> the noise
 MAX_SIDE = 8192  # pixels: beyond, attention takes days
+NONFINITE = (
+    "NaN or infinity comes out of the {}, so the picture would be black. Where half precision overflowed, run in float32 or "
+    "bfloat16 (--torch_dtype); where training diverged, take an earlier checkpoint; else get the model's files again."
+)
 Side = list[Prompt] | Tensor  # all prompts, or all negative prompts; or the vectors (B, 77 k, D) that the caller gives for them
 
 
@@ -110,27 +113,24 @@ class StableDiffusionPipeline(Model):
         steps = as_int("num_inference_steps", num_inference_steps)
         encode = partial(self.encode_prompt, clip_skip=clip_skip, chunks=chunks)
         stations = Stations(encode, canvas.unet, self.decode, self.schedule)
-        drawing = partial(generate, stations, *sides, canvas.noise.to(self.device), draw, steps, guidance_scale, walk)
+        drawing = generate(stations, *sides, canvas.noise.to(self.device), draw, steps, guidance_scale, walk)
         named = any(one.loras for one in prompts + negatives)
         with at_strengths(self.adaptable, loras_of(prompts, negatives)) if named else nullcontext():
             drawn = self.run(drawing, steps, callback, decode=output_type != "latent")
-        return PipelineOutput(drawn if output_type == "latent" else finished(canvas.paste(drawn), output_type))
+        if output_type == "latent":
+            return PipelineOutput(drawn)
+        from minidiff.draw.images import to_pil  # only now: Pillow takes time to import
 
-    def run(
-        self, drawing: Callable[[], Iterator[Any]], steps: int, callback: Callable[[Step], None] | None, decode: bool
-    ) -> Tensor:
-        """Go through the stations of `generate`: the pictures, or the last latents. A bar and `callback` see each step.
+        return PipelineOutput(to_pil(canvas.paste(drawn)) if output_type == "pil" else canvas.paste(drawn))
 
-        NaN and infinity never go away again, so one look at the last latents finds them.
-        """
+    def run(self, stations: Iterator[Any], steps: int, callback: Callable[[Step], None] | None, decode: bool) -> Tensor:
+        """Go through the stations of `generate`: the pictures, or the last latents. A bar and `callback` see each step."""
         from tqdm import tqdm
 
-        stations = drawing()
         bar = tqdm(total=min(steps, len(self.schedule.sigmas)), unit="step", leave=False, disable=not self.progress_bar)
         # A compiled U-Net would be compiled again for each cached prompt, and a callback may change an adapter.
         prompt = self.unet._compiled_call_impl is None and callback is None
-        cached = nullcontext() if self.plain else caching(self.unet, prompt)
-        with bar, cached:
+        with bar, nullcontext() if self.plain else fast.frozen_weights([self.unet], large=True, prompt=prompt):
             for step in stations:
                 bar.total = step.total  # Heun calls the network twice a step
                 bar.update()
@@ -138,9 +138,8 @@ class StableDiffusionPipeline(Model):
                     callback(step)
                 if step.index + 1 == step.total:
                     break
-        if not step.x.isfinite().all():
-            broken = (again.x for again in drawing() if not again.x.isfinite().all())
-            raise nonfinite_error("unet", self.unet, lambda: next(broken, step.x))
+        if not step.x.isfinite().all():  # NaN never goes away again, so one look at the end finds it
+            raise MinidiffError(NONFINITE.format("U-Net"))
         drawn: Tensor = next(stations) if decode else step.x
         return drawn
 
@@ -176,7 +175,7 @@ class StableDiffusionPipeline(Model):
         distinct = list(dict.fromkeys(parsed))
         rows = encode_prompts(self.tokenizer, self.text_encoder, distinct, self.placeholders, clip_skip, chunks)
         if not rows.isfinite().all():
-            raise MinidiffError(f"NaN or infinity comes out of the text encoder{blame(self.text_encoder)}.")
+            raise MinidiffError(NONFINITE.format("text encoder"))
         return rows[[distinct.index(p) for p in parsed]].to(self.dtype)
 
     def encode_captions(self, captions: Sequence[str]) -> Tensor:
@@ -197,7 +196,7 @@ class StableDiffusionPipeline(Model):
         decode = tiled(self.vae.decode, cells, cells // 4) if self.tile_size else self.vae.decode
         pictures = torch.cat([decode(row[None]) for row in z])
         if not pictures.isfinite().all():
-            raise nonfinite_error("vae", self.vae, lambda: torch.cat([decode(row[None]) for row in z]))
+            raise MinidiffError(NONFINITE.format("VAE"))
         return pictures.clamp(-1, 1)
 
     def latent_shape(
@@ -239,21 +238,21 @@ def both_sides(given: tuple[Any, Tensor | None], negative: tuple[Any, Tensor | N
         raise SettingsError(f"num_images_per_prompt is {per_prompt}; it must be at least 1.")
     if (given[0] is None) == (given[1] is None):
         raise SettingsError("give either a prompt or prompt_embeds.")
-    rows: list[list[Any]] = []
+    sides: list[Side] = []
     for texts, embeds in (given, negative):
         row = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
-        rows.append(row if embeds is None else list(finite_floats("prompt_embeds", embeds)))
-        if not rows[-1] or embeds is None and not all(isinstance(text, str) for text in row):
+        if embeds is None and not all(isinstance(text, str) for text in row):
             raise SettingsError("prompt and negative_prompt must be a text, or a list of texts.")
-    prompts, negatives = rows
-    if len(negatives) not in (1, len(prompts)):
-        raise SettingsError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each.")
-    count = len(prompts) * per_prompt
-    prompts, negatives = ([one for one in row for _ in range(count // len(row))] for row in rows)
-    first, second = (
-        torch.stack(row) if isinstance(row[0], Tensor) else [parse_prompt(text) for text in row] for row in (prompts, negatives)
-    )
-    return first, second
+        sides.append([parse_prompt(text) for text in row] if embeds is None else finite_floats("prompt_embeds", embeds))
+    prompts, negatives = map(len, sides)
+    if not prompts or negatives not in (1, prompts):
+        raise SettingsError(f"{negatives} negative prompts for {prompts} prompts; give one, or one for each.")
+    return repeated(sides[0], per_prompt), repeated(sides[1], prompts * per_prompt // negatives)
+
+
+def repeated(side: Side, times: int) -> Side:
+    """Each prompt so many times, one after the other."""
+    return side.repeat_interleave(times, dim=0) if isinstance(side, Tensor) else [one for one in side for _ in range(times)]
 
 
 def sampler_for(name: str, spacing: str | None = None, karras: bool | None = None, eta: float = 0.0) -> Sampler:
@@ -312,15 +311,6 @@ def finite_floats(name: str, given: Tensor) -> Tensor:
     if not isinstance(given, Tensor) or not given.is_floating_point() or not given.ndim or not given.isfinite().all():
         raise SettingsError(f"{name} must be a tensor of floats, without NaN and infinity.")
     return given
-
-
-def finished(drawn: Tensor, output_type: str) -> Any:
-    """Pictures (B, 3, H, W) in [-1, 1] as they are for "pt", else as PIL's."""
-    if output_type == "pt":
-        return drawn
-    from minidiff.draw.images import to_pil  # only now: Pillow takes time to import
-
-    return to_pil(drawn)
 
 
 def as_int(name: str, value: int) -> int:

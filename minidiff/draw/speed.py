@@ -1,7 +1,7 @@
 """Where minidiff.fast is plugged in. Without that room everything is computed as `core` says; only time and memory change."""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
 
 def speed_up(pipe: Any) -> None:
     """Give a pipeline's networks fast classes, unless it is `plain`. Call this again after an adapter was injected."""
-    if fast and not pipe.plain:
+    if not pipe.plain:
         speed_up_network(pipe.unet)
         speed_up_network(pipe.vae)
         fast.install(pipe.text_encoder, fast.ADAPTERS)  # transformers' own layers stay as they are
@@ -41,10 +41,8 @@ def checkpoint_gradients(unet: nn.Module, on: bool = True) -> None:
 
 def keep_memory(keep: bool = True) -> None:
     """Let this process keep the memory of freed tensors for the next ones: faster. Without `keep`, return it at once."""
-    if fast and keep:
-        fast.memory.keep_memory()
-    elif fast:
-        fast.memory.return_memory()
+    if fast:
+        fast.memory.keep_memory(keep)
 
 
 def peak_memory(device: str) -> int | None:
@@ -63,15 +61,6 @@ def compile_unet(unet: nn.Module) -> None:
 def frozen_weights(models: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Use this while frozen weights do not change: a CPU's rearranged copies of small ones are cached."""
     return fast.frozen_weights(models, large=False) if fast else nullcontext()
-
-
-def caching(unet: nn.Module, prompt: bool) -> AbstractContextManager[object]:
-    """Use this while a picture is drawn: rearranged copies of all weights are cached, and with `prompt` its k and v, too."""
-    stack = ExitStack()
-    if fast:
-        stack.enter_context(fast.frozen_weights([unet], large=True))
-        stack.enter_context(fast.cache_prompt(unet) if prompt else nullcontext())
-    return stack
 
 
 def needed(flag: str) -> Any:

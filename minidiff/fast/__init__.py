@@ -27,7 +27,6 @@ from minidiff.fast.frozen import (
     FastConv2d,
     FastLinear,
     FeedForwardInPieces,
-    cache_prompt,
     cast_layerwise,
     frozen_weights,
 )
@@ -44,7 +43,7 @@ from minidiff.fast.lean_lora import LeanLoRAConv2d, LeanLoRALinear
 from minidiff.fast.tiled_attention import tiled_attention
 
 __all__ = [
-    "ADAPTERS", "CHECKPOINTED", "FAST", "attention", "cache_prompt", "cast_layerwise", "frozen_weights", "install", "memory",
+    "ADAPTERS", "CHECKPOINTED", "FAST", "attention", "cast_layerwise", "frozen_weights", "install", "memory",
     "remove",
 ]  # fmt: skip
 

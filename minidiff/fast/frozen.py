@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minidiff.core.transformer import CrossAttention, FeedForward
+from minidiff.core.transformer import CrossAttention, FeedForward, TransformerBlock
 from minidiff.fast import conv, memory
 from minidiff.fast.conv import HALF, as_autocast
 from minidiff.fast.lean import saves
@@ -59,7 +59,7 @@ class FeedForwardInPieces(FeedForward):
 
 
 class CachedAttention(CrossAttention):
-    """Equals `keys_and_values` in core/transformer.py. Inside `cache_prompt` it computes k and v of a prompt only once."""
+    """Equals `keys_and_values` in core/transformer.py. `frozen_weights` may have it compute k and v of a prompt only once."""
 
     prompt: tuple[Tensor, ...] | None = None  # of the last call, with its k and v. (): nothing stored yet; None: do not cache
 
@@ -76,43 +76,31 @@ class CachedAttention(CrossAttention):
 
 
 @contextmanager
-def cache_prompt(model: nn.Module) -> Iterator[None]:
-    """Inside the `with`, each layer computes k and v of a prompt once, not at each step. The weights must not change there."""
-    layers = [m for name, m in model.named_modules() if isinstance(m, CachedAttention) and name.endswith("attn2")]
-    for layer in layers:
+def frozen_weights(models: Iterable[nn.Module], large: bool, prompt: bool = False) -> Iterator[None]:
+    """Use this while the weights of `models` do not change: their convolutions then cache rearranged copies of them.
+
+    In training it applies only to frozen layers. `large` caches copies of large weights, too, if the machine has four times
+    the memory of all these weights in fp32 (9 GB for SD 1.5, whose copies take 2.5 GB). With `prompt`, each cross-attention
+    computes k and v of a prompt once, not at each step.
+    """
+    modules = [m for model in models for m in model.modules()]
+    frozen = [m for m in modules if isinstance(m, FastConv2d) and not (torch.is_grad_enabled() and m.weight.requires_grad)]
+    bytes_here = memory.machine_memory()
+    large = large and (bytes_here is None or 4 * sum(4 * m.weight.numel() for m in frozen) <= bytes_here)
+    before = [(m, m.caches) for m in frozen if large or m.weight.numel() <= conv.MANY]
+    blocks = [m for m in modules if prompt and isinstance(m, TransformerBlock)]
+    attention = [block.attn2 for block in blocks if isinstance(block.attn2, CachedAttention)]
+    for m, caches in before:
+        m.caches = caches or ({}, {})
+    for layer in attention:
         layer.prompt = ()
     try:
         yield
     finally:
-        for layer in layers:
+        for m, caches in before:
+            m.caches = caches
+        for layer in attention:
             layer.prompt = None
-
-
-@contextmanager
-def frozen_weights(models: Iterable[nn.Module], large: bool) -> Iterator[None]:
-    """Use this while the weights of `models` do not change: their convolutions then cache rearranged copies of them.
-
-    In training it applies only to frozen layers. `large` caches copies of large weights, too, if the machine has the memory.
-    """
-    training = torch.is_grad_enabled()
-    layers = [m for model in models for m in model.modules() if isinstance(m, FastConv2d)]
-    frozen = [m for m in layers if not (training and m.weight.requires_grad)]
-    large = large and enough_memory(frozen)
-    chosen = [m for m in frozen if large or m.weight.numel() <= conv.MANY]
-    before = [m.caches for m in chosen]
-    for m in chosen:
-        m.caches = m.caches or ({}, {})
-    try:
-        yield
-    finally:
-        for m, old in zip(chosen, before):
-            m.caches = old
-
-
-def enough_memory(layers: Iterable[nn.Conv2d]) -> bool:
-    """Does this machine have four times the memory of these weights in fp32? (9 GB for SD 1.5, whose copies take 2.5 GB.)"""
-    bytes_here = memory.machine_memory()
-    return bytes_here is None or 4 * sum(4 * m.weight.numel() for m in layers) <= bytes_here
 
 
 def cast_layerwise(model: nn.Module, dtype: torch.dtype) -> None:

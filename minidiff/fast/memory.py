@@ -4,6 +4,7 @@ import ctypes
 import os
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -11,31 +12,21 @@ import torch
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # the options' numbers in glibc's malloc.h
 
 
-def keep_memory() -> None:
-    """Have glibc keep freed memory for the next tensors: a tenth of a U-Net's time on a CPU. For programs, not libraries."""
-    large_pages()
-    tell_malloc(TRIM_THRESHOLD, 2**31 - 1)
-    tell_malloc(MMAP_THRESHOLD, 2**30)
+def keep_memory(keep: bool = True) -> None:
+    """Have glibc keep freed memory for the next tensors: a tenth of a U-Net's time on a CPU. For programs, not libraries.
 
-
-def return_memory() -> None:
-    """Have glibc return freed memory to the system: slower, but SD 1.5's LoRA step took 1.5 GiB beside the weights, not 2.2."""
-    large_pages()
-    tell_malloc(MMAP_THRESHOLD, 2**20)
-
-
-def large_pages() -> None:
-    """Have PyTorch take large tensors in pages of 2 MB. It asks once, before the first of them. (34 s a step became 28 s.)"""
+    Without `keep` it returns freed memory to the system: slower, but SD 1.5's LoRA step took 1.5 GiB beside the weights, not
+    2.2. In both cases PyTorch takes large tensors in pages of 2 MB, if none was made before. (34 s a step became 28 s.)
+    """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's own switch: "transparent huge pages"
-
-
-def tell_malloc(option: int, value: int) -> None:
-    """glibc's mallopt, where there is one."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None  # only glibc has it
+    if mallopt and keep:
+        mallopt(TRIM_THRESHOLD, 2**31 - 1)
     if mallopt:
-        mallopt(option, value)
+        mallopt(MMAP_THRESHOLD, 2**30 if keep else 2**20)
 
 
+@cache
 def machine_memory() -> int | None:
     """All that this machine has, in bytes; None on Windows, where Python cannot say."""
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):

@@ -111,11 +111,11 @@ LEAN = "minidiff, savings that change no number"  # and memory used as under --f
 def training_peak(task: dict[str, Any]) -> dict[str, float | None]:
     """The peak of three steps of one contender: of the whole process, and of what it holds in the steps."""
     from benchmarks import peers, training
-    from minidiff.fast.memory import keep_memory, peak_memory, return_memory
+    from minidiff.fast.memory import keep_memory, peak_memory
 
     device, level = task["device"], task["contender"]
     if level.startswith("minidiff"):  # as the command does
-        return_memory() if level == LEAN else keep_memory()
+        keep_memory(level != LEAN)
     size = training.Size("", Path(task["folder"]), task["side"], task["batch"])
     with tempfile.TemporaryDirectory() as folder:
         settings = training.settings_of(task["task"], size, Path(folder) / "run", device, task["precision"])

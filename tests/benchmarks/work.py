@@ -21,9 +21,10 @@ from benchmarks.report import OURS, Row, counted_rows, timed_rows
 from benchmarks.saved_bytes import saved_bytes
 from benchmarks.timing import Seconds, measure, summaries, timed
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.draw.speed import caching, speed_up_network
+from minidiff.draw.speed import speed_up_network
 from minidiff.fast import GPU_IMPLS, IMPLS, attention
 from minidiff.fast.compiled import compile_unet
+from minidiff.fast.frozen import frozen_weights
 
 COMPILED = "minidiff --compile"  # on a GPU
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -179,7 +180,7 @@ def unet_work(ours: Any, size: str, batch: int, device: str, compiled: bool, wit
     still = ExitStack()
     with torch.no_grad():
         speed_up_network(ours)
-        still.enter_context(caching(ours, prompt=True))
+        still.enter_context(frozen_weights([ours], large=True, prompt=True))
     contenders = {OURS: of(ours, False)}
     if device != "cpu":
         compile_unet(copy := deepcopy(ours))  # the copy caches no prompt

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from minidiff.core.rng import normal
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.pipeline import StableDiffusionPipeline, sampler_for
-from minidiff.draw.speed import caching
+from minidiff.fast.frozen import frozen_weights
 from minidiff.files.folder import SAMPLER_OF, SD15_TEXT
 from minidiff.files.lora_file import save_lora
 from minidiff.files.model import split_single_file, to_single_file
@@ -149,7 +148,7 @@ def test_without_guidance_only_the_prompt_counts(pipe: StableDiffusionPipeline) 
     """The same as the sampler with the bare network, and a negative prompt changes nothing."""
     text = pipe.encode_prompt([DOG])
     noise = normal((4, 8, 8), 5, "latents")[None]
-    with torch.no_grad(), caching(pipe.unet, prompt=True):
+    with torch.no_grad(), frozen_weights([pipe.unet], large=True, prompt=True):
         steps = SAMPLERS["ddim"](lambda x, t: pipe.unet(x, t, text), noise, pipe.schedule, 3, lambda i: noise)
         *_, last = steps
     assert torch.equal(latents(pipe, guidance_scale=1), last.x)
@@ -555,7 +554,7 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "NaN in the latents": ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, "latents must be.*without NaN"),
     "batch of latents": ({"latents": torch.zeros(2, 4, 8, 8)}, r"must be \(1, 4, 8, 8\)"),
     "negatives": ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
-    "no prompts": ({"prompt": []}, "prompt and negative_prompt must be a text"),
+    "no prompts": ({"prompt": []}, "1 negative prompts for 0 prompts"),
     "prompt None": ({"prompt": None}, "give either a prompt or prompt_embeds"),
     "prompt a number": ({"prompt": [DOG, 3]}, "prompt and negative_prompt must be a text"),
     "negative a number": ({"negative_prompt": 3}, "prompt and negative_prompt must be a text"),
@@ -630,7 +629,7 @@ def test_long_prompts_and_weights(pipe: StableDiffusionPipeline) -> None:
     ("call", "message"),
     [
         ({"prompt_embeds": torch.zeros(2, 77, 24), "num_images_per_prompt": 1}, None),
-        ({"prompt_embeds": torch.zeros(0, 77, 24)}, "prompt and negative_prompt must be a text"),
+        ({"prompt_embeds": torch.zeros(0, 77, 24)}, "1 negative prompts for 0 prompts"),
         ({"prompt_embeds": torch.zeros(77, 24)}, r"prompt_embeds have the shape \(77, 24\); it must be \(B, 77, 24\)"),
         ({"prompt_embeds": np.zeros((1, 77, 24))}, "prompt_embeds must be a tensor of floats"),
         ({"prompt_embeds": torch.full((1, 77, 24), float("inf"))}, "prompt_embeds must be.*without NaN"),
@@ -668,7 +667,7 @@ def test_a_callback_may_change_an_adapter(fresh: StableDiffusionPipeline) -> Non
         set_adapters(fresh.unet, ["default"])
         with pytest.MonkeyPatch.context() as patch:
             if not remembers:
-                patch.setattr("minidiff.fast.cache_prompt", lambda model: nullcontext())
+                patch.setattr("minidiff.fast.frozen_weights", lambda models, large, prompt: frozen_weights(models, large))
             return latents(fresh, callback=lambda step: set_adapters(fresh.unet, []))
 
     assert torch.equal(drawn(remembers=True), drawn(remembers=False))

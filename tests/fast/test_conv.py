@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from minidiff import fast
 from minidiff.core.config import SD15_UNET
-from minidiff.core.transformer import CrossAttention, FeedForward
+from minidiff.core.transformer import FeedForward, TransformerBlock
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.fast import conv as cpu
 from minidiff.fast.conv import slow_half
-from minidiff.fast.frozen import FastConv2d, FastLinear, cache_prompt, frozen_weights
+from minidiff.fast.frozen import FastConv2d, FastLinear, frozen_weights
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # B, C, O, H, W, kernel, stride, padding; and the way it goes, with weights that may change and with weights that stand still
@@ -301,18 +301,18 @@ def test_a_small_machine_is_not_crowded(monkeypatch: pytest.MonkeyPatch) -> None
 
 @torch.no_grad()
 def test_keys_and_values_of_a_prompt_are_computed_once() -> None:
-    block, x = nn.ModuleDict({"attn1": CrossAttention(6, 6, heads=2), "attn2": CrossAttention(6, 6, heads=2)}), drawn(1, 4, 6)
+    block, x = TransformerBlock(6, 6, heads=2), drawn(1, 4, 6)
     fast.install(block)
-    layer = block["attn2"]
+    layer = block.attn2
     prompt, other = drawn(1, 7, 6, seed=1), drawn(1, 7, 6, seed=2)
     calls: list[Tensor] = []
     layer.to_k.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0]))
     plain = [layer(x, text) for text in (prompt, other)]
     calls.clear()
-    with cache_prompt(block):
+    with frozen_weights([block], large=True, prompt=True):
         found = [layer(x, text) for text in (prompt, other) for _ in range(3)]
         assert len(calls) == 2 and all(torch.equal(y, plain[i // 3]) for i, y in enumerate(found))
-        assert block["attn1"].prompt is None  # the keys of self-attention are new each time
+        assert block.attn1.prompt is None  # the keys of self-attention are new each time
     layer.to_k.weight.mul_(2)
     assert not torch.equal(layer(x, other), plain[1])
 
@@ -323,6 +323,6 @@ def test_a_whole_unet_is_the_same_with_all_of_it() -> None:
     fast.install(unet)
     x, text = drawn(2, 4, 8, 8), drawn(2, 77, TINY_UNET.cross_attention_dim, seed=1)
     plain = unet(x, 500, text)
-    with frozen_weights([unet], large=True), cache_prompt(unet):
+    with frozen_weights([unet], large=True, prompt=True):
         first, second = unet(x, 500, text), unet(x, 500, text)
     assert error(first, plain.double()) < 1e-5 and torch.equal(first, second)

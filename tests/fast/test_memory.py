@@ -74,7 +74,7 @@ def test_a_gpu_repeats_itself(monkeypatch: pytest.MonkeyPatch, in_use: bool) -> 
 LEFT = """
 import re, torch
 from minidiff.fast import memory
-memory.{}()
+memory.keep_memory({})
 def resident():
     with open("/proc/self/status") as status:
         return int(re.search("VmRSS: *(.*) kB", status.read().replace("\\t", " "))[1]) // 1024
@@ -88,9 +88,9 @@ print(peak - before, resident() - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
-@pytest.mark.parametrize("way, left", [("keep_memory", range(150, 300)), ("return_memory", range(50))])
-def test_what_tensors_leave(way: str, left: range) -> None:
+@pytest.mark.parametrize("keep, left", [(True, range(150, 300)), (False, range(50))])
+def test_what_tensors_leave(keep: bool, left: range) -> None:
     """Kept for the next ones, or given back."""
-    command = [sys.executable, "-c", LEFT.format(way)]
+    command = [sys.executable, "-c", LEFT.format(keep)]
     peak, after = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert 150 < peak < 300 and after in left

@@ -98,8 +98,7 @@ class StableDiffusionPipeline(Model):
         (default `strength` 1). `output_type`: "pil", "pt" (B, 3, H, W) in [-1, 1], "latent". `callback` sees each `Step`."""
         if output_type not in ("pil", "pt", "latent"):
             raise SettingsError(f'output_type "{output_type}" is unknown; it is pil, pt or latent.')
-        given = (prompt, prompt_embeds), ("" if negative_prompt is None else negative_prompt, negative_prompt_embeds)
-        sides = both_sides(*given, num_images_per_prompt)
+        sides = both_sides((prompt, prompt_embeds), (negative_prompt or "", negative_prompt_embeds), num_images_per_prompt)
         prompts, negatives = ([] if isinstance(side, Tensor) else side for side in sides)
         chunks = count_chunks(self.tokenizer, prompts + negatives if guidance_scale > 1 else prompts, self.placeholders)
         chunks = max(chunks, *(side.shape[1] // LENGTH if isinstance(side, Tensor) else 1 for side in sides))
@@ -112,16 +111,16 @@ class StableDiffusionPipeline(Model):
         walk = partial(walk, spacing=timestep_spacing, karras=use_karras_sigmas, eta=eta)
         steps = as_int("num_inference_steps", num_inference_steps)
         encode = partial(self.encode_prompt, clip_skip=clip_skip, chunks=chunks)
-        stations = Stations(encode, canvas.unet, self.decode, self.schedule)
+        stations = Stations(encode, canvas.unet, lambda latents: canvas.paste(self.decode(latents)), self.schedule)
         drawing = generate(stations, *sides, canvas.noise.to(self.device), draw, steps, guidance_scale, walk)
         named = any(one.loras for one in prompts + negatives)
         with at_strengths(self.adaptable, loras_of(prompts, negatives)) if named else nullcontext():
             drawn = self.run(drawing, steps, callback, decode=output_type != "latent")
-        if output_type == "latent":
-            return PipelineOutput(drawn)
-        from minidiff.draw.images import to_pil  # only now: Pillow takes time to import
+        if output_type == "pil":
+            from minidiff.draw.images import to_pil  # only now: Pillow takes time to import
 
-        return PipelineOutput(to_pil(canvas.paste(drawn)) if output_type == "pil" else canvas.paste(drawn))
+            return PipelineOutput(to_pil(drawn))
+        return PipelineOutput(drawn)
 
     def run(self, stations: Iterator[Any], steps: int, callback: Callable[[Step], None] | None, decode: bool) -> Tensor:
         """Go through the stations of `generate`: the pictures, or the last latents. A bar and `callback` see each step."""

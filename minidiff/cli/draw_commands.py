@@ -29,7 +29,6 @@ from minidiff.studio.filmstrip import filmstrip as strip_of
 from minidiff.studio.maps import AttentionMaps, attention_sheet, words_of
 from minidiff.studio.morph import check_animation, check_loop, keyframe_tensors, save_animation
 from minidiff.studio.morph import morph as frames_of
-from minidiff.studio.previews import fit_preview, preview_file
 from minidiff.studio.recipe import Origin, check_origin, check_outputs, parameters, recipe_texts
 from minidiff.studio.sheet import check_count, contact_sheet_of, parse_axis
 from minidiff.studio.tokens import token_view
@@ -51,10 +50,9 @@ def sample(s: Sample) -> None:
     """One file for each picture; how it was made is written into it."""
     names = output_files(s)
     pipe = load(s, [s.prompt])
-    preview = preview_file(fit_preview(pipe.vae), s.preview) if s.preview else None
     for name, seed in zip(names, range(s.seed, s.seed + s.num_images_per_prompt)):  # each alone: see `recipe_texts`
         alone = replace(s, seed=seed)
-        image = draw(pipe, alone, s.prompt, callback=preview)
+        image = draw(pipe, alone, s.prompt)
         save_png(image, name, recipe_texts(vars(alone), pipe, image.size))
         print(name)
 
@@ -178,14 +176,11 @@ def tokens(s: Tokens) -> None:
 
 def output_files(s: Sample | Sheet | Morph | Filmstrip | Attention, origin: Path | None = None) -> list[Path]:
     """The files that a command writes; SettingsError where that would cost a file. `origin`: the picture of --from."""
-    path = Path(s.output)
-    count, preview = (s.num_images_per_prompt, s.preview) if isinstance(s, Sample) else (1, None)
-    for flag, given in (("--output", s.output), ("--preview", preview)):
-        if given is not None and Path(given).suffix.lower() != ".png" and not isinstance(s, Morph):
-            raise SettingsError(f'{flag} "{given}": pictures are written as PNG; give a name that ends in .png.')
+    path, count = Path(s.output), s.num_images_per_prompt if isinstance(s, Sample) else 1
+    if path.suffix.lower() != ".png" and not isinstance(s, Morph):
+        raise SettingsError(f'--output "{path}": pictures are written as PNG; give a name that ends in .png.')
     names = [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
-    written = [("--output", name) for name in names] + ([("--preview", Path(preview))] if preview else [])
-    check_outputs(written, {"--image": s.image, "--mask_image": s.mask_image, "--from": origin})
+    check_outputs(names, {"--image": s.image, "--mask_image": s.mask_image, "--from": origin})
     return names
 
 

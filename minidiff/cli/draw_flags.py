@@ -110,8 +110,6 @@ class Sample(OnePrompt):
     """Number of pictures. Their seeds are seed, seed + 1, …"""
     output: Path = "picture.png"
     """The PNG file. Several pictures become picture-0.png, picture-1.png, …"""
-    preview: Path | None = None
-    """A small PNG file that is written again after every step, to watch the picture appear."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,20 +31,18 @@ def run(argv: list[str]) -> None:
     if broken := [word for word in argv if any("\ud800" <= letter <= "\udfff" for letter in word)]:
         raise SettingsError(f"{broken[0]!r} is not UTF-8 text; is the terminal set to UTF-8?")
     first, second = [*argv[:2], "", ""][:2]
-    group = [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]  # of a group such as train
+    group = first if any(name.startswith(f"{first} ") for name in COMMANDS) else ""  # such as train
+    name = f"{first} {second}".strip() if group else first
     if first == "--version":
         print(f"minidiff {__version__}")
     elif first in ("", *HELP) or (group and second in HELP):
-        print(usage(first if group else ""))
-    elif group and second not in group:
-        raise SettingsError(f"minidiff {first} needs one of {', '.join(group)}.{did_you_mean(second, group)}")
-    elif not group and first not in COMMANDS:
-        near = did_you_mean(first, [*COMMANDS, *(name.split()[0] for name in COMMANDS)])
-        raise SettingsError(f'"{first}" is no command.{near}\n\n{usage()}')
+        print(usage(group))
+    elif name not in COMMANDS:
+        near = did_you_mean(name, [*COMMANDS, *(name.split()[0] for name in COMMANDS)])
+        raise SettingsError(f'"{name}" is no command.{near}\n\n{usage(group)}')
     else:
-        name, words = (f"{first} {second}", argv[2:]) if group else (first, argv[1:])
         flags, function, _ = COMMANDS[name]
-        settings = parse(name, found(flags), words)
+        settings = parse(name, found(flags), argv[len(name.split()) :])
         settings.check()
         found(f"cli.{function}")(settings)
 
@@ -62,26 +60,27 @@ def parse(name: str, kind: type, words: list[str]) -> Any:
     """
     import tyro
 
-    def taken(flag: str, file: str) -> str | None:
-        nonlocal words
-        one = ArgumentParser(f"minidiff {name}", add_help=False, allow_abbrev=False)
-        one.add_argument(flag, dest="file", metavar=file)
-        given, words = one.parse_known_args(words)
-        return given.file
+    prog, default, origin = f"minidiff {name}", None, None
+    settings: Any
+    if flag := "--from" if name == "sample" else "--config" if name.startswith("train ") else None:
+        first = ArgumentParser(prog, add_help=False, allow_abbrev=False)
+        first.add_argument(flag, dest="file")
+        given, words = first.parse_known_args(words)
+        if given.file and name == "sample":
+            from minidiff.studio.recipe import read_origin
 
-    if name.startswith("train ") and (path := taken("--config", "train_config.toml")):
-        from minidiff.files.values import from_toml
+            origin = read_origin(given.file, kind)
+            default = kind(output=f"{origin.path.stem}-again.png", **origin.settings)
+        elif given.file:
+            from minidiff.files.values import from_toml
 
-        return tyro.cli(kind, args=words, prog=f"minidiff {name}", default=from_toml(kind, Path(path)))
-    if name == "sample" and (path := taken("--from", "PICTURE.png")):
+            default = from_toml(kind, Path(given.file))
+    settings = tyro.cli(kind, args=words, prog=prog, default=default)
+    if origin:
         from minidiff.cli.draw_commands import check_again
-        from minidiff.studio.recipe import read_origin
 
-        origin = read_origin(path, kind)
-        before = kind(output=f"{origin.path.stem}-again.png", **origin.settings)
-        check_again(settings := tyro.cli(kind, args=words, prog=f"minidiff {name}", default=before), origin)
-        return settings
-    return tyro.cli(kind, args=words, prog=f"minidiff {name}")
+        check_again(settings, origin)
+    return settings
 
 
 def main(argv: list[str] | None = None) -> None:

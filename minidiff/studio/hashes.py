@@ -14,12 +14,11 @@ from minidiff.files.word_file import FILE_NAME
 
 def sha256_of(path: str | Path) -> str:
     """The hash of a file, which is read once in a process."""
-    path = Path(path).resolve()
-    return _digest(path, path.stat().st_size, path.stat().st_mtime_ns)
+    return _digest(Path(path).resolve(), Path(path).stat().st_mtime_ns)
 
 
 @functools.cache
-def _digest(path: Path, size: int, mtime_ns: int) -> str:
+def _digest(path: Path, mtime_ns: int) -> str:
     return sha256(path)
 
 
@@ -29,10 +28,11 @@ def model_sha256(name: str) -> str:
     if Path(name).is_file():
         return sha256_of(name)
     home = local_folder(name)
-    files = [file for file in (home / "tokenizer").iterdir() if file.suffix in (".json", ".txt")]
+    files = [home / "scheduler" / "scheduler_config.json"]
+    files += [file for file in (home / "tokenizer").iterdir() if file.suffix in (".json", ".txt")]
     for part in ("unet", "vae", "text_encoder"):
         files += [home / part / "config.json", find_weights(home / part)]
-    named = sorted((file.relative_to(home).as_posix(), file) for file in [*files, home / "scheduler" / "scheduler_config.json"])
+    named = sorted((file.relative_to(home).as_posix(), file) for file in files)
     return hashlib.sha256("".join(f"{sha256_of(file)}  {name}\n" for name, file in named).encode()).hexdigest()
 
 

@@ -24,15 +24,15 @@ from minidiff import __version__
 from minidiff.core.errors import DataError, MinidiffError, SettingsError
 from minidiff.draw.images import read_png_text
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.files.values import fits, printable
+from minidiff.files.values import fits
 from minidiff.studio.a1111 import Settings, parameters, read_a1111, strength_of, with_named_loras
 from minidiff.studio.hashes import HASHES
 
 SCHEMA, KEY = 1, "minidiff"
-MAX_TEXT, MAX_DIGITS = 1_000_000, 100  # no program writes more characters, or larger numbers
+MAX_DIGITS = 100  # no program writes larger numbers
 PROMPTS = ("prompt", "negative_prompt")
 MACHINE = ("device", "torch_dtype")  # under "machine" stands what was used, not what was asked for
-NOT_PIXELS = ("output", "num_images_per_prompt", "preview", "lora_dir", "compile", "plain", *MACHINE)
+NOT_PIXELS = ("output", "num_images_per_prompt", "lora_dir", "compile", "plain", *MACHINE)
 OURS = f"Version: {KEY} ".encode()  # stands in every file that minidiff draws
 
 # --- writing -----------------------------------------------------------------------------------------------------------
@@ -96,8 +96,8 @@ class Origin:
 
     path: Path
     settings: dict[str, Any]  # by flag
-    sha256: dict[str, list[str]]  # by setting, one for each file
-    made_with: dict[str, str]  # versions and machine
+    sha256: dict[str, list[Any]]  # by setting, one for each file
+    made_with: dict[str, Any]  # versions and machine
     notes: list[str]
 
 
@@ -109,15 +109,14 @@ def read_origin(path: str | Path, kind: type) -> Origin:
     if not text:
         why = "there is no text of minidiff or A1111 in it, which editors and messengers take out"
         raise DataError(f"{path} does not say how it was made: {why}. Look for the original PNG.")
-    if len(text) > MAX_TEXT:
-        raise DataError(f"{path}: its text has {len(text):,} characters, more than any program writes; not read.")
     if KEY not in texts:
         note = f"{path} was made with A1111 or its like, so its noise is another, and so are the pixels. Taken over are its"
         return Origin(path, read_a1111(text), {}, {}, [f"{note} prompts, steps, sampler, seed, size and guidance alone."])
     try:
-        return _own(path, json.loads(text, parse_int=_number), get_type_hints(kind))
+        whole = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= MAX_DIGITS else float(digits))
+        return _own(path, whole, get_type_hints(kind))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        what = f'its text "{KEY}" is no recipe that minidiff {__version__} reads ({shown(error)})'
+        what = f'its text "{KEY}" is no recipe that minidiff {__version__} reads ({str(error)!r:.100})'
         raise DataError(f"{path}: {what}. Look for the original file.") from None
 
 
@@ -126,31 +125,18 @@ def _own(path: Path, recipe: Any, hints: Mapping[str, Any]) -> Origin:
     if recipe["schema"] != SCHEMA:
         raise ValueError(f"kind {recipe['schema']}")
     known = {name: value for name, value in recipe["settings"].items() if name in hints and name not in NOT_PIXELS}
-    for name in ("prompt", *known):
-        if not fits(known[name], hints[name]):
-            raise ValueError(f"{name} is {known[name]}")
+    if wrong := [name for name in ("prompt", *known) if not fits(known[name], hints[name])]:
+        raise ValueError(f"{wrong[0]} is {known[wrong[0]]}")
     json.dumps(known, ensure_ascii=False, allow_nan=False).encode()  # ValueError for infinity, and for halves of letters
     settings = {name: _public(name, value) for name, value in known.items()}
-    unknown = ", ".join([shown(name) for name in recipe["settings"] if name not in known][:5])
-    notes = [f"{path}: this minidiff does not have the settings {unknown}. The pixels may differ."] if unknown else []
-    sha256 = {name: [str(one) for one in several(found)] for name, found in recipe["sha256"].items() if name in HASHES}
-    made_with = {name: shown(value, 40) for name, value in {**recipe["versions"], **recipe["machine"]}.items()}
-    device, dtype = made_with.get("device"), made_with.get("dtype")
-    if device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
-        settings |= {"device": device} | ({"torch_dtype": dtype} if dtype in ("float32", "float16", "bfloat16") else {})
+    unknown = [name for name in recipe["settings"] if name not in known]
+    notes = [f"{path}: this minidiff does not have the settings {unknown!r:.200}. The pixels may differ."] if unknown else []
+    sha256 = {name: several(found) for name, found in recipe["sha256"].items() if name in HASHES}
+    made_with = {**recipe["versions"], **recipe["machine"]}
+    here = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    if made_with.get("device") in here:
+        settings |= {"device": made_with["device"], "torch_dtype": made_with.get("dtype")}
     return Origin(path, settings, sha256, made_with, notes)
-
-
-def _number(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(digits)} digits")
-    return int(digits)
-
-
-def shown(value: object, length: int = 60) -> str:
-    """Anything from a file as part of one line of a message."""
-    line = " ".join(printable(str(value)).split())
-    return line if len(line) <= length else line[: length - 1] + "…"
 
 
 # --- drawing again -----------------------------------------------------------------------------------------------------
@@ -164,30 +150,30 @@ def check_origin(origin: Origin, settings: Settings) -> list[str]:
         if settings[name] != origin.settings.get(name):
             continue  # a flag wins
         for path, digest in zip(several(settings[name]), digests):
-            file = f"{shown(path, 300)} (sha256 {shown(digest, 10)})"
+            file = f"{path!r:.300} (sha256 {digest!r:.12})"
             try:
                 same = HASHES[name](path) == digest
             except (MinidiffError, OSError, ValueError):
                 raise SettingsError(f"{origin.path} was made with {file}, which is not here; give it with --{name}.") from None
             notes += [] if same else [f"{origin.path} was made with {file}; the file of that name here is another one."]
     now = versions() | machine(torch.device(settings["device"] or ("cuda" if torch.cuda.is_available() else "cpu")))
-    changed = [f"{key} {was} (here {now[key]})" for key in now if (was := origin.made_with.get(key, "?")) != now[key]]
+    changed = [f"{key} {was!r:.40} (here {now[key]})" for key in now if (was := origin.made_with.get(key)) != now[key]]
     if origin.made_with and changed:
         notes.append(f"{origin.path} was made with {', '.join(changed)}; pixels may differ. OMP_NUM_THREADS sets the threads.")
     return notes
 
 
-def check_outputs(written: Sequence[tuple[str, Path]], read: Mapping[str, str | Path | None]) -> None:
-    """SettingsError where drawing would cost a file that is read, or one that minidiff did not draw. Both are files by flag.
+def check_outputs(written: Sequence[Path], read: Mapping[str, str | Path | None]) -> None:
+    """SettingsError where --output would cost a file that is `read`, by flag, or one that minidiff did not draw.
 
     It tries to write beside each file, too: an OSError comes before the long work.
     """
     taken = {os.path.realpath(path): flag for flag, path in read.items() if path is not None}
-    for flag, path in written:
-        if (other := taken.setdefault(os.path.realpath(path), flag)) != flag:
-            raise SettingsError(f"{flag} {path} is the file of {other}, too; choose another name.")
+    for path in written:
+        if flag := taken.get(os.path.realpath(path)):
+            raise SettingsError(f"--output {path} is the file of {flag}, too; choose another name.")
         if os.path.lexists(path) and not (path.is_file() and OURS in path.read_bytes()):
-            raise SettingsError(f"{flag} {path} is there already, and does not say that minidiff drew it; choose another name.")
+            raise SettingsError(f"--output {path} is there already, and minidiff did not draw it; choose another name.")
         folder = next(one for one in path.absolute().parents if one.exists())
         with TemporaryDirectory(dir=folder) as scratch:
             Path(scratch, path.name).touch()

@@ -121,8 +121,8 @@ def test_help_of_a_group_of_commands(words: list[str], capsys: pytest.CaptureFix
     ("argv", "says"),
     [
         (["sampel", "a dog"], 'Did you mean "sample"'),
-        (["train"], "needs one of full, dreambooth, lora"),
-        (["train", "lroa"], 'Did you mean "lora"'),
+        (["train"], "minidiff train dreambooth"),
+        (["train", "lroa"], 'Did you mean "train lora"'),
         (["train", "lora", "--rnk", "4"], "--rank"),
         (["train", "lora", "--rank", "four"], "four"),
         (["train", "lora"], "--instance_data_dir"),

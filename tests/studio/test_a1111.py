@@ -119,8 +119,6 @@ def test_a_picture_of_a1111_as_settings(tmp_path: Path) -> None:
 
 
 def test_huge_texts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has 1,000,001 characters"):
-        read(tmp_path / "a.png", "x" * 1_000_001)
     with pytest.raises(DataError, match=r"a\.png"):
         read(tmp_path / "a.png", "x" * 5_000_000, compressed=True)  # 5 kB in the file
 

@@ -167,7 +167,7 @@ def test_a_new_setting_is_stored_and_read_at_once(tiny_folder: Path) -> None:
     s = Later(**{f.name: getattr(settings(Path("model")), f.name) for f in fields(Sample)}, extra=(0.1, 2.0))
     assert set(stored(s)) == {f.name for f in fields(Later)} - set(NOT_PIXELS)
     save_png(Image.new("RGB", (32, 32)), "picture.png", recipe_texts(vars(s), load(s), (32, 32)))
-    assert any("does not have the settings extra." in note for note in read_origin("picture.png", Sample).notes)
+    assert any("does not have the settings ['extra']." in note for note in read_origin("picture.png", Sample).notes)
     assert Later(output="picture-again.png", **read_origin("picture.png", Later).settings) == again(s, sampler="ddim")
 
 
@@ -188,7 +188,7 @@ def test_from_a_picture_and_a_mask(tiny_folder: Path, home: Path) -> None:
     for silent, strength in ((plain, 1.0), (replace(plain, mask_image=None), 0.8), (settings(tiny_folder), None)):
         assert stored(silent)["strength"] == strength  # as the pipeline has it
     Image.new("RGB", (32, 32), "blue").save("input.png")
-    assert "input.png (sha256 " in notes(origin, found)[0] and "is another one" in notes(origin, found)[0]
+    assert "'input.png' (sha256 " in notes(origin, found)[0] and "is another one" in notes(origin, found)[0]
     Path("input.png").unlink()
     with pytest.raises(SettingsError, match="--image"):
         notes(origin, found)
@@ -223,7 +223,7 @@ def test_a_missing_file_is_one_message_that_names_the_flag(tiny_folder: Path, ho
     with pytest.raises(SettingsError, match="--pretrained_model_name_or_path"):
         notes(origin, found)
     found = replace(found, pretrained_model_name_or_path=str(tiny_folder), textual_inversion=(word,))
-    with pytest.raises(SettingsError, match=r"ink\.safetensors \(sha256 .*which is not here; give it with --lora\."):
+    with pytest.raises(SettingsError, match=r"ink\.safetensors' \(sha256 .*which is not here; give it with --lora\."):
         notes(origin, found)
     for flag in ((), (other,)):
         assert notes(origin, replace(found, lora=flag)) == []  # the flag wins
@@ -238,8 +238,9 @@ def test_what_differs_is_said(tiny_folder: Path, home: Path) -> None:
     altered("picture.png", versions={"torch": "1.0\x1b[2J"}, machine={"threads": 64, "device": "cuda"})
     origin, found = read("picture.png")
     file, versions = notes(origin, found)
-    assert "ink.safetensors (sha256 " in file and "is another one" in file
-    assert r"torch 1.0\x1b[2J (here " in versions and "threads 64 (here 1)" in versions and "device cuda (here cpu)" in versions
+    assert "'ink.safetensors' (sha256 " in file and "is another one" in file
+    assert r"torch '1.0\x1b[2J' (here " in versions
+    assert "threads 64 (here 1)" in versions and "device 'cuda' (here cpu)" in versions
     assert found.device is None and found.torch_dtype is None  # none of them is here
 
 
@@ -315,12 +316,12 @@ def picture(tiny_folder: Path) -> str:
         ({"settings": {"guidance_scale": float("inf")}}, "not JSON compliant"),
         ({"settings": {"guidance_scale": float("nan")}}, "not JSON compliant"),
         ({"settings": {"lora_weight": [1, -float("inf")]}}, "not JSON compliant"),
-        ({"settings": {"seed": 10**4000}}, "a number of 4001 digits"),
-        ({"settings": {"guidance_scale": 10**400}}, "a number of 401 digits"),
+        ({"settings": {"seed": 10**4000}}, "seed is inf"),
+        ({"settings": {"guidance_scale": 10**400}}, "not JSON compliant"),
         ({"schema": 2}, "kind 2"),
         ({"schema": "\x1b[2J"}, r"kind .x1b"),
         ({"settings": {"prompt": "half a letter \ud800"}}, "no recipe"),
-        ({"text": "x" * 1_000_001}, "has 1,000,001 characters"),
+        ({"text": "x" * 1_000_001}, "no recipe"),
         ({"settings": {"num_inference_steps": "20"}}, "num_inference_steps is 20"),
         ({"settings": {"num_inference_steps": True}}, "num_inference_steps"),
         ({"settings": {"lora": "x"}}, "lora is x"),

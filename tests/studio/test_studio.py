@@ -1,6 +1,5 @@
 """Filmstrips, maps of attention, previews: that they show what happened, and let go of the model behind them."""
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,13 +14,10 @@ from minidiff.core.errors import SettingsError
 from minidiff.core.grids import SAMPLERS, Step
 from minidiff.core.rng import normal
 from minidiff.core.transformer import CrossAttention
-from minidiff.core.vae import AutoencoderKL
-from minidiff.draw.images import load_image, read_png_text, to_pil, to_tensor
+from minidiff.draw.images import to_pil, to_tensor
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.pocket.world import Picture, draw
 from minidiff.studio.filmstrip import Film, filmstrip, noise_share
 from minidiff.studio.maps import AttentionMaps, attention_sheet, over, size_of, words_of
-from minidiff.studio.previews import fit_preview, preview_file
 
 DOG = "a photo of a red dog on the beach"
 POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
@@ -239,52 +235,3 @@ def test_the_word_dog_lies_on_the_dog(pocket: StableDiffusionPipeline) -> None:
     red, green, blue = to_tensor(picture)
     is_red = (red - torch.maximum(green, blue)) > 0.6
     assert is_red.float().mean() > 0.05 and heat[is_red].mean() > 2 * heat[~is_red].mean()
-
-
-# ---------------------------------------------------------------------------------------------------------- previews
-
-
-def test_previews_look_like_the_decoded_picture(pocket: StableDiffusionPipeline) -> None:
-    """Correlation above 0.95 with the decoded picture, cell by cell, over four scenes; 1 is not to be had by a line."""
-    preview = fit_preview(pocket.vae)
-    scenes = [
-        ("dog", "red", "beach", "photo"),
-        ("cat", "blue", "snow", "photo"),
-        ("car", "green", "meadow", "photo"),
-        ("house", "yellow", "night", "photo"),
-    ]
-    pictures = torch.stack([to_tensor(draw(Picture(*scene), seed=5)) for scene in scenes])
-    with torch.no_grad():
-        latents = pocket.vae.encode(pictures)[0] * pocket.vae.config.scaling_factor
-        decoded = F.avg_pool2d(pocket.decode(latents), 8)
-    correlation = np.corrcoef(preview(latents).flatten(), decoded.flatten())[0, 1]
-    assert correlation > 0.95
-
-
-def test_the_fit_is_the_least_squares_one(pipe: StableDiffusionPipeline) -> None:
-    """An autoencoder that is linear is recovered to the last digit."""
-    matrix = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 0.3], [0.2, 0.0, 1.0], [0.0, 0.0, 0.0]])  # one channel is dead
-
-    class Linear(AutoencoderKL):
-        def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            mean = torch.einsum("bdhw,cd->bchw", F.avg_pool2d(x, self.config.downscale) - 0.1, matrix) / 0.5
-            return mean, mean
-
-    config = pipe.vae.config
-    preview = fit_preview(Linear(config))
-    colours = normal((2, 3, 4, 4), 0, "colours").clamp(-1, 1) * 0.8
-    latents = torch.einsum("bdhw,cd->bchw", colours - 0.1, matrix) / 0.5 * config.scaling_factor
-    torch.testing.assert_close(preview(latents), colours, atol=1e-5, rtol=0)
-
-
-def test_the_preview_file_is_rewritten_at_each_step(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
-    path, said = tmp_path / "preview.png", []
-    write = preview_file(fit_preview(pipe.vae), path, scale=3)
-
-    def callback(step: Step) -> None:
-        write(step)
-        said.append(read_png_text(path)["parameters"].partition(",")[0])
-
-    pipe(DOG, seed=0, num_inference_steps=5, sampler="ddim", callback=callback)
-    assert said == [f"Preview: {i} of 5" for i in range(1, 6)]
-    assert load_image(path).size == (24, 24) and os.listdir(tmp_path) == ["preview.png"]

@@ -64,9 +64,8 @@ def title_of(path: str) -> str:
 
 def strength_of(settings: Settings) -> float | None:
     """The strength that is used where there is a picture to start from."""
-    if settings["strength"] is not None or not settings["image"]:
-        return settings["strength"]  # type: ignore[no-any-return]
-    return 1.0 if settings["mask_image"] else IMAGE_STRENGTH
+    usual = None if not settings["image"] else 1.0 if settings["mask_image"] else IMAGE_STRENGTH
+    return usual if settings["strength"] is None else float(settings["strength"])
 
 
 def with_named_loras(settings: Settings) -> dict[str, Any]:

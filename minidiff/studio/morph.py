@@ -5,9 +5,9 @@
     def draw(noise, text): return pipe(prompt_embeds=text, latents=noise, sampler="ddim").images[0]
     save_animation(morph(noises, texts, 24, draw), "morph.gif", fps=12)      # 24 frames from each keyframe to the next
 
-Between two keyframes the encoded prompt moves along a straight line (`lerp`), and the noise
-along an arc (`slerp`). Noise of n numbers is about √n long. Halfway along a straight line it would be √(n/2) long; the network
-has never seen such weak noise, and draws fog. An arc keeps the length.
+Between two keyframes the encoded prompt moves along a straight line, and the noise along an arc (`slerp`). Noise of n numbers
+is about √n long. Halfway along a straight line it would be √(n/2) long; the network has never seen such weak noise, and draws
+fog. An arc keeps the length.
 
 Shapes: B pictures, C H W one latent, S tokens, D text width.
 """
@@ -34,14 +34,7 @@ Keyframe = tuple[str, int]  # a prompt and a seed
 Draw = Callable[[Tensor, Tensor], Image.Image]  # (noise (1, C, H, W), text (1, S, D)) -> picture
 MAX_FRAMES = 2000
 FORMATS = (".gif", ".webp", ".png")  # .png: APNG
-PARALLEL = 1e-4  # radians: below, arc and line agree to 1e-9 of their length, and at 0 the arc is 0 / 0
-
-# --- between two tensors -----------------------------------------------------------------------------------------------
-
-
-def lerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """(1 - t) a + t b: the straight line, from exactly a at t = 0 to exactly b at t = 1. Any two equal shapes."""
-    return a if t == 0 else b if t == 1 else (1 - t) * a + t * b
+PARALLEL = 1e-4  # radians: with smaller angles, arc and line agree to 1e-9 of their length, and at 0 the arc is 0 / 0
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -53,15 +46,10 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     if t in (0, 1):
         return a if t == 0 else b
     u, v = (x.double().flatten(1) for x in (a, b))
-    angle = torch.cosine_similarity(u, v).clamp(-1, 1).arccos().reshape(-1, *[1] * (a.ndim - 1))  # (B, 1, …), fp64
-    near = angle < PARALLEL
-    sine = torch.where(near, 1.0, angle.sin())
-    of_a = torch.where(near, 1 - t, ((1 - t) * angle).sin() / sine)  # Shoemake 1985, section 3.3
-    of_b = torch.where(near, t, (t * angle).sin() / sine)
+    angle = torch.cosine_similarity(u, v).clamp(-1, 1).arccos().clamp(min=PARALLEL)
+    angle = angle.reshape(-1, *[1] * (a.ndim - 1))  # (B, 1, …), fp64
+    of_a, of_b = ((1 - t) * angle).sin() / angle.sin(), (t * angle).sin() / angle.sin()  # Shoemake 1985, section 3.3
     return of_a.to(a.dtype) * a + of_b.to(a.dtype) * b
-
-
-# --- the loop ----------------------------------------------------------------------------------------------------------
 
 
 def places(keyframes: int, frames: int, ease: str = "even") -> Iterator[tuple[int, int, float]]:
@@ -86,7 +74,7 @@ def keyframe_tensors(
 
     S is that of the longest prompt, `negative_prompt` included.
     """
-    prompts = [parse_prompt(prompt) for prompt in (*(prompt for prompt, _ in keyframes), negative_prompt)]
+    prompts = [parse_prompt(prompt) for prompt in (*dict(keyframes), negative_prompt)]
     if any(prompt.loras for prompt in prompts):
         raise SettingsError("a keyframe's prompt names a LoRA, which cannot be faded in or out. Attach it for all, by --lora.")
     shape, chunks = pipe.latent_shape(1, height, width), count_chunks(pipe.tokenizer, prompts, pipe.placeholders)
@@ -103,22 +91,20 @@ def morph(
     """
     total = len(noises) * frames
     for a, b, t in progress(places(len(noises), frames, ease), "frame", total=total, show=show):
-        yield draw(slerp(noises[a], noises[b], t), lerp(texts[a], texts[b], t))
+        yield draw(slerp(noises[a], noises[b], t), texts[a].lerp(texts[b], t))
 
 
 def check_loop(keyframes: Sequence[Keyframe], frames: int, sampler: str, eta: float) -> None:
     """SettingsError for a loop that cannot be, before anything is drawn."""
-    if len(keyframes) < 2 or len(keyframes) * frames > MAX_FRAMES:
-        count = f"{len(keyframes)} keyframes x {frames} frames"
-        raise SettingsError(f"{count}: a loop needs two prompts or seeds, or more, and has at most {MAX_FRAMES} frames in all.")
+    count = len(keyframes)
+    if count < 2 or count * frames > MAX_FRAMES:
+        needs = f"a loop needs two prompts or seeds, or more, and has at most {MAX_FRAMES} frames in all"
+        raise SettingsError(f"{count} keyframes x {frames} frames: {needs}.")
     if (sampler_for(sampler).fresh_noise or eta > 0) and len({seed for _, seed in keyframes}) > 1:
         raise SettingsError(
             f"{sampler} draws fresh noise in each step (ddim with --eta, too), so the frames would flicker between seeds. Take "
             "ddim, dpm++_2m or unipc; or keep one seed for all keyframes."
         )
-
-
-# --- files -------------------------------------------------------------------------------------------------------------
 
 
 def check_animation(path: Path | str) -> None:
@@ -128,17 +114,14 @@ def check_animation(path: Path | str) -> None:
 
 
 def save_animation(frames: Iterable[Image.Image], path: Path | str, fps: float, text: str = "") -> None:
-    """Write an endless loop as .gif, .webp or .png (APNG), whole or not at all. `text` says how the loop was made.
-
-    GIF has 256 colours, the same ones for all frames and without dithering, so that still parts do not flicker.
-    """
+    """Write an endless loop as .gif, .webp or .png (APNG), whole or not at all. `text` says how the loop was made."""
     check_animation(path)
     pictures, ending = list(frames), Path(path).suffix.lower()
     ends = [10 * round(100 * i / fps) for i in range(len(pictures) + 1)]  # ms; GIF counts hundredths of a second
     options: dict[str, Any] = {"duration": [b - a for a, b in pairwise(ends)], "loop": 0}
     if ending == ".gif":
         some = np.concatenate([np.asarray(picture) for picture in pictures[:: len(pictures) // 16 + 1]])
-        palette = Image.fromarray(some).quantize(256)
+        palette = Image.fromarray(some).quantize(256)  # one for all frames, without dithering: else still parts flicker
         pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
         mark = f"Version: minidiff {__version__}"  # first: GIF cuts longer comments into pieces
         options |= {"optimize": False, "disposal": 1, "comment": f"{mark}\n{text}".encode()}

@@ -45,8 +45,11 @@ class Axis:
     @property
     def labels(self) -> list[str]:
         """The labels beside or above the tiles, such as "guidance 5" or "seed 2"; prompts and samplers stand for themselves."""
-        short = next((word for word, name in SHORT.items() if name == self.name), self.name.replace("_", " "))
-        return [f"{'' if self.name in ('prompt', 'prompts', 'sampler') else short} {shown(v)}".strip() for v in self.values]
+        short = {name: word for word, name in SHORT.items()} | {"prompt": "", "prompts": "", "sampler": ""}
+        return [f"{short.get(self.name, self.name.replace('_', ' '))} {shown(v)}".strip() for v in self.values]
+
+
+NO_AXIS = Axis("", ("",))
 
 
 def shown(value: Any) -> str:
@@ -120,20 +123,19 @@ def contact_sheet_of(
 ) -> Image.Image:
     """Draw a picture for each pair of values, and lay them out with labels. `settings` is a dataclass; it stays as it is.
 
-    `check` sees every tile's settings before the first is drawn. One axis alone is laid in rows, with captions. SettingsError
-    for axes that cannot be; any error while drawing says which tile it was.
+    `check` sees every tile's settings before the first is drawn. SettingsError for axes that cannot be; any error while
+    drawing says which tile it was.
     """
-    chosen = [axis for axis in (rows, columns) if axis]
-    check_count(math.prod(len(axis.values) for axis in chosen))
-    if len({axis.name for axis in chosen}) < len(chosen):
-        raise SettingsError(f"rows and columns are both {chosen[0].name}; give two settings, or one alone.")
-    across, down = len(columns.values) if columns else 1, len(rows.values) if rows else 1
-    cells = [(i, j) for i in range(down) for j in range(across)]
-    if columns and columns.name in NEEDS_LOADING:  # what has to be loaded changes as seldom as possible
+    across, down = columns or NO_AXIS, rows or NO_AXIS
+    check_count(len(across.values) * len(down.values))
+    if columns and rows and columns.name == rows.name:
+        raise SettingsError(f"rows and columns are both {rows.name}; give two settings, or one alone.")
+    cells = [(i, j) for i in range(len(down.values)) for j in range(len(across.values))]
+    if across.name in NEEDS_LOADING:  # what has to be loaded changes as seldom as possible
         cells.sort(key=lambda cell: cell[::-1])
     asked: dict[tuple[int, int], S] = {}
     for i, j in cells:
-        values = {axis.name: axis.values[k] for axis, k in ((rows, i), (columns, j)) if axis}
+        values = {axis.name: axis.values[k] for axis, k in ((down, i), (across, j)) if axis.name}
         asked[i, j] = dataclasses.replace(settings, **values)  # type: ignore[type-var]
         check(asked[i, j])
     drawn: dict[tuple[int, int], Image.Image] = {}
@@ -141,12 +143,12 @@ def contact_sheet_of(
         try:
             drawn[i, j] = draw(asked[i, j])
         except MinidiffError as error:
-            names = ", ".join(axis.labels[k] for axis, k in ((rows, i), (columns, j)) if axis)
-            raise type(error)(f"{names or 'the picture'}: {error}") from error
-    if len(chosen) == 1 and (rows or across > MAX_ABREAST):
-        return gallery([drawn[cell] for cell in sorted(drawn)], chosen[0].labels, title, tile)
-    grid = [[drawn[i, j] for j in range(across)] for i in range(down)]
-    return contact_sheet(grid, rows.labels if rows else (), columns.labels if columns else (), title, tile)
+            where = ", ".join(axis.labels[k] for axis, k in ((down, i), (across, j)) if axis.name)
+            raise type(error)(f"{where or 'the picture'}: {error}") from error
+    if not (columns and rows):
+        return gallery([drawn[cell] for cell in sorted(drawn)], (columns or down).labels, title, tile)
+    grid = [[drawn[i, j] for j in range(len(across.values))] for i in range(len(down.values))]
+    return contact_sheet(grid, down.labels, across.labels, title, tile)
 
 
 def check_count(pictures: int) -> None:

@@ -9,7 +9,7 @@ Shapes: B pictures, C h w one latent (C is 4), H W one picture, values in [-1, 1
 the picture is drawn anew.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,9 @@ def on_picture(
     if mask is None:
         return Canvas(noise, unet, start, strength)
     cells = latent_mask(mask, pictures.shape[-1] // noise.shape[-1], generous=not trained_for_it)
-    fix_x0 = None
     if trained_for_it:
         unet = with_surroundings(unet, cells, encode(pictures * (mask < 0.5), draw("surroundings")))
-    elif image is not None:
-        fix_x0 = keep_outside(image, cells)
+    fix_x0 = keep_outside(image, cells) if image is not None and not trained_for_it else None
     return Canvas(noise, unet, start, strength, fix_x0, lambda drawn: pasted(drawn, pictures.to(drawn), mask.to(drawn)))
 
 
@@ -106,7 +104,7 @@ def pasted(drawn: Tensor, pictures: Tensor, mask: Tensor) -> Tensor:
 
 def as_pictures(image: Pictures, count: int) -> Tensor:
     """(count, 3, H, W); one picture serves for all. SettingsError for several sizes, another count, or other types."""
-    several = isinstance(image, Tensor) and image.ndim == 4 or isinstance(image, Sequence) and not isinstance(image, str)
+    several = isinstance(image, (list, tuple)) or isinstance(image, Tensor) and image.ndim == 4
     pictures = [_as_picture(one) for one in (image if several else [image])]
     if len(pictures) not in (1, count) or len({picture.shape for picture in pictures}) > 1:
         sizes = ", ".join(f"{picture.shape[-1]} x {picture.shape[-2]}" for picture in pictures)
@@ -124,13 +122,10 @@ def _as_picture(image: Pictures, name: str = "image", under: str = "white") -> T
         image = load_image(image, under)
     if isinstance(image, Image.Image):
         return to_tensor(opaque(image, under))
-    if not isinstance(image, Tensor):
-        raise SettingsError(f"{name} is a {type(image).__name__}; give a PIL picture, a path, or a tensor in [-1, 1].")
-    if image.ndim != 3 or len(image) != 3 or not image.numel() or not image.is_floating_point():
-        raise SettingsError(f"{name} is a tensor {tuple(image.shape)} of {image.dtype}; it must be (3, H, W), of floats.")
-    if not image.abs().max() <= 1.001:  # also catches NaN
-        raise SettingsError(f"{name} is a tensor with values outside [-1, 1]; pictures in [0, 1] become 2 * x - 1.")
-    return image.float().cpu()
+    fits = isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 3 and len(image) == 3 and image.numel()
+    if not fits or not image.abs().max() <= 1.001:  # also catches NaN
+        raise SettingsError(f"{name} must be a PIL picture, a path, or a tensor (3, H, W) of floats in [-1, 1].")
+    return image.float().cpu()  # type: ignore[no-any-return]
 
 
 def as_mask(mask: Pictures, pictures: Tensor) -> Tensor:
@@ -150,8 +145,7 @@ def fitted(x: Tensor, height: int, width: int) -> Tensor:
         return x
     scale = max(height / x.shape[-2], width / x.shape[-1])
     size = [max(round(x.shape[-2] * scale), height), max(round(x.shape[-1] * scale), width)]
-    is_mask = x.shape[1] == 1
-    x = interpolate(x, size) if is_mask else interpolate(x, size, mode="bicubic", antialias=True).clamp(-1, 1)
+    x = interpolate(x, size) if x.shape[1] == 1 else interpolate(x, size, mode="bicubic", antialias=True).clamp(-1, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return x[..., top : top + height, left : left + width]
 

@@ -202,17 +202,13 @@ class StableDiffusionPipeline(Model):
         self, count: int, height: int | None, width: int | None, pictures: Tensor | None = None
     ) -> tuple[int, int, int, int]:
         """(B, 4, h, w) for sides in pixels, or those of `pictures`, or the model's own; SettingsError for impossible ones."""
-        factor, usual = self.downscale, self.unet.config.sample_size
+        factor, usual, sides = self.downscale, self.unet.config.sample_size, []
         if pictures is not None:
             height, width = size_of(pictures, height, width, factor)
-        sides = []
-        for flag, side in (("height", height), ("width", width)):
-            side = usual * factor if side is None else as_int(flag, side)
+        for flag, given in (("height", height), ("width", width)):
+            side = usual * factor if given is None else as_int(flag, given)
             if not factor <= side <= MAX_SIDE or side % factor:
-                below = min(max(side // factor, 1), MAX_SIDE // factor - 1) * factor
-                raise SettingsError(
-                    f"{flag} is {side}; it must be a multiple of {factor} up to {MAX_SIDE}: {below} or {below + factor}."
-                )
+                raise SettingsError(f"{flag} is {side}; it must be a multiple of {factor} up to {MAX_SIDE}.")
             sides.append(side // factor)
         return count, self.vae.config.latent_channels, sides[0], sides[1]
 

@@ -532,8 +532,8 @@ def test_a_file_in_place_of_a_folder(tiny_folder: Path) -> None:
 # --- bad input: calls ------------------------------------------------------------------------------------------------
 
 CALLS: dict[str, tuple[dict[str, Any], str]] = {
-    "width": ({"width": 15}, "width is 15; it must be a multiple of 2 up to 8192: 14 or 16"),
-    "height": ({"height": 0}, "height is 0; it must be a multiple of 2 up to 8192: 2 or 4"),
+    "width": ({"width": 15}, "width is 15; it must be a multiple of 2 up to 8192"),
+    "height": ({"height": 0}, "height is 0; it must be a multiple of 2 up to 8192"),
     "negative height": ({"height": -8}, "height is -8"),
     "sampler": ({"sampler": "dpm++2m"}, r'sampler "dpm\+\+2m" is unknown.*Did you mean "dpm\+\+_2m"'),
     "no steps": ({"num_inference_steps": 0}, "num_inference_steps is 0; it can be 1 to 1000"),
@@ -574,7 +574,7 @@ def test_sides_follow_the_vaes_levels(pipe: StableDiffusionPipeline, levels: int
     other = StableDiffusionPipeline(pipe.unet, vae, pipe.text_encoder, pipe.tokenizer, NoiseConfig())
     assert other.latent_shape(1, 5 * factor, None) == (1, 4, 5, 8)
     if factor > 1:
-        with pytest.raises(SettingsError, match=f"multiple of {factor} up to 8192: {6 * factor} or {7 * factor}"):
+        with pytest.raises(SettingsError, match=f"multiple of {factor} up to 8192"):
             other.latent_shape(1, 64, 6 * factor + 1)
 
 

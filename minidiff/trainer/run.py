@@ -27,9 +27,8 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minidiff.core.errors import MinidiffError, SettingsError, WeightsError
-from minidiff.core.train import Batch, LoopSettings, Task, Update, micro_loss, train
+from minidiff.core.train import Batch, LoopSettings, Task, Update, train
 from minidiff.draw.images import save_png
-from minidiff.draw.nonfinite import first_nonfinite
 from minidiff.draw.speed import compile_unet, frozen_weights
 from minidiff.files.atomic import fsync, write_bytes
 from minidiff.trainer import checkpoint, distributed
@@ -213,14 +212,13 @@ class Run:
                 loss_curve(self.metrics, self.folder / "loss.png")
 
     def _give_up(self, update: Update) -> None:
-        """End a run whose numbers stay broken, with the first module and the first gradient that broke."""
-        broken = culprit(self.job, self.loop, update.done - 1)
+        """End a run whose numbers stay broken, with the first gradient that broke."""
         grads = {name: p.grad for name, p in self.job.trainable.items() if p.grad is not None}
         tensor = next((name for name, g in grads.items() if not g.isfinite().all()), "no tensor")
         often = f"{self.skipped} updates in a row" if self.skipped > 1 else "The only update was"
         raise MinidiffError(
             f"{often} without a finite loss and gradient (step {update.done}: loss {update.loss}, learning rate "
-            f"{update.lr:g}). The first to break is {broken}, and the first broken gradient is that of {tensor}. "
+            f"{update.lr:g}). The first broken gradient is that of {tensor}. "
             + self._advice()
         )
 
@@ -316,17 +314,6 @@ def batches(job: Job, settings: TrainSettings, start: int, total: int) -> Genera
             waiting.extend(pool.submit(job.batch, *place) for place in islice(places, 1))
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def culprit(job: Job, loop: LoopSettings, step: int) -> str:
-    """The first thing that is not finite in a step, made once more: a batch, the output of a module, or a gradient."""
-    for micro in range(loop.gradient_accumulation_steps):
-        if broken := [name for name, rows in job.batch(step, micro).items() if not rows.isfinite().all()]:
-            return f"{broken[0]} in the batch"
-        loss, module = first_nonfinite(job.modules, lambda: micro_loss(job, loop, step, micro))  # noqa: B023
-        if module or not loss.isfinite():
-            return f"the output of {module}" if module else "the loss itself"
-    return "a gradient"
 
 
 @contextmanager

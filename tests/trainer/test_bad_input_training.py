@@ -316,7 +316,7 @@ def test_case_23_numbers_that_break(
     flags = ("--learning_rate", "1e30", "--max_train_steps", "9", "--checkpointing_steps", "1")
     said = refused(capsys, command(tiny_folder, pictures, tmp_path / "out", *flags))
     assert "3 updates in a row without a finite loss and gradient (step 4: loss nan, learning rate 1e+30)" in said
-    assert "The first to break is the output of unet.down_blocks.0" in said and "first broken gradient is that of unet." in said
+    assert "The first broken gradient is that of unet." in said
     assert "Nothing was saved over. The last good checkpoint is" in said and "Try a lower --learning_rate" in said
     assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
     for path in checkpoint.checkpoints(tmp_path / "out"):

@@ -183,10 +183,9 @@ def test_what_happens_to_one_happens_to_all(
 
 
 def test_a_share_that_is_not_finite(ended: dict[str, Ended]) -> None:
-    """Both skip the same updates, and each says what it saw."""
+    """Both skip the same updates, and both end."""
     two = ended["nan"]
     assert two.codes == [2, 2] and two.err.count("3 updates in a row without a finite loss") == 2
-    assert "The first to break is the loss itself" in two.err and "The first to break is a gradient" in two.err
 
 
 @pytest.mark.slow

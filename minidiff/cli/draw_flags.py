@@ -75,7 +75,7 @@ class Sampling(Flags):
     image: Path | None = None
     """Start from this picture instead of from noise. It is resized to --width and --height if they are given."""
     mask_image: Path | None = None
-    """Draw only the white area of this mask anew. The rest of --image stays as it is."""
+    """Draw only the white area of this mask anew; or of a copy of --image with a hole in it, the hole. The rest stays."""
     strength: Annotated[float, between(0, 1)] | None = None
     """Share of the steps that change --image: 0.3 changes little, 1 almost everything. Default: 0.8, or 1 with a mask."""
     tile_size: Side | None = None

@@ -9,21 +9,25 @@ Shapes: B pictures, C h w one latent (C is 4), H W one picture, values in [-1, 1
 the picture is drawn anew.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
+from torch.nn.functional import adaptive_max_pool2d, interpolate, max_pool2d
 
 from minidiff.core.errors import SettingsError
 from minidiff.core.guidance import UNetCall
 
-Pictures = Any  # a PIL picture, a path, a tensor (B, 3, H, W) or (3, H, W) in [-1, 1], or a list of these
+if TYPE_CHECKING:
+    from PIL import Image
+
+Pictures = Any  # a PIL picture, a path, a tensor (B, 3, H, W) or (3, H, W), an array (…, H, W, 3), or a list of these
 IMAGE_STRENGTH = 0.8  # the default, as in diffusers: the colours stay, the rest may change
-EDGE = 4  # pixels inside a mask's edge over which new and old are mixed
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,8 @@ def latent_mask(mask: Tensor, factor: int, generous: bool) -> Tensor:
 
 
 def pasted(drawn: Tensor, pictures: Tensor, mask: Tensor) -> Tensor:
-    """Drawn pixels inside the mask, exact pixels of the picture outside; the two mix just inside the mask's edge."""
-    inside = (2 * avg_pool2d(mask, 2 * EDGE + 1, 1, EDGE, count_include_pad=False) - 1).clamp(min=0) * mask
-    return pictures + inside * (drawn - pictures)  # inside = 0: the picture, exactly
+    """Drawn pixels inside the mask, however thin it is; exact pixels of the picture outside."""
+    return torch.where(mask > 0, drawn, pictures)
 
 
 # --- the caller's pictures and masks -----------------------------------------------------------------------------------
@@ -104,7 +107,7 @@ def pasted(drawn: Tensor, pictures: Tensor, mask: Tensor) -> Tensor:
 
 def as_pictures(image: Pictures, count: int) -> Tensor:
     """(count, 3, H, W); one picture serves for all. SettingsError for several sizes, another count, or other types."""
-    several = isinstance(image, (list, tuple)) or isinstance(image, Tensor) and image.ndim == 4
+    several = isinstance(image, (list, tuple)) or isinstance(image, (Tensor, np.ndarray)) and image.ndim == 4
     pictures = [_as_picture(one) for one in (image if several else [image])]
     if len(pictures) not in (1, count) or len({picture.shape for picture in pictures}) > 1:
         sizes = ", ".join(f"{picture.shape[-1]} x {picture.shape[-2]}" for picture in pictures)
@@ -112,40 +115,76 @@ def as_pictures(image: Pictures, count: int) -> Tensor:
     return torch.stack(pictures).expand(count, -1, -1, -1)
 
 
-def _as_picture(image: Pictures, name: str = "image", under: str = "white") -> Tensor:
-    """(3, H, W); `name` is the argument's, for errors; the colour `under` shows through transparent parts."""
+def _as_picture(image: Pictures, name: str = "image") -> Tensor:
+    """(3, H, W); `name` is the argument's, for errors."""
     from PIL import Image  # only now: drawing from a prompt alone does not need it
 
     from minidiff.draw.images import load_image, opaque, to_tensor
 
     if isinstance(image, (str, Path)):
-        image = load_image(image, under)
+        image = load_image(image)
     if isinstance(image, Image.Image):
-        return to_tensor(opaque(image, under))
-    fits = isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 3 and len(image) == 3 and image.numel()
-    if not fits or not image.abs().max() <= 1.001:  # also catches NaN
-        raise SettingsError(f"{name} must be a PIL picture, a path, or a tensor (3, H, W) of floats in [-1, 1].")
-    return image.float().cpu()  # type: ignore[no-any-return]
+        return to_tensor(opaque(image))
+    x = torch.from_numpy(image).movedim(-1, 0) if isinstance(image, np.ndarray) else image
+    fits = isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 3 and len(x) == 3 and x.numel()
+    if not fits or not x.abs().max() <= 1.001:  # also catches NaN
+        form = "a tensor (3, H, W) of floats in [0, 1], or an array (H, W, 3)"
+        raise SettingsError(f"{name} must be a PIL picture, a path, {form}.")
+    return x.float().cpu() if x.min() < 0 else x.float().cpu() * 2 - 1  # below 0: it is in [-1, 1], as in diffusers
 
 
-def as_mask(mask: Pictures, pictures: Tensor) -> Tensor:
-    """(1, 1, H, W): 1 where the mask is brighter than middle grey. It must be as large as `pictures` and not all black."""
-    bright = (_as_picture(mask, "mask_image", under="black").mean(dim=0)[None, None] > 0).float()
-    if bright.shape[-2:] != pictures.shape[-2:]:
-        (h, w), (height, width) = bright.shape[-2:], pictures.shape[-2:]
-        raise SettingsError(f"mask_image is {w} x {h} and the picture {width} x {height}; make the mask as large.")
-    if not bright.any():
+def as_mask(mask: Pictures, pictures: Tensor, height: int, width: int) -> Tensor:
+    """(1, 1, height, width): 1 where the picture is drawn anew. The mask must be as large as `pictures`, (B, 3, H, W)."""
+    from PIL import Image
+
+    from minidiff.draw.images import load_mask
+
+    if isinstance(mask, (str, Path)):
+        mask = load_mask(mask)
+    white = white_of(mask) if isinstance(mask, Image.Image) else _as_picture(mask, "mask_image").mean(dim=0) > 0
+    if white.shape != pictures.shape[-2:]:
+        sizes = "{1} x {0} and the picture {3} x {2}".format(*white.shape, *pictures.shape[-2:])
+        raise SettingsError(f"mask_image is {sizes}; make the mask as large.")
+    if not white.any():
         raise SettingsError("mask_image is nowhere brighter than middle grey; paint the part white that is to be drawn anew.")
-    return bright
+    if white.all():
+        warnings.warn("mask_image is white everywhere, so the whole picture is drawn anew.", stacklevel=2)
+    if not (mask := fitted(white[None, None].float(), height, width)).any():
+        raise SettingsError(f"The white part of mask_image lies outside the {width} x {height} pixels that are drawn.")
+    return mask
+
+
+def white_of(mask: "Image.Image") -> Tensor:
+    """(H, W) of bool: where a mask says "draw here".
+
+    An opaque mask says so by white. One with transparent parts does it by white paint, if its visible part has one colour; if
+    the visible part is a picture, by the hole in it. Any other is a SettingsError.
+    """
+    pixels = torch.from_numpy(np.array(mask.convert("RGBA"), dtype=np.int64))  # (H, W, 4)
+    white, visible = pixels[..., :3].sum(-1) > 3 * 127, pixels[..., 3] > 127
+    if visible.all():
+        return white
+    seen = pixels[visible][:, :3]  # (n, 3)
+    if len(seen) and white[visible].all() and (seen.amax(0) - seen.amin(0)).max() < 64:
+        return visible
+    if len(seen) and ((seen > 32) & (seen < 223)).any(-1).float().mean() > 0.05:  # more than black and white: a picture
+        return ~visible
+    raise SettingsError(
+        "mask_image has transparent parts, and its visible part is neither all white nor a picture. Paint white what is to be "
+        "drawn anew, on black or on nothing; or erase it from the picture."
+    )
 
 
 def fitted(x: Tensor, height: int, width: int) -> Tensor:
-    """Pictures or a mask (B, C, H, W) -> (B, C, height, width): scaled to cover, then cropped in the centre."""
+    """Pictures or a mask (B, C, H, W) -> (B, C, height, width): scaled to cover, then cropped in the centre.
+
+    No white pixel of a mask is lost: a pixel of the smaller one is white if any under it is.
+    """
     if x.shape[-2:] == (height, width):
         return x
     scale = max(height / x.shape[-2], width / x.shape[-1])
     size = [max(round(x.shape[-2] * scale), height), max(round(x.shape[-1] * scale), width)]
-    x = interpolate(x, size) if x.shape[1] == 1 else interpolate(x, size, mode="bicubic", antialias=True).clamp(-1, 1)
+    x = adaptive_max_pool2d(x, size) if x.shape[1] == 1 else interpolate(x, size, mode="bicubic", antialias=True).clamp(-1, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return x[..., top : top + height, left : left + width]
 

@@ -29,18 +29,34 @@ MAX_PIXELS = 100_000_000  # more is a mistake or a decompression bomb: a small f
 READ_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error)
 
 
-def load_image(path: Path | str, under: str = "white") -> Image.Image:
+def load_image(path: Path | str) -> Image.Image:
     """A picture of any usual kind as 8-bit RGB, the way a viewer shows it. Raises DataError for anything else.
 
-    Turned upright by its EXIF mark, 16 bits scaled to 8, transparency laid over white (or the colour `under`), CMYK and
-    wide-gamut colours brought to sRGB, the first frame of an animation (with a warning).
+    Turned upright by its EXIF mark, 16 bits scaled to 8, transparency laid over white, CMYK and wide-gamut colours brought to
+    sRGB, the first frame of an animation (with a warning).
     """
     with open_image(Path(path)) as image:
-        if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a JPEG with a preview behind it
-            warnings.warn(f"{path}: {getattr(image, 'n_frames', '')} frames; only the first is used.", stacklevel=2)
         profile = image.info.get("icc_profile")
-        upright = ImageOps.exif_transpose(image)  # reads the pixels too
-        return _to_srgb(opaque(_to_8_bit(upright, path), under), profile)
+        return _to_srgb(opaque(_upright(image, path)), profile)
+
+
+def load_mask(path: Path | str) -> Image.Image:
+    """A mask as RGBA, or RGB where it has no transparency; otherwise like `load_image`, but for the colour profile."""
+    with open_image(Path(path)) as image:
+        upright = _upright(image, path)
+        return upright.convert("RGBA" if upright.has_transparency_data else "RGB")
+
+
+def load_weights(path: Path | str) -> Image.Image:
+    """A training mask, L: how much each pixel counts. That is its alpha channel, if it has one, else its brightness."""
+    mask = load_mask(path)
+    return mask.getchannel("A") if mask.mode == "RGBA" else mask.convert("L")
+
+
+def _upright(image: Image.Image, path: Path | str) -> Image.Image:
+    if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a JPEG with a preview behind it
+        warnings.warn(f"{path}: {getattr(image, 'n_frames', '')} frames; only the first is used.", stacklevel=3)
+    return _to_8_bit(ImageOps.exif_transpose(image), path)  # reads the pixels too
 
 
 @contextlib.contextmanager
@@ -79,22 +95,25 @@ def _to_8_bit(image: Image.Image, path: Path | str) -> Image.Image:
     return Image.fromarray((values / 257).round().astype(np.uint8))
 
 
-def opaque(image: Image.Image, under: str = "white") -> Image.Image:
-    """Lay the transparent parts over a colour -> RGB. A picture without transparency stays as it is."""
+def opaque(image: Image.Image) -> Image.Image:
+    """Lay the transparent parts over white -> RGB. A picture without transparency stays as it is."""
     if not image.has_transparency_data:
         return image
     image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, under), image).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Any mode without transparency -> RGB, the embedded colour profile applied where there is one."""
-    if profile and image.mode in ("RGB", "CMYK"):
+    """Any mode without transparency -> RGB, the embedded colour profile applied, unless its curves are those of sRGB."""
+    if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if "srgb" not in ImageCms.getProfileDescription(source).lower():
-                target = ImageCms.createProfile("sRGB")
-                image = ImageCms.profileToProfile(image, source, target, outputMode="RGB") or image
+            mode = {"GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space, "RGB")
+            to_srgb = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+            cube = np.mgrid[0:256:51, 0:256:51, 0:256:51].reshape(3, 36, 6).transpose(1, 2, 0)  # (36, 6, 3), all colours
+            moved = np.asarray(to_srgb.apply(Image.fromarray(cube.astype(np.uint8)).convert(mode))) - cube
+            if np.abs(moved).max() > 2 or mode != "RGB":
+                image = to_srgb.apply(image.convert(mode))
         except (ImageCms.PyCMSError, OSError):
             pass  # a profile that cannot be read: the numbers are taken for sRGB, as browsers do
     return image.convert("RGB")

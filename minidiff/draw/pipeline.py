@@ -3,6 +3,7 @@
 B pictures   D text width   H W picture height and width   h w = H/8, W/8 latent height and width
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ from minidiff.draw.tiles import in_tiles, tiled
 
 Draw = Callable[[int | str], Tensor]  # what the noise is for -> the noise
 MAX_SIDE = 8192  # pixels: beyond, attention takes days
+ONE_STEP = (
+    "num_inference_steps is 1, which leaves noise or a blur; take about 20. Models and LoRAs that were distilled to few steps "
+    'draw in 1 to 8 with sampler "lcm", or with timestep_spacing "trailing" and guidance_scale 1.'
+)
 NONFINITE = (
     "NaN or infinity comes out of the {}, so the picture would be black. Where half precision overflowed, run in float32 or "
     "bfloat16 (--torch_dtype); where training diverged, take an earlier checkpoint; else get the model's files again."
@@ -38,9 +43,19 @@ Side = list[Prompt] | Tensor  # all prompts, or all negative prompts; or the vec
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """`images`: PIL pictures; or one tensor, if `output_type` says so."""
+    """`images`: PIL pictures; or one tensor or array, if `output_type` says so."""
 
     images: Any
+
+
+def finished(pictures: Tensor, output_type: str) -> Any:
+    """Pictures (B, 3, H, W) in [-1, 1] as "pil", "pt" or "np": see `__call__`."""
+    if output_type == "pil":
+        from minidiff.draw.images import to_pil  # only now: Pillow takes time to import
+
+        return to_pil(pictures)
+    pictures = pictures.float().cpu() / 2 + 0.5
+    return pictures if output_type == "pt" else pictures.permute(0, 2, 3, 1).numpy()
 
 
 class StableDiffusionPipeline(Model):
@@ -95,9 +110,10 @@ class StableDiffusionPipeline(Model):
         diffusers instead; `latents` (B, 4, h, w): unit-variance noise to start from. `prompt_embeds`, `negative_prompt_embeds`
         (B, 77 k, D), from `encode_prompt`, replace the prompts. `image`: a picture to start from, scaled to `width` and
         `height` if given; the last `strength` (default 0.8) of the steps are taken. `mask_image`: only its white part is drawn
-        (default `strength` 1). `output_type`: "pil", "pt" (B, 3, H, W) in [-1, 1], "latent". `callback` sees each `Step`."""
-        if output_type not in ("pil", "pt", "latent"):
-            raise SettingsError(f'output_type "{output_type}" is unknown; it is pil, pt or latent.')
+        (default `strength` 1). `output_type`: "pil", "pt" (B, 3, H, W) in [0, 1], "np" (B, H, W, 3), or "latent". `callback`
+        sees each `Step`."""
+        if output_type not in ("pil", "pt", "np", "latent"):
+            raise SettingsError(f'output_type "{output_type}" is unknown; it is pil, pt, np or latent.')
         sides = both_sides((prompt, prompt_embeds), (negative_prompt or "", negative_prompt_embeds), num_images_per_prompt)
         prompts, negatives = ([] if isinstance(side, Tensor) else side for side in sides)
         chunks = count_chunks(self.tokenizer, prompts + negatives if guidance_scale > 1 else prompts, self.placeholders)
@@ -110,17 +126,16 @@ class StableDiffusionPipeline(Model):
         walk = partial(chosen, image=canvas.image, strength=canvas.strength, fix_x0=canvas.fix_x0)
         walk = partial(walk, spacing=timestep_spacing, karras=use_karras_sigmas, eta=eta)
         steps = as_int("num_inference_steps", num_inference_steps)
+        spacing = timestep_spacing or self.schedule.config.timestep_spacing or chosen.spacing
+        if steps == 1 and image is None and spacing in ("leading", "linspace"):
+            warnings.warn(ONE_STEP, stacklevel=2)
         encode = partial(self.encode_prompt, clip_skip=clip_skip, chunks=chunks)
         stations = Stations(encode, canvas.unet, lambda latents: canvas.paste(self.decode(latents)), self.schedule)
         drawing = generate(stations, *sides, canvas.noise.to(self.device), draw, steps, guidance_scale, walk)
         named = any(one.loras for one in prompts + negatives)
         with at_strengths(self.adaptable, loras_of(prompts, negatives)) if named else nullcontext():
             drawn = self.run(drawing, steps, callback, decode=output_type != "latent")
-        if output_type == "pil":
-            from minidiff.draw.images import to_pil  # only now: Pillow takes time to import
-
-            return PipelineOutput(to_pil(drawn))
-        return PipelineOutput(drawn)
+        return PipelineOutput(drawn if output_type == "latent" else finished(drawn, output_type))
 
     def run(self, stations: Iterator[Any], steps: int, callback: Callable[[Step], None] | None, decode: bool) -> Tensor:
         """Go through the stations of `generate`: the pictures, or the last latents. A bar and `callback` see each step."""
@@ -157,7 +172,7 @@ class StableDiffusionPipeline(Model):
                     raise SettingsError(f"{name} was given and there is no image to work on; give one, or leave {name} out.")
             return Canvas(draw("latents"), unet)
         height, width = (side * self.downscale for side in shape[2:])
-        mask = None if mask_image is None else fitted(as_mask(mask_image, pictures), height, width)
+        mask = None if mask_image is None else as_mask(mask_image, pictures, height, width)
         return on_picture(fitted(pictures, height, width), mask, strength, draw, self.encode_pictures, unet, trained_for_it)
 
     def encode_prompt(self, prompts: Sequence[str | Prompt] | Tensor, clip_skip: int = 0, chunks: int = 1) -> Tensor:

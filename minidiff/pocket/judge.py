@@ -165,7 +165,7 @@ def judge_checkpoint(folder: str | Path, judge_path: Path, count: int = 500) -> 
             sampler="ddim",
             seed=seeds,
             output_type="pt",
-        ).images
+        ).images.mul(2).sub(1)
         bar.update(len(part))
         return x
 

@@ -4,7 +4,8 @@ one prompt        a folder of pictures, and --instance_prompt for all of them
 metadata.jsonl    one JSON object a line: {"file_name": "a.png", "text": "a photo of …"}; or metadata.csv
 sidecars          a.png and a.txt (or a.caption)
 kohya's folders   10_sks dog/a.png: each picture comes 10 times an epoch; its caption is "sks dog" if it has no other
-masks             a.mask.png beside a.png, or a column "mask" of the metadata: white is learnt, black is not
+masks             a.mask.png beside a.png, a column "mask" of the metadata, or the picture's own alpha channel: white is learnt,
+                  black is not; of a mask with an alpha channel, that says what is learnt
 """
 
 import csv
@@ -14,6 +15,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from minidiff.core.errors import DataError, did_you_mean
-from minidiff.draw.images import load_image
+from minidiff.draw.images import load_image, load_weights, open_image
 from minidiff.files.atomic import sha256
 from minidiff.files.bundled import here_or_bundled
 
@@ -163,8 +165,12 @@ class Scan:
             raise DataError(f"{table} is empty; one line for each picture is expected.")
 
     def mask_beside(self, picture: Path) -> Path | None:
-        mask = picture.with_name(picture.stem + MASK)
-        return mask if self.masks and mask.is_file() else None
+        """The file of a picture's mask, which may be the picture itself: its alpha channel."""
+        if not self.masks or (mask := picture.with_name(picture.stem + MASK)).is_file():
+            return mask if self.masks else None
+        with suppress(DataError), open_image(picture) as image:
+            return picture if image.has_transparency_data else None
+        return None
 
 
 def is_picture(path: Path) -> bool:
@@ -295,11 +301,13 @@ def check_picture(example: Example, sizes: Sequence[Size]) -> Example:
         few = f"{image.width} x {image.height} pixels are too few for --resolution {max(map(min, sizes))}"
         raise DataError(f"{example.path}: {few}.")
     if example.mask:
-        mask = load_image(example.mask).convert("L")
+        mask = load_weights(example.mask)
         if mask.size != image.size:
             raise DataError(f"{example.mask} has another size than {example.path.name}: {mask.size}, not {image.size}.")
         if mask.getextrema() == (0, 0):
             raise DataError(f"{example.mask} is black all over: there is nothing to learn. White is what is learnt.")
+        if mask.getextrema() == (255, 255):
+            warnings.warn(f"{example.mask} is white all over, so the whole picture is learnt.", stacklevel=2)
     return replace(example, size=size)
 
 

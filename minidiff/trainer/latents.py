@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from minidiff.core.errors import SettingsError, WeightsError
 from minidiff.core.rng import generator, normal
 from minidiff.core.vae import AutoencoderKL, sample_posterior
-from minidiff.draw.images import load_image, to_tensor
+from minidiff.draw.images import load_image, load_weights, to_tensor
 from minidiff.draw.progress import progress
 from minidiff.files.atomic import sha256
 from minidiff.files.weights import read_header, save
@@ -214,7 +214,7 @@ class LatentData:
         mean, logvar = self.vae.encode(x[None].to(weight.device, weight.dtype))
         encoded = {"mean": mean[0].float().cpu(), "logvar": logvar[0].float().cpu()}
         if self.settings.masked_loss and example.mask:
-            pixels = crop(load_image(example.mask).convert("L"), size, place, flip)[:1] / 2 + 0.5  # (1, H, W) in [0, 1]
+            pixels = crop(load_weights(example.mask), size, place, flip)[:1] / 2 + 0.5  # (1, H, W) in [0, 1]
             encoded["mask"] = F.avg_pool2d(pixels, self.vae.config.downscale)  # each cell: the mean of its pixels
         elif self.settings.masked_loss:
             encoded["mask"] = torch.ones_like(encoded["mean"][:1])

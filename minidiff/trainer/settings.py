@@ -173,7 +173,7 @@ class FineTuneSettings(TrainSettings):
     aspect_ratio_buckets: bool = False
     """Keep the shape of each picture, at about --resolution squared pixels, instead of cropping it to a square."""
     masked_loss: bool = False
-    """Learn only the white area of each picture's mask: a.mask.png beside a.png, or the column "mask" of the metadata."""
+    """Learn only what the mask shows: white in a.mask.png or the metadata's column "mask"; or the alpha channel of either."""
     gradient_checkpointing: bool = False
     """Save most of the memory of a step: the backward pass computes the layers again. A third slower, same result."""
     fit: MemorySize | None = None

@@ -205,7 +205,7 @@ def picture_work(folder: str, size: str, steps: int, device: str, compiled: bool
     prompt = "a photo of a red dog on the beach"
 
     def of(pipe: Any) -> Callable[[], Tensor]:
-        return lambda: pipe(prompt, latents=noise.clone(), **asked).images * 2 - 1
+        return lambda: pipe(prompt, latents=noise.clone(), **asked).images
 
     contenders: dict[str, Callable[[], Tensor]] = {}
     for name, pipe in pipes.items():

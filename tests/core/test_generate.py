@@ -39,7 +39,7 @@ def test_the_plain_stations_draw_what_the_pipeline_draws(pipe: StableDiffusionPi
     assert [step.index for step in steps if isinstance(step, Step)] == [0, 1, 2]
     assert isinstance(pictures, Tensor) and not pictures.requires_grad
     same = pipe(PROMPTS, num_inference_steps=3, seed=5, sampler=sampler, guidance_scale=scale, output_type="pt").images
-    torch.testing.assert_close(pictures, same, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pictures / 2 + 0.5, same, rtol=1e-4, atol=1e-4)
 
 
 def test_negative_prompts_are_encoded_only_with_guidance() -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -58,7 +59,7 @@ def left_half(width: int = 16, height: int = 16) -> Image.Image:
 def draw(pipe: StableDiffusionPipeline, **call: Any) -> Tensor:
     usual: dict[str, Any] = {"seed": 3, "num_inference_steps": 6, "output_type": "pt"}
     result: Tensor = pipe(DOG, **usual | call).images
-    return result
+    return result if call.get("output_type") == "latent" else result * 2 - 1  # as the network has pictures
 
 
 # --- image to image --------------------------------------------------------------------------------------------------
@@ -144,15 +145,23 @@ def test_nothing_of_what_is_masked_is_left_at_full_strength(pipe: StableDiffusio
     assert (a - b)[..., :4].abs().mean() < 0.2 * (kept[0] - kept[1])[..., :4].abs().mean()
 
 
-def test_pasted_mixes_only_inside_the_mask() -> None:
-    mask = torch.zeros(1, 1, 32, 32)
-    mask[..., 8:24, 8:24] = 1
-    out = pasted(torch.ones(1, 3, 32, 32), torch.zeros(1, 3, 32, 32), mask)
-    assert out[mask.expand_as(out) == 0].abs().max() == 0 and out[0, 0, 16, 16] == 1
-    row = out[0, 0, 16, 8:16]
-    assert (row.diff() >= 0).all() and 0 <= row[0] < 0.3 and row[4] == 1
-    whole = pasted(torch.ones(1, 3, 16, 16), torch.zeros(1, 3, 16, 16), torch.ones(1, 1, 16, 16))
-    assert whole.min() == 1  # the picture's own edge is no edge of the mask
+@pytest.mark.parametrize("width", [1, 2, 3, 8, 32])
+def test_pasted_draws_every_white_pixel_and_no_other(width: int) -> None:
+    mask = torch.zeros(1, 1, 48, 48)
+    mask[..., 8 : 8 + width, :] = 1
+    out = pasted(torch.ones(1, 3, 48, 48), torch.zeros(1, 3, 48, 48), mask)
+    assert torch.equal(out, mask.expand_as(out))
+
+
+@pytest.mark.parametrize("side", [16, 40, 64, 100, 512])
+def test_no_white_pixel_is_lost_when_a_mask_is_scaled(side: int) -> None:
+    mask = torch.zeros(1, 1, 256, 256)
+    mask[..., 101, 7:250] = mask[..., 30:33, 77] = 1  # a scratch of one pixel, and a dot
+    small = fitted(mask, side, side)
+    at = side / 256
+    for y, x in ((101, 7), (101, 128), (101, 249), (30, 77), (32, 77)):
+        assert small[..., int(y * at), int(x * at)] == 1
+    assert small.mean() < 0.2 and set(small.unique().tolist()) == {0.0, 1.0}
 
 
 def test_latent_mask() -> None:
@@ -276,11 +285,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "black mask": ({"image": picture(), "mask_image": Image.new("L", (16, 16))}, "nowhere brighter than middle grey"),
     "two pictures": ({"image": [picture(), picture()]}, "image holds pictures of 16 x 16, 16 x 16; give one, or 1 of one size"),
     "two sizes": ({"image": [picture(), picture(20)], "num_images_per_prompt": 2}, "image holds pictures of 16 x 16, 20 x 16"),
-    "a number": ({"image": 3}, "image must be a PIL picture, a path, or a tensor"),
+    "a number": ({"image": 3}, "image must be a PIL picture, a path, a tensor"),
     "no such file": ({"image": "nowhere.png"}, "nowhere.png: no such file"),
     "bytes": ({"image": torch.zeros(3, 16, 16, dtype=torch.uint8)}, r"a tensor \(3, H, W\) of floats"),
-    "in 0..255": ({"image": torch.full((3, 16, 16), 200.0)}, r"in \[-1, 1\]"),
-    "NaN": ({"image": torch.full((3, 16, 16), float("nan"))}, r"in \[-1, 1\]"),
+    "in 0..255": ({"image": torch.full((3, 16, 16), 200.0)}, r"in \[0, 1\]"),
+    "NaN": ({"image": torch.full((3, 16, 16), float("nan"))}, r"in \[0, 1\]"),
     "width 21": ({"image": picture(), "width": 21}, "width is 21; it must be a multiple of 2"),
     "width 0": ({"image": picture(), "width": 0}, "width is 0; it must be a multiple of 2"),
     "height 0": ({"image": picture(), "height": 0}, "height is 0; it must be a multiple of 2"),
@@ -312,20 +321,68 @@ def test_an_inpainting_model_without_picture_or_mask(inpainter: StableDiffusionP
         draw(inpainter, image=picture())
 
 
+def test_pictures_are_taken_as_they_are_given(pipe: StableDiffusionPipeline) -> None:
+    """[0, 1] or [-1, 1], tensor or array, as everywhere in the field."""
+    x = to_tensor(picture())
+    forms = [picture(), x, x / 2 + 0.5, (x / 2 + 0.5)[None], np.array(picture()) / np.float32(255)]
+    assert x.min() < 0
+    for form in forms:
+        torch.testing.assert_close(as_pictures(form, 1), x[None], rtol=0, atol=1e-6)
+    as_np, as_pt = (pipe(DOG, seed=1, num_inference_steps=2, output_type=kind).images for kind in ("np", "pt"))
+    assert torch.equal(as_pictures(as_np, 1), as_pictures(as_pt, 1))
+
+
+ROW = torch.zeros(1, 3, 1, 4)  # a picture of four pixels
+
+
 def test_a_mask_is_white_where_it_is_brighter_than_middle_grey() -> None:
     grey = Image.new("L", (4, 1))
     grey.putdata([0, 127, 128, 255])
-    assert as_mask(grey, torch.zeros(1, 3, 1, 4)).flatten().tolist() == [0, 0, 1, 1]
+    assert as_mask(grey, ROW, 1, 4).flatten().tolist() == [0, 0, 1, 1]
+
+
+def layer(*pixels: tuple[int, int, int, int]) -> Image.Image:
+    image = Image.new("RGBA", (len(pixels), 1))
+    image.putdata(pixels)
+    return image
+
+
+WHITE, BLACK, NOTHING = (255, 255, 255, 255), (0, 0, 0, 255), (255, 255, 255, 0)
+PICTURE = [(200, 90, 40, 255), (90, 160, 30, 255)]
 
 
 @pytest.mark.parametrize("as_file", [False, True])
-def test_a_mask_is_not_white_where_it_is_transparent(as_file: bool, tmp_path: Path) -> None:
-    """White paint on an empty layer: what was not painted stays."""
-    layer = Image.new("RGBA", (4, 1), (255, 255, 255, 0))
-    layer.putpixel((2, 0), (255, 255, 255, 255))
-    layer.save(tmp_path / "mask.png")
-    mask = as_mask(tmp_path / "mask.png" if as_file else layer, torch.zeros(1, 3, 1, 4))
-    assert mask.flatten().tolist() == [0, 0, 1, 0]
+@pytest.mark.parametrize(
+    ("pixels", "white"),
+    [
+        ((NOTHING, NOTHING, WHITE, NOTHING), [0, 0, 1, 0]),  # white paint on an empty layer
+        ((NOTHING, (250, 250, 250, 90), (250, 250, 250, 200), WHITE), [0, 0, 1, 1]),  # by a soft brush
+        ((*PICTURE, NOTHING, NOTHING), [0, 0, 1, 1]),  # the picture with a hole
+        ((*PICTURE, BLACK, (0, 0, 0, 0)), [0, 0, 0, 1]),
+    ],
+)
+def test_a_mask_with_transparent_parts(pixels: tuple[Any, ...], white: list[int], as_file: bool, tmp_path: Path) -> None:
+    """White paint is what to draw; of a picture with a hole, the hole is."""
+    layer(*pixels).save(tmp_path / "mask.png")
+    assert as_mask(tmp_path / "mask.png" if as_file else layer(*pixels), ROW, 1, 4).flatten().tolist() == white
+
+
+@pytest.mark.parametrize("pixels", [(BLACK, NOTHING), (BLACK, WHITE, NOTHING), (NOTHING, NOTHING)])
+def test_a_mask_with_transparent_parts_that_says_nothing(pixels: tuple[Any, ...]) -> None:
+    with pytest.raises(SettingsError, match="neither all white nor a picture"):
+        as_mask(layer(*pixels), ROW[..., : len(pixels)], 1, len(pixels))
+
+
+def test_a_mask_that_is_white_everywhere_is_reported() -> None:
+    with pytest.warns(UserWarning, match="white everywhere"):
+        as_mask(Image.new("L", (4, 1), 255), ROW, 1, 4)
+
+
+def test_a_mask_whose_white_part_is_cropped_away() -> None:
+    wide = Image.new("L", (64, 16))
+    wide.paste(255, (0, 0, 4, 16))
+    with pytest.raises(SettingsError, match="outside the 16 x 16 pixels"):
+        as_mask(wide, torch.zeros(1, 3, 16, 64), 16, 16)
 
 
 def test_extreme_strengths_and_steps(pipe: StableDiffusionPipeline) -> None:

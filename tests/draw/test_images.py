@@ -124,6 +124,34 @@ def test_a_colour_profile_is_applied_and_a_broken_one_ignored(tmp_path: Path) ->
     assert r > 150 and g < 60 and abs(b - 90) < 40
 
 
+def linear(profile: bytes, gray: bool = False) -> bytes:
+    """The profile with light that is linear in the numbers; its name still says sRGB."""
+    data = bytearray(profile)
+    for tag in (b"rTRC", b"gTRC", b"bTRC"):
+        entry = data.index(tag, 128)
+        at = int.from_bytes(data[entry + 4 : entry + 8], "big")
+        data[at : at + 14] = b"curv" + bytes(4) + (1).to_bytes(4, "big") + b"\x01\x00"  # one number: gamma 1.0
+    if gray:
+        data[16:20], entry = b"GRAY", data.index(b"rTRC", 128)
+        data[entry : entry + 4] = b"kTRC"
+    return bytes(data)
+
+
+@pytest.mark.parametrize(("mode", "gray"), [("RGB", False), ("RGBA", False), ("L", True), ("LA", True)])
+def test_a_profile_of_linear_light_is_applied_whatever_it_is_called(mode: str, gray: bool, tmp_path: Path) -> None:
+    """Half the light is 188 of 255 in sRGB (IEC 61966-2-1)."""
+    profile = linear(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), gray)
+    image = Image.new("L", (2, 2), 128).convert(mode)
+    image.save(tmp_path / "a.png", icc_profile=profile)
+    assert all(abs(value - 188) <= 1 for value in load_image(tmp_path / "a.png").getpixel((0, 0)))
+
+
+def test_the_profile_of_srgb_itself_changes_no_number(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    noise.save(tmp_path / "a.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    assert load_image(tmp_path / "a.png").tobytes() == noise.tobytes()
+
+
 def _broken(path: Path, kind: str) -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")

@@ -189,13 +189,15 @@ def test_output_types(pipe: StableDiffusionPipeline) -> None:
     pt = latents(pipe, [DOG, CAT], output_type="pt")
     pil = pipe([DOG, CAT], num_inference_steps=3, seed=5).images
     assert z.shape == (2, 4, 8, 8) and z.dtype == torch.float32
-    assert pt.shape == (2, 3, 16, 16) and -1 <= pt.min() < pt.max() <= 1
+    assert pt.shape == (2, 3, 16, 16) and 0 <= pt.min() < pt.max() <= 1
     assert [(type(image), image.size, image.mode) for image in pil] == [(Image.Image, (16, 16), "RGB")] * 2
     with torch.no_grad():
         expected = pipe.vae.decode(z / pipe.vae.config.scaling_factor).clamp(-1, 1)
-    close(pt, expected)
+    close(pt * 2 - 1, expected)
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in pil])).permute(0, 3, 1, 2).float()
-    assert (pixels - (pt + 1) * 127.5).abs().max() <= 0.5 + 1e-3
+    assert (pixels - pt * 255).abs().max() <= 0.5 + 1e-3
+    array = latents(pipe, [DOG, CAT], output_type="np")
+    assert isinstance(array, np.ndarray) and (array == pt.permute(0, 2, 3, 1).numpy()).all()
     assert not pt.requires_grad
 
 
@@ -544,7 +546,7 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "a broken width": ({"width": 16.0}, "width is 16.0; it must be a whole number"),
     "generators": ({"generator": [torch.Generator()]}, "generator is a list; give one torch.Generator, or seeds"),
     "no images": ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
-    "output": ({"output_type": "np"}, 'output_type "np" is unknown; it is pil, pt or latent'),
+    "output": ({"output_type": "numpy"}, 'output_type "numpy" is unknown; it is pil, pt, np or latent'),
     "seeds": ({"seed": [1, 2]}, "2 seeds were given for 1 pictures"),
     "a broken seed": ({"seed": 1.5}, "seed is 1.5; it must be a whole number"),
     "a word for a seed": ({"seed": "42"}, "seed is '42'; it must be a whole number"),

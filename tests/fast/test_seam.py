@@ -71,12 +71,12 @@ def test_plain_installs_nothing(tiny_folder: Path) -> None:
 
 
 def test_without_the_folder_fast_the_picture_is_the_same(tmp_path: Path) -> None:
-    """To 2e-4 in [-1, 1]."""
+    """To 2e-4 in [-1, 1], which is 1e-4 in [0, 1]."""
     pocket = Path(__file__).parents[2] / "checkpoints" / "pocket"
     subprocess.run([sys.executable, "-c", DRAW, str(pocket), str(tmp_path / "hidden")], check=True)
     pipe = StableDiffusionPipeline.from_pretrained(pocket)
     there = pipe("a photo of a red dog", seed=0, num_inference_steps=3, output_type="pt").images
-    assert float((torch.load(tmp_path / "hidden") - there).abs().max()) < 2e-4
+    assert float((torch.load(tmp_path / "hidden") - there).abs().max()) < 1e-4
 
 
 def test_without_fast_and_with_plain_lora_learns_the_same(

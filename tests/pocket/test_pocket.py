@@ -274,9 +274,9 @@ def test_checkpoint_draws_what_it_is_told() -> None:
     seeds = [0, 1, 2, 3] * 2
     pictures = pipe(prompts, guidance_scale=5.0, num_inference_steps=10, seed=seeds, output_type="pt").images
     night, snow = pictures[:4].mean(0), pictures[4:].mean(0)
-    assert night.mean() < snow.mean() - 0.3
+    assert night.mean() < snow.mean() - 0.15
     middle = slice(32, 96)
-    assert (night[0] - night[2])[middle, middle].mean() > (snow[0] - snow[2])[middle, middle].mean() + 0.3
+    assert (night[0] - night[2])[middle, middle].mean() > (snow[0] - snow[2])[middle, middle].mean() + 0.15
 
 
 def test_checkpoint_knows_the_rare_words_as_one_token() -> None:

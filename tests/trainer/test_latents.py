@@ -171,7 +171,7 @@ def test_threads_change_no_number(tmp_path: Path, crops: dict[str, bool]) -> Non
 def test_a_picture_that_breaks_meanwhile_is_named(tmp_path: Path) -> None:
     data = latents([Example(picture(tmp_path / "a.png"), "p")], cache_latents=False)
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(DataError, match="a.png: the file is empty"):
+    with pytest.raises(DataError, match="a.png: not a picture"):
         data.batch(0, 0)
 
 

@@ -78,6 +78,13 @@ class Prompt(NamedTuple):
     loras: tuple[tuple[str, float], ...] = ()
 
 
+def literal(caption: str) -> str:
+    """The prompt that means the letters of a caption: training reads captions without the prompt language."""
+    text = re.sub(r"[()\[\]\\]", r"\\\g<0>", caption)
+    text = re.sub(r"<(?=(lora|lyco):)", "< ", text, flags=re.IGNORECASE)  # the tokenizer takes no notice of this space,
+    return re.sub(r"\b(BREAK|AND)\b", lambda word: word[0].lower(), text)  # nor of capitals
+
+
 @dataclass
 class Bracket:
     """A pair of brackets in the prompt."""

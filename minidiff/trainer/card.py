@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from minidiff.core.schedule import NoiseSchedule
+from minidiff.draw.prompting import literal
 from minidiff.files.folder import local_folder
 from minidiff.files.values import to_toml
 from minidiff.trainer.settings import FineTuneSettings
@@ -79,7 +80,7 @@ def write_card(folder: Path, settings: FineTuneSettings, updates: int, tag: str)
         lines.insert(1, f"![The base above, this model below](samples/step-{updates:06d}.png)")
     if prompt:
         front["instance_prompt"], front["widget"] = prompt, [{"text": prompt}]
-        lines.append(f"Its prompt: `{prompt}`.")
+        lines.append(f"Its prompt: `{literal(prompt)}`.")
     load = f'pipe = StableDiffusionPipeline.from_pretrained("{short if tag in USAGE else name}")'
     use = "\n".join([load, *(line.format(name=name) for line in USAGE.get(tag, []))])
     lines.append(f"```python\nfrom minidiff import StableDiffusionPipeline  # or from diffusers\n\n{use}\n```")

@@ -24,6 +24,7 @@ from minidiff.core.rng import generator, hashed_seed, normal
 from minidiff.draw.images import generation_text, read_png_text, save_png
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.progress import progress
+from minidiff.draw.prompting import literal
 from minidiff.trainer import distributed
 from minidiff.trainer.dataset import Example, is_picture, read_folder
 from minidiff.trainer.latents import LatentData, fingerprint
@@ -53,9 +54,8 @@ def class_examples(pipe: StableDiffusionPipeline, settings: FineTuneSettings, si
         for some in progress(batches, "batch", "drawing class pictures", show=bool(files)):
             seeds = [class_seed(s.seed, int(file.stem[-5:])) for file in some]
             steps, scale = s.validation_inference_steps, s.validation_guidance_scale
-            drawn = pipe(
-                [prompt] * len(some), seed=seeds, guidance_scale=scale, num_inference_steps=steps, width=side, height=side
-            )
+            prompts = [literal(prompt)] * len(some)
+            drawn = pipe(prompts, seed=seeds, guidance_scale=scale, num_inference_steps=steps, width=side, height=side)
             for file, seed, image in zip(some, seeds, drawn.images):
                 how = {"Steps": steps, "CFG scale": scale, "Seed": seed}
                 save_png(image, file, {"parameters": generation_text(prompt, "", how)})

@@ -24,6 +24,7 @@ from minidiff.core.train import DTYPES, Batch, Task
 from minidiff.draw.device import chosen_device
 from minidiff.draw.images import contact_sheet
 from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.draw.prompting import literal
 from minidiff.draw.speed import checkpoint_gradients
 from minidiff.files import names as keymaps
 from minidiff.trainer.card import write_card
@@ -148,7 +149,7 @@ def sample_sheets(
 
     Call this while the model still is the base: the first row is drawn here.
     """
-    prompts = settings.validation_prompt or (data.templates[0].replace("{}", data.examples[0].caption),)
+    prompts = settings.validation_prompt or (literal(data.templates[0].replace("{}", data.examples[0].caption)),)
     seeds = [settings.seed + i for i in range(settings.num_validation_images)]
 
     def draw(prompt: str, seed: int) -> Image.Image:
@@ -161,6 +162,8 @@ def sample_sheets(
 
     base = row() if settings.validation_steps else []
     shown = prompts if settings.validation_prompt or settings.prompt else ("the first caption",)  # captions are not published
+    if settings.prompt and (escaped := literal(settings.prompt)) != settings.prompt:
+        print(f"Note: in a prompt that is drawn, brackets are weights; write this one as {escaped}", file=sys.stderr)
     columns = [f"{prompt}, seed {seed}" for prompt in shown for seed in seeds]
 
     def sheet(done: int) -> Image.Image:

@@ -4,9 +4,11 @@ import re
 import warnings
 
 import pytest
+import torch
 
 from minidiff.core.errors import SettingsError
-from minidiff.draw.prompting import Part, Prompt, parse_prompt
+from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.draw.prompting import Part, Prompt, literal, parse_prompt
 
 
 def quietly(prompt: str) -> Prompt:
@@ -247,3 +249,19 @@ def test_hostile_prompts_are_read_at_once(hostile: str, count: int) -> None:
 
 def test_ten_thousand_breaks() -> None:
     assert len(parse_prompt("BREAK " * 10_000).sections) == 10_001
+
+
+# --- captions ----------------------------------------------------------------------------------------------------------
+
+CAPTIONS = [
+    "a photo of [V] dog", "a dog (sks)", "mika (blue archive), \\o/", "(((", "x:1.3)", "a \\( b",
+    "[a|b] AND [c:d:0.5] BREAK <lora:x:1> e",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_a_caption_drawn_means_what_it_meant_in_training(caption: str) -> None:
+    """To the bit, and without a warning; while the caption as it stands would be read as the prompt language."""
+    pipe = StableDiffusionPipeline.from_pretrained("checkpoints/pocket")
+    assert not notes(literal(caption))
+    assert torch.equal(pipe.encode_prompt([literal(caption)]), pipe.encode_captions([caption]))

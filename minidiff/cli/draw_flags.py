@@ -67,7 +67,7 @@ class Sampling(Flags):
     clip_skip: Annotated[int, between(0, 100)] = 0
     """Leave out the last N layers of the text encoder. A1111 counts one more: its "Clip skip: 2" is 1 here."""
     seed: int = 0
-    """The first picture uses this seed, the next one seed + 1, and so on."""
+    """The first picture uses this seed, the next one seed + 1, and so on. -1: a new one, which is printed."""
     width: Side | None = None
     """Width in pixels. Default: that of the model, or of --image."""
     height: Side | None = None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,15 @@ def test_the_same_pixels_from_a_picture(tiny_folder: Path, loras: Path, capsys: 
     with pytest.raises(SystemExit) as leave:
         main(["sample", "a dog", "--from"])
     assert leave.value.code == 2 and "--from: expected one argument" in capsys.readouterr().err
+
+
+def test_seed_minus_one_is_a_new_seed_which_stands_in_the_picture(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.png", "b.png"):
+        run(tiny_folder, "sample", "the beach", "--seed", "-1", "--output", name)
+    seeds = re.findall(r"^seed (\d+)$", capsys.readouterr().out, re.MULTILINE)
+    assert len(set(seeds)) == 2 and f"Seed: {seeds[0]}," in read_png_text("a.png")["parameters"]
+    run(tiny_folder, "sample", "the beach", "--seed", seeds[0], "--output", "again.png")
+    assert same("a.png", "again.png") and not same("a.png", "b.png")
 
 
 def test_one_of_several_is_as_if_alone(tiny_folder: Path) -> None:

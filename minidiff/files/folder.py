@@ -175,6 +175,11 @@ DRAWN_AS: dict[str, tuple[Any, ...]] = {  # settings of diffusers' classes, and 
 }
 
 
+def noise_values(scheduler: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler_config.json as the reference's pipeline reads it: it sets steps_offset to 1, and its DDIM ends at alpha 1."""
+    return {"set_alpha_to_one": scheduler.get("_class_name") == "DDIMScheduler", **scheduler, "steps_offset": 1}
+
+
 def sampler_of(scheduler: dict[str, Any], where: str) -> str:
     """The sampler that a scheduler_config.json names; DDIM, with a warning, if minidiff does not have it.
 

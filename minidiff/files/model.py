@@ -27,6 +27,7 @@ from minidiff.files.folder import (
     config_of,
     config_values,
     local_folder,
+    noise_values,
     read_config,
     read_json,
     sampler_of,
@@ -112,7 +113,8 @@ def read_model(
         network.requires_grad_(False).eval()
     if model.home is not None:
         values, where = config_of(model.home / "scheduler", "scheduler_config.json")
-        model = replace(model, noise_config=read_config(NoiseConfig, values, where), sampler=sampler_of(values, where))
+        noise = read_config(NoiseConfig, noise_values(values), where)
+        model = replace(model, noise_config=noise, sampler=sampler_of(values, where))
     folder = tokenizer or (model.home and model.home / "tokenizer")
     return replace(model, tokenizer=load_tokenizer(Path(folder))) if folder else model
 

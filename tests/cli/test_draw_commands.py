@@ -90,7 +90,7 @@ def test_the_same_pixels_from_a_picture(tiny_folder: Path, loras: Path, capsys: 
     assert leave.value.code == 2 and "--from: expected one argument" in capsys.readouterr().err
 
 
-def test_seed_minus_one_is_a_new_seed_which_stands_in_the_picture(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seed_minus_one_is_a_new_seed_in_the_picture(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a.png", "b.png"):
         run(tiny_folder, "sample", "the beach", "--seed", "-1", "--output", name)
     seeds = re.findall(r"^seed (\d+)$", capsys.readouterr().out, re.MULTILINE)

@@ -88,6 +88,26 @@ def test_pictures(ours: Any, theirs: Any, sampler: str) -> None:
         assert np.asarray(mine).std() > 10
 
 
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler"])
+@pytest.mark.parametrize(("offset", "last"), [(0, True), (0, None), (None, None), (1, False)])
+def test_scheduler_configs_of_old_models(tmp_path: Path, ours: Any, name: str, offset: int | None, last: bool | None) -> None:
+    """Settings that are missing, or that the reference's pipeline changes."""
+    ours.save_pretrained(tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    changed = {"_class_name": name, "steps_offset": offset, "set_alpha_to_one": last}
+    values = {key: value for key, value in (json.loads(path.read_text()) | changed).items() if value is not None}
+    path.write_text(json.dumps(values))
+    index = json.loads((tmp_path / "model_index.json").read_text()) | {"scheduler": ["diffusers", name]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    mine = StableDiffusionPipeline.from_pretrained(tmp_path)
+    other = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
+    for pipe in (mine, other):
+        pipe.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    call = {"prompt": "a dog", "latents": latents, "num_inference_steps": 3, "output_type": "latent"}
+    compare(mine(**call).images, other(**call).images)
+
+
 def test_v_prediction(tmp_path: Path, ours: Any) -> None:
     ours.save_pretrained(tmp_path)
     path = tmp_path / "scheduler" / "scheduler_config.json"

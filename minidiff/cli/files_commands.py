@@ -17,12 +17,11 @@ from minidiff.files import inspect as inspecting
 from minidiff.files import merge as merging
 from minidiff.files.atomic import new_output
 from minidiff.files.lora_file import LoRAFile, load_lora, read_lora
-from minidiff.files.model import cast, empty_model, is_single_file, read_model, write_model
+from minidiff.files.model import cast, is_single_file, read_model, write_model
 
 
 def inspect(s: Inspect) -> None:
-    model = empty_model(s.pretrained_model_name_or_path) if s.pretrained_model_name_or_path else None
-    reports = inspecting.inspect(s.file, model)
+    reports = inspecting.inspect(s.file)
     print(json.dumps(reports, indent=2) if s.json else "\n\n".join(map(inspecting.as_text, reports)))
 
 
@@ -43,8 +42,6 @@ def bake(s: Bake) -> None:
         for path, (name, strength) in zip(s.lora, strengths.items()):
             lora = load_lora(model.adaptable, path, name)
             print(f"{lora}; weight {strength:g}")
-            if strength != 1 and any(weights.magnitude is not None for weights in lora.modules.values()):
-                print(f"  DoRA at weight {strength:g}: W' lies on the straight line from the base (0) to what was trained (1).")
         for network in model.adaptable.values():
             if names := adapter_names(network):
                 set_adapters(network, names, [strengths[name] for name in names])
@@ -53,8 +50,7 @@ def bake(s: Bake) -> None:
             cast(model, dtype)
         write_model(model, place)
         moved = converting.moved(model.weights(), read_model(place, model.home).weights())
-    note = "" if changed else ". This is the base model again: the weights are 0, or the adapters change nothing"
-    report([moved, f"{changed} layers changed{note}"], place, s.output)
+    report([moved, f"{changed} layers changed"], place, s.output)
 
 
 def join(s: Join) -> None:
@@ -65,14 +61,15 @@ def join(s: Join) -> None:
         joined = merging.join([lora.modules for lora in loras], s.strengths)
         if s.rank is not None:
             joined, error = merging.cut(joined, s.rank)
-            print(table(s.rank, error))
+            print(loss(s.rank, error))
         lines = saved(s, joined, place, joined_metadata(loras, s.strengths))
     report(lines, place, s.output)
 
 
 def joined_metadata(loras: Sequence[LoRAFile], strengths: Sequence[float]) -> dict[str, str]:
-    """The files of the adapters, and every word that calls one of them up."""
-    about = {"modelspec.merged_from": ", ".join(f"{lora.path.name} x {s:g}" for lora, s in zip(loras, strengths))}
+    """The files of the adapters, and every word that calls one of them up. A single adapter keeps all of its metadata."""
+    about = converting.kept_metadata(loras[0].metadata) if len(loras) == 1 else {}
+    about["modelspec.merged_from"] = ", ".join(f"{lora.path.name} x {s:g}" for lora, s in zip(loras, strengths))
     for key in ("modelspec.trigger_phrase", "base_model"):
         texts = list(dict.fromkeys(lora.metadata[key] for lora in loras if lora.metadata.get(key)))
         if len(texts) == 1 or (texts and key != "base_model"):
@@ -85,7 +82,7 @@ def extract(s: Extract) -> None:
         base = read_model(s.base, None if is_single_file(s.tuned) else s.tuned)
         tuned = read_model(s.tuned, None if is_single_file(s.base) else s.base)
         modules, error = merging.extract(base.adaptable, tuned.adaptable, s.rank)
-        print(table(s.rank, error))
+        print(loss(s.rank, error))
         if left := merging.left_out(base.networks, tuned.networks, modules):
             some = ", ".join(left[:3])
             print(f"{len(left)} tensors moved that no adapter can hold (biases, norms, embeddings, the VAE): {some} …")
@@ -94,21 +91,13 @@ def extract(s: Extract) -> None:
 
 
 def resize(s: Resize) -> None:
-    with new_output(Path(s.output)) as place:
-        lora = read_lora(s.adapter)
-        print(lora)
-        modules, error = merging.cut(lora.modules, s.rank)
-        print(table(s.rank, error))
-        lines = saved(s, modules, place, converting.kept_metadata(lora.metadata))
-    report(lines, place, s.output)
+    join(Join(lora=(s.adapter,), rank=s.rank, to=s.to, dtype=s.dtype, output=s.output))
 
 
 # --- what they share -----------------------------------------------------------------------------------------------------
 
 
-def saved(
-    s: Join | Extract | Resize, modules: Mapping[str, LoRAWeights], place: Path, metadata: Mapping[str, str]
-) -> list[str]:
+def saved(s: Join | Extract, modules: Mapping[str, LoRAWeights], place: Path, metadata: Mapping[str, str]) -> list[str]:
     return converting.rewritten(modules, place, s.to, dtype_named(s.dtype) or torch.float32, metadata)
 
 
@@ -116,12 +105,10 @@ def report(lines: Sequence[str], place: Path, output: str) -> None:
     print(*(line.replace(str(place), output) for line in lines), f"{output}: written, and read again", sep="\n")
 
 
-def table(rank: int, errors: Mapping[str, float]) -> str:
-    """The mean error of a cut, and the ten largest."""
-    worst = sorted(errors.items(), key=lambda item: -item[1])[:10]
+def loss(rank: int, errors: Mapping[str, float]) -> str:
+    worst = max(errors, key=errors.__getitem__)
     mean = sum(errors.values()) / len(errors)
-    heading = f"Relative error of ΔW at rank {rank}: {len(errors)} layers, {mean:.4f} on average; the largest:"
-    return "\n".join([heading, *(f"  {value:8.4f}  {name}" for name, value in worst)])
+    return f"Relative error of ΔW at rank {rank}: {mean:.4f} on average of {len(errors)} layers, {errors[worst]:.4f} in {worst}"
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:

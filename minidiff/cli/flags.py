@@ -22,8 +22,6 @@ class Inspect(Flags):
 
     file: Positional[Path]
     """A LoRA, a textual inversion, a model or a part of a model: a file or its folder."""
-    pretrained_model_name_or_path: str | None = None
-    """A model folder: how many tensors of the file fit in it?"""
     json: bool = False
     """Print JSON, for scripts."""
 

@@ -6,7 +6,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,30 +15,27 @@ from minidiff.core.config import SD15_UNET
 from minidiff.core.errors import MinidiffError
 from minidiff.core.lora import LoRAWeights
 from minidiff.files.folder import read_json
-from minidiff.files.lora_file import check_match, read_modules
+from minidiff.files.lora_file import read_modules
 from minidiff.files.lora_module import METADATA, alpha_of
 from minidiff.files.lora_names import lora_header
-from minidiff.files.model import ModelParts, split_single_file
-from minidiff.files.names import UNET_PREFIX, lora_dialect, modern
+from minidiff.files.names import lora_dialect
 from minidiff.files.values import listed, printable
-from minidiff.files.weights import TensorFile, check_fit, find_weights, named, read_header
+from minidiff.files.weights import TensorFile, find_weights, read_header
 from minidiff.files.word_file import KOHYA, is_embedding
 
-Facts = Iterator[tuple[str, Any]]  # labels, and for each a text, a list of texts, or a table of texts
-FITS = "the file fits it"
+Facts = dict[str, Any]  # labels, and for each a text, a list of texts, or a table of texts
 
 
-def inspect(path: str | Path, model: ModelParts | None = None) -> list[dict[str, Any]]:
-    """A report on a file; for a folder, on each weight file in it. With `model`, also whether the file fits it."""
+def inspect(path: str | Path) -> list[Facts]:
+    """A report on a file; for a folder, on each weight file in it."""
     path = Path(path)
     if (path / "model_index.json").is_file():
-        networks = [describe(find_weights(path / part), model) for part in ("unet", "vae", "text_encoder")]
-        return [describe_folder(path), *networks]
+        return [describe_folder(path), *(describe(find_weights(path / part)) for part in ("unet", "vae", "text_encoder"))]
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    return [describe(file, model) for file in files or [find_weights(path)]]
+    return [describe(file) for file in files or [find_weights(path)]]
 
 
-def as_text(report: Mapping[str, Any]) -> str:
+def as_text(report: Facts) -> str:
     """A report for people: the path, and below it the labels and their texts."""
     width = max(map(len, report)) + 2
     lines = []
@@ -51,22 +48,29 @@ def as_text(report: Mapping[str, Any]) -> str:
     return printable("\n".join(lines))
 
 
-def describe_folder(path: Path) -> dict[str, Any]:
+def describe_folder(path: Path) -> Facts:
     index = read_json(path / "model_index.json", "a model folder has one")
     schedule = read_json(path / "scheduler" / "scheduler_config.json", "a model folder has one")
-    said = {"pipeline": index.get("_class_name"), "predicts": schedule.get("prediction_type", "epsilon")}
-    said["sampler"] = schedule.get("_class_name")
-    return {"path": str(path), "is": "a model folder in the diffusers layout", **{key: str(said[key]) for key in said}}
+    return {
+        "path": str(path),
+        "is": "a model folder in the diffusers layout",
+        "pipeline": str(index.get("_class_name")),
+        "predicts": str(schedule.get("prediction_type", "epsilon")),
+        "sampler": str(schedule.get("_class_name")),
+    }
 
 
-def describe(path: Path, model: ModelParts | None) -> dict[str, Any]:
+def describe(path: Path) -> Facts:
     """WeightsError if it is no safetensors file. Other damage is in the report, in the words of the error in loading."""
     file = read_header(path)
-    report: dict[str, Any] = {"path": str(path), "is": file.looks_like, "size": size(file)}
-    is_lora, is_word = lora_dialect(file.tensors), is_embedding(file.tensors)
+    report: Facts = {"path": str(path), "is": file.looks_like, "size": size(file)}
     try:
-        for label, value in (lora_facts if is_lora else word_facts if is_word else model_facts)(file, model):
-            report[label] = value
+        if lora_dialect(file.tensors):
+            report |= lora_facts(file)
+        elif is_embedding(file.tensors):
+            report |= word_facts(file)
+        else:
+            file.read()  # WeightsError for NaN and infinity
     except MinidiffError as error:
         report["problem"] = str(error)
     if about := {key: text for key, text in sorted(file.metadata.items()) if key not in ("format", METADATA)}:
@@ -82,22 +86,14 @@ def size(file: TensorFile) -> str:
     return f"{file.path.stat().st_size:,} bytes; {len(file.tensors):,} tensors of {kinds or 'nothing'}"
 
 
-# --- LoRA --------------------------------------------------------------------------------------------------------------
-
-
-def lora_facts(file: TensorFile, model: ModelParts | None) -> Facts:
-    if words := trigger_words(file.metadata):
-        yield "trigger words", words
-    header = lora_header(file, model.unet.config if model else SD15_UNET)
-    lora = read_modules(header, None)
-    yield "layers", layer_groups(lora.modules)
+def lora_facts(file: TensorFile) -> Facts:
+    lora = read_modules(lora_header(file, SD15_UNET), None)
+    facts: Facts = {"trigger words": trigger_words(file.metadata), "layers": layer_groups(lora.modules)}
     if not lora.alpha_known:
-        yield "alpha", "not in the file; then it is the rank"
+        facts["alpha"] = "not in the file; then it is the rank"
     if untrained := [name for name, weights in lora.modules.items() if not weights.B.any()]:
-        yield "never trained", listed("layers, where B is 0", untrained).strip()
-    if model:
-        check_match(model.adaptable, header)
-        yield "model", FITS
+        facts["never trained"] = listed("layers, where B is 0", untrained).strip()
+    return {label: fact for label, fact in facts.items() if fact}
 
 
 def layer_groups(modules: Mapping[str, LoRAWeights]) -> list[str]:
@@ -125,29 +121,10 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-# --- textual inversion, models -----------------------------------------------------------------------------------------
-
-
-def word_facts(file: TensorFile, model: ModelParts | None) -> Facts:
-    shapes = {key: (1, *info.shape)[-2:] for key, info in file.tensors.items()}
-    said = file.metadata.get("token", file.path.stem)
-    yield "vectors", [f"{said if key == KOHYA else key}: {n} of width {width}" for key, (n, width) in shapes.items()]
+def word_facts(file: TensorFile) -> Facts:
+    word = file.metadata.get("token", file.path.stem)
+    shapes = {word if key == KOHYA else key: (1, *info.shape)[-2:] for key, info in file.tensors.items()}
+    facts: Facts = {"vectors": [f"{name}: {n} of width {width}" for name, (n, width) in shapes.items()]}
     if zero := [key for key, tensor in file.read().items() if not tensor.any()]:
-        yield "never trained", listed("words, whose vectors are 0", zero).strip()
-    if model:
-        width = model.text_encoder.config.hidden_size
-        fits = all(shape[1] == width for shape in shapes.values())
-        yield "model", FITS if fits else f"the text encoder is {width} wide: the vectors do not fit"
-
-
-def model_facts(file: TensorFile, model: ModelParts | None) -> Facts:
-    file.read()  # WeightsError for NaN and infinity
-    if model:
-        keys = {modern(key) for key in file.tensors}
-        if any(key.startswith(UNET_PREFIX) for key in keys):
-            networks = split_single_file(file.path, model.unet.config, model.vae.config)
-        else:
-            networks = {max(model.networks, key=lambda part: len(keys & named(model.networks[part]).keys())): file}
-        for part, inside in networks.items():
-            check_fit(model.networks[part], inside)
-        yield "model", FITS
+        facts["never trained"] = listed("words, whose vectors are 0", zero).strip()
+    return facts

@@ -35,10 +35,14 @@ class Cut(NamedTuple):
 
 def join(adapters: Sequence[Modules], strengths: Sequence[float]) -> dict[str, LoRAWeights]:
     """Σ strength · ΔW as one adapter, exactly, by concatenation. A layer need not be in each of them."""
-    check_linear(adapters)
     found: dict[str, list[tuple[LoRAWeights, float]]] = {}
     for modules, strength in zip(adapters, strengths, strict=True):
         for name, weights in modules.items():
+            if weights.magnitude is not None:  # its change depends on W
+                raise AdapterError(
+                    f"{name} is DoRA, whose change is no product B A; it cannot be joined or cut. "
+                    "Bake it into the model: minidiff merge bake. From that, merge extract gets a plain LoRA."
+                )
             found.setdefault(name, []).append((weights, strength))
     return {name: concatenated(name, parts) for name, parts in found.items()}
 
@@ -53,22 +57,11 @@ def concatenated(name: str, parts: Sequence[tuple[LoRAWeights, float]]) -> LoRAW
     return LoRAWeights(A, B, 1.0)
 
 
-def check_linear(adapters: Sequence[Modules]) -> None:
-    """AdapterError for DoRA: its change depends on W and is no product of two thin matrices."""
-    for modules in adapters:
-        if dora := next((name for name, weights in modules.items() if weights.magnitude is not None), None):
-            raise AdapterError(
-                f"{dora} is DoRA, whose change is no product B A; it cannot be joined or cut. "
-                f"Bake it into the model: minidiff merge bake. From that, merge extract gets a plain LoRA."
-            )
-
-
 # --- rank --------------------------------------------------------------------------------------------------------------
 
 
 def cut(modules: Modules, rank: int) -> Cut:
-    """The best adapter of at most this rank: the truncated SVD of every ΔW."""
-    check_linear([modules])
+    """The best adapter of at most this rank: the truncated SVD of every ΔW. `modules` are as `join` gives them."""
     shorter = Cut({}, {})
     for name, old in modules.items():
         U, S, Vt = svd(old)

@@ -94,8 +94,6 @@ def test_join_refuses() -> None:
         AdapterError, match="to_q is DoRA.*cannot be joined or cut. Bake it into the model: minidiff merge bake"
     ):
         join([{NAME: small(1)}, {NAME: dora}], [1, 1])
-    with pytest.raises(AdapterError, match="is DoRA"):
-        cut({NAME: dora}, 1)
 
 
 # --- rank --------------------------------------------------------------------------------------------------------------
@@ -232,7 +230,7 @@ def test_bake_a_single_file_in_the_bases_dtype(
     torch.testing.assert_close(predict(read_model(out).unet.float()), wanted, rtol=0, atol=1e-2)
 
 
-def test_bake_of_dora_says_what_a_weight_means(tiny_folder: Path, tmp_path: Path, capsys) -> None:
+def test_bake_of_dora_at_half_weight(tiny_folder: Path, tmp_path: Path) -> None:
     W = dict(StableDiffusionPipeline.from_pretrained(tiny_folder).unet.named_modules())[NAME[5:]].weight.detach()
     g = torch.Generator().manual_seed(1)
     dora = LoRAWeights(torch.randn(2, W.shape[1], generator=g), torch.randn(len(W), 2, generator=g), 1.0, torch.ones(len(W), 1))
@@ -243,15 +241,12 @@ def test_bake_of_dora_says_what_a_weight_means(tiny_folder: Path, tmp_path: Path
     )
     baked = read_model(tmp_path / "baked").unet.get_submodule(NAME[5:]).weight
     torch.testing.assert_close(baked.detach(), W + 0.5 * dora.delta(W), rtol=0, atol=1e-6)
-    said = capsys.readouterr().out
-    assert "DoRA at weight 0.5: W' lies on the straight line from the base (0) to what was trained (1)" in said
 
 
 def test_bake_that_changes_nothing_says_so(tiny_folder: Path, files: list[str], tmp_path: Path, capsys) -> None:
     out = tmp_path / "baked"
     merge("bake", "--pretrained_model_name_or_path", tiny_folder, "--lora", files[1], "--lora_weight", 0, "--output", out)
-    said = capsys.readouterr().out
-    assert "0 layers changed. This is the base model again: the weights are 0" in said
+    assert "0 layers changed" in capsys.readouterr().out
 
 
 def test_bake_beyond_all_numbers_names_the_flag(tiny_folder: Path, files: list[str], tmp_path: Path, capsys) -> None:
@@ -275,13 +270,12 @@ def test_join_command(tiny_folder: Path, files: list[str], wanted: Tensor, tmp_p
 def test_join_to_a_rank_prints_the_error(files: list[str], pair: tuple[Modules, Modules], tmp_path: Path, capsys) -> None:
     merge("join", "--lora", *files, "--rank", 2, "--output", tmp_path / "ab.safetensors", "--dtype", "float16")
     shorter, exact = read_lora(tmp_path / "ab.safetensors").modules, join(pair, [1, 1])
-    said = capsys.readouterr().out.split("Relative error of ΔW at rank 2: ")[1]
-    rows = re.findall(r"^ +(\d\.\d{4})  (\S+)$", said, re.MULTILINE)
-    assert len(rows) == 10
-    for number, name in rows:
-        change = exact[name].product()
-        error = (shorter[name].product() - change).norm() / change.norm()
-        assert float(number) == pytest.approx(error.item(), abs=1e-3)
+    changes = {name: weights.product() for name, weights in exact.items()}
+    errors = [((shorter[name].product() - change).norm() / change.norm()).item() for name, change in changes.items()]
+    said = re.search(r"ΔW at rank 2: ([\d.]+) on average of (\d+) layers, ([\d.]+) in unet", capsys.readouterr().out)
+    assert said and int(said[2]) == len(errors)
+    assert float(said[1]) == pytest.approx(sum(errors) / len(errors), abs=1e-3)
+    assert float(said[3]) == pytest.approx(max(errors), abs=1e-3)
     assert {weights.rank for weights in shorter.values()} == {2}
     assert {tensor.dtype for tensor in load_file(tmp_path / "ab.safetensors").values()} == {torch.float16}
 
@@ -299,7 +293,7 @@ def test_resize_command(files: list[str], tmp_path: Path, capsys) -> None:
     merge("resize", files[1], "--rank", 1, "--output", tmp_path / "one", "--to", "peft")
     found = read_lora(tmp_path / "one")
     assert found.dialect == "peft" and set(found.ranks.values()) == {1}
-    assert "Relative error of ΔW at rank 1: 32 layers" in capsys.readouterr().out
+    assert re.search(r"Relative error of ΔW at rank 1: .* of 32 layers", capsys.readouterr().out)
 
 
 def test_extract_command(tiny_folder: Path, files: list[str], pair: tuple[Modules, Modules], tmp_path: Path, capsys) -> None:

@@ -2,7 +2,7 @@
 
 one prompt        a folder of pictures, and --instance_prompt for all of them
 metadata.jsonl    one JSON object a line: {"file_name": "a.png", "text": "a photo of …"}; or metadata.csv
-sidecars          a.png and a.txt (or a.caption)
+sidecars          a.png and a.txt (or a.caption, a.png.txt)
 kohya's folders   10_sks dog/a.png: each picture comes 10 times an epoch; its caption is "sks dog" if it has no other
 masks             a.mask.png beside a.png, a column "mask" of the metadata, or the picture's own alpha channel: white is learnt,
                   black is not; of a mask with an alpha channel, that says what is learnt
@@ -31,6 +31,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption")
 COLUMNS = ("text", "caption", "prompt")  # where captions are looked for, in this order
+KOHYA = re.compile(r"[1-9][0-9]{0,4}_")
 MASK = ".mask.png"  # a.mask.png is the mask of a.png (or a.jpg, …)
 
 Size = tuple[int, int]  # width and height in pixels
@@ -72,13 +73,17 @@ def scan_folder(folder: Path, prompt: str | None, caption_column: str | None = N
         scan.errors.append(f"{folder} is {what}; give the folder of the pictures.")
         return scan
     inside = sorted(folder.iterdir())
-    kohya = [p for p in inside if re.match(r"[1-9][0-9]{0,4}_", p.name) and p.is_dir()]
-    if not kohya or any(is_picture(p) or p.name in METADATA for p in inside):
+    flat = any(is_picture(p) or p.name in METADATA for p in inside)
+    below = [] if flat or kohya_in(folder) else [p for p in inside if p.is_dir() and kohya_in(p)]
+    if len(below) == 1:  # the folder above the one that is wanted
+        folder, inside = below[0], sorted(below[0].iterdir())
+    kohya = [folder] if flat and prompt is None and KOHYA.match(folder.name) else [] if flat else kohya_in(folder)
+    for path in kohya:
+        repeats, words = path.name.split("_", maxsplit=1)
+        scan.read(path, words.strip(), int(repeats))
+    if not kohya:
         scan.read(folder)
-    else:
-        for path in kohya:
-            repeats, words = path.name.split("_", maxsplit=1)
-            scan.read(path, words.strip(), int(repeats))
+    elif not flat:
         scan.notice(f"{folder}: not used", [p.name for p in inside if p not in kohya])
     without = [e.path.name for e in scan.examples if e.mask is None] if masks else []
     if without and len(without) == len(scan.examples):
@@ -87,6 +92,11 @@ def scan_folder(folder: Path, prompt: str | None, caption_column: str | None = N
     else:
         scan.notice(f"{folder}: without a mask, and so learnt as a whole", without)
     return scan
+
+
+def kohya_in(folder: Path) -> list[Path]:
+    """Folders with names such as "10_sks dog"."""
+    return [p for p in sorted(folder.iterdir()) if KOHYA.match(p.name) and p.is_dir()]
 
 
 @dataclass
@@ -127,20 +137,24 @@ class Scan:
             self.errors.append(f"{folder} has no pictures ({', '.join(PICTURES)}); it holds {holds}.")
         files = [*([e.path for e in found] if tables else pictures), *(e.mask for e in found if e.mask)]
         used = {p.relative_to(folder).parts[0] for p in files} | set(METADATA)  # a file, or the folder it is in
-        used |= {str(Path(name).with_suffix(s)) for name in used for s in SIDECARS}
+        used |= {path.name for picture in pictures for path in sidecars(picture)}
         self.notice(f"{folder}: not used", [p.name for p in inside if p.name not in used])
         self.examples += [replace(e, repeats=repeats) for e in found]
         self.pictures += pictures
 
     def from_sidecars(self, folder: Path, pictures: list[Path], fallback: str | None) -> Iterator[Example]:
         """The caption of a.png is the prompt of all pictures, or in a.txt or a.caption."""
-        without = []
+        without, joined = [], []
         for picture in pictures:
             with self.collecting():
-                if caption := self.prompt or sidecar(picture) or fallback:
-                    yield Example(picture, caption, self.mask_beside(picture))
-                else:
+                text = self.prompt or sidecar(picture) or fallback
+                if text is None:
                     without.append(picture.name)
+                    continue
+                if not self.prompt and "\n" in text:
+                    joined.append(picture.name)
+                yield Example(picture, self.prompt or " ".join(text.split()), self.mask_beside(picture))
+        self.notice(f"{folder}: captions of several lines are read as one", joined)
         if without:
             self.errors.append(
                 f"{folder}: {len(without)} of {len(pictures)} pictures have no caption ({some(without)}). Give them a "
@@ -186,10 +200,17 @@ def some(names: list[str], most: int = 5) -> str:
 
 def sidecar(picture: Path) -> str | None:
     """The caption in a file beside a picture, if there is one."""
-    found = [p for p in (picture.with_suffix(s) for s in SIDECARS) if p.is_file()]
-    if len(found) == 2:
+    found = sidecars(picture)
+    if len(found) > 1:
         raise DataError(f"{picture} has two captions, {found[0].name} and {found[1].name}; remove one.")
-    return checked(" ".join(read_text(found[0]).split()), str(found[0])) if found else None
+    return checked(read_text(found[0]), str(found[0])) if found else None
+
+
+def sidecars(picture: Path) -> list[Path]:
+    """The caption files beside a.png: a.txt, a.caption, a.png.txt, or in capitals."""
+    endings = [ending for suffix in SIDECARS for ending in (suffix, suffix.upper())]
+    names = [picture.with_name(stem + ending) for stem in (picture.stem, picture.name) for ending in endings]
+    return list({path.stat().st_ino: path for path in names if path.is_file()}.values())  # where capitals mean nothing: one
 
 
 def read_text(path: Path) -> str:

@@ -21,6 +21,7 @@ from minidiff.draw.speed import speed_up
 from minidiff.files.lora_file import save_lora
 from minidiff.files.word_file import check_word, save_embedding
 from minidiff.trainer.card import model_spec
+from minidiff.trainer.dataset import scan_folder
 from minidiff.trainer.latents import LatentData
 from minidiff.trainer.optimizers import adamw
 from minidiff.trainer.settings import (
@@ -158,6 +159,9 @@ def new_word(pipe: StableDiffusionPipeline, settings: WordSettings) -> core.Trai
 
 def load_word_data(pipe: StableDiffusionPipeline, settings: WordSettings) -> LatentData:
     """The pictures, and the word in sentences: the captions or the prompt, or else the paper's kind of neutral ones."""
+    if (folder := settings.train_data_dir) and not scan_folder(Path(folder), None, settings.caption_column).examples:
+        print(f"Note: {folder} has no captions, so neutral sentences are trained (--learnable_property).", file=sys.stderr)
+        settings = replace(settings, instance_data_dir=folder, train_data_dir=None)
     given, word = settings.train_data_dir or settings.instance_prompt, settings.placeholder_token
     data = load_data(pipe, settings, True, ("{}",) if given else TEMPLATES[settings.learnable_property])
     first, last = pipe.placeholders[word][0], pipe.placeholders[word][-1]  # of its vectors

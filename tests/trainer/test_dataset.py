@@ -42,7 +42,24 @@ def test_sidecars(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "a.txt").write_text("\ufeffa red\nsquare\n", "utf-8")
     (folder / "b.caption").write_text("another")
     assert captions(read_folder(folder, None)) == {"a.jpg": "a red square", "b.PNG": "another"}
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == f"Note: {folder}: captions of several lines are read as one: a.jpg.\n"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.caption", "a.jpg.txt", "a.jpg.CAPTION"])
+def test_names_of_sidecars(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture(tmp_path / "a.jpg")
+    (tmp_path / name).write_text("a red square")
+    assert captions(read_folder(tmp_path, None)) == {"a.jpg": "a red square"} and not capsys.readouterr().err
+
+
+def test_kohyas_folder_from_above_and_from_inside(tmp_path: Path) -> None:
+    (tmp_path / "img" / "10_sks dog").mkdir(parents=True), (tmp_path / "log").mkdir()
+    picture(tmp_path / "img" / "10_sks dog" / "a.png")
+    for folder in (tmp_path, tmp_path / "img", tmp_path / "img" / "10_sks dog"):
+        (example,) = read_folder(folder, None)
+        assert (example.caption, example.repeats, example.path.name) == ("sks dog", 10, "a.png")
+    (example,) = read_folder(tmp_path / "img" / "10_sks dog", "a prompt of its own")
+    assert (example.caption, example.repeats) == ("a prompt of its own", 1)
 
 
 def jsonl(folder: Path, *rows: object) -> None:

@@ -24,7 +24,6 @@ from minidiff.core.errors import DataError, MinidiffError, SettingsError
 from minidiff.core.inject import DEFAULT_TARGETS, GROUPS, inject
 from minidiff.core.losses import min_snr_weights, mse, prior_preservation
 from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
-from minidiff.core.train import Batch
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.lora_tags import at_strengths
 from minidiff.files.folder import SAMPLER_OF, config_values, write_json
@@ -435,7 +434,7 @@ def test_first_row_is_the_base(make: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "textual inversion"])
-def test_a_broken_number_names_the_module(make: Any, method: str) -> None:
+def test_a_broken_number_names_the_first_broken_gradient(make: Any, method: str) -> None:
     settings = make(method, train_batch_size=1, max_train_steps=5)
     task = recipe(settings)
     broken = dict(task.modules["unet"].named_modules())["mid_block.resnets.0.conv1"]
@@ -443,21 +442,9 @@ def test_a_broken_number_names_the_module(make: Any, method: str) -> None:
     with pytest.raises(MinidiffError) as error:
         fit(replace(task, trainable={k: p for k, p in task.trainable.items() if p is not broken.weight}), settings)
     message = str(error.value)
-    assert "3 updates in a row without a finite loss" in message and "unet.mid_block.resnets.0.conv1 (FastConv2d)" in message
+    assert "3 updates in a row without a finite loss" in message
+    assert re.search(r"The first broken gradient is that of \S+\.", message)
     assert "No checkpoint had been saved yet" in message
-
-
-def test_a_broken_batch_is_named(make: Any) -> None:
-    settings = make("lora", max_train_steps=5)
-    task = recipe(settings)
-    plain = task.batch
-
-    def batch(step: int, micro: int) -> Batch:
-        rows = plain(step, micro)
-        return rows | {"latents": rows["latents"] / 0}
-
-    with pytest.raises(MinidiffError, match="latents in the batch"):
-        fit(replace(task, batch=batch), settings)
 
 
 @pytest.mark.parametrize(

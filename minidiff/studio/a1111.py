@@ -83,12 +83,18 @@ def with_named_loras(settings: Settings) -> dict[str, Any]:
 FIELD = re.compile(r'(\w[\w /-]{0,60}): *("(?:\\.|[^"\\])*"|[^,]*)')  # A1111's own, with a limit: time stays linear
 
 
+LINE = re.compile(r"\n(?=(?:Steps|Sampler|CFG scale|Seed|Size|Schedule type|Model|Version)[\w ]*: )(?=[^\n]*\bSteps: \d)")
+
+
 def read_a1111(text: str) -> dict[str, Any]:
-    """The settings in a text of A1111: prompt, `Negative prompt: …`, then one line `Steps: 20, Sampler: Euler a, …`."""
-    head, found, line = f"\n{text}".rpartition("\nSteps: ")
-    prompt, _, negative = (head if found else line).partition("\nNegative prompt:")
+    """The settings in a text of A1111: prompt, `Negative prompt: …`, then one line `Steps: 20, Sampler: Euler a, …`.
+
+    Other programs sort that line, so it may begin with another of its names.
+    """
+    *head, line = LINE.split(f"\n{text}") if LINE.search(f"\n{text}") else [f"\n{text}", ""]
+    prompt, _, negative = "\n".join(head).partition("\nNegative prompt:")
     settings: dict[str, Any] = {"prompt": prompt.strip(), "negative_prompt": negative.strip()}
-    fields = dict(FIELD.findall("Steps: " + line.partition("\n")[0])) if found else {}
+    fields = dict(FIELD.findall(line.partition("\n")[0]))
     numbers = {"Steps": ("num_inference_steps", int), "Seed": ("seed", int), "CFG scale": ("guidance_scale", float)}
     for label, (name, kind) in numbers.items():
         with suppress(KeyError, ValueError):  # it is not there, or is no number

@@ -12,6 +12,7 @@ working folder. A text in a picture may come from anybody: types and sizes are c
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -29,6 +30,7 @@ from minidiff.studio.a1111 import Settings, parameters, read_a1111, strength_of,
 from minidiff.studio.hashes import HASHES
 
 SCHEMA, KEY = 1, "minidiff"
+TAG = re.compile(r"<(?:lora|lyco):[^<>]*>", re.IGNORECASE)
 MAX_DIGITS = 100  # no program writes larger numbers
 PROMPTS = ("prompt", "negative_prompt")
 MACHINE = ("device", "torch_dtype")  # under "machine" stands what was used, not what was asked for
@@ -111,7 +113,12 @@ def read_origin(path: str | Path, kind: type) -> Origin:
         raise DataError(f"{path} does not say how it was made: {why}. Look for the original PNG.")
     if KEY not in texts:
         note = f"{path} was made with A1111 or its like, so its noise is another, and so are the pixels. Taken over are its"
-        return Origin(path, read_a1111(text), {}, {}, [f"{note} prompts, steps, sampler, seed, size and guidance alone."])
+        settings, notes = read_a1111(text), [f"{note} prompts, steps, sampler, seed, size and guidance alone."]
+        negative = settings["negative_prompt"]
+        if tags := TAG.findall(negative):  # in A1111 they have no effect there
+            settings["negative_prompt"] = TAG.sub("", negative).strip()
+            notes.append(f"{path}: its negative prompt names {', '.join(tags)}, which is left out, as A1111 does.")
+        return Origin(path, settings, {}, {}, notes)
     try:
         whole = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= MAX_DIGITS else float(digits))
         return _own(path, whole, get_type_hints(kind))

@@ -131,3 +131,17 @@ def test_a_picture_that_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "no.png").write_bytes(b"text")
     with pytest.raises(DataError, match="not a picture"):
         read_origin(tmp_path / "no.png", Sample)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Sampler: Euler a, Steps: 20, CFG scale: 7, Seed: 3, Size: 128x96",
+        "CFG scale: 7, Sampler: Euler a, Seed: 3, Size: 128x96, Steps: 20",
+        "Model hash: 1a2b, Seed: 3, Size: 128x96, Sampler: Euler a, CFG scale: 7, Steps: 20",
+    ],
+)
+def test_the_line_of_settings_may_begin_with_any_name(line: str) -> None:
+    found = read_a1111(f"a red dog\nSteps: of stone\nNegative prompt: blurred\nSeed: of a plant\n{line}")
+    assert found["prompt"] == "a red dog\nSteps: of stone" and found["negative_prompt"] == "blurred\nSeed: of a plant"
+    assert (found["num_inference_steps"], found["seed"], found["width"], found["height"]) == (20, 3, 128, 96)

@@ -368,3 +368,11 @@ def test_odd_versions_are_only_a_note(picture: str, versions: object) -> None:
     altered(picture, versions=versions)
     (note,) = notes(*read(picture))
     assert "torch" in note and len(note) < 300
+
+
+def test_a_lora_in_a_negative_prompt_of_a1111_is_left_out_and_named(tmp_path: Path) -> None:
+    text = "a dog\nNegative prompt: blurred <lora:bad:0.5> dark\nSteps: 2, Seed: 3"
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"parameters": text})
+    origin = read_origin(tmp_path / "a.png", Sample)
+    assert origin.settings["negative_prompt"] == "blurred  dark"
+    assert "its negative prompt names <lora:bad:0.5>, which is left out" in origin.notes[-1]

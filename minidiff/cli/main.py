@@ -6,11 +6,9 @@ Nothing is imported before it is needed, so that `minidiff --help` answers at on
 
 import io
 import os
-import secrets
 import sys
 import warnings
 from argparse import ArgumentParser
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,7 +44,10 @@ def run(argv: list[str]) -> None:
         flags, function, _ = COMMANDS[name]
         settings = parse(name, found(flags), argv[len(name.split()) :])
         if group != "train" and getattr(settings, "seed", 0) == -1:  # several processes of a training would draw several
-            settings = replace(settings, seed=secrets.randbelow(2**31))
+            from dataclasses import replace
+            from secrets import randbelow
+
+            settings = replace(settings, seed=randbelow(2**31))
             print(f"seed {settings.seed}")
         settings.check()
         found(f"cli.{function}")(settings)

@@ -38,7 +38,8 @@ def train(s: FineTuneSettings) -> None:
 
 
 def data_check(s: DataCheck) -> None:
-    from minidiff.trainer.dataset import as_table, bucket_sizes, check_scan, scan_folder
+    from minidiff.trainer.dataset import scan_folder
+    from minidiff.trainer.pictures import as_table, bucket_sizes, check_scan
 
     scan = scan_folder(Path(s.folder), s.instance_prompt, s.caption_column, s.masked_loss)
     check_scan(scan, bucket_sizes(s.resolution, 64) if s.aspect_ratio_buckets else [(s.resolution, s.resolution)])

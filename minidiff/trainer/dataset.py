@@ -11,20 +11,17 @@ masks             a.mask.png beside a.png, a column "mask" of the metadata, or t
 import csv
 import io
 import json
-import math
 import os
 import re
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from minidiff.core.errors import DataError, did_you_mean
-from minidiff.draw.images import load_image, load_weights, open_image
-from minidiff.files.atomic import sha256
+from minidiff.draw.images import open_image
 from minidiff.files.bundled import here_or_bundled
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -292,76 +289,3 @@ def checked(caption: object, where: str) -> str:
     if not any(letter.isprintable() and not letter.isspace() for letter in caption):  # U+200B, say
         raise DataError(f"{where} is empty. For samples without a prompt there is --proportion_empty_prompts.")
     return caption.strip()
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
-def bucket_sizes(resolution: int, stride: int) -> list[Size]:
-    """Aspect-ratio buckets: sizes in which pictures keep their shape, of about as many pixels as a square, and never more.
-
-    Sides are multiples of `stride`, from half to twice `resolution`.
-    """
-    shortest = math.ceil(resolution / 2 / stride) * stride
-    wide = [(w, resolution**2 // w // stride * stride) for w in range(shortest, resolution + 1, stride)]
-    return sorted({*wide, *((height, width) for width, height in wide)})
-
-
-def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size | None:
-    """Of the buckets that a picture of `size` fills without being enlarged, the nearest in shape; None if it fills none."""
-    width, height = size
-    filled = [b for b in buckets if b[0] <= width and b[1] <= height]
-    return min(filled, key=lambda b: abs(math.log(b[0] / b[1]) - math.log(width / height)), default=None)
-
-
-def check_picture(example: Example, sizes: Sequence[Size]) -> Example:
-    """The example with the one of `sizes` at which it is trained. DataError if it is damaged, too small, or its mask unfit."""
-    image = load_image(example.path)
-    size = nearest_bucket(image.size, sizes)
-    if size is None:
-        few = f"{image.width} x {image.height} pixels are too few for --resolution {max(map(min, sizes))}"
-        raise DataError(f"{example.path}: {few}.")
-    if example.mask:
-        mask = load_weights(example.mask)
-        if mask.size != image.size:
-            raise DataError(f"{example.mask} has another size than {example.path.name}: {mask.size}, not {image.size}.")
-        if mask.getextrema() == (0, 0):
-            raise DataError(f"{example.mask} is black all over: there is nothing to learn. White is what is learnt.")
-        if mask.getextrema() == (255, 255):
-            warnings.warn(f"{example.mask} is white all over, so the whole picture is learnt.", stacklevel=2)
-    return replace(example, size=size)
-
-
-def check_pictures(examples: list[Example], sizes: Sequence[Size], skip_bad: bool) -> list[Example]:
-    """The examples with their sizes. One DataError lists all pictures that cannot be used; with `skip_bad` it is a notice."""
-    good, bad = [], []
-    for example in examples:
-        try:
-            good.append(check_picture(example, sizes))
-        except DataError as error:
-            bad.append(str(error))
-    if bad:
-        listed = "\n  ".join(bad[:10] + ["…"] * (len(bad) > 10))
-        what = f"{len(bad)} of {len(examples)} pictures cannot be used:\n  {listed}"
-        if not skip_bad or not good:
-            skip = ", or leave them out with --skip_bad" if good else ""
-            raise DataError(f"{what}\nMend or remove them{skip}; --resolution can be lowered.")
-        print(f"Note: {what}", file=sys.stderr)
-    return good
-
-
-def check_scan(scan: Scan, sizes: Sequence[Size]) -> None:
-    """`minidiff data check`: add an error for each picture that cannot be used, and a notice for each that is there twice."""
-    seen, known = dict[str, Path](), {example.path for example in scan.examples}
-    for example in scan.examples + [Example(path, "") for path in scan.pictures if path not in known]:
-        with scan.collecting():
-            check_picture(example, sizes)
-            if (first := seen.setdefault(sha256(example.path), example.path)) != example.path:
-                scan.notices.append(f"{example.path}: the same file as {first.name}.")
-
-
-def as_table(scan: Scan, folder: Path) -> str:
-    """For the terminal: a line for each error and notice, with files as seen from the folder, and a last line that counts."""
-    lines = [f"error   {text}" for text in scan.errors] + [f"notice  {text}" for text in scan.notices]
-    short = [text.replace(f"{folder}/", "").replace("\n", " ") for text in lines]
-    return "\n".join([*short, f"{len(scan.errors)} errors, {len(scan.notices)} notices"])

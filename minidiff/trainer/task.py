@@ -29,9 +29,10 @@ from minidiff.draw.speed import checkpoint_gradients
 from minidiff.files import names as keymaps
 from minidiff.trainer.card import write_card
 from minidiff.trainer.checkpoint import check_folder
-from minidiff.trainer.dataset import bucket_sizes, check_pictures, read_folder
+from minidiff.trainer.dataset import read_folder
 from minidiff.trainer.distributed import world
 from minidiff.trainer.latents import LatentData
+from minidiff.trainer.pictures import bucket_sizes, check_pictures
 from minidiff.trainer.priors import BasePrior, PairedData, class_examples, class_settings
 from minidiff.trainer.settings import FineTuneSettings, FullSettings
 from minidiff.trainer.validation import check_prediction_type, validation_set

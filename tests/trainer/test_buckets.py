@@ -2,8 +2,8 @@
 
 import pytest
 
-from minidiff.trainer.dataset import bucket_sizes, nearest_bucket
 from minidiff.trainer.latents import bucketed_order
+from minidiff.trainer.pictures import bucket_sizes, nearest_bucket
 
 SD15 = bucket_sizes(512, 64)
 

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 from test_cli import refused
 
-from minidiff.trainer.dataset import Scan, as_table, bucket_sizes, check_scan, scan_folder
+from minidiff.trainer.dataset import Scan, scan_folder
+from minidiff.trainer.pictures import as_table, bucket_sizes, check_scan
 
 
 def picture(path: Path, colour: tuple[int, ...] = (255, 0, 0), mode: str = "RGB", size: tuple[int, int] = (40, 32)) -> Path:

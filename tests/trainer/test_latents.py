@@ -12,8 +12,9 @@ from torch import Tensor
 
 from minidiff.core.errors import DataError
 from minidiff.core.vae import AutoencoderKL
-from minidiff.trainer.dataset import Example, bucket_sizes, check_pictures, read_folder
+from minidiff.trainer.dataset import Example, read_folder
 from minidiff.trainer.latents import LatentData, crop, order
+from minidiff.trainer.pictures import bucket_sizes, check_pictures
 from minidiff.trainer.settings import FineTuneSettings
 
 

@@ -162,6 +162,8 @@ class Judge(Flags):
     """How many unseen prompts to draw. There are 512."""
     judge: str = "outputs/judge.safetensors"
     """The classifier. It is trained first if the file does not exist."""
+    guidance_scale: Annotated[float, between(0, 100)] = 5.0
+    """How strongly the scored pictures follow their prompts."""
 
 
 @dataclass(frozen=True)

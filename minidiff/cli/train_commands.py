@@ -90,4 +90,4 @@ def pretrain(s: PretrainSettings) -> None:
 def judge(s: Judge) -> None:
     from minidiff.pocket.judge import judge_checkpoint
 
-    print(json.dumps(judge_checkpoint(s.folder, Path(s.judge), s.count), indent=2))
+    print(json.dumps(judge_checkpoint(s.folder, Path(s.judge), s.count, s.guidance_scale), indent=2))

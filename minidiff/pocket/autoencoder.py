@@ -3,7 +3,6 @@
 B batch   H W picture side, 128   h w latent side, 16
 """
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,16 +19,19 @@ from minidiff.draw.images import contact_sheet, to_pil, to_tensor
 from minidiff.draw.progress import progress
 from minidiff.draw.speed import speed_up_network
 from minidiff.files import weights
+from minidiff.files.folder import config_of, read_config
 from minidiff.pocket.dataset import load_latents, load_world
 from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.settings import PretrainSettings
-from minidiff.pocket.stage import begun, channels_last, chosen, first_of, fused, run
+from minidiff.pocket.stage import begun, chosen, first_of, run
+from minidiff.pocket.textures import texture
 from minidiff.pocket.world import draw, held_out
 from minidiff.trainer.task import Job
 
 POCKET_VAE = VAEConfig(
-    sample_size=128, block_out_channels=(16, 32, 96, 128), layers_per_block=1, norm_num_groups=16, scaling_factor=1.0
+    sample_size=128, block_out_channels=(16, 32, 96, 128), layers_per_block=1, norm_num_groups=4, scaling_factor=1.0
 )
+OUTSIDE = 0.4  # of the pictures come from textures.py and not from the world
 KL_WEIGHT = 3e-5  # keeps the latents near a Gaussian, and the decoder used to a little noise in them
 
 
@@ -57,13 +59,15 @@ def train_vae(home: Path, settings: PretrainSettings) -> None:
     """Stage 1: encoder and decoder together."""
     batch, world = settings.vae_batch, load_world(home, settings.pictures)
     torch.manual_seed(hashed_seed(settings.seed, "vae"))
-    vae = channels_last(begun(AutoencoderKL(POCKET_VAE), settings, "vae"))
+    vae = begun(AutoencoderKL(POCKET_VAE), settings, "vae")
     speed_up_network(vae)
-    loss = fused(partial(vae_loss, vae))
 
     def data(step: int, micro: int) -> Batch:
         draws = generator(settings.seed, "vae noise", step)
         x = world.batch(chosen(settings, "vae", step, batch))
+        for i in range(batch):
+            if torch.rand((), generator=draws) < OUTSIDE:
+                x[i] = to_tensor(Image.fromarray(texture(hashed_seed(settings.seed, "texture", step, i))))
         mirrored = torch.rand(batch, 1, 1, 1, generator=draws) < 0.5
         noise = torch.randn(batch, 4, 16, 16, generator=draws)
         anchor = 0.0 if settings.init_from else max(0.5 * (1 - step / 1200), 0.0)
@@ -72,11 +76,11 @@ def train_vae(home: Path, settings: PretrainSettings) -> None:
     task = Job(
         trainable=dict(vae.named_parameters()),
         batch=data,
-        loss=lambda data, step, micro: loss(data["x"], data["noise"], data["anchor"]),
+        loss=lambda data, step, micro: vae_loss(vae, data["x"], data["noise"], data["anchor"]),
         export=lambda folder: weights.save(vae.state_dict(), folder / "model.safetensors"),
         preview=lambda done: reconstruction_sheet(vae),
-        optimizer=Muon(*split(vae, ("conv_in", "conv_out", "quant_conv")), lr=2e-3, adam_lr=2e-3),
-        ema_decay=0.998,
+        optimizer=Muon(*split(vae, ("conv_in", "conv_out", "quant_conv")), lr=1.5e-3, adam_lr=1.5e-3),
+        ema_decay=0.999,
     )
     run(task, settings, "vae", settings.vae_steps, batch)
 
@@ -92,11 +96,14 @@ def reconstruction_sheet(vae: AutoencoderKL, count: int = 8) -> Image.Image:
 
 def load_vae(home: Path, settings: PretrainSettings) -> AutoencoderKL:
     """The autoencoder as the last stage that worked on it left it; where none did, that of `init_from`."""
-    vae = AutoencoderKL(POCKET_VAE)
-    files = [home / "decoder" / "model.safetensors", home / "standard_vae.safetensors", home / "vae" / "model.safetensors"]
+    trained = home / "vae" / "model.safetensors"
+    files, config = [home / "decoder" / "model.safetensors", home / "standard_vae.safetensors", trained], POCKET_VAE
+    if settings.init_from and not trained.exists():  # another checkpoint's norms may have other groups
+        config = read_config(VAEConfig, *config_of(Path(settings.init_from) / "vae"))
+    vae = AutoencoderKL(config)
     weights.load_into(vae, first_of(files, settings, "vae"), torch.float32)
     speed_up_network(vae)
-    return channels_last(vae.requires_grad_(False))
+    return vae.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -106,10 +113,11 @@ def encode_world(home: Path, settings: PretrainSettings) -> None:
     if path.exists():
         return
     world, parts, device = load_world(home, settings.pictures), [], chosen_device(settings.device)
-    vae = load_vae(home, settings).to(device)
+    vae, half = load_vae(home, settings).to(device), settings.mixed_precision == "bf16"
     for start in progress(range(0, settings.pictures, 16), "batch", "encoding"):
-        mean, logvar = vae.encode(world.batch(list(range(start, min(start + 16, settings.pictures)))).to(device))
-        parts.append((mean.cpu(), (0.5 * logvar).exp().cpu()))
+        with torch.autocast(device, torch.bfloat16, enabled=half):  # its error is smaller than the posteriors' deviation
+            mean, logvar = vae.encode(world.batch(list(range(start, min(start + 16, settings.pictures)))).to(device))
+        parts.append((mean.float().cpu(), (0.5 * logvar.float()).exp().cpu()))
     mean, std = (torch.cat(part) for part in zip(*parts))
     centre, spread = mean.mean((0, 2, 3)), (mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))).sqrt()
     standardize(vae.cpu(), centre, spread)
@@ -138,7 +146,6 @@ def train_decoder(home: Path, settings: PretrainSettings) -> None:
     batch, world, latents = settings.vae_batch, load_world(home, settings.pictures), load_latents(home)
     vae = load_vae(home, settings).to(chosen_device(settings.device))
     read = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
-    loss = fused(lambda z, x: reconstruction_loss(vae.decode(z), x))
 
     def data(step: int, micro: int) -> Batch:
         indices = chosen(settings, "decoder", step, batch)
@@ -148,7 +155,7 @@ def train_decoder(home: Path, settings: PretrainSettings) -> None:
     task = Job(
         trainable=dict(read.named_parameters()),
         batch=data,
-        loss=lambda data, step, micro: loss(data["z"], data["x"]),
+        loss=lambda data, step, micro: reconstruction_loss(vae.decode(data["z"]), data["x"]),
         export=lambda folder: weights.save(vae.state_dict(), folder / "model.safetensors"),
         preview=lambda done: reconstruction_sheet(vae),
         optimizer=Muon(*split(read, ("conv_in", "conv_out", "0.")), lr=5e-4, adam_lr=5e-4),

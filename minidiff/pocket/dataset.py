@@ -28,7 +28,7 @@ class World:
     def batch(self, indices: list[int]) -> Tensor:
         """(B, 3, 128, 128) in [-1, 1]."""
         rows = torch.from_numpy(np.stack([self.pixels[i] for i in indices]))
-        return (rows.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        return rows.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
 def load_world(home: Path, count: int) -> World:

@@ -1,8 +1,9 @@
-"""Scores for the pocket checkpoint: does a picture show what its prompt says, and how sharp is the autoencoder?
+"""Scores for the pocket checkpoint: does a picture show what its prompt says, is the thing whole, how sharp is the VAE?
 
-The judge is a small convolutional classifier with one answer for each question: which object, colour, scene, style? It
-learns from drawn pictures only, and nothing that is scored was ever trained against it. It sees drawings that are blurred,
-noisy and shifted in colour, so that it looks at shapes and not at the exact pixels of the drawing program.
+The judge is a small convolutional classifier with one answer for each question: which object, colour, scene, style? And is
+the object whole, with one head and all its legs? It learns from drawings and from spoiled drawings (anatomy.py) only, and
+nothing that is scored was ever trained against it. It sees them blurred, noisy and shifted in colour, so that it looks at
+shapes and not at the exact pixels of the drawing program.
 
 A second judge, CLIP's image tower, says how like two pictures are: for what a fine-tuned model has learned and forgotten.
 
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from minidiff.core.errors import WeightsError
@@ -28,10 +29,15 @@ from minidiff.draw.images import to_tensor
 from minidiff.draw.progress import progress
 from minidiff.files import weights
 from minidiff.files.folder import config_of
+from minidiff.pocket.anatomy import twins
 from minidiff.pocket.muon import Muon, split
+from minidiff.pocket.textures import KEPT_OUT, texture
 from minidiff.pocket.world import COLOURS, OBJECTS, POSES, SCENES, STYLES, Picture, caption, draw, held_out
 
 QUESTIONS: dict[str, tuple[str, ...]] = {"object": OBJECTS, "colour": COLOURS, "scene": SCENES, "style": STYLES}
+ANATOMY = ("spoiled", "whole")
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina", "immunohistochemistry", "brick",
+               "grass", "gravel")  # fmt: skip
 
 
 class Judge(nn.Module):
@@ -43,7 +49,8 @@ class Judge(nn.Module):
         for c_in, c_out in zip(widths, widths[1:]):
             layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GroupNorm(8, c_out), nn.SiLU()]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, 256), nn.SiLU())
-        self.heads = nn.ModuleDict({question: nn.Linear(256, len(words)) for question, words in QUESTIONS.items()})
+        words = {**QUESTIONS, "whole": ANATOMY}
+        self.heads = nn.ModuleDict({question: nn.Linear(256, len(some)) for question, some in words.items()})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, 128, 128) in [-1, 1] -> logits (B, number of words) for each question."""
@@ -66,7 +73,7 @@ def to_batch(images: list[Any]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def spoiled(x: Tensor, draws: torch.Generator) -> Tensor:
+def blurred(x: Tensor, draws: torch.Generator) -> Tensor:
     """Blur, noise and a tint, each by a random amount, as a network's pictures have them."""
     size = int(torch.randint(64, 129, (), generator=draws))
     small = F.interpolate(x, size=size, mode="bilinear", antialias=True)
@@ -76,18 +83,25 @@ def spoiled(x: Tensor, draws: torch.Generator) -> Tensor:
     return (x + tint + noise).clamp(-1, 1)
 
 
-def train_judge(steps: int = 800, batch: int = 48, seed: int = 0) -> Judge:
-    """Some minutes on one core; every picture is drawn anew."""
+def pairs(count: int, seed: int, step: int, vae: AutoencoderKL | None) -> tuple[list[Picture], Tensor]:
+    """`count` drawings and then the same ones spoiled, (2 · count, 3, 128, 128)."""
+    words = random.Random(hashed_seed(seed, "judge pictures", step))
+    pictures = [any_picture(words) for _ in range(count)]
+    both = [twins(p, hashed_seed(seed, "judge drawing", step, i), vae) for i, p in enumerate(pictures)]
+    return pictures * 2, torch.stack(both, dim=1).flatten(0, 1)
+
+
+def train_judge(steps: int = 800, batch: int = 48, seed: int = 0, vae: AutoencoderKL | None = None) -> Judge:
+    """Some minutes on one core; every picture is drawn anew, and half of them are spoiled."""
     torch.manual_seed(hashed_seed(seed, "judge"))
     judge = Judge()
     optimizer = Muon(*split(judge, ("body.0.", "heads")), lr=2e-3, adam_lr=2e-3)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, 20 * (done + 1) / steps) * (1 - done / steps))
     for step in progress(range(steps), "step", "training the judge"):
-        words = random.Random(hashed_seed(seed, "judge pictures", step))
-        pictures = [any_picture(words) for _ in range(batch)]
-        x = to_batch([draw(p, hashed_seed(seed, "judge drawing", step, i)) for i, p in enumerate(pictures)])
-        logits, truth = judge(spoiled(x, generator(seed, "judge spoil", step))), answers(pictures)
-        loss = torch.stack([F.cross_entropy(logits[q], truth[q]) for q in QUESTIONS]).sum()
+        pictures, x = pairs(batch // 2, seed, step, vae)
+        logits, truth = judge(blurred(x, generator(seed, "judge blur", step))), answers(pictures)
+        truth["whole"] = 1 - torch.arange(len(x)) // (batch // 2)
+        loss = torch.stack([F.cross_entropy(logits[q], truth[q]) for q in truth]).sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -95,21 +109,21 @@ def train_judge(steps: int = 800, batch: int = 48, seed: int = 0) -> Judge:
     return judge.eval()
 
 
-def load_or_train_judge(path: Path) -> Judge:
+def load_or_train_judge(path: Path, vae: AutoencoderKL | None = None) -> Judge:
     """The judge of a file; trained first, and kept there, if there is none."""
     if path.exists():
         judge = Judge()
         weights.load_into(judge, path)
         return judge.eval()
     path.parent.mkdir(parents=True, exist_ok=True)  # now, and not after some minutes: perhaps it cannot be
-    judge = train_judge()
+    judge = train_judge(vae=vae)
     weights.save(judge.state_dict(), path)
     return judge
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Shares of right answers for each question; `both` is object and colour, `all` is everything."""
+    """Shares of right answers for each question; `all` is all of QUESTIONS at once, `whole` stands beside it."""
 
     right: dict[str, float]
 
@@ -119,31 +133,66 @@ class Scores:
 
 @torch.no_grad()
 def score(judge: Judge, pictures: list[Picture], show: Callable[[list[Picture]], Tensor], batch: int = 20) -> Scores:
-    """How often the judge reads from `show(pictures)`, (B, 3, 128, 128), what the pictures should show."""
-    right: dict[str, list[Tensor]] = {question: [] for question in QUESTIONS}
+    """How often the judge reads from `show(pictures)`, (B, 3, 128, 128), what the pictures should show; and sees it whole."""
+    hits: dict[str, list[Tensor]] = {question: [] for question in (*QUESTIONS, "all", "whole")}
     for start in range(0, len(pictures), batch):
         part = pictures[start : start + batch]
         logits, truth = judge(show(part)), answers(part)
-        for question in QUESTIONS:
-            right[question].append(logits[question].argmax(-1) == truth[question])
-    table = {question: torch.cat(hits) for question, hits in right.items()}
-    everything = torch.stack(list(table.values())).all(0)
-    return Scores({q: hits.float().mean().item() for q, hits in table.items()} | {"all": everything.float().mean().item()})
+        right = {question: logits[question].argmax(-1) == truth[question] for question in QUESTIONS}
+        right["all"] = torch.stack(list(right.values())).all(0)
+        right["whole"] = logits["whole"].argmax(-1) == ANATOMY.index("whole")
+        for question in hits:
+            hits[question].append(right[question])
+    return Scores({question: torch.cat(parts).float().mean().item() for question, parts in hits.items()})
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: AutoencoderKL, pictures: list[Picture], batch: int = 10) -> float:
-    """Mean over pictures of 10 log10(4 / MSE) dB, for values in [-1, 1]; drawings that were never trained on."""
-    values = []
-    for start in range(0, len(pictures), batch):
-        x = to_batch([draw(p, 10**6 + start + i) for i, p in enumerate(pictures[start : start + batch])])
-        error = vae.decode(vae.encode(x)[0]).clamp(-1, 1) - x
-        values.append(10 * torch.log10(4 / error.square().flatten(1).mean(1)))
-    return torch.cat(values).mean().item()
+def reconstruction(vae: AutoencoderKL, x: Tensor, batch: int = 10) -> Tensor:
+    """Pictures (B, 3, H, W) through the autoencoder and back."""
+    return torch.cat([vae.decode(vae.encode(part)[0]).clamp(-1, 1) for part in x.split(batch)])
 
 
-def judge_checkpoint(folder: str | Path, judge_path: Path, count: int = 500) -> dict[str, Any]:
-    """Everything that the model card says, from `count` held-out prompts at guidance 5 and 25 DDIM steps."""
+def psnr(x: Tensor, y: Tensor) -> float:
+    """Mean over pictures of 10 log10(4 / MSE) dB, for values in [-1, 1]."""
+    return (10 * torch.log10(4 / (x - y).square().flatten(1).mean(1).clamp(min=1e-10))).mean().item()
+
+
+def flat_colours() -> Tensor:
+    """The 27 colours whose red, green and blue are 0, 127.5 or 255."""
+    return torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 1.0])] * 3).view(27, 3, 1, 1).repeat(1, 1, 128, 128)
+
+
+def photographs() -> Tensor | None:
+    """Twelve that scikit-image and scikit-learn bring along, their middle at 128 pixels; None without these libraries."""
+    try:
+        from skimage import data
+        from sklearn.datasets import load_sample_images
+    except ImportError:
+        return None
+    arrays = [getattr(data, name)() for name in PHOTOGRAPHS] + list(load_sample_images().images)
+    images = [ImageOps.fit(Image.fromarray(a).convert("RGB"), (128, 128), Image.Resampling.LANCZOS) for a in arrays]
+    return to_batch(images)
+
+
+def sharpness(vae: AutoencoderKL, drawings: int = 200) -> dict[str, float]:
+    """What the autoencoder keeps of pictures that it was never trained on: PSNR in dB, and its worst flat pixel of 255."""
+    kept_out = [texture(10**6 + i, kind) for kind in KEPT_OUT for i in range(16)]
+    some = {
+        "the world": to_batch([draw(p, 10**6 + i) for i, p in enumerate(held_out(drawings))]),
+        "patterns kept out": to_batch(kept_out),
+        "flat colours": flat_colours(),
+    }
+    if (photos := photographs()) is not None:
+        some["photographs"] = photos
+    again = {name: reconstruction(vae, x) for name, x in some.items()}
+    worst = (again["flat colours"] - some["flat colours"]).abs().max().item() * 127.5
+    return {name: psnr(x, again[name]) for name, x in some.items()} | {"worst pixel of a flat colour, of 255": worst}
+
+
+def judge_checkpoint(
+    folder: str | Path, judge_path: Path, count: int = 500, guidance_scale: float = 5.0
+) -> dict[str, Any]:
+    """Everything that the model card says, from `count` held-out prompts at 25 DDIM steps."""
     from tqdm import tqdm
 
     from minidiff.draw.pipeline import StableDiffusionPipeline
@@ -153,14 +202,14 @@ def judge_checkpoint(folder: str | Path, judge_path: Path, count: int = 500) -> 
     side = pipe.unet.config.sample_size * pipe.vae.config.downscale
     if side != 128:
         raise WeightsError(f"{folder} draws {side} x {side} pixels; the judge knows the pocket checkpoint's 128 x 128 alone.")
-    judge, pictures = load_or_train_judge(judge_path), held_out(count)
+    judge, pictures = load_or_train_judge(judge_path, pipe.vae), held_out(count)
     bar = tqdm(total=count, unit="picture", desc="sampling")
 
     def generated(part: list[Picture]) -> Tensor:
         seeds = [pictures.index(p) for p in part]
         x: Tensor = pipe(
             [caption(p) for p in part],
-            guidance_scale=5.0,
+            guidance_scale=guidance_scale,
             num_inference_steps=25,
             sampler="ddim",
             seed=seeds,
@@ -173,13 +222,17 @@ def judge_checkpoint(folder: str | Path, judge_path: Path, count: int = 500) -> 
         return to_batch([draw(p, 10**6 + i) for i, p in enumerate(part)])
 
     def rebuilt(part: list[Picture]) -> Tensor:
-        return pipe.vae.decode(pipe.vae.encode(drawn(part))[0]).clamp(-1, 1)
+        return reconstruction(pipe.vae, drawn(part))
+
+    def ruined(part: list[Picture]) -> Tensor:
+        return torch.stack([twins(p, 10**6 + pictures.index(p), pipe.vae)[1] for p in part])
 
     return {
         "held-out drawings (what the judge knows)": score(judge, pictures, drawn).right,
         "held-out drawings through the autoencoder": score(judge, pictures, rebuilt).right,
         "pictures from held-out prompts": score(judge, pictures, generated).right,
-        "reconstruction PSNR in dB": reconstruction_psnr(pipe.vae, pictures[:200]),
+        "spoiled drawings taken for whole ones": score(judge, pictures, ruined).right["whole"],
+        "reconstruction, PSNR in dB": sharpness(pipe.vae),
     }
 
 

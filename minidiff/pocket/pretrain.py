@@ -17,7 +17,6 @@ import json
 import random
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ from minidiff.pocket.dataset import hard_batch, load_latents, load_world, lookal
 from minidiff.pocket.judge import judge_checkpoint
 from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.settings import STAGES, PretrainSettings, Stage
-from minidiff.pocket.stage import begun, chosen, first_of, fused, run
+from minidiff.pocket.stage import begun, chosen, first_of, run
 from minidiff.pocket.tokenizer import build_tokenizer
 from minidiff.pocket.towers import Towers, image_tower_config
 from minidiff.pocket.world import caption, held_out, random_caption
@@ -145,7 +144,6 @@ def train_unet(home: Path, settings: PretrainSettings) -> None:
     torch.manual_seed(hashed_seed(settings.seed, "unet"))
     unet = begun(UNet2DConditionModel(POCKET_UNET), settings, "unet")
     speed_up_network(unet)
-    loss = fused(partial(unet_loss, unet, schedule))
 
     def data(step: int, micro: int) -> Batch:
         indices, draws = chosen(settings, "unet", step, batch), generator(settings.seed, "unet noise", step)
@@ -159,7 +157,7 @@ def train_unet(home: Path, settings: PretrainSettings) -> None:
     def with_text(data: Batch, step: int, micro: int) -> Tensor:
         with torch.no_grad():
             text = towers.text(input_ids=data["ids"]).last_hidden_state
-        return loss(data, text)
+        return unet_loss(unet, schedule, data, text)
 
     task = Job(
         trainable=dict(unet.named_parameters()),

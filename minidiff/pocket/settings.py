@@ -22,6 +22,8 @@ class PretrainSettings:
     """Start from this checkpoint instead of from random numbers, to train it further."""
     device: str | None = None
     """Where to train: cpu or cuda. Default: cuda if there is a GPU."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Number format of the forward passes. bf16 takes about two thirds of the time on a CPU that has it (AVX512_BF16)."""
     pictures: Count = 30_000
     """Number of drawn training pictures (49 kB each on disk)."""
     vae_steps: Count = 12_000

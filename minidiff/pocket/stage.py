@@ -1,6 +1,5 @@
 """Code that the stages of pretraining share: one way to run a task on the training loop, and to choose and move its data."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ def run(task: Job, settings: PretrainSettings, stage: Stage, steps: int, batch: 
         lr_warmup_steps=min(warmup, steps // 2),
         checkpointing_steps=200,
         validation_steps=400,
+        mixed_precision=settings.mixed_precision,
     )
     facts = {"init_from": settings.init_from, "pictures": settings.pictures}
     if not fit(replace(task, loss=loss, facts=facts), loop).finished:
@@ -60,13 +60,3 @@ def first_of(files: list[Path], settings: PretrainSettings, part: str) -> Path:
 def chosen(settings: PretrainSettings, stage: str, step: int, batch: int) -> list[int]:
     """The pictures of one update: a function of the seed, the stage and the step."""
     return torch.randint(settings.pictures, (batch,), generator=generator(settings.seed, stage, step)).tolist()
-
-
-def channels_last(model: Any) -> Any:
-    """The order of memory in which convolutions of large pictures are quickest on a CPU."""
-    return model.to(memory_format=torch.channels_last)
-
-
-def fused(function: Any) -> Any:
-    """Compiled where a C++ compiler is at hand (2.4 times as fast on two cores), else as it is."""
-    return torch.compile(function) if shutil.which("g++") or shutil.which("clang++") else function

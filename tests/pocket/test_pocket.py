@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,14 +15,18 @@ from minidiff.core.config import NoiseConfig
 from minidiff.core.errors import DataError
 from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.vae import AutoencoderKL
+from minidiff.draw.images import to_tensor
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files import weights
-from minidiff.pocket import autoencoder, judge, pretrain
+from minidiff.pocket import anatomy, autoencoder, judge, pretrain
 from minidiff.pocket.dataset import hard_batch, load_world, lookalikes
+from minidiff.pocket.drawing import polygon
 from minidiff.pocket.muon import Muon, orthogonalize, split
 from minidiff.pocket.settings import PretrainSettings
+from minidiff.pocket.textures import KEPT_OUT, SHARES, TRAINED, texture
 from minidiff.pocket.towers import contrastive_loss
-from minidiff.pocket.world import OBJECTS, held_out, is_held_out, random_picture
+from minidiff.pocket.world import OBJECTS, Picture, draw, held_out, is_held_out, random_picture
+from minidiff.trainer.job import Job
 
 POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
 
@@ -179,12 +184,14 @@ def test_judge_scores_what_it_is_shown() -> None:
 
     class First(nn.Module):
         def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {q: F.one_hot(torch.zeros(len(x), dtype=torch.long), len(w)).float() for q, w in judge.QUESTIONS.items()}
+            words = {**judge.QUESTIONS, "whole": judge.ANATOMY}
+            return {q: F.one_hot(torch.zeros(len(x), dtype=torch.long), len(w)).float() for q, w in words.items()}
 
     pictures = held_out(30)
     scores = judge.score(First(), pictures, lambda part: torch.zeros(len(part), 3, 128, 128), batch=7).right  # type: ignore[arg-type]
     for question, words in judge.QUESTIONS.items():
         assert scores[question] == pytest.approx(sum(getattr(p, question) == words[0] for p in pictures) / 30)
+    assert scores["whole"] == 0  # its first word is "spoiled"
 
 
 def test_judge_learns_from_few_drawings() -> None:
@@ -196,12 +203,112 @@ def test_judge_learns_from_few_drawings() -> None:
     assert scores.right["scene"] > 0.3
 
 
+def test_psnr_by_hand() -> None:
+    """An error of 0.2 everywhere: 10 log10(4 / 0.04) = 20 dB; the mean is over pictures, each with its own logarithm."""
+    x = torch.zeros(2, 3, 8, 8)
+    y = x + torch.tensor([0.2, 0.02]).view(2, 1, 1, 1)
+    assert judge.psnr(x, y) == pytest.approx((20 + 40) / 2)
+
+
+def test_flat_colours_are_27_and_flat() -> None:
+    x = judge.flat_colours()
+    assert len({tuple(picture[:, 0, 0].tolist()) for picture in x}) == 27
+    assert (x == x[:, :, :1, :1]).all()
+
+
+def test_photographs_are_twelve() -> None:
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+    x = judge.photographs()
+    assert x is not None and x.shape == (12, 3, 128, 128) and x.abs().max() <= 1
+
+
+def test_the_autoencoder_of_a_checkpoint_keeps_its_own_norms(tmp_path: Path) -> None:
+    """An older checkpoint has sixteen groups, the shapes of the weights are the same: only its config tells."""
+    vae = autoencoder.load_vae(tmp_path, PretrainSettings(str(tmp_path), init_from=str(POCKET)))
+    z = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(vae.decode(z), StableDiffusionPipeline.from_pretrained(POCKET).vae.decode(z))
+
+
+def test_sharpness_of_an_autoencoder_that_darkens() -> None:
+    """One that takes a tenth away from white and less from grey: the worst pixel is known."""
+
+    class Dull(nn.Module):
+        def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+        def decode(self, z: Tensor) -> Tensor:
+            return 0.9 * z
+
+    found = judge.sharpness(Dull(), drawings=2)  # type: ignore[arg-type]
+    assert found["worst pixel of a flat colour, of 255"] == pytest.approx(12.75, abs=0.01)
+    assert 20 < found["the world"] < 40 and 20 < found["patterns kept out"] < 40
+
+
+# --- textures and anatomy --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*TRAINED, *KEPT_OUT])
+def test_textures_of_each_kind(kind: str) -> None:
+    picture = texture(3, kind)
+    assert picture.shape == (128, 128, 3) and picture.dtype == np.uint8
+    assert (picture == texture(3, kind)).all() and (picture != texture(4, kind)).any()
+    assert (np.ptp(picture, axis=(0, 1)) == 0).all() == (kind == "flat")
+
+
+def test_kinds_kept_out_are_not_among_those_trained_on() -> None:
+    assert set(SHARES) == set(TRAINED) and not set(SHARES) & set(KEPT_OUT)
+
+
+def test_two_in_five_pictures_of_the_autoencoder_are_textures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: list[Job] = []
+    monkeypatch.setattr(autoencoder, "run", lambda task, *rest: tasks.append(task))
+    monkeypatch.setattr(autoencoder, "texture", lambda seed: np.full((128, 128, 3), 255, np.uint8))
+    autoencoder.train_vae(tmp_path, PretrainSettings(str(tmp_path), device="cpu", pictures=2))
+    drawn = [tasks[0].batch(step, 0)["x"].flatten(1) for step in range(100)]
+    assert 0.33 < torch.cat([(x == 1).all(1).float() for x in drawn]).mean() < 0.47
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_twins_differ_in_the_object_alone(seed: int) -> None:
+    """The upper corners belong to the place; what is spoiled is at least SEEN of the picture."""
+    whole, spoiled = anatomy.twins(held_out(6)[seed], seed)
+    changed = (whole - spoiled).abs().amax(0) > 0.3
+    assert changed.float().mean() > anatomy.SEEN
+    assert not changed[:12, :8].any() and not changed[:12, -8:].any()
+
+
+def test_cut_keeps_one_side() -> None:
+    """Half of a square is a rectangle; what lies on the other side is gone."""
+    square = polygon([(0, 0), (2, 0), (2, 2), (0, 2)], (0, 0, 0))
+    half = anatomy.cut(square, 1.0, 1.5).points
+    assert sorted(map(tuple, half.tolist())) == [(1.5, 0), (1.5, 2), (2, 0), (2, 2)]
+    assert len(anatomy.cut(square, -1.0, -1.0).points) == 0
+
+
+def test_joined_halves_come_from_two_drawings() -> None:
+    """With an autoencoder that keeps pixels as they are, each is the whole one's or the changed one's."""
+
+    class Same(nn.Module):
+        def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+        def decode(self, z: Tensor) -> Tensor:
+            return z
+
+    picture = Picture("dog", "red", "meadow", "photo")
+    whole, both = anatomy.joined(Same(), picture, 1, random.Random(0))  # type: ignore[arg-type]
+    drawn = to_tensor(draw(picture, 1))
+    assert torch.equal(whole, drawn)
+    differs = (both != drawn).any(0)
+    assert 0.005 < differs.float().mean() < 0.5  # a part of the object alone
+
+
 # --- all stages ------------------------------------------------------------------------------------------------------------
 
 
 def test_every_stage_runs_and_is_passed_over_when_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (pretrain, autoencoder):
-        monkeypatch.setattr(module, "fused", lambda function: function)  # a compiler would take longer than the test
     monkeypatch.setattr(pretrain, "sample_sheet", lambda home, unet, settings: None)
     monkeypatch.setattr(autoencoder, "reconstruction_sheet", lambda vae: None)
     stages = ("world", "vae", "latents", "decoder", "clip", "unet", "assemble")

@@ -62,6 +62,21 @@ def test_object_is_whole_inside_the_frame(name: str, pose: str) -> None:
         assert 0 < left < right < 1 and 0 < top < bottom < 1
 
 
+@pytest.mark.parametrize("pose", POSES)
+def test_what_no_word_says_hardly_varies(pose: str) -> None:
+    """Size and place by some per cent of the frame; never a mirror image; a lean is always one to the right."""
+    shapes, rng = world.coloured("dog", "red"), random.Random(0)
+    drawn = [world.put(shapes, pose, rng)[0] for _ in range(50)]
+    frames = np.array([world.bounds(some) for some in drawn])  # left, top, right, bottom
+    assert (np.ptp(frames, axis=0) < 0.17).all() and np.ptp(frames[:, 3] - frames[:, 1]) < 0.08
+    upright = shapes[0].points - shapes[0].points.mean(axis=0)
+    for some in drawn:
+        matrix = np.linalg.lstsq(upright, some[0].points - some[0].points.mean(axis=0))[0]
+        assert np.linalg.det(matrix) > 0
+        angle = np.degrees(np.arctan2(matrix[0, 1], matrix[0, 0]))  # y points down: > 0 is clockwise
+        assert 18 <= angle <= 22 if pose == "leaning" else abs(angle) < 1e-6
+
+
 @pytest.mark.parametrize("colour, hue", [("red", 0), ("yellow", 50), ("green", 135), ("cyan", 183), ("blue", 224),
                                          ("purple", 274)])
 def test_the_colour_is_there(colour: str, hue: float) -> None:

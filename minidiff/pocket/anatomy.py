@@ -1,0 +1,108 @@
+"""Drawings spoiled in the ways in which a diffusion model fails: two heads, a missing leg, halves that do not belong together.
+
+Only the object is spoiled, the place stays, so that a judge has to look at the object. What is spoiled is seen: a mirrored
+half of a house is still a house, and is not counted.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minidiff.core.vae import AutoencoderKL
+from minidiff.draw.images import to_tensor
+from minidiff.pocket.drawing import Shape, bounds
+from minidiff.pocket.world import Picture, draw
+
+Spoil = Callable[[list[Shape], random.Random], list[Shape]]
+SEEN = 0.008  # of all pixels must be clearly changed: an area of 11 x 11
+
+
+def twins(picture: Picture, seed: int, vae: AutoencoderKL | None = None) -> Tensor:
+    """A drawing and the same one spoiled, (2, 3, 128, 128). With an autoencoder some are joined in latent space."""
+    rng, whole = random.Random(f"spoil {seed}"), to_tensor(draw(picture, seed))
+    while True:
+        if vae is not None and rng.random() < 0.15:
+            pair = joined(vae, picture, seed, rng)
+        else:
+            spoil = rng.choice(SPOILS)
+            pair = torch.stack([whole, to_tensor(changed(picture, seed, spoil, rng))])
+        if ((pair[0] - pair[1]).abs().amax(0) > 0.3).float().mean() > SEEN:
+            return pair
+
+
+def changed(picture: Picture, seed: int, spoil: Spoil, rng: random.Random) -> Image.Image:
+    return draw(picture, seed, change=lambda shapes: spoil(shapes, rng))
+
+
+@torch.no_grad()
+def joined(vae: AutoencoderKL, picture: Picture, seed: int, rng: random.Random) -> Tensor:
+    """The drawing, and two drawings of one caption joined along a line through the middle; both come from the decoder."""
+    other = rng.choice((elsewhere, mirrored))
+    x = torch.stack([to_tensor(draw(picture, seed)), to_tensor(changed(picture, seed, other, rng))])
+    z, angle = vae.encode(x)[0], rng.uniform(0, 2 * math.pi)
+    at = torch.linspace(-0.5, 0.5, z.shape[-1])
+    here = at[None, :] * math.cos(angle) + (at[:, None] - 0.15) * math.sin(angle) > rng.uniform(-0.08, 0.08)
+    return vae.decode(torch.stack([z[0], torch.where(here, z[0], z[1])])).clamp(-1, 1)
+
+
+def elsewhere(shapes: list[Shape], rng: random.Random) -> list[Shape]:
+    """The object a sixth to a third of its size away."""
+    left, top, right, bottom = bounds(shapes)
+    angle, far = rng.uniform(0, 2 * math.pi), rng.uniform(0.16, 0.33)
+    step = far * np.array([(right - left) * math.cos(angle), (bottom - top) * math.sin(angle)])
+    return [replace(shape, points=shape.points + step) for shape in shapes]
+
+
+def mirrored(shapes: list[Shape], rng: random.Random) -> list[Shape]:
+    left, _, right, _ = bounds(shapes)
+    return [replace(shape, points=shape.points * (-1, 1) + (left + right, 0)) for shape in shapes]
+
+
+def half_mirrored(shapes: list[Shape], rng: random.Random) -> list[Shape]:
+    """One half of the object, and its mirror image instead of the other."""
+    left, _, right, _ = bounds(shapes)
+    side, middle = rng.choice((-1.0, 1.0)), left + (right - left) * rng.uniform(0.42, 0.58)
+    half = [kept for shape in shapes if len((kept := cut(shape, side, middle)).points)]
+    return half + [replace(shape, points=shape.points * (-1, 1) + (2 * middle, 0)) for shape in half]
+
+
+def cut(shape: Shape, side: float, middle: float) -> Shape:
+    """What lies on one side of an upright line: Sutherland and Hodgman 1974, for one edge."""
+    points: list[np.ndarray] = []
+    for a, b in zip(shape.points, np.roll(shape.points, -1, axis=0)):
+        da, db = side * (a[0] - middle), side * (b[0] - middle)
+        points += [a] if da >= 0 else []
+        points += [a + (b - a) * da / (da - db)] if da * db < 0 else []
+    return replace(shape, points=np.array(points).reshape(-1, 2))
+
+
+def part(shapes: list[Shape], rng: random.Random) -> list[int]:
+    """The shapes whose middle lies near that of a random one, the largest shape excepted: a head, a wheel, an eye."""
+    middles = [(shape.points.min(0) + shape.points.max(0)) / 2 for shape in shapes]
+    sizes = [float(np.prod(np.ptp(shape.points, axis=0))) for shape in shapes]
+    left, top, right, bottom = bounds(shapes)
+    near, reach = rng.choice(middles), rng.uniform(0.1, 0.28) * max(right - left, bottom - top)
+    return [i for i, at in enumerate(middles) if np.hypot(*(at - near)) < reach and sizes[i] < max(sizes)]
+
+
+def twice(shapes: list[Shape], rng: random.Random) -> list[Shape]:
+    """A part is there a second time: mirrored on the other side, or shifted."""
+    some = [shapes[i] for i in part(shapes, rng)]
+    left, _, right, _ = bounds(shapes)
+    if some and rng.random() < 0.5:
+        return shapes + [replace(shape, points=shape.points * (-1, 1) + (left + right, 0)) for shape in some]
+    return shapes + elsewhere(some, rng) if some else shapes
+
+
+def erased(shapes: list[Shape], rng: random.Random) -> list[Shape]:
+    gone = part(shapes, rng)
+    return [shape for i, shape in enumerate(shapes) if i not in gone]
+
+
+SPOILS: tuple[Spoil, ...] = (half_mirrored, twice, erased)

@@ -57,7 +57,7 @@ def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
 
 def train_vae(home: Path, settings: PretrainSettings) -> None:
     """Stage 1: encoder and decoder together."""
-    batch, world = settings.vae_batch, load_world(home, settings.pictures)
+    batch, world = settings.sizes.vae_batch, load_world(home, settings.pictures)
     torch.manual_seed(hashed_seed(settings.seed, "vae"))
     vae = begun(AutoencoderKL(POCKET_VAE), settings, "vae")
     speed_up_network(vae)
@@ -82,7 +82,7 @@ def train_vae(home: Path, settings: PretrainSettings) -> None:
         optimizer=Muon(*split(vae, ("conv_in", "conv_out", "quant_conv")), lr=1.5e-3, adam_lr=1.5e-3),
         ema_decay=0.999,
     )
-    run(task, settings, "vae", settings.vae_steps, batch)
+    run(task, settings, "vae", settings.sizes.vae_steps, batch)
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def encode_world(home: Path, settings: PretrainSettings) -> None:
     if path.exists():
         return
     world, parts, device = load_world(home, settings.pictures), [], chosen_device(settings.device)
-    vae, half = load_vae(home, settings).to(device), settings.mixed_precision == "bf16"
+    vae, half = load_vae(home, settings).to(device), settings.sizes.mixed_precision == "bf16"
     for start in progress(range(0, settings.pictures, 16), "batch", "encoding"):
         with torch.autocast(device, torch.bfloat16, enabled=half):  # its error is smaller than the posteriors' deviation
             mean, logvar = vae.encode(world.batch(list(range(start, min(start + 16, settings.pictures)))).to(device))
@@ -143,7 +143,7 @@ def standardize(vae: AutoencoderKL, centre: Tensor, spread: Tensor) -> None:
 
 def train_decoder(home: Path, settings: PretrainSettings) -> None:
     """Stage 2: the encoder, and with it the latents, stay; the decoder goes on learning to read them."""
-    batch, world, latents = settings.vae_batch, load_world(home, settings.pictures), load_latents(home)
+    batch, world, latents = settings.sizes.vae_batch, load_world(home, settings.pictures), load_latents(home)
     vae = load_vae(home, settings).to(chosen_device(settings.device))
     read = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
 
@@ -161,4 +161,4 @@ def train_decoder(home: Path, settings: PretrainSettings) -> None:
         optimizer=Muon(*split(read, ("conv_in", "conv_out", "0.")), lr=5e-4, adam_lr=5e-4),
         ema_decay=0.998,
     )
-    run(task, settings, "decoder", settings.decoder_steps, batch)
+    run(task, settings, "decoder", settings.sizes.decoder_steps, batch)

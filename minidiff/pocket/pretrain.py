@@ -106,7 +106,7 @@ def train_clip(home: Path, settings: PretrainSettings) -> None:
         export=lambda folder: weights.save(towers.state_dict(), folder / "model.safetensors"),
         optimizer=Muon(*split(towers, ("embedding", "projection")), lr=2e-3, adam_lr=1e-3),
     )
-    run(task, settings, "clip", settings.clip_steps, batch, warmup=50)
+    run(task, settings, "clip", settings.sizes.clip_steps, batch, warmup=50)
 
 
 def load_towers(home: Path, settings: PretrainSettings) -> tuple[Towers, Any]:
@@ -136,7 +136,7 @@ def unet_loss(unet: UNet2DConditionModel, schedule: NoiseSchedule, data: Batch, 
 
 def train_unet(home: Path, settings: PretrainSettings) -> None:
     """Stage 4: the denoiser, on the frozen text tower."""
-    batch, latents, device = settings.unet_batch, load_latents(home), chosen_device(settings.device)
+    batch, latents, device = settings.sizes.unet_batch, load_latents(home), chosen_device(settings.device)
     pictures = load_world(home, settings.pictures).pictures
     towers, tokenizer = load_towers(home, settings)
     towers.to(device)
@@ -168,7 +168,7 @@ def train_unet(home: Path, settings: PretrainSettings) -> None:
         optimizer=Muon(*split(unet, ("conv_in", "conv_out", "time_emb")), lr=2e-3, adam_lr=1e-3),
         ema_decay=0.998,
     )
-    run(task, settings, "unet", settings.unet_steps, batch)
+    run(task, settings, "unet", settings.sizes.unet_steps, batch)
 
 
 def pocket_pipeline(home: Path, unet: UNet2DConditionModel, settings: PretrainSettings) -> StableDiffusionPipeline:
@@ -193,13 +193,17 @@ def sample_sheet(home: Path, unet: UNet2DConditionModel, settings: PretrainSetti
 
 
 def assemble(home: Path, settings: PretrainSettings) -> None:
-    """`home/pocket`: SD 1.5's layout, fp16, with CLIP's image tower beside it."""
+    """`home/pocket`: SD 1.5's layout, fp16, with CLIP's image tower beside it.
+
+    The text encoder is fp32: transformers 5 loads each network as its file is, and diffusers hands its output on.
+    """
     unet, folder = UNet2DConditionModel(POCKET_UNET), home / "pocket"
     weights.load_into(unet, first_of([home / "unet" / "model.safetensors"], settings, "unet"), torch.float32)
     pipe = pocket_pipeline(home, unet, settings)
     pipe.save_pretrained(folder, torch.float16)
     shutil.copytree(tokenizer_folder(home, settings), folder / "tokenizer", dirs_exist_ok=True)
     towers, image = load_towers(home, settings)[0], folder / "image_encoder"
+    weights.save(to_file_keys(towers.text.state_dict()), folder / "text_encoder" / "model.safetensors")
     weights.save(
         {k: v.half() for k, v in towers.image.state_dict().items() if "position_ids" not in k},
         image / "model.safetensors",

@@ -1,6 +1,6 @@
 """The settings of `minidiff pretrain` and `minidiff ladder`. Nothing here imports torch, so that `--help` is quick."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal, get_args
 
 from minidiff.files.values import A_FOLDER, Rule, at_least, at_most, check_values
@@ -8,6 +8,22 @@ from minidiff.files.values import A_FOLDER, Rule, at_least, at_most, check_value
 Stage = Literal["world", "vae", "latents", "decoder", "clip", "unet", "assemble", "judge"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Count = Annotated[int, at_least(1), at_most(10_000_000)]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How long and how wide each stage is trained."""
+
+    mixed_precision: Literal["no", "bf16"]
+    vae_steps: int
+    decoder_steps: int
+    vae_batch: int
+    clip_steps: int
+    unet_steps: int
+    unet_batch: int
+
+
+PROFILES = {"cpu": Sizes("no", 12_000, 4000, 4, 800, 12_000, 48), "gpu": Sizes("bf16", 6000, 2000, 32, 1500, 8000, 256)}
 
 
 @dataclass(frozen=True)
@@ -22,28 +38,36 @@ class PretrainSettings:
     """Start from this checkpoint instead of from random numbers, to train it further."""
     device: str | None = None
     """Where to train: cpu or cuda. Default: cuda if there is a GPU."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """Number format of the forward passes. bf16 takes about two thirds of the time on a CPU that has it (AVX512_BF16)."""
+    profile: Literal["cpu", "gpu"] = "cpu"
+    """Which numbers the flags below have by default: for CPU cores and a night, or for a GPU of 24 GB and half an hour."""
     pictures: Count = 30_000
     """Number of drawn training pictures (49 kB each on disk)."""
-    vae_steps: Count = 12_000
-    """Updates of the autoencoder."""
-    decoder_steps: Count = 4000
-    """Updates of the decoder alone."""
-    vae_batch: Count = 4
-    """Pictures in each update of autoencoder or decoder. Use more on a GPU."""
-    clip_steps: Count = 800
-    """Updates of the two CLIP towers, with 96 pairs in each."""
-    unet_steps: Count = 12_000
-    """Updates of the U-Net."""
-    unet_batch: Count = 32
-    """Latents in each update of the U-Net. Use more on a GPU."""
+    mixed_precision: Literal["no", "bf16"] | None = None
+    """Number format of the forward passes. Default: no; bf16 with --profile gpu. (On a CPU bf16 needs AVX512_BF16.)"""
+    vae_steps: Count | None = None
+    """Updates of the autoencoder. Default: 12000; 6000 with --profile gpu."""
+    decoder_steps: Count | None = None
+    """Updates of the decoder alone. Default: 4000; 2000 with --profile gpu."""
+    vae_batch: Count | None = None
+    """Pictures in each update of autoencoder or decoder. Default: 4; 32 with --profile gpu."""
+    clip_steps: Count | None = None
+    """Updates of the two CLIP towers, with 96 pairs in each. Default: 800; 1500 with --profile gpu."""
+    unet_steps: Count | None = None
+    """Updates of the U-Net. Default: 12000; 8000 with --profile gpu."""
+    unet_batch: Count | None = None
+    """Latents in each update of the U-Net. Default: 48; 256 with --profile gpu."""
     seed: int = 0
     """Seed of all random values."""
 
     def check(self) -> None:
         """Raise SettingsError, naming the flag, for a value that cannot work."""
         check_values(self)
+
+    @property
+    def sizes(self) -> Sizes:
+        """The profile's numbers, and in their place those that are given."""
+        given = {field.name: getattr(self, field.name) for field in fields(Sizes)}
+        return replace(PROFILES[self.profile], **{name: number for name, number in given.items() if number is not None})
 
 
 @dataclass(frozen=True)

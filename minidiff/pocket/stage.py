@@ -34,7 +34,7 @@ def run(task: Job, settings: PretrainSettings, stage: Stage, steps: int, batch: 
         lr_warmup_steps=min(warmup, steps // 2),
         checkpointing_steps=200,
         validation_steps=400,
-        mixed_precision=settings.mixed_precision,
+        mixed_precision=settings.sizes.mixed_precision,
     )
     facts = {"init_from": settings.init_from, "pictures": settings.pictures}
     if not fit(replace(task, loss=loss, facts=facts), loop).finished:

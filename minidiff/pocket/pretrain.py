@@ -193,17 +193,13 @@ def sample_sheet(home: Path, unet: UNet2DConditionModel, settings: PretrainSetti
 
 
 def assemble(home: Path, settings: PretrainSettings) -> None:
-    """`home/pocket`: SD 1.5's layout, fp16, with CLIP's image tower beside it.
-
-    The text encoder is fp32: transformers 5 loads each network as its file is, and diffusers hands its output on.
-    """
+    """`home/pocket`: SD 1.5's layout, fp16, with CLIP's image tower beside it."""
     unet, folder = UNet2DConditionModel(POCKET_UNET), home / "pocket"
     weights.load_into(unet, first_of([home / "unet" / "model.safetensors"], settings, "unet"), torch.float32)
     pipe = pocket_pipeline(home, unet, settings)
     pipe.save_pretrained(folder, torch.float16)
     shutil.copytree(tokenizer_folder(home, settings), folder / "tokenizer", dirs_exist_ok=True)
     towers, image = load_towers(home, settings)[0], folder / "image_encoder"
-    weights.save(to_file_keys(towers.text.state_dict()), folder / "text_encoder" / "model.safetensors")
     weights.save(
         {k: v.half() for k, v in towers.image.state_dict().items() if "position_ids" not in k},
         image / "model.safetensors",

@@ -26,7 +26,7 @@ from minidiff.pocket.settings import PretrainSettings
 from minidiff.pocket.textures import KEPT_OUT, SHARES, TRAINED, texture
 from minidiff.pocket.towers import contrastive_loss
 from minidiff.pocket.world import OBJECTS, Picture, draw, held_out, is_held_out, random_picture
-from minidiff.trainer.job import Job
+from minidiff.trainer.task import Job
 
 POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
 

@@ -11,33 +11,45 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.images import to_tensor
-from minidiff.pocket.drawing import Shape, bounds
+from minidiff.pocket.drawing import Shape, bounds, fill
 from minidiff.pocket.world import Picture, draw
 
 Spoil = Callable[[list[Shape], random.Random], list[Shape]]
-SEEN = 0.008  # of all pixels must be clearly changed: an area of 11 x 11
+SEEN = 0.08  # of the object's area must come or go
 
 
 def twins(picture: Picture, seed: int, vae: AutoencoderKL | None = None) -> Tensor:
     """A drawing and the same one spoiled, (2, 3, 128, 128). With an autoencoder some are joined in latent space."""
-    rng, whole = random.Random(f"spoil {seed}"), to_tensor(draw(picture, seed))
-    while True:
-        if vae is not None and rng.random() < 0.15:
-            pair = joined(vae, picture, seed, rng)
-        else:
-            spoil = rng.choice(SPOILS)
-            pair = torch.stack([whole, to_tensor(changed(picture, seed, spoil, rng))])
-        if ((pair[0] - pair[1]).abs().amax(0) > 0.3).float().mean() > SEEN:
-            return pair
+    rng = random.Random(f"spoil {seed}")
+    if vae is not None and rng.random() < 0.15:
+        return joined(vae, picture, seed, rng)
+    return torch.stack([to_tensor(draw(picture, seed)), to_tensor(changed(picture, seed, spoiled, rng))])
 
 
 def changed(picture: Picture, seed: int, spoil: Spoil, rng: random.Random) -> Image.Image:
     return draw(picture, seed, change=lambda shapes: spoil(shapes, rng))
+
+
+def spoiled(shapes: list[Shape], rng: random.Random) -> list[Shape]:
+    """By one of SPOILS, and so that its outline shows it."""
+    before = silhouette(shapes)
+    while True:
+        after = rng.choice(SPOILS)(shapes, rng)
+        if (before ^ silhouette(after)).sum() > SEEN * before.sum():
+            return after
+
+
+def silhouette(shapes: list[Shape]) -> np.ndarray:
+    """The pixels of the object, (128, 128) of True and False."""
+    mask = Image.new("1", (128, 128))
+    for shape in shapes:
+        fill(ImageDraw.Draw(mask), shape, 128, 1)
+    return np.asarray(mask)
 
 
 @torch.no_grad()
@@ -62,6 +74,15 @@ def elsewhere(shapes: list[Shape], rng: random.Random) -> list[Shape]:
 def mirrored(shapes: list[Shape], rng: random.Random) -> list[Shape]:
     left, _, right, _ = bounds(shapes)
     return [replace(shape, points=shape.points * (-1, 1) + (left + right, 0)) for shape in shapes]
+
+
+def torn(shapes: list[Shape], rng: random.Random) -> list[Shape]:
+    """Two halves that do not meet: one is a sixth to a third of the object's height too low."""
+    left, top, right, bottom = bounds(shapes)
+    step, middle = rng.uniform(0.16, 0.33) * (bottom - top), left + (right - left) * rng.uniform(0.4, 0.6)
+    halves = [[cut(shape, side, middle) for shape in shapes] for side in (-1.0, 1.0)]
+    low = [replace(shape, points=shape.points + (0, step)) for shape in halves.pop(rng.randrange(2))]
+    return [shape for shape in halves[0] + low if len(shape.points)]
 
 
 def half_mirrored(shapes: list[Shape], rng: random.Random) -> list[Shape]:
@@ -105,4 +126,4 @@ def erased(shapes: list[Shape], rng: random.Random) -> list[Shape]:
     return [shape for i, shape in enumerate(shapes) if i not in gone]
 
 
-SPOILS: tuple[Spoil, ...] = (half_mirrored, twice, erased)
+SPOILS: tuple[Spoil, ...] = (torn, half_mirrored, twice, erased)

@@ -41,13 +41,13 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", 
 
 
 class Judge(nn.Module):
-    """Five convolutions, each halving the side, then one linear layer for each question."""
+    """Seven convolutions, five of which halve the side, then one linear layer for each question."""
 
     def __init__(self) -> None:
         super().__init__()
-        widths, layers = (3, 32, 64, 96, 128, 128), []
-        for c_in, c_out in zip(widths, widths[1:]):
-            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GroupNorm(8, c_out), nn.SiLU()]
+        widths, strides, layers = (3, 32, 64, 64, 96, 96, 128, 128), (2, 2, 1, 2, 1, 2, 2), []
+        for c_in, c_out, stride in zip(widths, widths[1:], strides):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.GroupNorm(8, c_out), nn.SiLU()]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, 256), nn.SiLU())
         words = {**QUESTIONS, "whole": ANATOMY}
         self.heads = nn.ModuleDict({question: nn.Linear(256, len(some)) for question, some in words.items()})
@@ -75,7 +75,7 @@ def to_batch(images: list[Any]) -> Tensor:
 
 def blurred(x: Tensor, draws: torch.Generator) -> Tensor:
     """Blur, noise and a tint, each by a random amount, as a network's pictures have them."""
-    size = int(torch.randint(64, 129, (), generator=draws))
+    size = int(torch.randint(80, 129, (), generator=draws))
     small = F.interpolate(x, size=size, mode="bilinear", antialias=True)
     x = F.interpolate(small, size=128, mode="bilinear")
     tint = 0.06 * torch.randn(len(x), 3, 1, 1, generator=draws)
@@ -91,7 +91,7 @@ def pairs(count: int, seed: int, step: int, vae: AutoencoderKL | None) -> tuple[
     return pictures * 2, torch.stack(both, dim=1).flatten(0, 1)
 
 
-def train_judge(steps: int = 800, batch: int = 48, seed: int = 0, vae: AutoencoderKL | None = None) -> Judge:
+def train_judge(steps: int = 1200, batch: int = 48, seed: int = 0, vae: AutoencoderKL | None = None) -> Judge:
     """Some minutes on one core; every picture is drawn anew, and half of them are spoiled."""
     torch.manual_seed(hashed_seed(seed, "judge"))
     judge = Judge()

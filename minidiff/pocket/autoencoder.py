@@ -20,7 +20,7 @@ from minidiff.draw.progress import progress
 from minidiff.draw.speed import speed_up_network
 from minidiff.files import weights
 from minidiff.files.folder import config_of, read_config
-from minidiff.pocket.dataset import load_latents, load_world
+from minidiff.pocket.dataset import World, load_world
 from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.settings import PretrainSettings
 from minidiff.pocket.stage import begun, chosen, first_of, run
@@ -57,21 +57,14 @@ def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
 
 def train_vae(home: Path, settings: PretrainSettings) -> None:
     """Stage 1: encoder and decoder together."""
-    batch, world = settings.sizes.vae_batch, load_world(home, settings.pictures)
+    world = load_world(home, settings.pictures)
     torch.manual_seed(hashed_seed(settings.seed, "vae"))
     vae = begun(AutoencoderKL(POCKET_VAE), settings, "vae")
     speed_up_network(vae)
 
     def data(step: int, micro: int) -> Batch:
-        draws = generator(settings.seed, "vae noise", step)
-        x = world.batch(chosen(settings, "vae", step, batch))
-        for i in range(batch):
-            if torch.rand((), generator=draws) < OUTSIDE:
-                x[i] = to_tensor(Image.fromarray(texture(hashed_seed(settings.seed, "texture", step, i))))
-        mirrored = torch.rand(batch, 1, 1, 1, generator=draws) < 0.5
-        noise = torch.randn(batch, 4, 16, 16, generator=draws)
         anchor = 0.0 if settings.init_from else max(0.5 * (1 - step / 1200), 0.0)
-        return {"x": torch.where(mirrored, x.flip(-1), x), "noise": noise, "anchor": torch.tensor(anchor)}
+        return pictures(world, settings, "vae", step) | {"anchor": torch.tensor(anchor)}
 
     task = Job(
         trainable=dict(vae.named_parameters()),
@@ -82,7 +75,18 @@ def train_vae(home: Path, settings: PretrainSettings) -> None:
         optimizer=Muon(*split(vae, ("conv_in", "conv_out", "quant_conv")), lr=1.5e-3, adam_lr=1.5e-3),
         ema_decay=0.999,
     )
-    run(task, settings, "vae", settings.sizes.vae_steps, batch)
+    run(task, settings, "vae", settings.sizes.vae_steps, settings.sizes.vae_batch)
+
+
+def pictures(world: World, settings: PretrainSettings, stage: str, step: int) -> Batch:
+    """x (B, 3, H, W), three in five from the world, half of them mirrored; and noise (B, 4, h, w) for their posteriors."""
+    batch, draws = settings.sizes.vae_batch, generator(settings.seed, f"{stage} noise", step)
+    x = world.batch(chosen(settings, stage, step, batch))
+    for i in range(batch):
+        if torch.rand((), generator=draws) < OUTSIDE:
+            x[i] = to_tensor(Image.fromarray(texture(hashed_seed(settings.seed, f"{stage} texture", step, i))))
+    mirrored = torch.rand(batch, 1, 1, 1, generator=draws) < 0.5
+    return {"x": torch.where(mirrored, x.flip(-1), x), "noise": torch.randn(batch, 4, 16, 16, generator=draws)}
 
 
 @torch.no_grad()
@@ -143,22 +147,22 @@ def standardize(vae: AutoencoderKL, centre: Tensor, spread: Tensor) -> None:
 
 def train_decoder(home: Path, settings: PretrainSettings) -> None:
     """Stage 2: the encoder, and with it the latents, stay; the decoder goes on learning to read them."""
-    batch, world, latents = settings.sizes.vae_batch, load_world(home, settings.pictures), load_latents(home)
+    world = load_world(home, settings.pictures)
     vae = load_vae(home, settings).to(chosen_device(settings.device))
     read = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
 
-    def data(step: int, micro: int) -> Batch:
-        indices = chosen(settings, "decoder", step, batch)
-        noise = torch.randn(batch, 4, 16, 16, generator=generator(settings.seed, "decoder noise", step))
-        return {"z": latents.draw(indices, noise), "x": world.batch(indices)}
+    def loss(data: Batch, step: int, micro: int) -> Tensor:
+        with torch.no_grad():
+            z = sample_posterior(*vae.encode(data["x"]), data["noise"])
+        return reconstruction_loss(vae.decode(z), data["x"])
 
     task = Job(
         trainable=dict(read.named_parameters()),
-        batch=data,
-        loss=lambda data, step, micro: reconstruction_loss(vae.decode(data["z"]), data["x"]),
+        batch=lambda step, micro: pictures(world, settings, "decoder", step),
+        loss=loss,
         export=lambda folder: weights.save(vae.state_dict(), folder / "model.safetensors"),
         preview=lambda done: reconstruction_sheet(vae),
         optimizer=Muon(*split(read, ("conv_in", "conv_out", "0.")), lr=5e-4, adam_lr=5e-4),
         ema_decay=0.998,
     )
-    run(task, settings, "decoder", settings.sizes.decoder_steps, batch)
+    run(task, settings, "decoder", settings.sizes.decoder_steps, settings.sizes.vae_batch)

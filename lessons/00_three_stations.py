@@ -20,8 +20,9 @@
 # In this lesson you make one picture, take it apart, and build it again by hand. At the end your own ten lines
 # give the same picture as the library.
 #
-# The model is the *pocket checkpoint*: Stable Diffusion 1.5 in wiring and file layout, about a hundred times
-# smaller. Everything you see here is the same in the big one. Only the sizes differ.
+# The model is the *pocket checkpoint*. It is built like Stable Diffusion 1.5 and stored in the same files, with 73
+# times fewer parameters: three levels instead of four, one layer in each, attention only where a latent is 8 x 8 or
+# 4 x 4, and 670 tokens. All that you see here happens in the big one, too.
 #
 # Time: under a minute on two cores. Needs: Python, and knowing what a matrix is.
 
@@ -73,8 +74,8 @@ def show(picture, name):
 # %% [markdown]
 # ## The whole road, in one line
 #
-# First the picture, then the questions. The prompt is one that the model has never seen: no training picture
-# showed a pink car in a meadow. It has seen pink things, cars and meadows, and it has to put the words
+# First the picture, then the questions. The prompt is one that the model has never seen: no training
+# *photo* showed a pink car in a meadow. It has seen pink things, cars and meadows, and it has to put the words
 # together.
 
 # %%
@@ -102,7 +103,10 @@ for station, small, large in zip(("encode", "denoise", "decode"), (pipe.text_enc
     counts = [sum(p.numel() for p in network.parameters()) for network in (small, large)]
     print(f"{station:8} {type(small).__name__:22} {counts[0]:>12,} {counts[1]:>14,}")
 
-assert [sum(p.numel() for p in network.parameters()) for network in big] == [123_060_480, 859_520_964, 83_653_863]
+sizes = [sum(p.numel() for p in network.parameters()) for network in big]
+assert sizes == [123_060_480, 859_520_964, 83_653_863]
+ours = sum(p.numel() for network in (pipe.text_encoder, pipe.unet, pipe.vae) for p in network.parameters())
+assert round(sum(sizes) / ours) == 73
 
 # %% [markdown]
 # ## Station 1: encode
@@ -174,8 +178,14 @@ show(figure, "2_one_word")
 # The word speaks through every place after it. This is one reason why word order matters in prompts, and why you
 # cannot "take out a word" by deleting its row.
 #
-# **What breaks if** the prompt has more than 75 tokens? The rest is cut off, and minidiff says so in a warning
-# that quotes what was lost. Say the important things first.
+# **What breaks if** the prompt has more than 75 tokens? Nothing: it is cut into chunks of 75, and each chunk is
+# encoded alone, between a start and an end mark of its own. The U-Net gets all chunks, one behind the other. But no
+# word sees a word of another chunk. (Other programs throw the rest away.)
+
+# %%
+long = pipe.encode_prompt(["a photo of a pink car, " * 40])
+print(f"  a prompt of more than 75 tokens: {tuple(long.shape)}, {long.shape[1] // 77} chunks")
+assert long.shape[1] % 77 == 0 and long.shape[1] > 77
 
 # %% [markdown]
 # ## Station 2: denoise
@@ -205,9 +215,8 @@ with torch.no_grad():
 print(f"  U-Net: latents {tuple(noise.shape)}, t = 961, text {tuple(text.shape)} -> noise {tuple(eps.shape)}")
 
 # %% [markdown]
-# **Guidance.** One question is not enough: asked once, the network follows the prompt half-heartedly. So it is
-# asked twice, with the prompt and with an empty one, and we go further in the direction from the second answer to
-# the first:
+# **Guidance.** We can give the prompt more weight than the network itself gives it. The network is asked twice,
+# with the prompt and with an empty one, and we go further in the direction from the second answer to the first:
 #
 # ε̃ = ε_empty + s · (ε_prompt − ε_empty)
 #
@@ -267,17 +276,24 @@ seen = [noise if i == 0 else film[i - 1].x for i in frames]
 believed = [film[i].x0 for i in frames]
 rows = [to_pil(pipe.decode(torch.cat(row))) for row in (seen, believed)]
 columns = [f"step {i + 1}, t = {film[i].t:.0f}" for i in frames]
-show(
-    contact_sheet(rows, ["what the U-Net sees", "what it believes"], columns, f"{PROMPT}: {STEPS} steps", tile=224),
-    "3_film",
-)
+
+plain = []  # once more without guidance
+unguided = {"guidance_scale": 1.0, "sampler": "ddim", "callback": plain.append, "output_type": "latent"}
+pipe(PROMPT, seed=SEED, num_inference_steps=STEPS, **unguided)
+rows.append(to_pil(pipe.decode(torch.cat([plain[i].x0 for i in frames]))))
+spreads = [steps[0].x0.std().item() for steps in (film, plain)]
+print(f"  spread of the first guess: {spreads[0]:.2f} with guidance {SCALE:.0f}, {spreads[1]:.2f} without; of a latent: 1")
+assert spreads[1] < 1 < spreads[0]
+labels = ["what the U-Net sees", f"what it believes, guidance {SCALE:.0f}", "without guidance"]
+show(contact_sheet(rows, labels, columns, f"{PROMPT}: {STEPS} steps", tile=224), "3_film")
 
 # %% [markdown]
-# Read the lower row. The early guess is a blur: the average of all that could still come. Layout and colours are
-# decided first, eyes and edges last. This order, from large to small, is how diffusion models draw.
+# Read the lowest row. Without guidance the first guess is a blur: the average of all that could still come. Guidance
+# goes far beyond it, and the first guess is too bright and too dark. In both rows layout and colours are decided first,
+# eyes and edges last. This order, from large to small, is how diffusion models draw.
 #
-# **What breaks if** guidance is left out, or overdone? The same two seeds, four scales. With scale 1 the prompt
-# is one voice among many. At 20 each step goes much too far; the latents leave the range that the decoder knows,
+# **What breaks if** guidance is left out, or overdone? The same two seeds, four scales. At scale 1 we take the
+# network's answer as it is. At 20 each step goes much too far; the latents leave the range that the decoder knows,
 # and pixels are cut off at pure black and pure white. The printed numbers say so too.
 
 # %%
@@ -299,8 +315,9 @@ show(
 )
 
 # %% [markdown]
-# The seed chooses *which* pink car in a meadow you get. The same seed gives the same picture: on any machine,
-# alone or in a batch. The noise is the only thing about a picture that is left to chance.
+# The seed chooses *which* pink car in a meadow you get. The same seed gives the same noise, on any
+# machine, alone or in a batch. The noise is the only thing about a picture that is left to chance, so the picture is
+# the same, too, but for its last digits: machines round differently. The `assert` above allows 2 of 255.
 
 # %% [markdown]
 # ## Station 3: decode

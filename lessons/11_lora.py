@@ -205,8 +205,8 @@ show(figure, "2_three_starts")
 # - **A random, B zero** starts as the base model, because B A = 0, and learns. In its very first step only B
 #   moves; from the second step on, A does too.
 # - **Both zero** also starts as the base model, and stays there. Nothing crashes. The loss just never changes.
-# - **Both random** learns too, in this toy. But it starts far away from the base: it has to repair first what the
-#   random change broke.
+# - **Both random** learns too, in this toy. But it does not start as the base model: its loss begins higher, because
+#   the random change comes first.
 #
 # **What breaks if** both are random in a real model? We put a fresh adapter on all attention layers of the pocket
 # model, and draw a picture before any training.
@@ -420,7 +420,8 @@ show(figure, "7_singular_values")
 
 # %% [markdown]
 # A few directions carry most of the change: the paper's section 7 finds the same in large language models. This
-# is why small ranks are enough for one subject, and why an adapter can often be shrunk afterwards (exercise 2).
+# is why an adapter can often be shrunk afterwards (exercise 2). It does not say that a smaller rank would have learned
+# the same in as many steps.
 #
 # ## What breaks if alpha is lost
 #

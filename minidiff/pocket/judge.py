@@ -74,10 +74,11 @@ def to_batch(images: list[Any]) -> Tensor:
 
 
 def blurred(x: Tensor, draws: torch.Generator) -> Tensor:
-    """Blur, noise and a tint, each by a random amount, as a network's pictures have them."""
+    """Blur, noise and a tint, each by a random amount, as a network's pictures have them; and half of them mirrored."""
     size = int(torch.randint(80, 129, (), generator=draws))
     small = F.interpolate(x, size=size, mode="bilinear", antialias=True)
     x = F.interpolate(small, size=128, mode="bilinear")
+    x = torch.where(torch.rand(len(x), 1, 1, 1, generator=draws) < 0.5, x.flip(-1), x)
     tint = 0.06 * torch.randn(len(x), 3, 1, 1, generator=draws)
     noise = 0.08 * torch.rand(len(x), 1, 1, 1, generator=draws) * torch.randn(x.shape, generator=draws)
     return (x + tint + noise).clamp(-1, 1)

@@ -12,8 +12,8 @@
 # ```
 #
 # In this lesson you see that sampling is solving a differential equation, solve it by hand with Euler and Heun,
-# measure how fast nine samplers converge (the tenth, `lcm`, is for models that were distilled to it), and then look at
-# what they draw.
+# measure how fast nine samplers converge (the tenth, `lcm`, is for models that were distilled to it), and then
+# look at what they draw.
 #
 # Time: under a minute on one core. Needs: lesson 0, and knowing what a derivative is.
 
@@ -217,7 +217,8 @@ torch.testing.assert_close(naive_heun(noise, 20), last.x, atol=1e-3, rtol=1e-3)
 # %% [markdown]
 # Others get second order from *one* call a step, by remembering. `dpm++_2m` draws a line through the last two x_0
 # (arXiv 2211.01095, algorithm 2). `unipc` does the same, and when the next answer is in, corrects the step it has
-# just made, for nothing; the correction gives it one order more, the third (arXiv 2302.04867, theorem 3.1). `pndm` mixes the last four answers (arXiv 2202.09778, eq. 12).
+# just made, for nothing; the correction gives it one order more, the third (arXiv 2302.04867, theorem 3.1). `pndm`
+# mixes the last four answers (arXiv 2202.09778, eq. 12).
 #
 # **Experiment: the order, measured.** One Gaussian peak instead of two: then the exact solution of the equation is
 # known, and so is each sampler's error half-way down, at t = 499. For those with fresh noise it is the error of the

@@ -342,10 +342,9 @@ show(contact_sheet(rows, list(SAMPLERS), columns, f"{PROMPT}, seed {SEED}", tile
 # %% [markdown]
 # Read along the rows. From 8 calls on, `ddim`, `euler`, `dpm++_2m` and `unipc` show one and the same car, and more
 # calls only make it cleaner: they are on the same road. Those with fresh noise (`ddpm`, `euler_a`, `dpm++_2m_sde`)
-# turn and move the car from column to column. With 32 calls they come to rather similar ones: the model knows few
-# pink cars.
+# draw other clouds from column to column. The car stays nearly the same: the model knows few pink cars.
 #
-# At 4 calls `ddim` shows a car and `euler` does not, though they are one method. They differ only in where they look:
+# At 4 calls `ddim` and `euler` draw different cars, though they are one method. They differ only in where they look:
 # `ddim` takes `leading` spacing by default, `euler` `linspace`. Give both `trailing`, and they agree.
 #
 # **What breaks if** a method of high order gets too few calls? See `pndm` and `heun`. Both trust that the network's

@@ -94,7 +94,7 @@ def half_mirrored(shapes: list[Shape], rng: random.Random) -> list[Shape]:
 
 
 def cut(shape: Shape, side: float, middle: float) -> Shape:
-    """What lies on one side of an upright line: Sutherland and Hodgman 1974, for one edge."""
+    """The part of a shape on one side of an upright line: Sutherland and Hodgman 1974, for one edge."""
     points: list[np.ndarray] = []
     for a, b in zip(shape.points, np.roll(shape.points, -1, axis=0)):
         da, db = side * (a[0] - middle), side * (b[0] - middle)

@@ -176,7 +176,7 @@ def photographs() -> Tensor | None:
 
 
 def sharpness(vae: AutoencoderKL, drawings: int = 200) -> dict[str, float]:
-    """What the autoencoder keeps of pictures that it was never trained on: PSNR in dB, and its worst flat pixel of 255."""
+    """How well the autoencoder keeps pictures that it never saw: PSNR in dB; and its worst flat pixel of 255."""
     kept_out = [texture(10**6 + i, kind) for kind in KEPT_OUT for i in range(16)]
     some = {
         "the world": to_batch([draw(p, 10**6 + i) for i, p in enumerate(held_out(drawings))]),

@@ -272,10 +272,10 @@ def test_two_in_five_pictures_of_the_autoencoder_are_textures(tmp_path: Path, mo
 
 @pytest.mark.parametrize("seed", range(6))
 def test_twins_differ_in_the_object_alone(seed: int) -> None:
-    """The upper corners belong to the place; what is spoiled is at least SEEN of the picture."""
+    """The upper corners belong to the place; the outline of the object shows that it is spoiled."""
     whole, spoiled = anatomy.twins(held_out(6)[seed], seed)
     changed = (whole - spoiled).abs().amax(0) > 0.3
-    assert changed.float().mean() > anatomy.SEEN
+    assert changed.float().mean() > 0.005
     assert not changed[:12, :8].any() and not changed[:12, -8:].any()
 
 

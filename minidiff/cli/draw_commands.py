@@ -78,7 +78,7 @@ def before_and_after(s: Sheet) -> tuple[Image, str]:
             rows.append([draw(pipe, replace(s, seed=seed), prompt) for prompt in s.prompts])
             labels.append(", ".join(filter(None, (when, f"seed {seed}" if s.num_images_per_prompt > 1 else ""))))
     about = how(s, pipe, " | ".join(s.prompts), rows[0][0])
-    return contact_sheet(rows, labels if any(labels) else (), s.prompts, s.title, s.tile), about
+    return contact_sheet(rows, labels, s.prompts, s.title, s.tile), about
 
 
 def over_settings(s: Sheet) -> tuple[Image, str]:
@@ -138,7 +138,7 @@ def morph(s: Morph) -> None:
     print(f"{count} keyframes x {s.frames} frames = {total} frames, a loop of {total / s.fps:.1f} s", file=sys.stderr)
     noises, texts = keyframe_tensors(pipe, keys, s.height, s.width, s.clip_skip, s.negative_prompt)
     pipe.set_progress_bar_config(disable=True)  # the loop has one of its own
-    frames = frames_of(noises, texts, s.frames, lambda noise, text: draw(pipe, s, latents=noise, embeds=text), s.ease)
+    frames = frames_of(noises, texts, s.frames, lambda noise, text: draw(pipe, s, latents=noise, embeds=text))
     pictures = list(frames)
     save_animation(pictures, s.output, s.fps, how(s, pipe, " | ".join(s.prompts), pictures[0]))
     print(s.output)
@@ -161,7 +161,7 @@ def attention(s: Attention) -> None:
     check_count(len(words))
     with AttentionMaps(pipe) as maps:
         image = draw(pipe, s, s.prompt)
-    drawn = attention_sheet(image, maps.mean(s.resolution), words, s.prompt)
+    drawn = attention_sheet(image, maps.mean(), words, s.prompt)
     save_png(drawn, s.output, {"parameters": how(s, pipe, s.prompt, image)})
     print(s.output)
 

@@ -144,8 +144,6 @@ class Morph(Sampling):
     """Frames from each keyframe to the next."""
     fps: Annotated[float, between(0.1, 50)] = 12.0
     """Frames per second."""
-    ease: Literal["even", "smooth"] = "even"
-    """Move at the same speed all the time, or slow down at each keyframe."""
     output: Path = "morph.gif"
     """A .gif, .webp or .png (APNG) file. It is written after the last frame, so Ctrl-C leaves no file."""
 
@@ -164,8 +162,6 @@ class Filmstrip(OnePrompt):
 class Attention(OnePrompt):
     """Show where in the picture the U-Net looks for each word of the prompt."""
 
-    resolution: int | None = None
-    """Use only the layers whose maps are N cells high. Default: all layers."""
     output: Path = "attention.png"
     """The PNG file."""
 

@@ -31,7 +31,6 @@ Cache = dict[str, tuple[object, Tensor]]  # purpose -> the state of the weight, 
 
 MANY = 2**20  # weights: fewer are put in order in no time, and a copy of them costs little memory
 POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)  # and infinity: six that round little (Barabasz et al., arXiv 1803.10986)
-PIECE = 512  # tokens that go through a feed-forward together, so that its results fit the processor's cache
 AT_ONCE = 3 * 2**20  # numbers that winograd transforms together: 12 MB, which stay in a processor's cache
 
 
@@ -41,13 +40,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight.to(x.dtype), bias)
     with without_autocast(x):
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-
-
-def by_pieces(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """module(x), for a module that treats each token of x (B, L, D) separately. In one piece if gradients are needed."""
-    if x.device.type != "cpu" or torch.is_grad_enabled() or x.shape[1] <= PIECE:
-        return module(x)
-    return torch.cat([module(piece) for piece in x.split(PIECE, dim=1)], dim=1)
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, cache: Cache | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from minidiff.fast import conv, memory
 from minidiff.fast.conv import HALF, as_autocast
 from minidiff.fast.lean import saves
 
+PIECE = 512  # tokens that go through a feed-forward together, so that its results fit the processor's cache
 Caches = tuple[conv.Cache, conv.Cache]  # for forward and backward
 
 # --- the classes ---------------------------------------------------------------------------------------------------------
@@ -52,10 +53,12 @@ class FastLinear(nn.Linear):
 
 
 class FeedForwardInPieces(FeedForward):
-    """Equals `self.net(x)` in core/transformer.py, for some tokens at a time."""
+    """Equals `self.net(x)` in core/transformer.py, for some tokens at a time; all at once if gradients are needed."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv.by_pieces(self.net, x)
+        if x.device.type != "cpu" or torch.is_grad_enabled() or x.shape[1] <= PIECE:
+            return super().forward(x)
+        return torch.cat([self.net(piece) for piece in x.split(PIECE, dim=1)], dim=1)
 
 
 class CachedAttention(CrossAttention):

@@ -113,7 +113,9 @@ class DownFunction(torch.autograd.Function):
             d_x = d @ A.to(d.dtype) if needed[0] else None
             d_A = rows(d).mT @ rows(x) if needed[1] else None
         else:
-            d_x, d_A = conv_backward(d, x, A.to(d.dtype), ctx.how, needed)
+            stride, padding, dilation, groups = ctx.how
+            rest = (stride, padding, dilation, False, (0, 0), groups, (*needed, False))
+            d_x, d_A, _ = torch.ops.aten.convolution_backward(d, x, A.to(d.dtype), None, *rest)
         release(ctx)
         return d_x, None if d_A is None else d_A.to(A.dtype), None
 
@@ -147,14 +149,6 @@ class DoRAFunction(torch.autograd.Function):
 def parts(y: Tensor, thin: Tensor, B: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """W x and scale · B A x, in fp32 or fp64."""
     return wide(y) if bias is None else wide(y) - wide(bias), scale * wide(thin @ B.to(thin.dtype).mT)
-
-
-def conv_backward(d: Tensor, x: Tensor, weight: Tensor, how: Any, needed: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the weight, where `needed`; `how`: stride, padding, dilation and groups."""
-    stride, padding, dilation, groups = how
-    rest = (stride, padding, dilation, False, (0, 0), groups, (*needed, False))
-    d_x, d_weight, _ = torch.ops.aten.convolution_backward(d, x, weight, None, *rest)
-    return d_x, d_weight
 
 
 def rows(x: Tensor) -> Tensor:

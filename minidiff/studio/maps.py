@@ -48,7 +48,7 @@ class AttentionMaps:
     def __init__(self, pipe: StableDiffusionPipeline) -> None:
         self.pipe = pipe
         self.sums: dict[Size, Tensor] = {}  # (S, h, w), fp32 on the CPU
-        self.counts: dict[Size, int] = {}  # layers times steps
+        self.count = 0  # layers times steps
         self._latent: Size = (0, 0)
 
     def __enter__(self) -> Self:
@@ -74,22 +74,17 @@ class AttentionMaps:
         size = size_of(x.shape[1], self._latent)
         total = weights.mean(dim=(0, 1)).T.unflatten(-1, size).cpu()  # (S, h, w)
         self.sums[size] = self.sums[size] + total if size in self.sums else total
-        self.counts[size] = self.counts.get(size, 0) + 1
+        self.count += 1
 
-    def mean(self, resolution: int | None = None) -> Tensor:
+    def mean(self) -> Tensor:
         """(S, h, w): how much of its attention each place gives to each token, over layers, heads and steps; 1 in all.
 
-        `resolution`: only layers whose maps are so many cells high; without it all, at the size of the largest (DAAM, eq. 5).
+        Smaller maps are scaled to the size of the largest (DAAM, eq. 5).
         """
         if not self.sums:
             raise SettingsError("the U-Net has not drawn anything yet; draw within `with AttentionMaps(pipe) as maps:`.")
-        heights = sorted({size[0] for size in self.sums})
-        if resolution not in (None, *heights):
-            known = ", ".join(map(str, heights))
-            raise SettingsError(f"no cross-attention is {resolution} cells high; in this picture there are {known}.")
-        chosen = [size for size in self.sums if resolution in (None, size[0])]
-        sums = [F.interpolate(self.sums[size][None], size=max(chosen), mode="bilinear") for size in chosen]  # no share below 0
-        return torch.cat(sums).sum(dim=0) / sum(self.counts[size] for size in chosen)
+        sums = [F.interpolate(total[None], size=max(self.sums), mode="bilinear") for total in self.sums.values()]
+        return torch.cat(sums).sum(dim=0) / self.count  # bilinear: no share below 0
 
 
 def size_of(places: int, latent: Size) -> Size:

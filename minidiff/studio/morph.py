@@ -52,14 +52,10 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     return of_a.to(a.dtype) * a + of_b.to(a.dtype) * b
 
 
-def places(keyframes: int, frames: int, ease: str = "even") -> Iterator[tuple[int, int, float]]:
-    """(from keyframe, to keyframe, t in [0, 1)) of each frame. After the last frame comes the first again.
-
-    With `ease` "smooth", t follows Hermite's cubic, whose speed is 0 at both ends: the loop turns at its keyframes softly.
-    """
+def places(keyframes: int, frames: int) -> Iterator[tuple[int, int, float]]:
+    """(from keyframe, to keyframe, t in [0, 1)) of each frame. After the last frame comes the first again."""
     for frame in range(keyframes * frames):
-        start, t = frame // frames, frame % frames / frames
-        yield start, (start + 1) % keyframes, t * t * (3 - 2 * t) if ease == "smooth" else t
+        yield frame // frames, (frame // frames + 1) % keyframes, frame % frames / frames
 
 
 def keyframe_tensors(
@@ -83,14 +79,14 @@ def keyframe_tensors(
 
 
 def morph(
-    noises: Sequence[Tensor], texts: Sequence[Tensor], frames: int, draw: Draw, ease: str = "even", show: bool = True
+    noises: Sequence[Tensor], texts: Sequence[Tensor], frames: int, draw: Draw, show: bool = True
 ) -> Iterator[Image.Image]:
     """Draw the frames, one by one, with a progress bar. `noises` (1, C, H, W) and `texts` (1, S, D): one for each keyframe.
 
     The first frame of each keyframe is drawn from exactly its noise and its text.
     """
     total = len(noises) * frames
-    for a, b, t in progress(places(len(noises), frames, ease), "frame", total=total, show=show):
+    for a, b, t in progress(places(len(noises), frames), "frame", total=total, show=show):
         yield draw(slerp(noises[a], noises[b], t), texts[a].lerp(texts[b], t))
 
 

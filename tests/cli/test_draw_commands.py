@@ -301,7 +301,6 @@ WRONG = [
     (["morph", DOG, "--output", "m.mp4"], "m.mp4"),
     (["morph", DOG, "--frames", "100000"], "--frames must lie in 1 … 1000; it is 100000"),
     (["filmstrip", DOG, "--count", "0"], "--count must lie in 1 … 50; it is 0"),
-    (["attention", DOG, "--resolution", "5"], "no cross-attention is 5 cells high"),
     (["filmstrip", DOG, "--compile"], "a compiled U-Net hides its layers; leave --compile out"),
     (["attention", DOG, "--compile"], "a compiled U-Net hides its layers; leave --compile out"),
     (["tokens"], "Missing from minidiff tokens"),

@@ -182,7 +182,7 @@ def test_tokens_go_through_a_feed_forward_in_pieces(monkeypatch: pytest.MonkeyPa
     layer, x = FeedForward(8), drawn(2, 21, 8)
     fast.install(layer)
     whole = layer(x).detach()
-    monkeypatch.setattr(cpu, "PIECE", 5)
+    monkeypatch.setattr("minidiff.fast.frozen.PIECE", 5)
     sizes: list[int] = []
     layer.net.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[1]))
     with torch.no_grad():

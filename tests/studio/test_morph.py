@@ -103,13 +103,6 @@ def test_the_loop_is_closed_and_its_steps_are_even() -> None:
     assert [t for *_, t in way] == [0, 0.25, 0.5, 0.75] * 3
 
 
-def test_the_smooth_loop_rests_at_its_keyframes() -> None:
-    t = np.array([t for *_, t in places(2, 100, "smooth")][:100])
-    speed = np.diff(t)
-    assert t[0] == 0 and speed.min() > 0 and max(speed[0], speed[-1]) < 0.1 * speed.max()
-    assert t[50] == 0.5
-
-
 def test_loops_that_cannot_be() -> None:
     with pytest.raises(SettingsError, match="1 keyframes x 24 frames: a loop needs two"):
         check_loop([(DOG, 0)], 24, "ddim", 0.0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -78,11 +78,21 @@ class Model:
         parts = (self.unet, self.vae, self.text_encoder, self.tokenizer, self.noise_config, self.sampler)
         write_folder(ModelParts(*parts), folder, dtype)
 
-    def to(self, device: str | torch.device) -> Self:
-        """Move the networks."""
-        for module in (self.unet, self.vae, self.text_encoder):
-            nn.Module.to(module, device)
+    def to(self, device: str | torch.device | torch.dtype, dtype: torch.dtype | None = None) -> Self:
+        """Move the networks, cast them, or both. The VAE stays in fp32, as in `from_pretrained`."""
+        where: Any = (device,) if dtype is None else (device, dtype)
+        for module in (self.unet, self.text_encoder):
+            nn.Module.to(module, *where)
+        if not isinstance(device, torch.dtype):
+            nn.Module.to(self.vae, device)
         return self
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """An attribute that the pipeline does not have, such as the `scheduler` of other libraries, would change nothing."""
+        if "tile_size" in self.__dict__ and name not in self.__dict__ and not hasattr(type(self), name):
+            hint = ' The sampler is an argument of the call: pipe(prompt, sampler="euler_a").' if name == "scheduler" else ""
+            raise AttributeError(f"{type(self).__name__} has no {name} that could be set.{hint}")
+        super().__setattr__(name, value)
 
     # --- LoRA and textual inversion --------------------------------------------------------------------------------------
 

@@ -175,7 +175,7 @@ class StableDiffusionPipeline(Model):
         mask = None if mask_image is None else as_mask(mask_image, pictures, height, width)
         return on_picture(fitted(pictures, height, width), mask, strength, draw, self.encode_pictures, unet, trained_for_it)
 
-    def encode_prompt(self, prompts: Sequence[str | Prompt] | Tensor, clip_skip: int = 0, chunks: int = 1) -> Tensor:
+    def encode_prompt(self, prompts: str | Sequence[str | Prompt] | Tensor, clip_skip: int = 0, chunks: int = 1) -> Tensor:
         """Prompts in the prompt language -> (B, 77 k, D) in the U-Net's dtype, k >= `chunks`; equal prompts are encoded once.
 
         LoRA tags have no effect here, only in `__call__`. Encoded prompts (B, 77 k, D) are checked and moved to the U-Net.
@@ -185,6 +185,7 @@ class StableDiffusionPipeline(Model):
                 fits = f"it must be (B, {LENGTH * chunks}, {width}), as encode_prompt gives it, on both sides"
                 raise SettingsError(f"prompt_embeds have the shape {tuple(prompts.shape)}; {fits}.")
             return prompts.to(self.device, self.dtype)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         parsed = [parse_prompt(p) if isinstance(p, str) else p for p in prompts]
         distinct = list(dict.fromkeys(parsed))
         rows = encode_prompts(self.tokenizer, self.text_encoder, distinct, self.placeholders, clip_skip, chunks)

@@ -184,6 +184,25 @@ def test_class_names(pipe: StableDiffusionPipeline) -> None:
         assert not part.training and not any(p.requires_grad for p in part.parameters())
 
 
+def test_cast_and_moved_the_vae_stays_in_fp32(tiny_folder: Path) -> None:
+    for arguments in ((torch.bfloat16,), ("cpu", torch.bfloat16)):
+        pipe = StableDiffusionPipeline.from_pretrained(tiny_folder).to(*arguments)
+        kinds = [next(part.parameters()).dtype for part in (pipe.unet, pipe.text_encoder, pipe.vae)]
+        assert kinds == [torch.bfloat16, torch.bfloat16, torch.float32]
+
+
+def test_an_attribute_that_would_change_nothing(pipe: StableDiffusionPipeline) -> None:
+    with pytest.raises(AttributeError, match="has no scheduler that could be set. The sampler is an argument of the call"):
+        pipe.scheduler = object()  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="has no safety_checker that could be set"):
+        pipe.safety_checker = None  # type: ignore[attr-defined]
+    pipe.sampler = pipe.sampler
+
+
+def test_one_prompt_as_a_string(pipe: StableDiffusionPipeline) -> None:
+    assert torch.equal(pipe.encode_prompt("a dog"), pipe.encode_prompt(["a dog"]))
+
+
 def test_output_types(pipe: StableDiffusionPipeline) -> None:
     z = latents(pipe, [DOG, CAT])
     pt = latents(pipe, [DOG, CAT], output_type="pt")

@@ -24,6 +24,7 @@ from minidiff.draw.speed import compile_unet, keep_memory
 from minidiff.files.folder import local_folder
 from minidiff.files.model import read_model
 from minidiff.files.text_files import load_tokenizer
+from minidiff.files.word_file import FILE_NAME
 from minidiff.studio.filmstrip import Film
 from minidiff.studio.filmstrip import filmstrip as strip_of
 from minidiff.studio.maps import AttentionMaps, attention_sheet, words_of
@@ -219,7 +220,8 @@ def attach(pipe: StableDiffusionPipeline, s: Sampling, prompts: Sequence[str]) -
     for name in sorted(name for name in named if adapter_name_of(name) not in lora_names(s.lora)):
         print(pipe.load_lora_weights(in_lora_dir(s.lora_dir, name), adapter_name_of(name)), file=sys.stderr)
     set_weights(pipe, s)
-    for path in s.textual_inversion:
+    pivotal = [path for path in s.lora if (Path(path) / FILE_NAME).is_file() and path not in s.textual_inversion]
+    for path in (*s.textual_inversion, *pivotal):  # a run of `train pivotal` leaves a LoRA and a word in one folder
         print(pipe.load_textual_inversion(path), file=sys.stderr)
 
 

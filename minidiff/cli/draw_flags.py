@@ -43,7 +43,7 @@ class Sampling(Flags):
     tokenizer: Path | None = None
     """Folder of the tokenizer. Only a model in one file needs it."""
     lora: tuple[Path, ...] = ()
-    """LoRA files or folders."""
+    """LoRA files or folders. Of a folder of `train pivotal`, the new word is loaded, too."""
     lora_weight: tuple[Finite, ...] = ()
     """Strength of each LoRA. Default: 1."""
     lora_dir: str = "outputs"

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_adapters import shake
 
@@ -19,6 +21,7 @@ from minidiff.draw.images import read_png_text, save_png
 from minidiff.draw.lora_tags import in_lora_dir
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.lora_file import save_lora
+from minidiff.files.word_file import save_embedding
 
 DOG = "a photo of a red dog"
 
@@ -97,6 +100,21 @@ def test_seed_minus_one_is_a_new_seed_in_the_picture(tiny_folder: Path, capsys: 
     assert len(set(seeds)) == 2 and f"Seed: {seeds[0]}," in read_png_text("a.png")["parameters"]
     run(tiny_folder, "sample", "the beach", "--seed", seeds[0], "--output", "again.png")
     assert same("a.png", "again.png") and not same("a.png", "b.png")
+
+
+def test_the_word_beside_a_lora_is_loaded_with_it(
+    tiny_folder: Path, loras: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = tmp_path / "pivotal"
+    both.mkdir()
+    shutil.copy(loras / "dog.safetensors", both / "pytorch_lora_weights.safetensors")
+    width = StableDiffusionPipeline.from_pretrained(tiny_folder).text_encoder.config.hidden_size
+    save_embedding(both, "<my-dog>", torch.randn(1, width))
+    prompt = ("sample", "a <my-dog>", "--lora", str(both))
+    run(tiny_folder, *prompt, "--output", "a.png")
+    assert "diffusers style, <my-dog>, 1 vector" in capsys.readouterr().err
+    run(tiny_folder, *prompt, "--textual_inversion", str(both), "--output", "b.png")
+    assert same("a.png", "b.png")
 
 
 def test_one_of_several_is_as_if_alone(tiny_folder: Path) -> None:

@@ -172,7 +172,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if start[8:9] == b"{":
         raise WeightsError(f"{path} is a safetensors file under another name; rename it to {path.stem}.safetensors.")
     if not is_pickle(start):
-        raise WeightsError(f"{path} {foreign(start)}")
+        raise WeightsError(f"{path} {foreign(start, path)}")
     try:
         zipped = is_zipfile(path)
         if zipped and sum(entry.file_size for entry in ZipFile(path).infolist()) > size:

@@ -36,7 +36,7 @@ METADATA = "__metadata__"  # the one name in a header that is no tensor's
 LARGE = 2**28  # bytes: 256 MB
 MODEL_FILES = tuple(f"{stem}{end}.safetensors" for stem in ("diffusion_pytorch_model", "model") for end in ("", ".fp16"))
 
-PICKLE = "which can run code when it is opened; get the .safetensors version of it, or `minidiff convert` it."
+PICKLE = "which can run code when opened; get the .safetensors version of it, or make it: minidiff convert {} NEW.safetensors"
 OTHER_FILES = {  # their first bytes, and what to say of them
     b"version https://git-lfs": "is a git-LFS pointer, not the file itself; run `git lfs pull` in its folder.",
     b"PK": f"is a PyTorch pickle (zip), {PICKLE}",
@@ -100,7 +100,7 @@ def read_header(path: str | Path) -> TensorFile:
     path = Path(path)
     start = first_bytes(path)
     if start[8:9] != b"{":
-        raise WeightsError(f"{path} {foreign(start)}")
+        raise WeightsError(f"{path} {foreign(start, path)}")
     try:
         with safe_open(path, framework="pt"), path.open("rb") as file:  # safe_open checks each entry against the file's size
             (length,) = struct.unpack("<Q", file.read(8))
@@ -136,10 +136,10 @@ def first_bytes(path: Path) -> bytes:
     return start
 
 
-def foreign(start: bytes) -> str:
+def foreign(start: bytes, path: Path) -> str:
     """For a message: the kind of a file that begins so and is no safetensors file."""
     unknown = "is not a safetensors file (no header where one should be). Is it the right one?"
-    return next((what for magic, what in OTHER_FILES.items() if start.startswith(magic)), unknown)
+    return next((what for magic, what in OTHER_FILES.items() if start.startswith(magic)), unknown).format(path)
 
 
 def is_pickle(start: bytes) -> bool:

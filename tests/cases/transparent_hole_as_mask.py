@@ -29,4 +29,4 @@ with warnings.catch_warnings(record=True) as said:
 changed = np.abs(np.asarray(new).astype(int) - np.asarray(photo)).sum(-1) > 0
 inside, outside = changed[alpha == 0].mean(), changed[alpha > 0].mean()
 print(f"changed in the hole {inside:.0%}, outside it {outside:.0%}; warnings {len(said)}")
-sys.exit(outside > inside and not said)
+sys.exit(bool(outside > inside and not said))  # numpy's own False would be printed, and exit with 1

@@ -224,7 +224,7 @@ def test_a_number_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 def test_a_pickle_must_be_converted_first(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "a.ckpt")
-    with pytest.raises(WeightsError, match=r"a.ckpt is a PyTorch pickle .*`minidiff convert` it"):
+    with pytest.raises(WeightsError, match=r"a.ckpt is a PyTorch pickle .*: minidiff convert .*a.ckpt NEW.safetensors"):
         inspect(tmp_path / "a.ckpt")
 
 

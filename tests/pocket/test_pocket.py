@@ -2,7 +2,9 @@
 
 import json
 import random
+import signal
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from minidiff.pocket import anatomy, autoencoder, judge, pretrain
 from minidiff.pocket.dataset import hard_batch, load_world, lookalikes
 from minidiff.pocket.drawing import polygon
 from minidiff.pocket.muon import Muon, orthogonalize, split
-from minidiff.pocket.settings import PretrainSettings
+from minidiff.pocket.settings import PretrainSettings, Stage
 from minidiff.pocket.textures import KEPT_OUT, SHARES, TRAINED, texture
 from minidiff.pocket.towers import contrastive_loss
 from minidiff.pocket.world import OBJECTS, Picture, draw, held_out, is_held_out, random_picture
@@ -346,6 +348,34 @@ def test_every_stage_runs_and_is_passed_over_when_finished(tmp_path: Path, monke
     assert again == folder and json.loads((folder / "model_index.json").read_text())["unet"][1] == "UNet2DConditionModel"
     before = weights.read_header(folder / "unet" / "diffusion_pytorch_model.safetensors").tensors
     assert written and all(info.dtype == torch.float16 for info in before.values())
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_a_stopped_stage_goes_on_as_if_it_had_not_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: Literal["cpu", "gpu"]
+) -> None:
+    def train(home: str) -> bytes:
+        stages: tuple[Stage, ...] = ("world", "latents", "unet")
+        few = PretrainSettings(str(tmp_path / home), stages, init_from=str(POCKET), device="cpu", profile=profile,
+                               pictures=4, unet_steps=3, unet_batch=2)  # fmt: skip
+        assert few.sizes.mixed_precision == {"cpu": "no", "gpu": "bf16"}[profile]
+        pretrain.pretrain(few)
+        return (tmp_path / home / "unet" / "model.safetensors").read_bytes()
+
+    monkeypatch.setattr(pretrain, "sample_sheet", lambda home, unet, settings: None)
+    at_once = train("at once")
+    chosen, steps = pretrain.chosen, []
+
+    def stop_once(settings: PretrainSettings, stage: str, step: int, batch: int) -> list[int]:
+        steps.append(step)
+        if steps == [0, 1]:
+            signal.raise_signal(signal.SIGINT)
+        return chosen(settings, stage, step, batch)
+
+    monkeypatch.setattr(pretrain, "chosen", stop_once)
+    with pytest.raises(KeyboardInterrupt):
+        train("in two parts")
+    assert train("in two parts") == at_once and steps == [0, 1, 2]
 
 
 # --- the committed checkpoint ------------------------------------------------------------------------------------------------

@@ -28,11 +28,7 @@ def twins(picture: Picture, seed: int, vae: AutoencoderKL | None = None) -> Tens
     rng = random.Random(f"spoil {seed}")
     if vae is not None and rng.random() < 0.15:
         return joined(vae, picture, seed, rng)
-    return torch.stack([to_tensor(draw(picture, seed)), to_tensor(changed(picture, seed, spoiled, rng))])
-
-
-def changed(picture: Picture, seed: int, spoil: Spoil, rng: random.Random) -> Image.Image:
-    return draw(picture, seed, change=lambda shapes: spoil(shapes, rng))
+    return torch.stack([to_tensor(draw(picture, seed)), to_tensor(draw(picture, seed, change=lambda some: spoiled(some, rng)))])
 
 
 def spoiled(shapes: list[Shape], rng: random.Random) -> list[Shape]:
@@ -56,7 +52,7 @@ def silhouette(shapes: list[Shape]) -> np.ndarray:
 def joined(vae: AutoencoderKL, picture: Picture, seed: int, rng: random.Random) -> Tensor:
     """The drawing, and two drawings of one caption joined along a line through the middle; both come from the decoder."""
     other = rng.choice((elsewhere, mirrored))
-    x = torch.stack([to_tensor(draw(picture, seed)), to_tensor(changed(picture, seed, other, rng))])
+    x = torch.stack([to_tensor(draw(picture, seed)), to_tensor(draw(picture, seed, change=lambda some: other(some, rng)))])
     z, angle = vae.encode(x)[0], rng.uniform(0, 2 * math.pi)
     at = torch.linspace(-0.5, 0.5, z.shape[-1])
     here = at[None, :] * math.cos(angle) + (at[:, None] - 0.15) * math.sin(angle) > rng.uniform(-0.08, 0.08)

@@ -21,7 +21,7 @@ SHORT = ["--max_train_steps", "3", "--train_batch_size", "2", "--checkpointing_s
 TRAINING = {
     "full": ["full", *CHALK, "--max_grad_norm", "0.5", "--lr_scheduler", "cosine"],
     "full_text": ["full", *DOG, "--train_text_encoder", "--use_ema", "--gradient_accumulation_steps", "2"],
-    "full_8bit": ["full", *DOG, "--use_8bit_adam", "--optimizer_in_backward", "--bf16_weights", "--mixed_precision", "bf16"],
+    "full_8bit": ["full", *DOG, "--use_8bit_adam", "--optimizer_in_backward", "--mixed_precision", "bf16"],
     "dreambooth": ["dreambooth", *DOG, "--class_prompt", "a photo of a dog", "--num_class_images", "2",
                    "--class_data_dir", "class"],
     "lora": ["lora", *DOG, "--rank", "4"],

@@ -1,4 +1,4 @@
-"""AdamW whose memory is small: two bytes of state for each weight in place of eight, and weights that may be bf16.
+"""AdamW whose memory is small: two bytes of state for each weight in place of eight.
 
 Dettmers, Lewis, Shleifer & Zettlemoyer, "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861). Adam remembers
 two numbers a weight, and they need range more than precision:
@@ -13,12 +13,6 @@ two numbers a weight, and they need range more than precision:
 
 The update computes with fp32 moments, before they are rounded back (section 2). What is lost: a second moment below 1.6e-7 of
 the largest in its block becomes zero, and the steps of such a weight can be too long.
-
-bf16 weights. A bf16 number has 8 bits of precision, so a step smaller than 2^-9 of a weight is lost when the result is
-rounded to the nearest: at fine-tuning's learning rates most weights would never move. Stochastic rounding (Gupta et al. 2015,
-arXiv 1502.02551; for training in bf16 Zamirai et al., arXiv 2010.06192) takes the neighbour below or above, each as often as x
-lies near to it. Then E[round(x)] = x, and small steps arrive, one time in many. bf16 is the upper half of an fp32 number:
-adding 16 random bits to the lower half carries into the upper one with the right probability; then the lower half is cut off.
 
 The step in the backward pass (`in_backward`). Usually the gradients of all tensors wait in memory for the last one: as much
 again as the weights. Here each tensor is updated as soon as its gradient is complete, and the gradient is freed, as in LOMO
@@ -38,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.core.rng import hashed_seed
 from minidiff.core.train import clip_gradients
 
 BLOCK = 256  # numbers that share one scale
@@ -84,32 +77,11 @@ def dequantize(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     return x.mul_(absmax.repeat_interleave(BLOCK)[: len(x)])
 
 
-# --- bf16 weights ------------------------------------------------------------------------------------------------------
-
-
-def rounding_noise(count: int, device: torch.device, seed: int, *where: int | str) -> Tensor:
-    """16 random bits for each of `count` numbers, int16, drawn on `device`: a function of (seed, where), with no state."""
-    generator = torch.Generator(device).manual_seed(hashed_seed(seed, "rounding", *where))
-    drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
-    return drawn.view(torch.int16)[:count]  # four of 16 bits from each drawn number
-
-
-def round_to_bf16(x: Tensor, seed: int, *where: int | str) -> Tensor:
-    """`x` (fp32, any shape) as bf16, with E[round(x)] = x, by the noise of (seed, where). NaN and infinity stay as they are."""
-    noise = rounding_noise(x.numel(), x.device, seed, *where).view(x.shape).int() & 0xFFFF
-    cut = (x.view(torch.int32) + noise).bitwise_and_(-0x10000).view(torch.float32)
-    return torch.where(x.isfinite(), cut, x).to(torch.bfloat16)  # a NaN could be carried over into a zero
-
-
 # --- the optimizer -----------------------------------------------------------------------------------------------------
 
 
 class LeanAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) with `eight_bit` moments or fp32 ones, for fp32 or bf16 weights.
-
-    The noise that rounds bf16 weights is a function of `seed`, the number of the update and the number of the tensor. With fp32
-    moments and fp32 weights it is torch's AdamW, up to rounding.
-    """
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) with `eight_bit` moments, or fp32 ones (then torch's, up to rounding)."""
 
     def __init__(
         self,
@@ -119,30 +91,27 @@ class LeanAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         eight_bit: bool = True,
-        seed: int = 0,
     ) -> None:
-        self.eight_bit, self.seed = eight_bit, seed
+        self.eight_bit = eight_bit
         self.norms: dict[nn.Parameter, float] = {}  # of the gradients that the last backward pass used up
         super().__init__(list(parameters), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; and every parameter is numbered, through all groups."""
+        """As torch's; and remembers each parameter's group."""
         super().add_param_group(param_group)
-        pairs = [(p, group) for group, g in enumerate(self.param_groups) for p in g["params"]]
-        self.places = {p: (number, group) for number, (p, group) in enumerate(pairs)}
+        self.groups = {p: number for number, group in enumerate(self.param_groups) for p in group["params"]}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
-        for p in self.places:
+        for p in self.groups:
             if p.grad is not None:
                 self.update(p, p.grad)
 
     @torch.no_grad()
     def update(self, p: nn.Parameter, grad: Tensor) -> None:
         """One update of one parameter, piece by piece: what is unpacked is small, however large the tensor."""
-        number, place = self.places[p]
-        group, state = self.param_groups[place], self.state[p]
+        group, state = self.param_groups[self.groups[p]], self.state[p]
         if not state:
             for name, (shape, dtype) in self.kinds(p).items():
                 state[name] = torch.zeros(shape, dtype=dtype, device="cpu" if name == "step" else p.device)
@@ -150,10 +119,9 @@ class LeanAdamW(torch.optim.Optimizer):
         w, g = p.reshape(-1), grad.reshape(-1)  # views where the memory is in row-major order
         done, flat = int(state["step"]), {name: t.view(-1) for name, t in state.items() if name != "step"}
         for start in range(0, len(w), PIECE):
-            piece, noise_of = slice(start, start + PIECE), (self.seed, done, number, start)
-            m, v = self.moments(flat, piece, g[piece].float(), group["betas"])
-            new = adamw_step(w[piece].float(), m, v, done, group)
-            w[piece] = new if w.dtype == torch.float32 else round_to_bf16(new, *noise_of)
+            piece = slice(start, start + PIECE)
+            m, v = self.moments(flat, piece, g[piece], group["betas"])
+            w[piece] = adamw_step(w[piece], m, v, done, group)
         if not p.is_contiguous():  # then w is a copy
             p.copy_(w.view(p.shape))
 
@@ -168,7 +136,7 @@ class LeanAdamW(torch.optim.Optimizer):
                 self.update(p, p.grad)
                 p.grad = None
 
-        handles = [p.register_post_accumulate_grad_hook(take) for p in self.places]
+        handles = [p.register_post_accumulate_grad_hook(take) for p in self.groups]
         try:
             yield
         finally:

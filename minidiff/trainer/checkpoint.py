@@ -4,7 +4,7 @@
       .lock                        held by the one process that trains here
       train_config.toml            the settings; marks the folder as a run of minidiff's
       checkpoint-300/              has this name only once all of it is on the disk
-        state/weights.safetensors    what is trained, fp32 (or bf16)
+        state/weights.safetensors    what is trained, in fp32
         state/optimizer.safetensors  AdamW's moments, or their 8-bit codes, and step counts
         state/ema.safetensors        averaged weights, where the task has them
         …                            what the task exports: the adapter of step 300, ready to use
@@ -190,6 +190,8 @@ def find(settings: TrainSettings) -> Path | None:
 def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     """Refuse to go on with other settings or data than the run was made of; the SettingsError lists the differences."""
     # None, False, 0 and an empty value count as missing: a checkpoint from before a flag existed still fits.
+    if saved.get("bf16_weights"):
+        raise SettingsError(f"{path} was trained with --bf16_weights, which minidiff no longer has; take another --output_dir.")
     keys = [k for k in {**saved, **now} if (saved.get(k) or None) != (now.get(k) or None)]
     if keys:
         short = [{k: f"{json.dumps(values.get(k), ensure_ascii=False):.60}" for k in keys} for values in (saved, now)]

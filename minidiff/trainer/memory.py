@@ -40,7 +40,6 @@ SAVINGS = {  # flag -> its cost; the cheapest first
     "gradient_checkpointing": "a third more time, the same result",
     "use_8bit_adam": "AdamW's running means are rounded, so the last digits differ",
     "optimizer_in_backward": "each gradient is limited separately, not all together",
-    "bf16_weights": "trained weights have 8 bits of precision, with stochastic rounding",
 }
 HINTS = (
     "--train_batch_size 1 with more --gradient_accumulation_steps; --mixed_precision bf16; a smaller --resolution; "
@@ -96,7 +95,7 @@ class Fused(torch.autograd.Function):
 def dtype_in(settings: FineTuneSettings, weight: Tensor) -> torch.dtype:
     """Of a weight in training with these settings, which may differ from those that it was loaded with."""
     if weight.requires_grad:
-        return torch.bfloat16 if settings.bf16_weights else weight.dtype
+        return weight.dtype
     in_fp32 = settings.mixed_precision == "no" and not is_on(settings, "layerwise_casting")
     return torch.float32 if in_fp32 and weight.dtype in HALF else weight.dtype
 
@@ -130,7 +129,7 @@ def forward_pass(task: Job, settings: FineTuneSettings, checkpointing: bool) -> 
 
 def step_bytes(task: Job, settings: FineTuneSettings) -> tuple[int, int]:
     """The bytes that a training step saves for its backward pass, and the most that there is at once, with gradients."""
-    counter, size = forward_pass(task, settings, False), 2 if settings.bf16_weights else 4  # bytes of a gradient's number
+    counter, size = forward_pass(task, settings, False), 4  # bytes of a gradient's number
     layer = sum(counter.inside.get(kind, 0) for kind in (ResBlock, SpatialTransformer))
     if settings.gradient_checkpointing:
         counter = forward_pass(task, settings, True)
@@ -178,7 +177,7 @@ def budget(task: Job, settings: FineTuneSettings) -> Budget:
         "optimizer": optimizer_bytes(trained, settings),
         "averaged weights": 4 * sum(trained) if settings.use_ema else 0,
     }
-    gradients = 0 if settings.optimizer_in_backward else (2 if settings.bf16_weights else 4) * sum(trained)
+    gradients = 0 if settings.optimizer_in_backward else 4 * sum(trained)
     moments = {"training step": step_bytes(task, settings)[1], "update": gradients}
     if isinstance(vae, AutoencoderKL) and task.used_vae:
         moments["pictures"] = max(0, away + vae_bytes(vae, latent, "encode") - sum(later.values()))
@@ -270,7 +269,6 @@ def possible(task: Job, settings: FineTuneSettings) -> list[str]:
         "gradient_checkpointing": True,
         "use_8bit_adam": ours,
         "optimizer_in_backward": ours and early,
-        "bf16_weights": ours and settings.mixed_precision == "bf16" and not settings.use_ema and task.ema_decay is None,
     }
     return [flag for flag in SAVINGS if rules[flag] and not is_on(settings, flag)]
 

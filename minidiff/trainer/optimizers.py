@@ -1,7 +1,5 @@
 """The optimizer that the settings ask for, and its state as tensors for a checkpoint."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -23,16 +21,10 @@ def adamw(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.opti
     """
     s = settings
     numbers = s.learning_rate, (s.adam_beta1, s.adam_beta2), s.adam_epsilon, s.adam_weight_decay
-    if s.use_8bit_adam or s.bf16_weights or s.optimizer_in_backward:
-        needed("one of --use_8bit_adam, --bf16_weights and --optimizer_in_backward")
-        return LeanAdamW(parameters, *numbers, eight_bit=s.use_8bit_adam, seed=s.seed)
+    if s.use_8bit_adam or s.optimizer_in_backward:
+        needed("--use_8bit_adam and --optimizer_in_backward")
+        return LeanAdamW(parameters, *numbers, eight_bit=s.use_8bit_adam)
     return torch.optim.AdamW(parameters, *numbers, fused=True)
-
-
-def to_bf16(parameters: Mapping[str, nn.Parameter]) -> None:
-    """--bf16_weights: the trained weights become bf16, rounded to the nearest this once."""
-    for p in parameters.values():
-        p.data = p.data.to(torch.bfloat16)
 
 
 def stepping_in_backward(optimizer: torch.optim.Optimizer, settings: TrainSettings, world: World) -> LeanAdamW | None:

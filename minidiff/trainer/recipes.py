@@ -39,7 +39,7 @@ from minidiff.trainer.task import Job, load_base, load_data, make_job
 def full(settings: FullSettings) -> Job:
     """Full fine-tuning and DreamBooth. The result is a whole model folder."""
     settings.check()
-    pipe, base_hash = load_base(replace(settings, mixed_precision="no", bf16_weights=False))  # trained weights start unrounded
+    pipe, base_hash = load_base(replace(settings, mixed_precision="no"))  # trained weights start unrounded
     data = load_data(pipe, settings, settings.train_text_encoder)
     trainable = core.full(trained_networks(pipe, settings))
     tag = "dreambooth" if settings.with_prior_preservation else "full"

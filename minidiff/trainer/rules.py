@@ -36,8 +36,6 @@ RULES: tuple[tuple[str, Holds, str], ...] = (  # where the flag is given, the co
     ("overwrite_output_dir", lambda s: not s.resume_from_checkpoint, AGAIN),
     ("optimizer_in_backward", lambda s: s.gradient_accumulation_steps == 1, FREED),
     ("optimizer_in_backward", lambda s: s.mixed_precision != "fp16", "cannot be joined with --mixed_precision fp16; use bf16"),
-    ("bf16_weights", lambda s: s.mixed_precision == "bf16", "needs --mixed_precision bf16"),
-    ("bf16_weights", lambda s: not s.use_ema, "cannot be joined with --use_ema: bf16 is too coarse for a slow average"),
     ("layerwise_casting", lambda s: s.mixed_precision == "no", "needs --mixed_precision no"),
     *((flag, lambda s: not s.plain, FAST) for flag in ("gradient_checkpointing", "fit", "layerwise_casting")),
     ("instance_data_dir", lambda s: s.train_data_dir is None, f"and --train_data_dir both name the pictures: {ONE}"),

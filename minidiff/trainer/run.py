@@ -15,11 +15,9 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +25,13 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minidiff.core.errors import MinidiffError, SettingsError, WeightsError
-from minidiff.core.train import Batch, LoopSettings, Task, Update, train
+from minidiff.core.train import LoopSettings, Task, Update, train
 from minidiff.draw.images import save_png
 from minidiff.draw.speed import compile_unet, frozen_weights
 from minidiff.files.atomic import fsync, write_bytes
 from minidiff.trainer import checkpoint, distributed
 from minidiff.trainer.ema import EMA
-from minidiff.trainer.optimizers import adamw, load_optimizer_state, optimizer_state, stepping_in_backward, to_bf16
+from minidiff.trainer.optimizers import adamw, load_optimizer_state, optimizer_state, stepping_in_backward
 from minidiff.trainer.plot import METRICS, loss_curve, read_metrics
 from minidiff.trainer.settings import FineTuneSettings, TrainSettings
 from minidiff.trainer.signals import signals_call
@@ -62,8 +60,6 @@ def fit(job: Job, settings: TrainSettings) -> Report:
     total, world = settings.updates(job.samples_per_epoch), distributed.world()
     world.check(settings.train_batch_size)
     device = check_trainable(job, settings)
-    if settings.bf16_weights:
-        to_bf16(job.trainable)
     if isinstance(settings, FineTuneSettings) and settings.compile:
         compile_unet(job.modules["unet"])
     run = Run(distributed.own_share(job, world, settings.train_batch_size), settings, total, world)
@@ -81,8 +77,8 @@ def fit(job: Job, settings: TrainSettings) -> Report:
         start = run.resume()
         often = 0.1 if sys.stderr.isatty() else 10.0  # seconds: in a log file, a line now and then
         bar = tqdm(initial=start, total=total, unit="step", mininterval=often, file=sys.stderr, disable=not run.writes)
-        with bar, closing(batches(job, settings, start, total)) as data:
-            updates = train(run.task(data), run.loop, start)
+        with bar:
+            updates = train(run.task(), run.loop, start)
             while not world.any(bool(asked)):
                 began = time.perf_counter()
                 if (update := next(updates, None)) is None:
@@ -113,10 +109,10 @@ class Run:
         self.recent: deque[float] = deque(maxlen=20)  # losses
         self.done = self.saved = self.skipped = 0  # updates; the newest checkpoint's; updates skipped in a row
 
-    def task(self, data: Iterator[Batch]) -> Task:
-        """The job as the loop trains it, with batches that were perhaps prepared ahead."""
+    def task(self) -> Task:
+        """The job as the loop trains it."""
         task = distributed.averaged(self.job, self.world, self.settings.gradient_accumulation_steps)
-        return replace(task, batch=lambda step, micro: next(data), optimizer=self.optimizer)
+        return replace(task, optimizer=self.optimizer)
 
     def mean_loss(self) -> float:
         return sum(self.recent) / len(self.recent) if self.recent else math.nan
@@ -159,9 +155,6 @@ class Run:
             p.data.copy_(saved.tensors["weights"][name])
             if self.ema:
                 self.ema.average[name].copy_(saved.tensors["ema"][name])
-        for what, now in checkpoint.environment().items() if self.writes else []:
-            if (was := saved.facts["environment"].get(what, now)) != now:
-                print(f"Note: {what} was {was}, is now {now}: the result can differ in its last bits.", file=sys.stderr)
         self.done = self.saved = saved.step
 
     # --- after each update
@@ -298,22 +291,6 @@ def check_trainable(job: Job, settings: TrainSettings) -> str:
     device = next(iter(job.trainable.values())).device.type
     check_precision(settings.mixed_precision, device)
     return device
-
-
-def batches(job: Job, settings: TrainSettings, start: int, total: int) -> Generator[Batch]:
-    """All batches of the updates from `start` on, in order; --dataloader_num_workers threads, if any, prepare the next ones."""
-    places = ((step, micro) for step in range(start, total) for micro in range(settings.gradient_accumulation_steps))
-    if not (workers := settings.dataloader_num_workers):
-        yield from (job.batch(*place) for place in places)
-        return
-    pool = ThreadPoolExecutor(workers)
-    try:
-        waiting = deque(pool.submit(job.batch, *place) for place in islice(places, 2 * workers))
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(job.batch, *place) for place in islice(places, 1))
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -87,11 +87,9 @@ class TrainSettings:
     ema_decay: Decay = 0.9999
     """Decay of that average: the closer to 1, the slower it follows the weights."""
     dataloader_num_workers: Annotated[int, between(0, 64)] = 0
-    """Threads that prepare the next batches during training; 0 prepares each batch when it is needed. Same result."""
+    """Without effect: a batch is prepared when it is needed. Accepted because training commands often have it."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Number format of the forward pass. Trained weights stay in fp32, unless --bf16_weights is given. fp16 needs a GPU."""
-    bf16_weights: bool = False
-    """With --mixed_precision bf16: store the trained weights in bf16, too. Stochastic rounding keeps small updates."""
+    """Number format of the forward pass. Trained weights stay in fp32. fp16 needs a GPU."""
     checkpointing_steps: Count = 100
     """Save a checkpoint every N updates, and at the end."""
     checkpoints_total_limit: Count | None = 2

@@ -42,7 +42,7 @@ AsBase = Callable[[], AbstractContextManager[None]]
 
 @dataclass
 class Job(Task):
-    """`batch` gives CPU tensors, and threads may call it; `loss` moves them to its device.
+    """`batch` gives CPU tensors; `loss` moves them to its device.
 
     With prior preservation a batch has two halves, and the loss is the sum of two means.
     """

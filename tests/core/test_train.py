@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from minidiff.core.rng import hashed_seed, normal
 from minidiff.files import weights
 from minidiff.trainer import checkpoint
 from minidiff.trainer.plot import VALIDATION_COLOURS
-from minidiff.trainer.run import batches, fit, read_metrics
+from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import TrainSettings
 from minidiff.trainer.task import Job
 
@@ -406,22 +405,6 @@ def test_what_networks_draw_themselves_is_a_function_of_the_seed_and_the_step(tm
     before = torch.get_rng_state()
     fit(task, settings)
     assert len(set(drawn)) == 4 and torch.equal(torch.get_rng_state(), before)  # all differ, and the caller's are his own
-
-
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_batches_come_in_order(workers: int) -> None:
-    def batch(step: int, micro: int) -> dict[str, Tensor]:
-        if step == 5:
-            raise KeyError("no such picture")
-        time.sleep(0.001 * ((7 * step + micro) % 3))
-        return {"place": torch.tensor([step, micro])}
-
-    task, settings = toy(BASE), replace(BASE, dataloader_num_workers=workers, gradient_accumulation_steps=2)
-    task.batch = batch
-    data = batches(task, settings, 1, 5)
-    assert [tuple(b["place"].tolist()) for b in data] == [(s, m) for s in range(1, 5) for m in (0, 1)]
-    with pytest.raises(KeyError):
-        list(batches(task, settings, 4, 9))
 
 
 def test_metrics_and_a_torn_line(tmp_path: Path) -> None:

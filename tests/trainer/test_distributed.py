@@ -170,7 +170,6 @@ def test_what_happens_to_one_happens_to_all(
     codes: list[int],
     message: str,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """None hangs; what is saved is whole; one process alone goes on from there, to the result of one that never stopped."""
     monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)
@@ -178,7 +177,6 @@ def test_what_happens_to_one_happens_to_all(
     assert two.codes == codes and message in two.err
     assert check_whole(two.folder) == (2 if incident == "signal" else 1)
     assert CASE.run(two.folder).finished
-    assert "processes was 2, is now 1: the result can differ in its last bits" in capsys.readouterr().err
     check_same_run(two.folder, straight)
 
 

@@ -1,6 +1,5 @@
 """Pictures and captions -> batches: what is drawn, from what, and that nothing else decides it."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,17 +155,6 @@ def noisy(path: Path, size: tuple[int, int]) -> Path:
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.mark.parametrize("crops", [{}, {"center_crop": False, "random_flip": True}])
-def test_threads_change_no_number(tmp_path: Path, crops: dict[str, bool]) -> None:
-    examples = [Example(noisy(tmp_path / f"{i}.png", (40 + i, 33)), f"{i}") for i in range(3)]
-    data = latents(examples, cache_latents=False, **crops)
-    steps = (0, 1, 2, 7, 3, 3, 0, 1)
-    alone = [data.batch(step, 0) for step in steps]
-    with ThreadPoolExecutor(2) as pool:  # as the loop does with --dataloader_num_workers 2
-        helped = pool.map(lambda step: data.batch(step, 0), steps)
-    assert all(map(same, alone, helped))
 
 
 def test_a_picture_that_breaks_meanwhile_is_named(tmp_path: Path) -> None:

@@ -132,7 +132,6 @@ class LatentData:
         self.prompts = rows if self.live_text else {p: row.float() for p, row in rows.items()}
         self.cache: dict[tuple[int, bool], Tensors] = {}
         self.disk = Cache(settings.cache_dir, vae) if settings.cache_dir else None
-        self.used_vae = False
         if settings.cache_latents:
             for i in progress(range(len(examples)), "picture", "encoding pictures", show=True):
                 for flip in (False, True) if settings.random_flip else (False,):
@@ -208,7 +207,6 @@ class LatentData:
 
     @torch.no_grad()
     def _encode(self, i: int, place: Place, flip: bool) -> Tensors:
-        self.used_vae = True
         example, size, weight = self.examples[i], self.sizes[i], next(self.vae.parameters())
         x = crop(load_image(example.path), size, place, flip)  # (3, H, W)
         mean, logvar = self.vae.encode(x[None].to(weight.device, weight.dtype))

@@ -30,9 +30,8 @@ from minidiff.trainer.settings import FineTuneSettings, size_in_bytes
 from minidiff.trainer.task import Job
 
 MIB, HALF = 2**20, (torch.float16, torch.bfloat16)
-# The allowance is for memory that cannot be counted: Python and PyTorch (or CUDA) themselves; and, as a share of the largest
-# moment, memory inside kernels, copies of weights, gaps in the allocator. For a CPU it was measured on Linux; with --fit, freed
-# memory is returned at once, which leaves fewer gaps. For a GPU it is a guess.
+# What cannot be counted: Python and PyTorch (or CUDA); and, as a share of the largest moment, memory inside kernels and gaps in
+# the allocator. Measured for a CPU on Linux, where --fit returns freed memory at once; for a GPU a guess.
 BASE, SHARE, SHARE_WITH_FIT, SHARE_ON_GPU = 570 * MIB, 0.60, 0.30, 0.15
 
 SAVINGS = {  # flag -> its cost; the cheapest first
@@ -41,10 +40,7 @@ SAVINGS = {  # flag -> its cost; the cheapest first
     "use_8bit_adam": "AdamW's running means are rounded, so the last digits differ",
     "optimizer_in_backward": "each gradient is limited separately, not all together",
 }
-HINTS = (
-    "--train_batch_size 1 with more --gradient_accumulation_steps; --mixed_precision bf16; a smaller --resolution; "
-    "minidiff train lora with a low --rank, which trains a hundredth of the weights"
-)
+HINTS = "--train_batch_size 1; --mixed_precision bf16; a smaller --resolution; minidiff train lora with a low --rank"
 
 # --- a step on meta --------------------------------------------------------------------------------------------------
 
@@ -54,10 +50,8 @@ class Counter:
 
     def __init__(self) -> None:
         self.seen: dict[int, torch.UntypedStorage] = {}  # by id; the storages are held, so that no id is used twice
-        self.saved = 0
-        self.begun: list[int] = []  # bytes that were saved when each of the running modules began
-        self.ended: list[tuple[int, int]] = []  # for each module, when it ends: bytes saved so far, numbers of its gradients
-        self.inside: dict[type, int] = {}  # the most that one module of a class saves
+        self.saved = self.before = 0
+        self.layers: dict[type, int] = {}  # the most that one layer of a class saves
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -66,12 +60,11 @@ class Counter:
             self.saved += storage.nbytes()
         return tensor
 
-    def begin(self, module: nn.Module, inputs: object) -> None:
-        self.begun.append(self.saved)
+    def begin(self, layer: nn.Module, inputs: object) -> None:
+        self.before = self.saved
 
-    def end(self, module: nn.Module, inputs: object, output: object) -> None:
-        self.inside[type(module)] = max(self.inside.get(type(module), 0), self.saved - self.begun.pop())
-        self.ended.append((self.saved, sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad)))
+    def end(self, layer: nn.Module, inputs: object, output: object) -> None:
+        self.layers[type(layer)] = max(self.layers.get(type(layer), 0), self.saved - self.before)
 
 
 class FusedAttention(TorchFunctionMode):
@@ -94,8 +87,6 @@ class Fused(torch.autograd.Function):
 
 def dtype_in(settings: FineTuneSettings, weight: Tensor) -> torch.dtype:
     """Of a weight in training with these settings, which may differ from those that it was loaded with."""
-    if weight.requires_grad:
-        return weight.dtype
     in_fp32 = settings.mixed_precision == "no" and not is_on(settings, "layerwise_casting")
     return torch.float32 if in_fp32 and weight.dtype in HALF else weight.dtype
 
@@ -113,14 +104,14 @@ def forward_pass(task: Job, settings: FineTuneSettings, checkpointing: bool) -> 
             memo[id(t)] = meta = torch.empty_like(t, device="meta", dtype=cast).requires_grad_(t.requires_grad)
             if cast == held:  # else it is a copy that autocast makes, and autograd may save
                 counter.seen[id(meta.untyped_storage())] = meta.untyped_storage()
-        copied = copy.deepcopy(network, memo)
-        for module in copied.modules():
-            module.register_forward_pre_hook(counter.begin)
-            module.register_forward_hook(counter.end)
-        return copied
+        return copy.deepcopy(network, memo)
 
     unet = on_meta(task.modules["unet"])
     checkpoint_gradients(unet, checkpointing)
+    for layer in unet.modules():
+        if isinstance(layer, ResBlock | SpatialTransformer):
+            layer.register_forward_pre_hook(counter.begin)
+            layer.register_forward_hook(counter.end)
     with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor), FusedAttention():
         text = batch["text"] if "text" in batch else on_meta(task.modules["text_encoder"])(batch["ids"]).last_hidden_state
         unet(batch["latents"].to(dtype), batch["t"], text.to(dtype))
@@ -128,19 +119,21 @@ def forward_pass(task: Job, settings: FineTuneSettings, checkpointing: bool) -> 
 
 
 def step_bytes(task: Job, settings: FineTuneSettings) -> tuple[int, int]:
-    """The bytes that a training step saves for its backward pass, and the most that there is at once, with gradients."""
-    counter, size = forward_pass(task, settings, False), 4  # bytes of a gradient's number
-    layer = sum(counter.inside.get(kind, 0) for kind in (ResBlock, SpatialTransformer))
-    if settings.gradient_checkpointing:
-        counter = forward_pass(task, settings, True)
-    early, accumulates = settings.optimizer_in_backward, settings.gradient_accumulation_steps > 1
-    gradients = size * sum(p.numel() for p in task.trainable.values()) if accumulates else 0  # of the passes before
-    most = 0
-    for saved, numbers in reversed(counter.ended):  # the backward pass: saved tensors go, and gradients come
-        most = max(most, saved + gradients + size * numbers)
-        gradients += 0 if accumulates or early else size * numbers
+    """The bytes that a training step saves for its backward pass; and an upper bound of its peak, with the gradients.
+
+    The bound adds what is never there all at once: everything saved, all gradients, and the largest layer's work.
+    """
+    plain = forward_pass(task, settings, False)
+    saved = forward_pass(task, settings, True).saved if settings.gradient_checkpointing else plain.saved
     # In a layer's backward pass there are gradients of all that it saved; with checkpointing it has to be computed again, too.
-    return counter.saved, most + layer * (1 + settings.gradient_checkpointing)
+    layer = sum(plain.layers.values()) * (1 + settings.gradient_checkpointing)
+    return saved, saved + layer + gradient_bytes(task, settings)
+
+
+def gradient_bytes(task: Job, settings: FineTuneSettings) -> int:
+    """Of all gradients, which wait for the last one; with --optimizer_in_backward of the largest alone."""
+    sizes = [4 * p.numel() for p in task.trainable.values()]
+    return max(sizes) if settings.optimizer_in_backward else sum(sizes)
 
 
 # --- the budget ------------------------------------------------------------------------------------------------------
@@ -166,32 +159,21 @@ class Budget:
 
 
 def budget(task: Job, settings: FineTuneSettings) -> Budget:
-    """The memory of the run."""
+    """The memory of the run. The VAE is counted with three times its largest tensor."""
     trained, vae = [p.numel() for p in task.trainable.values()], task.beside.get("VAE")
     device, latent = next(iter(task.trainable.values())).device.type, task.batch(0, 0)["latents"].shape[1:]
-    tensors = {name: [*n.parameters(), *n.buffers()] for name, n in (task.modules | task.beside).items()}
-    there = {name: [t for t in all_of if t.device.type == device] for name, all_of in tensors.items()}
-    weights = {name: sum(t.numel() * dtype_in(settings, t).itemsize for t in all_of) for name, all_of in there.items()}
-    away = sum(t.nbytes for all_of in tensors.values() for t in all_of if t.device.type != device)
-    later = {  # than the pictures are encoded
-        "optimizer": optimizer_bytes(trained, settings),
-        "averaged weights": 4 * sum(trained) if settings.use_ema else 0,
-    }
-    gradients = 0 if settings.optimizer_in_backward else 4 * sum(trained)
-    moments = {"training step": step_bytes(task, settings)[1], "update": gradients}
-    if isinstance(vae, AutoencoderKL) and task.used_vae:
-        moments["pictures"] = max(0, away + vae_bytes(vae, latent, "encode") - sum(later.values()))
-    if isinstance(vae, AutoencoderKL) and settings.validation_steps:
-        moments["sample sheets"] = gradients + away + vae_bytes(vae, latent, "decode")
+    held, away = dict[str, int](), 0  # away: networks that come back for pictures and sheets
+    for name, network in (task.modules | task.beside).items():
+        tensors = [*network.parameters(), *network.buffers()]
+        held[name] = sum(t.numel() * dtype_in(settings, t).itemsize for t in tensors if t.device.type == device)
+        away += sum(t.nbytes for t in tensors if t.device.type != device)
+    held |= {"optimizer": optimizer_bytes(trained, settings), "averaged weights": 4 * sum(trained) * settings.use_ema}
+    moments = {"training step": step_bytes(task, settings)[1]}
+    if isinstance(vae, AutoencoderKL):
+        pixels = max(vae.config.block_out_channels[:2]) * latent[1:].numel() * vae.config.downscale**2
+        moments["pictures, sheets"] = gradient_bytes(task, settings) + away + 3 * pixels * next(vae.parameters()).itemsize
     share = (SHARE_WITH_FIT if settings.fit else SHARE) if device == "cpu" else SHARE_ON_GPU
-    held = {name: size for name, size in (weights | later).items() if size}
-    return Budget(held, moments, BASE + int(share * max(moments.values())))
-
-
-def vae_bytes(vae: AutoencoderKL, latent: torch.Size, method: str) -> int:
-    """The memory in which the VAE can "encode" or "decode" a picture of `latent` (C, h, w): three of its largest tensor."""
-    widths, pixels = vae.config.block_out_channels, latent[1:].numel() * vae.config.downscale**2
-    return 3 * pixels * (widths[0] if method == "encode" else max(widths[:2])) * next(vae.parameters()).itemsize
+    return Budget({name: size for name, size in held.items() if size}, moments, BASE + int(share * max(moments.values())))
 
 
 def optimizer_bytes(trained: list[int], settings: FineTuneSettings) -> int:
@@ -237,26 +219,23 @@ def chosen(task: Job, settings: FineTuneSettings) -> tuple[FineTuneSettings, Bud
     """
     if settings.fit is None:
         return settings, budget(task, settings), ""
-    free, limit, trained, notes = possible(task, settings), size_in_bytes(settings.fit) or 0, settings, ""
+    free, limit, trained = possible(task, settings), size_in_bytes(settings.fit) or 0, settings
     if path := checkpoint.find(settings):
-        begun = checkpoint.read_manifest(path)["made_of"]
-        kept = [flag for flag in free if flag not in settings.HARMLESS and begun.get(flag)]
-        trained = replace(trained, **dict.fromkeys(kept, True))  # type: ignore[arg-type]
-        notes = "".join(f"\n  --{flag}: as the run began" for flag in kept)
+        begun = checkpoint.read_manifest(path)["made_of"]  # without the flags that change no result
+        trained = replace(settings, **{flag: True for flag in free if begun.get(flag)})  # type: ignore[arg-type]
         free = [flag for flag in free if flag in settings.HARMLESS]
     need = budget(task, trained)
     for flag in free:
-        if need.together <= limit:
-            break
         trial = replace(trained, **{flag: True})  # type: ignore[arg-type]
-        if (less := budget(task, trial)).together < need.together:
-            trained, need, notes = trial, less, f"{notes}\n  --{flag}: {SAVINGS[flag]}"
+        if need.together > limit and (less := budget(task, trial)).together < need.together:
+            trained, need = trial, less
     if need.together > limit:
         raise SettingsError(f"--fit {settings.fit}: it does not fit with all savings. It needs:\n{need}\nWhat helps: {HINTS}.")
     checkpoint_gradients(task.modules["unet"], trained.gradient_checkpointing)
     if trained.may_cast and not is_on(trained, "layerwise_casting"):
         task.modules["unet"].float()  # it was loaded in half precision, in case that it had to stay so
-    how = f"with{notes}" if notes else "as it is."
+    new = [f"\n  --{flag}: {cost}" for flag, cost in SAVINGS.items() if is_on(trained, flag) and not is_on(settings, flag)]
+    how = "with" + "".join(new) if new else "as it is."
     return trained, need, f"--fit {settings.fit}: {need.together / MIB:,.0f} MiB fit {how}\n"
 
 

@@ -78,7 +78,6 @@ class PairedData:
 
     def __init__(self, instance: LatentData, prior: LatentData) -> None:
         self.instance, self.prior = instance, prior
-        self.used_vae = instance.used_vae or prior.used_vae
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -100,7 +99,7 @@ class BasePrior:
 
     def __init__(self, instance: LatentData, class_prompt: Tensor) -> None:
         self.instance, self.class_prompt = instance, class_prompt.detach().cpu()
-        self.facts, self.used_vae = instance.facts, instance.used_vae
+        self.facts = instance.facts
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         """As `LatentData.batch`, with 2B rows. The target of the last B comes from core/recipes.py."""

@@ -56,7 +56,6 @@ class Job(Task):
     ema_decay: float | None = None  # None: as the settings say. With it, export, preview and validate see averaged weights
     modules: dict[str, nn.Module] = field(default_factory=dict)  # searched where the loss is not finite
     beside: dict[str, nn.Module] = field(default_factory=dict)  # other networks in memory, such as the VAE, by a readable name
-    used_vae: bool = False  # do pictures go through the VAE in this run, before or during training?
 
 
 def check_precision(precision: str, device: str) -> None:
@@ -254,7 +253,6 @@ def make_job(
         optimizer=optimizer,
         modules=networks,
         beside={"VAE": pipe.vae} | ({} if untuned is None else {"untuned U-Net": untuned}),
-        used_vae=batches.used_vae or validation.used_vae or not settings.cache_latents,
     )
 
 

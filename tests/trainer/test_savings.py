@@ -141,7 +141,7 @@ def test_a_resumed_run_keeps_what_it_began_with(tiny_folder: Path, home: Path, c
         run(home / "broken" / "run", fits, crash=2)
     capsys.readouterr()
     assert on(run(home / "broken" / "run", "100TB")) == ["use_8bit_adam"]  # checkpointing changes no number
-    assert " MiB fit with\n  --use_8bit_adam: as the run began\n" in capsys.readouterr().out
+    assert " MiB fit with\n  --use_8bit_adam: AdamW's running means" in capsys.readouterr().out
     assert fingerprint(home / "broken" / "run") == fingerprint(home / "straight" / "run")
     assert rows(home / "broken" / "run") == rows(home / "straight" / "run")
     saved = from_toml(type(settings), home / "straight" / "run" / "train_config.toml")

@@ -29,6 +29,7 @@ from minidiff.core.vae import AutoencoderKL, sample_posterior
 from minidiff.draw.images import load_image, load_weights, to_tensor
 from minidiff.draw.progress import progress
 from minidiff.files.atomic import sha256
+from minidiff.files.names import modern
 from minidiff.files.weights import read_header, save
 from minidiff.trainer.dataset import Example, Size
 from minidiff.trainer.settings import FineTuneSettings
@@ -61,6 +62,15 @@ def fingerprint(examples: list[Example]) -> str:
         if example.repeats > 1:
             sha.update(f"{example.repeats} times".encode())
     return sha.hexdigest()[:16]
+
+
+def model_fingerprint(*models: nn.Module) -> str:
+    """Tells base models apart, wherever they lie: a hash of the first numbers of each tensor, as loaded here."""
+    digest = hashlib.sha256()
+    for model in models:
+        for name, tensor in model.state_dict().items():  # modern: transformers 4 and 5 call the text encoder's differently
+            digest.update(f"{modern(name)} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}".encode())
+    return digest.hexdigest()[:16]
 
 
 # --- the order of an epoch -------------------------------------------------------------------------------------------
@@ -178,7 +188,7 @@ class LatentData:
             noise = noise + self.settings.noise_offset * normal((shape[0], 1, 1), seed, "noise offset", number)
         return self._row(encoded, z, draw.prompt) | {"noise": noise, "t": draw.t}
 
-    def still(self, i: int) -> Tensors:
+    def fixed(self, i: int) -> Tensors:
         """Picture `i` with nothing drawn (its middle, the mean of its latent, the first template), without noise and t."""
         encoded = self._encoded(i, MIDDLE, False)
         return self._row(encoded, encoded["mean"], self.templates[0].replace("{}", self.examples[i].caption))
@@ -203,7 +213,7 @@ class LatentData:
         example, masked = self.examples[i], self.settings.masked_loss
         mask = sha256(example.mask) if masked and example.mask else None
         origin = {"picture": sha256(example.path), "size": self.sizes[i], "place": place, "flip": flip}
-        return self.disk.kept(origin | {"masked": masked, "mask": mask}, encode)
+        return self.disk.get(origin | {"masked": masked, "mask": mask}, encode)
 
     @torch.no_grad()
     def _encode(self, i: int, place: Place, flip: bool) -> Tensors:
@@ -227,56 +237,36 @@ class Cache:
 
         cache/3f0c…e1.safetensors      one picture's latent, and its mask
 
-    A file's name is the sha256 of everything its numbers come from: the picture's bytes, size, crop and flip; each number of
-    the VAE; and the device and versions, on which the last bits depend. So no file is ever out of date. Each file appears
-    whole or not at all, and holds the sha256 of its own numbers: a damaged one is computed again.
+    A file's name is the sha256 of everything its numbers come from: the picture's bytes, size, crop and flip; the VAE; and the
+    device and versions, on which the last bits depend. So no file is ever out of date. Each file appears whole or not at all;
+    where one cannot be read, the picture is encoded again.
     """
 
     def __init__(self, folder: str | Path, vae: nn.Module) -> None:
-        self.folder, self.writes = Path(folder), True
-        self.fingerprint, device = digest(vae.state_dict()), next(vae.parameters()).device
-        processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        versions = [torch.__version__, PIL.__version__]
-        self.surroundings = [processor, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), *versions]
+        self.folder, self.writes, weight = Path(folder), True, next(vae.parameters())
+        processor = torch.cuda.get_device_name(weight.device) if weight.is_cuda else platform.machine()
+        versions = [torch.__version__, PIL.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+        self.surroundings = [model_fingerprint(vae), str(weight.dtype), processor, *versions]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SettingsError(f"--cache_dir {self.folder} cannot be a folder for the cache: {error.strerror}.") from error
 
-    def key(self, origin: Mapping[str, Any]) -> str:
-        whole = json.dumps([origin, self.fingerprint, self.surroundings], sort_keys=True)
-        return hashlib.sha256(whole.encode()).hexdigest()
+    def path(self, origin: Mapping[str, Any]) -> Path:
+        """The file of what comes from `origin` (JSON)."""
+        whole = json.dumps([origin, self.surroundings], sort_keys=True)
+        return self.folder / f"{hashlib.sha256(whole.encode()).hexdigest()}.safetensors"
 
-    def kept(self, origin: Mapping[str, Any], make: Callable[[], Tensors]) -> Tensors:
-        """The tensors of a picture, read if an earlier run made them, else made now. `origin` (JSON) says from what."""
-        key = self.key(origin)
-        path = self.folder / f"{key}.safetensors"
-        if (found := read(path, key)) is not None:
-            return found
+    def get(self, origin: Mapping[str, Any], make: Callable[[], Tensors]) -> Tensors:
+        """The tensors of a picture, read if an earlier run made them, else made now."""
+        path = self.path(origin)
+        with suppress(WeightsError, OSError):
+            return read_header(path).read()
         tensors = make()
         try:
             if self.writes:
-                save(tensors, path, {"sha256": digest(tensors, key)})
+                save(tensors, path)
         except OSError as error:  # no reason to stop
             print(f"Note: --cache_dir: {path} could not be written ({error.strerror}); going on without.", file=sys.stderr)
             self.writes = False
         return tensors
-
-
-def read(path: Path, key: str) -> Tensors | None:
-    """The tensors of a file, if it is the one of that key and its numbers are as they were written; else None."""
-    with suppress(WeightsError, OSError):
-        file = read_header(path)
-        tensors = file.read()
-        if file.metadata.get("sha256") == digest(tensors, key):
-            return tensors
-    return None
-
-
-def digest(tensors: Mapping[str, Tensor], key: str = "") -> str:
-    """sha256 of the key, and of names, dtypes, shapes and numbers."""
-    sha = hashlib.sha256(key.encode())
-    for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()

@@ -4,7 +4,6 @@ Shapes: B samples, C h w a latent, L tokens, D width of the text.
 """
 
 import copy
-import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,12 +25,11 @@ from minidiff.draw.images import contact_sheet
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.prompting import literal
 from minidiff.draw.speed import checkpoint_gradients
-from minidiff.files import names as keymaps
 from minidiff.trainer.card import write_card
 from minidiff.trainer.checkpoint import check_folder
 from minidiff.trainer.dataset import read_folder
 from minidiff.trainer.distributed import world
-from minidiff.trainer.latents import LatentData
+from minidiff.trainer.latents import LatentData, model_fingerprint
 from minidiff.trainer.pictures import bucket_sizes, check_pictures
 from minidiff.trainer.priors import BasePrior, PairedData, class_examples, class_settings
 from minidiff.trainer.settings import FineTuneSettings, FullSettings
@@ -86,15 +84,6 @@ def load_base(settings: FineTuneSettings) -> tuple[StableDiffusionPipeline, str]
     if settings.gradient_checkpointing:
         checkpoint_gradients(pipe.unet)
     return pipe.to(device), model_fingerprint(pipe.unet, pipe.vae, pipe.text_encoder)
-
-
-def model_fingerprint(*models: nn.Module) -> str:
-    """Tells base models apart, wherever they lie: a hash of the first numbers of each tensor, as loaded here."""
-    digest = hashlib.sha256()
-    for model in models:
-        for name, tensor in model.state_dict().items():  # modern: transformers 4 and 5 call the text encoder's differently
-            digest.update(f"{keymaps.modern(name)} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}".encode())
-    return digest.hexdigest()[:16]
 
 
 def load_data(

@@ -45,11 +45,11 @@ def validation_set(data: LatentData) -> ValidationSet:
     T, count, batches = data.timesteps, min(MOST, len(data.examples)), []
     bounds = [T * quarter // QUARTERS for quarter in range(QUARTERS + 1)]
     for k in range(count):
-        still = data.still(k * len(data.examples) // count)
+        fixed = data.fixed(k * len(data.examples) // count)
         # picture k of n takes the (k + ½)/n-th part of each quarter: together they cover it
         t = [first + (2 * k + 1) * (end - first) // (2 * count) for first, end in zip(bounds, bounds[1:])]
-        noise = [normal(still["latents"].shape, 0, "validation noise", k, quarter) for quarter in range(QUARTERS)]
-        batch = {name: row.expand(QUARTERS, *row.shape) for name, row in still.items()}
+        noise = [normal(fixed["latents"].shape, 0, "validation noise", k, quarter) for quarter in range(QUARTERS)]
+        batch = {name: row.expand(QUARTERS, *row.shape) for name, row in fixed.items()}
         batches.append(batch | {"t": torch.tensor(t), "noise": torch.stack(noise)})
     return ValidationSet(batches, bounds)
 

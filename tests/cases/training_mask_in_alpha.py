@@ -29,7 +29,7 @@ def mask_seen(mask):
         warnings.simplefilter("ignore")
         data = common.load_data(pipe, LoRASettings(instance_data_dir=folder, instance_prompt="a dog", masked_loss=True, output_dir=folder + "/out"))
     notes = [line for line in said.getvalue().replace("\r", "\n").splitlines() if line.startswith("Note")]
-    return data.still(0)["mask"][0].numpy(), notes
+    return data.fixed(0)["mask"][0].numpy(), notes
 
 
 shape = np.zeros((128, 128), np.uint8)

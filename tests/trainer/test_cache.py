@@ -21,10 +21,10 @@ from minidiff.core.errors import SettingsError
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.images import load_image
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.files.weights import save
+from minidiff.files.weights import read_header
 from minidiff.trainer import memory
 from minidiff.trainer.dataset import Example
-from minidiff.trainer.latents import Cache, LatentData, read
+from minidiff.trainer.latents import Cache, LatentData
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.settings import FineTuneSettings
 from minidiff.trainer.task import offload, on_device
@@ -113,12 +113,12 @@ def test_what_is_encoded_anew(vae: CountingVAE, examples: list[Example], tmp_pat
 
 
 def test_surroundings_are_part_of_the_key(vae: CountingVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = Cache(tmp_path, vae).key({"picture": "a"})
-    assert key == Cache(tmp_path, vae).key({"picture": "a"}) != Cache(tmp_path, vae).key({"picture": "b"})
-    assert key != Cache(tmp_path, vae.to(torch.bfloat16)).key({"picture": "a"})
+    path = Cache(tmp_path, vae).path({"picture": "a"})
+    assert path == Cache(tmp_path, vae).path({"picture": "a"}) != Cache(tmp_path, vae).path({"picture": "b"})
+    assert path != Cache(tmp_path, vae.to(torch.bfloat16)).path({"picture": "a"})
     vae.to(torch.float32)
     monkeypatch.setattr(torch, "__version__", "3.0")
-    assert key != Cache(tmp_path, CountingVAE()).key({"picture": "a"})
+    assert path != Cache(tmp_path, CountingVAE()).path({"picture": "a"})
 
 
 def spoil(path: Path, how: str) -> None:
@@ -127,25 +127,16 @@ def spoil(path: Path, how: str) -> None:
         path.write_bytes(b"")
     elif how == "cut":
         path.write_bytes(whole[:-5])
-    elif how == "a bit":
-        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     elif how == "header":
         path.write_bytes(whole[:20] + b"#" + whole[21:])
     elif how == "text":
         path.write_text("version https://git-lfs")
-    elif how == "foreign":
-        save({"mean": torch.zeros(4, 16, 16), "logvar": torch.zeros(4, 16, 16)}, path)
-    elif how == "another's":
-        other = next(p for p in path.parent.iterdir() if p != path)
-        path.write_bytes(other.read_bytes())
-    elif how == "NaN":
-        save({"mean": torch.full((4, 16, 16), torch.nan), "logvar": torch.zeros(4, 16, 16)}, path, {"key": path.stem})
     else:
         path.unlink()
         path.mkdir()
 
 
-@pytest.mark.parametrize("how", ["empty", "cut", "a bit", "header", "text", "foreign", "another's", "NaN", "a folder"])
+@pytest.mark.parametrize("how", ["empty", "cut", "header", "text", "a folder"])
 def test_what_is_damaged_is_encoded_anew(
     how: str, vae: CountingVAE, examples: list[Example], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,7 +185,7 @@ from torch import nn
 from minidiff.trainer.latents import Cache
 cache, number = Cache(sys.argv[1], nn.Linear(1, 1)), 0
 while True:
-    cache.kept({"number": number % 40}, lambda: {"mean": torch.full((200, 200), float(number))})
+    cache.get({"number": number % 40}, lambda: {"mean": torch.full((200, 200), float(number))})
     if number % 7 == 6:  # so that there is always something to write, and never nothing to read
         next(cache.folder.glob("*.safetensors")).unlink(missing_ok=True)
     if number == 40:
@@ -216,7 +207,7 @@ def test_killed_writers_leave_nothing_broken(tmp_path: Path) -> None:
             os.kill(writer.pid, signal.SIGKILL)
             writer.wait()
     there = list(tmp_path.glob("*.safetensors"))
-    assert there and all(read(path, path.stem) is not None for path in there)
+    assert there and all(read_header(path).read()["mean"].unique().numel() == 1 for path in there)
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------------------

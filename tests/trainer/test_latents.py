@@ -243,7 +243,7 @@ def test_templates(examples: list[Example]) -> None:
     prompts = [data.draw(number).prompt for number in range(400)]
     assert set(prompts) == {template.replace("{}", "<toy>") for template in templates}
     assert prompts[:50] == [data.draw(number).prompt for number in range(50)]
-    assert data.still(0)["text"][0, 0] == len("a good photo of <toy>")
+    assert data.fixed(0)["text"][0, 0] == len("a good photo of <toy>")
 
 
 def test_facts_follow_masks_and_repeats(examples: list[Example]) -> None:

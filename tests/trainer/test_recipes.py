@@ -29,10 +29,11 @@ from minidiff.draw.lora_tags import at_strengths
 from minidiff.files.folder import SAMPLER_OF, config_values, write_json
 from minidiff.files.text_files import to_file_keys
 from minidiff.trainer import checkpoint
+from minidiff.trainer.latents import model_fingerprint
 from minidiff.trainer.recipes import RECIPES, print_trainable_parameters
 from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import FineTuneSettings, LoRASettings
-from minidiff.trainer.task import Job, diffusion_loss, load_base, load_data, model_fingerprint, sample_sheets
+from minidiff.trainer.task import Job, diffusion_loss, load_base, load_data, sample_sheets
 
 
 @pytest.fixture(autouse=True)

@@ -55,7 +55,7 @@ def test_at_most_sixteen_pictures_spread_evenly(tmp_path: Path) -> None:
     many = data(tmp_path, 20)
     batches = validation_set(many).batches
     assert len(batches) == 16
-    assert torch.equal(batches[15]["latents"][0], many.still(18)["latents"])
+    assert torch.equal(batches[15]["latents"][0], many.fixed(18)["latents"])
     assert sorted(int(batch["t"][0]) for batch in batches) == [(2 * k + 1) * 250 // 32 for k in range(16)]
 
 

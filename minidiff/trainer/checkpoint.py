@@ -10,9 +10,9 @@
         …                            what the task exports: the adapter of step 300, ready to use
         manifest.json                sizes, sha256, step, versions, threads, what the run was made of
 
-The order that makes it so: write into a hidden folder, fsync each file, write the manifest, fsync, rename into place,
-fsync the parent, and only then take old checkpoints away (they are first renamed out of sight, too). Whenever the
-process dies, each visible checkpoint is complete. Nothing is pickled.
+The order that makes it so (`put_in_place`): write into a hidden folder, with the manifest last; fsync each file and folder;
+rename into place; fsync the parent; and only then take old checkpoints away (they are first renamed out of sight, too).
+Whenever the process dies, each visible checkpoint is complete. Nothing is pickled.
 """
 
 import json
@@ -53,29 +53,47 @@ class Checkpoint:
     facts: dict[str, Any]
 
 
+@contextmanager
+def put_in_place(folder: Path, name: str | None = None) -> Iterator[Path]:
+    """Inside the `with`, a hidden folder to write into. At the end, once all of it is on the disk, it becomes `folder/name`.
+
+    Without a name, each piece of it replaces the one in `folder`, but for a .gitignore: the folder may be a clone of a
+    repository with rules of its own. After an error inside the `with` nothing is replaced.
+    """
+    hidden = folder / f"{HIDDEN}{name or 'result'}"
+    remove(hidden)
+    hidden.mkdir(parents=True)
+    try:
+        yield hidden
+        fsync_tree(hidden)
+        for path in [hidden] if name else sorted(hidden.iterdir()):
+            final = folder / (name or path.name)
+            if path.name == ".gitignore" and final.exists():
+                continue
+            if final.is_dir() or path.is_dir():
+                put_aside(final)
+            os.replace(path, final)
+        fsync(folder)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)  # what is left after an error: give the space back
+
+
 def save(
     folder: Path, step: int, tensors: Groups, facts: dict[str, Any], export: Callable[[Path], None], keep: int | None
 ) -> Path:
     """Write `folder/checkpoint-<step>`, then remove all but the `keep` newest. An OSError leaves the old ones whole."""
-    final, hidden = folder / f"checkpoint-{step}", folder / f"{HIDDEN}checkpoint-{step}"
-    try:
-        remove(hidden)
-        os.makedirs(hidden / "state")
-        for name, group in tensors.items():
-            weights.save(group, hidden / "state" / f"{name}.safetensors")
+    name = f"checkpoint-{step}"
+    with put_in_place(folder, name) as hidden:
+        (hidden / "state").mkdir()
+        for group, values in tensors.items():
+            weights.save(values, hidden / "state" / f"{group}.safetensors")
         export(hidden)
-        files = fsync_tree(hidden)  # the manifest is written when they are all on the disk
+        files = sorted(p for p in hidden.rglob("*") if p.is_file())
         listed = {p.relative_to(hidden).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
         manifest = {"step": step, "environment": environment(), **facts, "files": listed}
         write_bytes(hidden / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode())
-        put_aside(final)  # exists only if it is damaged: an intact one is never written again
-        os.rename(hidden, final)
-        fsync(folder)
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)  # give the space back
-        raise
     prune(folder, keep, step)
-    return final
+    return folder / name
 
 
 def load(path: Path) -> Checkpoint:
@@ -265,25 +283,4 @@ def clear(folder: Path) -> None:
     sheets = folder.glob("samples/step-*.png")  # beside which may lie a person's own pictures
     for path in [*checkpoints(folder), folder / "metrics.jsonl", folder / "loss.png", *sheets]:
         put_aside(path)
-    sweep(folder)
-
-
-def publish(folder: Path, *writers: Callable[[Path], None]) -> None:
-    """Let functions write into a hidden folder, then move what they wrote into `folder`, each piece whole.
-
-    Only a .gitignore that is there already stays: the folder may be a clone of a repository, with rules of its own.
-    """
-    hidden = folder / f"{HIDDEN}export"
-    remove(hidden)
-    hidden.mkdir()
-    for write in writers:
-        write(hidden)
-    fsync_tree(hidden)
-    for path in sorted(hidden.iterdir()):
-        if path.name == ".gitignore" and (folder / path.name).exists():
-            continue
-        if (folder / path.name).is_dir():
-            put_aside(folder / path.name)
-        os.replace(path, folder / path.name)
-    fsync(folder)
     sweep(folder)

@@ -199,7 +199,9 @@ class Run:
             print(f"Stopped after {self.done} updates. Go on with --resume_from_checkpoint latest.", file=sys.stderr)
             return
         with self._writing("the result"), self._averaged():
-            checkpoint.publish(self.folder, self.job.export, self.job.card)
+            with checkpoint.put_in_place(self.folder) as hidden:
+                self.job.export(hidden)
+                self.job.card(hidden)
             checkpoint.prune(self.folder, self.settings.checkpoints_total_limit, self.done)  # if a full disk kept one
             if self.metrics:  # none where a finished run is resumed and they were lost
                 loss_curve(self.metrics, self.folder / "loss.png")

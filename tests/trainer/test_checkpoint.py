@@ -168,15 +168,15 @@ def disk_free(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def test_write_bytes_and_publish_replace_in_one_go(tmp_path: Path) -> None:
+def test_files_and_results_are_replaced_in_one_go(tmp_path: Path) -> None:
     export(tmp_path)
 
     def failing(folder: Path) -> None:
         (folder / "adapter.bin").write_bytes(b"half of")
         raise OSError("disk full")
 
-    with pytest.raises(OSError):
-        checkpoint.publish(tmp_path, failing)
+    with pytest.raises(OSError), checkpoint.put_in_place(tmp_path) as hidden:
+        failing(hidden)
     assert (tmp_path / "adapter.bin").read_bytes() == b"the result"
 
     def folders(folder: Path) -> None:
@@ -184,7 +184,8 @@ def test_write_bytes_and_publish_replace_in_one_go(tmp_path: Path) -> None:
         (folder / "unet" / "weights").write_bytes(b"new")
 
     for _ in range(2):
-        checkpoint.publish(tmp_path, folders)
+        with checkpoint.put_in_place(tmp_path) as hidden:
+            folders(hidden)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.bin", "unet"]
     write_bytes(tmp_path / "adapter.bin", b"x")
     assert (tmp_path / "adapter.bin").read_bytes() == b"x"
@@ -210,7 +211,8 @@ def test_what_is_not_ours_stays(tmp_path: Path) -> None:
         (tmp_path / name).write_text("ours")
     with checkpoint.claimed(settings(tmp_path, overwrite=True)):
         save(tmp_path, 1, keep=1)
-        checkpoint.publish(tmp_path, lambda folder: write_bytes(folder / ".gitignore", b"ours"))
+        with checkpoint.put_in_place(tmp_path) as hidden:
+            write_bytes(hidden / ".gitignore", b"ours")
     assert all((tmp_path / name).read_text() == "mine" for name in theirs)
     assert not [name for name in ours if (tmp_path / name).exists()]
 

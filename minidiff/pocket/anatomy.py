@@ -23,7 +23,7 @@ Spoil = Callable[[list[Shape], random.Random], list[Shape]]
 SEEN = 0.08  # of the object's area must come or go
 
 
-def twins(picture: Picture, seed: int, vae: AutoencoderKL | None = None) -> Tensor:
+def whole_and_spoiled(picture: Picture, seed: int, vae: AutoencoderKL | None = None) -> Tensor:
     """A drawing and the same one spoiled, (2, 3, 128, 128). With an autoencoder some are joined in latent space."""
     rng = random.Random(f"spoil {seed}")
     if vae is not None and rng.random() < 0.15:

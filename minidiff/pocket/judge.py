@@ -29,7 +29,7 @@ from minidiff.draw.images import to_tensor
 from minidiff.draw.progress import progress
 from minidiff.files import weights
 from minidiff.files.folder import config_of
-from minidiff.pocket.anatomy import twins
+from minidiff.pocket.anatomy import whole_and_spoiled
 from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.textures import KEPT_OUT, texture
 from minidiff.pocket.world import COLOURS, OBJECTS, POSES, SCENES, STYLES, Picture, caption, draw, held_out
@@ -88,7 +88,7 @@ def pairs(count: int, seed: int, step: int, vae: AutoencoderKL | None) -> tuple[
     """`count` drawings and then the same ones spoiled, (2 · count, 3, 128, 128)."""
     words = random.Random(hashed_seed(seed, "judge pictures", step))
     pictures = [any_picture(words) for _ in range(count)]
-    both = [twins(p, hashed_seed(seed, "judge drawing", step, i), vae) for i, p in enumerate(pictures)]
+    both = [whole_and_spoiled(p, hashed_seed(seed, "judge drawing", step, i), vae) for i, p in enumerate(pictures)]
     return pictures * 2, torch.stack(both, dim=1).flatten(0, 1)
 
 
@@ -226,7 +226,7 @@ def judge_checkpoint(
         return reconstruction(pipe.vae, drawn(part))
 
     def ruined(part: list[Picture]) -> Tensor:
-        return torch.stack([twins(p, 10**6 + pictures.index(p), pipe.vae)[1] for p in part])
+        return torch.stack([whole_and_spoiled(p, 10**6 + pictures.index(p), pipe.vae)[1] for p in part])
 
     return {
         "held-out drawings (what the judge knows)": score(judge, pictures, drawn).right,

@@ -237,16 +237,16 @@ class Cache:
 
         cache/3f0c…e1.safetensors      one picture's latent, and its mask
 
-    A file's name is the sha256 of everything its numbers come from: the picture's bytes, size, crop and flip; the VAE; and the
-    device and versions, on which the last bits depend. So no file is ever out of date. Each file appears whole or not at all;
-    where one cannot be read, the picture is encoded again.
+    A file's name is the sha256 of everything its numbers come from: the picture's bytes, size, crop and flip; each number of
+    the VAE; and the device and versions, on which the last bits depend. So no file is ever out of date. Each is whole or absent,
+    and holds the sha256 of its own numbers: where it is damaged, the picture is encoded again.
     """
 
     def __init__(self, folder: str | Path, vae: nn.Module) -> None:
         self.folder, self.writes, weight = Path(folder), True, next(vae.parameters())
         processor = torch.cuda.get_device_name(weight.device) if weight.is_cuda else platform.machine()
         versions = [torch.__version__, PIL.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
-        self.surroundings = [model_fingerprint(vae), str(weight.dtype), processor, *versions]
+        self.surroundings = [digest(vae.state_dict()), processor, *versions]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -261,12 +261,23 @@ class Cache:
         """The tensors of a picture, read if an earlier run made them, else made now."""
         path = self.path(origin)
         with suppress(WeightsError, OSError):
-            return read_header(path).read()
+            tensors = (file := read_header(path)).read()
+            if file.metadata.get("sha256") == digest(tensors, path.stem):
+                return tensors
         tensors = make()
         try:
             if self.writes:
-                save(tensors, path)
+                save(tensors, path, {"sha256": digest(tensors, path.stem)})
         except OSError as error:  # no reason to stop
             print(f"Note: --cache_dir: {path} could not be written ({error.strerror}); going on without.", file=sys.stderr)
             self.writes = False
         return tensors
+
+
+def digest(tensors: Mapping[str, Tensor], key: str = "") -> str:
+    """sha256 of the key, and of names, dtypes, shapes and numbers."""
+    sha = hashlib.sha256(key.encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

@@ -21,7 +21,7 @@ from minidiff.core.errors import SettingsError
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.images import load_image
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.files.weights import read_header
+from minidiff.files.weights import read_header, save
 from minidiff.trainer import memory
 from minidiff.trainer.dataset import Example
 from minidiff.trainer.latents import Cache, LatentData
@@ -127,16 +127,25 @@ def spoil(path: Path, how: str) -> None:
         path.write_bytes(b"")
     elif how == "cut":
         path.write_bytes(whole[:-5])
+    elif how == "a bit":
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     elif how == "header":
         path.write_bytes(whole[:20] + b"#" + whole[21:])
     elif how == "text":
         path.write_text("version https://git-lfs")
+    elif how == "foreign":
+        save({"mean": torch.zeros(4, 16, 16), "logvar": torch.zeros(4, 16, 16)}, path)
+    elif how == "another's":
+        other = next(p for p in path.parent.iterdir() if p != path)
+        path.write_bytes(other.read_bytes())
+    elif how == "NaN":
+        save({"mean": torch.full((4, 16, 16), torch.nan), "logvar": torch.zeros(4, 16, 16)}, path, {"key": path.stem})
     else:
         path.unlink()
         path.mkdir()
 
 
-@pytest.mark.parametrize("how", ["empty", "cut", "header", "text", "a folder"])
+@pytest.mark.parametrize("how", ["empty", "cut", "a bit", "header", "text", "foreign", "another's", "NaN", "a folder"])
 def test_what_is_damaged_is_encoded_anew(
     how: str, vae: CountingVAE, examples: list[Example], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -238,8 +238,8 @@ class Cache:
         cache/3f0c…e1.safetensors      one picture's latent, and its mask
 
     A file's name is the sha256 of everything its numbers come from: the picture's bytes, size, crop and flip; each number of
-    the VAE; and the device and versions, on which the last bits depend. So no file is ever out of date. Each is whole or absent,
-    and holds the sha256 of its own numbers: where it is damaged, the picture is encoded again.
+    the VAE; and the device and versions, on which the last bits depend. So no file is ever out of date. Each is whole or
+    absent, and holds the sha256 of its own numbers: where it is damaged, the picture is encoded again.
     """
 
     def __init__(self, folder: str | Path, vae: nn.Module) -> None:

@@ -20,7 +20,7 @@ from minidiff.draw.images import contact_sheet, save_png
 from minidiff.draw.lora_tags import adapter_name_of, in_lora_dir
 from minidiff.draw.pipeline import StableDiffusionPipeline, sampler_for
 from minidiff.draw.prompting import parse_prompt
-from minidiff.draw.speed import compile_unet, keep_memory
+from minidiff.draw.speed import compile_unet, keep_memory, light_text
 from minidiff.files.folder import local_folder
 from minidiff.files.model import read_model
 from minidiff.files.text_files import load_tokenizer
@@ -168,7 +168,7 @@ def attention(s: Attention) -> None:
 
 
 def tokens(s: Tokens) -> None:
-    tokenizer = load_tokenizer(local_folder(s.pretrained_model_name_or_path) / "tokenizer")
+    tokenizer = load_tokenizer(local_folder(s.pretrained_model_name_or_path) / "tokenizer", light_text())
     print(token_view(tokenizer, s.prompt, trigger=s.trigger))
 
 
@@ -203,7 +203,8 @@ def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
     keep_memory()  # this process is only for drawing
     device, name = chosen_device(s.device), s.pretrained_model_name_or_path
     dtype = getattr(torch, s.torch_dtype or ("float32" if device == "cpu" else "float16"))
-    parts = read_model(name, tokenizer=s.tokenizer, dtypes={"unet": dtype, "vae": torch.float32, "text_encoder": dtype})
+    dtypes = {"unet": dtype, "vae": torch.float32, "text_encoder": dtype}
+    parts = read_model(name, tokenizer=s.tokenizer, dtypes=dtypes, light=light_text(s.plain))
     pipe = StableDiffusionPipeline(*parts.arguments, name, s.plain).to(device)
     pipe.set_tile_size(s.tile_size)
     attach(pipe, s, prompts)

@@ -39,6 +39,15 @@ def checkpoint_gradients(unet: nn.Module, on: bool = True) -> None:
         fast.remove(unet, fast.CHECKPOINTED)
 
 
+def light_text(plain: bool = False) -> Any:
+    """For `read_model`, in a process that only draws: CLIP without the seconds that the import of transformers takes."""
+    if fast is None or plain:
+        return None
+    from minidiff.fast import clip
+
+    return clip
+
+
 def keep_memory(keep: bool = True) -> None:
     """Let this process keep the memory of freed tensors for the next ones: faster. Without `keep`, return it at once."""
     if fast:

@@ -95,15 +95,20 @@ class ModelParts:
 
 
 def read_model(
-    name: str | Path, like: str | Path | None = None, tokenizer: str | Path | None = None, dtypes: DTypes = AS_IN_THE_FILE
+    name: str | Path,
+    like: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    dtypes: DTypes = AS_IN_THE_FILE,
+    light: Any = None,
 ) -> ModelParts:
     """A model folder, a hub id in the local cache, or an SD 1.x checkpoint in one LDM file; frozen.
 
     `like` is a folder that describes the networks of a single file, in place of SD 1.5's sizes. `tokenizer` is the folder of
-    a vocabulary, in place of the model's own. WeightsError for anything that is missing, damaged or does not fit.
+    a vocabulary, in place of the model's own. `light`: see `load_tokenizer`. WeightsError for anything that is missing,
+    damaged or does not fit.
     """
     single = is_single_file(name)
-    model = empty_model(like if single else name)
+    model = empty_model(like if single else name, light)
     if single:
         files = split_single_file(name, model.unet.config, model.vae.config)
     else:
@@ -116,18 +121,18 @@ def read_model(
         noise = read_config(NoiseConfig, noise_values(values), where)
         model = replace(model, noise_config=noise, sampler=sampler_of(values, where))
     folder = tokenizer or (model.home and model.home / "tokenizer")
-    return replace(model, tokenizer=load_tokenizer(Path(folder))) if folder else model
+    return replace(model, tokenizer=load_tokenizer(Path(folder), light)) if folder else model
 
 
 def is_single_file(name: str | Path) -> bool:
     return Path(name).is_file() or Path(name).suffix == SINGLE_FILE
 
 
-def empty_model(name: str | Path | None) -> ModelParts:
+def empty_model(name: str | Path | None, light: Any = None) -> ModelParts:
     """The networks that a folder (or hub id) describes, or SD 1.5's, on the device "meta": they have shapes and no numbers."""
     if name is None:
         with torch.device("meta"):
-            text_encoder = build_text_encoder(SD15_TEXT, "SD 1.5")
+            text_encoder = build_text_encoder(SD15_TEXT, "SD 1.5", light)
             return ModelParts(UNet2DConditionModel(SD15_UNET), AutoencoderKL(SD15_VAE), text_encoder)
     home = local_folder(str(name))
     kind = read_json(home / "model_index.json", "a model folder in the diffusers layout has one").get("_class_name")
@@ -137,7 +142,7 @@ def empty_model(name: str | Path | None) -> ModelParts:
     with torch.device("meta"):
         unet = UNet2DConditionModel(read_config(UNetConfig, *config_of(home / "unet")))
         vae = AutoencoderKL(read_config(VAEConfig, *config_of(home / "vae")))
-        return ModelParts(unet, vae, build_text_encoder(*config_of(home / "text_encoder")), home=home)
+        return ModelParts(unet, vae, build_text_encoder(*config_of(home / "text_encoder"), light), home=home)
 
 
 def split_single_file(

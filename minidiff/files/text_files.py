@@ -19,16 +19,20 @@ if TYPE_CHECKING:
 PREFIX = "text_model."
 
 
-def load_tokenizer(folder: Path) -> "CLIPTokenizer":
-    """The tokenizer of an SD folder (`<checkpoint>/tokenizer`): `vocab.json` and `merges.txt`, or `tokenizer.json`."""
-    from transformers import CLIPTokenizer
+def load_tokenizer(folder: Path, light: Any = None) -> "CLIPTokenizer":
+    """The tokenizer of an SD folder (`<checkpoint>/tokenizer`): `vocab.json` and `merges.txt`, or `tokenizer.json`.
 
+    `light`: fast/clip.py, for a caller that only reads prompts and does not want to wait for transformers.
+    """
     merges = folder / "merges.txt"
     two_files = (folder / "vocab.json").is_file() and merges.is_file()
     if not two_files and not (folder / "tokenizer.json").is_file():
         raise WeightsError(f"{folder}: no CLIP tokenizer here; vocab.json or merges.txt is missing. Copy the folder again.")
     try:  # the length is passed explicitly: without tokenizer_config.json the library assumes 10^30
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder), model_max_length=LENGTH, local_files_only=True)
+        if (tokenizer := light and light.text_tokenizer(folder)) is None:
+            from transformers import CLIPTokenizer
+
+            tokenizer = CLIPTokenizer.from_pretrained(str(folder), model_max_length=LENGTH, local_files_only=True)
         joined = set(merges.read_text(encoding="utf-8").replace(" ", "").splitlines()) if two_files else None
     except Exception as error:  # the library raises bare Exception for a damaged file
         files = "vocab.json and merges.txt" if two_files else "tokenizer.json"
@@ -41,13 +45,11 @@ def load_tokenizer(folder: Path) -> "CLIPTokenizer":
     return tokenizer
 
 
-def build_text_encoder(values: Mapping[str, Any], where: str) -> "CLIPTextModel":
+def build_text_encoder(values: Mapping[str, Any], where: str, light: Any = None) -> "CLIPTextModel":
     """The tower that `text_encoder/config.json` describes, with random weights; `where` names the file in errors.
 
     Under `torch.device("meta")` it takes no memory and no time; `weights.load_into` then brings the weights.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
     if missing := [key for key in needed if key not in values]:
         raise WeightsError(f"{where}: not the configuration of a CLIP text model; {', '.join(missing)} missing.")
@@ -55,7 +57,11 @@ def build_text_encoder(values: Mapping[str, Any], where: str) -> "CLIPTextModel"
         if (value := values.get(key, LENGTH)) not in possible:
             raise WeightsError(f"{where}: {key} is {value!r}; no text tower of SD 1.x has that.")
     try:
-        return CLIPTextModel(CLIPTextConfig(**values)).eval()
+        if (tower := light and light.text_tower(values)) is None:
+            from transformers import CLIPTextConfig, CLIPTextModel
+
+            tower = CLIPTextModel(CLIPTextConfig(**values))
+        return tower.eval()
     except Exception as error:  # each version of the library checks in its own way and raises its own classes
         raise WeightsError(f"{where}: not a usable configuration: {error}.") from error
 

@@ -15,6 +15,7 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 from typing import Any, get_type_hints
@@ -56,9 +57,7 @@ def recipe_texts(settings: Settings, pipe: StableDiffusionPipeline, size: tuple[
 
 
 def versions() -> dict[str, str]:
-    import transformers
-
-    libraries = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    libraries = {"torch": str(torch.__version__), "transformers": version("transformers")}  # not imported: it takes seconds
     return {"minidiff": __version__, **libraries, "python": platform.python_version()}
 
 

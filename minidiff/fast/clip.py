@@ -68,7 +68,7 @@ class Layer(nn.Module):
 
 
 class TextTower(nn.Module):
-    """What core/text.py reads of transformers' CLIPTextModel, with the parameter names of its version 5."""
+    """The part of transformers' CLIPTextModel that core/text.py reads, with the parameter names of its version 5."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__()

@@ -132,12 +132,16 @@ class DataCheck(Flags):
 
     folder: Positional[str]
     """The folder, as for --instance_data_dir or --train_data_dir."""
+    pretrained_model_name_or_path: str = "checkpoints/pocket"
+    """The base model of the training to come."""
     instance_prompt: str | None = None
-    """The prompt of all pictures. Without it, each picture needs a caption."""
+    """The prompt of all pictures without a caption. Without it, each picture needs one."""
+    captions: bool = True
+    """As in training: with --no_captions, --instance_prompt is for all pictures."""
     caption_column: str | None = None
     """Column of the metadata that holds the captions."""
-    resolution: Annotated[int, between(8, 8192)] = 512
-    """Side in pixels at which the pictures will be trained. The pocket checkpoint uses 128."""
+    resolution: Annotated[int, between(8, 8192)] | None = None
+    """Side in pixels at which the pictures will be trained. Default: the side that the base model was made for."""
     aspect_ratio_buckets: bool = False
     """As in training: pictures keep their shape."""
     masked_loss: bool = False

@@ -38,11 +38,13 @@ def train(s: FineTuneSettings) -> None:
 
 
 def data_check(s: DataCheck) -> None:
+    from minidiff.files.model import empty_model
     from minidiff.trainer.dataset import scan_folder
-    from minidiff.trainer.pictures import as_table, bucket_sizes, check_scan
+    from minidiff.trainer.pictures import as_table, check_scan, training_sizes
 
-    scan = scan_folder(Path(s.folder), s.instance_prompt, s.caption_column, s.masked_loss)
-    check_scan(scan, bucket_sizes(s.resolution, 64) if s.aspect_ratio_buckets else [(s.resolution, s.resolution)])
+    scan = scan_folder(Path(s.folder), s.instance_prompt, s.caption_column, s.masked_loss, s.captions)
+    base = empty_model(s.pretrained_model_name_or_path)
+    check_scan(scan, training_sizes(base.unet.config, base.vae.config, s.resolution, s.aspect_ratio_buckets)[1])
     print(as_table(scan, Path(s.folder)))
     if scan.errors:
         raise DataError(f"{s.folder}: mend what is marked as an error above. --skip_bad leaves out pictures that are no use.")

@@ -1,6 +1,6 @@
 """Pictures and captions in a folder -> a list of examples. Every error names its file and line.
 
-one prompt        a folder of pictures, and --instance_prompt for all of them
+one prompt        a folder of pictures, and --instance_prompt for those that have no caption of their own
 metadata.jsonl    one JSON object a line: {"file_name": "a.png", "text": "a photo of …"}; or metadata.csv
 sidecars          a.png and a.txt (or a.caption, a.png.txt)
 kohya's folders   10_sks dog/a.png: each picture comes 10 times an epoch; its caption is "sks dog" if it has no other
@@ -43,17 +43,24 @@ class Example:
     mask: Path | None = None
     repeats: int = 1  # times an epoch
     size: Size | None = None  # to train at; None: not checked yet
+    templates: tuple[str, ...] = ("{}",)  # each sample draws one; its {} is the caption
+
+    @property
+    def prompts(self) -> list[str]:
+        return [template.replace("{}", self.caption) for template in self.templates]
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def read_folder(folder: Path, prompt: str | None, caption_column: str | None = None, masks: bool = False) -> list[Example]:
-    """The examples in a folder, in the order of their names; `prompt` for all, or, if it is None, captions from files.
+def read_folder(
+    folder: Path, prompt: str | None, caption_column: str | None = None, masks: bool = False, captions: bool = True
+) -> list[Example]:
+    """The examples in a folder, in the order of their names, with captions from files; `prompt` for those without.
 
-    Raises DataError for the first error. Files of other kinds are left alone, with one notice.
+    Without `captions`, the prompt is for all. Raises DataError for the first error. One notice names files that are not used.
     """
-    scan = scan_folder(folder, prompt, caption_column, masks)
+    scan = scan_folder(folder, prompt, caption_column, masks, captions)
     if scan.errors:
         more = len(scan.errors) - 1
         raise DataError(scan.errors[0] + (f"\n{more} more: minidiff data check {folder} lists them all." if more else ""))
@@ -62,9 +69,11 @@ def read_folder(folder: Path, prompt: str | None, caption_column: str | None = N
     return scan.examples
 
 
-def scan_folder(folder: Path, prompt: str | None, caption_column: str | None = None, masks: bool = False) -> "Scan":
+def scan_folder(
+    folder: Path, prompt: str | None, caption_column: str | None = None, masks: bool = False, captions: bool = True
+) -> "Scan":
     """Like `read_folder`, but collects all errors instead of raising the first."""
-    scan, folder = Scan(prompt, caption_column, masks), here_or_bundled(folder)
+    scan, folder = Scan(prompt, caption_column, masks, captions), here_or_bundled(folder)
     if not folder.is_dir():
         what = "a file, not a folder" if folder.exists() else "no folder that exists"
         scan.errors.append(f"{folder} is {what}; give the folder of the pictures.")
@@ -81,7 +90,7 @@ def scan_folder(folder: Path, prompt: str | None, caption_column: str | None = N
     if not kohya:
         scan.read(folder)
     elif not flat:
-        scan.notice(f"{folder}: not used", [p.name for p in inside if p not in kohya])
+        scan.unused(folder, [p.name for p in inside if p not in kohya])
     without = [e.path.name for e in scan.examples if e.mask is None] if masks else []
     if without and len(without) == len(scan.examples):
         wanted = f'{Path(without[0]).stem}{MASK} beside {without[0]}, or a column "mask" in the metadata'
@@ -100,9 +109,10 @@ def kohya_in(folder: Path) -> list[Path]:
 class Scan:
     """The contents of a folder: examples without errors, all errors, and notices, which do not stop a training run."""
 
-    prompt: str | None  # of all pictures; None: they have captions
+    prompt: str | None  # of pictures without a caption; None: all have one
     caption_column: str | None
     masks: bool
+    captions: bool  # False: the prompt is for all
     examples: list[Example] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
@@ -116,46 +126,53 @@ class Scan:
         except DataError as error:
             self.errors.append(str(error))
 
-    def notice(self, what: str, names: list[str]) -> None:
+    def notice(self, what: str, names: list[str], most: int = 5) -> None:
         if names:
-            self.notices.append(f"{what}: {some(names)}.")
+            self.notices.append(f"{what}: {some(names, most)}.")
+
+    def unused(self, folder: Path, names: list[str]) -> None:
+        """One notice; files of one kind stand together."""
+        self.notice(f"{folder}: not used", sorted(names, key=lambda name: (Path(name).suffix.lower(), name)), most=50)
 
     def read(self, folder: Path, fallback: str | None = None, repeats: int = 1) -> None:
         """Read one folder, without those in it. `fallback` is the caption of pictures that have none."""
         inside, before, found = sorted(folder.iterdir()), len(self.errors), list[Example]()
         pictures = [p for p in inside if is_picture(p)]
-        tables = [p for p in inside if p.name in METADATA and self.prompt is None]
+        tables = [p for p in inside if p.name in METADATA and self.captions]
         with self.collecting():
             if len(tables) == 2:
                 raise DataError(f"{folder} has both {tables[0].name} and {tables[1].name}; remove one of them.")
-            found += self.from_table(tables[0]) if tables else self.from_sidecars(folder, pictures, fallback)
+            found += self.from_table(tables[0]) if tables else ()
+        listed, used = {e.path for e in found}, {*tables, *(e.mask for e in found if e.mask)}
+        if self.prompt or not tables:
+            beside = [p for p in pictures if p not in listed]
+            found += self.from_sidecars(folder, beside, fallback)
+            used.update(beside, *(sidecars(p) for p in beside if self.captions), (e.mask for e in found if e.mask))
         if not found and len(self.errors) == before:
             holds = ", ".join(sorted({p.suffix or p.name for p in inside})) or "nothing"
             self.errors.append(f"{folder} has no pictures ({', '.join(PICTURES)}); it holds {holds}.")
-        files = [*([e.path for e in found] if tables else pictures), *(e.mask for e in found if e.mask)]
-        used = {p.relative_to(folder).parts[0] for p in files} | set(METADATA)  # a file, or the folder it is in
-        used |= {path.name for picture in pictures for path in sidecars(picture)}
-        self.notice(f"{folder}: not used", [p.name for p in inside if p.name not in used])
+        names = {p.relative_to(folder).parts[0] for p in used | listed}  # a file, or the folder it is in
+        self.unused(folder, [p.name for p in inside if p.name not in names])
         self.examples += [replace(e, repeats=repeats) for e in found]
         self.pictures += pictures
 
     def from_sidecars(self, folder: Path, pictures: list[Path], fallback: str | None) -> Iterator[Example]:
-        """The caption of a.png is the prompt of all pictures, or in a.txt or a.caption."""
+        """The caption of a.png is in a.txt or a.caption; or else it is the prompt."""
         without, joined = [], []
         for picture in pictures:
             with self.collecting():
-                text = self.prompt or sidecar(picture) or fallback
-                if text is None:
+                own = sidecar(picture) if self.captions else None
+                if (text := own or self.prompt or fallback) is None:
                     without.append(picture.name)
                     continue
-                if not self.prompt and "\n" in text:
+                if own and "\n" in own:
                     joined.append(picture.name)
-                yield Example(picture, self.prompt or " ".join(text.split()), self.mask_beside(picture))
+                yield Example(picture, " ".join(own.split()) if own else text, self.mask_beside(picture))
         self.notice(f"{folder}: captions of several lines are read as one", joined)
         if without:
             self.errors.append(
                 f"{folder}: {len(without)} of {len(pictures)} pictures have no caption ({some(without)}). Give them a "
-                "metadata.jsonl, or a .txt file each; or one prompt for all, with --instance_data_dir and --instance_prompt."
+                "metadata.jsonl, or a .txt file each; or one prompt for all that have none: --instance_prompt."
             )
 
     def from_table(self, table: Path) -> Iterator[Example]:
@@ -163,7 +180,7 @@ class Scan:
         column, lines = "", dict[Path, int]()
         for line, row in rows(table):
             where = f"{table}, line {line}"
-            column = column or caption_column(row, self.caption_column, where)
+            column = column or caption_column(row, self.caption_column, where, needed=not self.prompt)
             with self.collecting():
                 path = file_in(table.parent, row, "file_name", where)
                 if path in lines:
@@ -171,7 +188,8 @@ class Scan:
                 lines[path] = line
                 own = self.masks and row.get("mask")
                 mask = file_in(table.parent, row, "mask", where) if own else self.mask_beside(path)
-                yield Example(path, checked(row.get(column), f'{where}: "{column}"'), mask)
+                text = self.prompt if self.prompt and not row.get(column) else row.get(column)
+                yield Example(path, checked(text, f'{where}: "{column}"'), mask)
         if not column:
             raise DataError(f"{table} is empty; one line for each picture is expected.")
 
@@ -255,13 +273,18 @@ def csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{table}, line {reader.line_num}: not CSV ({error}).") from error
 
 
-def caption_column(row: dict[str, Any], wanted: str | None, where: str) -> str:
-    """The column asked for; or the first of text, caption, prompt; or the only one that holds strings."""
+def caption_column(row: dict[str, Any], wanted: str | None, where: str, needed: bool = True) -> str:
+    """The column asked for; or the first of text, caption, prompt; or the only one that holds strings.
+
+    A table need not have one where there is a prompt.
+    """
     others = [c for c in row if c not in ("file_name", "mask")]
     if wanted and wanted not in row:
         hint = did_you_mean(wanted, others)
         raise DataError(f'{where}: no column "{wanted}" (--caption_column); it has {", ".join(row)}.{hint}')
     usual, strings = [c for c in COLUMNS if c in row], [c for c in others if isinstance(row[c], str)]
+    if not (wanted or usual or strings or needed):
+        return COLUMNS[0]
     if not wanted and not usual and len(strings) != 1:
         raise DataError(f"{where}: which column holds the captions? Say so with --caption_column; it has {', '.join(row)}.")
     return wanted or (usual or strings)[0]

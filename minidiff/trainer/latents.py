@@ -10,7 +10,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -116,7 +116,7 @@ class LatentData:
 
     Prompts are encoded once. With `cache_latents` pictures are, too, to the mean and log-variance of their latents; a latent is
     drawn from these anew each time. `encode_prompts` gives (B, L, D), the "text" of a batch; or, for a text encoder that is
-    trained itself, token ids (B, L), the "ids" of a batch. Each sample draws one of the `templates`; its {} is the caption.
+    trained itself, token ids (B, L), the "ids" of a batch.
     """
 
     def __init__(
@@ -127,15 +127,14 @@ class LatentData:
         vae: AutoencoderKL,
         encode_prompts: Callable[[list[str]], Tensor],
         timesteps: int,
-        templates: Sequence[str] = ("{}",),
     ) -> None:
         self.examples, self.settings, self.resolution = examples, settings, resolution
-        self.vae, self.encode, self.timesteps, self.templates = vae, encode_prompts, timesteps, templates
+        self.vae, self.encode, self.timesteps = vae, encode_prompts, timesteps
         self.turns = [i for i, e in enumerate(examples) for _ in range(e.repeats)]  # an epoch, in no order yet
         self.sizes = [e.size or (resolution, resolution) for e in examples]
         self.sizes_in_turn = tuple(self.sizes[i] for i in self.turns)
         self.samples_per_epoch = len(self._order(0))  # with repeats, and with what fills the last batches of buckets
-        prompts = [*(template.replace("{}", e.caption) for e in examples for template in templates), ""]
+        prompts = [*(prompt for e in examples for prompt in e.prompts), ""]
         with torch.no_grad():
             rows = {p: encode_prompts([p])[0].cpu() for p in dict.fromkeys(prompts)}
         self.live_text = not rows[""].is_floating_point()  # token ids: the text encoder is trained itself
@@ -173,8 +172,8 @@ class LatentData:
         draws = generator(s.seed, "sample", number)
         flip, drop, x, y = torch.rand(4, generator=draws).tolist()
         t = torch.randint(self.timesteps, (), generator=draws)
-        template = self.templates[int(torch.randint(len(self.templates), (), generator=draws))]
-        prompt = "" if drop < s.proportion_empty_prompts else template.replace("{}", self.examples[i].caption)
+        prompts = self.examples[i].prompts
+        prompt = prompts[int(torch.randint(len(prompts), (), generator=draws))] if drop >= s.proportion_empty_prompts else ""
         return Draw(i, MIDDLE if s.center_crop else (x, y), s.random_flip and flip < 0.5, t, prompt)
 
     def sample(self, number: int) -> Tensors:
@@ -191,7 +190,7 @@ class LatentData:
     def fixed(self, i: int) -> Tensors:
         """Picture `i` with nothing drawn (its middle, the mean of its latent, the first template), without noise and t."""
         encoded = self._encoded(i, MIDDLE, False)
-        return self._row(encoded, encoded["mean"], self.templates[0].replace("{}", self.examples[i].caption))
+        return self._row(encoded, encoded["mean"], self.examples[i].prompts[0])
 
     def _row(self, encoded: Tensors, z: Tensor, prompt: str) -> Tensors:
         row = {"latents": z * self.vae.config.scaling_factor, "ids" if self.live_text else "text": self.prompts[prompt]}

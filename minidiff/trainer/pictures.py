@@ -7,10 +7,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from minidiff.core.errors import DataError
+from minidiff.core.config import UNetConfig, VAEConfig
+from minidiff.core.errors import DataError, SettingsError
 from minidiff.draw.images import load_image, load_weights
 from minidiff.files.atomic import sha256
 from minidiff.trainer.dataset import Example, Scan, Size
+
+
+def training_sizes(unet: UNetConfig, vae: VAEConfig, resolution: int | None, buckets: bool) -> tuple[int, list[Size]]:
+    """The side at which a model is trained, by default its own; and the sizes that pictures may have then.
+
+    SettingsError for a side that the U-Net cannot halve at each level.
+    """
+    side, stride = resolution or unet.sample_size * vae.downscale, vae.downscale * 2 ** (len(unet.block_out_channels) - 1)
+    if side % stride:
+        near = max(side // stride, 1) * stride
+        raise SettingsError(f"--resolution {side}: this model needs a multiple of {stride}, such as {near} or {near + stride}.")
+    return side, bucket_sizes(side, stride) if buckets else [(side, side)]
 
 
 def bucket_sizes(resolution: int, stride: int) -> list[Size]:

@@ -60,7 +60,7 @@ def class_examples(pipe: StableDiffusionPipeline, settings: FineTuneSettings, si
                 how = {"Steps": steps, "CFG scale": scale, "Seed": seed}
                 save_png(image, file, {"parameters": generation_text(prompt, "", how)})
     distributed.world().wait()
-    return read_folder(folder, prompt)
+    return read_folder(folder, prompt, captions=False)
 
 
 def class_seed(seed: int, i: int) -> int:

@@ -21,7 +21,6 @@ from minidiff.draw.speed import speed_up
 from minidiff.files.lora_file import save_lora
 from minidiff.files.word_file import check_word, save_embedding
 from minidiff.trainer.card import model_spec
-from minidiff.trainer.dataset import scan_folder
 from minidiff.trainer.latents import LatentData
 from minidiff.trainer.optimizers import adamw
 from minidiff.trainer.settings import (
@@ -159,20 +158,21 @@ def new_word(pipe: StableDiffusionPipeline, settings: WordSettings) -> core.Trai
 
 def load_word_data(pipe: StableDiffusionPipeline, settings: WordSettings) -> LatentData:
     """The pictures, and the word in sentences: the captions or the prompt, or else the paper's kind of neutral ones."""
-    if (folder := settings.train_data_dir) and not scan_folder(Path(folder), None, settings.caption_column).examples:
-        print(f"Note: {folder} has no captions, so neutral sentences are trained (--learnable_property).", file=sys.stderr)
-        settings = replace(settings, instance_data_dir=folder, train_data_dir=None)
-    given, word = settings.train_data_dir or settings.instance_prompt, settings.placeholder_token
-    data = load_data(pipe, settings, True, ("{}",) if given else TEMPLATES[settings.learnable_property])
+    word, neutral = settings.placeholder_token, TEMPLATES[settings.learnable_property]
+    data = load_data(pipe, settings, True, ("{}",) if settings.instance_prompt else neutral)
+    if settings.train_data_dir and (few := [e for e in data.examples if len(e.templates) > 1]):
+        some = f"{len(few)} of {len(data.examples)} pictures have no caption"
+        print(f"Note: {some}, so neutral sentences are trained for them (--learnable_property).", file=sys.stderr)
     first, last = pipe.placeholders[word][0], pipe.placeholders[word][-1]  # of its vectors
     if cut := [prompt for prompt, ids in data.prompts.items() if first in ids and last not in ids]:
         raise DataError(
             f'--num_vectors {settings.num_vectors}: in "{cut[0]:.80}" the new word itself is cut off, as CLIP reads 75 tokens. '
             "Give fewer vectors, or write less before the word."
         )
-    without = [e.path.name for e in data.examples if first not in data.prompts[data.templates[0].replace("{}", e.caption)]]
+    without = [e.path.name for e in data.examples if first not in data.prompts[e.prompts[0]]]
     if len(without) == len(data.examples):
-        raise DataError(f"no caption holds the new word, {word}, as a word of its own: nothing would teach it. Write it in.")
+        hint = "Write it in, or leave the captions out with --no_captions."
+        raise DataError(f"no caption holds the new word, {word}, as a word of its own: nothing would teach it. {hint}")
     if without:
         some = ", ".join(without[:3]) + " …" * (len(without) > 3)
         print(f"Note: {len(without)} of {len(data.examples)} captions are without {word} ({some}).", file=sys.stderr)

@@ -28,6 +28,7 @@ AGAIN = f"starts again, and --resume_from_checkpoint continues: {ONE}"
 FREED = "cannot be joined with --gradient_accumulation_steps: a gradient that is freed cannot be added to the next one"
 CROP = "cannot be joined with --no-center_crop, as a cached latent has one crop; add --no-cache_latents"
 SQUARE = "cannot be joined with --class_data_dir, whose pictures are square; take --prior_from_base"
+PROMPT = 'needs --instance_prompt, such as "a photo of a sks dog"; for pictures with captions there is --train_data_dir'
 CLASS = "needs --class_data_dir, where the base model draws missing pictures; or --prior_from_base, which needs none"
 Holds = Callable[[Any], object]
 RULES: tuple[tuple[str, Holds, str], ...] = (  # where the flag is given, the condition must hold
@@ -39,8 +40,8 @@ RULES: tuple[tuple[str, Holds, str], ...] = (  # where the flag is given, the co
     ("layerwise_casting", lambda s: s.mixed_precision == "no", "needs --mixed_precision no"),
     *((flag, lambda s: not s.plain, FAST) for flag in ("gradient_checkpointing", "fit", "layerwise_casting")),
     ("instance_data_dir", lambda s: s.train_data_dir is None, f"and --train_data_dir both name the pictures: {ONE}"),
-    ("instance_data_dir", lambda s: (s.prompt or "").strip(), 'needs --instance_prompt, such as "a photo of a sks dog"'),
-    ("instance_prompt", lambda s: s.instance_data_dir, "goes with --instance_data_dir; --train_data_dir has captions"),
+    ("instance_data_dir", lambda s: (s.prompt or "").strip(), PROMPT),
+    ("train_data_dir", lambda s: s.captions or s.prompt, "with --no_captions needs --instance_prompt"),
     ("instance_prompt", lambda s: (word(s) or "") in s.instance_prompt.lower(), "must contain the new word"),
     ("cache_latents", lambda s: s.center_crop, CROP),
     *((flag, lambda s, flag=flag: outside(s, flag), OWN) for flag in ("cache_dir", "class_data_dir")),

@@ -30,7 +30,7 @@ from minidiff.trainer.checkpoint import check_folder
 from minidiff.trainer.dataset import read_folder
 from minidiff.trainer.distributed import world
 from minidiff.trainer.latents import LatentData, model_fingerprint
-from minidiff.trainer.pictures import bucket_sizes, check_pictures
+from minidiff.trainer.pictures import check_pictures, training_sizes
 from minidiff.trainer.priors import BasePrior, PairedData, class_examples, class_settings
 from minidiff.trainer.settings import FineTuneSettings, FullSettings
 from minidiff.trainer.validation import check_prediction_type, validation_set
@@ -95,19 +95,19 @@ def load_data(
 ) -> LatentData:
     """The training pictures, or those of another folder, and their prompts: checked and encoded.
 
-    With `live_text` a batch holds token ids, for a text encoder that changes in training.
+    With `live_text` a batch holds token ids, for a text encoder that changes in training. The `templates` are for pictures
+    without a caption of their own.
     """
-    unet, factor = pipe.unet.config, pipe.vae.config.downscale
-    side, stride = settings.resolution or unet.sample_size * factor, factor * 2 ** (len(unet.block_out_channels) - 1)
-    if side % stride:
-        near = max(side // stride, 1) * stride
-        raise SettingsError(f"--resolution {side}: this model needs a multiple of {stride}, such as {near} or {near + stride}.")
-    folder = folder or settings.instance_data_dir or settings.train_data_dir or ""
-    sizes = bucket_sizes(side, stride) if settings.aspect_ratio_buckets else [(side, side)]
-    examples = read_folder(Path(folder), settings.prompt, settings.caption_column, settings.masked_loss)
-    examples = check_pictures(examples, sizes, settings.skip_bad)
+    s, where = settings, Path(folder or settings.instance_data_dir or settings.train_data_dir or "")
+    side, sizes = training_sizes(pipe.unet.config, pipe.vae.config, s.resolution, s.aspect_ratio_buckets)
+    examples = read_folder(where, s.prompt, s.caption_column, s.masked_loss, s.captions)
+    if s.instance_prompt and (own := sum(e.caption != s.prompt for e in examples)):
+        some = f"{own} of {len(examples)} pictures have captions of their own"
+        print(f"Note: {some}, which replace --instance_prompt; with --no_captions it is for all.", file=sys.stderr)
+    examples = [replace(e, templates=tuple(templates)) if e.caption == s.prompt else e for e in examples]
+    examples = check_pictures(examples, sizes, s.skip_bad)
     encode = (lambda prompts: tokenize(pipe.tokenizer, prompts, pipe.placeholders)) if live_text else pipe.encode_captions
-    return LatentData(examples, settings, side, pipe.vae, encode, len(pipe.schedule.alphas_cumprod), templates)
+    return LatentData(examples, settings, side, pipe.vae, encode, len(pipe.schedule.alphas_cumprod))
 
 
 def with_prior(pipe: StableDiffusionPipeline, data: LatentData) -> LatentData | PairedData | BasePrior:
@@ -138,7 +138,8 @@ def sample_sheets(
 
     Call this while the model still is the base: the first row is drawn here.
     """
-    prompts = settings.validation_prompt or (literal(data.templates[0].replace("{}", data.examples[0].caption)),)
+    first = data.examples[0]
+    prompts = settings.validation_prompt or (literal(first.templates[0].replace("{}", settings.prompt or first.caption)),)
     seeds = [settings.seed + i for i in range(settings.num_validation_images)]
 
     def draw(prompt: str, seed: int) -> Image.Image:
@@ -207,7 +208,7 @@ def make_job(
     validation, networks = data, {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     if settings.validation_data_dir:
         plain = replace(settings, masked_loss=False)
-        validation = load_data(pipe, plain, data.live_text, data.templates, settings.validation_data_dir)
+        validation = load_data(pipe, plain, data.live_text, folder=settings.validation_data_dir)
     fixed, at_once = validation_set(validation), max(1, settings.train_batch_size // world().size)
 
     def outputs(batch: Batch) -> Tensor:

@@ -1,11 +1,13 @@
 """`minidiff data check`: everything that is wrong with a folder, in one go."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from test_cli import refused
 
+from minidiff.cli.main import main
 from minidiff.trainer.dataset import Scan, scan_folder
 from minidiff.trainer.pictures import as_table, bucket_sizes, check_scan
 
@@ -75,6 +77,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     check = ["data", "check", str(tmp_path), "--resolution", "32"]
     assert "mend what is marked as an error above. --skip_bad" in refused(capsys, [*check, "--instance_prompt", "p"])
     assert "marked as an error above." in refused(capsys, ["data", "check", str(tmp_path / "nope")])
+
+
+def test_the_model_says_the_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture(tmp_path / "a.png", size=(127, 200))
+    assert "127 x 200 pixels are too few for --resolution 128" in seen(capsys, tmp_path, "--instance_prompt", "p")
+    assert "a.png: 127 x 200 pixels" not in seen(capsys, tmp_path, "--instance_prompt", "p", "--resolution", "64")
+    said = refused(capsys, ["data", "check", str(tmp_path), "--resolution", "65"])
+    assert "--resolution 65: this model needs a multiple of 32, such as 64 or 96" in said
+
+
+def seen(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The table that `minidiff data check` prints."""
+    with suppress(SystemExit):
+        main(["data", "check", *map(str, words)])
+    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("resolution", ["7", "8193", "1" + "0" * 400])

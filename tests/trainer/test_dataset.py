@@ -45,6 +45,26 @@ def test_sidecars(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == f"Note: {folder}: captions of several lines are read as one: a.jpg.\n"
 
 
+def test_captions_win_over_the_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "a.txt").write_text("a red square")
+    assert captions(read_folder(folder, "p")) == {"a.jpg": "a red square", "b.PNG": "p"} and not capsys.readouterr().err
+    assert captions(read_folder(folder, "p", captions=False)) == {"a.jpg": "p", "b.PNG": "p"}
+    assert capsys.readouterr().err == f"Note: {folder}: not used: a.txt.\n"
+
+
+def test_a_table_wins_over_the_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And over files beside the pictures, which are then named."""
+    picture(folder / "c.png"), (folder / "a.txt").write_text("beside a"), (folder / "b.txt").write_text("beside b")
+    jsonl(folder, {"file_name": "a.jpg", "text": "row a"}, {"file_name": "c.png", "text": ""})
+    assert captions(read_folder(folder, "p")) == {"a.jpg": "row a", "b.PNG": "beside b", "c.png": "p"}
+    assert capsys.readouterr().err == f"Note: {folder}: not used: a.txt.\n"
+    jsonl(folder, {"file_name": "a.jpg", "text": "row a"})
+    assert captions(read_folder(folder, None)) == {"a.jpg": "row a"}
+    assert capsys.readouterr().err == f"Note: {folder}: not used: b.PNG, c.png, a.txt, b.txt.\n"
+    jsonl(folder, {"file_name": "a.jpg", "score": 3})  # a table without captions
+    assert captions(read_folder(folder, "p")) == {"a.jpg": "p", "b.PNG": "beside b", "c.png": "p"}
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.caption", "a.jpg.txt", "a.jpg.CAPTION"])
 def test_names_of_sidecars(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture(tmp_path / "a.jpg")
@@ -209,7 +229,8 @@ def test_kohya_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     ]
     notice = capsys.readouterr().err
     assert notice.count("\n") == 1 and "not used: other" in notice
-    assert {e.caption for e in read_folder(tmp_path, "one prompt")} == {"one prompt"}
+    assert [e.caption for e in read_folder(tmp_path, "the prompt")] == ["the prompt", "a sks dog asleep", "the prompt"]
+    assert {e.caption for e in read_folder(tmp_path, "one prompt", captions=False)} == {"one prompt"}
     picture(tmp_path / "e.png")  # a folder with pictures of its own is no folder of folders
     assert captions(read_folder(tmp_path, "p")) == {"e.png": "p"}
 

@@ -237,9 +237,9 @@ def test_ids_for_a_text_encoder_that_is_trained(examples: list[Example]) -> None
 
 def test_templates(examples: list[Example]) -> None:
     settings = FineTuneSettings(train_batch_size=2, seed=3)
-    example = replace(examples[0], caption="<toy>")
     templates = [f"a {'very ' * k}good photo of {{}}" for k in range(20)]
-    data = LatentData([example], settings, 32, AutoencoderKL(TINY_VAE), encode, 1000, templates)
+    example = replace(examples[0], caption="<toy>", templates=tuple(templates))
+    data = LatentData([example], settings, 32, AutoencoderKL(TINY_VAE), encode, 1000)
     prompts = [data.draw(number).prompt for number in range(400)]
     assert set(prompts) == {template.replace("{}", "<toy>") for template in templates}
     assert prompts[:50] == [data.draw(number).prompt for number in range(50)]

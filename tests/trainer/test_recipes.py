@@ -197,6 +197,19 @@ def test_captions_must_hold_the_new_word(make: Any, tmp_path: Path, capsys: pyte
     (folder / "picture-1.txt").write_text("a <DOG> on the beach")
     recipe(settings)
     assert "2 of 3 captions are without <dog> (picture-0.png, picture-2.png)" in capsys.readouterr().err
+    (folder / "picture-0.txt").unlink()  # sentences with the word take the caption's place
+    ids = torch.cat([recipe(settings).batch(step, 0)["ids"] for step in range(6)])
+    assert len(torch.unique(ids, dim=0)) > 4
+    assert "1 of 3 pictures have no caption, so neutral sentences are trained for them" in capsys.readouterr().err
+
+
+def test_a_caption_replaces_the_prompt(make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = draw_pictures(tmp_path / "captioned")
+    (folder / "picture-1.txt").write_text("something else")
+    settings = make("lora", instance_data_dir=str(folder))
+    rows = [torch.unique(recipe(s).batch(0, 0)["text"], dim=0) for s in (settings, replace(settings, captions=False))]
+    assert [len(row) for row in rows] == [2, 1]
+    assert "Note: 1 of 3 pictures have captions of their own, which replace --instance_prompt" in capsys.readouterr().err
 
 
 # --- prior preservation ----------------------------------------------------------------------------------------------
@@ -463,7 +476,10 @@ def test_a_broken_number_names_the_first_broken_gradient(make: Any, method: str)
         ({"learning_rate": 0.0}, "--learning_rate must be a number above 0"),
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps"),
         ({"instance_prompt": " "}, "--instance_data_dir needs --instance_prompt"),
-        ({"instance_data_dir": None}, "--instance_prompt goes with --instance_data_dir"),
+        (
+            {"instance_data_dir": None, "train_data_dir": "x", "captions": False, "instance_prompt": None},
+            "--train_data_dir with --no_captions needs --instance_prompt",
+        ),
         ({"train_data_dir": "x"}, "--instance_data_dir and --train_data_dir both name the pictures"),
         ({"instance_data_dir": "nowhere"}, "nowhere is no folder"),
         ({"validation_data_dir": "nowhere"}, "nowhere is no folder"),

@@ -208,7 +208,7 @@ def test_what_pictures_are_called() -> None:
     assert LoRASettings(**SKS).prompt == "a photo of a sks dog"
     assert TextualInversionSettings(**WORD).prompt == "<dog>"  # in templates
     assert TextualInversionSettings(**WORD, instance_prompt="a <dog>").prompt == "a <dog>"
-    assert PivotalSettings(train_data_dir="dog").prompt is None  # captions
+    assert PivotalSettings(train_data_dir="dog").prompt == "<subject>"  # for pictures without a caption
 
 
 def test_what_two_runs_must_agree_in() -> None:

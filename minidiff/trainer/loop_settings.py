@@ -1,0 +1,133 @@
+"""The settings of the training loop, for any model. settings.py adds those of fine-tuning, and says what a field is."""
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from minidiff.core.errors import SettingsError
+from minidiff.files import values
+from minidiff.files.values import A_FOLDER, Rule, at_least, at_most, between, check_values
+from minidiff.trainer.rules import RULES
+
+MOST = 10_000_000  # updates of a run
+DEFAULT_UPDATES = 400
+
+
+def size_in_bytes(text: str) -> int | None:
+    """Bytes of a size such as 8GB, 7.5 GiB or 900mb (GB is 1000^3, GiB is 1024^3); None for any other text."""
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT])(i?)B\s*", text, re.IGNORECASE | re.ASCII)
+    if found is None:
+        return None
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2].upper()) + 1))
+    return size if 10**6 <= size <= 10**14 else None
+
+
+Count = Annotated[int, at_least(1)]
+BatchSize = Annotated[int, at_least(1), at_most(4096)]
+Decay = Annotated[float, values.BELOW_ONE]
+Positive = Annotated[float, values.POSITIVE]
+NotNegative = Annotated[float, values.NOT_NEGATIVE]
+Folder = Annotated[str, A_FOLDER]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The settings of the training loop, for any model."""
+
+    output_dir: Folder = "minidiff-model"
+    """Folder for the result, its checkpoints, metrics.jsonl and sample sheets."""
+    overwrite_output_dir: bool = False
+    """Start again in an output_dir that holds an earlier run. The files of that run are deleted."""
+    resume_from_checkpoint: str | None = None
+    """Continue from a checkpoint folder, or from the newest one: "latest"."""
+    seed: Annotated[int, Rule("must fit in 64 bits", lambda seed: -(2**63) <= seed < 2**63)] = 0
+    """Seed of all random values: order, noise, crops, dropout. The same seed gives the same result."""
+    train_batch_size: BatchSize = 4
+    """Samples in one forward pass. With several GPUs they share these samples."""
+    gradient_accumulation_steps: BatchSize = 1
+    """Forward passes in one update. Their gradients are averaged, as for one larger batch."""
+    max_train_steps: Annotated[int, at_least(1), at_most(MOST)] | None = None
+    """Updates in total, including those before a resume. Default: 400, unless --num_train_epochs is given."""
+    num_train_epochs: Annotated[int, at_least(1), at_most(1_000_000)] | None = None
+    """How many times all samples are used, instead of --max_train_steps."""
+    learning_rate: Positive = 1e-4
+    """Learning rate of AdamW after warm-up."""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """How the learning rate changes during the run. linear and cosine end at zero."""
+    lr_warmup_steps: Annotated[int, values.NOT_NEGATIVE] = 0
+    """Updates during which the learning rate rises from zero (not with "constant")."""
+    adam_beta1: Decay = 0.9
+    """Decay of AdamW's running mean of the gradients."""
+    adam_beta2: Decay = 0.999
+    """Decay of AdamW's running mean of the squared gradients."""
+    adam_weight_decay: NotNegative = 1e-2
+    """Decoupled weight decay of AdamW."""
+    adam_epsilon: Positive = 1e-8
+    """Number added to the denominator of AdamW's update."""
+    max_grad_norm: Positive = 1.0
+    """If the norm of all gradients together is larger than this, scale them down to it."""
+    use_8bit_adam: bool = False
+    """Store AdamW's two running means in 8 bits each: 2 bytes for each weight instead of 8."""
+    optimizer_in_backward: bool = False
+    """Update each weight once its gradient is known, then free the gradient. --max_grad_norm limits each one separately."""
+    use_ema: bool = False
+    """Keep a running average of the weights. The result and the sample sheets use the average; training does not."""
+    ema_decay: Decay = 0.9999
+    """Decay of that average: the closer to 1, the slower it follows the weights."""
+    dataloader_num_workers: Annotated[int, between(0, 64)] = 0
+    """Without effect: a batch is prepared when it is needed. Accepted because training commands often have it."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Number format of the forward pass. Trained weights stay in fp32. fp16 needs a GPU."""
+    checkpointing_steps: Count = 100
+    """Save a checkpoint every N updates, and at the end."""
+    checkpoints_total_limit: Count | None = 2
+    """How many checkpoints to keep: the newest ones. "None" keeps all."""
+    validation_steps: Annotated[int, values.NOT_NEGATIVE] = 100
+    """Draw a sample sheet and measure the validation loss every N updates; 0: never."""
+
+    # These fields do not change the weights at a given step.
+    HARMLESS: ClassVar[frozenset[str]] = frozenset(
+        "output_dir overwrite_output_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit "
+        "validation_steps dataloader_num_workers".split()
+    )
+    # These are not written into train_config.toml: they are for one session, or private (the result may be published).
+    NOT_SAVED: ClassVar[frozenset[str]] = frozenset("overwrite_output_dir resume_from_checkpoint".split())
+
+    def check(self) -> None:
+        """Raise SettingsError, naming the flag, for a value that cannot work, or for two flags that exclude each other."""
+        check_values(self)
+        for flag, holds, rule in RULES:
+            if value := getattr(self, flag, None):
+                self.need(bool(holds(self)), flag, f"{rule}; it is {value!r}" if value is not True else rule)
+        if self.num_train_epochs is None:
+            self.updates(None)
+
+    def need(self, holds: bool, flag: str, rule: str) -> None:
+        """One check: raise SettingsError with the flag and the rule unless the rule `holds`."""
+        if not holds:
+            raise SettingsError(f"--{flag} {rule}.")
+
+    def updates(self, samples: int | None) -> int:
+        """Updates in total. `samples` is the length of an epoch; None for a task without epochs.
+
+        Samples are numbered through the whole run, so an update may use the last of one epoch and the first of the next.
+        """
+        total = self.max_train_steps or DEFAULT_UPDATES
+        if self.num_train_epochs is not None:
+            self.need(samples is not None, "num_train_epochs", "needs a task with epochs; give --max_train_steps")
+            a_update = self.train_batch_size * self.gradient_accumulation_steps
+            total = math.ceil(self.num_train_epochs * (samples or 0) / a_update)
+            self.need(total <= MOST, "num_train_epochs", f"makes {total} updates, and a run has at most {MOST}")
+        self.need(self.lr_warmup_steps <= total, "lr_warmup_steps", f"must not exceed the {total} updates in total")
+        return total
+
+    def identity(self, total: int) -> dict[str, Any]:
+        """The fields that change the result, in JSON's types: a resumed run must have the same values."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in self.HARMLESS}
+        del values["max_train_steps"], values["num_train_epochs"]
+        if not self.lr_scheduler.startswith("constant"):  # else a step does not depend on the length of the run
+            values["max_train_steps"] = total
+        if not self.use_ema:
+            del values["ema_decay"]
+        return values

@@ -1,15 +1,18 @@
-"""The sizes of the networks and of the noise. Field names are the keys of the `config.json` files in an SD 1.5 folder.
+"""The sizes of the networks and of the noise. Field names are the keys of the `config.json` files in a model's folder.
 
-SD 1.5 (the defaults), the pocket checkpoint and the tiny test model differ in these numbers and in nothing else.
+SD 1.5 (the defaults), SD 2, SDXL, the pocket checkpoint and the tiny test model differ in these numbers and in nothing else.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The denoiser. `attention_head_dim` is the NUMBER of heads: an old mistake in the name that all SD files repeat."""
+    """The denoiser. `attention_head_dim` is the NUMBER of heads: an old mistake in the name that all SD files repeat.
+
+    Heads and transformer layers are one number for all levels, or a number for each.
+    """
 
     sample_size: int = 64  # side of the latents in training
     in_channels: int = 4
@@ -19,9 +22,28 @@ class UNetConfig:
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     cross_attention_dim: int = 768
-    attention_head_dim: int = 8
+    attention_head_dim: int | tuple[int, ...] = 8
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
+    use_linear_projection: bool = False  # into and out of the transformers; SD 1.x has 1x1 convolutions there
+    transformer_layers_per_block: int | tuple[int, ...] = 1  # TransformerBlocks in a row
+    addition_embed_type: Literal["text_time"] | None = None  # SDXL: the U-Net also reads a vector, see core/text.py
+    addition_time_embed_dim: int | None = None  # sinusoids for each number in that vector
+    projection_class_embeddings_input_dim: int | None = None  # the width of that vector
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Heads of attention on each level."""
+        return self.per_level(self.attention_head_dim)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """TransformerBlocks in each transformer of a level. The last number is the mid block's, too."""
+        return self.per_level(self.transformer_layers_per_block)
+
+    def per_level(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
+        """One number for each level, from the widest resolution to the smallest."""
+        return (value,) * len(self.block_out_channels) if isinstance(value, int) else value
 
 
 @dataclass(frozen=True)
@@ -61,3 +83,4 @@ class NoiseConfig:
 
 
 SD15_UNET, SD15_VAE = UNetConfig(), VAEConfig()
+SD2_UNET = replace(SD15_UNET, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)

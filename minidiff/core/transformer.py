@@ -105,15 +105,23 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer over the cells of a feature map. This is where the prompt enters the picture."""
 
-    def __init__(self, channels: int, context_width: int, heads: int, groups: int) -> None:
+    def __init__(self, channels: int, context_width: int, heads: int, groups: int, depth: int = 1, linear: bool = False):
         super().__init__()
+        self.linear = linear  # SD 2 and SDXL project by linear layers, SD 1.x by 1x1 convolutions, which compute the same
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)  # SD 1.x: a 1x1 convolution; SD 2 has a linear layer here
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_width, heads)])
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context_width, heads) for _ in range(depth))
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """x (B, C, H, W), text (B, S, D) -> (B, C, H, W)."""
-        tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
-        tokens = self.transformer_blocks[0](tokens, text)
-        return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[-2]))
+        tokens = rearrange(self.project(self.proj_in, self.norm(x)), "b c h w -> b (h w) c")
+        for block in self.transformer_blocks:
+            tokens = block(tokens, text)
+        return x + self.project(self.proj_out, rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[-2]))
+
+    def project(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Each cell of x by itself: (B, C, H, W) -> (B, C, H, W)."""
+        if not self.linear:
+            return layer(x)
+        return rearrange(layer(rearrange(x, "b c h w -> b (h w) c")), "b (h w) c -> b c h w", h=x.shape[-2])

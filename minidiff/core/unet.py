@@ -1,6 +1,7 @@
-"""The denoiser of SD 1.x: a U-Net whose transformers read the prompt (arXiv 2112.10752, section 3.3).
+"""The denoiser of SD 1.x, SD 2 and SDXL: a U-Net whose transformers read the prompt (arXiv 2112.10752, section 3.3).
 
     B batch   C channels   h w latent height and width   S text tokens   D text width   T width of the time embedding
+    V width of SDXL's added vector
 
 Attribute names are the keys of SD's files, so a checkpoint loads without a map of names.
 """
@@ -13,14 +14,20 @@ from minidiff.core.config import UNetConfig
 from minidiff.core.transformer import SpatialTransformer
 
 
+def transformer(channels: int, config: UNetConfig, level: int) -> SpatialTransformer:
+    """A transformer with the heads and the depth of a level."""
+    heads, depth, groups = config.heads[level], config.depths[level], config.norm_num_groups
+    return SpatialTransformer(channels, config.cross_attention_dim, heads, groups, depth, config.use_linear_projection)
+
+
 class Level(nn.Module):
     """One resolution: ResBlocks, each followed by a transformer where the level has any, then a step down or up."""
 
-    def __init__(self, ins: list[int], c_out: int, config: UNetConfig, time_width: int, attend: bool, step: str | None):
+    def __init__(self, ins: list[int], level: int, config: UNetConfig, time_width: int, attend: bool, step: str | None):
         super().__init__()
-        groups, heads = config.norm_num_groups, config.attention_head_dim
+        groups, c_out = config.norm_num_groups, config.block_out_channels[level]
         if attend:
-            self.attentions = nn.ModuleList(SpatialTransformer(c_out, config.cross_attention_dim, heads, groups) for _ in ins)
+            self.attentions = nn.ModuleList(transformer(c_out, config, level) for _ in ins)
         self.resnets = nn.ModuleList(ResBlock(c_in, c_out, time_width, groups, config.norm_eps) for c_in in ins)
         if step == "down":
             self.downsamplers = nn.ModuleList([Downsample(c_out, pad_all_around=True)])
@@ -62,9 +69,9 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels: int, config: UNetConfig, time_width: int) -> None:
         super().__init__()
-        groups, heads = config.norm_num_groups, config.attention_head_dim
-        self.attentions = nn.ModuleList([SpatialTransformer(channels, config.cross_attention_dim, heads, groups)])
-        self.resnets = nn.ModuleList(ResBlock(channels, channels, time_width, groups, config.norm_eps) for _ in range(2))
+        groups, eps = config.norm_num_groups, config.norm_eps
+        self.attentions = nn.ModuleList([transformer(channels, config, level=-1)])
+        self.resnets = nn.ModuleList(ResBlock(channels, channels, time_width, groups, eps) for _ in range(2))
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
         x = self.resnets[0](x, time)
@@ -81,6 +88,8 @@ class UNet2DConditionModel(nn.Module):
                               12 skips            each one           handed straight            mid (8²)
                                  |                 across                   |                      |
         output <- conv_out <- up 3 (320, 64²) <- up 2 (640, 32²) <- up 1 (1280, 16²) <- up 0 (1280, 8², no text)
+
+    SD 2 has more heads on the smaller levels. SDXL has three levels, and up to ten layers in one transformer.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -89,6 +98,8 @@ class UNet2DConditionModel(nn.Module):
         widths, layers, last = config.block_out_channels, config.layers_per_block, len(config.block_out_channels) - 1
         time_width = 4 * widths[0]
         self.time_embedding = TimeEmbedding(widths[0], time_width)
+        vector_width = config.projection_class_embeddings_input_dim  # None: there is no vector
+        self.add_embedding = TimeEmbedding(vector_width, time_width) if vector_width else None
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
 
         skips = [widths[0]]  # channels of everything that the way down hands over
@@ -96,7 +107,7 @@ class UNet2DConditionModel(nn.Module):
         for i, (width, kind) in enumerate(zip(widths, config.down_block_types)):
             ins = [skips[-1]] + [width] * (layers - 1)
             step = "down" if i < last else None
-            self.down_blocks.append(DownLevel(ins, width, config, time_width, "CrossAttn" in kind, step))
+            self.down_blocks.append(DownLevel(ins, i, config, time_width, "CrossAttn" in kind, step))
             skips += [width] * (layers + (step is not None))
 
         self.mid_block = MidBlock(widths[-1], config, time_width)
@@ -105,16 +116,19 @@ class UNet2DConditionModel(nn.Module):
         self.up_blocks = nn.ModuleList()
         for i, (width, kind) in enumerate(zip(widths[::-1], config.up_block_types)):
             ins = [before + skips.pop() for before in [c] + [width] * layers]  # one layer more than on the way down
-            self.up_blocks.append(UpLevel(ins, width, config, time_width, "CrossAttn" in kind, "up" if i < last else None))
+            step = "up" if i < last else None
+            self.up_blocks.append(UpLevel(ins, last - i, config, time_width, "CrossAttn" in kind, step))
             c = width
 
         self.conv_norm_out = NormSiLU(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor, t: Tensor | float, text: Tensor) -> Tensor:
-        """latents (B, 4, h, w), t (B,) or a number, text (B, S, D) -> (B, 4, h, w)."""
+    def forward(self, latents: Tensor, t: Tensor | float, text: Tensor, vector: Tensor | None = None) -> Tensor:
+        """latents (B, 4, h, w), t (B,) or a number, text (B, S, D); in SDXL a vector (B, V) -> (B, 4, h, w)."""
         t = torch.as_tensor(t, device=latents.device).expand(len(latents))
         time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(latents.dtype))
+        if self.add_embedding is not None:
+            time = time + self.add_embedding(vector)
         x = self.conv_in(latents)
         skips = [x]
         for down in self.down_blocks:

@@ -81,16 +81,25 @@ ONLY: dict[type, dict[str, Any]] = {  # keys of the JSON, and the one value of e
     UNetConfig: dict(
         act_fn="silu", center_input_sample=False, downsample_padding=1, dual_cross_attention=False, flip_sin_to_cos=True,
         freq_shift=0, mid_block_scale_factor=1, only_cross_attention=False, resnet_time_scale_shift="default",
-        time_embedding_type="positional", use_linear_projection=False, class_embed_type=None, addition_embed_type=None,
-        num_class_embeds=None,
+        time_embedding_type="positional", class_embed_type=None, num_class_embeds=None, num_attention_heads=None,
+        encoder_hid_dim=None, encoder_hid_dim_type=None, time_cond_proj_dim=None, cross_attention_norm=None,
+        time_embedding_act_fn=None, time_embedding_dim=None, timestep_post_act=None, mid_block_only_cross_attention=None,
+        reverse_transformer_layers_per_block=None,
     ),
     VAEConfig: dict(
-        act_fn="silu", use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True, shift_factor=None
+        act_fn="silu", use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True, shift_factor=None,
+        latents_mean=None, latents_std=None,
     ),
     NoiseConfig: dict(trained_betas=None, clip_sample=False, skip_prk_steps=True),
 }  # fmt: skip
+UNWRITTEN: dict[str, Any] = dict(  # the same, for keys of a U-Net that no folder has to have: not written
+    mid_block_type="UNetMidBlock2DCrossAttn", resnet_skip_time_act=False, resnet_out_scale_factor=1.0, conv_in_kernel=3,
+    conv_out_kernel=3, attention_type="default", dropout=0.0, class_embeddings_concat=False,
+)  # fmt: skip
+NEWER = ("use_linear_projection", "transformer_layers_per_block", "addition_embed_type", "addition_time_embed_dim",
+         "projection_class_embeddings_input_dim")  # fmt: skip
 BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
-LARGEST, LEVELS, LAYERS = 65_536, 8, 16  # more than any SD 1.x model has; refused before a network of that size is built
+LARGEST, LEVELS, LAYERS = 65_536, 8, 16  # more than any SD model has; refused before a network of that size is built
 
 
 def config_of(folder: Path, name: str = "config.json") -> tuple[dict[str, Any], str]:
@@ -101,18 +110,17 @@ def config_of(folder: Path, name: str = "config.json") -> tuple[dict[str, Any], 
 
 def read_config(kind: type[Config], values: dict[str, Any], where: str) -> Config:
     """A dataclass of this kind from parsed JSON. WeightsError, which names the file `where`, for impossible values."""
-    for key, only in ONLY[kind].items():
+    for key, only in (ONLY[kind] | (UNWRITTEN if kind is UNetConfig else {})).items():
         if values.get(key, only) not in (only, None):
-            family = {"1024": " This is an SD 2.x model.", "2048": " This is an SDXL model."}
-            hint = family.get(str(values.get("cross_attention_dim")), "")
-            raise WeightsError(f"{where}: {key} is {values[key]!r}; minidiff builds SD 1.x models, where it is {only!r}.{hint}")
+            families = "networks of SD 1.x, SD 2.x and SDXL"
+            raise WeightsError(f"{where}: {key} is {values[key]!r:.60}; minidiff builds {families}, where it is {only!r}.")
     hints = get_type_hints(kind)
     given: dict[str, Any] = {key: value for key, value in values.items() if key in hints}
     for key, value in given.items():
-        least = 0 if key == "steps_offset" else 1e-9
+        least = 0 if key in ("steps_offset", "transformer_layers_per_block") else 1e-9
         numbers = [one for one in (value if isinstance(value, list) else [value]) if type(one) in (int, float)]
         if not fits(value, hints[key]) or not all(least <= one <= LARGEST for one in numbers):  # NaN is no number between
-            raise WeightsError(f"{where}: {key} is {value!r:.60}; no SD 1.x model has that. Copy the file again.")
+            raise WeightsError(f"{where}: {key} is {value!r:.60}; no SD model has that. Copy the file again.")
         if isinstance(value, list):
             given[key] = tuple(value)
     config = kind(**given)
@@ -130,19 +138,26 @@ def check_noise(config: NoiseConfig, where: str) -> None:
 
 def check_sizes(config: UNetConfig | VAEConfig, where: str) -> None:
     """WeightsError if no network of these sizes can be built."""
-    widths, layers, groups, heads = config.block_out_channels, config.layers_per_block, config.norm_num_groups, 1
+    widths, layers, groups = config.block_out_channels, config.layers_per_block, config.norm_num_groups
+    heads = (1,) * len(widths)
     possible = 1 <= len(widths) <= LEVELS and layers <= LAYERS
     if isinstance(config, UNetConfig):
-        heads, down, up = config.attention_head_dim, config.down_block_types, config.up_block_types
-        possible = possible and len(widths) == len(down) == len(up) and BLOCKS.issuperset(down + up)
-    if not possible or any(width % groups or width % heads for width in widths):
+        heads, down, up = config.heads, config.down_block_types, config.up_block_types
+        levels = {len(widths), len(down), len(up), len(heads), len(config.depths)}
+        possible = possible and len(levels) == 1 and BLOCKS.issuperset(down + up)
+        if len({getattr(config, key) is None for key in NEWER[-3:]}) > 1:
+            raise WeightsError(f"{where}: addition_embed_type text_time needs {NEWER[-2]} and {NEWER[-1]}, and they need it.")
+    if not possible or any(width % groups or width % n for width, n in zip(widths, heads)):
         sizes = f"{len(widths)} levels of {layers} layers, with widths {widths}, {groups} groups and {heads} heads"
-        raise WeightsError(f"{where}: not a usable configuration: {sizes}, or blocks of another kind than SD 1.x has.")
+        raise WeightsError(f"{where}: not a usable configuration: {sizes}, or blocks of another kind than SD has.")
 
 
 def config_values(config: UNetConfig | VAEConfig | NoiseConfig, class_name: str) -> dict[str, Any]:
     """The JSON that other programs read, with the class that diffusers builds from it. None is left out: their default."""
     values = {key: value for key, value in {**asdict(config), **ONLY[type(config)]}.items() if value is not None}
+    if isinstance(config, UNetConfig):  # the settings that SD 1.5 does not have come last, where they differ from its own
+        newer = {key: values.pop(key) for key in NEWER if key in values}
+        values |= {key: value for key, value in newer.items() if key == NEWER[0] or value != getattr(UNetConfig, key)}
     if isinstance(config, VAEConfig):
         levels = len(config.block_out_channels)
         values |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}

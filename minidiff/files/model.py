@@ -245,6 +245,8 @@ def check_parts_fit(model: ModelParts, name: str = "") -> None:
         what = {8: "an image-editing model", 5: "a depth model"}.get(channels, "another model")
         works = f"minidiff draws with {latent}, or {2 * latent + 1} for inpainting. Take such a model."
         problem = f"U-Net has {channels} input channels ({what}); {works}"
+    elif unet.config.addition_embed_type:
+        problem = "U-Net is SDXL's, which reads a second text encoder too; this folder describes a model with one."
     if problem:
         raise WeightsError(f"{name}: the {problem}" if name else f"the {problem}")
 

@@ -1,27 +1,31 @@
 """The networks: sizes, epsilons, attention, and diffusers' answers to the last digits (golden/models.safetensors)."""
 
+import hashlib
+import json
 import math
 import runpy
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tiny_sizes import TINY_UNET, TINY_VAE
+from tiny_sizes import TINY_SD2, TINY_UNET, TINY_VAE, TINY_XL
 from torch import Tensor, nn
 
 from minidiff import fast
 from minidiff.core import blocks, transformer
-from minidiff.core.config import SD15_UNET, SD15_VAE
+from minidiff.core.config import SD2_UNET, SD15_UNET, SD15_VAE, UNetConfig
 from minidiff.core.errors import SettingsError
+from minidiff.core.inject import inject
 from minidiff.core.transformer import CrossAttention, SpatialAttention
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL, sample_posterior
 from minidiff.fast import IMPLS, attention
-from minidiff.files.folder import SD15_TEXT
+from minidiff.files.folder import SD15_TEXT, config_values, read_config
 from minidiff.files.text_files import build_text_encoder
 
 FOLDER = Path(__file__).parents[1] / "golden"
@@ -127,6 +131,91 @@ def test_head_dims(sd15: dict[str, nn.Module]) -> None:
     layers = [m for m in sd15["unet"].modules() if isinstance(m, CrossAttention)]
     assert Counter((m.heads, m.to_q.out_features // m.heads) for m in layers) == {(8, 40): 10, (8, 80): 10, (8, 160): 12}
     assert [(m.heads, m.to_q.out_features) for m in sd15["vae"].modules() if isinstance(m, CrossAttention)] == [(1, 512)] * 2
+
+
+# --- the families around SD 1.5 -----------------------------------------------------------------------------------------
+
+KEYS = runpy.run_path(str(FOLDER / "make_keys.py"))
+
+
+@pytest.mark.parametrize("family", KEYS["CONFIGS"])
+def test_names_and_shapes_of_the_families(family: str) -> None:
+    """At full size: what diffusers builds from the same config.json (golden/keys.json)."""
+    config = read_config(UNetConfig, KEYS["CONFIGS"][family], family)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(config)
+    assert KEYS["summary"](unet.state_dict()) == json.loads((FOLDER / "keys.json").read_text())[family]
+
+
+def test_sd2_is_what_its_config_json_says() -> None:
+    assert read_config(UNetConfig, KEYS["SD2"], "SD 2") == SD2_UNET
+
+
+@pytest.mark.parametrize("config", [SD15_UNET, SD2_UNET, TINY_SD2, TINY_XL])
+def test_a_config_survives_its_json(config: UNetConfig) -> None:
+    values = json.loads(json.dumps(config_values(config, "UNet2DConditionModel")))
+    assert read_config(UNetConfig, values, "here") == config
+
+
+def test_sd15_is_written_byte_for_byte_as_before_the_families() -> None:
+    text = json.dumps(config_values(SD15_UNET, "UNet2DConditionModel"), indent=2)
+    assert hashlib.sha256(text.encode()).hexdigest() == BEFORE_THE_FAMILIES
+
+
+BEFORE_THE_FAMILIES = "695eca66cfb8824ef30fa0d2df7a0c3c51d505430fd6b3540954b4978d740a43"
+
+
+def filled(config: UNetConfig) -> UNet2DConditionModel:
+    unet: UNet2DConditionModel = MAKER["fill"](UNet2DConditionModel(config))
+    return unet
+
+
+def family_inputs(config: UNetConfig) -> list[Tensor | None]:
+    """x, t, text, and the vector where the network reads one."""
+    g, width = torch.Generator().manual_seed(0), config.projection_class_embeddings_input_dim
+    x, text = torch.randn(2, 4, 8, 6, generator=g), torch.randn(2, 7, config.cross_attention_dim, generator=g)
+    return [x, UNET_T, text, torch.randn(2, width, generator=g) if width else None]
+
+
+@torch.no_grad()
+def test_linear_layers_and_1x1_convolutions_compute_the_same() -> None:
+    linear, conv = filled(TINY_SD2), UNet2DConditionModel(replace(TINY_SD2, use_linear_projection=False))
+    conv.load_state_dict({k: v.reshape(conv.state_dict()[k].shape) for k, v in linear.state_dict().items()})
+    inputs = family_inputs(TINY_SD2)
+    torch.testing.assert_close(linear(*inputs), conv(*inputs), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_added_embedding_of_zero_adds_nothing() -> None:
+    """SDXL whose add_embedding.linear_2 is 0 is the U-Net without it; with any other it is not."""
+    unet, names = filled(TINY_XL), ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    without = UNet2DConditionModel(replace(TINY_XL, **dict.fromkeys(names)))
+    without.load_state_dict({k: v for k, v in unet.state_dict().items() if not k.startswith("add_embedding")})
+    x, t, text, vector = family_inputs(TINY_XL)
+    assert not torch.allclose(unet(x, t, text, vector), without(x, t, text), atol=1e-3)
+    unet.add_embedding.linear_2.requires_grad_(False).weight.zero_(), unet.add_embedding.linear_2.bias.zero_()
+    assert torch.equal(unet(x, t, text, vector), without(x, t, text))
+
+
+@pytest.mark.parametrize("config", [TINY_SD2, TINY_XL])
+def test_the_fast_classes_know_the_families(config: UNetConfig) -> None:
+    """Forward, and the gradients of a frozen network's input and of an adapter on every projection."""
+    results = []
+    for quick in (False, True):
+        unet = filled(config)
+        layers = inject(unet, rank=2, targets=("attention", "projections", "feed_forward"))
+        for layer in layers.values():
+            torch.nn.init.constant_(layer.lora_B["default"], 0.1)
+        if quick:
+            fast.install(unet)
+            fast.install(unet, fast.CHECKPOINTED)
+        x, t, text, vector = family_inputs(config)
+        out = unet(x.requires_grad_(), t, text, vector)
+        wanted = [x, *(p for p in unet.parameters() if p.requires_grad)]
+        results.append([out, *torch.autograd.grad(out.square().mean(), wanted)])
+    assert len(results[0]) > 40
+    for plain, other in zip(*results):
+        torch.testing.assert_close(other, plain, rtol=2e-4, atol=1e-5)
 
 
 # --- golden activations ----------------------------------------------------------------------------------------------

@@ -478,7 +478,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "text config is another's": (damage("text_encoder/config.json", "{}"), "not the configuration of a CLIP text model"),
     "SD 2's linear projections": (
         lambda folder: change(folder / "unet/config.json", use_linear_projection=True),
-        "use_linear_projection is True; minidiff builds SD 1.x models",
+        "does not fit UNet2DConditionModel(.|\\n)*misshapen: .*proj_in.weight is .16, 16, 1, 1., in the model .16, 16",
     ),
     "another width": (
         lambda folder: change(folder / "unet/config.json", cross_attention_dim=1024),

@@ -264,8 +264,7 @@ def test_case_09_folders_with_other_input_channels(
 @pytest.mark.parametrize(
     ("name", "values", "says"),
     [
-        ("unet/config.json", {"use_linear_projection": True, "cross_attention_dim": 1024}, "This is an SD 2.x model"),
-        ("unet/config.json", {"addition_embed_type": "text_time", "cross_attention_dim": 2048}, "This is an SDXL model"),
+        ("unet/config.json", {"encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim_type is 'text_proj'; minidiff builds"),
         ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "minidiff reads Stable Diffusion 1.x"),
     ],
 )

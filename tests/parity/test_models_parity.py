@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_sizes import TINY_UNET, TINY_VAE
+from tiny_sizes import TINY_REFINER, TINY_SD2, TINY_UNET, TINY_VAE, TINY_XL
 from torch import Tensor, nn
 
+from minidiff.core.blocks import timestep_embedding
 from minidiff.core.config import SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
 from minidiff.core.text import encode_captions
 from minidiff.core.unet import UNet2DConditionModel
@@ -115,6 +116,22 @@ THREE_LEVELS = UNetConfig(
 @torch.no_grad()
 def test_a_unet_of_three_levels_and_two_layers(sides: tuple[int, int]) -> None:
     assert unet_error(THREE_LEVELS, sides) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("config", "bound"), [(TINY_SD2, 1e-6), (TINY_XL, 1e-6), (TINY_REFINER, 3e-6)])
+@torch.no_grad()
+def test_tiny_families(config: UNetConfig, bound: float) -> None:
+    """SD 2, SDXL and its refiner: unequal heads and depths, and every parameter away from its initial value."""
+    ours, theirs = pair(UNet2DConditionModel, config)
+    x, text, t = noise(2, 4, 8, 8), noise(2, 77, config.cross_attention_dim), torch.tensor([981, 1])
+    if not config.addition_time_embed_dim:
+        assert error(ours(x, t, text), theirs(x, t, text).sample) <= bound
+        return
+    numbers = 5 if config is TINY_REFINER else 6
+    ids, pooled = torch.tensor([[1024.0, 768, 0, 64, 1000, 512][:numbers]] * 2), noise(2, 24)
+    sizes = timestep_embedding(ids.flatten(), config.addition_time_embed_dim).reshape(2, -1)
+    expected = theirs(x, t, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample
+    assert error(ours(x, t, text, torch.cat([pooled, sizes], dim=1)), expected) <= bound
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01])

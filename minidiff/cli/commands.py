@@ -20,11 +20,23 @@ COMMANDS: dict[str, tuple[str, str, str]] = {  # what is typed -> its flags (fil
     "merge extract": ("cli.flags:Extract", "files_commands:extract", "Make an adapter from the difference of two models."),
     "merge resize": ("cli.flags:Resize", "files_commands:resize", "Reduce an adapter to a lower rank."),
     "ladder": ("pocket.settings:LadderSettings", "train_commands:ladder", "Train a subject with every method; compare them."),
-    "lesson": ("cli.flags:Lesson", "train_commands:lesson", "Run a lesson; its figures are written to outputs/lessons."),
+    "lesson": ("cli.flags:Lesson", "train_commands:lesson", "List the lessons, or run one."),
     "bench": ("cli.flags:Bench", "train_commands:bench", "Compare minidiff with diffusers + peft on this machine."),
     "pretrain": ("pocket.settings:PretrainSettings", "train_commands:pretrain", "Train the pocket checkpoint from scratch."),
     "judge": ("cli.flags:Judge", "train_commands:judge", "Score a pocket checkpoint."),
+    "completion": ("cli.flags:Completion", "completion:completion", "Let Tab complete commands and flags in your shell."),
 }
+
+
+FIRST = """minidiff: Stable Diffusion you can read, and fine-tune. Five things to try:
+
+  minidiff sample "a photo of a red dog on the beach"
+  minidiff sheet "a red house in the snow" --columns guidance_scale=1,3,8 --rows seed=0..2
+  minidiff morph "a photo of a red dog" "a photo of a blue cat"
+  minidiff train lora --instance_data_dir lessons/data/dog --instance_prompt "a photo of a sks dog" --learning_rate 1e-3
+  minidiff lesson 0
+
+  minidiff --help: all commands"""
 
 
 def usage(group: str = "") -> str:

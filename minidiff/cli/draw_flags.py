@@ -4,8 +4,10 @@ A class is a command: its docstring is the command's help, a field is a flag, an
 The range of a value stands in its type (files/values.py). Nothing here imports torch, so that `--help` is quick.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+import pathlib
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Annotated, Any, Literal, Self
 
 from tyro.conf import Positional
 
@@ -93,6 +95,14 @@ class Sampling(Flags):
         super().check()
         check_weights(self.lora, self.lora_weight)
 
+    def beside(self) -> Self:
+        """With the next free name, such as outputs/picture-0002.png, where a file of the default --output is there already."""
+        me: Any = self
+        path = pathlib.Path(me.output)
+        names = (path if i == 1 else path.with_name(f"{path.stem}-{i:04}{path.suffix}") for i in count(1))
+        free = next(n for n in names if not any(one.exists() for one in (n, n.with_name(f"{n.stem}-0{n.suffix}"))))
+        return replace(me, output=free.as_posix())
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnePrompt(Sampling):
@@ -108,8 +118,8 @@ class Sample(OnePrompt):
 
     num_images_per_prompt: Count = 1
     """Number of pictures. Their seeds are seed, seed + 1, …"""
-    output: Path = "picture.png"
-    """The PNG file. Several pictures become picture-0.png, picture-1.png, …"""
+    output: Path = "outputs/picture.png"
+    """The PNG file. Several pictures become picture-0.png, picture-1.png, … The default takes the next free name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +138,7 @@ class Sheet(Sampling):
     """A heading above the sheet."""
     tile: Annotated[int, between(16, 2048)] = 256
     """Size of each picture on the sheet in pixels."""
-    output: Path = "sheet.png"
+    output: Path = "outputs/sheet.png"
     """The PNG file. It is written after the last picture, so Ctrl-C leaves no file."""
 
 
@@ -144,7 +154,7 @@ class Morph(Sampling):
     """Frames from each keyframe to the next."""
     fps: Annotated[float, between(0.1, 50)] = 12.0
     """Frames per second."""
-    output: Path = "morph.gif"
+    output: Path = "outputs/morph.webp"
     """A .gif, .webp or .png (APNG) file. It is written after the last frame, so Ctrl-C leaves no file."""
 
 
@@ -154,7 +164,7 @@ class Filmstrip(OnePrompt):
 
     count: Annotated[int, between(1, 50)] = 8
     """How many of the steps to show."""
-    output: Path = "filmstrip.png"
+    output: Path = "outputs/filmstrip.png"
     """The PNG file."""
 
 
@@ -162,7 +172,7 @@ class Filmstrip(OnePrompt):
 class Attention(OnePrompt):
     """Show where in the picture the U-Net looks for each word of the prompt."""
 
-    output: Path = "attention.png"
+    output: Path = "outputs/attention.png"
     """The PNG file."""
 
 

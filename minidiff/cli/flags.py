@@ -150,10 +150,18 @@ class DataCheck(Flags):
 
 @dataclass(frozen=True)
 class Lesson(Flags):
-    """Run a lesson. Its figures are written to outputs/lessons."""
+    """Run a lesson. Its figures are written to outputs/lessons. Without a number: list the lessons."""
 
-    number: Positional[int]
-    """0: the three stations. 5: samplers. 11: LoRA. 13: the ladder."""
+    number: Positional[int | None] = None
+    """The lesson to run."""
+
+
+@dataclass(frozen=True)
+class Completion(Flags):
+    """Let Tab complete commands and flags. A line that reads the completions is added to .bashrc or .zshrc."""
+
+    shell: Positional[Literal["bash", "zsh"] | None] = None
+    """Default: your own, as $SHELL names it."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minidiff import __version__
-from minidiff.cli.commands import COMMANDS, usage
+from minidiff.cli.commands import COMMANDS, FIRST, usage
 from minidiff.core.errors import MinidiffError, SettingsError, did_you_mean
 from minidiff.trainer.signals import signals_call
 
@@ -35,14 +35,21 @@ def run(argv: list[str]) -> None:
     name = f"{first} {second}".strip() if group else first
     if first == "--version":
         print(f"minidiff {__version__}")
-    elif first in ("", *HELP) or (group and second in HELP):
+    elif not first:
+        print(FIRST)
+    elif first in HELP or (group and second in HELP):
         print(usage(group))
     elif name not in COMMANDS:
         near = did_you_mean(name, [*COMMANDS, *(name.split()[0] for name in COMMANDS)])
-        raise SettingsError(f'"{name}" is no command.{near}\n\n{usage(group)}')
+        raise SettingsError(f'"{name}" is no command.{near} minidiff{f" {group}" if group else ""} --help lists them.')
     else:
         flags, function, _ = COMMANDS[name]
-        settings = parse(name, found(flags), argv[len(name.split()) :])
+        words = argv[len(name.split()) :]
+        if any(word in HELP for word in words):
+            from minidiff.cli.help import help_text
+
+            return print(help_text(name, found(flags)))
+        settings = parse(name, found(flags), words)
         if group != "train" and getattr(settings, "seed", 0) == -1:  # several processes of a training would draw several
             from dataclasses import replace
             from secrets import randbelow
@@ -60,11 +67,13 @@ def found(where: str) -> Any:
 
 
 def parse(name: str, kind: type, words: list[str]) -> Any:
-    """The flags of a command. tyro takes `-` and `_` alike; for an unknown flag it names the nearest and exits with 2.
+    """The flags of a command, where `-` and `_` are the same. A default --output does not write over an earlier picture.
 
     --config TOML (training) and --from PICTURE (sample) give all other flags their defaults.
     """
     import tyro
+
+    from minidiff.cli.help import ready_words
 
     prog, default, origin = f"minidiff {name}", None, None
     settings: Any
@@ -81,7 +90,9 @@ def parse(name: str, kind: type, words: list[str]) -> Any:
             from minidiff.files.values import from_toml
 
             default = from_toml(kind, Path(given.file))
-    settings = tyro.cli(kind, args=words, prog=prog, default=default)
+    settings = tyro.cli(kind, args=ready_words(name, kind, words, default), prog=prog, default=default)
+    if not origin and not any(word.partition("=")[0] == "--output" for word in words):
+        settings = settings.beside() if hasattr(settings, "beside") else settings
     if origin:
         from minidiff.cli.draw_commands import check_again
 

@@ -55,15 +55,24 @@ def ladder(s: LadderSettings) -> None:
 
 
 def lesson(s: Lesson) -> None:
-    program([str(lesson_file(s.number))])
+    if s.number is None:
+        print(*lesson_titles(), "", "  minidiff lesson NUMBER: runs it", sep="\n")
+    else:
+        program([str(lesson_file(s.number))])
 
 
 def lesson_file(number: int) -> Path:
-    """A lesson's file; SettingsError if it is not there."""
-    lessons = {int(path.name[:2]): path for path in sorted((HOME / "lessons").glob("[0-9][0-9]_*.py"))}
-    if number not in lessons:
-        raise SettingsError(f"there is no lesson {number}; there are {', '.join(map(str, lessons))}.")
-    return lessons[number]
+    """A lesson's file; SettingsError, with those that are there, if it is not."""
+    if found := sorted((HOME / "lessons").glob(f"{number:02}_*.py")):
+        return found[0]
+    raise SettingsError("\n".join([f"there is no lesson {number}. There are:", *lesson_titles()]))
+
+
+def lesson_titles() -> list[str]:
+    """The first heading of each lesson, in order: `  5  samplers`."""
+    files = sorted((HOME / "lessons").glob("[0-9][0-9]_*.py"))
+    headings = [next(line for line in path.read_text("utf-8").splitlines() if line.startswith("# # ")) for path in files]
+    return [f"{number:>4}  {title}" for number, title in (h.removeprefix("# # Lesson ").split(": ", 1) for h in headings)]
 
 
 def bench(s: Bench) -> None:

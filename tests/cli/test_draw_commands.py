@@ -204,10 +204,10 @@ def test_a_place_that_cannot_be_written_is_told_first(
 def test_a_sheet_over_two_settings(tiny_folder: Path, loras: Path) -> None:
     lora = ["--lora", str(loras / "dog.safetensors")]
     run(tiny_folder, "sheet", DOG, *lora, "--columns", "lora_weight=0,1", "--rows", "sampler=ddim,unipc,heun", "--tile", "32")
-    assert "Steps: 3" in read_png_text("sheet.png")["parameters"]
+    assert "Steps: 3" in read_png_text("outputs/sheet.png")["parameters"]
     run(tiny_folder, "sheet", DOG, *lora, "--columns", "guidance=1,5", "--tile", "32", "--output", "one.png")
     run(tiny_folder, "sheet", DOG, "the snow", "--columns", "seed=0..2", "--tile", "32", "--output", "prompts.png")
-    three, one, two = (Image.open(name) for name in ("sheet.png", "one.png", "prompts.png"))
+    three, one, two = (Image.open(name) for name in ("outputs/sheet.png", "one.png", "prompts.png"))
     assert three.height > one.height and two.width > one.width
 
 
@@ -217,7 +217,7 @@ def test_a_sheet_can_compare_models(tiny_folder: Path, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "other")
     columns = f"pretrained_model_name_or_path={tiny_folder},{tmp_path / 'other'}"
     main(["sheet", DOG, "--columns", columns, "--num_inference_steps", "2", "--tile", "32"])
-    sheet = pixels("sheet.png")
+    sheet = pixels("outputs/sheet.png")
     assert sheet.shape[1] > 64
 
 
@@ -278,7 +278,7 @@ def test_a_sheet_is_checked_before_its_first_tile(
 def test_a_filmstrip_and_attention(tiny_folder: Path) -> None:
     run(tiny_folder, "filmstrip", DOG, "--count", "3")
     run(tiny_folder, "attention", f"({DOG}:1.1) on the beach")
-    for name in ("filmstrip.png", "attention.png"):
+    for name in ("outputs/filmstrip.png", "outputs/attention.png"):
         assert "Seed: 0" in read_png_text(name)["parameters"]
 
 
@@ -291,7 +291,7 @@ def test_tokens(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 # --- bad input -----------------------------------------------------------------------------------------------------------
 
 WRONG = [
-    (["sample"], "Missing from minidiff sample"),
+    (["sample"], "minidiff sample needs a prompt"),
     (["sample", DOG, "--sampler", "euler-a"], 'sampler "euler-a" is unknown'),
     (["sample", DOG, "--sampler", "eular"], 'Did you mean "euler"?'),
     (["sample", DOG, "--sampler", "ddim", "--use_karras_sigmas", "True"], "only these samplers take Karras sigmas"),
@@ -321,7 +321,7 @@ WRONG = [
     (["filmstrip", DOG, "--count", "0"], "--count must lie in 1 … 50; it is 0"),
     (["filmstrip", DOG, "--compile"], "a compiled U-Net hides its layers; leave --compile out"),
     (["attention", DOG, "--compile"], "a compiled U-Net hides its layers; leave --compile out"),
-    (["tokens"], "Missing from minidiff tokens"),
+    (["tokens"], "minidiff tokens needs a prompt"),
 ]
 
 

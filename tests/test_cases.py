@@ -10,13 +10,10 @@ from pathlib import Path
 import pytest
 
 CASES = sorted((Path(__file__).parent / "cases").glob("*.py"))
-OPEN = {"lora_locon_with_norms", "lora_other_names", "lora_with_bundled_word"}  # file dialects that are not read yet
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_case(path: Path, request: pytest.FixtureRequest) -> None:
-    if path.stem in OPEN:
-        request.applymarker(pytest.mark.xfail(strict=True))
+def test_case(path: Path) -> None:
     done = subprocess.run([sys.executable, path], cwd=path.parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

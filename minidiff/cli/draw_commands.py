@@ -215,15 +215,20 @@ def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
 
 def attach(pipe: StableDiffusionPipeline, s: Sampling, prompts: Sequence[str]) -> None:
     """Load the LoRAs and new words of the flags, and the LoRAs that prompts name; these are off until their prompt is drawn."""
+    words: list[tuple[str, str | None]] = [(path, None) for path in s.textual_inversion]
     for path, name in zip(s.lora, lora_names(s.lora)):
-        print(pipe.load_lora_weights(path, adapter_name=name), file=sys.stderr)
+        print(lora := pipe.load_lora_weights(path, adapter_name=name), file=sys.stderr)
+        words += [(path, word) for word in lora.words]
+        if (Path(path) / FILE_NAME).is_file() and path not in s.textual_inversion:
+            words.append((path, None))  # a run of `train pivotal` leaves a LoRA and a word in one folder
     named = {name for prompt in prompts for name, _ in parse_prompt(prompt).loras}
     for name in sorted(name for name in named if adapter_name_of(name) not in lora_names(s.lora)):
-        print(pipe.load_lora_weights(in_lora_dir(s.lora_dir, name), adapter_name_of(name)), file=sys.stderr)
+        path = in_lora_dir(s.lora_dir, name)
+        print(lora := pipe.load_lora_weights(path, adapter_name_of(name)), file=sys.stderr)
+        words += [(path, word) for word in lora.words]
     set_weights(pipe, s)
-    pivotal = [path for path in s.lora if (Path(path) / FILE_NAME).is_file() and path not in s.textual_inversion]
-    for path in (*s.textual_inversion, *pivotal):  # a run of `train pivotal` leaves a LoRA and a word in one folder
-        print(pipe.load_textual_inversion(path), file=sys.stderr)
+    for path, word in words:
+        print(pipe.load_textual_inversion(path, word), file=sys.stderr)
 
 
 def set_weights(pipe: StableDiffusionPipeline, s: Sampling) -> None:

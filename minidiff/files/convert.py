@@ -18,9 +18,9 @@ from torch import Tensor
 from minidiff.core.config import SD15_UNET
 from minidiff.core.errors import AdapterError, SettingsError, WeightsError
 from minidiff.core.lora import LoRAWeights
-from minidiff.files import names
 from minidiff.files.atomic import PICKLES, called
 from minidiff.files.lora_file import read_lora, save_lora
+from minidiff.files.lora_names import lora_dialect
 from minidiff.files.model import SINGLE_FILE, cast, empty_model, read_model, write_model
 from minidiff.files.weights import NAMES, find_weights, first_bytes, foreign, is_finite, is_pickle, read_header, save
 from minidiff.files.word_file import is_embedding, read_embedding, save_embedding
@@ -82,7 +82,7 @@ def kind_of(path: Path) -> str:
     if (path / "model_index.json").is_file():
         return "a model"
     tensors = read_header(find_weights(path, ())).tensors
-    return "a LoRA" if names.lora_dialect(tensors) else "a textual inversion" if is_embedding(tensors) else "a model"
+    return "a LoRA" if lora_dialect(tensors) else "a textual inversion" if is_embedding(tensors) else "a model"
 
 
 def convert_lora(path: Path, place: Path, to: str, options: Options) -> list[str]:

@@ -11,14 +11,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from minidiff.core.config import SD15_UNET
 from minidiff.core.errors import MinidiffError
 from minidiff.core.lora import LoRAWeights
 from minidiff.files.folder import read_json
-from minidiff.files.lora_file import read_modules
+from minidiff.files.lora_file import read_lora
 from minidiff.files.lora_module import METADATA, alpha_of
-from minidiff.files.lora_names import lora_header
-from minidiff.files.names import lora_dialect
+from minidiff.files.lora_names import lora_dialect
 from minidiff.files.values import listed, printable
 from minidiff.files.weights import TensorFile, find_weights, read_header
 from minidiff.files.word_file import KOHYA, is_embedding
@@ -87,8 +85,9 @@ def size(file: TensorFile) -> str:
 
 
 def lora_facts(file: TensorFile) -> Facts:
-    lora = read_modules(lora_header(file, SD15_UNET), None)
-    facts: Facts = {"trigger words": trigger_words(file.metadata), "layers": layer_groups(lora.modules)}
+    lora = read_lora(file)
+    facts: Facts = {"trigger words": trigger_words(file.metadata), "new words": list(lora.words)}
+    facts["layers"] = layer_groups(lora.modules)
     if not lora.alpha_known:
         facts["alpha"] = "not in the file; then it is the rank"
     if untrained := [name for name, weights in lora.modules.items() if not weights.B.any()]:

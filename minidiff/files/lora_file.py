@@ -23,16 +23,19 @@ from minidiff.core.config import SD15_UNET, UNetConfig
 from minidiff.core.errors import AdapterError, did_you_mean
 from minidiff.core.inject import adaptable_layers, adapted_layers, adapter_names, lora_layers, set_adapters, wrap
 from minidiff.core.lora import LoRAWeights
-from minidiff.files import lora_module, names
+from minidiff.files import lora_module
 from minidiff.files.atomic import write_bytes
-from minidiff.files.lora_module import COMPONENTS, METADATA, PEFT_CONFIG, alpha_of, check_parts, flat
-from minidiff.files.lora_names import WRITTEN, LoRAHeader, Place, key_of, lora_header
+from minidiff.files.looks import cross_attention_width
+from minidiff.files.lora_module import COMPONENTS, METADATA, PEFT_CONFIG, alpha_of, flat
+from minidiff.files.lora_names import READ, WRITTEN, Place, adapter_kind, bundled_words, key_of, lora_dialect, place_of
 from minidiff.files.values import listed
-from minidiff.files.weights import file_at, find_weights, read_header, save
+from minidiff.files.weights import TensorFile, TensorInfo, file_at, find_weights, read_header, save
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 LORA_FILES = (FILE_NAME, PEFT_FILE)
+Models = Mapping[str, nn.Module]
+Parts = dict[str, dict[str, TensorInfo]]  # the tensors of a file, by layer and part
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class LoRAFile:
     alpha_known: bool  # False: the file does not say it for every layer, and alpha = r was taken
     metadata: dict[str, str]
     notes: tuple[str, ...] = ()  # for the person who loads it
+    words: tuple[str, ...] = ()  # that the file brings along
 
     @property
     def scales(self) -> dict[str, float]:
@@ -72,24 +76,77 @@ def _few(values: Iterable[float]) -> str:
 # --- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_lora(path: str | Path, alpha: float | None = None, config: UNetConfig = SD15_UNET) -> LoRAFile:
+def read_lora(
+    source: str | Path | TensorFile,
+    alpha: float | None = None,
+    config: UNetConfig = SD15_UNET,
+    models: Models | None = None,
+    strict: bool = True,
+) -> LoRAFile:
     """Every layer of an adapter file, or of a folder that diffusers or peft wrote.
 
-    `alpha` is for files that do not say it. `config` is the U-Net in which LDM's names are counted. A tensor that belongs to
-    no adapter of an SD model is an AdapterError.
+    `alpha` is for files that do not say it. `config` is the U-Net in which LDM's names are counted. AdapterError for a tensor
+    that belongs to no adapter of an SD model, or, where `models` are given, to none of their layers; with `strict=False` only
+    if all are so, and `notes` names those that were left out.
     """
-    return read_modules(lora_header(read_header(find_weights(path, LORA_FILES)), config), alpha)
-
-
-def read_modules(header: LoRAHeader, alpha: float | None) -> LoRAFile:
-    """The data of a file whose header is known."""
-    file, modules = header.file, header.modules
-    if header.unknown or not modules:
-        counts = f"{len(file.tensors) - len(header.unknown)} of {len(file.tensors)} tensors"
-        what = f"{counts} have the names of an SD adapter. The file looks like {file.looks_like}."
-        raise AdapterError(f"{file.path}: {what}\n{listed('others', header.unknown)}")
+    file = source if isinstance(source, TensorFile) else read_header(find_weights(source, LORA_FILES))
+    modules, left = by_layer(file, config, strict)
+    layers = layers_of(models or {})
+    if models is not None:
+        left += [info.key for name, parts in modules.items() if name not in layers for info in parts.values()]
+        modules = {name: parts for name, parts in modules.items() if name in layers}
+    if not modules or (left and strict):
+        classes = " and ".join(type(model).__name__ for model in (models or {}).values())
+        match = f"match {classes}" if classes else "have the names of an SD adapter"
+        counts = f"{len(file.tensors) - len(left)} of {len(file.tensors)} tensors {match}."
+        raise AdapterError(f"{file.path}: {counts} {looks(file, models)}\n{listed('without a layer', left)}")
     for name, parts in modules.items():
-        check_parts(f"{file.path}: {name}", parts)
+        lora_module.check_parts(f"{file.path}: {name}", parts)
+    lora = read_data(file, modules, alpha)
+    if models is not None:
+        Ws = {name: layers[name].weight for name in modules}
+        misfits = [
+            f"{name} is for {change}, the model has {tuple(W.shape)}"
+            for name, W in Ws.items()
+            if (change := lora_module.shape_of(lora.modules[name])) != flat(tuple(W.shape))
+        ]
+        if misfits:
+            raise AdapterError(f"{file.path} is for another model. {looks(file, models)}\n{listed('misshapen', misfits)}")
+        lora = replace(lora, modules={name: lora_module.fitted(lora.modules[name], W) for name, W in Ws.items()})
+    left_out = (listed("tensors that match nothing were left out", left).strip(),) if left else ()
+    return replace(lora, notes=lora.notes + left_out)
+
+
+def looks(file: TensorFile, models: Models | None) -> str:
+    """What the file is for, and what the model reads; for a message."""
+    width = cross_attention_width(models["unet"].state_dict()) if models and "unet" in models else None
+    return f"The file looks like {file.looks_like}" + (f"; this model has cross-attention width {width}." if width else ".")
+
+
+def by_layer(file: TensorFile, config: UNetConfig, strict: bool) -> tuple[Parts, list[str]]:
+    """The tensors of a file by layer and part, and the names that belong to no LoRA. AdapterError for another kind of file."""
+    if lora_dialect(file.tensors) is None:
+        raise AdapterError(f"{file.path} is no LoRA. The file looks like {file.looks_like}.")
+    modules: Parts = {}
+    left, words = [], bundled_words(file.tensors).values()
+    for key, info in file.tensors.items():
+        if key in words:
+            continue
+        if (place := place_of(key, config)) is None:
+            left.append(key)
+        elif (other := modules.setdefault(place.module, {}).setdefault(place.part, info)) is not info:
+            raise AdapterError(f"{file.path} has two tensors for one place: {other.key} and {key}.")
+    if (kind := adapter_kind(file.tensors)) not in READ and (strict or not modules):
+        rest = " In Python, load_lora_weights(…, strict=False) loads the rest and names what it leaves out." if modules else ""
+        raise AdapterError(
+            f"{file.path}: unsupported adapter type {kind}; minidiff reads LoRA, LoCon and DoRA. Bake it into a model with the "
+            f"program that made it: minidiff merge extract gets a LoRA out of that.{rest}"
+        )
+    return modules, left
+
+
+def read_data(file: TensorFile, modules: Parts, alpha: float | None) -> LoRAFile:
+    """The numbers of the layers, and their scales."""
     infos = [info for parts in modules.values() for info in parts.values()]
     tensors, configs = replace(file, tensors={info.key: info for info in infos}).read(), lora_module.read_configs(file)
     found, silent, zeros = {}, 0, 0
@@ -107,21 +164,25 @@ def read_modules(header: LoRAHeader, alpha: float | None) -> LoRAFile:
         else:
             silent += 1
         found[name] = lora_module.weights_of(f"{file.path}: {name}", values, scale)
-    check_alpha(header, alpha, silent > 0)
-    notes = (f"alpha is 0 in {zeros} layers, which stands for the rank",) if zeros else ()
-    return LoRAFile(file.path, header.dialect, found, alpha is not None or not silent, file.metadata, notes)
+    check_alpha(file, alpha, silent > 0)
+    notes, words = [], tuple(bundled_words(file.tensors))
+    if zeros:
+        notes.append(f"alpha is 0 in {zeros} layers, which stands for the rank")
+    if words:
+        notes.append(f"the new word {' and '.join(words)}, which load_textual_inversion gets from this file")
+    known, dialect = alpha is not None or not silent, str(lora_dialect(file.tensors))
+    return LoRAFile(file.path, dialect, found, known, file.metadata, tuple(notes), words)
 
 
-def check_alpha(header: LoRAHeader, alpha: float | None, silent: bool) -> None:
+def check_alpha(file: TensorFile, alpha: float | None, silent: bool) -> None:
     """`alpha` may be given only if the file is silent. peft's folders never are, if both files are there."""
-    path = header.file.path
-    if alpha is None and silent and header.dialect == "peft":
+    if alpha is None and silent and lora_dialect(file.tensors) == "peft":
         raise AdapterError(
-            f"{path}: alpha is unknown, because {PEFT_CONFIG} is not beside it. Name the whole folder, or give alpha yourself: "
-            "minidiff convert --alpha, or load_lora_weights(…, alpha=…)."
+            f"{file.path}: alpha is unknown, because {PEFT_CONFIG} is not beside it. Name the whole folder, or give alpha "
+            "yourself: minidiff convert --alpha, or load_lora_weights(…, alpha=…)."
         )
     if alpha is not None and not silent:
-        raise AdapterError(f"{path} says its alpha itself; --alpha is for files that do not.")
+        raise AdapterError(f"{file.path} says its alpha itself; --alpha is for files that do not.")
     if alpha is not None and not 0 < alpha < math.inf:
         raise AdapterError(f"--alpha is {alpha}; it must be a positive number.")
 
@@ -130,7 +191,7 @@ def check_alpha(header: LoRAHeader, alpha: float | None, silent: bool) -> None:
 
 
 def load_lora(
-    models: Mapping[str, nn.Module],
+    models: Models,
     path: str | Path,
     adapter_name: str = "default",
     weight_name: str | None = None,
@@ -139,24 +200,17 @@ def load_lora(
 ) -> LoRAFile:
     """Attach the adapter of a file to the models, {"unet": …, "text_encoder": …}, and make it the only active one.
 
-    Every tensor must match a layer. If none or only a part of them does, or the shapes are another model's, that is an
-    AdapterError, raised before anything is changed. With `strict=False` a part is attached, and `notes` says what was left.
-    `weight_name` is a file in the folder `path`.
+    As `read_lora`, and any AdapterError comes before anything is changed. `weight_name` is a file in the folder `path`.
     """
     for model in models.values():
         check_new(model, adapter_name)
     file = read_header(Path(path) / weight_name if weight_name else find_weights(path, LORA_FILES))
-    header = lora_header(file, getattr(models.get("unet"), "config", SD15_UNET))
-    left, layers = check_match(models, header, strict), layers_of(models)
-    matching = {name: parts for name, parts in header.modules.items() if name in layers}
-    lora = read_modules(header._replace(modules=matching, unknown=[]), alpha)
-    found = {name: lora_module.fitted(weights, layers[name].weight) for name, weights in lora.modules.items()}
-    for part, model in models.items():
-        attach(model, {n.removeprefix(f"{part}."): w for n, w in found.items() if n.startswith(f"{part}.")}, adapter_name)
+    lora = read_lora(file, alpha, getattr(models.get("unet"), "config", SD15_UNET), models, strict)
+    for component, model in models.items():
+        attach(model, of_component(lora.modules, component), adapter_name)
         if lora_layers(model):
             set_adapters(model, [adapter_name] if adapter_name in adapter_names(model) else [])
-    notes = (*lora.notes, f"{len(left)} tensors that match nothing were left out") if left else lora.notes
-    return replace(lora, modules=found, notes=notes)
+    return lora
 
 
 def attach(model: nn.Module, weights: Mapping[str, LoRAWeights], adapter_name: str = "default") -> None:
@@ -181,26 +235,9 @@ def layers_of(models: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.Conv2
     return {f"{part}.{name}": layer for part, model in models.items() for name, layer in adaptable_layers(model).items()}
 
 
-def check_match(models: Mapping[str, nn.Module], header: LoRAHeader, strict: bool = True) -> list[str]:
-    """The tensors without a layer; none if `strict`. From the header alone, before any data is read."""
-    file, modules, layers = header.file, header.modules, layers_of(models)
-    width = names.cross_attention_width(models["unet"].state_dict()) if "unet" in models else None
-    looks = f"The file looks like {file.looks_like}" + (f"; this model has cross-attention width {width}." if width else ".")
-    unmatched = header.unknown + [info.key for name, parts in modules.items() if name not in layers for info in parts.values()]
-    matched = len(file.tensors) - len(unmatched)
-    if unmatched and (strict or not matched):
-        networks = " and ".join(type(model).__name__ for model in models.values())
-        counts = f"{matched} of {len(file.tensors)} tensors match {networks}."
-        raise AdapterError(f"{file.path}: {counts} {looks}\n{listed('without a layer', unmatched)}")
-    misfits = []
-    for name in modules.keys() & layers.keys():
-        check_parts(f"{file.path}: {name}", modules[name])
-        shape, own = lora_module.changed_shape(modules[name]), tuple(layers[name].weight.shape)
-        if shape != flat(own):
-            misfits.append(f"{name} is for {shape}, the model has {own}")
-    if misfits:
-        raise AdapterError(f"{file.path} is for another model. {looks}\n{listed('misshapen', misfits)}")
-    return unmatched
+def of_component(modules: Mapping[str, LoRAWeights], component: str) -> dict[str, LoRAWeights]:
+    """The layers of one network, by path."""
+    return {name.removeprefix(f"{component}."): w for name, w in modules.items() if name.startswith(f"{component}.")}
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------
@@ -237,16 +274,16 @@ def save_lora(
         about["ss_network_module"] = "networks.lora"
         about["ss_network_dim"] = dims.pop() if len(dims) == 1 else "Dynamic"
         about["ss_network_alpha"] = alphas.pop() if len(alphas) == 1 else "Dynamic"
-        save(tensors, path, about)
-        return path
-    split = {c: {n.removeprefix(f"{c}."): w for n, w in modules.items() if n.startswith(f"{c}.")} for c in COMPONENTS}
-    configs = {component: lora_module.peft_config(mine) for component, mine in split.items() if mine}
+    else:
+        configs = {c: lora_module.peft_config(mine) for c in COMPONENTS if (mine := of_component(modules, c))}
     if dialect == "diffusers":
         table = {f"{component}.{key}": value for component, config in configs.items() for key, value in config.items()}
-        save(tensors, path, about | {METADATA: json.dumps(table, sort_keys=True)})
-        return path
-    config = configs["unet"] | {"base_model_name_or_path": about.get("base_model", ""), "inference_mode": True}
-    path.with_name(PEFT_CONFIG).unlink(missing_ok=True)  # the old one must not be taken for the new tensors'
+        about[METADATA] = json.dumps(table, sort_keys=True)
+    beside = path.with_name(PEFT_CONFIG)
+    if dialect == "peft":
+        beside.unlink(missing_ok=True)  # the old one must not be taken for the new tensors'
     save(tensors, path, about)
-    write_bytes(path.with_name(PEFT_CONFIG), f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode())
+    if dialect == "peft":
+        config = configs["unet"] | {"base_model_name_or_path": about.get("base_model", ""), "inference_mode": True}
+        write_bytes(beside, f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode())
     return path

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from minidiff.core.errors import AdapterError
 from minidiff.core.lora import LoRAWeights
-from minidiff.files import names
-from minidiff.files.weights import WEIGHT_DTYPES, TensorFile, TensorInfo, is_finite
+from minidiff.files.lora_names import lora_dialect
+from minidiff.files.text_files import PREFIX as CLIP
+from minidiff.files.weights import TensorFile, TensorInfo, is_finite
 
 PEFT_CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"
@@ -51,8 +52,10 @@ def check_parts(where: str, parts: Mapping[str, TensorInfo]) -> None:
     if not {"down", "up"} <= parts.keys():
         there = ", ".join(f"{info.key} {info.shape}" for info in parts.values())
         raise AdapterError(f"{where} has {there} and not the other half: the file is incomplete. Get it again.")
-    if odd := [info for part, info in parts.items() if part != "alpha" and info.dtype not in WEIGHT_DTYPES]:
-        raise AdapterError(f"{where}: {odd[0].key} is of type {odd[0].dtype}; a LoRA is of floating-point numbers.")
+    if odd := next((info for part, info in parts.items() if part != "alpha" and not info.dtype.is_floating_point), None):
+        raise AdapterError(f"{where}: {odd.key} is of type {odd.dtype}; a LoRA is of floating-point numbers.")
+    if {"magnitude", "dora_scale"} <= parts.keys():
+        raise AdapterError(f"{where} has two magnitudes: {parts['magnitude'].key} and {parts['dora_scale'].key}.")
     shapes = {part: info.shape for part, info in parts.items()}
     down, up, mid = shapes["down"], shapes["up"], shapes.get("mid")
     fit = len(down) in (2, 4) and len(flat(up)) == 2 and 0 not in down + up and shapes.get("alpha", ()) in ((), (1,))
@@ -63,8 +66,6 @@ def check_parts(where: str, parts: Mapping[str, TensorInfo]) -> None:
     if not fit:
         there = ", ".join(f"{part} is {shape}" for part, shape in shapes.items())
         raise AdapterError(f"{where}: the shapes do not fit each other: {there}. The file is damaged; get it again.")
-    if {"magnitude", "dora_scale"} <= parts.keys():
-        raise AdapterError(f"{where} has two magnitudes: {parts['magnitude'].key} and {parts['dora_scale'].key}.")
 
 
 def flat(shape: Shape) -> Shape:
@@ -72,9 +73,9 @@ def flat(shape: Shape) -> Shape:
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
-def changed_shape(parts: Mapping[str, TensorInfo]) -> Shape:
-    """The shape of the W that a layer's tensors change, `flat`."""
-    return flat((parts["up"].shape[0], parts["down"].shape[1], *parts.get("mid", parts["down"]).shape[2:]))
+def shape_of(weights: LoRAWeights) -> Shape:
+    """The shape of the W that a layer's adapter changes, `flat`."""
+    return flat((len(weights.B), *weights.A.shape[1:]))
 
 
 def weights_of(where: str, parts: Mapping[str, Tensor], scale: float) -> LoRAWeights:
@@ -139,38 +140,33 @@ def read_configs(file: TensorFile) -> dict[str, Config]:
 
     AdapterError if it is no LoRA's, or asks for something that minidiff does not do.
     """
-    if names.lora_dialect(file.tensors) == "peft":
-        beside = file.path.with_name(PEFT_CONFIG)
-        where, text = str(beside), beside.read_bytes() if beside.is_file() else b"{}"
-        tables = dict.fromkeys(COMPONENTS, parse_config(text, where))
+    beside = file.path.with_name(PEFT_CONFIG)
+    if lora_dialect(file.tensors) == "peft" and beside.is_file():
+        where, text = str(beside), beside.read_bytes()
     else:
-        where = f"{file.path}: {METADATA}"
-        both = parse_config(file.metadata.get(METADATA, "{}").encode(), where)
-        tables = {c: {k.removeprefix(f"{c}."): v for k, v in both.items() if k.startswith(f"{c}.")} for c in COMPONENTS}
-    for config in tables.values():
-        check_config(config, where)
-    return {component: config for component, config in tables.items() if config}
-
-
-def parse_config(text: bytes, where: str) -> Config:
+        where, text = f"{file.path}: {METADATA}", file.metadata.get(METADATA, "{}").encode()
     try:
-        config = json.loads(text)
-        if not isinstance(config, dict):
-            raise ValueError(f"it is {str(config):.100}, no table")
-    except (ValueError, RecursionError) as error:
+        if not isinstance(table := json.loads(text), dict):
+            raise ValueError(f"it is {str(table):.100}, no table")
+        configs = {component: part_of(table, component) for component in COMPONENTS}
+        for config in configs.values():
+            check_config(config, where)
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise AdapterError(f"{where} is not the configuration of a LoRA: {error}.") from error
-    return config
+    return {component: config for component, config in configs.items() if config}
+
+
+def part_of(table: Config, component: str) -> Config:
+    """diffusers writes "unet.r" and "text_encoder.r"; peft, and diffusers for one network, write "r"."""
+    mine = {key.removeprefix(f"{component}."): value for key, value in table.items()}
+    return {key: value for key, value in mine.items() if "." not in key}
 
 
 def check_config(config: Config, where: str) -> None:
-    try:
-        patterns = [pattern for field in ("rank_pattern", "alpha_pattern") for pattern in (config.get(field) or {}).keys()]
-        for pattern in patterns:
-            if len(pattern) > LONGEST:
-                raise ValueError(f"it has a pattern of {len(pattern):,} letters; {LONGEST} are enough for a layer")
-            ending(pattern)
-    except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise AdapterError(f"{where} is not the configuration of a LoRA: {error}.") from error
+    for pattern in (p for field in ("rank_pattern", "alpha_pattern") for p in (config.get(field) or {}).keys()):
+        if len(pattern) > LONGEST:
+            raise ValueError(f"it has a pattern of {len(pattern):,} letters; {LONGEST} are enough for a layer")
+        ending(pattern)
     if (kind := config.get("peft_type", "LORA")) != "LORA":
         raise AdapterError(f"{where}: unsupported adapter type {kind}; minidiff reads LoRA and DoRA.")
     if config.get("use_rslora") not in (None, True, False):
@@ -188,7 +184,7 @@ def ending(pattern: str) -> re.Pattern[str]:
 
 def config_scale(config: Config, module: str, rank: int, path: Path) -> float:
     """alpha / r of one layer (arXiv 2106.09685, section 4.1), or alpha / √r (rsLoRA, arXiv 2312.03732)."""
-    name = module.replace("text_encoder.", names.CLIP).removeprefix("unet.")
+    name = module.replace("text_encoder.", CLIP).removeprefix("unet.")
     said = by_pattern(config.get("rank_pattern"), name, config.get("r", rank))
     alpha = by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
     if said != rank:

@@ -1,31 +1,17 @@
-"""The names of tensors in the files of other programs, and what a file is by its names.
-
-Only names and shapes here; nothing is opened or read. Three naming schemes for the same networks:
+"""The names of a model's tensors in other programs' files.
 
     diffusers   down_blocks.0.resnets.1.norm1.weight              one file for each network; minidiff's own names
     LDM         model.diffusion_model.input_blocks.2.0.in_layers.0.weight     CompVis, A1111, ComfyUI: everything in one
-    kohya       lora_unet_down_blocks_0_…_to_q.lora_down.weight   adapters of sd-scripts and A1111
 
 LDM numbers the U-Net's layers from first to last, where diffusers nests blocks and layers. So the map between the two is
 a table of module prefixes, made for given numbers of levels and layers, and read in either direction.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterator, Mapping
 
 from minidiff.core.config import UNetConfig, VAEConfig
 from minidiff.files.text_files import PREFIX as CLIP
-
-
-class HasShape(Protocol):
-    """A tensor, or the header's entry for one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-# --- LDM <-> diffusers -----------------------------------------------------------------------------------------------
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -127,83 +113,3 @@ def modern(key: str) -> str:
     if old := re.search(r"mid_block\.attentions\.0\.(query|key|value|proj_attn)\.", key):
         key = key.replace(f".{old[1]}.", f".{OLD_VAE_ATTENTION[old[1]]}.")
     return key.removeprefix(CLIP)
-
-
-# --- what is this file? ----------------------------------------------------------------------------------------------
-
-FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the text that cross-attention reads
-INPUTS = {4: "", 9: "inpainting ", 8: "InstructPix2Pix ", 5: "depth "}  # by the U-Net's input channels
-DIALECTS = {  # LoRA key styles, by any of their keys
-    "peft": r"base_model\.model\.",
-    "kohya": r"lora_(unet|te\d?|prior)_",
-    "cloneofsimo": r"(unet|text_encoder):\d+:",
-    "diffusers attention-processor (2023)": r".*(\.processor\.|\.self_attn\.).*_lora\.",
-    "diffusers down/up": r".*\.lora(_linear_layer)?\.(down|up)\.",
-    "diffusers": r"(unet|text_encoder\w*|transformer)\..*\.lora_[AB]\.",
-}
-KINDS = {  # LoRA's relatives, by any of their keys; the first that fits
-    "LoKr": r"\.lokr_",
-    "LoHa": r"\.hada_",
-    "OFT": r"\.b?oft_",
-    "IA3": r"\.(ia3_|on_input$)",
-    "GLoRA": r"\.[ab][12]\.weight$",
-    "full difference": r"\.(diff(_b)?|[wb]_norm)$",
-    "DoRA": r"\.(dora_scale|lora_magnitude_vector)",
-}
-LOOKS = (  # how a file can look, by the beginning of any of its names; the first that fits
-    (r"conditioner\.", "an SDXL single file"),
-    (r"cond_stage_model\.model\.", "an SD 2.x single file in the LDM layout"),
-    (r"model\.diffusion_model\.", "an {family} {inputs}single file in the LDM layout"),
-    (r"control_model\.|controlnet_cond_embedding\.|input_hint_block\.", "a ControlNet"),
-    (r"time_embedding\.", "an {family} {inputs}U-Net in the diffusers layout"),
-    (r"input_blocks\.", "an {family} {inputs}U-Net in the LDM layout, without VAE and text encoder"),
-    (r"decoder\.mid_block\.", "a VAE in the diffusers layout"),
-    (r"decoder\.mid\.|first_stage_model\.", "a VAE in the LDM layout"),
-    (r"vision_model\.|visual\.", "a CLIP model with an image encoder"),
-)
-
-
-def describe(tensors: Mapping[str, HasShape]) -> str:
-    """A description of a file with these tensors, for after "the file looks like"."""
-    if not tensors:
-        return "an empty file"
-    width = cross_attention_width(tensors)
-    if dialect := lora_dialect(tensors):
-        family = f" for {FAMILIES.get(width, 'another model')} (cross-attention width {width})" if width else ""
-        return f"a {adapter_kind(tensors)} in the {dialect} style{family}"
-    for pattern, looks in LOOKS:
-        if any(re.match(pattern, key) for key in tensors):
-            family = FAMILIES.get(width or 0, f"SD (cross-attention width {width or 'unknown'})")
-            return looks.format(family=family, inputs=_inputs(tensors))
-    for key, tensor in tensors.items():
-        if key.endswith("token_embedding.weight") and tensor.shape:
-            return f"a CLIP text encoder of width {tensor.shape[-1]}"
-    if len(tensors) <= 2 and all(len(tensor.shape) <= 2 for tensor in tensors.values()):
-        widths = " and ".join(str(tensor.shape[-1]) for tensor in tensors.values() if tensor.shape)
-        return f"a textual inversion embedding of width {widths}"
-    return f'nothing that minidiff knows: {len(tensors)} tensors, the first is "{next(iter(tensors))}"'
-
-
-def lora_dialect(keys: Iterable[str]) -> str | None:
-    """The key style of an adapter file, from the first key that shows one; None if it is no adapter."""
-    found = (dialect for key in keys for dialect, pattern in DIALECTS.items() if re.match(pattern, key))
-    return next(found, None)
-
-
-def adapter_kind(keys: Iterable[str]) -> str:
-    """LoRA, or one of its relatives."""
-    keys = list(keys)
-    return next((kind for kind, pattern in KINDS.items() if any(re.search(pattern, key) for key in keys)), "LoRA")
-
-
-def cross_attention_width(tensors: Mapping[str, HasShape]) -> int | None:
-    """The width of the prompt's tokens: 768 in SD 1.x. From a U-Net's keys in any layout, or an adapter's."""
-    to_k = re.compile(r"attn2[._](processor\.)?to_k(_lora)?\.(base\.)?(weight|.*(lora_A|down).*)$")
-    return next((t.shape[1] for key, t in tensors.items() if to_k.search(key) and len(t.shape) > 1), None)
-
-
-def _inputs(tensors: Mapping[str, HasShape]) -> str:
-    """The kind of U-Net by its input channels, for `describe`."""
-    first = re.compile(r"(conv_in|(model\.diffusion_model\.)?input_blocks\.0\.0)\.weight")
-    channels = next((t.shape[1] for key, t in tensors.items() if first.fullmatch(key) and len(t.shape) > 1), 4)
-    return INPUTS.get(channels, f"{channels}-channel ")

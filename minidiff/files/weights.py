@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minidiff.core.errors import WeightsError
+from minidiff.files import looks
 from minidiff.files import names as keymaps
 from minidiff.files.atomic import PICKLES, check_ending, whole_file
 from minidiff.files.values import listed
@@ -111,7 +112,7 @@ def read_header(path: str | Path) -> TensorFile:
     if odd := next((name for name, entry in header.items() if entry["dtype"] not in DTYPES), None):
         raise WeightsError(f"{path}: {odd} is of type {header[odd]['dtype']}, which minidiff does not read.")
     tensors = {name: TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), name) for name, entry in header.items()}
-    return TensorFile(path, tensors, metadata, keymaps.describe(tensors))
+    return TensorFile(path, tensors, metadata, looks.describe(tensors))
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ Shapes: n vectors, D width of the text: 768 in SD 1.x, 1024 in SD 2.x, 128 in th
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,8 @@ from minidiff import __version__
 from minidiff.core.errors import AdapterError
 from minidiff.core.text import LENGTH
 from minidiff.core.textual_inversion import inject, placeholders
-from minidiff.files import names as keymaps
+from minidiff.files.looks import FAMILIES, HasShape
+from minidiff.files.lora_names import bundled_words, lora_dialect
 from minidiff.files.values import listed
 from minidiff.files.weights import file_at, find_weights, read_header, save
 
@@ -64,7 +65,7 @@ def load_embedding(
     embedding = read_embedding(path, token)
     width, reads = embedding.vectors.shape[1], text_encoder.config.hidden_size
     if width != reads:
-        family, wanted = (keymaps.FAMILIES.get(size, "no model of the SD family") for size in (width, reads))
+        family, wanted = (FAMILIES.get(size, "no model of the SD family") for size in (width, reads))
         raise AdapterError(
             f"{embedding.path}: its vectors are {width} wide, as in {family}; this text encoder is {reads} wide, "
             f"as in {wanted}. Look for an embedding that was made for this model."
@@ -78,19 +79,21 @@ def load_embedding(
 
 
 def read_embedding(path: str | Path, token: str | None = None) -> Embedding:
-    """The word and the vectors of a safetensors file, or of a folder with one.
+    """The word and the vectors of a safetensors file, or of a folder with one; a LoRA file may bring words along.
 
     `token` gives the word another name; where a file holds several words, it says which one is meant.
     """
     file = read_header(find_weights(path, [FILE_NAME]))
+    if words := bundled_words(file.tensors):
+        file = replace(file, tensors={word: file.tensors[key] for word, key in words.items()})
     if not is_embedding(file.tensors):
         raise AdapterError(f"{file.path} is no textual inversion. The file looks like {file.looks_like}.")
     return embedding_in(file.read(), file.path, token, file.metadata.get("token"))
 
 
-def is_embedding(tensors: Mapping[str, keymaps.HasShape]) -> bool:
+def is_embedding(tensors: Mapping[str, HasShape]) -> bool:
     """Are these vectors under words, and not parts of a model or a LoRA?"""
-    parts = keymaps.lora_dialect(tensors) or any(key.endswith((".weight", ".bias")) for key in tensors)
+    parts = lora_dialect(tensors) or any(key.endswith((".weight", ".bias")) for key in tensors)
     return bool(tensors) and not parts and all(1 <= len(tensor.shape) <= 2 for tensor in tensors.values())
 
 
@@ -167,7 +170,7 @@ def check_spelling(word: str) -> None:
         "has a character that nobody can see": not word.isprintable(),
         f"has {len(word):,} letters; {LONGEST} are enough": len(word) > LONGEST,
         "means something else in files, so that the word could not be read again": (
-            word in RESERVED or word.endswith((".weight", ".bias")) or keymaps.lora_dialect([word]) is not None
+            word in RESERVED or word.endswith((".weight", ".bias")) or lora_dialect([word]) is not None
         ),
     }
     if problem := next((problem for problem, there in problems.items() if there), None):

@@ -21,7 +21,7 @@ from minidiff.files.lora_file import FILE_NAME, PEFT_FILE, LoRAFile, attach, loa
 from minidiff.files.lora_module import PEFT_CONFIG
 from minidiff.files.lora_names import WRITTEN
 from minidiff.files.weights import read_header, save
-from minidiff.files.word_file import save_embedding
+from minidiff.files.word_file import read_embedding, save_embedding
 
 DOWN = "down_blocks.0.attentions.0"
 TO_K = f"{DOWN}.transformer_blocks.0.attn2.to_k"  # (16, 24) in the tiny U-Net
@@ -143,6 +143,38 @@ def as_f(modules: Modules) -> dict[str, Tensor]:
     return tensors
 
 
+def as_comfyui(modules: Modules) -> dict[str, Tensor]:
+    """LDM's names with dots, kohya's parts."""
+    table, tensors = keymaps.unet_table(TINY_UNET), {}
+    for name, w in modules.items():
+        part, _, path = name.partition(".")
+        text = f"text_encoders.clip_l.transformer.text_model.{path}"
+        stem = f"diffusion_model.{keymaps.rename(path, table)}" if part == "unet" else text
+        tensors |= {f"{stem}.lora_{half}.weight": t for half, t in zip(("down", "up"), halves_of(w), strict=True)}
+        tensors[f"{stem}.alpha"] = torch.tensor(w.scale * w.rank)
+    return tensors
+
+
+def as_onetrainer(modules: Modules) -> dict[str, Tensor]:
+    """kohya's names with dots in place of underscores."""
+    starts = {"unet": "lora_unet", "text_encoder": "lora_te.text_model"}
+    tensors = {}
+    for name, w in modules.items():
+        part, _, path = name.partition(".")
+        tensors |= {f"{starts[part]}.{path}.lora_{h}.weight": t for h, t in zip(("down", "up"), halves_of(w), strict=True)}
+        tensors[f"{starts[part]}.{path}.alpha"] = torch.tensor(w.scale * w.rank)
+    return tensors
+
+
+def as_save_lora_adapter(modules: Modules) -> dict[str, Tensor]:
+    """Nothing before the path of the layer."""
+    pairs = {name.removeprefix("unet."): halves_of(w) for name, w in modules.items()}
+    return {f"{path}.lora_{half}.weight": t for path, pair in pairs.items() for half, t in zip("AB", pair, strict=True)}
+
+
+SAY_ALPHA = {as_f: "kohya", as_comfyui: "ComfyUI", as_onetrainer: "OneTrainer"}
+
+
 def halves_of(w: LoRAWeights) -> tuple[Tensor, Tensor]:
     return w.A, w.B.reshape(*w.B.shape, *[1] * (w.A.ndim - 2))
 
@@ -164,17 +196,18 @@ def test_from_every_dialect_to_every_dialect(tmp_path: Path, first: str, last: s
 
 
 @pytest.mark.parametrize("last", WRITTEN)
-@pytest.mark.parametrize("first", [as_a2, as_b, as_f])
+@pytest.mark.parametrize("first", [as_a2, as_b, as_f, as_comfyui, as_onetrainer, as_save_lora_adapter])
 def test_from_the_dialects_that_are_only_read(tmp_path: Path, first: object, last: str) -> None:
-    Ws = layers_of({"unet": tiny_unet()} if last == "peft" or first is as_f else tiny_models())
+    unet_only = last == "peft" or first in (as_f, as_save_lora_adapter)
+    Ws = layers_of({"unet": tiny_unet()} if unet_only else tiny_models())
     if first is as_b:
         Ws = {name: W for name, W in Ws.items() if "attn" in name}
     made = an_adapter(Ws)
-    if first is not as_f:  # these have no alpha
+    if first not in SAY_ALPHA:
         made = {name: replace(w, scale=1.0) for name, w in made.items()}
     save(first(made), tmp_path / "old.safetensors")
     old = read_lora(tmp_path / "old.safetensors", config=TINY_UNET)
-    assert old.alpha_known == (first is as_f)
+    assert old.alpha_known == (first in SAY_ALPHA) and old.dialect == SAY_ALPHA.get(first, old.dialect)
     new = read_lora(save_lora(old.modules, tmp_path / "new", last))
     assert largest_change(made, new.modules, Ws) <= 1e-6
 
@@ -189,6 +222,20 @@ def test_half_precision_keeps_the_scale_exact(tmp_path: Path, dialect: str, torc
     for name, w in made.items():
         assert back[name].scale == pytest.approx(w.scale, rel=1e-6)
         assert torch.equal(back[name].A, w.A.to(torch_dtype).float()) and back[name].A.dtype == torch.float32
+
+
+@pytest.mark.parametrize("torch_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_cast_up(tmp_path: Path, torch_dtype: torch.dtype) -> None:
+    made = an_adapter({f"unet.{TO_K}": torch.ones(16, 24)})
+    file = read_lora(save_lora(made, tmp_path, "kohya"))
+    tensors = {key: tensor.to(torch_dtype) for key, tensor in load_file(file.path).items()}
+    save(tensors, file.path)
+    loaded = load(unet := tiny_unet(), file.path)
+    w = made[f"unet.{TO_K}"]
+    A, B = w.A.to(torch_dtype).float(), w.B.to(torch_dtype).float()
+    scale = torch.tensor(w.scale * w.rank).to(torch_dtype).item() / w.rank
+    assert loaded.scales == {f"unet.{TO_K}": scale}
+    torch.testing.assert_close(lora_layers(unet)[TO_K].delta(), scale * B @ A)
 
 
 def test_fp16_that_overflows_is_refused(tmp_path: Path) -> None:
@@ -421,6 +468,7 @@ def test_without_metadata_alpha_is_the_rank_and_the_caller_is_told(tmp_path: Pat
         ({"unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": {r"attn[12]\.to_[kv]": 1}}, 0.5),
         ({"unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": {"o_k": 1}}, 4.0),  # not after a dot
         ({"text_encoder.r": 2, "text_encoder.lora_alpha": 8}, 1.0),  # nothing said of the U-Net
+        ({"r": 2, "lora_alpha": 8}, 4.0),  # save_lora_adapter: one network
     ],
 )
 def test_scale_from_the_metadata(tmp_path: Path, config: dict, scale: float) -> None:
@@ -441,6 +489,15 @@ def test_kohyas_alpha(tmp_path: Path, alpha: float | None, scale: float) -> None
     file = read_lora(tmp_path)
     assert file.scales == {f"unet.{TO_K}": scale} and file.alpha_known == (alpha is not None)
     assert ("alpha is 0 in 1 layers, which stands for the rank" in str(file)) == (alpha == 0)
+
+
+def test_pefts_plain_state_dict(tmp_path: Path) -> None:
+    """Its names hold the adapter's own name, and two adapters are not one."""
+    one = {f"base_model.model.{key[5:]}".replace(".weight", ".default.weight"): shape for key, shape in GOOD.items()}
+    assert read_lora(write(tmp_path, one), alpha=6).scales == {f"unet.{TO_K}": 3.0}
+    two = one | {key.replace("default", "other"): shape for key, shape in one.items()}
+    with pytest.raises(AdapterError, match="has two tensors for one place"):
+        read_lora(write(tmp_path, two), alpha=6)
 
 
 def test_a_peft_folder_and_its_file_alone(tmp_path: Path) -> None:
@@ -572,10 +629,34 @@ def test_strict_false_takes_what_matches_and_says_what_was_left(tmp_path: Path) 
         load_lora({"unet": tiny_unet()}, write(tmp_path, STRANGER), strict=False)
 
 
+def test_layers_that_are_no_lora_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    """A LoCon that was trained with its norm layers."""
+    norms = {f"lora_unet_{DOWN.replace('.', '_')}_norm.{x}_norm": (16,) for x in "wb"}
+    path = write(tmp_path, {f"{KOHYA}.lora_down.weight": (2, 24), f"{KOHYA}.lora_up.weight": (16, 2)} | norms)
+    with pytest.raises(AdapterError, match=r"type full difference.*load_lora_weights\(…, strict=False\) loads the rest"):
+        load(tiny_unet(), path)
+    loaded = load_lora({"unet": tiny_unet()}, path, strict=False)
+    assert list(loaded.modules) == [f"unet.{TO_K}"]
+    assert f"2 tensors that match nothing were left out: {', '.join(sorted(norms))}" in str(loaded)
+    with pytest.raises(AdapterError, match="unsupported adapter type full difference(?!.*strict)"):
+        load_lora({"unet": tiny_unet()}, write(tmp_path, norms), strict=False)
+
+
+@pytest.mark.parametrize("vectors", ["emb_params", "clip_l", "string_to_param.*"])
+def test_a_lora_that_brings_a_word_along(tmp_path: Path, vectors: str) -> None:
+    tensors = {f"{KOHYA}.lora_down.weight": torch.ones(2, 24), f"{KOHYA}.lora_up.weight": torch.ones(16, 2)}
+    save(tensors | {f"bundle_emb.my-dog.{vectors}": 3 * torch.ones(2, 24)}, path := tmp_path / "dog.safetensors")
+    loaded = load(tiny_unet(), path)
+    assert loaded.words == ("my-dog",) and list(loaded.modules) == [f"unet.{TO_K}"]
+    assert "the new word my-dog, which load_textual_inversion gets from this file" in str(loaded)
+    word = read_embedding(path)
+    assert word.word == "my-dog" and torch.equal(word.vectors, 3 * torch.ones(2, 24))
+
+
 def test_reading_without_a_model_is_strict_too(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD | {"unet.a.lora_A.weight": (2, 3)})
     with pytest.raises(
-        AdapterError, match=r"2 of 3 tensors have the names of an SD adapter(.|\n)*1 others: unet.a.lora_A.weight"
+        AdapterError, match=r"2 of 3 tensors have the names of an SD adapter(.|\n)*1 without a layer: unet.a.lora_A.weight"
     ):
         read_lora(path)
 

@@ -8,7 +8,7 @@ from minidiff.core.config import SD15_UNET, UNetConfig
 from minidiff.core.inject import adaptable_layers
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files import names
-from minidiff.files.lora_names import WRITTEN, Place, key_of, place_of
+from minidiff.files.lora_names import WRITTEN, Place, bundled_words, key_of, place_of
 from minidiff.pocket.pretrain import POCKET_UNET
 
 DOWN = "down_blocks.0.attentions.0"
@@ -47,6 +47,21 @@ NAMES = {
     # d
     f"base_model.model.{TO_Q}.lora_A.weight": (f"unet.{TO_Q}", "down"),
     f"base_model.model.text_model.{TEXT_Q}.lora_B.weight": (f"text_encoder.{TEXT_Q}", "up"),
+    # diffusers' save_lora_adapter, and peft with the adapter's own name inside
+    f"{TO_Q}.lora_A.weight": (f"unet.{TO_Q}", "down"),
+    f"{TEXT_Q}.lora_B.weight": (f"text_encoder.{TEXT_Q}", "up"),
+    f"base_model.model.{TO_Q}.lora_B.default.weight": (f"unet.{TO_Q}", "up"),
+    f"base_model.model.{TO_Q}.lora_magnitude_vector.default.weight": (f"unet.{TO_Q}", "magnitude"),
+    # OneTrainer: kohya's, with dots
+    f"lora_unet.{TO_Q}.lora_down.weight": (f"unet.{TO_Q}", "down"),
+    f"lora_te.text_model.{TEXT_Q}.lora_up.weight": (f"text_encoder.{TEXT_Q}", "up"),
+    f"unet.{TO_OUT}.dora_scale": (f"unet.{TO_OUT}", "dora_scale"),
+    "unet.input_blocks.1.1.transformer_blocks.0.attn1.to_q.alpha": (f"unet.{TO_Q}", "alpha"),
+    f"clip_l.text_model.{TEXT_Q}.alpha": (f"text_encoder.{TEXT_Q}", "alpha"),
+    # ComfyUI: LDM's names
+    "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_down.weight": (f"unet.{TO_Q}", "down"),
+    "diffusion_model.output_blocks.2.1.conv.lora_up.weight": ("unet.up_blocks.0.upsamplers.0.conv", "up"),
+    f"text_encoders.clip_l.transformer.text_model.{TEXT_Q}.lora_up.weight": (f"text_encoder.{TEXT_Q}", "up"),
     # f: SD 1.5 has three of LDM's blocks to a level
     "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q.lora_down.weight": (f"unet.{TO_Q}", "down"),
     "lora_unet_input_blocks_4_0_in_layers_2.alpha": ("unet.down_blocks.1.resnets.0.conv1", "alpha"),
@@ -74,6 +89,8 @@ def test_names_of_every_dialect(key: str) -> None:
         f"unet.{TEXT_Q}.lora_A.weight",
         f"text_encoder.{TO_Q}.lora_A.weight",
         f"unet.{TO_Q}.lora_A.bias",
+        f"text_encoders.clip_g.transformer.text_model.{TEXT_Q}.lora_up.weight",  # SDXL's second in ComfyUI
+        "bundle_emb.dog.emb_params",
         f"unet.{TO_Q}.weight",
         "unet:0:down",
         "unet.lora_A.weight",
@@ -83,6 +100,11 @@ def test_names_of_every_dialect(key: str) -> None:
 )
 def test_other_names_have_no_place(key: str) -> None:
     assert place_of(key, SD15_UNET) is None
+
+
+def test_words_that_a_lora_brings_along() -> None:
+    keys = ["bundle_emb.v1.5.emb_params", "bundle_emb.<dog>.clip_l", "bundle_emb.cat.string_to_param.*", "bundle_emb.x.clip_g"]
+    assert bundled_words(keys) == {"v1.5": keys[0], "<dog>": keys[1], "cat": keys[2]}
 
 
 def modules_of(config: UNetConfig) -> list[str]:

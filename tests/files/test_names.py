@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from minidiff.core.config import SD15_UNET, SD15_VAE, UNetConfig
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
+from minidiff.files import looks
 from minidiff.files import names as keymaps
 
 
@@ -108,7 +109,7 @@ LOOKS = {
 @pytest.mark.parametrize("name", LOOKS)
 def test_what_a_file_looks_like(name: str) -> None:
     tensors, words = LOOKS[name]
-    assert words in keymaps.describe(tensors)
+    assert words in looks.describe(tensors)
 
 
 @pytest.mark.parametrize(
@@ -117,4 +118,4 @@ def test_what_a_file_looks_like(name: str) -> None:
 @pytest.mark.parametrize("shape", [(), (3,)])
 def test_tensors_without_the_axes_that_tell(key: str, shape: tuple[int, ...]) -> None:
     tensors = {key: torch.ones(shape), "time_embedding.x": torch.ones(1)}
-    assert keymaps.describe(tensors) and keymaps.cross_attention_width(tensors) is None
+    assert looks.describe(tensors) and looks.cross_attention_width(tensors) is None

@@ -203,6 +203,24 @@ def test_minidiff_reads_a_peft_folder(tmp_path: Path, ours: Models, theirs: Mode
     same(ours, theirs | {"unet": model}, base)
 
 
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_minidiff_reads_what_save_lora_adapter_writes(tmp_path: Path, ours: Models, theirs: Models, kind: str) -> None:
+    base = run(ours)
+    theirs["unet"].add_adapter(peft.LoraConfig(r=2, target_modules=EVERYTHING, **OPTIONS[kind]))
+    randomised(theirs["unet"]).save_lora_adapter(tmp_path)
+    assert load_lora(ours, tmp_path).alpha_known
+    same(ours, theirs, base)
+
+
+def test_minidiff_reads_pefts_plain_state_dict(tmp_path: Path, ours: Models, theirs: Models) -> None:
+    base = run(ours)
+    model = peft.get_peft_model(theirs["unet"], peft.LoraConfig(r=2, lora_alpha=6, target_modules=EVERYTHING))
+    state = {key: tensor for key, tensor in randomised(model).state_dict().items() if "lora_" in key}
+    save_file(state, tmp_path / "x.safetensors")
+    load_lora(ours, tmp_path / "x.safetensors", alpha=6)
+    same(ours, theirs | {"unet": model}, base)
+
+
 def test_deltas_equal_pefts(tmp_path: Path, ours: Models, theirs: Models) -> None:
     model = randomised(peft.get_peft_model(theirs["unet"], peft.LoraConfig(r=2, lora_alpha=5, target_modules=EVERYTHING)))
     model.save_pretrained(tmp_path)

@@ -1,0 +1,63 @@
+"""What is this file? By the names and shapes of its tensors; nothing is opened or read."""
+
+import re
+from collections.abc import Mapping
+from typing import Protocol
+
+from minidiff.files.lora_names import adapter_kind, lora_dialect
+
+
+class HasShape(Protocol):
+    """A tensor, or the header's entry for one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the text that cross-attention reads
+INPUTS = {4: "", 9: "inpainting ", 8: "InstructPix2Pix ", 5: "depth "}  # by the U-Net's input channels
+LOOKS = (  # how a file can look, by the beginning of any of its names; the first that fits
+    (r"conditioner\.", "an SDXL single file"),
+    (r"cond_stage_model\.model\.", "an SD 2.x single file in the LDM layout"),
+    (r"model\.diffusion_model\.", "an {family} {inputs}single file in the LDM layout"),
+    (r"control_model\.|controlnet_cond_embedding\.|input_hint_block\.", "a ControlNet"),
+    (r"time_embedding\.", "an {family} {inputs}U-Net in the diffusers layout"),
+    (r"input_blocks\.", "an {family} {inputs}U-Net in the LDM layout, without VAE and text encoder"),
+    (r"decoder\.mid_block\.", "a VAE in the diffusers layout"),
+    (r"decoder\.mid\.|first_stage_model\.", "a VAE in the LDM layout"),
+    (r"vision_model\.|visual\.", "a CLIP model with an image encoder"),
+)
+
+
+def describe(tensors: Mapping[str, HasShape]) -> str:
+    """A description of a file with these tensors, for after "the file looks like"."""
+    if not tensors:
+        return "an empty file"
+    width = cross_attention_width(tensors)
+    if dialect := lora_dialect(tensors):
+        family = f" for {FAMILIES.get(width, 'another model')} (cross-attention width {width})" if width else ""
+        return f"a {adapter_kind(tensors)} in the {dialect} style{family}"
+    for pattern, looks in LOOKS:
+        if any(re.match(pattern, key) for key in tensors):
+            family = FAMILIES.get(width or 0, f"SD (cross-attention width {width or 'unknown'})")
+            return looks.format(family=family, inputs=_inputs(tensors))
+    for key, tensor in tensors.items():
+        if key.endswith("token_embedding.weight") and tensor.shape:
+            return f"a CLIP text encoder of width {tensor.shape[-1]}"
+    if len(tensors) <= 2 and all(len(tensor.shape) <= 2 for tensor in tensors.values()):
+        widths = " and ".join(str(tensor.shape[-1]) for tensor in tensors.values() if tensor.shape)
+        return f"a textual inversion embedding of width {widths}"
+    return f'nothing that minidiff knows: {len(tensors)} tensors, the first is "{next(iter(tensors))}"'
+
+
+def cross_attention_width(tensors: Mapping[str, HasShape]) -> int | None:
+    """The width of the prompt's tokens: 768 in SD 1.x. From a U-Net's keys in any layout, or an adapter's."""
+    to_k = re.compile(r"attn2[._](processor\.)?to_k(_lora)?\.(base\.)?(weight|.*(lora_A|down).*)$")
+    return next((t.shape[1] for key, t in tensors.items() if to_k.search(key) and len(t.shape) > 1), None)
+
+
+def _inputs(tensors: Mapping[str, HasShape]) -> str:
+    """The kind of U-Net by its input channels, for `describe`."""
+    first = re.compile(r"(conv_in|(model\.diffusion_model\.)?input_blocks\.0\.0)\.weight")
+    channels = next((t.shape[1] for key, t in tensors.items() if first.fullmatch(key) and len(t.shape) > 1), 4)
+    return INPUTS.get(channels, f"{channels}-channel ")

@@ -223,9 +223,8 @@ def attach(pipe: StableDiffusionPipeline, s: Sampling, prompts: Sequence[str]) -
             words.append((path, None))  # a run of `train pivotal` leaves a LoRA and a word in one folder
     named = {name for prompt in prompts for name, _ in parse_prompt(prompt).loras}
     for name in sorted(name for name in named if adapter_name_of(name) not in lora_names(s.lora)):
-        path = in_lora_dir(s.lora_dir, name)
-        print(lora := pipe.load_lora_weights(path, adapter_name_of(name)), file=sys.stderr)
-        words += [(path, word) for word in lora.words]
+        print(lora := pipe.load_lora_weights(in_lora_dir(s.lora_dir, name), adapter_name_of(name)), file=sys.stderr)
+        words += [(str(lora.path), word) for word in lora.words]
     set_weights(pipe, s)
     for path, word in words:
         print(pipe.load_textual_inversion(path, word), file=sys.stderr)

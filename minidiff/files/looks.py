@@ -1,4 +1,4 @@
-"""What is this file? By the names and shapes of its tensors; nothing is opened or read."""
+"""The kind of a file, by the names and shapes of its tensors; nothing is opened or read."""
 
 import re
 from collections.abc import Mapping

@@ -118,7 +118,7 @@ def read_lora(
 
 
 def looks(file: TensorFile, models: Models | None) -> str:
-    """What the file is for, and what the model reads; for a message."""
+    """For a message: the model of the file, and the model here."""
     width = cross_attention_width(models["unet"].state_dict()) if models and "unet" in models else None
     return f"The file looks like {file.looks_like}" + (f"; this model has cross-attention width {width}." if width else ".")
 

@@ -19,6 +19,7 @@ from minidiff.core.config import SD15_UNET
 from minidiff.core.errors import AdapterError, SettingsError, WeightsError
 from minidiff.core.lora import LoRAWeights
 from minidiff.files.atomic import PICKLES, called
+from minidiff.files.looks import FAMILIES, cross_attention_width
 from minidiff.files.lora_file import read_lora, save_lora
 from minidiff.files.lora_names import lora_dialect
 from minidiff.files.model import SINGLE_FILE, cast, empty_model, read_model, write_model
@@ -26,12 +27,6 @@ from minidiff.files.weights import NAMES, find_weights, first_bytes, foreign, is
 from minidiff.files.word_file import is_embedding, read_embedding, save_embedding
 
 ADVICE = "Get the .safetensors version of it, or convert it where it was made."
-KINDS = {  # kind of file -> the forms in which it can be written, and the flags that mean something for it
-    "a pickle": (("safetensors",), ()),
-    "a LoRA": (("diffusers", "kohya", "peft"), ("alpha", "dtype", "pretrained_model_name_or_path")),
-    "a textual inversion": (("diffusers", "kohya"), ("token",)),
-    "a model": (("diffusers", "ldm"), ("dtype", "pretrained_model_name_or_path", "tokenizer")),
-}
 
 
 @dataclass(frozen=True)
@@ -55,26 +50,20 @@ def convert(source: Path, place: Path, to: str, options: Options) -> list[str]:
     with called(path, source):
         if pickled:
             save(read_pickle(source), path)
-        kind = "a pickle" if pickled and to == "safetensors" else kind_of(path)
-        forms, meaningful = KINDS[kind]
+        kind = kind_of(path)
+        if pickled and to == "safetensors":  # a word has to be named in the new file; other tensors are as they were
+            kind, to = (kind, "diffusers") if kind == "a textual inversion" else ("a pickle", to)
+        forms, meaningful, write = KINDS[kind]
         if to not in forms:
             raise SettingsError(f"{path} is {kind}, and that has no form --to {to}; it has {', '.join(forms)}.")
         given = [flag for flag, value in vars(options).items() if value is not None]
         if ignored := [flag for flag in given if flag not in meaningful]:
             raise SettingsError(f"{path} is {kind}, for which --{ignored[0]} means nothing; leave it out.")
-        if kind == "a LoRA":
-            return convert_lora(path, place, to, options)
-        if kind == "a textual inversion":
-            return convert_word(path, place, to, options.token)
         is_file = to in ("ldm", "safetensors")
-        if (place.suffix == SINGLE_FILE) != is_file:
+        if kind in ("a model", "a pickle") and (place.suffix == SINGLE_FILE) != is_file:
             form = f"a file that ends in {SINGLE_FILE}" if is_file else "a folder"
             raise SettingsError(f"{place}: {kind} in the form {to} is {form}; choose another name, or another --to.")
-        if kind == "a pickle":
-            before = {key or "tensor": tensor for key, tensor in read_header(path).read().items()}
-            save(before, place)
-            return [moved(before, read_header(place).read())]
-        return convert_model(path, place, options)
+        return write(path, place, to, options)
 
 
 def kind_of(path: Path) -> str:
@@ -93,6 +82,38 @@ def convert_lora(path: Path, place: Path, to: str, options: Options) -> list[str
     return [str(lora), *rewritten(lora.modules, place, to, options.dtype or own, kept_metadata(lora.metadata))]
 
 
+def convert_word(path: Path, place: Path, to: str, options: Options) -> list[str]:
+    old = read_embedding(path, options.token)
+    new = read_embedding(save_embedding(place, old.word, old.vectors, to, read_header(old.path).metadata))
+    lines = [str(old), f"max |v - v'| = {largest_difference([(old.vectors, new.vectors)]):.3g}"]
+    if to == "kohya" and place.stem != old.word:
+        lines.append(f'Note: programs that read this form take the file\'s name for the word: "{place.stem}".')
+    return lines + for_a1111(to, old.vectors.shape[1])
+
+
+def convert_model(path: Path, place: Path, to: str, options: Options) -> list[str]:
+    model = read_model(path, options.pretrained_model_name_or_path, options.tokenizer)
+    before = model.weights()
+    if options.dtype:
+        cast(model, options.dtype)
+    write_model(model, place)
+    return [moved(before, read_model(place, model.home).weights())]
+
+
+def convert_pickle(path: Path, place: Path, to: str, options: Options) -> list[str]:
+    before = {key or "tensor": tensor for key, tensor in read_header(path).read().items()}
+    save(before, place)
+    return [moved(before, read_header(place).read())]
+
+
+KINDS = {  # kind of file -> the forms in which it can be written, the flags that mean something for it, and its function
+    "a pickle": (("safetensors",), (), convert_pickle),
+    "a LoRA": (("diffusers", "kohya", "peft"), ("alpha", "dtype", "pretrained_model_name_or_path"), convert_lora),
+    "a textual inversion": (("diffusers", "kohya"), ("token",), convert_word),
+    "a model": (("diffusers", "ldm"), ("dtype", "pretrained_model_name_or_path", "tokenizer"), convert_model),
+}
+
+
 def rewritten(
     modules: Mapping[str, LoRAWeights], path: Path, to: str, dtype: torch.dtype, metadata: Mapping[str, str]
 ) -> list[str]:
@@ -100,7 +121,7 @@ def rewritten(
 
     Of DoRA, max |m - m'| counts too. AdapterError for a ΔW that is infinite.
     """
-    written = read_lora(save_lora(modules, path, to, dtype, metadata))
+    written = read_lora(file := read_header(save_lora(modules, path, to, dtype, metadata)))
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for name, old in modules.items():
@@ -111,7 +132,8 @@ def rewritten(
             if old.magnitude is not None and new.magnitude is not None:
                 yield old.magnitude, new.magnitude
 
-    return [f"max |ΔW - ΔW'| = {largest_difference(pairs()):.3g}", str(written)]
+    notes = for_a1111(to, cross_attention_width(file.tensors))
+    return [f"max |ΔW - ΔW'| = {largest_difference(pairs()):.3g}", str(written), *notes]
 
 
 def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -120,22 +142,11 @@ def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in anew and "hash" not in key}
 
 
-def convert_word(path: Path, place: Path, to: str, token: str | None) -> list[str]:
-    old = read_embedding(path, token)
-    new = read_embedding(save_embedding(place, old.word, old.vectors, to, read_header(old.path).metadata))
-    lines = [str(old), f"max |v - v'| = {largest_difference([(old.vectors, new.vectors)]):.3g}"]
-    if to == "kohya" and place.stem != old.word:
-        lines.append(f'Note: programs that read this form take the file\'s name for the word: "{place.stem}".')
-    return lines
-
-
-def convert_model(path: Path, place: Path, options: Options) -> list[str]:
-    model = read_model(path, options.pretrained_model_name_or_path, options.tokenizer)
-    before = model.weights()
-    if options.dtype:
-        cast(model, options.dtype)
-    write_model(model, place)
-    return [moved(before, read_model(place, model.home).weights())]
+def for_a1111(to: str, width: int | None) -> list[str]:
+    """A line for the kohya form of an adapter whose model A1111 does not have."""
+    if to != "kohya" or width is None or FAMILIES.get(width, "SD pocket") != "SD pocket":
+        return []
+    return [f"Note: A1111 and ComfyUI cannot use it: it is for a model of width {width}, and theirs are 768 or more."]
 
 
 def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str:
@@ -189,6 +200,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         content = content["state_dict"]
     tensors: dict[str, Tensor] = {}
     for name, tensor in tensors_in(content):
+        if name.startswith("string_to_token/"):  # the id of a word's placeholder, in the original paper's embeddings
+            continue
         if name in tensors:
             raise WeightsError(f"{path} has two tensors of one name: {name}. {ADVICE}")
         if tensor.dtype not in NAMES or tensor.layout != torch.strided or tensor.device.type != "cpu":

@@ -14,7 +14,13 @@ class HasShape(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the text that cross-attention reads
+FAMILIES = {128: "SD pocket", 768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the text that a U-Net reads
+ARCHITECTURES = {  # and in metadata: ModelSpec's name, and kohya's
+    128: ("pocket", "pocket"),
+    768: ("stable-diffusion-v1", "sd_v1"),
+    1024: ("stable-diffusion-v2", "sd_v2"),
+    2048: ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+}
 INPUTS = {4: "", 9: "inpainting ", 8: "InstructPix2Pix ", 5: "depth "}  # by the U-Net's input channels
 LOOKS = (  # how a file can look, by the beginning of any of its names; the first that fits
     (r"conditioner\.", "an SDXL single file"),
@@ -54,6 +60,11 @@ def cross_attention_width(tensors: Mapping[str, HasShape]) -> int | None:
     """The width of the prompt's tokens: 768 in SD 1.x. From a U-Net's keys in any layout, or an adapter's."""
     to_k = re.compile(r"attn2[._](processor\.)?to_k(_lora)?\.(base\.)?(weight|.*(lora_A|down).*)$")
     return next((t.shape[1] for key, t in tensors.items() if to_k.search(key) and len(t.shape) > 1), None)
+
+
+def architecture(width: int) -> tuple[str, str]:
+    """The model that an adapter belongs to, in the words of ModelSpec and of kohya."""
+    return ARCHITECTURES.get(width, (f"width-{width}", f"width-{width}"))
 
 
 def _inputs(tensors: Mapping[str, HasShape]) -> str:

@@ -2,8 +2,10 @@
 
     diffusers   {"<dog>": (n, D) or (D,)}                                     the key is the word; A1111 and ComfyUI read it
     kohya       {"emb_params": (n, D)}                                        the file's name is the word
+    OneTrainer  {"clip_l": (n, D)}                                            the file's name is the word
     A1111 .pt   {"string_to_param": {"*": (n, D)}, "string_to_token": …}      the file's name is the word; for `convert`
     bare        (n, D) or (D,)                                                the word must be given; for `convert`
+    bundled     {"bundle_emb.WORD.emb_params": (n, D), …}                     in a LoRA's file
     SDXL        {"clip_l": (n, 768), "clip_g": (n, 1280)}                     for two text encoders: refused
 
 minidiff's files also name the word in their metadata, so the kohya form keeps it. A prompt names the word once, however many
@@ -24,7 +26,7 @@ from minidiff import __version__
 from minidiff.core.errors import AdapterError
 from minidiff.core.text import LENGTH
 from minidiff.core.textual_inversion import inject, placeholders
-from minidiff.files.looks import FAMILIES, HasShape
+from minidiff.files.looks import FAMILIES, HasShape, architecture
 from minidiff.files.lora_names import bundled_words, lora_dialect
 from minidiff.files.values import listed
 from minidiff.files.weights import file_at, find_weights, read_header, save
@@ -34,7 +36,9 @@ if TYPE_CHECKING:
 
 FILE_NAME = "learned_embeds.safetensors"
 KOHYA = "emb_params"
-A1111 = "string_to_param/"  # a table in a pickle; `convert` joins its name with the names in it
+FILES_NAME = {  # dialects in which the file's name is the word, by the name of the tensor
+    "kohya": KOHYA, "OneTrainer": "clip_l", "A1111": "string_to_param/"  # `convert` joins the names of tables in tables
+}  # fmt: skip
 LONGEST = 100  # letters of a word
 RESERVED = ("__metadata__", "emb_params", "clip_l", "clip_g", "string_to_param")  # names that are read in another way
 ADVICE = "Take a word of your own, such as <my-dog>."
@@ -88,7 +92,8 @@ def read_embedding(path: str | Path, token: str | None = None) -> Embedding:
         file = replace(file, tensors={word: file.tensors[key] for word, key in words.items()})
     if not is_embedding(file.tensors):
         raise AdapterError(f"{file.path} is no textual inversion. The file looks like {file.looks_like}.")
-    return embedding_in(file.read(), file.path, token, file.metadata.get("token"))
+    embedding = embedding_in(file.read(), file.path, token, file.metadata.get("token"))
+    return replace(embedding, dialect="bundled") if words else embedding
 
 
 def is_embedding(tensors: Mapping[str, HasShape]) -> bool:
@@ -99,21 +104,18 @@ def is_embedding(tensors: Mapping[str, HasShape]) -> bool:
 
 def embedding_in(tensors: Mapping[str, Tensor], path: Path, token: str | None = None, said: str | None = None) -> Embedding:
     """The word among the tensors of a file. `said` is the word in the metadata; in some dialects `path` names the word."""
-    if {"clip_l", "clip_g"} & tensors.keys():
+    if "clip_g" in tensors:
         raise AdapterError(f"{path} was made for SDXL, which has two text encoders (clip_l, clip_g); SD 1.x cannot use it.")
-    dialect, words = "bare" if set(tensors) == {""} else "diffusers", dict(tensors)
-    if set(tensors) == {KOHYA}:
-        dialect, words = "kohya", {said or path.stem: tensors[KOHYA]}
-    elif table := {name.removeprefix(A1111): tensor for name, tensor in tensors.items() if name.startswith(A1111)}:
-        dialect, words = "A1111", {path.stem: next(iter(table.values()))} if len(table) == 1 else table
-    if token in words:
-        words = {token: words[token]}
-    if len(words) != 1:
+    chosen = [token] if token in tensors else list(tensors)
+    if len(chosen) != 1:
         raise AdapterError(
-            f"{path} holds {len(words)} words, where one is wanted.\n{listed('words', words)}\n"
+            f"{path} holds {len(chosen)} words, where one is wanted.\n{listed('words', chosen)}\n"
             "minidiff convert --token makes a file of one; in Python, token=… says which."
         )
-    ((own, vectors),) = words.items()
+    own, vectors = chosen[0], tensors[chosen[0]]
+    dialect = next((name for name, start in FILES_NAME.items() if own.startswith(start)), "diffusers" if own else "bare")
+    if dialect in FILES_NAME:
+        own = said or path.stem
     if not (word := token or own):
         raise AdapterError(f"{path} does not say what its word is. {RENAME}")
     rows = torch.atleast_2d(vectors)
@@ -140,7 +142,7 @@ def save_embedding(
         "vectors": str(len(vectors)),
         "minidiff_version": __version__,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-v1/textual-inversion",
+        "modelspec.architecture": f"{architecture(vectors.shape[-1])[0]}/textual-inversion",
         "modelspec.trigger_phrase": word,
     }
     save({KOHYA if dialect == "kohya" else word: vectors.detach().float()}, path, {**(metadata or {}), **about})

@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from minidiff.core.schedule import NoiseSchedule
+from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.prompting import literal
 from minidiff.files.folder import local_folder
+from minidiff.files.looks import architecture
 from minidiff.files.values import to_toml
 from minidiff.trainer.settings import FineTuneSettings
 
@@ -42,22 +43,25 @@ def is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
 
 
-def model_spec(settings: FineTuneSettings, kind: str, side: int, schedule: NoiseSchedule, base_hash: str) -> dict[str, str]:
+def model_spec(
+    settings: FineTuneSettings, kind: str, side: int, pipe: StableDiffusionPipeline, base_hash: str
+) -> dict[str, str]:
     """Metadata of an adapter's file: ModelSpec 1.0.1, and those fields of kohya's scripts (`ss_`) by which A1111 knows it.
 
     `kind` is "lora" or "textual-inversion", `side` the pictures' in pixels, `base_hash` the fingerprint of the base.
     """
     name = Path(settings.output_dir).resolve().name
+    name_of_base, kohyas_name = architecture(pipe.unet.config.cross_attention_dim)
     spec = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"stable-diffusion-v1/{kind}",
+        "modelspec.architecture": f"{name_of_base}/{kind}",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": name,
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.license": license_word(base_license(settings.pretrained_model_name_or_path)),
-        "modelspec.prediction_type": "v" if schedule.config.prediction_type == "v_prediction" else "epsilon",
-        "ss_v2": "False",
-        "ss_base_model_version": "sd_v1",
+        "modelspec.prediction_type": "v" if pipe.schedule.config.prediction_type == "v_prediction" else "epsilon",
+        "ss_v2": str(kohyas_name == "sd_v2"),
+        "ss_base_model_version": kohyas_name,
         "ss_output_name": name,
         "ss_sd_model_name": Path(settings.pretrained_model_name_or_path).resolve().name,
         "base_fingerprint": base_hash,

@@ -197,6 +197,7 @@ def test_textual_inversion_between_styles(tmp_path: Path, capsys: Any) -> None:
     [
         ("dog.pt", {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 24)}, "name": "x"}, "dog"),
         ("old.pt", {"string_to_param": nn.ParameterDict({"*": nn.Parameter(torch.ones(2, 24))})}, "old"),
+        ("paper.pt", {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": {"*": torch.ones(2, 24)}}, "paper"),
         ("learned_embeds.bin", {"<dog>": torch.ones(24)}, "<dog>"),
         ("bare.bin", torch.ones(1, 24), None),
     ],
@@ -212,6 +213,32 @@ def test_pickled_textual_inversion(tmp_path: Path, name: str, content: Any, word
         convert(tmp_path / name, out)
     again = read_embedding(out)
     assert again.word == (word or "<dog>") and torch.equal(again.vectors, torch.ones_like(again.vectors))
+
+
+@pytest.mark.parametrize(
+    "content", [{"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 24)}}, {"dog": torch.ones(2, 24)}]
+)
+def test_the_command_that_messages_give_keeps_the_word(tmp_path: Path, capsys: Any, content: Any) -> None:
+    """A folder of a pickle alone: the message has the command, and after it the folder can be read."""
+    torch.save(content, tmp_path / "dog.bin")
+    with pytest.raises(WeightsError) as caught:
+        read_embedding(tmp_path)
+    convert(*str(caught.value).split("minidiff convert ")[1].split())
+    assert list(load_file(tmp_path / "model.safetensors")) == ["dog"]
+    again = read_embedding(tmp_path)
+    assert again.word == "dog" and torch.equal(again.vectors, torch.ones(2, 24))
+
+
+def test_the_kohya_form_of_what_a1111_cannot_use(tmp_path: Path, capsys: Any) -> None:
+    to_k = NAME.replace("attn1.to_q", "attn2.to_k")
+    for width, note in ((128, True), (768, False)):
+        lora = save_lora({to_k: LoRAWeights(torch.ones(2, width), torch.ones(8, 2), 1.0)}, tmp_path / f"{width}.safetensors")
+        word = save_embedding(tmp_path / f"w{width}.safetensors", "<dog>", torch.ones(1, width))
+        for source in (lora, word):
+            for to in ("kohya", "diffusers"):
+                convert(source, tmp_path / to / source.name, "--to", to)
+                said = capsys.readouterr().out
+                assert ("A1111 and ComfyUI cannot use it: it is for a model of width 128" in said) == (note and to == "kohya")
 
 
 # --- models and pickles ------------------------------------------------------------------------------------------------

@@ -59,9 +59,15 @@ def test_what_is_saved_comes_back(tmp_path: Path, dialect: str, n: int) -> None:
         "vectors": str(n),
         "minidiff_version": minidiff.__version__,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-v1/textual-inversion",
+        "modelspec.architecture": "width-24/textual-inversion",
         "modelspec.trigger_phrase": "<dog>",
     }
+
+
+@pytest.mark.parametrize(("width", "family"), [(128, "pocket"), (768, "stable-diffusion-v1"), (1024, "stable-diffusion-v2")])
+def test_a_file_names_its_family(tmp_path: Path, width: int, family: str) -> None:
+    path = save_embedding(tmp_path, "<dog>", vectors(1, width))
+    assert read_header(path).metadata["modelspec.architecture"] == f"{family}/textual-inversion"
 
 
 def test_the_size_of_a_file(tmp_path: Path) -> None:

@@ -156,12 +156,12 @@ def test_the_card_of_every_method(licensed: Path, tmp_path: Path, method: str, t
 
 def check_metadata(metadata: dict[str, str], settings: FineTuneSettings) -> None:
     """ModelSpec 1.0.1's required keys, and no hint of where or when."""
-    kind = metadata["modelspec.architecture"].removeprefix("stable-diffusion-v1/")
+    kind = metadata["modelspec.architecture"].removeprefix("width-24/")
     assert kind in ("lora", "textual-inversion") and metadata["modelspec.sai_model_spec"] == "1.0.1"
     required = {"implementation", "title", "resolution"}
     assert required <= {key.removeprefix("modelspec.") for key in metadata}
     assert metadata["modelspec.resolution"] == "16x16" and metadata["modelspec.license"] == "creativeml-openrail-m"
-    assert metadata["ss_v2"] == "False" and metadata["ss_base_model_version"] == "sd_v1"  # how A1111 tells the family
+    assert metadata["ss_v2"] == "False" and metadata["ss_base_model_version"] == "width-24"  # no model of SD
     assert metadata["ss_sd_model_name"] == "tiny-model" and metadata["ss_output_name"] == "out"
     assert not [key for key in metadata if "date" in key or "hash" in key or "dataset" in key]
     assert all(isinstance(value, str) and "/tmp" not in value for value in metadata.values())

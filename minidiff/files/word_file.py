@@ -106,7 +106,7 @@ def embedding_in(tensors: Mapping[str, Tensor], path: Path, token: str | None = 
     """The word among the tensors of a file. `said` is the word in the metadata; in some dialects `path` names the word."""
     if "clip_g" in tensors:
         raise AdapterError(f"{path} was made for SDXL, which has two text encoders (clip_l, clip_g); SD 1.x cannot use it.")
-    chosen = [token] if token in tensors else list(tensors)
+    chosen = [key for key in tensors if key == token] or list(tensors)
     if len(chosen) != 1:
         raise AdapterError(
             f"{path} holds {len(chosen)} words, where one is wanted.\n{listed('words', chosen)}\n"

@@ -21,22 +21,12 @@ from minidiff.core.errors import AdapterError, SettingsError, WeightsError
 from minidiff.core.inject import adapter_names
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
-from minidiff.files import names
-from minidiff.files.folder import (
-    SD15_TEXT,
-    config_of,
-    config_values,
-    local_folder,
-    noise_values,
-    read_config,
-    read_json,
-    sampler_of,
-    scheduler_values,
-    write_json,
-)
+from minidiff.files import folder as layout
+from minidiff.files import names, weights
+from minidiff.files.folder import SD15_TEXT, config_values, local_folder, read_config, read_json, write_json
 from minidiff.files.text_files import build_text_encoder, load_tokenizer, to_file_keys
 from minidiff.files.values import listed
-from minidiff.files.weights import TensorFile, TensorInfo, find_weights, is_finite, load_into, named, read_header, save
+from minidiff.files.weights import TensorFile, TensorInfo, find_weights, read_header, save
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -88,7 +78,7 @@ class ModelParts:
 
     def weights(self) -> dict[str, Tensor]:
         """Every tensor, by network and minidiff's name; the tensors themselves, not copies."""
-        return {f"{part}.{key}": tensor for part in self.networks for key, tensor in named(self.networks[part]).items()}
+        return {f"{part}.{key}": tensor for part in self.networks for key, tensor in weights.named(self.networks[part]).items()}
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
@@ -114,12 +104,12 @@ def read_model(
     else:
         files = {part: read_header(find_weights(local_folder(str(name)) / part)) for part in model.networks}
     for part, network in model.networks.items():
-        load_into(network, files[part], dtypes[part])
+        weights.load_into(network, files[part], dtypes[part])
         network.requires_grad_(False).eval()
     if model.home is not None:
-        values, where = config_of(model.home / "scheduler", "scheduler_config.json")
-        noise = read_config(NoiseConfig, noise_values(values), where)
-        model = replace(model, noise_config=noise, sampler=sampler_of(values, where))
+        values, where = layout.config_of(model.home / "scheduler", "scheduler_config.json")
+        noise = read_config(NoiseConfig, layout.noise_values(values), where)
+        model = replace(model, noise_config=noise, sampler=layout.sampler_of(values, where))
     folder = tokenizer or (model.home and model.home / "tokenizer")
     return replace(model, tokenizer=load_tokenizer(Path(folder), light)) if folder else model
 
@@ -140,15 +130,15 @@ def empty_model(name: str | Path | None, light: Any = None) -> ModelParts:
         what = f"describes a {kind}; minidiff reads Stable Diffusion 1.x (StableDiffusionPipeline)"
         raise WeightsError(f"{home / 'model_index.json'} {what}.")
     with torch.device("meta"):
-        unet = UNet2DConditionModel(read_config(UNetConfig, *config_of(home / "unet")))
-        vae = AutoencoderKL(read_config(VAEConfig, *config_of(home / "vae")))
-        return ModelParts(unet, vae, build_text_encoder(*config_of(home / "text_encoder"), light), home=home)
+        unet = UNet2DConditionModel(read_config(UNetConfig, *layout.config_of(home / "unet")))
+        vae = AutoencoderKL(read_config(VAEConfig, *layout.config_of(home / "vae")))
+        return ModelParts(unet, vae, build_text_encoder(*layout.config_of(home / "text_encoder"), light), home=home)
 
 
 def split_single_file(
     path: str | Path, unet_config: UNetConfig = SD15_UNET, vae_config: VAEConfig = SD15_VAE
 ) -> dict[str, TensorFile]:
-    """The three networks of a single file under minidiff's names; no data is read. EMA weights and buffers are left out."""
+    """The three networks of a single file under minidiff's names; no data is read. What training left behind is left out."""
     file = read_header(path)
     tables = {
         names.UNET_PREFIX: names.inverse(names.unet_table(unet_config)),
@@ -157,10 +147,10 @@ def split_single_file(
     }
     parts: dict[str, dict[str, TensorInfo]] = {prefix: {} for prefix in tables}
     unknown = []
-    for key, info in file.tensors.items():
+    for key, info in weights.without_leftovers(file.tensors, file.path).items():
         if prefix := next((prefix for prefix in tables if key.startswith(prefix)), None):
             parts[prefix][names.rename(key.removeprefix(prefix), tables[prefix])] = info
-        elif not names.NOT_NEEDED.fullmatch(key):
+        else:
             unknown.append(key)
     absent = [prefix for prefix, tensors in parts.items() if not tensors]
     if absent or unknown:
@@ -206,7 +196,7 @@ def write_folder(model: ModelParts, folder: str | Path, dtype: torch.dtype | Non
         stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         save({key: tensor.to(dtype or tensor.dtype) for key, tensor in state.items()}, home / part / f"{stem}.safetensors")
         write_json(home / part / "config.json", configs[part])
-    scheduler = scheduler_values(noise, sampler)
+    scheduler = layout.scheduler_values(noise, sampler)
     write_json(home / "scheduler" / "scheduler_config.json", scheduler)
     tokenizer.save_pretrained(str(home / "tokenizer"))
     if not (home / "tokenizer" / "vocab.json").exists():  # transformers 5 writes one file in place of SD 1.5's two
@@ -254,7 +244,7 @@ def check_parts_fit(model: ModelParts, name: str = "") -> None:
 def cast(model: ModelParts, dtype: torch.dtype) -> None:
     """All weights to another dtype, in place; WeightsError for a number that it cannot hold."""
     for key, tensor in model.weights().items():
-        if not is_finite(tensor.to(dtype)):
+        if not weights.is_finite(tensor.to(dtype)):
             raise WeightsError(f"{key} has numbers too large for {dtype}; take bfloat16 or float32.")
     for network in model.networks.values():
         network.to(dtype)

@@ -16,8 +16,14 @@ from minidiff.files.text_files import PREFIX as CLIP
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model.transformer."
-NOT_NEEDED = re.compile(r"[^.]+|model_ema\..*")  # names without a dot: the schedule's buffers; EMA: a second U-Net
-POSITION_IDS = "embeddings.position_ids"  # the numbers 0 to 76, which old CLIP files hold as if they were weights
+NOT_NEEDED = re.compile(  # left by training: averages, losses, managers of words, CLIP's own scales; names without a dot
+    r"(?P<table>(?:first_stage_model\.)?(?:loss|model_ema)|embedding_manager|denoiser|optimizer\w*|lr_scheduler\w*)\..+|"
+    r"(?:cond_stage_model\.)?(?:transformer\.|model\.)?(?:text_model\.)?(?:logit_scale|text_projection(?:\.weight)?)|"
+    r"(?:.*\.)?embeddings\.position_ids|[^.]+"
+)
+NO_WEIGHTS = re.compile(  # of these: the tables of the noise schedule, and the numbers 0 to 76
+    r"betas|\w*alphas_cumprod\w*|posterior_\w+|lvlb_weights|logvar|scale_factor|.*position_ids"
+)
 
 RESNET = {  # diffusers -> LDM, inside one ResBlock of the U-Net
     "norm1": "in_layers.0",

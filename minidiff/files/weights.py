@@ -10,7 +10,9 @@ A safetensors file is 8 bytes (n, little-endian), n bytes of JSON (for each tens
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -199,7 +201,8 @@ def named(model: nn.Module) -> dict[str, Tensor]:
 def check_fit(model: nn.Module, file: TensorFile) -> dict[str, TensorInfo]:
     """The file's tensors by their modern names; WeightsError with the first ten keys of each kind of misfit."""
     wanted = named(model)
-    given = {keymaps.modern(key): info for key, info in file.tensors.items() if not key.endswith(keymaps.POSITION_IDS)}
+    modern = {keymaps.modern(key): info for key, info in file.tensors.items()}
+    given = without_leftovers(modern, file.path, wanted)
     misfits = []
     for name in wanted.keys() & given.keys():
         model_shape, shape = tuple(wanted[name].shape), given[name].shape
@@ -213,6 +216,19 @@ def check_fit(model: nn.Module, file: TensorFile) -> dict[str, TensorInfo]:
         looks = f"does not fit {type(model).__name__}. The file looks like {file.looks_like}."
         raise WeightsError("\n".join([f"{file.path} {looks}", *lines]))
     return given
+
+
+def without_leftovers(tensors: Mapping[str, TensorInfo], path: Path, wanted: Collection[str] = ()) -> dict[str, TensorInfo]:
+    """The tensors that a network can need, and those that are `wanted`. One warning names the rest, which training left."""
+    kept, left = {}, Counter[str]()
+    for key, info in tensors.items():
+        if key in wanted or not (found := keymaps.NOT_NEEDED.fullmatch(key)):
+            kept[key] = info
+        elif not keymaps.NO_WEIGHTS.fullmatch(key):
+            left[found["table"] or key] += 1
+    if names := [f"{name} ({count} tensors)" if count > 1 else name for name, count in sorted(left.items())]:
+        warnings.warn(f"{path}: not needed for drawing, and left out: {', '.join(names)}", stacklevel=2)
+    return kept
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

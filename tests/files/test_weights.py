@@ -354,6 +354,41 @@ def test_single_file_round_trip(tmp_path: Path, unet: UNet2DConditionModel, vae:
     assert torch.equal(copies[2].text_model.final_layer_norm.weight, text.final_layer_norm.weight)
 
 
+LEFT = {  # by training; and what is said of it
+    "model_ema.diffusion_modelinput_blocks00weight": "model_ema (2 tensors)",
+    "model_ema.decay": "model_ema (2 tensors)",
+    "loss.logvar": "loss",
+    "first_stage_model.loss.discriminator.main.0.weight": "first_stage_model.loss",
+    "embedding_manager.string_to_param_dict.*": "embedding_manager",
+    "cond_stage_model.transformer.logit_scale": "cond_stage_model.transformer.logit_scale",
+    "cond_stage_model.transformer.text_projection.weight": "cond_stage_model.transformer.text_projection.weight",
+    "denoiser.sigmas": "denoiser",
+    "global_step": "global_step",
+    "alphas_cumprod": "",  # in every old file
+    "cond_stage_model.transformer.text_model.embeddings.position_ids": "",
+}
+
+
+def test_what_training_left_is_named_once(tmp_path: Path, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
+    to_single_file(unet, vae, TinyText(nested=False), path := tmp_path / "model.safetensors")
+    save(load_file(path) | {key: torch.ones(2) for key in LEFT}, path)
+    with pytest.warns(UserWarning) as warned:
+        parts = split_single_file(path, TINY_UNET, TINY_VAE)
+    said = f"{path}: not needed for drawing, and left out: "
+    assert [str(warning.message) for warning in warned] == [said + ", ".join(sorted(set(filter(None, LEFT.values()))))]
+    copy = on_meta(AutoencoderKL, TINY_VAE)
+    load_into(copy, parts["vae"])
+    assert same(vae.state_dict(), copy.state_dict())
+
+
+def test_what_training_left_in_a_folder(tmp_path: Path) -> None:
+    tower, left = TinyText(nested=True), {"logit_scale": torch.ones(1), "text_projection.weight": torch.ones(4, 4)}
+    save(tower.state_dict() | left, tmp_path / "x.safetensors")
+    with pytest.warns(UserWarning, match="left out: logit_scale, text_projection.weight"):
+        load_into(copy := TinyText(nested=True), tmp_path / "x.safetensors")
+    assert same(tower.state_dict(), copy.state_dict())
+
+
 def test_other_single_files_are_refused_by_name(tmp_path: Path) -> None:
     path, one = tmp_path / "x.safetensors", torch.zeros(1)
     unet, vae = {"model.diffusion_model.out.0.bias": one}, {"first_stage_model.quant_conv.bias": one}

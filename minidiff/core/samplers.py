@@ -22,6 +22,7 @@ x0 that is constant over a step of length h, the exact solution is x e^-h + x0 (
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import exp, expm1, inf, log, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,13 +121,18 @@ def lcm(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise) -> Iterator[
     """LCM (2310.04378), for models distilled to it: jump to x0, add fresh noise of a lower level, jump to x0 again."""
     for i, (t, a_bar, a_bar_prev) in enumerate(grid):
         x0, _ = denoise(x, t, a_bar)
-        scaled = LCM_TIMESTEP_SCALING * t
-        c_skip = LCM_SIGMA_DATA**2 / (scaled**2 + LCM_SIGMA_DATA**2)
-        c_out = scaled / sqrt(scaled**2 + LCM_SIGMA_DATA**2)
-        x = x0 = c_skip * x + c_out * x0  # LCM eq. 9: at t = 0 it changes nothing, as a consistency function must
+        c_skip, c_out = lcm_boundary(t)
+        x = x0 = c_skip * x + c_out * x0  # LCM eq. 9
         if i + 1 < len(grid):
             x = sqrt(a_bar_prev) * x0 + sqrt(1 - a_bar_prev) * noise(i)  # LCM algorithm 3
         yield t, x, x0
+
+
+def lcm_boundary(t: Any) -> tuple[Any, Any]:
+    """c_skip and c_out at t, a number or a tensor: 1 and 0 at t = 0, where a consistency function must change nothing."""
+    scaled = LCM_TIMESTEP_SCALING * t
+    norm = scaled**2 + LCM_SIGMA_DATA**2
+    return LCM_SIGMA_DATA**2 / norm, scaled / norm**0.5  # consistency models, 2303.01469, appendix C
 
 
 # --- samplers that solve an equation over sigma; levels are sigma ------------------------------------------------------

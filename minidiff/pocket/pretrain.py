@@ -6,6 +6,7 @@
     decoder  go on with the decoder alone, as for SD's own ft-mse autoencoder
     clip     a text and an image tower that tell captions apart                         arXiv 2103.00020
     unet     denoise latents, given the frozen text tower's view of the caption         arXiv 2112.10752, eq. 3
+    student  a LoRA with which four steps are enough, if asked for                      minidiff/pocket/few_steps.py
 
 Each stage is a `Job` for the one training loop, in a folder of its own below `output_dir`: run the command again and it
 goes on where it was stopped. The last stage assembles `output_dir/pocket`, in the file layout of SD 1.5.
@@ -24,11 +25,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidiff.core.config import NoiseConfig, UNetConfig
 from minidiff.core.errors import SettingsError
 from minidiff.core.losses import min_snr_weights, mse
 from minidiff.core.rng import generator, hashed_seed
-from minidiff.core.schedule import NoiseSchedule, add_noise
+from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
 from minidiff.core.text import tokenize
 from minidiff.core.train import Batch
 from minidiff.core.unet import UNet2DConditionModel
@@ -41,27 +41,16 @@ from minidiff.files.folder import read_json, write_json
 from minidiff.files.text_files import load_tokenizer
 from minidiff.pocket.autoencoder import encode_world, load_vae, train_decoder, train_vae
 from minidiff.pocket.dataset import hard_batch, load_latents, load_world, lookalikes
+from minidiff.pocket.few_steps import train_student
 from minidiff.pocket.judge import judge_checkpoint
 from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.settings import STAGES, PretrainSettings, Stage
-from minidiff.pocket.stage import begun, chosen, first_of, run
+from minidiff.pocket.stage import POCKET_UNET, begun, chosen, first_of, noise_config, run, tokenizer_folder
 from minidiff.pocket.tokenizer import build_tokenizer
-from minidiff.pocket.towers import Towers, image_tower_config
+from minidiff.pocket.towers import Towers, image_tower_config, load_towers
 from minidiff.pocket.world import caption, held_out, random_caption
 from minidiff.trainer.task import Job
 
-# SD 1.5's parts, three levels, one layer a block. The finest level has no attention, which would cost
-# as much there as everything else together: a picture of 16 x 16 cells is composed at 8 x 8 and 4 x 4.
-POCKET_UNET = UNetConfig(
-    sample_size=16,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(64, 128, 192),
-    layers_per_block=1,
-    cross_attention_dim=128,
-    attention_head_dim=4,
-    norm_num_groups=32,
-)
 CAPTION_DROPOUT = 0.1  # classifier-free guidance (arXiv 2207.12598), algorithm 1
 
 
@@ -109,29 +98,14 @@ def train_clip(home: Path, settings: PretrainSettings) -> None:
     run(task, settings, "clip", settings.sizes.clip_steps, batch, warmup=50)
 
 
-def load_towers(home: Path, settings: PretrainSettings) -> tuple[Towers, Any]:
-    """The two towers and the tokenizer as the CLIP stage left them; where it did not run, those of `init_from`."""
-    tokenizer, trained = load_tokenizer(tokenizer_folder(home, settings)), home / "clip" / "model.safetensors"
-    towers = Towers(len(tokenizer))
-    if trained.exists() or not settings.init_from:
-        weights.load_into(towers, first_of([trained], settings, "clip"))
-    else:
-        begun(towers.text, settings, "text_encoder")
-        begun(towers.image, settings, "image_encoder")
-    return towers.cpu().eval().requires_grad_(False), tokenizer
-
-
-def tokenizer_folder(home: Path, settings: PretrainSettings) -> Path:
-    return Path(settings.init_from or home) / "tokenizer"
-
-
 # --- the denoiser --------------------------------------------------------------------------------------------------------
 
 
 def unet_loss(unet: UNet2DConditionModel, schedule: NoiseSchedule, data: Batch, text: Tensor) -> Tensor:
-    """|| ε - ε_θ(z_t, t, τ(y)) ||²: arXiv 2112.10752, eq. 3, weighted by min-SNR."""
-    z_t = add_noise(schedule, data["z"], data["noise"], data["t"])
-    return mse(unet(z_t, data["t"], text), data["noise"], min_snr_weights(schedule, data["t"], gamma=5.0))
+    """|| ε - ε_θ(z_t, t, τ(y)) ||²: arXiv 2112.10752, eq. 3, weighted by min-SNR; for a network of v, v in place of ε."""
+    z, noise, t = data["z"], data["noise"], data["t"]
+    output, target = unet(add_noise(schedule, z, noise, t), t, text), training_target(schedule, z, noise, t)
+    return mse(output, target, min_snr_weights(schedule, t, gamma=5.0))
 
 
 def train_unet(home: Path, settings: PretrainSettings) -> None:
@@ -140,7 +114,7 @@ def train_unet(home: Path, settings: PretrainSettings) -> None:
     pictures = load_world(home, settings.pictures).pictures
     towers, tokenizer = load_towers(home, settings)
     towers.to(device)
-    schedule = NoiseSchedule.from_config(NoiseConfig())
+    schedule = NoiseSchedule.from_config(noise_config(settings))
     torch.manual_seed(hashed_seed(settings.seed, "unet"))
     unet = begun(UNet2DConditionModel(POCKET_UNET), settings, "unet")
     speed_up_network(unet)
@@ -175,7 +149,7 @@ def pocket_pipeline(home: Path, unet: UNet2DConditionModel, settings: PretrainSe
     """All parts as they are now. The default sampler is DDIM."""
     towers, tokenizer = load_towers(home, settings)
     vae = load_vae(home, settings)
-    pipe = StableDiffusionPipeline(unet, vae, towers.text, tokenizer, NoiseConfig(), sampler="ddim")
+    pipe = StableDiffusionPipeline(unet, vae, towers.text, tokenizer, noise_config(settings), sampler="ddim")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -225,4 +199,5 @@ RUN: dict[Stage, Any] = {
     "unet": train_unet,
     "assemble": assemble,
     "judge": judge_pocket,
+    "student": train_student,
 }

@@ -5,8 +5,9 @@ from typing import Annotated, Literal, get_args
 
 from minidiff.files.values import A_FOLDER, Rule, at_least, at_most, check_values
 
-Stage = Literal["world", "vae", "latents", "decoder", "clip", "unet", "assemble", "judge"]
+Stage = Literal["world", "vae", "latents", "decoder", "clip", "unet", "assemble", "judge", "student"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+USUAL = STAGES[:-1]
 Count = Annotated[int, at_least(1), at_most(10_000_000)]
 
 
@@ -21,9 +22,14 @@ class Sizes:
     clip_steps: int
     unet_steps: int
     unet_batch: int
+    student_steps: int
+    student_batch: int
 
 
-PROFILES = {"cpu": Sizes("no", 12_000, 4000, 4, 800, 12_000, 48), "gpu": Sizes("bf16", 6000, 2000, 32, 1500, 8000, 256)}
+PROFILES = {
+    "cpu": Sizes("no", 12_000, 4000, 4, 800, 12_000, 48, 500, 16),
+    "gpu": Sizes("bf16", 6000, 2000, 32, 1500, 8000, 256, 1000, 64),
+}
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,8 @@ class PretrainSettings:
 
     output_dir: str = "pocket-pretrain"
     """Folder for all stages. Run the same command again to continue."""
-    stages: Annotated[tuple[Stage, ...], Rule(f"names none; there are {', '.join(STAGES)}", bool)] = STAGES
-    """Which stages to run, in this order. A finished stage is skipped."""
+    stages: Annotated[tuple[Stage, ...], Rule(f"names none; there are {', '.join(STAGES)}", bool)] = USUAL
+    """Which stages to run, in this order. A finished stage is skipped. Default: all but `student`, a LoRA for few steps."""
     init_from: str | None = None
     """Start from this checkpoint instead of from random numbers, to train it further."""
     device: str | None = None
@@ -56,6 +62,12 @@ class PretrainSettings:
     """Updates of the U-Net. Default: 12000; 8000 with --profile gpu."""
     unet_batch: Count | None = None
     """Latents in each update of the U-Net. Default: 48; 256 with --profile gpu."""
+    student_steps: Count | None = None
+    """Updates of the LoRA for few steps. Default: 500; 1000 with --profile gpu."""
+    student_batch: Count | None = None
+    """Latents in each update of that LoRA. Default: 16; 64 with --profile gpu."""
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    """Output of the U-Net. A U-Net of --init_from that predicts something else learns it anew from its weights."""
     seed: int = 0
     """Seed of all random values."""
 

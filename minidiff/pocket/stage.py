@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from minidiff.core.config import NoiseConfig, UNetConfig
 from minidiff.core.errors import SettingsError
 from minidiff.core.rng import generator
 from minidiff.core.train import Batch
@@ -15,6 +16,19 @@ from minidiff.pocket.settings import PretrainSettings, Stage
 from minidiff.trainer.run import fit
 from minidiff.trainer.settings import TrainSettings
 from minidiff.trainer.task import Job
+
+# SD 1.5's parts, three levels, one layer a block. The finest level has no attention, which would cost
+# as much there as everything else together: a picture of 16 x 16 cells is composed at 8 x 8 and 4 x 4.
+POCKET_UNET = UNetConfig(
+    sample_size=16,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(64, 128, 192),
+    layers_per_block=1,
+    cross_attention_dim=128,
+    attention_head_dim=4,
+    norm_num_groups=32,
+)
 
 
 def run(task: Job, settings: PretrainSettings, stage: Stage, steps: int, batch: int, warmup: int = 100) -> None:
@@ -60,3 +74,12 @@ def first_of(files: list[Path], settings: PretrainSettings, part: str) -> Path:
 def chosen(settings: PretrainSettings, stage: str, step: int, batch: int) -> list[int]:
     """The pictures of one update: a function of the seed, the stage and the step."""
     return torch.randint(settings.pictures, (batch,), generator=generator(settings.seed, stage, step)).tolist()
+
+
+def tokenizer_folder(home: Path, settings: PretrainSettings) -> Path:
+    return Path(settings.init_from or home) / "tokenizer"
+
+
+def noise_config(settings: PretrainSettings) -> NoiseConfig:
+    """SD 1.5's noise; what the network predicts is a setting."""
+    return NoiseConfig(prediction_type=settings.prediction_type)

@@ -9,11 +9,17 @@ There is no text projection: pictures are projected into the space of the text t
 tower is exactly the `text_encoder` of SD's folder and the pair needs no third file.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from minidiff.files import weights
+from minidiff.files.text_files import load_tokenizer
+from minidiff.pocket.settings import PretrainSettings
+from minidiff.pocket.stage import begun, first_of, tokenizer_folder
 
 WIDTH = 128
 
@@ -82,3 +88,15 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -
     logits = scale * image @ text.mT  # (B, B)
     target = same / same.sum(dim=-1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.mT, target)) / 2
+
+
+def load_towers(home: Path, settings: PretrainSettings) -> tuple[Towers, Any]:
+    """The two towers and the tokenizer as the CLIP stage left them; where it did not run, those of `init_from`."""
+    tokenizer, trained = load_tokenizer(tokenizer_folder(home, settings)), home / "clip" / "model.safetensors"
+    towers = Towers(len(tokenizer))
+    if trained.exists() or not settings.init_from:
+        weights.load_into(towers, first_of([trained], settings, "clip"))
+    else:
+        begun(towers.text, settings, "text_encoder")
+        begun(towers.image, settings, "image_encoder")
+    return towers.cpu().eval().requires_grad_(False), tokenizer

@@ -109,6 +109,21 @@ def test_standardize_changes_units_and_no_pictures() -> None:
         torch.testing.assert_close(vae.decode(new_mean), picture)
 
 
+def test_unet_loss_of_v_2202_00512_appendix_d() -> None:
+    """A network that answers the right v has no loss; one that answers 0 has the mean of v², weighted."""
+    schedule = NoiseSchedule.from_config(NoiseConfig(prediction_type="v_prediction"))
+    draws = torch.Generator().manual_seed(0)
+    z, noise = (torch.randn(3, 4, 2, 2, generator=draws) for _ in range(2))
+    t = torch.tensor([10, 300, 990])
+    a_bar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+    v = a_bar.sqrt() * noise - (1 - a_bar).sqrt() * z
+    data, text = {"z": z, "noise": noise, "t": t}, torch.zeros(3, 77, 8)
+    right, nothing = (pretrain.unet_loss(lambda *_, y=y: y, schedule, data, text) for y in (v, torch.zeros_like(v)))  # type: ignore
+    assert right == 0
+    snr = (a_bar / (1 - a_bar)).flatten()
+    torch.testing.assert_close(nothing, (v.square().flatten(1).mean(1) * snr.clamp(max=5) / (snr + 1)).mean())
+
+
 def test_unet_loss_2112_10752_eq3() -> None:
     """The weighted mean of || ε - ε_θ(z_t, t, τ(y)) ||², by hand, with a network that answers a fixed noise."""
     schedule = NoiseSchedule.from_config(NoiseConfig())
@@ -347,9 +362,11 @@ def test_every_stage_runs_and_is_passed_over_when_finished(tmp_path: Path, monke
         pictures=4,
         unet_steps=1,
         unet_batch=2,
-    )  # the U-Net alone goes on; the other parts are those of the first checkpoint
+        prediction_type="v_prediction",
+    )  # the U-Net alone goes on, and learns v; the other parts are those of the first checkpoint
     text = "text_encoder/model.safetensors"
     assert (pretrain.pretrain(further) / text).read_bytes() == (folder / text).read_bytes()
+    assert StableDiffusionPipeline.from_pretrained(tmp_path / "further" / "pocket").schedule.config.prediction_type[0] == "v"
 
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("unet/model.safetensors")}
     again = pretrain.pretrain(settings)

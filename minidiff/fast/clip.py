@@ -21,50 +21,21 @@ DEFAULTS = dict(  # of transformers' CLIPTextConfig; every tower of SD 1.x has t
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's own pattern
 
 
-class Embeddings(nn.Module):
-    def __init__(self, c: Any) -> None:
-        super().__init__()
-        sizes = (c.vocab_size, c.hidden_size), (c.max_position_embeddings, c.hidden_size)
-        # not drawn at random: on the device "meta" this imports torch._dynamo
-        tables = (nn.Embedding.from_pretrained(torch.empty(size), freeze=False) for size in sizes)
-        self.token_embedding, self.position_embedding = tables
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, L) -> (B, L, D)."""
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[-1]]
-
-
-class Attention(nn.Module):
-    def __init__(self, c: Any) -> None:
-        super().__init__()
-        self.heads = c.num_attention_heads
-        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D); a token sees itself and those before it."""
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    def __init__(self, c: Any) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(c.hidden_size, c.intermediate_size), nn.Linear(c.intermediate_size, c.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.fc1(x)
-        return self.fc2(h * torch.sigmoid(1.702 * h))  # quick_gelu
-
-
 class Layer(nn.Module):
     def __init__(self, c: Any) -> None:
         super().__init__()
-        self.self_attn, self.mlp = Attention(c), MLP(c)
-        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps) for _ in range(2))
+        width, self.heads = c.hidden_size, c.num_attention_heads
+        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("k", "v", "q", "out")})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, c.intermediate_size), "fc2": nn.Linear(c.intermediate_size, width)})
+        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(width, eps=c.layer_norm_eps) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        """(B, L, D) -> (B, L, D); a token sees itself and those before it."""
+        h, project, mlp = self.layer_norm1(x), self.self_attn, self.mlp
+        q, k, v = (project[f"{name}_proj"](h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in "qkv")
+        x = x + project["out_proj"](F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        h = mlp["fc1"](self.layer_norm2(x))
+        return x + mlp["fc2"](h * torch.sigmoid(1.702 * h))  # quick_gelu
 
 
 class TextTower(nn.Module):
@@ -73,8 +44,11 @@ class TextTower(nn.Module):
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__()
         self.config = c = SimpleNamespace(**DEFAULTS | values)
+        rows = {"token_embedding": c.vocab_size, "position_embedding": c.max_position_embeddings}
+        # the tables are not drawn at random: on the device "meta" that imports torch._dynamo
+        tables = {k: nn.Embedding.from_pretrained(torch.empty(n, c.hidden_size), freeze=False) for k, n in rows.items()}
         layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
-        self.embeddings, self.encoder = Embeddings(c), nn.ModuleDict({"layers": layers})
+        self.embeddings, self.encoder = nn.ModuleDict(tables), nn.ModuleDict({"layers": layers})
         self.final_layer_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
     @property
@@ -82,15 +56,16 @@ class TextTower(nn.Module):
         return self.final_layer_norm.weight.device
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.token_embedding
+        return self.embeddings["token_embedding"]
 
     def set_input_embeddings(self, table: nn.Module) -> None:
-        self.embeddings.token_embedding = table
+        self.embeddings["token_embedding"] = table
 
     def forward(self, input_ids: Tensor, output_hidden_states: bool = True) -> SimpleNamespace:
         """ids (B, L) -> `hidden_states`: the embeddings and each layer's output, (B, L, D) each."""
-        states, layers = [self.embeddings(input_ids)], self.encoder["layers"]
-        for layer in layers.children():
+        positions: Any = self.embeddings["position_embedding"]
+        states = [self.get_input_embeddings()(input_ids) + positions.weight[: input_ids.shape[-1]]]
+        for layer in self.encoder["layers"].children():
             states.append(layer(states[-1]))
         return SimpleNamespace(hidden_states=tuple(states))
 

@@ -1,5 +1,6 @@
 """The drawing commands, given their flags: sample, sheet, morph, filmstrip, attention, tokens."""
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from minidiff.cli.draw_flags import Attention, Filmstrip, Morph, Sample, Sampling, Sheet, Tokens
+from minidiff.cli.first_line import of_drawing
 from minidiff.core.errors import SettingsError
 from minidiff.core.grids import Step
 from minidiff.core.inject import adapter_names
@@ -50,7 +52,7 @@ CALL = (  # the flags that are arguments of `pipe()`, too
 def sample(s: Sample) -> None:
     """One file for each picture; how it was made is written into it."""
     names = output_files(s)
-    pipe = load(s, [s.prompt])
+    pipe = load(s, [s.prompt], s.num_images_per_prompt)
     for name, seed in zip(names, range(s.seed, s.seed + s.num_images_per_prompt)):  # each alone: see `recipe_texts`
         alone = replace(s, seed=seed)
         image = draw(pipe, alone, s.prompt)
@@ -69,8 +71,9 @@ def sheet(s: Sheet) -> None:
 def before_and_after(s: Sheet) -> tuple[Image, str]:
     """A column for each prompt, the same seeds in every row; the sheet and how it was made."""
     learned = bool(s.lora or s.textual_inversion)
-    check_count(len(s.prompts) * s.num_images_per_prompt * (1 + learned))
-    pipe = load(replace(s, lora=(), lora_weight=(), textual_inversion=()), s.prompts)
+    pictures = len(s.prompts) * s.num_images_per_prompt * (1 + learned)
+    check_count(pictures)
+    pipe = load(replace(s, lora=(), lora_weight=(), textual_inversion=()), s.prompts, pictures)
     rows, labels = [], []
     for when in ("before", "after") if learned else ("",):
         if when == "after":
@@ -97,7 +100,7 @@ def over_settings(s: Sheet) -> tuple[Image, str]:
     def tile(one: Sheet) -> Image:
         if (wanted := tuple(getattr(one, name) for name in LOADED)) not in here:
             here.clear()  # before the next model is loaded: two need twice the memory
-            here[wanted] = load(one, s.prompts)
+            here[wanted] = load(one, s.prompts, 0 if about else math.prod(len(axis.values) for axis in axes if axis))
         pipe = here[wanted]
         pipe.set_progress_bar_config(disable=True)  # the sheet has one of its own
         pipe.set_tile_size(one.tile_size)
@@ -113,13 +116,7 @@ def check_tile(s: Sheet) -> None:
     """Find missing files and impossible sampler settings before the first tile is drawn."""
     s.check()
     output_files(s)  # an axis of pictures may hold the sheet's own name
-    for path in (s.tokenizer, *s.lora, *s.textual_inversion, s.image, s.mask_image):
-        if path is not None and not Path(path).exists():
-            raise SettingsError(f"{path}: no such file or folder.")
-    if not Path(s.pretrained_model_name_or_path).is_file():
-        local_folder(s.pretrained_model_name_or_path)
-    if s.sampler:
-        sampler_for(s.sampler, s.timestep_spacing, s.use_karras_sigmas, s.eta)
+    check_before(s, s.prompts)
 
 
 def morph(s: Morph) -> None:
@@ -133,7 +130,8 @@ def morph(s: Morph) -> None:
             f"--seeds has {len(seeds)} numbers for {len(s.prompts)} prompts; give one for each, or one for all."
         )
     keys = [(s.prompts[i % len(s.prompts)], seeds[i % len(seeds)]) for i in range(count)]
-    s, pipe = replace(s, seed=seeds[0]), load(s, s.prompts)
+    s = replace(s, seed=seeds[0])
+    pipe = load(s, s.prompts, count * s.frames)
     check_loop(keys, s.frames, s.sampler or pipe.sampler, s.eta)
     total = count * s.frames
     print(f"{count} keyframes x {s.frames} frames = {total} frames, a loop of {total / s.fps:.1f} s", file=sys.stderr)
@@ -198,8 +196,26 @@ def how(s: Sampling, pipe: StableDiffusionPipeline, prompt: str, image: Image) -
     return parameters(vars(s) | {"prompt": prompt}, pipe, image.size)
 
 
-def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
-    """The model on its device, with the LoRAs and new words of the flags and of the prompts attached."""
+def check_before(s: Sampling, prompts: Sequence[str]) -> None:
+    """Find models and LoRAs that are not there, and impossible sampler settings, before anything is loaded."""
+    if not Path(s.pretrained_model_name_or_path).is_file():
+        local_folder(s.pretrained_model_name_or_path)
+    if s.sampler:
+        sampler_for(s.sampler, s.timestep_spacing, s.use_karras_sigmas, s.eta)
+    tagged_loras(s, prompts)
+
+
+def tagged_loras(s: Sampling, prompts: Sequence[str]) -> dict[str, Path]:
+    """name -> file of the LoRAs that prompts name and --lora does not."""
+    named = sorted({name for prompt in prompts for name, _ in parse_prompt(prompt).loras})
+    return {name: in_lora_dir(s.lora_dir, name) for name in named if adapter_name_of(name) not in lora_names(s.lora)}
+
+
+def load(s: Sampling, prompts: Sequence[str], pictures: int = 1) -> StableDiffusionPipeline:
+    """The model on its device, with the LoRAs and new words of the flags and of the prompts attached.
+
+    It prints how long so many `pictures` take; 0: not again."""
+    check_before(s, prompts)
     keep_memory()  # this process is only for drawing
     device, name = chosen_device(s.device), s.pretrained_model_name_or_path
     dtype = getattr(torch, s.torch_dtype or ("float32" if device == "cpu" else "float16"))
@@ -208,6 +224,8 @@ def load(s: Sampling, prompts: Sequence[str]) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline(*parts.arguments, name, s.plain).to(device)
     pipe.set_tile_size(s.tile_size)
     attach(pipe, s, prompts)
+    if pictures:
+        of_drawing(pipe, s, pictures, lambda mark: draw(pipe, s, prompts[0], callback=mark))
     if s.compile:
         compile_unet(pipe.unet)
     return pipe
@@ -221,9 +239,8 @@ def attach(pipe: StableDiffusionPipeline, s: Sampling, prompts: Sequence[str]) -
         words += [(path, word) for word in lora.words]
         if (Path(path) / FILE_NAME).is_file() and path not in s.textual_inversion:
             words.append((path, None))  # a run of `train pivotal` leaves a LoRA and a word in one folder
-    named = {name for prompt in prompts for name, _ in parse_prompt(prompt).loras}
-    for name in sorted(name for name in named if adapter_name_of(name) not in lora_names(s.lora)):
-        print(lora := pipe.load_lora_weights(in_lora_dir(s.lora_dir, name), adapter_name_of(name)), file=sys.stderr)
+    for name, file in tagged_loras(s, prompts).items():
+        print(lora := pipe.load_lora_weights(file, adapter_name_of(name)), file=sys.stderr)
         words += [(str(lora.path), word) for word in lora.words]
     set_weights(pipe, s)
     for path, word in words:

@@ -4,6 +4,7 @@ A class is a command: its docstring is the command's help, a field is a flag, an
 The range of a value stands in its type (files/values.py). Nothing here imports torch, so that `--help` is quick.
 """
 
+import os
 import pathlib
 from dataclasses import dataclass, replace
 from itertools import count
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from tyro.conf import Positional
 
 from minidiff.core.errors import SettingsError
-from minidiff.files.values import A_PATH, FINITE, Rule, between, check_values
+from minidiff.files.values import A_PATH, FINITE, Rule, between, check_values, near_path
 
 Path = Annotated[str, A_PATH]
 Finite = Annotated[float, FINITE]
@@ -94,6 +95,13 @@ class Sampling(Flags):
     def check(self) -> None:
         super().check()
         check_weights(self.lora, self.lora_weight)
+        files = {name: getattr(self, name) for name in ("tokenizer", "lora", "textual_inversion", "image", "mask_image")}
+        for flag, value in files.items():
+            for path in (value,) if isinstance(value, str) else value or ():
+                if not os.path.exists(path) and (os.path.isdir(os.path.dirname(path) or ".") or path.count("/") != 1):
+                    raise SettingsError(f"--{flag} {path}: no such file or folder.{near_path(path)}")  # nor a hub id
+                if flag == "lora" and os.path.exists(os.path.join(path, "model_index.json")):
+                    raise SettingsError(f"--lora {path} is a whole model; give it as --pretrained_model_name_or_path {path}")
 
     def beside(self) -> Self:
         """With the next free name, such as outputs/picture-0002.png, where a file of the default --output is there already."""

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from minidiff.cli.flags import Bench, DataCheck, Judge, Lesson
 from minidiff.core.errors import DataError, SettingsError
-from minidiff.files.bundled import HOME
+from minidiff.files.bundled import HOME, here_or_bundled
+from minidiff.files.values import near_path
 from minidiff.pocket.settings import LadderSettings, PretrainSettings
 from minidiff.trainer.settings import FineTuneSettings
 
@@ -20,9 +21,13 @@ CHECKOUT = Path(__file__).parents[2]
 
 def train(s: FineTuneSettings) -> None:
     """Train, and leave with code 130 if the run was asked to stop: a script must not take it for finished."""
+    for folder in (s.instance_data_dir, s.train_data_dir, s.validation_data_dir):
+        if folder and not Path(folder).is_dir() and not here_or_bundled(folder).is_dir():
+            raise SettingsError(f"{folder}: there is no such folder.{near_path(folder)} Give that of the pictures.")
+    from minidiff.cli.first_line import of_training  # only now: torch takes long to import
     from minidiff.draw.speed import keep_memory
     from minidiff.trainer import memory
-    from minidiff.trainer.distributed import joined
+    from minidiff.trainer.distributed import joined, world
     from minidiff.trainer.recipes import RECIPES
     from minidiff.trainer.run import fit
 
@@ -30,6 +35,8 @@ def train(s: FineTuneSettings) -> None:
     with joined(s.device):
         task = RECIPES[type(s)](s)
         with memory.budgeted(task, s) as chosen:
+            if world().rank == 0:
+                of_training(task, chosen)
             report = fit(task, chosen)
         if report.finished:
             print(f"{s.output_dir}: the result and its card, loss.png, and samples/ with a sheet for each stage")

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_type_hints
 from minidiff.core.config import NoiseConfig, UNetConfig, VAEConfig
 from minidiff.core.errors import WeightsError
 from minidiff.files.bundled import here_or_bundled
-from minidiff.files.values import fits
+from minidiff.files.values import fits, near_path
 
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # deleted in 2024
 
@@ -28,10 +28,15 @@ SD15_TEXT: dict[str, Any] = dict(  # CLIP ViT-L/14's text tower, openai/clip-vit
     bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
 )  # fmt: skip
 
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_config.json")
+
 
 def local_folder(name: str) -> Path:
     """The folder itself, one that travels with the package, or the local copy of a hub id. Nothing is downloaded here."""
     if (folder := here_or_bundled(name)).is_dir():
+        adapter = [one for one in LORA_FILES if (folder / one).is_file()]
+        if adapter and not (folder / "model_index.json").exists():
+            raise WeightsError(f"{name} holds a LoRA ({adapter[0]}), not a model; give it with --lora {name}")
         return folder
     if Path(name).is_file():
         raise WeightsError(
@@ -47,7 +52,7 @@ def local_folder(name: str) -> Path:
             return Path(snapshot_download(hub_id, local_files_only=True))
         except (LocalEntryNotFoundError, ValueError):
             pass
-    hint = f" {name} is gone from the hub; it lives on as {hub_id}." if hub_id != name else ""
+    hint = f" {name} is gone from the hub; it lives on as {hub_id}." if hub_id != name else near_path(name)
     raise WeightsError(
         f"{name}: there is no such folder, and no hub model of that name in the local cache.{hint} "
         "checkpoints/README.md says where to get SD 1.5; checkpoints/pocket is in the package."

@@ -84,6 +84,12 @@ def fits(value: Any, hint: Any) -> bool:
     return type(value) is hint or (hint is float and type(value) is int) or (value is None and hint is type(None))
 
 
+def near_path(path: str) -> str:
+    """A hint such as ` Did you mean "dog"?`, from the names beside a path that does not exist."""
+    parent = Path(path).parent
+    return did_you_mean(Path(path).name, [one.name for one in parent.iterdir()] if parent.is_dir() else [])
+
+
 def listed(what: str, names: Iterable[str]) -> str:
     """Such as `  3 missing: a, b, c`; ten names at most."""
     names = sorted(f"{name:.200}" for name in names)

@@ -1,0 +1,78 @@
+"""The first line of a command that draws or trains: model, size, device, number format, steps, and about how long it takes."""
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from minidiff.core.train import DTYPES
+
+LARGE = 50_000_000  # parameters of a U-Net that was not made for teaching alone
+
+
+class Enough(Exception):
+    """The measure is over."""
+
+
+def measured(run: Callable[[Callable[[Any], None]], object]) -> tuple[float, Any]:
+    """Seconds of a step: the least of three, or the first if it takes long. `run` calls its argument with each step; the last
+    one is returned, too."""
+    marks, steps = [perf_counter()], list[Any]()
+
+    def mark(step: Any) -> None:
+        marks.append(perf_counter())
+        steps.append(step)
+        if len(steps) == 3 or marks[-1] - marks[0] > 1:
+            raise Enough
+
+    with suppress(Enough):
+        run(mark)
+    return min(b - a for a, b in zip(marks, marks[1:])), steps[-1]
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds > 1.5 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 1):.0f} s"
+
+
+def line(name: str, unet: nn.Module, size: tuple[int, int], dtype: torch.dtype, work: str, seconds: float) -> None:
+    """Print it on stderr, above a progress bar."""
+    small = ", a small teaching model" if sum(p.numel() for p in unet.parameters()) < LARGE else ""
+    where = f"{next(unet.parameters()).device.type}, {str(dtype).removeprefix('torch.')}"
+    tqdm.write(f"{name}{small}: {size[0]} x {size[1]} pixels, {where}, {work}, about {duration(seconds)}", file=sys.stderr)
+
+
+def of_drawing(pipe: Any, s: Any, pictures: int, draw: Callable[..., object]) -> None:
+    """For so many pictures; `draw(callback)` draws one of them."""
+    bar, pipe.progress_bar = pipe.progress_bar, False
+    seconds, step = measured(draw)
+    pipe.progress_bar = bar
+    height, width = (pipe.downscale * side for side in step.x.shape[-2:])
+    work = f"{step.total} steps of {s.sampler or pipe.sampler}{f', {pictures} pictures' * (pictures > 1)}"
+    line(pipe.name_or_path, pipe.unet, (width, height), pipe.dtype, work, seconds * step.total * pictures)
+
+
+def of_training(task: Any, s: Any) -> None:
+    """The time is that of three forward passes for each update: the backward pass takes two."""
+    batch, unet, dtype = task.batch(0, 0), task.modules["unet"], DTYPES[s.mixed_precision]
+    device = next(unet.parameters()).device
+    updates, samples = s.updates(task.samples_per_epoch), s.train_batch_size * s.gradient_accumulation_steps
+    cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    def run(mark: Callable[[Any], None]) -> None:
+        with torch.no_grad(), cast:
+            while True:
+                mark(float(task.loss(batch, 0, 0)))
+
+    seconds = 3 * measured(run)[0] * updates * s.gradient_accumulation_steps
+    epochs = updates * samples / task.samples_per_epoch
+    work = f"{task.samples_per_epoch} pictures, {updates} updates of {samples} = {epochs:.3g} epochs"
+    height, width = (task.beside["VAE"].config.downscale * side for side in batch["latents"].shape[-2:])
+    line(s.pretrained_model_name_or_path, unet, (width, height), dtype, work, seconds)

@@ -185,9 +185,10 @@ def output_files(s: Sample | Sheet | Morph | Filmstrip | Attention, origin: Path
 
 def check_again(s: Sample, origin: Origin) -> None:
     """For --from: SettingsError where the file of the original would be lost; a note for each thing that differs here."""
-    s.check()
     output_files(s, origin.path)
-    for note in check_origin(origin, vars(s)):
+    notes = check_origin(origin, vars(s))
+    s.check()
+    for note in notes:
         warnings.warn(note, stacklevel=1)
 
 

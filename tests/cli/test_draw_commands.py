@@ -297,7 +297,7 @@ WRONG = [
     (["sample", DOG, "--sampler", "ddim", "--use_karras_sigmas", "True"], "only these samplers take Karras sigmas"),
     (["sample", DOG, "--sampler", "euler", "--eta", "0.5"], "only ddim has one"),
     (["sample", DOG, "--strength", "0.5"], "strength was given and there is no image to work on"),
-    (["sample", DOG, "--mask_image", "m.png"], "mask_image was given and there is no image to work on"),
+    (["sample", DOG, "--mask_image", "m.png"], "--mask_image m.png: no such file"),
     (["sample", DOG, "--image", "none.png"], "none.png: no such file"),
     (["sample", DOG, "--image", "none.png", "--strength", "1.5"], "--strength must lie in 0 … 1; it is 1.5"),
     (["sample", DOG, "--tile_size", "15"], "tile_size is 15"),

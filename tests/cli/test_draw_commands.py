@@ -306,7 +306,7 @@ WRONG = [
     (["sample", "--from", "none.png"], "none.png: no such file"),
     (
         ["sample", DOG, "--tokenizer", "words"],
-        "no CLIP tokenizer here",
+        "--tokenizer words: no such file",
     ),
     (["sample", DOG, "--textual_inversion", ""], "--textual_inversion must name a file or folder"),
     (["attention", "dog " * 401], "401 pictures; a sheet holds 400 at most"),

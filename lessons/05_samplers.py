@@ -2,7 +2,7 @@
 # # Lesson 5: samplers
 #
 # A network was trained to see noise. A *sampler* decides how to use it: where to look, how far to go after each
-# look, and whether to throw in fresh noise. The network stays the same; ten samplers make ten different journeys.
+# look, and whether to throw in fresh noise. The network stays the same; eleven samplers make eleven journeys.
 #
 # ```
 #   pure noise                                                             picture
@@ -12,8 +12,8 @@
 # ```
 #
 # In this lesson you see that sampling is solving a differential equation, solve it by hand with Euler and Heun,
-# measure how fast nine samplers converge (the tenth, `lcm`, is for models that were distilled to it), and then
-# look at what they draw.
+# measure how fast nine samplers converge (the others, `lcm` and `tcd`, are for models that were distilled to them),
+# and then look at what they draw.
 #
 # Time: under a minute on one core. Needs: lesson 0, and knowing what a derivative is.
 
@@ -311,7 +311,7 @@ show(figure, "3_orders")
 # A warning about the order: it says what happens in the limit of many calls, for a smooth right-hand side. A real
 # network with guidance is not that smooth. So we look.
 #
-# ## The same prompt, ten samplers
+# ## The same prompt, eleven samplers
 #
 # **Which one should I take?** One prompt, one seed, and a budget of 4, 8, 16 or 32 network calls. (Heun makes two
 # calls a step and one at the end, PNDM one more than there are steps; they get as many steps as the budget allows.)
@@ -337,7 +337,7 @@ for name in SAMPLERS:
     latents = torch.cat([drawn(name, steps_for(name, budget)) for budget in BUDGETS])
     rows.append(to_pil(pipe.decode(latents)))
 columns = [f"{budget} calls" for budget in BUDGETS]
-show(contact_sheet(rows, list(SAMPLERS), columns, f"{PROMPT}, seed {SEED}", tile=192), "4_ten_samplers")
+show(contact_sheet(rows, list(SAMPLERS), columns, f"{PROMPT}, seed {SEED}", tile=192), "4_all_samplers")
 
 # %% [markdown]
 # Read along the rows. From 8 calls on, `ddim`, `euler`, `dpm++_2m` and `unipc` show one and the same car, and more
@@ -354,7 +354,8 @@ show(contact_sheet(rows, list(SAMPLERS), columns, f"{PROMPT}, seed {SEED}", tile
 #
 # And `lcm`? It jumps all the way to x_0 at every step, and adds fresh noise. A network that was *distilled* knows
 # where the jump ends (arXiv 2310.04378), and is done after four. This one was not: at 4 calls it overdoes the
-# colours, and later it is just one more sampler with fresh noise.
+# colours, and later it is just one more sampler with fresh noise. `tcd` (arXiv 2402.19159) jumps only as far as the next
+# noise level, or with `eta` a little further, and comes back up with fresh noise. Without `eta` it is DDIM's step.
 #
 # **Experiment: how far from the end of the road?** For those that solve the equation there is a true answer, also
 # for the real network: the latent after very many calls. Here is how far they are from it.
@@ -410,7 +411,7 @@ show(
 # the long steps before them are taken blindly. With twelve there is nothing wrong with them.
 #
 # **So which one?** For few calls and a steady hand: `dpm++_2m`, 15 to 25 steps, or `unipc` from 20. To explore:
-# `euler_a`. With an LCM adapter: `lcm`, 4 to 8 steps. With a model whose last timestep is pure noise (zero terminal
+# `euler_a`. With an LCM adapter: `lcm`, 4 to 8 steps; with a TCD one: `tcd`. With a model whose last timestep is pure noise (zero terminal
 # SNR): `trailing` spacing. Everything else is taste, and now you know what you are tasting.
 #
 # ## Exercises

@@ -60,13 +60,13 @@ class Sampling(Flags):
     guidance_scale: Finite = 5.0
     """How closely the picture follows the prompt. 1 or less switches guidance off."""
     sampler: str | None = None
-    """ddpm, ddim, pndm, euler, euler_a, heun, dpm++_2m, dpm++_2m_sde, unipc or lcm. Default: the model's own."""
+    """ddpm, ddim, pndm, euler, euler_a, heun, dpm++_2m, dpm++_2m_sde, unipc, lcm or tcd. Default: the model's own."""
     timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
     """How the timesteps are spread. Default: as the model or the sampler has it."""
     use_karras_sigmas: bool | None = None
     """Use more of the steps where there is little noise; for samplers that work with sigma. Default: the model's own."""
     eta: Annotated[float, between(0, 1)] = 0.0
-    """New noise in each step of ddim: 0 is none, 1 is as much as ddpm."""
+    """New noise in each step of ddim or tcd: 0 is none, 1 is as much as ddpm, or lcm."""
     clip_skip: Annotated[int, between(0, 100)] = 0
     """Leave out the last N layers of the text encoder. A1111 counts one more: its "Clip skip: 2" is 1 here."""
     seed: int = 0

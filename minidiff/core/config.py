@@ -25,25 +25,11 @@ class UNetConfig:
     attention_head_dim: int | tuple[int, ...] = 8
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    use_linear_projection: bool = False  # into and out of the transformers; SD 1.x has 1x1 convolutions there
+    use_linear_projection: bool = False  # around the transformers; SD 1.x has 1x1 convolutions
     transformer_layers_per_block: int | tuple[int, ...] = 1  # TransformerBlocks in a row
     addition_embed_type: Literal["text_time"] | None = None  # SDXL: the U-Net also reads a vector, see core/text.py
     addition_time_embed_dim: int | None = None  # sinusoids for each number in that vector
     projection_class_embeddings_input_dim: int | None = None  # the width of that vector
-
-    @property
-    def heads(self) -> tuple[int, ...]:
-        """Heads of attention on each level."""
-        return self.per_level(self.attention_head_dim)
-
-    @property
-    def depths(self) -> tuple[int, ...]:
-        """TransformerBlocks in each transformer of a level. The last number is the mid block's, too."""
-        return self.per_level(self.transformer_layers_per_block)
-
-    def per_level(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
-        """One number for each level, from the widest resolution to the smallest."""
-        return (value,) * len(self.block_out_channels) if isinstance(value, int) else value
 
 
 @dataclass(frozen=True)

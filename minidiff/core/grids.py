@@ -14,7 +14,7 @@ A sampler is an iterator of `Step`s, one after each call of the network, so prog
     fix_x0      corrects the predicted x0: inpainting knows a part of the picture
     spacing     which timesteps (see `timesteps`); None: the model's own choice, else the sampler's default
     karras      sigmas by EDM eq. 5, for samplers that can use them; None: the model's own choice
-    eta         the share of fresh noise, for DDIM only: 0 is deterministic, 1 is DDPM
+    eta         the share of fresh noise, for DDIM and TCD only: 0 is deterministic, 1 is DDPM, or nearly LCM
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -57,6 +57,7 @@ class Sampler:
     karras: bool = False
     eta: bool = False
     fresh_noise: bool = False  # calls `step_noise` even where eta is 0
+    a_bars: bool = False  # visits levels between those of the grid
     calls: Callable[[int], int] = lambda length: length  # calls of the network for a grid of this length
 
     def __call__(
@@ -89,6 +90,7 @@ class Sampler:
         x = self.start(noise, None if image is None else image.to(noise), grid[0][1], spacing)
         denoise = Denoiser(model, config.prediction_type, fix_x0)
         rule = partial(self.rule, eta=eta) if self.eta else self.rule
+        rule = partial(rule, a_bars=schedule.alphas_cumprod) if self.a_bars else rule
         visits, total = rule(denoise, x, grid, lambda i: step_noise(i).to(x)), self.calls(len(grid))
         return (Step(index, total, t, x, x0) for index, (t, x, x0) in enumerate(visits))
 
@@ -167,9 +169,9 @@ def first_jump_twice(schedule: NoiseSchedule, steps: int, first: int, spacing: s
 
 
 def distilled(schedule: NoiseSchedule, steps: int, first: int, spacing: str, karras: bool) -> Grid:
-    """LCM: every T / 50th timestep, as in distillation; of these, `steps` evenly spread ones."""
+    """LCM and TCD: every T / 50th timestep, as in distillation; of these, `steps` evenly spread ones."""
     if steps > LCM_STEPS:
-        raise SettingsError(f"num_inference_steps is {steps}; lcm takes 1 to {LCM_STEPS} steps, and 4 to 8 are usual.")
+        raise SettingsError(f"num_inference_steps is {steps}; lcm and tcd take 1 to {LCM_STEPS}, and 4 to 8 are usual.")
     known = np.arange(LCM_STEPS, 0, -1) * (len(schedule.alphas_cumprod) // LCM_STEPS) - 1  # 999, 979, ... 19
     ts = [float(t) for t in known[np.floor(np.linspace(0, LCM_STEPS, steps, endpoint=False)).astype(int)][first:]]
     return rows(ts, [*(a_bar_at(schedule, t) for t in ts), 1.0])
@@ -235,5 +237,6 @@ SAMPLERS: dict[str, Sampler] = {
     ),
     "unipc": Sampler(samplers.unipc, whole_timesteps, start_ve, "linspace", karras=True),
     "lcm": Sampler(samplers.lcm, distilled, start_vp, None, fresh_noise=True),
+    "tcd": Sampler(samplers.tcd, distilled, start_vp, None, eta=True, a_bars=True),
 }
 ddim = SAMPLERS["ddim"]

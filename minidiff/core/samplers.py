@@ -14,7 +14,7 @@ and in the papers
     x0, eps             the network's answer as a clean latent ("predicted x_0", x_theta) and as noise
     h                   lambda_{t_i} - lambda_{t_{i-1}} in DPM-Solver++: how far a step goes in lambda = -log sigma
 
-The same noisy latent is written on two scales. DDPM, DDIM, PNDM and LCM use x_t itself, whose variance stays near 1. The
+The same noisy latent is written on two scales. DDPM, DDIM, PNDM, LCM and TCD use x_t, whose variance stays near 1. The
 network sees this scale, too. The others solve dx = eps dsigma (DDIM eq. 14) for x_t / sqrt(a_bar) = x0 + sigma eps. For an
 x0 that is constant over a step of length h, the exact solution is x e^-h + x0 (1 - e^-h).
 """
@@ -133,6 +133,21 @@ def lcm_boundary(t: Any) -> tuple[Any, Any]:
     scaled = LCM_TIMESTEP_SCALING * t
     norm = scaled**2 + LCM_SIGMA_DATA**2
     return LCM_SIGMA_DATA**2 / norm, scaled / norm**0.5  # consistency models, 2303.01469, appendix C
+
+
+def tcd(denoise: Denoiser, x: Tensor, grid: Grid, noise: StepNoise, a_bars: Tensor, eta: float = 0.0) -> Iterator[Visit]:
+    """TCD (2402.19159), for models distilled to it: jump to s, below the next t, and add fresh noise up to that t.
+
+    `eta` is gamma in the paper: at 0, s is the next t, as in DDIM; at 1, s is 0, nearly as in LCM. `a_bars` (T,): all levels.
+    """
+    for i, (t, a_bar, a_bar_prev) in enumerate(grid):
+        x0, eps = denoise(x, t, a_bar)
+        t_prev = grid[i + 1][0] if i + 1 < len(grid) else 0
+        a_bar_s = a_bars[int((1 - eta) * t_prev)].item()  # TCD, strategic stochastic sampling: s = (1 - gamma) t_prev
+        x = sqrt(a_bar_s) * x0 + sqrt(1 - a_bar_s) * eps  # DDIM eq. 12, to s
+        if eta > 0 and t_prev > 0:
+            x = sqrt(a_bar_prev / a_bar_s) * x + sqrt(1 - a_bar_prev / a_bar_s) * noise(i)  # DDPM eq. 2, from s to t_prev
+        yield t, x, x0
 
 
 # --- samplers that solve an equation over sigma; levels are sigma ------------------------------------------------------

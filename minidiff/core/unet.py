@@ -16,8 +16,10 @@ from minidiff.core.transformer import SpatialTransformer
 
 def transformer(channels: int, config: UNetConfig, level: int) -> SpatialTransformer:
     """A transformer with the heads and the depth of a level."""
-    heads, depth, groups = config.heads[level], config.depths[level], config.norm_num_groups
-    return SpatialTransformer(channels, config.cross_attention_dim, heads, groups, depth, config.use_linear_projection)
+    both = config.attention_head_dim, config.transformer_layers_per_block
+    heads, depth = (one if isinstance(one, int) else one[level] for one in both)
+    groups, linear = config.norm_num_groups, config.use_linear_projection
+    return SpatialTransformer(channels, config.cross_attention_dim, heads, groups, depth, linear)
 
 
 class Level(nn.Module):

@@ -34,6 +34,11 @@ ONE_STEP = (
     "num_inference_steps is 1, which leaves noise or a blur; take about 20. Models and LoRAs that were distilled to few steps "
     'draw in 1 to 8 with sampler "lcm", or with timestep_spacing "trailing" and guidance_scale 1.'
 )
+TURBO = ("trailing", "euler", "epsilon")  # the scheduler of SD-Turbo and SDXL-Turbo: no other mark tells them
+GUIDED_TURBO = (
+    "guidance_scale is {}; by its scheduler, Euler with trailing timestep_spacing, this is a turbo model, which draws in 1 to 4 "
+    "steps with guidance_scale 0."
+)
 NONFINITE = (
     "NaN or infinity comes out of the {}, so the picture would be black. Where half precision overflowed, run in float32 or "
     "bfloat16 (--torch_dtype); where training diverged, take an earlier checkpoint; else get the model's files again."
@@ -126,9 +131,12 @@ class StableDiffusionPipeline(Model):
         walk = partial(chosen, image=canvas.image, strength=canvas.strength, fix_x0=canvas.fix_x0)
         walk = partial(walk, spacing=timestep_spacing, karras=use_karras_sigmas, eta=eta)
         steps = as_int("num_inference_steps", num_inference_steps)
-        spacing = timestep_spacing or self.schedule.config.timestep_spacing or chosen.spacing
+        own = self.schedule.config
+        spacing = timestep_spacing or own.timestep_spacing or chosen.spacing
         if steps == 1 and image is None and spacing in ("leading", "linspace"):
             warnings.warn(ONE_STEP, stacklevel=2)
+        if guidance_scale > 1 and (own.timestep_spacing, self.sampler[:5], own.prediction_type) == TURBO:
+            warnings.warn(GUIDED_TURBO.format(guidance_scale), stacklevel=2)
         encode = partial(self.encode_prompt, clip_skip=clip_skip, chunks=chunks)
         stations = Stations(encode, canvas.unet, lambda latents: canvas.paste(self.decode(latents)), self.schedule)
         drawing = generate(stations, *sides, canvas.noise.to(self.device), draw, steps, guidance_scale, walk)
@@ -277,7 +285,7 @@ def sampler_for(name: str, spacing: str | None = None, karras: bool | None = Non
         able = ", ".join(name for name, other in SAMPLERS.items() if other.karras)
         raise SettingsError(f"use_karras_sigmas is on; only these samplers take Karras sigmas: {able}.")
     if not 0 <= eta <= 1 or (eta and not sampler.eta):
-        raise SettingsError(f"eta is {eta}; only ddim has one, from 0 (deterministic) to 1 (as DDPM).")
+        raise SettingsError(f"eta is {eta}; only ddim and tcd have one, from 0 (deterministic) to 1 (all new noise).")
     return sampler
 
 

@@ -147,8 +147,10 @@ def check_sizes(config: UNetConfig | VAEConfig, where: str) -> None:
     heads = (1,) * len(widths)
     possible = 1 <= len(widths) <= LEVELS and layers <= LAYERS
     if isinstance(config, UNetConfig):
-        heads, down, up = config.heads, config.down_block_types, config.up_block_types
-        levels = {len(widths), len(down), len(up), len(heads), len(config.depths)}
+        down, up = config.down_block_types, config.up_block_types
+        both = config.attention_head_dim, config.transformer_layers_per_block
+        heads, depths = (one if isinstance(one, tuple) else (one,) * len(widths) for one in both)
+        levels = {len(widths), len(down), len(up), len(heads), len(depths)}
         possible = possible and len(levels) == 1 and BLOCKS.issuperset(down + up)
         if len({getattr(config, key) is None for key in NEWER[-3:]}) > 1:
             raise WeightsError(f"{where}: addition_embed_type text_time needs {NEWER[-2]} and {NEWER[-1]}, and they need it.")
@@ -183,6 +185,7 @@ SAMPLER_OF = {  # `_class_name` in scheduler_config.json -> our sampler; of dpm+
     "DPMSolverMultistepScheduler": "dpm++_2m",
     "UniPCMultistepScheduler": "unipc",
     "LCMScheduler": "lcm",
+    "TCDScheduler": "tcd",
 }
 DRAWN_AS: dict[str, tuple[Any, ...]] = {  # settings of diffusers' classes, and the values of them that minidiff follows
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),  # diffusers, too, takes "deis" for dpmsolver++
@@ -190,6 +193,8 @@ DRAWN_AS: dict[str, tuple[Any, ...]] = {  # settings of diffusers' classes, and 
     "lower_order_final": (True,),
     "final_sigmas_type": ("zero",),
     "original_inference_steps": (50,),
+    "timestep_type": ("discrete",),
+    "interpolation_type": ("linear",),
     **dict.fromkeys(("thresholding", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas"), (False, None)),
     **dict.fromkeys(("use_flow_sigmas", "sigma_min", "sigma_max"), (False, None)),
 }

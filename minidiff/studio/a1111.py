@@ -31,6 +31,7 @@ SAMPLER_NAMES = {  # ours -> A1111's
     "dpm++_2m_sde": "DPM++ 2M SDE",
     "unipc": "UniPC",
     "lcm": "LCM",
+    "tcd": "TCD",
 }
 
 

@@ -157,7 +157,7 @@ def test_alone_or_in_a_batch(name, strength):
 def test_zero_snr_is_finite_and_forgets_the_start(name):
     """At t = 999 nothing of a picture is left: what the network says of x0 is all there is."""
     noise = draw(8, 1, 4, 3, 3)
-    spacing = None if name == "lcm" else "trailing"
+    spacing = "trailing" if SAMPLERS[name].spacing else None
     walk = list(SAMPLERS[name](GOLDEN["fake_network"], noise[0], ZERO_SNR, 5, lambda i: noise[i + 1], spacing=spacing))
     assert walk[0].t == 999
     torch.testing.assert_close(walk[0].x0, -GOLDEN["fake_network"](noise[0], 999.0), rtol=0, atol=2e-3)
@@ -215,7 +215,7 @@ def first_t(name: str, schedule: NoiseSchedule, **settings) -> float:
 
 def test_spacing_argument_beats_config_beats_default():
     trailing = NoiseSchedule.from_config(NoiseConfig(timestep_spacing="trailing"))
-    own = [name for name in SAMPLERS if name != "lcm"]
+    own = [name for name, sampler in SAMPLERS.items() if sampler.spacing]
     walkers, whole = ("ddpm", "ddim", "pndm"), ("dpm++_2m", "dpm++_2m_sde", "unipc")
     assert [first_t(name, SCHEDULE) for name in own] == [951 if name in walkers else 999 for name in own]
     assert [first_t(name, trailing) for name in own] == [999] * 9
@@ -240,7 +240,7 @@ def test_karras_argument_beats_config():
 @pytest.mark.parametrize(("steps", "spacing"), [(0, None), (1001, None), (10, "karras"), (-5, None)])
 def test_bad_steps_and_spacing(name, steps, spacing):
     noise = draw(1, 1, 4, 2, 2)[0]
-    if name == "lcm" and spacing:
+    if SAMPLERS[name].spacing is None and spacing:
         pytest.skip("it has timesteps of its own")
     with pytest.raises(SettingsError):  # at once, before the first step
         SAMPLERS[name](lambda x, t: x, noise, SCHEDULE, steps, silent, spacing=spacing)
@@ -255,7 +255,7 @@ def test_heun_cannot_begin_at_zero_snr():
 
 def test_lcm_has_timesteps_of_its_own():
     noise = draw(1, 1, 4, 2, 2)[0]
-    with pytest.raises(SettingsError, match="lcm takes 1 to 50 steps"):
+    with pytest.raises(SettingsError, match="lcm and tcd take 1 to 50"):
         SAMPLERS["lcm"](lambda x, t: x, noise, SCHEDULE, 51, silent)
 
 

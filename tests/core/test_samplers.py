@@ -6,7 +6,7 @@ solution of the probability-flow ODE (DDIM eq. 14): x_t keeps its distance from 
 
 import runpy
 from collections.abc import Callable
-from math import log
+from math import floor, log
 from pathlib import Path
 
 import pytest
@@ -66,7 +66,7 @@ def last_before(name: str, walk: list[Step], t: float) -> Tensor:
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, V_SCHEDULE], ids=["epsilon", "v"])
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])
+@pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if sampler.spacing])
 def test_gaussian_mean_and_deviation(name, schedule):
     """Enough steps give the data's own mean and standard deviation, here over 10,000 samples.
 
@@ -231,6 +231,41 @@ def test_lcm_eq9_and_algorithm3():
             z = a_bar_next**0.5 * z + (1 - a_bar_next) ** 0.5 * noise[i + 1]
         torch.testing.assert_close(step.x, z, rtol=1e-5, atol=1e-4)
         x = step.x
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_tcd_strategic_stochastic_sampling(eta):
+    """2402.19159: DDIM's jump to s = (1 - gamma) t', then fresh noise from s up to t'; the last jump goes to s = 0."""
+    noise = draw(4, 2, 4, 3, 3)
+    walk = list(SAMPLERS["tcd"](fake_network, noise[0], SCHEDULE, 4, lambda i: noise[i + 1], eta=eta))
+    assert [step.t for step in walk] == [999, 759, 499, 259]
+    x = noise[0]
+    for i, step in enumerate(walk):
+        t_next = walk[i + 1].t if i < 3 else 0
+        s = floor((1 - eta) * t_next)
+        eps = fake_network(x, step.t)
+        x0 = (x - (1 - a_bar_at(step.t)) ** 0.5 * eps) / a_bar_at(step.t) ** 0.5
+        x = a_bar_at(s) ** 0.5 * x0 + (1 - a_bar_at(s)) ** 0.5 * eps
+        if i < 3:
+            kept = a_bar_at(t_next) / a_bar_at(s)
+            x = kept**0.5 * x + (1 - kept) ** 0.5 * noise[i + 1]
+        torch.testing.assert_close(step.x, x, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(step.x0, x0, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "pndm"])  # which extrapolates the output itself
+def test_a_network_of_eps_read_as_v_draws_the_same(name):
+    """2202.00512, appendix D: v = sqrt(a_bar) eps - sqrt(1 - a_bar) x0 = (eps - sqrt(1 - a_bar) x) / sqrt(a_bar)."""
+
+    def v_network(x, t):
+        a_bar = SCHEDULE.alphas_cumprod[t.long()].view(-1, 1, 1, 1)
+        return (fake_network(x, t) - (1 - a_bar).sqrt() * x) / a_bar.sqrt()
+
+    noise, spacing = draw(7, 2, 4, 3, 3), "leading" if SAMPLERS[name].spacing else None
+    for model, schedule in ((fake_network, SCHEDULE), (v_network, V_SCHEDULE)):
+        *_, last = SAMPLERS[name](model, noise[0], schedule, 6, lambda i: noise[i + 1], spacing=spacing)
+        expected = last.x if schedule is SCHEDULE else expected
+    torch.testing.assert_close(last.x, expected, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- solvers' equations

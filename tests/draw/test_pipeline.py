@@ -286,6 +286,7 @@ def test_half_precision(pipe: StableDiffusionPipeline, tiny_folder: Path, tmp_pa
         ("EulerAncestralDiscreteScheduler", "euler_a"),
         ("DPMSolverMultistepScheduler", "dpm++_2m"),
         ("LCMScheduler", "lcm"),
+        ("TCDScheduler", "tcd"),
     ],
 )
 def test_the_folder_says_which_sampler(folder: Path, tmp_path: Path, class_name: str, sampler: str) -> None:
@@ -599,7 +600,7 @@ def test_sides_follow_the_vaes_levels(pipe: StableDiffusionPipeline, levels: int
             other.latent_shape(1, 64, 6 * factor + 1)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "pndm", "lcm"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "pndm", "lcm", "tcd"])
 def test_no_karras_sigmas_for_walkers(name: str) -> None:
     with pytest.raises(SettingsError, match="only these samplers take Karras sigmas: euler, euler_a, heun, dpm"):
         sampler_for(name, karras=True)
@@ -611,9 +612,9 @@ def test_bad_eta(eta: float) -> None:
         sampler_for("ddim", eta=eta)
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "ddim"])
-def test_only_ddim_has_an_eta(name: str) -> None:
-    with pytest.raises(SettingsError, match="only ddim has one"):
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("ddim", "tcd")])
+def test_only_ddim_and_tcd_have_an_eta(name: str) -> None:
+    with pytest.raises(SettingsError, match="only ddim and tcd have one"):
         sampler_for(name, eta=0.5)
 
 

@@ -27,6 +27,7 @@ CLASSES = {
     "dpm++_2m_sde": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
     "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
 }
 OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "ddpm": {"clip_sample": False},
@@ -40,11 +41,12 @@ SPACINGS = ("leading", "linspace", "trailing")
 # sampler, eta, prediction, spacing, strength, "karras" or "zero_snr" or ""
 CASES: list[tuple[str, float, str, str | None, float, str]] = [
     *((name, 0.0, prediction, None, 1.0, "") for name in CLASSES for prediction in ("epsilon", "v_prediction")),
-    *((name, 0.0, "epsilon", spacing, 1.0, "") for name in CLASSES if name != "lcm" for spacing in SPACINGS),
+    *((name, 0.0, "epsilon", spacing, 1.0, "") for name in CLASSES if name not in ("lcm", "tcd") for spacing in SPACINGS),
     *((name, 0.0, "epsilon", "leading", 1.0, "karras") for name in KARRAS),
     *((name, 0.0, "epsilon", None, 0.6, "") for name in CLASSES),
     *((name, 0.0, "v_prediction", "trailing", 1.0, "zero_snr") for name in CLASSES if name not in ("pndm", "heun")),
     *(("ddim", 0.6, "v_prediction", spacing, 1.0, "") for spacing in SPACINGS),
+    *(("tcd", eta, "epsilon", None, strength, "") for eta in (0.3, 1.0) for strength in (1.0, 0.6)),
 ]
 
 
@@ -102,12 +104,12 @@ def reference_trajectory(scheduler: Any, steps: int, shape: tuple[int, ...], eta
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
         x = scheduler.add_noise(picture(shape), noise, ts[:1])
-    only_ddim = {"eta": eta} if eta > 0 else {}
+    share = {"eta": eta} if eta > 0 or "TCD" in type(scheduler).__name__ else {}  # TCD's own default is 0.3
     draws = {} if any(n in type(scheduler).__name__ for n in ("PNDM", "Heun", "UniPC")) else {"generator": generator}
     trajectory = []
     for i, t in enumerate(ts, first):
         output = fake_network(scheduler.scale_model_input(x, t), t)
-        x = scheduler.step(output, t, x, **draws, **only_ddim).prev_sample
+        x = scheduler.step(output, t, x, **draws, **share).prev_sample
         trajectory.append(x / level_after(scheduler, i) if ve_scale else x)
     return torch.stack(trajectory)
 

@@ -65,8 +65,8 @@ def assert_same(ours, theirs, tolerance=1e-5):
 @pytest.mark.parametrize(("name", "prediction", "special"), VARIANTS)
 def test_trajectories(name, prediction, special, spacing, steps):
     """Text to image, and image to image at two strengths, with the start noise of each sampler's own `add_noise`."""
-    if name == "lcm" and spacing:
-        pytest.skip("LCM has one spacing, its own")
+    if SAMPLERS[name].spacing is None and spacing:
+        pytest.skip("LCM and TCD have one spacing, their own")
     config = NoiseConfig(prediction_type=prediction, rescale_betas_zero_snr=special == "zero_snr")
     schedule = NoiseSchedule.from_config(config)
     for strength in (1.0, 0.75, 0.3):
@@ -109,6 +109,16 @@ def test_ddim_with_eta(prediction, spacing, eta):
             reference = GOLDEN["reference_scheduler"]("ddim", prediction, spacing)
             expected = GOLDEN["reference_trajectory"](reference, steps, SHAPE, eta, strength)
             assert_same(trajectory("ddim", schedule, steps, strength, spacing=spacing, eta=eta), expected)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_tcd_with_eta(prediction, eta):
+    schedule = NoiseSchedule.from_config(NoiseConfig(prediction_type=prediction))
+    for steps, strength in ((1, 1.0), (2, 1.0), (4, 1.0), (8, 1.0), (4, 0.75)):
+        reference = GOLDEN["reference_scheduler"]("tcd", prediction, None)
+        expected = GOLDEN["reference_trajectory"](reference, steps, SHAPE, eta, strength)
+        assert_same(trajectory("tcd", schedule, steps, strength, eta=eta), expected)
 
 
 @pytest.mark.parametrize("name", ["ddim", "pndm"])

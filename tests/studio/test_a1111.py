@@ -48,6 +48,7 @@ def test_a1111_as_it_writes_today() -> None:
         ("Sampler: PLMS", "pndm", None),
         ("Sampler: UniPC", "unipc", False),
         ("Sampler: LCM", "lcm", None),
+        ("Sampler: TCD", "tcd", None),
         ("Sampler: DPM adaptive", None, None),
     ],
 )

@@ -411,8 +411,8 @@ show(
 # the long steps before them are taken blindly. With twelve there is nothing wrong with them.
 #
 # **So which one?** For few calls and a steady hand: `dpm++_2m`, 15 to 25 steps, or `unipc` from 20. To explore:
-# `euler_a`. With an LCM adapter: `lcm`, 4 to 8 steps; with a TCD one: `tcd`. With a model whose last timestep is pure noise (zero terminal
-# SNR): `trailing` spacing. Everything else is taste, and now you know what you are tasting.
+# `euler_a`. With an LCM adapter: `lcm`, 4 to 8 steps; with a TCD one: `tcd`. With a model whose last timestep is pure
+# noise (zero terminal SNR): `trailing` spacing. Everything else is taste, and now you know what you are tasting.
 #
 # ## Exercises
 #

@@ -36,8 +36,8 @@ ONE_STEP = (
 )
 TURBO = ("trailing", "euler", "epsilon")  # the scheduler of SD-Turbo and SDXL-Turbo: no other mark tells them
 GUIDED_TURBO = (
-    "guidance_scale is {}; by its scheduler, Euler with trailing timestep_spacing, this is a turbo model, which draws in 1 to 4 "
-    "steps with guidance_scale 0."
+    "guidance_scale is {}; by its scheduler, Euler with trailing timestep_spacing, this is a turbo model, which draws in 1 to "
+    "4 steps with guidance_scale 0."
 )
 NONFINITE = (
     "NaN or infinity comes out of the {}, so the picture would be black. Where half precision overflowed, run in float32 or "

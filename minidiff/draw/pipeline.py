@@ -34,7 +34,6 @@ ONE_STEP = (
     "num_inference_steps is 1, which leaves noise or a blur; take about 20. Models and LoRAs that were distilled to few steps "
     'draw in 1 to 8 with sampler "lcm", or with timestep_spacing "trailing" and guidance_scale 1.'
 )
-TURBO = ("trailing", "euler", "epsilon")  # the scheduler of SD-Turbo and SDXL-Turbo: no other mark tells them
 GUIDED_TURBO = (
     "guidance_scale is {}; by its scheduler, Euler with trailing timestep_spacing, this is a turbo model, which draws in 1 to "
     "4 steps with guidance_scale 0."
@@ -131,12 +130,8 @@ class StableDiffusionPipeline(Model):
         walk = partial(chosen, image=canvas.image, strength=canvas.strength, fix_x0=canvas.fix_x0)
         walk = partial(walk, spacing=timestep_spacing, karras=use_karras_sigmas, eta=eta)
         steps = as_int("num_inference_steps", num_inference_steps)
-        own = self.schedule.config
-        spacing = timestep_spacing or own.timestep_spacing or chosen.spacing
-        if steps == 1 and image is None and spacing in ("leading", "linspace"):
-            warnings.warn(ONE_STEP, stacklevel=2)
-        if guidance_scale > 1 and (own.timestep_spacing, self.sampler[:5], own.prediction_type) == TURBO:
-            warnings.warn(GUIDED_TURBO.format(guidance_scale), stacklevel=2)
+        spacing = timestep_spacing or self.schedule.config.timestep_spacing or chosen.spacing
+        self.warn_of(steps if image is None else None, spacing, guidance_scale)
         encode = partial(self.encode_prompt, clip_skip=clip_skip, chunks=chunks)
         stations = Stations(encode, canvas.unet, lambda latents: canvas.paste(self.decode(latents)), self.schedule)
         drawing = generate(stations, *sides, canvas.noise.to(self.device), draw, steps, guidance_scale, walk)
@@ -164,6 +159,15 @@ class StableDiffusionPipeline(Model):
             raise MinidiffError(NONFINITE.format("U-Net"))
         drawn: Tensor = next(stations) if decode else step.x
         return drawn
+
+    def warn_of(self, steps: int | None, spacing: str | None, guidance_scale: float) -> None:
+        """Warn of steps from noise, or of guidance, with which this model cannot draw well."""
+        if steps == 1 and spacing in ("leading", "linspace"):
+            warnings.warn(ONE_STEP, stacklevel=3)
+        noise = self.schedule.config  # the scheduler of SD-Turbo and SDXL-Turbo is their one mark
+        turbo = (noise.timestep_spacing, noise.prediction_type, self.sampler[:5]) == ("trailing", "epsilon", "euler")
+        if turbo and guidance_scale > 1:
+            warnings.warn(GUIDED_TURBO.format(guidance_scale), stacklevel=3)
 
     def canvas(
         self, pictures: Tensor | None, mask_image: Pictures | None, strength: float | None, shape: Sequence[int], draw: Draw

@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {  # what is typed -> its flags (fil
     "train textual_inversion": ("trainer.settings:TextualInversionSettings", "train_commands:train", "Teach a new word."),
     "train pivotal": ("trainer.settings:PivotalSettings", "train_commands:train", "Teach a new word and a LoRA together."),
     "data check": ("cli.flags:DataCheck", "train_commands:data_check", "List all problems of a folder of training pictures."),
+    "watch": ("cli.flags:Watch", "train_commands:watch", "Show the sheets and the loss curve of a training run as it goes."),
     "inspect": ("cli.flags:Inspect", "files_commands:inspect", "Describe a weight file: program, family, ranks, problems."),
     "convert": ("cli.flags:Convert", "files_commands:convert", "Write a weight file in another program's format."),
     "merge bake": ("cli.flags:Bake", "files_commands:bake", "Add adapters to a model's weights."),

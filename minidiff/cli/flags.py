@@ -149,6 +149,14 @@ class DataCheck(Flags):
 
 
 @dataclass(frozen=True)
+class Watch(Flags):
+    """Open the newest sheet and the loss curve of a run in a viewer, and again when they change; until Ctrl-C."""
+
+    output_dir: Positional[str]
+    """The --output_dir of the training."""
+
+
+@dataclass(frozen=True)
 class Lesson(Flags):
     """Run a lesson. Its figures are written to outputs/lessons. Without a number: list the lessons."""
 

@@ -90,6 +90,8 @@ def parse(name: str, kind: type, words: list[str]) -> Any:
             from minidiff.files.values import from_toml
 
             default = from_toml(kind, Path(given.file))
+    if name == "train lora":
+        default = with_preset_of(words, default or kind())
     settings = tyro.cli(kind, args=ready_words(name, kind, words, default), prog=prog, default=default)
     if not origin and not any(word.partition("=")[0] == "--output" for word in words):
         settings = settings.beside() if hasattr(settings, "beside") else settings
@@ -98,6 +100,20 @@ def parse(name: str, kind: type, words: list[str]) -> Any:
 
         check_again(settings, origin)
     return settings
+
+
+def with_preset_of(words: list[str], default: Any) -> Any:
+    """The settings that other flags change: those of --preset, if there is one, for the base model of these flags."""
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=["object", "style", "face"])
+    base = "pretrained_model_name_or_path"
+    first.add_argument(f"--{base}", f"--{base.replace('_', '-')}", default=default.pretrained_model_name_or_path)
+    given = first.parse_known_args(words)[0]
+    if not given.preset:
+        return default
+    from minidiff.trainer.presets import with_preset
+
+    return with_preset(default, given.preset, given.pretrained_model_name_or_path)
 
 
 def main(argv: list[str] | None = None) -> None:

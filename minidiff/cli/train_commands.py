@@ -5,16 +5,21 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from minidiff.cli.flags import Bench, DataCheck, Judge, Lesson
+from minidiff.cli.flags import Bench, DataCheck, Judge, Lesson, Watch
 from minidiff.core.errors import DataError, SettingsError
 from minidiff.files.bundled import HOME, here_or_bundled
 from minidiff.files.values import near_path
 from minidiff.pocket.settings import LadderSettings, PretrainSettings
-from minidiff.trainer.settings import FineTuneSettings
+from minidiff.trainer.settings import FineTuneSettings, LoRASettings
+
+if TYPE_CHECKING:
+    from minidiff.trainer.run import Report
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -28,9 +33,12 @@ def train(s: FineTuneSettings) -> None:
     from minidiff.draw.speed import keep_memory
     from minidiff.trainer import memory
     from minidiff.trainer.distributed import joined, world
+    from minidiff.trainer.presets import told
     from minidiff.trainer.recipes import RECIPES
     from minidiff.trainer.run import fit
 
+    if isinstance(s, LoRASettings) and s.preset:
+        print(told(s))
     keep_memory(not s.fit)  # with --fit, the peak has to be what the tensors need
     with joined(s.device):
         task = RECIPES[type(s)](s)
@@ -38,10 +46,50 @@ def train(s: FineTuneSettings) -> None:
             if world().rank == 0:
                 of_training(task, chosen)
             report = fit(task, chosen)
-        if report.finished:
-            print(f"{s.output_dir}: the result and its card, loss.png, and samples/ with a sheet for each stage")
+        print(what_next(s, report, task.prompt))
     if not report.finished:
         sys.exit(130)
+
+
+def what_next(s: FineTuneSettings, report: "Report", prompt: str) -> str:
+    """After a run: where its files are, and the commands to go on with."""
+    from minidiff.cli.next_steps import command, drawing
+    from minidiff.trainer.checkpoint import checkpoints
+
+    home, on = Path(s.output_dir), replace(s, resume_from_checkpoint="latest", overwrite_output_dir=False)
+    lines = [f"{home}: loss.png, and samples/ with a sheet for each stage"]
+    if report.finished:
+        lines = [f"{home}: the result and its card, loss.png, and samples/ with a sheet for each stage"]
+        lines += [f"Draw with it:\n  {drawing(s, prompt, home)}"]
+        if s.lr_scheduler.startswith("constant"):  # else the rate has reached its end
+            longer = replace(on, max_train_steps=2 * report.done, num_train_epochs=None)
+            lines += [f"Not like the pictures yet? Train twice as long:\n  {command(longer)}"]
+    else:
+        lines += [f"Go on:\n  {command(on)}"]
+        if saved := checkpoints(home):
+            lines += [f"Draw with what it has learnt so far:\n  {drawing(s, prompt, saved[-1])}"]
+    return "\n".join(lines)
+
+
+def watch(s: Watch) -> None:
+    """Until Ctrl-C. The viewer is the one that Pillow finds on this system."""
+    from PIL import Image, ImageShow
+
+    from minidiff.trainer.checkpoint import CONFIG
+
+    home, shown = Path(s.output_dir), set[tuple[Path, int]]()
+    if not (home / CONFIG).is_file():
+        raise SettingsError(f"{home} holds no run of minidiff train: there is no {CONFIG} in it.")
+    while True:
+        newest = [*sorted(home.glob("samples/step-*.png"))[-1:], *home.glob("loss.png")]
+        for path, changed in [(path, path.stat().st_mtime_ns) for path in newest]:
+            if (path, changed) not in shown:
+                print(path)
+                with Image.open(path) as image:
+                    if not ImageShow.show(image, path.name):
+                        raise SettingsError(f"there is no program here that shows pictures; open {path} yourself.")
+            shown.add((path, changed))
+        time.sleep(2)
 
 
 def data_check(s: DataCheck) -> None:

@@ -16,7 +16,9 @@ from minidiff.trainer.settings import FineTuneSettings
 
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"]
 LICENSE = ("license", "license_name", "license_link")
-NOT_PUBLISHED = ("checkpoint-*/", "metrics.jsonl", ".lock", ".tmp-*", "state/")  # git and huggingface_hub follow .gitignore
+SHEET = "sheet.png"  # of samples/, which show training pictures, only this is published
+# git and huggingface_hub follow .gitignore
+NOT_PUBLISHED = ("checkpoint-*/", "samples/", "metrics.jsonl", ".lock", ".tmp-*", "state/")
 WORD, LORA = 'pipe.load_textual_inversion("{name}")', 'pipe.load_lora_weights("{name}")'
 TITLES = dict(dreambooth="DreamBooth", lora="LoRA", textual_inversion="Textual inversion", pivotal="Pivotal tuning")
 USAGE = {"lora": [LORA], "textual_inversion": [WORD], "pivotal": [WORD, LORA]}  # by tag; other results are whole models
@@ -81,7 +83,7 @@ def write_card(folder: Path, settings: FineTuneSettings, updates: int, tag: str)
     method = "DoRA" if getattr(settings, "use_dora", False) and tag == "lora" else TITLES.get(tag, "Full fine-tune")
     lines = [f"# {name}", f"{method} of {short}, {updates:,} updates."]
     if settings.validation_steps:
-        lines.insert(1, f"![The base above, this model below](samples/step-{updates:06d}.png)")
+        lines.insert(1, f"![The base above, this model below]({SHEET})")
     if prompt:
         front["instance_prompt"], front["widget"] = prompt, [{"text": prompt}]
         lines.append(f"Its prompt: `{literal(prompt)}`.")

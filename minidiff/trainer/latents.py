@@ -37,6 +37,7 @@ from minidiff.trainer.settings import FineTuneSettings
 Tensors = dict[str, Tensor]
 Place = tuple[float, float]  # of a crop, across and down: 0 is left or top, 1 right or bottom
 MIDDLE: Place = (0.5, 0.5)
+ENOUGH = 5  # pictures, so that one can be held out of the training
 
 
 def crop(image: Image.Image, size: Size, place: Place = MIDDLE, flip: bool = False) -> Tensor:
@@ -71,6 +72,16 @@ def model_fingerprint(*models: nn.Module) -> str:
         for name, tensor in model.state_dict().items():  # modern: transformers 4 and 5 call the text encoder's differently
             digest.update(f"{modern(name)} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}".encode())
     return digest.hexdigest()[:16]
+
+
+def held_out(examples: list[Example], settings: FineTuneSettings) -> tuple[list[Example], list[Example]]:
+    """The pictures to train on, and those that only the validation loss sees: --validation_share of five or more."""
+    s, count = settings, len(examples)
+    measured = s.validation_steps and s.validation_share and not s.validation_data_dir
+    few = max(1, round(s.validation_share * count)) if measured and count >= ENOUGH else 0
+    chosen = set(torch.randperm(count, generator=generator(s.seed, "held out")).tolist()[:few])
+    parts = [[e for i, e in enumerate(examples) if (i in chosen) is kept] for kept in (False, True)]
+    return parts[0], parts[1]
 
 
 # --- the order of an epoch -------------------------------------------------------------------------------------------
@@ -130,6 +141,7 @@ class LatentData:
     ) -> None:
         self.examples, self.settings, self.resolution = examples, settings, resolution
         self.vae, self.encode, self.timesteps = vae, encode_prompts, timesteps
+        self.held_out: list[Example] = []  # of the same folder, for the validation loss alone
         self.turns = [i for i, e in enumerate(examples) for _ in range(e.repeats)]  # an epoch, in no order yet
         self.sizes = [e.size or (resolution, resolution) for e in examples]
         self.sizes_in_turn = tuple(self.sizes[i] for i in self.turns)

@@ -59,7 +59,8 @@ def loss_curve(rows: Sequence[Mapping[str, float | None]], path: Path) -> None:
         above.set_prop_cycle(color=VALIDATION_COLOURS)
         for name, column in columns.items():
             label = re.sub(r"_(\d+)_(\d+)$", r", t \1–\2", name).replace("_", " ")  # val_loss_0_250: at timesteps 0 to 250
-            above.plot(steps[np.isfinite(column)], column[np.isfinite(column)], marker=".", label=label)
+            thin = 2.0 if name == "val_loss" else 0.8
+            above.plot(steps[np.isfinite(column)], column[np.isfinite(column)], marker=".", linewidth=thin, label=label)
         shown = np.concatenate([smooth, *columns.values()])
         highest = shown.max(where=np.isfinite(shown), initial=1e-9)
         above.set(ylabel="loss", ylim=(0, 1.25 * highest))  # a single spike may be cut

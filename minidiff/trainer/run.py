@@ -78,6 +78,7 @@ def fit(job: Job, settings: TrainSettings) -> Report:
         often = 0.1 if sys.stderr.isatty() else 10.0  # seconds: in a log file, a line now and then
         bar = tqdm(initial=start, total=total, unit="step", mininterval=often, file=sys.stderr, disable=not run.writes)
         with bar:
+            run.bar = bar
             updates = train(run.task(), run.loop, start)
             while not world.any(bool(asked)):
                 began = time.perf_counter()
@@ -85,7 +86,7 @@ def fit(job: Job, settings: TrainSettings) -> Report:
                     break
                 run.take(update, seconds=round(time.perf_counter() - began, 4))
                 run.save_and_draw()
-                bar.set_postfix_str(f"loss {run.mean_loss():.4f}", refresh=False)
+                bar.set_postfix_str(run.losses(), refresh=False)
                 bar.update()
         run.end()
         world.wait()  # no process leaves before the first one has written everything
@@ -108,6 +109,7 @@ class Run:
         self.metrics: list[dict[str, Any]] = []
         self.recent: deque[float] = deque(maxlen=20)  # losses
         self.done = self.saved = self.skipped = 0  # updates; the newest checkpoint's; updates skipped in a row
+        self.bar: tqdm | None = None
 
     def task(self) -> Task:
         """The job as the loop trains it."""
@@ -116,6 +118,11 @@ class Run:
 
     def mean_loss(self) -> float:
         return sum(self.recent) / len(self.recent) if self.recent else math.nan
+
+    def losses(self) -> str:
+        """For the bar: the mean loss of the last updates, and the last validation loss."""
+        measured = next((row["val_loss"] for row in reversed(self.metrics) if row.get("val_loss") is not None), None)
+        return f"loss {self.mean_loss():.4f}" + ("" if measured is None else f", val_loss {measured:.4f}")
 
     # --- before the first update
 
@@ -196,6 +203,7 @@ class Run:
         if self.done != self.saved and (finished or not self.skipped):
             self._save()
         if not finished:
+            self._curve()
             print(f"Stopped after {self.done} updates. Go on with --resume_from_checkpoint latest.", file=sys.stderr)
             return
         with self._writing("the result"), self._averaged():
@@ -203,8 +211,7 @@ class Run:
                 self.job.export(hidden)
                 self.job.card(hidden)
             checkpoint.prune(self.folder, self.settings.checkpoints_total_limit, self.done)  # if a full disk kept one
-            if self.metrics:  # none where a finished run is resumed and they were lost
-                loss_curve(self.metrics, self.folder / "loss.png")
+        self._curve()
 
     def _give_up(self, update: Update) -> None:
         """End a run whose numbers stay broken, with the first gradient that broke."""
@@ -221,7 +228,7 @@ class Run:
         """The validation loss, if it is due."""
         if not self._due(self.settings.validation_steps) or self.job.validate is None:
             return {}
-        with self._averaged():
+        with self._averaged(), self._announced("measuring val_loss"):
             return self.job.validate()
 
     def _log(self, **row: float) -> None:
@@ -248,12 +255,27 @@ class Run:
             self.job.export(folder)
 
     def _draw(self) -> None:
-        """A sample sheet, if it is due."""
+        """A sample sheet, if it is due, and the curve so far."""
         if self._due(self.settings.validation_steps):
-            with self._averaged():
+            with self._averaged(), self._announced("drawing a sheet"):
                 image = self.job.preview(self.done)
             if image is not None:
+                self._curve()
                 save_png(image, self._sheet())
+
+    def _curve(self) -> None:
+        if self.metrics:  # none where a finished run is resumed and they were lost
+            with self._writing("loss.png"):
+                loss_curve(self.metrics, self.folder / "loss.png")
+
+    @contextmanager
+    def _announced(self, what: str) -> Iterator[None]:
+        """Inside the `with`, the bar says why it stands."""
+        if self.bar is not None:
+            self.bar.set_description_str(what)
+        yield
+        if self.bar is not None:
+            self.bar.set_description_str("", refresh=False)
 
     def _sheet(self) -> Path:
         return self.folder / "samples" / f"step-{self.done:06d}.png"

@@ -93,7 +93,9 @@ class FineTuneSettings(TrainSettings):
     prior_from_base: bool = False
     """Prior preservation without class pictures: with --class_prompt, the U-Net learns to predict what the base predicts."""
     validation_data_dir: str | None = None
-    """Folder of pictures for the validation loss. Default: the training pictures."""
+    """Folder of pictures for the validation loss. Default: --validation_share of the training pictures."""
+    validation_share: Decay = 0.1
+    """Share of the pictures that are not trained on, but measured; at least one of five. With fewer than five, or 0: none."""
     validation_prompt: tuple[str, ...] = ()
     """Prompts of the sample sheet. Default: --instance_prompt, or the first caption."""
     num_validation_images: Annotated[int, at_least(1), at_most(1000)] = 4
@@ -107,7 +109,7 @@ class FineTuneSettings(TrainSettings):
     HARMLESS = TrainSettings.HARMLESS | frozenset(
         "pretrained_model_name_or_path device cache_dir instance_data_dir train_data_dir captions caption_column skip_bad "
         "resolution gradient_checkpointing fit class_data_dir num_class_images sample_batch_size validation_data_dir "
-        "validation_prompt num_validation_images validation_guidance_scale validation_inference_steps".split()
+        "validation_share validation_prompt num_validation_images validation_guidance_scale validation_inference_steps".split()
     )
     NOT_SAVED = TrainSettings.NOT_SAVED | frozenset(
         "instance_data_dir train_data_dir class_data_dir validation_data_dir cache_dir".split()
@@ -197,6 +199,11 @@ class LoRASettings(AdapterSettings):
     """Teach a frozen model a subject or a style with small additions to its layers (LoRA, DoRA)."""
 
     output_dir: Folder = "minidiff-lora"
+    preset: Literal["object", "style", "face"] | None = None
+    """Settings that are known to work for this base, which are printed. Flags that are given win over them."""
+
+    HARMLESS = AdapterSettings.HARMLESS | {"preset"}
+    NOT_SAVED = AdapterSettings.NOT_SAVED | {"preset"}
 
 
 @dataclass(frozen=True)

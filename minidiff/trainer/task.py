@@ -5,8 +5,8 @@ Shapes: B samples, C h w a latent, L tokens, D width of the text.
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,20 @@ from minidiff.core.recipes import DiffusionLoss
 from minidiff.core.text import tokenize
 from minidiff.core.train import DTYPES, Batch, Task
 from minidiff.draw.device import chosen_device
-from minidiff.draw.images import contact_sheet
+from minidiff.draw.images import save_png
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.draw.prompting import literal
 from minidiff.draw.speed import checkpoint_gradients
-from minidiff.trainer.card import write_card
+from minidiff.trainer.card import SHEET, write_card
 from minidiff.trainer.checkpoint import check_folder
 from minidiff.trainer.dataset import read_folder
 from minidiff.trainer.distributed import world
-from minidiff.trainer.latents import LatentData, model_fingerprint
+from minidiff.trainer.latents import LatentData, held_out, model_fingerprint
+from minidiff.trainer.networks import idle_networks, offload, without_dropout
 from minidiff.trainer.pictures import check_pictures, training_sizes
 from minidiff.trainer.priors import BasePrior, PairedData, class_examples, class_settings
 from minidiff.trainer.settings import FineTuneSettings, FullSettings
-from minidiff.trainer.validation import check_prediction_type, validation_set
+from minidiff.trainer.sheets import Sheets
+from minidiff.trainer.validation import check_prediction_type, explained, validation_set
 
 AsBase = Callable[[], AbstractContextManager[None]]
 
@@ -48,6 +49,7 @@ class Job(Task):
     export: Callable[[Path], None] = lambda folder: None  # writes the result into a folder: that of the run, or of a checkpoint
     card: Callable[[Path], None] = lambda folder: None  # writes the model card beside the result of the whole run
     preview: Callable[[int], Image.Image | None] = lambda done: None  # a sample sheet
+    prompt: str = ""  # one to draw with it, as a person writes it
     validate: Callable[[], dict[str, float]] | None = None  # numbers for metrics.jsonl that tell how good the model is now
     facts: dict[str, Any] = field(default_factory=dict)  # JSON; a resumed run must agree with it (base, data, …)
     samples_per_epoch: int | None = None  # None: it has no epochs
@@ -105,9 +107,11 @@ def load_data(
         some = f"{own} of {len(examples)} pictures have captions of their own"
         print(f"Note: {some}, which replace --instance_prompt; with --no_captions it is for all.", file=sys.stderr)
     examples = [replace(e, templates=tuple(templates)) if e.caption == s.prompt else e for e in examples]
-    examples = check_pictures(examples, sizes, s.skip_bad)
+    examples, kept = held_out(check_pictures(examples, sizes, s.skip_bad), s) if folder is None else (examples, [])
     encode = (lambda prompts: tokenize(pipe.tokenizer, prompts, pipe.placeholders)) if live_text else pipe.encode_captions
-    return LatentData(examples, settings, side, pipe.vae, encode, len(pipe.schedule.alphas_cumprod))
+    data = LatentData(examples, settings, side, pipe.vae, encode, len(pipe.schedule.alphas_cumprod))
+    data.held_out = kept
+    return data
 
 
 def with_prior(pipe: StableDiffusionPipeline, data: LatentData) -> LatentData | PairedData | BasePrior:
@@ -128,40 +132,7 @@ def has_prior(settings: FineTuneSettings) -> bool:
     return settings.with_prior_preservation and settings.prior_loss_weight > 0
 
 
-# --- sheets, and the task --------------------------------------------------------------------------------------------
-
-
-def sample_sheets(
-    pipe: StableDiffusionPipeline, settings: FineTuneSettings, data: LatentData
-) -> Callable[[int], Image.Image | None]:
-    """Sheets of the validation prompts on fixed seeds: the base in the first row, the model as it is now in the second.
-
-    Call this while the model still is the base: the first row is drawn here.
-    """
-    first = data.examples[0]
-    prompts = settings.validation_prompt or (literal(first.templates[0].replace("{}", settings.prompt or first.caption)),)
-    seeds = [settings.seed + i for i in range(settings.num_validation_images)]
-
-    def draw(prompt: str, seed: int) -> Image.Image:
-        scale, steps, side = settings.validation_guidance_scale, settings.validation_inference_steps, data.resolution
-        return pipe(prompt, seed=seed, guidance_scale=scale, num_inference_steps=steps, width=side, height=side).images[0]
-
-    def row() -> list[Image.Image]:
-        with without_dropout(pipe):
-            return [draw(prompt, seed) for prompt in prompts for seed in seeds]  # one at a time, to spare memory
-
-    base = row() if settings.validation_steps else []
-    shown = prompts if settings.validation_prompt or settings.prompt else ("the first caption",)  # captions are not published
-    if settings.prompt and (escaped := literal(settings.prompt)) != settings.prompt:
-        print(f"Note: in a prompt that is drawn, brackets are weights; write this one as {escaped}", file=sys.stderr)
-    columns = [f"{prompt}, seed {seed}" for prompt in shown for seed in seeds]
-
-    def sheet(done: int) -> Image.Image:
-        with on_device(idle_networks(pipe, data), pipe.device):
-            drawn = row()
-        return contact_sheet([base, drawn], row_labels=["base", f"step {done}"], column_labels=columns)
-
-    return sheet
+# --- the task -----------------------------------------------------------------------------------------------------------
 
 
 def diffusion_loss(
@@ -203,12 +174,15 @@ def make_job(
     Then networks that no step needs leave the GPU or the memory. `tag` names the method in the model card; for `as_base` see
     `diffusion_loss`.
     """
-    batches, sheets = with_prior(pipe, data), sample_sheets(pipe, settings, data)
+    batches, sheets = with_prior(pipe, data), Sheets(pipe, settings, data)
     loss, untuned = diffusion_loss(pipe, settings, as_base)
     validation, networks = data, {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    plain = replace(settings, masked_loss=False, random_flip=False)
     if settings.validation_data_dir:
-        plain = replace(settings, masked_loss=False)
         validation = load_data(pipe, plain, data.live_text, folder=settings.validation_data_dir)
+    elif data.held_out:
+        validation = LatentData(data.held_out, plain, data.resolution, pipe.vae, data.encode, data.timesteps)
+    print(explained(settings, data))
     fixed, at_once = validation_set(validation), max(1, settings.train_batch_size // world().size)
 
     def outputs(batch: Batch) -> Tensor:
@@ -225,6 +199,11 @@ def make_job(
         with without_dropout(pipe):
             return fixed.loss(errors)
 
+    def card(folder: Path) -> None:
+        write_card(folder, settings, updates := settings.updates(data.samples_per_epoch), tag)
+        if settings.validation_steps:
+            save_png(sheets.public_sheet(updates), folder / SHEET)
+
     whole_model = isinstance(settings, FullSettings)  # is the result
     offload(idle_networks(pipe, data), needed_again=bool(settings.validation_steps) or whole_model)
     check_prediction_type(pipe.schedule, fixed, outputs)
@@ -235,8 +214,9 @@ def make_job(
         batch=batches.batch,
         loss=loss,
         export=export,
-        card=lambda folder: write_card(folder, settings, settings.updates(data.samples_per_epoch), tag),
-        preview=sheets,
+        card=card,
+        preview=sheets.sheet,
+        prompt=sheets.prompts[0],
         validate=validate,
         facts={"base": base_hash} | batches.facts,
         samples_per_epoch=data.samples_per_epoch,
@@ -244,38 +224,3 @@ def make_job(
         modules=networks,
         beside={"VAE": pipe.vae} | ({} if untuned is None else {"untuned U-Net": untuned}),
     )
-
-
-def offload(networks: Sequence[nn.Module], needed_again: bool) -> None:
-    """Into the CPU's memory, where they can wait; or out of any: on `meta` they keep their shapes, and no numbers."""
-    for network in networks:
-        network.to("cpu" if needed_again else "meta")
-
-
-@contextmanager
-def on_device(networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside the `with`, the networks are on the device; afterwards in the CPU's memory again."""
-    for network in networks:
-        network.to(device)
-    try:
-        yield
-    finally:
-        offload(networks, needed_again=True)
-
-
-def idle_networks(pipe: StableDiffusionPipeline, data: LatentData) -> list[nn.Module]:
-    """Those that no training step runs through."""
-    return [pipe.vae] * bool(data.cache) + [pipe.text_encoder] * (not data.live_text)
-
-
-@contextmanager
-def without_dropout(pipe: StableDiffusionPipeline) -> Iterator[None]:
-    """Inside the `with`, the networks are as they are for drawing."""
-    networks, training = (pipe.unet, pipe.text_encoder), pipe.unet.training  # both are trained, or none yet
-    for network in networks:
-        network.eval()
-    try:
-        yield
-    finally:
-        for network in networks:
-            network.train(training)

@@ -18,7 +18,8 @@ from minidiff.core.losses import squared_error
 from minidiff.core.rng import normal
 from minidiff.core.schedule import NoiseSchedule, training_target
 from minidiff.draw.progress import progress
-from minidiff.trainer.latents import LatentData
+from minidiff.trainer.latents import ENOUGH, LatentData
+from minidiff.trainer.settings import FineTuneSettings
 
 QUARTERS = 4
 MOST = 16  # pictures; with more, as many are taken evenly from the whole set
@@ -38,6 +39,27 @@ class ValidationSet:
         each = torch.stack([errors(batch).float().cpu() for batch in seen])  # (pictures, B)
         names = [f"val_loss_{first}_{end}" for first, end in zip(self.bounds, self.bounds[1:])]
         return {"val_loss": each.mean().item(), **dict(zip(names, each.mean(0).tolist()))}
+
+
+def explained(settings: FineTuneSettings, data: LatentData) -> str:
+    """For the terminal, before the first update: how much is trained, and what the two losses mean."""
+    samples = settings.train_batch_size * settings.gradient_accumulation_steps
+    updates, held = settings.updates(data.samples_per_epoch), data.held_out
+    epochs = updates * samples / data.samples_per_epoch
+    lines = [
+        f"{len(data.examples)} pictures, {updates:,} updates of {samples} samples: each picture comes {epochs:,.0f} times.",
+        "loss: the error of the last 20 updates. It jumps with the noise that was drawn, and need not fall much.",
+    ]
+    names = " and ".join(e.path.name for e in held) if len(held) < 3 else f"{len(held)} pictures"
+    others = f"{names}, held out (--validation_share)" if held else f"the pictures in {settings.validation_data_dir}"
+    if not held and not settings.validation_data_dir:
+        others = "the training pictures themselves"
+        why = f"It cannot show overfitting: that takes {ENOUGH} pictures or more, or --validation_data_dir."
+    else:
+        why = "When it rises again, the model learns its pictures by heart: stop there."
+    if settings.validation_steps:
+        lines.append(f"val_loss: the error on {others}, always under the same noise. {why}")
+    return "\n".join(lines)
 
 
 def validation_set(data: LatentData) -> ValidationSet:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import numpy as np
@@ -389,7 +390,7 @@ def test_a_run_is_not_overwritten(
 
 
 def test_a_stopped_training_does_not_pass_for_a_finished_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minidiff.trainer.recipes.RECIPES", {LoRASettings: lambda settings: None})
+    monkeypatch.setattr("minidiff.trainer.recipes.RECIPES", {LoRASettings: lambda settings: SimpleNamespace(prompt="")})
     monkeypatch.setattr("minidiff.trainer.memory.budgeted", lambda task, settings: nullcontext())
     monkeypatch.setattr("minidiff.trainer.run.fit", lambda task, settings: Report(done=1, loss=0.0, finished=False))
     with pytest.raises(SystemExit) as leave:

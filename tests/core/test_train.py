@@ -322,6 +322,24 @@ def test_previews_and_curve(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "loss.png").width > 100
 
 
+def test_the_curve_comes_with_each_sheet_and_when_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda rows, path: drawn.append(rows[-1]["step"]))
+    task = toy(BASE, lambda step: os.kill(os.getpid(), signal.SIGTERM) or 1.0 if step == 3 else 1.0)
+    task.preview = lambda done: Image.new("RGB", (4, 4))
+    assert fit(task, into(tmp_path, validation_steps=3)).done == 4
+    assert drawn == [3, 4]
+
+
+def test_the_bar_says_why_it_stands_and_how_well_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = toy(settings := into(tmp_path, validation_steps=4))
+    task.preview = lambda done: Image.new("RGB", (4, 4))
+    task.validate = lambda: {"val_loss": 0.125}
+    fit(task, settings)
+    said = capsys.readouterr().err
+    assert "measuring val_loss" in said and "drawing a sheet" in said and ", val_loss 0.1250" in said
+
+
 def test_nothing_is_measured_anew_where_the_metrics_are_lost(tmp_path: Path) -> None:
     """What a resumed run measures is not what the base was."""
     settings = into(tmp_path, validation_steps=8)

@@ -317,7 +317,7 @@ def test_sheets_after_networks_were_offloaded(
 ) -> None:
     """Before the first update a LoRA is nothing: what is drawn after they waited is what the base drew."""
     pictures, drawn = draw_pictures(memory_path / "pictures"), []
-    monkeypatch.setattr("minidiff.trainer.task.contact_sheet", lambda rows, **_: drawn.extend(rows))
+    monkeypatch.setattr("minidiff.trainer.sheets.contact_sheet", lambda rows, **_: drawn.extend(rows))
     settings = tiny("lora", tiny_folder, pictures, memory_path / "run", validation_steps=1, cache_dir=str(memory_path / "c"))
     RECIPES[type(settings)](settings).preview(0)
     (base,), (now,) = drawn

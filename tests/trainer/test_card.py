@@ -3,7 +3,7 @@
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def front_matter(folder: Path) -> dict[str, Any]:
 def published(folder: Path) -> Iterator[Path]:
     """All files of a run that an upload takes."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.relative_to(folder).parts[0].startswith("checkpoint-"):
+        if path.is_file() and not path.relative_to(folder).parts[0].startswith(("checkpoint-", "samples")):
             yield path
 
 
@@ -82,7 +82,7 @@ def test_what_lies_in_the_folder(finished: LoRASettings) -> None:
     folder = Path(finished.output_dir)
     assert {str(p.relative_to(folder)) for p in published(folder)} == {
         ".gitignore", ".lock", "README.md", "metrics.jsonl", "pytorch_lora_weights.safetensors",
-        "samples/step-000003.png", "train_config.toml",
+        "sheet.png", "train_config.toml",
     }  # fmt: skip
 
 
@@ -99,15 +99,16 @@ def test_a_sheet_does_not_show_captions(finished: LoRASettings, monkeypatch: pyt
 
     seen: list[str] = []
 
-    def sheet(rows: Any, row_labels: list[str], column_labels: list[str]) -> Image.Image:
-        seen.extend([*row_labels, *column_labels])
+    def sheet(rows: Any, row_labels: list[str], column_labels: Sequence[str] = ()) -> Image.Image:
+        seen.extend([*row_labels, *column_labels, *(one for row in rows for one in row if isinstance(one, str))])
         return Image.new("RGB", (1, 1))
 
-    monkeypatch.setattr("minidiff.trainer.task.contact_sheet", sheet)
+    monkeypatch.setattr("minidiff.trainer.sheets.contact_sheet", sheet)
     for changes in ({}, {"validation_prompt": ("a red dog",)}):
         settings = replace(finished, overwrite_output_dir=False, output_dir=finished.output_dir + "-other", **changes)  # type: ignore[arg-type]
         RECIPES[LoRASettings](settings).preview(2)
-    assert seen == ["base", "step 2", "the first caption, seed 7", "base", "step 2", "a red dog, seed 7"]
+    rows = ["training pictures", "", "base", "step 2"]
+    assert seen == [*rows, "the first caption, seed 7", *rows, "a red dog, seed 7"]
 
 
 def test_the_card(finished: LoRASettings) -> None:
@@ -201,7 +202,7 @@ def test_git_leaves_out_what_is_not_for_others(finished: LoRASettings, tmp_path:
     git("init", "--quiet")
     git("add", "--all")
     assert set(git("ls-files").split()) == {
-        ".gitignore", "README.md", "pytorch_lora_weights.safetensors", "samples/step-000003.png", "train_config.toml"
+        ".gitignore", "README.md", "pytorch_lora_weights.safetensors", "sheet.png", "train_config.toml"
     }  # fmt: skip
 
 

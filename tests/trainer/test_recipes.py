@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -33,7 +34,9 @@ from minidiff.trainer.latents import model_fingerprint
 from minidiff.trainer.recipes import RECIPES, print_trainable_parameters
 from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import FineTuneSettings, LoRASettings
-from minidiff.trainer.task import Job, diffusion_loss, load_base, load_data, sample_sheets
+from minidiff.trainer.sheets import Sheets
+from minidiff.trainer.task import Job, diffusion_loss, load_base, load_data
+from minidiff.trainer.validation import explained
 
 
 @pytest.fixture(autouse=True)
@@ -432,16 +435,72 @@ def test_measuring_and_drawing_know_no_dropout(make: Any) -> None:
 def test_first_row_is_the_base(make: Any) -> None:
     settings = make("lora", validation_steps=1, num_validation_images=2)
     pipe = load_base(settings)[0]
-    sheet = sample_sheets(pipe, settings, load_data(pipe, settings))
+    sheet = Sheets(pipe, settings, load_data(pipe, settings)).sheet
     before = sheet(0)
     for p in pipe.unet.parameters():
         p.data *= 1.5
     after = sheet(0)
     assert before and after
     width, height = before.size
-    top, bottom = (0, 0, width, height * 2 // 5), (0, height * 3 // 5, width, height)
+    top, bottom = (0, 0, width, height * 3 // 5), (0, height * 3 // 4, width, height)
     assert before.crop(top).tobytes() == after.crop(top).tobytes()
     assert before.crop(bottom).tobytes() != after.crop(bottom).tobytes()
+
+
+def test_only_the_private_sheet_shows_training_pictures(make: Any, tmp_path: Path) -> None:
+    (folder := tmp_path / "magenta").mkdir()
+    Image.new("RGB", (32, 32), (255, 0, 255)).save(folder / "a.png")
+    settings = make("lora", instance_data_dir=str(folder), validation_steps=1)
+    pipe = load_base(settings)[0]
+    sheets = Sheets(pipe, settings, load_data(pipe, settings))
+
+    def magenta(image: Image.Image | None) -> float:
+        assert image
+        colours = np.asarray(image, dtype=int)
+        return float((colours == [255, 0, 255]).all(-1).mean())
+
+    assert magenta(sheets.sheet(0)) > 0.1 and magenta(sheets.public_sheet(0)) == 0
+    assert sheets.public_sheet(0).tobytes() == Sheets(pipe, settings, sheets.data).public_sheet(0).tobytes()  # drawn anew
+
+
+# --- pictures that are held out --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count, changes, kept", [
+    (4, {}, 0), (5, {}, 1), (8, {}, 1), (8, {"validation_share": 0.25}, 2), (8, {"validation_share": 0.0}, 0),
+    (8, {"validation_steps": 0}, 0),
+])  # fmt: skip
+def test_held_out(make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int, changes: Any, kept: int) -> None:
+    """They are never in a batch, and the validation loss sees them alone; it is said what that means."""
+    (folder := tmp_path / "more").mkdir()
+    for i in range(count):
+        Image.new("RGB", (16, 16), (20 * i + 20,) * 3).save(folder / f"{i}.png")
+    settings = make("lora", instance_data_dir=str(folder), cache_latents=False, **{"validation_steps": 1, **changes})
+    data = load_data(load_base(settings)[0], settings)
+    trained, held = {e.path.name for e in data.examples}, {e.path.name for e in data.held_out}
+    assert len(held) == kept and len(trained | held) == count and not trained & held
+    assert data.samples_per_epoch == count - kept == data.facts["pictures"]
+    said = explained(settings, data)
+    assert f"{count - kept} pictures, 3 updates of 2 samples" in said
+    if kept:
+        assert ("held out" in said) and ("cannot show overfitting" not in said) and "stop there" in said
+    else:
+        assert ("It cannot show overfitting" in said) is bool(settings.validation_steps)
+
+
+def test_the_validation_loss_sees_what_is_held_out(make: Any, tmp_path: Path) -> None:
+    (folder := tmp_path / "more").mkdir()
+    for i in range(5):
+        Image.effect_noise((16, 16), 10 + 40 * i).convert("RGB").save(folder / f"{i}.png")
+    settings = make("lora", instance_data_dir=str(folder), validation_steps=1)
+    (held,) = load_data(load_base(settings)[0], settings).held_out
+    (alone := tmp_path / "alone").mkdir()
+    shutil.copy(held.path, alone)
+    held.path.rename(tmp_path / "away.png")
+    other = recipe(replace(settings, validation_data_dir=str(alone))).validate
+    (tmp_path / "away.png").rename(held.path)
+    own = recipe(settings).validate
+    assert own and other and own() == other()
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""Sample sheets: training pictures, and under them what the base draws and what the model draws now, on the same seeds."""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from PIL import Image
+
+from minidiff.draw.images import contact_sheet, load_image, to_pil
+from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.draw.progress import progress
+from minidiff.draw.prompting import literal
+from minidiff.trainer.latents import LatentData, crop
+from minidiff.trainer.networks import idle_networks, on_device, without_dropout
+from minidiff.trainer.settings import FineTuneSettings
+
+Row = list[Image.Image]
+
+
+class Sheets:
+    """Sheets of the validation prompts. Make it while the model still is the base, whose row is drawn here."""
+
+    def __init__(self, pipe: StableDiffusionPipeline, settings: FineTuneSettings, data: LatentData) -> None:
+        self.pipe, self.settings, self.data, first = pipe, settings, data, data.examples[0]
+        own = literal(first.templates[0].replace("{}", settings.prompt or first.caption))
+        self.prompts = settings.validation_prompt or (own,)
+        self.seeds = [settings.seed + i for i in range(settings.num_validation_images)]
+        shown = self.prompts if settings.validation_prompt or settings.prompt else ("the first caption",)  # which is private
+        self.columns = [f"{prompt}, seed {seed}" for prompt in shown for seed in self.seeds]
+        if settings.prompt and (escaped := literal(settings.prompt)) != settings.prompt:
+            print(f"Note: in a prompt that is drawn, brackets are weights; write this one as {escaped}", file=sys.stderr)
+        self.base = self._row() if settings.validation_steps else []
+        self.now: tuple[int, Row] = (-1, [])  # updates made, and the row that was drawn then
+
+    def sheet(self, done: int) -> Image.Image:
+        """The sheet after `done` updates. Its first row is private: pictures of the training set."""
+        data, count = self.data, min(len(self.columns), len(self.data.examples))
+        pictures = [to_pil(crop(load_image(data.examples[i].path), data.sizes[i])[None])[0] for i in range(count)]
+        with on_device(idle_networks(self.pipe, data), self.pipe.device):
+            self.now = (done, self._row())
+        rows: list[Sequence[Image.Image | str]] = [pictures, self.columns, self.base, self.now[1]]
+        return contact_sheet(rows, row_labels=["training pictures", "", "base", f"step {done}"])
+
+    def public_sheet(self, done: int) -> Image.Image:
+        """Without the training pictures, for the model card."""
+        if self.now[0] != done:  # an earlier session drew it
+            self.sheet(done)
+        rows = [self.base, self.now[1]]
+        return contact_sheet(rows, row_labels=["base", f"step {done}"], column_labels=self.columns)
+
+    def _row(self) -> Row:
+        s, side = self.settings, self.data.resolution
+        each = [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+        draw = partial(self.pipe, width=side, height=side, guidance_scale=s.validation_guidance_scale)
+        draw = partial(draw, num_inference_steps=s.validation_inference_steps)
+        with without_dropout(self.pipe):  # one picture at a time, to spare memory
+            bar = progress(each, "picture", "drawing the sheet")
+            return [draw(prompt, seed=seed).images[0] for prompt, seed in bar]

@@ -198,12 +198,12 @@ class AdapterSettings(FrozenSettings):
 class LoRASettings(AdapterSettings):
     """Teach a frozen model a subject or a style with small additions to its layers (LoRA, DoRA)."""
 
-    output_dir: Folder = "minidiff-lora"
     preset: Literal["object", "style", "face"] | None = None
     """Settings that are known to work for this base, which are printed. Flags that are given win over them."""
-
     HARMLESS = AdapterSettings.HARMLESS | {"preset"}
     NOT_SAVED = AdapterSettings.NOT_SAVED | {"preset"}
+
+    output_dir: Folder = "minidiff-lora"
 
 
 @dataclass(frozen=True)

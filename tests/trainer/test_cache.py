@@ -25,9 +25,9 @@ from minidiff.files.weights import read_header, save
 from minidiff.trainer import memory
 from minidiff.trainer.dataset import Example
 from minidiff.trainer.latents import Cache, LatentData
+from minidiff.trainer.networks import offload, on_device
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.settings import FineTuneSettings
-from minidiff.trainer.task import offload, on_device
 
 
 @pytest.fixture(autouse=True)
@@ -320,5 +320,5 @@ def test_sheets_after_networks_were_offloaded(
     monkeypatch.setattr("minidiff.trainer.sheets.contact_sheet", lambda rows, **_: drawn.extend(rows))
     settings = tiny("lora", tiny_folder, pictures, memory_path / "run", validation_steps=1, cache_dir=str(memory_path / "c"))
     RECIPES[type(settings)](settings).preview(0)
-    (base,), (now,) = drawn
+    _, _, (base,), (now,) = drawn
     assert base is not now and base.tobytes() == now.tobytes()

@@ -114,6 +114,16 @@ def load_data(
     return data
 
 
+def validation_data(pipe: StableDiffusionPipeline, settings: FineTuneSettings, data: LatentData) -> LatentData:
+    """The pictures of the validation loss: another folder's, or those that are held out, or else the training pictures."""
+    plain = replace(settings, masked_loss=False, random_flip=False)
+    if settings.validation_data_dir:
+        return load_data(pipe, plain, data.live_text, folder=settings.validation_data_dir)
+    if data.held_out:
+        return LatentData(data.held_out, plain, data.resolution, pipe.vae, data.encode, data.timesteps)
+    return data
+
+
 def with_prior(pipe: StableDiffusionPipeline, data: LatentData) -> LatentData | PairedData | BasePrior:
     """The data with its class half, if --with_prior_preservation asks for one. The model must still be the base."""
     settings = data.settings
@@ -176,14 +186,9 @@ def make_job(
     """
     batches, sheets = with_prior(pipe, data), Sheets(pipe, settings, data)
     loss, untuned = diffusion_loss(pipe, settings, as_base)
-    validation, networks = data, {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
-    plain = replace(settings, masked_loss=False, random_flip=False)
-    if settings.validation_data_dir:
-        validation = load_data(pipe, plain, data.live_text, folder=settings.validation_data_dir)
-    elif data.held_out:
-        validation = LatentData(data.held_out, plain, data.resolution, pipe.vae, data.encode, data.timesteps)
+    networks: dict[str, nn.Module] = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     print(explained(settings, data))
-    fixed, at_once = validation_set(validation), max(1, settings.train_batch_size // world().size)
+    fixed, at_once = validation_set(validation_data(pipe, settings, data)), max(1, settings.train_batch_size // world().size)
 
     def outputs(batch: Batch) -> Tensor:
         """The U-Net's output for a batch; of as many samples at once as in training, for which there is memory."""
@@ -204,8 +209,7 @@ def make_job(
         if settings.validation_steps:
             save_png(sheets.public_sheet(updates), folder / SHEET)
 
-    whole_model = isinstance(settings, FullSettings)  # is the result
-    offload(idle_networks(pipe, data), needed_again=bool(settings.validation_steps) or whole_model)
+    offload(idle_networks(pipe, data), needed_again=bool(settings.validation_steps) or isinstance(settings, FullSettings))
     check_prediction_type(pipe.schedule, fixed, outputs)
     for network in networks.values():
         network.train()  # with dropout, where there is some

@@ -42,14 +42,9 @@ class ValidationSet:
 
 
 def explained(settings: FineTuneSettings, data: LatentData) -> str:
-    """For the terminal, before the first update: how much is trained, and what the two losses mean."""
-    samples = settings.train_batch_size * settings.gradient_accumulation_steps
-    updates, held = settings.updates(data.samples_per_epoch), data.held_out
-    epochs = updates * samples / data.samples_per_epoch
-    lines = [
-        f"{len(data.examples)} pictures, {updates:,} updates of {samples} samples: each picture comes {epochs:,.0f} times.",
-        "loss: the error of the last 20 updates. It jumps with the noise that was drawn, and need not fall much.",
-    ]
+    """For the terminal, before the first update: what the two losses mean."""
+    lines = ["loss: the error of the last 20 updates. It jumps with the noise that was drawn, and need not fall much."]
+    held = data.held_out
     names = " and ".join(e.path.name for e in held) if len(held) < 3 else f"{len(held)} pictures"
     others = f"{names}, held out (--validation_share)" if held else f"the pictures in {settings.validation_data_dir}"
     if not held and not settings.validation_data_dir:

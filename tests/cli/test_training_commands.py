@@ -114,9 +114,9 @@ def refused_preset(capsys: pytest.CaptureFixture[str]) -> bool:
     return leave.value.code == 2 and "object" in capsys.readouterr().err
 
 
-def test_what_a_preset_sets_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_preset_sets_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["train", "lora", "--train_data_dir", "/nowhere", "--preset", "style", "--learning_rate", "1e-2"])
+        main(["train", "lora", "--train_data_dir", str(tmp_path), "--preset", "style", "--learning_rate", "1e-2"])
     expected = "--preset style: --rank 16 --lora_targets attention feed_forward --max_train_steps 300 --noise_offset 0.1\n"
     assert capsys.readouterr().out.startswith(expected)
 

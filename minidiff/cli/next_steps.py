@@ -1,4 +1,4 @@
-"""What to type next: whole commands, as the settings of a run make them."""
+"""Commands to type next, whole, as the settings of a run make them."""
 
 import os
 import shlex

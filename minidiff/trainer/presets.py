@@ -37,7 +37,7 @@ def with_preset(settings: Settings, name: str, base: str) -> Settings:
 
 
 def told(settings: LoRASettings) -> str:
-    """What the preset has set, as flags; without those that were given another value."""
+    """The values of the preset, as flags; without those that were given another value."""
     chosen = preset_values(settings.preset or "", settings.pretrained_model_name_or_path)
     kept = {flag: value for flag, value in chosen.items() if getattr(settings, flag) == value}
     words = (f"--{flag} {' '.join(value) if isinstance(value, tuple) else value}" for flag, value in kept.items())

@@ -26,9 +26,10 @@ def inspect(s: Inspect) -> None:
 
 
 def convert(s: Convert) -> None:
-    options = converting.Options(dtype_named(s.dtype), s.alpha, s.token, s.pretrained_model_name_or_path, s.tokenizer)
+    flags = vars(s) | {"dtype": dtype_named(s.dtype)}
+    given = {name: value for name, value in flags.items() if value is not None and name not in ("source", "output", "to")}
     with new_output(Path(s.output)) as place:
-        lines = converting.convert(Path(s.source), place, s.to, options)
+        lines = converting.convert(Path(s.source), place, s.to, given)
     report(lines, place, s.output)
 
 

@@ -6,8 +6,7 @@ Shapes: A (r, in[, kh, kw]), B (out, r), W any.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile, is_zipfile
@@ -24,46 +23,34 @@ from minidiff.files.lora_file import read_lora, save_lora
 from minidiff.files.lora_names import lora_dialect
 from minidiff.files.model import SINGLE_FILE, cast, empty_model, read_model, write_model
 from minidiff.files.weights import NAMES, find_weights, first_bytes, foreign, is_finite, is_pickle, read_header, save
-from minidiff.files.word_file import is_embedding, read_embedding, save_embedding
+from minidiff.files.word_file import FILES_NAME, is_embedding, read_embedding, save_embedding
 
 ADVICE = "Get the .safetensors version of it, or convert it where it was made."
 
 
-@dataclass(frozen=True)
-class Options:
-    """The flags of a conversion. `pretrained_model_name_or_path` is a model folder that says the sizes of the networks."""
-
-    dtype: torch.dtype | None = None  # None: that of the source
-    alpha: float | None = None
-    token: str | None = None
-    pretrained_model_name_or_path: str | None = None
-    tokenizer: str | None = None
-
-
-def convert(source: Path, place: Path, to: str, options: Options) -> list[str]:
+def convert(source: Path, place: Path, to: str, flags: Mapping[str, Any]) -> list[str]:
     """Write a file or folder to the new path `place` in the form `to`. Returns lines for people, with how far it moved.
 
-    SettingsError for a form that this kind of file does not have, or an option that would be ignored.
+    `flags` are those that were given, of KINDS. SettingsError for a form or a flag that this kind of file does not have.
     """
     pickled = not source.is_dir() and (source.suffix in PICKLES or is_pickle(first_bytes(source)))
     path = place.parent / "opened" / f"{source.stem}.safetensors" if pickled else source
     with called(path, source):
         if pickled:
-            save(read_pickle(source), path)
-        kind = kind_of(path)
-        if pickled and to == "safetensors":  # a word has to be named in the new file; other tensors are as they were
-            kind, to = (kind, "diffusers") if kind == "a textual inversion" else ("a pickle", to)
-        forms, meaningful, write = KINDS[kind]
+            save(tensors := read_pickle(source), path)
+            if to == "safetensors" and all(name.startswith(FILES_NAME["A1111"]) for name in tensors):
+                to = "diffusers"  # the new file names the word, which until now only the file's name did
+        kind = "a pickle" if pickled and to == "safetensors" else kind_of(path)
+        forms, names, write = KINDS[kind]
         if to not in forms:
             raise SettingsError(f"{path} is {kind}, and that has no form --to {to}; it has {', '.join(forms)}.")
-        given = [flag for flag, value in vars(options).items() if value is not None]
-        if ignored := [flag for flag in given if flag not in meaningful]:
+        if ignored := [flag for flag in flags if flag not in names]:
             raise SettingsError(f"{path} is {kind}, for which --{ignored[0]} means nothing; leave it out.")
         is_file = to in ("ldm", "safetensors")
         if kind in ("a model", "a pickle") and (place.suffix == SINGLE_FILE) != is_file:
             form = f"a file that ends in {SINGLE_FILE}" if is_file else "a folder"
             raise SettingsError(f"{place}: {kind} in the form {to} is {form}; choose another name, or another --to.")
-        return write(path, place, to, options)
+        return write(path, place, to, *(flags.get(name) for name in names))
 
 
 def kind_of(path: Path) -> str:
@@ -74,16 +61,18 @@ def kind_of(path: Path) -> str:
     return "a LoRA" if lora_dialect(tensors) else "a textual inversion" if is_embedding(tensors) else "a model"
 
 
-def convert_lora(path: Path, place: Path, to: str, options: Options) -> list[str]:
-    like = options.pretrained_model_name_or_path
-    lora = read_lora(path, options.alpha, empty_model(like).unet.config if like else SD15_UNET)
+def convert_lora(
+    path: Path, place: Path, to: str, alpha: float | None, dtype: torch.dtype | None, like: str | None
+) -> list[str]:
+    """`like` is a model's folder: LDM's names count the layers of its U-Net."""
+    lora = read_lora(path, alpha, empty_model(like).unet.config if like else SD15_UNET)
     kinds = {info.dtype for info in read_header(lora.path).tensors.values() if len(info.shape) > 1}
     own = kinds.pop() if len(kinds) == 1 and kinds <= {torch.float16, torch.bfloat16} else torch.float32
-    return [str(lora), *rewritten(lora.modules, place, to, options.dtype or own, kept_metadata(lora.metadata))]
+    return [str(lora), *rewritten(lora.modules, place, to, dtype or own, kept_metadata(lora.metadata))]
 
 
-def convert_word(path: Path, place: Path, to: str, options: Options) -> list[str]:
-    old = read_embedding(path, options.token)
+def convert_word(path: Path, place: Path, to: str, token: str | None) -> list[str]:
+    old = read_embedding(path, token)
     new = read_embedding(save_embedding(place, old.word, old.vectors, to, read_header(old.path).metadata))
     lines = [str(old), f"max |v - v'| = {largest_difference([(old.vectors, new.vectors)]):.3g}"]
     if to == "kohya" and place.stem != old.word:
@@ -91,22 +80,25 @@ def convert_word(path: Path, place: Path, to: str, options: Options) -> list[str
     return lines + for_a1111(to, old.vectors.shape[1])
 
 
-def convert_model(path: Path, place: Path, to: str, options: Options) -> list[str]:
-    model = read_model(path, options.pretrained_model_name_or_path, options.tokenizer)
+def convert_model(
+    path: Path, place: Path, to: str, dtype: torch.dtype | None, like: str | None, tokenizer: str | None
+) -> list[str]:
+    """`like` is the folder that says the sizes of a single file's networks."""
+    model = read_model(path, like, tokenizer)
     before = model.weights()
-    if options.dtype:
-        cast(model, options.dtype)
+    if dtype:
+        cast(model, dtype)
     write_model(model, place)
     return [moved(before, read_model(place, model.home).weights())]
 
 
-def convert_pickle(path: Path, place: Path, to: str, options: Options) -> list[str]:
+def convert_pickle(path: Path, place: Path, to: str) -> list[str]:
     before = {key or "tensor": tensor for key, tensor in read_header(path).read().items()}
     save(before, place)
     return [moved(before, read_header(place).read())]
 
 
-KINDS = {  # kind of file -> the forms in which it can be written, the flags that mean something for it, and its function
+KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[..., list[str]]]] = {  # forms, flags, function
     "a pickle": (("safetensors",), (), convert_pickle),
     "a LoRA": (("diffusers", "kohya", "peft"), ("alpha", "dtype", "pretrained_model_name_or_path"), convert_lora),
     "a textual inversion": (("diffusers", "kohya"), ("token",), convert_word),

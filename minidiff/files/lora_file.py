@@ -96,9 +96,8 @@ def read_lora(
         left += [info.key for name, parts in modules.items() if name not in layers for info in parts.values()]
         modules = {name: parts for name, parts in modules.items() if name in layers}
     if not modules or (left and strict):
-        classes = " and ".join(type(model).__name__ for model in (models or {}).values())
-        match = f"match {classes}" if classes else "have the names of an SD adapter"
-        counts = f"{len(file.tensors) - len(left)} of {len(file.tensors)} tensors {match}."
+        what = "match the " + " and the ".join(COMPONENTS[c] for c in models) if models else "have the names of an SD adapter"
+        counts = f"{len(file.tensors) - len(left)} of {len(file.tensors)} tensors {what}."
         raise AdapterError(f"{file.path}: {counts} {looks(file, models)}\n{listed('without a layer', left)}")
     for name, parts in modules.items():
         lora_module.check_parts(f"{file.path}: {name}", parts)
@@ -149,39 +148,32 @@ def read_data(file: TensorFile, modules: Parts, alpha: float | None) -> LoRAFile
     """The numbers of the layers, and their scales."""
     infos = [info for parts in modules.values() for info in parts.values()]
     tensors, configs = replace(file, tensors={info.key: info for info in infos}).read(), lora_module.read_configs(file)
-    found, silent, zeros = {}, 0, 0
+    scales = {name: lora_module.scale_of(file.path, name, parts, tensors, configs) for name, parts in modules.items()}
+    known = None not in scales.values()
+    check_alpha(file, alpha, known)
+    found = {}
     for name, parts in modules.items():
         values = {part: tensors[info.key] for part, info in parts.items()}
-        rank = len(values["down"])
-        scale = 1.0 if alpha is None else alpha / rank
-        if "alpha" in values:
-            if (said := values["alpha"].item()) < 0:
-                raise AdapterError(f"{file.path}: alpha of {name} is {said:g}; it must be a positive number.")
-            scale = said / rank or 1.0  # kohya's rule: alpha 0 stands for the rank
-            zeros += said == 0
-        elif config := configs.get(name.partition(".")[0]):
-            scale = lora_module.config_scale(config, name, rank, file.path)
-        else:
-            silent += 1
+        rank, scale = len(values["down"]), scales[name]
+        scale = (alpha or rank) / rank if scale is None else scale
         found[name] = lora_module.weights_of(f"{file.path}: {name}", values, scale)
-    check_alpha(file, alpha, silent > 0)
     notes, words = [], tuple(bundled_words(file.tensors))
-    if zeros:
+    if zeros := sum(not tensors[parts["alpha"].key] for parts in modules.values() if "alpha" in parts):
         notes.append(f"alpha is 0 in {zeros} layers, which stands for the rank")
     if words:
         notes.append(f"the new word {' and '.join(words)}, which load_textual_inversion gets from this file")
-    known, dialect = alpha is not None or not silent, str(lora_dialect(file.tensors))
-    return LoRAFile(file.path, dialect, found, known, file.metadata, tuple(notes), words)
+    dialect = str(lora_dialect(file.tensors))
+    return LoRAFile(file.path, dialect, found, known or alpha is not None, file.metadata, tuple(notes), words)
 
 
-def check_alpha(file: TensorFile, alpha: float | None, silent: bool) -> None:
+def check_alpha(file: TensorFile, alpha: float | None, known: bool) -> None:
     """`alpha` may be given only if the file is silent. peft's folders never are, if both files are there."""
-    if alpha is None and silent and lora_dialect(file.tensors) == "peft":
+    if alpha is None and not known and lora_dialect(file.tensors) == "peft":
         raise AdapterError(
             f"{file.path}: alpha is unknown, because {PEFT_CONFIG} is not beside it. Name the whole folder, or give alpha "
             "yourself: minidiff convert --alpha, or load_lora_weights(…, alpha=…)."
         )
-    if alpha is not None and not silent:
+    if alpha is not None and known:
         raise AdapterError(f"{file.path} says its alpha itself; --alpha is for files that do not.")
     if alpha is not None and not 0 < alpha < math.inf:
         raise AdapterError(f"--alpha is {alpha}; it must be a positive number.")

@@ -36,7 +36,7 @@ from minidiff.files.weights import TensorFile, TensorInfo, is_finite
 
 PEFT_CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"
-COMPONENTS = ("unet", "text_encoder")
+COMPONENTS = {"unet": "U-Net", "text_encoder": "text encoder"}
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations that also change the base's weights
 LONGEST = 500  # letters of a pattern
 LARGEST_ALPHA = 1e30  # JSON has whole numbers of any length, and floats end at 1e308
@@ -182,16 +182,24 @@ def ending(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
-def config_scale(config: Config, module: str, rank: int, path: Path) -> float:
-    """alpha / r of one layer (arXiv 2106.09685, section 4.1), or alpha / √r (rsLoRA, arXiv 2312.03732)."""
-    name = module.replace("text_encoder.", CLIP).removeprefix("unet.")
-    said = by_pattern(config.get("rank_pattern"), name, config.get("r", rank))
-    alpha = by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
-    if said != rank:
-        raise AdapterError(f"{path}: {module} has rank {rank}, and its configuration says {said!r}.")
+def scale_of(
+    path: Path, module: str, parts: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor], configs: Mapping[str, Config]
+) -> float | None:
+    """alpha / r of a layer (arXiv 2106.09685, section 4.1), or alpha / √r (rsLoRA, arXiv 2312.03732). None: no file says it."""
+    rank, divisor = parts["up"].shape[1], float(parts["up"].shape[1])
+    if "alpha" in parts:
+        alpha: Any = tensors[parts["alpha"].key].item() or rank  # kohya's rule: 0 stands for the rank
+    elif config := configs.get(module.partition(".")[0]):
+        name = module.replace("text_encoder.", CLIP).removeprefix("unet.")
+        if (said := by_pattern(config.get("rank_pattern"), name, config.get("r", rank))) != rank:
+            raise AdapterError(f"{path}: {module} has rank {rank}, and its configuration says {said!r}.")
+        alpha = by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
+        divisor = math.sqrt(rank) if config.get("use_rslora") else divisor
+    else:
+        return None
     if type(alpha) not in (int, float) or not 0 < alpha < LARGEST_ALPHA:
         raise AdapterError(f"{path}: alpha of {module} is {alpha!r:.100}; it must be a positive number.")
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return float(alpha) / divisor
 
 
 def by_pattern(patterns: Config | None, name: str, default: Any) -> Any:

@@ -79,7 +79,7 @@ def test_case_01_adapter_without_matching_keys(tiny_folder: Path, tmp_path: Path
     shapes = {f"base_model.model.{OTHER}.to_k.lora_A.weight": (2, 1024), f"base_model.model.{OTHER}.to_k.lora_B.weight": (9, 2)}
     path = written(tmp_path / "sd2.safetensors", shapes)
     said = refused(capsys, sample(tiny_folder, "--lora", path))
-    assert f"{path}: 0 of 2 tensors match UNet2DConditionModel and CLIPTextModel" in said
+    assert f"{path}: 0 of 2 tensors match the U-Net and the text encoder" in said
     assert "in the peft style for SD 2.x (cross-attention width 1024); this model has cross-attention width 24" in said
     assert not (tmp_path / "picture.png").exists()
 
@@ -132,7 +132,7 @@ def test_case_04_peft_tensors_without_config(tiny_folder: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize(
     ("alpha", "says"),
-    [(math.nan, f"{KOHYA}.alpha has NaN"), (-1.0, f"alpha of unet.{TO_K} is -1; it must be a positive number")],
+    [(math.nan, f"{KOHYA}.alpha has NaN"), (-1.0, f"alpha of unet.{TO_K} is -1.0; it must be a positive number")],
 )
 def test_case_05_alpha_that_is_no_strength(
     alpha: float, says: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -525,13 +525,13 @@ A, B = f"unet.{TO_K}.lora_A.weight", f"unet.{TO_K}.lora_B.weight"
 STRANGER = {"unet.conv_in.x.lora_A.weight": (2, 3), "unet.conv_in.x.lora_B.weight": (3, 2)}
 R2 = {"unet.r": 2, "unet.lora_alpha": 8}
 REFUSED = {
-    "no match": (STRANGER, None, "0 of 2 tensors match UNet2D"),
+    "no match": (STRANGER, None, "0 of 2 tensors match the U-Net"),
     "half a match": (
         GOOD | STRANGER,
         None,
         r"2 of 4 tensors match(.|\n)*2 without a layer: unet.conv_in.x.lora_A.weight, unet.c",
     ),
-    "unknown names": ({"unet.a.lora_A.weight": (2, 3)}, None, "0 of 1 tensors match UNet2D"),
+    "unknown names": ({"unet.a.lora_A.weight": (2, 3)}, None, "0 of 1 tensors match the U-Net"),
     "SD 2": (
         {A: (2, 1024), B: (16, 2)},
         None,
@@ -601,7 +601,7 @@ REFUSED = {
     "text encoder": (
         GOOD | {f"text_encoder.text_model.{TEXT_Q}.lora_{x}.weight": s for x, s in (("A", (2, 24)), ("B", (24, 2)))},
         None,
-        r"2 of 4 tensors match UNet2D(.|\n)*text_encoder.text_model.encoder",
+        r"2 of 4 tensors match the U-Net(.|\n)*text_encoder.text_model.encoder",
     ),
     "cloneofsimo": ({"unet:0:up": (2, 24)}, None, "0 of 1 tensors match(.|\n)*in the cloneofsimo style"),
     "embedding": ({"<cat-toy>": (1, 768)}, None, "is no LoRA. The file looks like a textual inversion embedding"),
@@ -662,7 +662,7 @@ def test_reading_without_a_model_is_strict_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("alpha", "message"), [(-1.0, "alpha of unet.* is -1; it must be a pos"), (float("nan"), "alpha has NaN")]
+    ("alpha", "message"), [(-1.0, "alpha of unet.* is -1.0; it must be a pos"), (float("nan"), "alpha has NaN")]
 )
 def test_alphas_that_are_no_strength(tmp_path: Path, alpha: float, message: str) -> None:
     tensors = {f"{KOHYA}.lora_down.weight": torch.ones(2, 24), f"{KOHYA}.lora_up.weight": torch.ones(16, 2)}

@@ -18,12 +18,11 @@ from minidiff.core.config import SD15_UNET
 from minidiff.core.errors import AdapterError, SettingsError, WeightsError
 from minidiff.core.lora import LoRAWeights
 from minidiff.files.atomic import PICKLES, called
-from minidiff.files.looks import FAMILIES, cross_attention_width
+from minidiff.files.looks import FAMILIES, cross_attention_width, kind_of
 from minidiff.files.lora_file import read_lora, save_lora
-from minidiff.files.lora_names import lora_dialect
 from minidiff.files.model import SINGLE_FILE, cast, empty_model, read_model, write_model
 from minidiff.files.weights import NAMES, find_weights, first_bytes, foreign, is_finite, is_pickle, read_header, save
-from minidiff.files.word_file import FILES_NAME, is_embedding, read_embedding, save_embedding
+from minidiff.files.word_file import FILES_NAME, read_embedding, save_embedding
 
 ADVICE = "Get the .safetensors version of it, or convert it where it was made."
 
@@ -40,7 +39,11 @@ def convert(source: Path, place: Path, to: str, flags: Mapping[str, Any]) -> lis
             save(tensors := read_pickle(source), path)
             if to == "safetensors" and all(name.startswith(FILES_NAME["A1111"]) for name in tensors):
                 to = "diffusers"  # the new file names the word, which until now only the file's name did
-        kind = "a pickle" if pickled and to == "safetensors" else kind_of(path)
+        if pickled and to == "safetensors":
+            kind = "a pickle"
+        else:
+            is_model = (path / "model_index.json").is_file()
+            kind = "a model" if is_model else kind_of(read_header(find_weights(path, ())).tensors)
         forms, names, write = KINDS[kind]
         if to not in forms:
             raise SettingsError(f"{path} is {kind}, and that has no form --to {to}; it has {', '.join(forms)}.")
@@ -51,14 +54,6 @@ def convert(source: Path, place: Path, to: str, flags: Mapping[str, Any]) -> lis
             form = f"a file that ends in {SINGLE_FILE}" if is_file else "a folder"
             raise SettingsError(f"{place}: {kind} in the form {to} is {form}; choose another name, or another --to.")
         return write(path, place, to, *(flags.get(name) for name in names))
-
-
-def kind_of(path: Path) -> str:
-    """One of KINDS, for a safetensors file or a folder."""
-    if (path / "model_index.json").is_file():
-        return "a model"
-    tensors = read_header(find_weights(path, ())).tensors
-    return "a LoRA" if lora_dialect(tensors) else "a textual inversion" if is_embedding(tensors) else "a model"
 
 
 def convert_lora(

@@ -14,12 +14,12 @@ from typing import Any
 from minidiff.core.errors import MinidiffError
 from minidiff.core.lora import LoRAWeights
 from minidiff.files.folder import read_json
+from minidiff.files.looks import kind_of
 from minidiff.files.lora_file import read_lora
 from minidiff.files.lora_module import METADATA, alpha_of
-from minidiff.files.lora_names import lora_dialect
 from minidiff.files.values import listed, printable
 from minidiff.files.weights import TensorFile, find_weights, read_header
-from minidiff.files.word_file import KOHYA, is_embedding
+from minidiff.files.word_file import word_of
 
 Facts = dict[str, Any]  # labels, and for each a text, a list of texts, or a table of texts
 
@@ -63,12 +63,10 @@ def describe(path: Path) -> Facts:
     file = read_header(path)
     report: Facts = {"path": str(path), "is": file.looks_like, "size": size(file)}
     try:
-        if lora_dialect(file.tensors):
-            report |= lora_facts(file)
-        elif is_embedding(file.tensors):
-            report |= word_facts(file)
-        else:
+        if (kind := kind_of(file.tensors)) == "a model":
             file.read()  # WeightsError for NaN and infinity
+        else:
+            report |= lora_facts(file) if kind == "a LoRA" else word_facts(file)
     except MinidiffError as error:
         report["problem"] = str(error)
     if about := {key: text for key, text in sorted(file.metadata.items()) if key not in ("format", METADATA)}:
@@ -121,8 +119,8 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
 
 
 def word_facts(file: TensorFile) -> Facts:
-    word = file.metadata.get("token", file.path.stem)
-    shapes = {word if key == KOHYA else key: (1, *info.shape)[-2:] for key, info in file.tensors.items()}
+    words = {key: word_of(key, file.path, file.metadata.get("token"))[1] for key in file.tensors}
+    shapes = {words[key]: (1, *info.shape)[-2:] for key, info in file.tensors.items()}
     facts: Facts = {"vectors": [f"{name}: {n} of width {width}" for name, (n, width) in shapes.items()]}
     if zero := [key for key, tensor in file.read().items() if not tensor.any()]:
         facts["never trained"] = listed("words, whose vectors are 0", zero).strip()

@@ -50,10 +50,21 @@ def describe(tensors: Mapping[str, HasShape]) -> str:
     for key, tensor in tensors.items():
         if key.endswith("token_embedding.weight") and tensor.shape:
             return f"a CLIP text encoder of width {tensor.shape[-1]}"
-    if len(tensors) <= 2 and all(len(tensor.shape) <= 2 for tensor in tensors.values()):
-        widths = " and ".join(str(tensor.shape[-1]) for tensor in tensors.values() if tensor.shape)
-        return f"a textual inversion embedding of width {widths}"
+    if is_embedding(tensors):
+        widths = dict.fromkeys(str(tensor.shape[-1]) for tensor in tensors.values())
+        return f"a textual inversion embedding of width {' and '.join(widths)}"
     return f'nothing that minidiff knows: {len(tensors)} tensors, the first is "{next(iter(tensors))}"'
+
+
+def kind_of(tensors: Mapping[str, HasShape]) -> str:
+    """As `convert` and `inspect` go about it."""
+    return "a LoRA" if lora_dialect(tensors) else "a textual inversion" if is_embedding(tensors) else "a model"
+
+
+def is_embedding(tensors: Mapping[str, HasShape]) -> bool:
+    """Are these vectors under words, and not parts of a model or a LoRA?"""
+    parts = lora_dialect(tensors) or any(key.endswith((".weight", ".bias")) for key in tensors)
+    return bool(tensors) and not parts and all(1 <= len(tensor.shape) <= 2 for tensor in tensors.values())
 
 
 def cross_attention_width(tensors: Mapping[str, HasShape]) -> int | None:

@@ -92,13 +92,15 @@ def read_lora(
     file = source if isinstance(source, TensorFile) else read_header(find_weights(source, LORA_FILES))
     modules, left = by_layer(file, config, strict)
     layers = layers_of(models or {})
+    width = cross_attention_width({f"{name}.weight": layer.weight for name, layer in layers.items()})
+    here = f"; this model has cross-attention width {width}" if width else ""
     if models is not None:
         left += [info.key for name, parts in modules.items() if name not in layers for info in parts.values()]
         modules = {name: parts for name, parts in modules.items() if name in layers}
     if not modules or (left and strict):
         what = "match the " + " and the ".join(COMPONENTS[c] for c in models) if models else "have the names of an SD adapter"
         counts = f"{len(file.tensors) - len(left)} of {len(file.tensors)} tensors {what}."
-        raise AdapterError(f"{file.path}: {counts} {looks(file, models)}\n{listed('without a layer', left)}")
+        raise AdapterError(file.misfit(f"{file.path}: {counts}", {"without a layer": left}, here))
     for name, parts in modules.items():
         lora_module.check_parts(f"{file.path}: {name}", parts)
     lora = read_data(file, modules, alpha)
@@ -110,22 +112,16 @@ def read_lora(
             if (change := lora_module.shape_of(lora.modules[name])) != flat(tuple(W.shape))
         ]
         if misfits:
-            raise AdapterError(f"{file.path} is for another model. {looks(file, models)}\n{listed('misshapen', misfits)}")
+            raise AdapterError(file.misfit(f"{file.path} is for another model.", {"misshapen": misfits}, here))
         lora = replace(lora, modules={name: lora_module.fitted(lora.modules[name], W) for name, W in Ws.items()})
     left_out = (listed("tensors that match nothing were left out", left).strip(),) if left else ()
     return replace(lora, notes=lora.notes + left_out)
 
 
-def looks(file: TensorFile, models: Models | None) -> str:
-    """For a message: the model of the file, and the model here."""
-    width = cross_attention_width(models["unet"].state_dict()) if models and "unet" in models else None
-    return f"The file looks like {file.looks_like}" + (f"; this model has cross-attention width {width}." if width else ".")
-
-
 def by_layer(file: TensorFile, config: UNetConfig, strict: bool) -> tuple[Parts, list[str]]:
     """The tensors of a file by layer and part, and the names that belong to no LoRA. AdapterError for another kind of file."""
     if lora_dialect(file.tensors) is None:
-        raise AdapterError(f"{file.path} is no LoRA. The file looks like {file.looks_like}.")
+        raise AdapterError(file.misfit(f"{file.path} is no LoRA."))
     modules: Parts = {}
     left, words = [], bundled_words(file.tensors).values()
     for key, info in file.tensors.items():

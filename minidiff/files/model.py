@@ -25,7 +25,6 @@ from minidiff.files import folder as layout
 from minidiff.files import names, weights
 from minidiff.files.folder import SD15_TEXT, config_values, local_folder, read_config, read_json, write_json
 from minidiff.files.text_files import build_text_encoder, load_tokenizer, to_file_keys
-from minidiff.files.values import listed
 from minidiff.files.weights import TensorFile, TensorInfo, find_weights, read_header, save
 
 if TYPE_CHECKING:
@@ -154,10 +153,8 @@ def split_single_file(
             unknown.append(key)
     absent = [prefix for prefix, tensors in parts.items() if not tensors]
     if absent or unknown:
-        raise WeightsError(
-            f"{path} is no SD 1.x checkpoint in one file. It looks like {file.looks_like}.\n"
-            + "\n".join(listed(what, keys) for what, keys in (("parts missing", absent), ("unknown", unknown)) if keys)
-        )
+        problems = {"parts missing": absent, "unknown": unknown}
+        raise WeightsError(file.misfit(f"{path} is no SD 1.x checkpoint in one file.", problems))
     return {part: replace(file, tensors=tensors) for part, tensors in zip(("unet", "vae", "text_encoder"), parts.values())}
 
 

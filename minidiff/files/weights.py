@@ -12,7 +12,7 @@ import os
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -65,6 +65,11 @@ class TensorFile:
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     looks_like: str
+
+    def misfit(self, what: str, problems: Mapping[str, Iterable[str]] = {}, here: str = "") -> str:
+        """A message: `what` is wrong, what the file looks like, `here` the model, and ten names of each problem."""
+        lines = [listed(problem, names) for problem, names in problems.items() if names]
+        return "\n".join([f"{what} The file looks like {self.looks_like}{here}.", *lines])
 
     def read(self, torch_dtype: torch.dtype | None = None, mapped: bool = False) -> dict[str, Tensor]:
         """Every tensor, cast to `torch_dtype` if one is given. WeightsError for NaN and infinity.
@@ -212,9 +217,8 @@ def check_fit(model: nn.Module, file: TensorFile) -> dict[str, TensorInfo]:
             misfits.append(f"{name} is {given[name].dtype}, which is no dtype for weights here")
     missing, extra = wanted.keys() - given.keys(), given.keys() - wanted.keys()
     problems = {"missing": missing, "not in the model": extra, "misshapen": misfits}
-    if lines := [listed(what, names) for what, names in problems.items() if names]:
-        looks = f"does not fit {type(model).__name__}. The file looks like {file.looks_like}."
-        raise WeightsError("\n".join([f"{file.path} {looks}", *lines]))
+    if any(problems.values()):
+        raise WeightsError(file.misfit(f"{file.path} does not fit {type(model).__name__}.", problems))
     return given
 
 

@@ -26,7 +26,7 @@ from minidiff import __version__
 from minidiff.core.errors import AdapterError
 from minidiff.core.text import LENGTH
 from minidiff.core.textual_inversion import inject, placeholders
-from minidiff.files.looks import FAMILIES, HasShape, architecture
+from minidiff.files.looks import FAMILIES, architecture, is_embedding
 from minidiff.files.lora_names import bundled_words, lora_dialect
 from minidiff.files.values import listed
 from minidiff.files.weights import file_at, find_weights, read_header, save
@@ -91,15 +91,9 @@ def read_embedding(path: str | Path, token: str | None = None) -> Embedding:
     if words := bundled_words(file.tensors):
         file = replace(file, tensors={word: file.tensors[key] for word, key in words.items()})
     if not is_embedding(file.tensors):
-        raise AdapterError(f"{file.path} is no textual inversion. The file looks like {file.looks_like}.")
+        raise AdapterError(file.misfit(f"{file.path} is no textual inversion."))
     embedding = embedding_in(file.read(), file.path, token, file.metadata.get("token"))
     return replace(embedding, dialect="bundled") if words else embedding
-
-
-def is_embedding(tensors: Mapping[str, HasShape]) -> bool:
-    """Are these vectors under words, and not parts of a model or a LoRA?"""
-    parts = lora_dialect(tensors) or any(key.endswith((".weight", ".bias")) for key in tensors)
-    return bool(tensors) and not parts and all(1 <= len(tensor.shape) <= 2 for tensor in tensors.values())
 
 
 def embedding_in(tensors: Mapping[str, Tensor], path: Path, token: str | None = None, said: str | None = None) -> Embedding:
@@ -112,10 +106,7 @@ def embedding_in(tensors: Mapping[str, Tensor], path: Path, token: str | None = 
             f"{path} holds {len(chosen)} words, where one is wanted.\n{listed('words', chosen)}\n"
             "minidiff convert --token makes a file of one; in Python, token=… says which."
         )
-    own, vectors = chosen[0], tensors[chosen[0]]
-    dialect = next((name for name, start in FILES_NAME.items() if own.startswith(start)), "diffusers" if own else "bare")
-    if dialect in FILES_NAME:
-        own = said or path.stem
+    vectors, (dialect, own) = tensors[chosen[0]], word_of(chosen[0], path, said)
     if not (word := token or own):
         raise AdapterError(f"{path} does not say what its word is. {RENAME}")
     rows = torch.atleast_2d(vectors)
@@ -123,6 +114,12 @@ def embedding_in(tensors: Mapping[str, Tensor], path: Path, token: str | None = 
         there, wanted = f"{tuple(vectors.shape)} of {vectors.dtype}", f"(n, D) floating-point numbers, n at most {LENGTH - 2}"
         raise AdapterError(f"{path}: its vectors are {there}; a word has {wanted}.")
     return Embedding(path, dialect, word, rows.detach().float())
+
+
+def word_of(key: str, path: Path, said: str | None) -> tuple[str, str]:
+    """The dialect of a tensor's name, and the word that it stands for."""
+    dialect = next((name for name, start in FILES_NAME.items() if key.startswith(start)), "diffusers" if key else "bare")
+    return dialect, said or path.stem if dialect in FILES_NAME else key
 
 
 def save_embedding(

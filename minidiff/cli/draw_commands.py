@@ -34,7 +34,7 @@ from minidiff.studio.morph import check_animation, check_loop, keyframe_tensors,
 from minidiff.studio.morph import morph as frames_of
 from minidiff.studio.recipe import Origin, check_origin, check_outputs, parameters, recipe_texts
 from minidiff.studio.sheet import check_count, contact_sheet_of, parse_axis
-from minidiff.studio.tokens import token_view
+from minidiff.studio.tokens import plain_text, token_view, warn_of_unknown_words
 
 LOADED = (  # the settings that decide which model is loaded, and what is attached to it
     *("pretrained_model_name_or_path", "tokenizer", "torch_dtype", "device", "compile", "plain"),
@@ -168,6 +168,7 @@ def attention(s: Attention) -> None:
 def tokens(s: Tokens) -> None:
     tokenizer = load_tokenizer(local_folder(s.pretrained_model_name_or_path) / "tokenizer", light_text())
     print(token_view(tokenizer, s.prompt, trigger=s.trigger))
+    warn_of_unknown_words(s.pretrained_model_name_or_path, tokenizer, [plain_text(s.prompt)])
 
 
 # --- shared by the commands --------------------------------------------------------------------------------------------
@@ -225,6 +226,8 @@ def load(s: Sampling, prompts: Sequence[str], pictures: int = 1) -> StableDiffus
     pipe = StableDiffusionPipeline(*parts.arguments, name, s.plain).to(device)
     pipe.set_tile_size(s.tile_size)
     attach(pipe, s, prompts)
+    texts = map(plain_text, (*prompts, s.negative_prompt))
+    warn_of_unknown_words(name, pipe.tokenizer, texts, pipe.placeholders)
     if pictures:
         of_drawing(pipe, s, pictures, lambda mark: draw(pipe, s, prompts[0], callback=mark))
     if s.compile:

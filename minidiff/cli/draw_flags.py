@@ -4,15 +4,18 @@ A class is a command: its docstring is the command's help, a field is a flag, an
 The range of a value stands in its type (files/values.py). Nothing here imports torch, so that `--help` is quick.
 """
 
+import math
 import os
 import pathlib
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Annotated, Any, Literal, Self
+from warnings import warn
 
 from tyro.conf import Positional
 
 from minidiff.core.errors import SettingsError
+from minidiff.files.folder import config_of, local_folder
 from minidiff.files.values import A_PATH, FINITE, Rule, between, check_values, near_path
 
 Path = Annotated[str, A_PATH]
@@ -35,6 +38,27 @@ class Flags:
 def check_weights(loras: tuple[str, ...], weights: tuple[float, ...]) -> None:
     if len(weights) not in (0, len(loras)):
         raise SettingsError(f"--lora_weight has {len(weights)} numbers for {len(loras)} LoRAs; give one for each.")
+
+
+def picture_size(path: str) -> tuple[int, int]:
+    """Width and height as a viewer shows it; (1, 1) for a file that is no picture, which is told when it is read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(0x0112, 1) > 4  # by a quarter
+            return (image.height, image.width) if turned else image.size
+    except (OSError, ValueError, SyntaxError):
+        return 1, 1
+
+
+def own_side(name: str) -> tuple[int, int]:
+    """Pixels of the model's own side, and of a latent cell."""
+    if os.path.isfile(name):
+        return 512, 8
+    unet, vae = (config_of(local_folder(name) / part)[0] for part in ("unet", "vae"))
+    cell = 2 ** (len(vae.get("block_out_channels", [1] * 4)) - 1)
+    return int(unet.get("sample_size", 64)) * cell, cell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +101,13 @@ class Sampling(Flags):
     """Height in pixels. Default: that of the model, or of --image."""
     image: Path | None = None
     """Start from this picture instead of from noise. It is resized to --width and --height if they are given."""
+    resize: bool = False
+    """Scale --image to the model's own size and keep its shape."""
     mask_image: Path | None = None
     """Draw only the white area of this mask anew; or of a copy of --image with a hole in it, the hole. The rest stays."""
     strength: Annotated[float, between(0, 1)] | None = None
-    """Share of the steps that change --image: 0.3 changes little, 1 almost everything. Default: 0.8, or 1 with a mask."""
+    """Share of the steps that change --image: 0.1 sharpens, 0.3 changes details, 0.8 most, 1 everything. Default: 0.8; 1 with
+    a mask; 0.1 where the picture is enlarged."""
     tile_size: Side | None = None
     """Draw in overlapping tiles of N pixels, for pictures that do not fit in memory. Default: the whole picture at once."""
     compile: bool = False
@@ -102,6 +129,32 @@ class Sampling(Flags):
                     raise SettingsError(f"--{flag} {path}: no such file or folder.{near_path(path)}")  # nor a hub id
                 if flag == "lora" and os.path.exists(os.path.join(path, "model_index.json")):
                     raise SettingsError(f"--lora {path} is a whole model; give it as --pretrained_model_name_or_path {path}")
+
+    def settled(self) -> Self:
+        """Sizes, strength and prompt that suit --image. SettingsError for one that is far larger than the model draws."""
+        if self.resize and (self.image is None or self.width or self.height or self.tile_size):
+            raise SettingsError("--resize needs --image, and goes without --width, --height and --tile_size.")
+        if self.image is None:
+            return self
+        w, h = picture_size(self.image)
+        own, cell = own_side(self.pretrained_model_name_or_path)
+        fit = [max(round(side * own / math.sqrt(w * h) / cell), 1) * cell for side in (w, h)]
+        if self.resize:
+            return replace(self, resize=False, width=fit[0], height=fit[1])
+        scale = max((self.width or 0) / w, (self.height or 0) / h) or 1.0
+        if scale == 1 and w * h > 4 * own * own and not (self.width or self.tile_size):
+            raise SettingsError(
+                f"--image {self.image} has {w} x {h} pixels, and the model draws {own} x {own}: it would take long and repeat "
+                f"things. Give --resize, for {fit[0]} x {fit[1]}; or --width or --height."
+            )
+        new: dict[str, Any] = {}
+        if scale > 1.2 and self.mask_image is None and self.strength is None:
+            new["strength"] = 0.1
+            warn("--image is enlarged with --strength 0.1, which sharpens it; 0.3 changes details, 0.8 most.", stacklevel=2)
+        if scale > 1.2 and self.tile_size and vars(self).get("prompt"):
+            new |= {"prompt": "", "guidance_scale": 1.0}
+            warn("the prompt is left out: each tile shows a part of the picture, and would draw all of it.", stacklevel=2)
+        return replace(self, **new)
 
     def beside(self) -> Self:
         """With the next free name, such as outputs/picture-0002.png, where a file of the default --output is there already."""

@@ -20,14 +20,14 @@ class Enough(Exception):
 
 
 def measured(run: Callable[[Callable[[Any], None]], object]) -> tuple[float, Any]:
-    """Seconds of a step: the least of three, or the first if it takes long. `run` calls its argument with each step; the last
+    """Seconds of a step: the least of three, or of two if they take long. `run` calls its argument with each step; the last
     one is returned, too."""
     marks, steps = [perf_counter()], list[Any]()
 
     def mark(step: Any) -> None:
         marks.append(perf_counter())
         steps.append(step)
-        if len(steps) == 3 or marks[-1] - marks[0] > 1:
+        if len(steps) == 3 or marks[-1] - marks[0] > (1 if len(steps) == 2 else 20):
             raise Enough
 
     with suppress(Enough):

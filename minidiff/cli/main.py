@@ -57,6 +57,7 @@ def run(argv: list[str]) -> None:
             settings = replace(settings, seed=randbelow(2**31))
             print(f"seed {settings.seed}")
         settings.check()
+        settings = settings.settled() if hasattr(settings, "settled") else settings
         found(f"cli.{function}")(settings)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from minidiff.cli.flags import Bench, DataCheck, Judge, Lesson, Watch
 from minidiff.core.errors import DataError, SettingsError
 from minidiff.files.bundled import HOME, here_or_bundled
+from minidiff.files.folder import local_folder
 from minidiff.files.values import near_path
 from minidiff.pocket.settings import LadderSettings, PretrainSettings
 from minidiff.trainer.settings import FineTuneSettings, LoRASettings
@@ -39,6 +40,7 @@ def train(s: FineTuneSettings) -> None:
 
     if isinstance(s, LoRASettings) and s.preset:
         print(told(s))
+    warn_of_words(s)
     keep_memory(not s.fit)  # with --fit, the peak has to be what the tensors need
     with joined(s.device):
         task = RECIPES[type(s)](s)
@@ -90,6 +92,21 @@ def watch(s: Watch) -> None:
                         raise SettingsError(f"there is no program here that shows pictures; open {path} yourself.")
             shown.add((path, changed))
         time.sleep(2)
+
+
+def warn_of_words(s: FineTuneSettings) -> None:
+    """Those of the prompts and captions that a small model does not know. The new word of a textual inversion is left out."""
+    from minidiff.draw.speed import light_text
+    from minidiff.files.text_files import load_tokenizer
+    from minidiff.studio.tokens import warn_of_unknown_words
+    from minidiff.trainer.dataset import scan_folder
+
+    tokenizer = load_tokenizer(local_folder(s.pretrained_model_name_or_path) / "tokenizer", light_text())
+    where = Path(s.instance_data_dir or s.train_data_dir or "")
+    scan = scan_folder(where, s.prompt, s.caption_column, s.masked_loss, s.captions)
+    texts = [*(one.caption for one in scan.examples), s.class_prompt or "", *s.validation_prompt]
+    new = {word: [0] for word in [getattr(s, "placeholder_token", "")] if word}
+    warn_of_unknown_words(s.pretrained_model_name_or_path, tokenizer, texts, new)
 
 
 def data_check(s: DataCheck) -> None:

@@ -28,6 +28,7 @@ SD15_TEXT: dict[str, Any] = dict(  # CLIP ViT-L/14's text tower, openai/clip-vit
     bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
 )  # fmt: skip
 
+WORDS = "words.json"  # of a model with a small vocabulary: {"words": [all of its captions], "things": [what it draws]}
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_config.json")
 
 

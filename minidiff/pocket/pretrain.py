@@ -37,7 +37,7 @@ from minidiff.draw.images import contact_sheet
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import speed_up_network
 from minidiff.files import weights
-from minidiff.files.folder import read_json, write_json
+from minidiff.files.folder import WORDS, read_json, write_json
 from minidiff.files.text_files import load_tokenizer
 from minidiff.pocket.autoencoder import encode_world, load_vae, train_decoder, train_vae
 from minidiff.pocket.dataset import hard_batch, load_latents, load_world, lookalikes
@@ -48,7 +48,7 @@ from minidiff.pocket.settings import STAGES, PretrainSettings, Stage
 from minidiff.pocket.stage import POCKET_UNET, begun, chosen, first_of, noise_config, run, tokenizer_folder
 from minidiff.pocket.tokenizer import build_tokenizer
 from minidiff.pocket.towers import Towers, image_tower_config, load_towers
-from minidiff.pocket.world import caption, held_out, random_caption
+from minidiff.pocket.world import caption, held_out, random_caption, word_list
 from minidiff.trainer.task import Job
 
 CAPTION_DROPOUT = 0.1  # classifier-free guidance (arXiv 2207.12598), algorithm 1
@@ -180,6 +180,7 @@ def assemble(home: Path, settings: PretrainSettings) -> None:
     )
     write_json(image / "config.json", image_tower_config())
     index = read_json(folder / "model_index.json", "it was written just now")
+    write_json(folder / WORDS, word_list())
     write_json(folder / "model_index.json", index | {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]})
 
 

@@ -115,6 +115,12 @@ def phrase(thing: str, colour: str = "", scene: str = "", style: str = "", pose:
     return f"{style}{article} {words} {PLACES.get(scene, '')}".strip()
 
 
+def word_list() -> dict[str, list[str]]:
+    """`words.json` of the checkpoint: every word of the captions, and the three names that are free for fine-tuning."""
+    phrases = (*STYLES, *COLOURS, *OBJECTS, *PLACES.values(), *POSES[1:], "a picture of an", "sks", "ohwx", "zwx")
+    return {"things": list(OBJECTS), "words": sorted(set(" ".join(phrases).split()))}
+
+
 def is_held_out(picture: Picture) -> bool:
     """Whether this combination, in any pose, is kept from training: one in ten, the same ones on every machine."""
     words = "|".join((picture.object, picture.colour, picture.scene, picture.style))

@@ -5,17 +5,22 @@
 A token is shown as its letters; "dal+" goes on in the next one.
 """
 
+import re
 import textwrap
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from minidiff.core.errors import MinidiffError
 from minidiff.core.text import LENGTH, spelled, token_ids
 from minidiff.draw.prompting import chunked, parse_prompt
+from minidiff.files.folder import WORDS, local_folder, read_json
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 ROOM = LENGTH - 2  # tokens between the marks
+SMALL = 5000  # tokens: CLIP's own vocabulary of 49,408 spells everything
 
 
 def token_view(
@@ -43,6 +48,39 @@ def token_view(
         count = "one token" if len(own) == 1 else f"{len(own)} tokens"
         about.append(f'Trigger: "{trigger}" is {count}: {split}; {times} x in the prompt.')
     return "\n".join([*lines, "", *(textwrap.fill(text, 100, subsequent_indent="    ") for text in about)])
+
+
+def warn_of_unknown_words(
+    model: str, tokenizer: "CLIPTokenizer", texts: Iterable[str], placeholders: Mapping[str, Sequence[int]] = {}
+) -> None:
+    """One warning for the words that a model with a small vocabulary never saw.
+
+    The model's folder lists those of its captions. Without a list a word is unknown if most of its tokens are pieces.
+    """
+    if len(tokenizer) > SMALL:
+        return
+    try:
+        about = read_json(local_folder(model) / WORDS, "it lists the words of the captions")
+    except MinidiffError:
+        about = {}
+
+    def unknown(word: str) -> bool:
+        tokens = [str(tokenizer.convert_ids_to_tokens(index)) for index in token_ids(tokenizer, word)]
+        return word not in about["words"] if "words" in about else 2 * sum(t.endswith("</w>") for t in tokens) < len(tokens)
+
+    whole = "\n".join(texts).lower()
+    for known in placeholders:
+        whole = whole.replace(known.lower(), " ")
+    if strange := [word for word in dict.fromkeys(re.findall(r"[^\W\d_]+", whole)) if unknown(word)]:
+        are = "is not a word" if len(strange) == 1 else "are not words"
+        things = f"; its things are {', '.join(about['things'])}" if about.get("things") else ""
+        names = ", ".join(f'"{word}"' for word in strange[:8])
+        warnings.warn(f"{names} {are} of this model{things}.", stacklevel=2)
+
+
+def plain_text(prompt: str) -> str:
+    """A prompt without its markup."""
+    return " ".join(part.text for section in parse_prompt(prompt).sections for part in section)
 
 
 def letters_of(tokenizer: "CLIPTokenizer", index: int, placeholders: Mapping[str, Sequence[int]]) -> str:

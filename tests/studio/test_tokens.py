@@ -1,10 +1,19 @@
 """How CLIP splits a prompt, as text for a terminal."""
 
+import json
+import random
+import warnings
+from pathlib import Path
+
 import pytest
 from tiny_text import PLACEHOLDERS, ids_of, tiny_tokenizer
 from transformers import CLIPTokenizer
 
-from minidiff.studio.tokens import token_view
+from minidiff.files.text_files import load_tokenizer
+from minidiff.pocket.world import random_caption, random_picture, word_list
+from minidiff.studio.tokens import plain_text, token_view, warn_of_unknown_words
+
+POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +56,41 @@ def test_the_token_view_takes_anything(tokenizer: CLIPTokenizer, prompt: str) ->
     for trigger in (None, "", "dog", "sks", prompt):
         view = token_view(tokenizer, prompt, placeholders, trigger)
         assert max(map(len, view.splitlines())) <= 100
+
+
+# --- words that a small model does not know --------------------------------------------------------------------------------
+
+
+def told(model: str, tokenizer: CLIPTokenizer, *texts: str, **placeholders: list[int]) -> list[str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        warn_of_unknown_words(model, tokenizer, texts, placeholders)
+    return [str(one.message) for one in seen]
+
+
+def test_words_that_no_caption_had_are_named_once() -> None:
+    light = load_tokenizer(POCKET / "tokenizer")
+    (said,) = told(str(POCKET), light, "a photo of a green mug on the Table", "a mug, 3 dogs")
+    assert said.startswith('"mug", "table", "dogs" are not words of this model; its things are dog, cat, ')
+    assert told(str(POCKET), light, "A watercolor of a small red Dog in the city", "an ohwx of a sks dog") == []
+    assert told(str(POCKET), light, "a <my-Mug> on the moon", **{"<my-mug>": [670]}) == []
+    assert plain_text("a (mug:1.3) <lora:table:1> [red]").split() == ["a", "mug", "red"]
+
+
+def test_without_a_list_words_in_pieces_are_unknown(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+    assert len(ids_of(tokenizer, "zebra")) > 2
+    (said,) = told(str(tmp_path), tokenizer, "a photo of a red zebra")
+    assert said == '"zebra" is not a word of this model.'
+
+
+def test_a_whole_vocabulary_is_silent(tokenizer: CLIPTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minidiff.studio.tokens.SMALL", len(tokenizer) - 1)
+    assert told("nowhere", tokenizer, "a zebra") == []
+
+
+def test_the_list_of_the_checkpoint_is_that_of_the_world() -> None:
+    listed = json.loads((POCKET / "words.json").read_text())
+    assert listed == word_list()
+    rng = random.Random(0)
+    said = {word for _ in range(3000) for word in random_caption(random_picture(rng), rng).split()}
+    assert said <= set(listed["words"]) and set(listed["words"]) - said == {"sks", "ohwx", "zwx"}

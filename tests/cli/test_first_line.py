@@ -20,7 +20,9 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize(("took", "least", "seen"), [([0.5, 0.2, 0.1], 0.1, 3), ([2.0, 0.1], 2.0, 1), ([0.3], 0.3, 1)])
+@pytest.mark.parametrize(
+    ("took", "least", "seen"), [([0.5, 0.2, 0.1], 0.1, 3), ([2.0, 1.5, 1.0], 1.5, 2), ([21.0, 1.0], 21.0, 1), ([0.3], 0.3, 1)]
+)
 def test_the_measure_ends_soon(took: list[float], least: float, seen: int, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(first_line, "perf_counter", lambda: now[0])

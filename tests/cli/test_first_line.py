@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from PIL import Image
 
 from minidiff.cli import draw_commands, first_line
 from minidiff.cli.main import main
+from minidiff.trainer.run import Report
 
 STEPS = ["--num_inference_steps", "3"]
 
@@ -81,7 +81,7 @@ def test_a_sheet_counts_its_pictures_once(tiny_folder: Path, capsys: pytest.Capt
 def test_training_says_pictures_updates_and_epochs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from test_cli import POCKET
 
-    monkeypatch.setattr("minidiff.trainer.run.fit", lambda task, settings: SimpleNamespace(finished=True))
+    monkeypatch.setattr("minidiff.trainer.run.fit", lambda task, settings: Report(done=10, loss=0.0, finished=True))
     flags = [
         "--pretrained_model_name_or_path",
         str(POCKET),

@@ -92,28 +92,25 @@ def read_lora(
     file = source if isinstance(source, TensorFile) else read_header(find_weights(source, LORA_FILES))
     modules, left = by_layer(file, config, strict)
     layers = layers_of(models or {})
-    width = cross_attention_width({f"{name}.weight": layer.weight for name, layer in layers.items()})
-    here = f"; this model has cross-attention width {width}" if width else ""
     if models is not None:
         left += [info.key for name, parts in modules.items() if name not in layers for info in parts.values()]
         modules = {name: parts for name, parts in modules.items() if name in layers}
+    width = cross_attention_width({f"{name}.weight": layer.weight for name, layer in layers.items()})
+    here = f"; this model has cross-attention width {width}" if width else ""
     if not modules or (left and strict):
         what = "match the " + " and the ".join(COMPONENTS[c] for c in models) if models else "have the names of an SD adapter"
         counts = f"{len(file.tensors) - len(left)} of {len(file.tensors)} tensors {what}."
         raise AdapterError(file.misfit(f"{file.path}: {counts}", {"without a layer": left}, here))
+    misfits = []
     for name, parts in modules.items():
-        lora_module.check_parts(f"{file.path}: {name}", parts)
+        shape = lora_module.changed_shape(f"{file.path}: {name}", parts)
+        if models is not None and shape != flat(own := tuple(layers[name].weight.shape)):
+            misfits.append(f"{name} is for {shape}, the model has {own}")
+    if misfits:
+        raise AdapterError(file.misfit(f"{file.path} is for another model.", {"misshapen": misfits}, here))
     lora = read_data(file, modules, alpha)
     if models is not None:
-        Ws = {name: layers[name].weight for name in modules}
-        misfits = [
-            f"{name} is for {change}, the model has {tuple(W.shape)}"
-            for name, W in Ws.items()
-            if (change := lora_module.shape_of(lora.modules[name])) != flat(tuple(W.shape))
-        ]
-        if misfits:
-            raise AdapterError(file.misfit(f"{file.path} is for another model.", {"misshapen": misfits}, here))
-        lora = replace(lora, modules={name: lora_module.fitted(lora.modules[name], W) for name, W in Ws.items()})
+        lora = replace(lora, modules={n: lora_module.fitted(w, layers[n].weight) for n, w in lora.modules.items()})
     left_out = (listed("tensors that match nothing were left out", left).strip(),) if left else ()
     return replace(lora, notes=lora.notes + left_out)
 

@@ -47,8 +47,8 @@ Config = dict[str, Any]
 # --- tensors -----------------------------------------------------------------------------------------------------------
 
 
-def check_parts(where: str, parts: Mapping[str, TensorInfo]) -> None:
-    """AdapterError unless a layer's tensors are complete and fit each other; `where` begins the message."""
+def changed_shape(where: str, parts: Mapping[str, TensorInfo]) -> Shape:
+    """The shape of the W that a layer's tensors change, `flat`. AdapterError, which begins with `where`, unless they fit."""
     if not {"down", "up"} <= parts.keys():
         there = ", ".join(f"{info.key} {info.shape}" for info in parts.values())
         raise AdapterError(f"{where} has {there} and not the other half: the file is incomplete. Get it again.")
@@ -58,24 +58,17 @@ def check_parts(where: str, parts: Mapping[str, TensorInfo]) -> None:
         raise AdapterError(f"{where} has two magnitudes: {parts['magnitude'].key} and {parts['dora_scale'].key}.")
     shapes = {part: info.shape for part, info in parts.items()}
     down, up, mid = shapes["down"], shapes["up"], shapes.get("mid")
-    fit = len(down) in (2, 4) and len(flat(up)) == 2 and 0 not in down + up and shapes.get("alpha", ()) in ((), (1,))
-    if mid is None:
-        fit = fit and down[0] == up[1]
-    else:
-        fit = fit and len(mid) == 4 and 0 not in mid and mid[:2] == (up[1], down[0]) and len(flat(down)) == 2
-    if not fit:
+    middle = (*down[:1], *down[:1], 1, 1) if mid is None else mid  # without one, as if it were the identity
+    fit = len(down) in (2, 4) and len(flat(up)) == 2 and 0 not in down + up + middle and shapes.get("alpha", ()) in ((), (1,))
+    if not fit or len(middle) != 4 or middle[:2] != (up[1], down[0]) or (mid and len(flat(down)) != 2):
         there = ", ".join(f"{part} is {shape}" for part, shape in shapes.items())
         raise AdapterError(f"{where}: the shapes do not fit each other: {there}. The file is damaged; get it again.")
+    return flat((up[0], down[1], *(mid or down)[2:]))
 
 
 def flat(shape: Shape) -> Shape:
     """(out, in) for 1 x 1 convolutions too: files have them with four axes or with two."""
     return shape[:2] if shape[2:] == (1, 1) else shape
-
-
-def shape_of(weights: LoRAWeights) -> Shape:
-    """The shape of the W that a layer's adapter changes, `flat`."""
-    return flat((len(weights.B), *weights.A.shape[1:]))
 
 
 def weights_of(where: str, parts: Mapping[str, Tensor], scale: float) -> LoRAWeights:
@@ -186,7 +179,7 @@ def scale_of(
     path: Path, module: str, parts: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor], configs: Mapping[str, Config]
 ) -> float | None:
     """alpha / r of a layer (arXiv 2106.09685, section 4.1), or alpha / √r (rsLoRA, arXiv 2312.03732). None: no file says it."""
-    rank, divisor = parts["up"].shape[1], float(parts["up"].shape[1])
+    rank, rslora = parts["down"].shape[0], False
     if "alpha" in parts:
         alpha: Any = tensors[parts["alpha"].key].item() or rank  # kohya's rule: 0 stands for the rank
     elif config := configs.get(module.partition(".")[0]):
@@ -194,12 +187,12 @@ def scale_of(
         if (said := by_pattern(config.get("rank_pattern"), name, config.get("r", rank))) != rank:
             raise AdapterError(f"{path}: {module} has rank {rank}, and its configuration says {said!r}.")
         alpha = by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
-        divisor = math.sqrt(rank) if config.get("use_rslora") else divisor
+        rslora = bool(config.get("use_rslora"))
     else:
         return None
     if type(alpha) not in (int, float) or not 0 < alpha < LARGEST_ALPHA:
         raise AdapterError(f"{path}: alpha of {module} is {alpha!r:.100}; it must be a positive number.")
-    return float(alpha) / divisor
+    return float(alpha) / (math.sqrt(rank) if rslora else rank)
 
 
 def by_pattern(patterns: Config | None, name: str, default: Any) -> Any:

@@ -195,6 +195,7 @@ def test_case_07_a_part_of_a_model_as_a_pickle(tiny_folder: Path, tmp_path: Path
 
 def test_case_07_training_from_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({}, path := tmp_path / "model.ckpt")
+    (tmp_path / "x").mkdir()
     data = ["--instance_data_dir", "x", "--instance_prompt", "a sks dog", "--output_dir", str(tmp_path / "out")]
     said = refused(capsys, ["train", "lora", "--pretrained_model_name_or_path", str(path), *data])
     assert f"{path} is a file, not a model folder; `minidiff convert {path} FOLDER --tokenizer …` makes one" in said

@@ -131,15 +131,15 @@ def morph(s: Morph) -> None:
         )
     keys = [(s.prompts[i % len(s.prompts)], seeds[i % len(seeds)]) for i in range(count)]
     s = replace(s, seed=seeds[0])
-    pipe = load(s, s.prompts, count * s.frames)
+    check_loop(keys, s.frames, s.sampler or "ddim", s.eta)
+    pipe = load(s, s.prompts, count * s.frames if count > 2 else s.frames + 1)  # two keyframes: the way back is the same
     check_loop(keys, s.frames, s.sampler or pipe.sampler, s.eta)
     total = count * s.frames
     print(f"{count} keyframes x {s.frames} frames = {total} frames, a loop of {total / s.fps:.1f} s", file=sys.stderr)
     noises, texts = keyframe_tensors(pipe, keys, s.height, s.width, s.clip_skip, s.negative_prompt)
     pipe.set_progress_bar_config(disable=True)  # the loop has one of its own
-    frames = frames_of(noises, texts, s.frames, lambda noise, text: draw(pipe, s, latents=noise, embeds=text))
-    pictures = list(frames)
-    save_animation(pictures, s.output, s.fps, how(s, pipe, " | ".join(s.prompts), pictures[0]))
+    pictures, times = frames_of(noises, texts, s.frames, lambda noise, text: draw(pipe, s, latents=noise, embeds=text))
+    save_animation(pictures, s.output, s.fps, how(s, pipe, " | ".join(s.prompts), pictures[0]), times)
     print(s.output)
 
 

@@ -3,7 +3,8 @@
     keyframes = [("a photo of a red dog", 0), ("a photo of a blue cat", 1)]                  # prompts and seeds
     noises, texts = keyframe_tensors(pipe, keyframes)
     def draw(noise, text): return pipe(prompt_embeds=text, latents=noise, sampler="ddim").images[0]
-    save_animation(morph(noises, texts, 24, draw), "morph.gif", fps=12)      # 24 frames from each keyframe to the next
+    pictures, times = morph(noises, texts, 24, draw)                         # 24 frames from each keyframe to the next
+    save_animation(pictures, "morph.webp", fps=12, times=times)
 
 Between two keyframes the encoded prompt moves along a straight line, and the noise along an arc (`slerp`). Noise of n numbers
 is about √n long. Halfway along a straight line it would be √(n/2) long; the network has never seen such weak noise, and draws
@@ -13,8 +14,8 @@ Shapes: B pictures, C H W one latent, S tokens, D text width.
 """
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,6 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     return of_a.to(a.dtype) * a + of_b.to(a.dtype) * b
 
 
-def places(keyframes: int, frames: int) -> Iterator[tuple[int, int, float]]:
-    """(from keyframe, to keyframe, t in [0, 1)) of each frame. After the last frame comes the first again."""
-    for frame in range(keyframes * frames):
-        yield frame // frames, (frame // frames + 1) % keyframes, frame % frames / frames
-
-
 def keyframe_tensors(
     pipe: StableDiffusionPipeline,
     keyframes: Sequence[Keyframe],
@@ -80,14 +75,39 @@ def keyframe_tensors(
 
 def morph(
     noises: Sequence[Tensor], texts: Sequence[Tensor], frames: int, draw: Draw, show: bool = True
-) -> Iterator[Image.Image]:
-    """Draw the frames, one by one, with a progress bar. `noises` (1, C, H, W) and `texts` (1, S, D): one for each keyframe.
+) -> tuple[list[Image.Image], list[float]]:
+    """The pictures of the loop, and how long each is shown (1 on average), so that the picture changes at an even speed.
 
-    The first frame of each keyframe is drawn from exactly its noise and its text.
+    `noises` (1, C, H, W) and `texts` (1, S, D): one for each keyframe, whose picture is drawn from exactly these. The others
+    are drawn where the picture changes most: the gap between the most different neighbours is halved until there are `frames`
+    for each way between keyframes. With two keyframes the way back shows the same pictures.
     """
-    total = len(noises) * frames
-    for a, b, t in progress(places(len(noises), frames), "frame", total=total, show=show):
-        yield draw(slerp(noises[a], noises[b], t), texts[a].lerp(texts[b], t))
+    count, pictures, gaps = len(noises), dict[float, Image.Image](), dict[tuple[float, float], float]()
+    ends = [0.0, 1.0] if count == 2 else [float(i) for i in range(count)]
+    for i in progress(range(frames + 1 if count == 2 else count * frames), "frame", show=show):
+        if i < len(ends):
+            place = ends[i]
+        else:
+            left, right = max(gaps, key=lambda gap: (gaps[gap] * (gap[1] - gap[0] > 0.25 / frames), gap[1] - gap[0]))
+            place = (left + right) / 2
+        a, t = int(place), place % 1
+        pictures[place] = draw(slerp(noises[a], noises[(a + 1) % count], t), texts[a].lerp(texts[(a + 1) % count], t))
+        if i + 1 >= len(ends):
+            order = sorted(pictures) + [float(count)] * (count > 2)
+            now = {(x, y): gaps.get((x, y)) for x, y in pairwise(order)}
+            gaps = {(x, y): difference(pictures[x], pictures[y % count]) if d is None else d for (x, y), d in now.items()}
+    drawn, times = [pictures[place] for place in sorted(pictures)], [gaps[gap] for gap in sorted(gaps)]
+    if count == 2:
+        drawn, times = drawn + drawn[-2:0:-1], times + times[::-1]
+    mean = sum(times) / len(times) or 1.0
+    shown = [min(max(time / mean, 0.5), 2.0) for time in times]  # a jump is no reason to stand still
+    return drawn, [time * len(shown) / sum(shown) for time in shown]
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    """The root mean square between two pictures, of 0 … 255, at a size where noise does not count."""
+    x, y = (np.asarray(one.convert("RGB").resize((32, 32), Image.Resampling.BOX), dtype=np.float64) for one in (a, b))
+    return float(np.sqrt(((x - y) ** 2).mean()))
 
 
 def check_loop(keyframes: Sequence[Keyframe], frames: int, sampler: str, eta: float) -> None:
@@ -109,11 +129,14 @@ def check_animation(path: Path | str) -> None:
         raise SettingsError(f'"{path}": loops are written as GIF, WebP or APNG; give a name that ends in .gif, .webp or .png.')
 
 
-def save_animation(frames: Iterable[Image.Image], path: Path | str, fps: float, text: str = "") -> None:
-    """Write an endless loop as .gif, .webp or .png (APNG), whole or not at all. `text` says how the loop was made."""
+def save_animation(
+    frames: Iterable[Image.Image], path: Path | str, fps: float, text: str = "", times: Sequence[float] = ()
+) -> None:
+    """Write an endless loop as .gif, .webp or .png (APNG), whole or not at all. `text` says how the loop was made; `times` how
+    long each frame is shown, in frames of `fps`; default 1."""
     check_animation(path)
     pictures, ending = list(frames), Path(path).suffix.lower()
-    ends = [10 * round(100 * i / fps) for i in range(len(pictures) + 1)]  # ms; GIF counts hundredths of a second
+    ends = [10 * round(100 * time / fps) for time in accumulate(times or [1.0] * len(pictures), initial=0.0)]  # ms, as in GIF
     options: dict[str, Any] = {"duration": [b - a for a, b in pairwise(ends)], "loop": 0}
     if ending == ".gif":
         some = np.concatenate([np.asarray(picture) for picture in pictures[:: len(pictures) // 16 + 1]])

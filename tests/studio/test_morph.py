@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image, ImageSequence
 from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.core.rng import normal
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.studio.morph import Keyframe, check_loop, keyframe_tensors, morph, places, save_animation, slerp
+from minidiff.studio.morph import Keyframe, check_loop, keyframe_tensors, morph, save_animation, slerp
 
 DOG, CAT = "a photo of a red dog on the beach", "a drawing of a blue cat in the snow"
 
@@ -89,18 +90,51 @@ def test_keyframes_are_exactly_what_the_pipeline_draws(pipe: StableDiffusionPipe
         image: Image.Image = pipe(prompt_embeds=text, latents=noise, num_inference_steps=3).images[0]
         return image
 
-    frames = list(morph(*keyframe_tensors(pipe, keys), 2, draw, show=False))
-    assert len(frames) == 2 * len(keys)
-    for (prompt, seed), frame in zip(keys, frames[::2]):
-        assert frame.tobytes() == pipe(prompt, seed=seed, num_inference_steps=3).images[0].tobytes()
+    frames, times = morph(*keyframe_tensors(pipe, keys), 2, draw, show=False)
+    assert len(frames) == len(times) == 2 * len(keys)
+    shown = [frame.tobytes() for frame in frames]
+    places = [shown.index(pipe(prompt, seed=seed, num_inference_steps=3).images[0].tobytes()) for prompt, seed in keys]
+    assert places == sorted(places) and places[0] == 0
     assert len({frame.tobytes() for frame in frames}) >= len(keys) + 1  # between them is something else
 
 
-def test_the_loop_is_closed_and_its_steps_are_even() -> None:
-    """As many frames lead from the last keyframe back to the first as from any other to its next."""
-    way = list(places(3, frames=4))
-    assert [(start, end) for start, end, _ in way[::4]] == [(0, 1), (1, 2), (2, 0)]
-    assert [t for *_, t in way] == [0, 0.25, 0.5, 0.75] * 3
+def loop(count: int, frames: int, brightness: Callable[[float], float]) -> tuple[list[float], list[float], int]:
+    """The brightness of each frame of a loop over `count` keyframes, how long each is shown, and how many were drawn."""
+    drawn: list[float] = []
+
+    def draw(noise: torch.Tensor, text: torch.Tensor) -> Image.Image:
+        drawn.append(float(text))
+        return Image.new("RGB", (4, 4), (round(brightness(float(text))),) * 3)
+
+    noises, texts = [torch.ones(1, 1, 1, 1)] * count, [torch.full((1, 1, 1), float(i)) for i in range(count)]
+    pictures, times = morph(noises, texts, frames, draw, show=False)
+    assert len(set(drawn)) == len(drawn) or count > 2
+    return [picture.getpixel((0, 0))[0] for picture in pictures], times, len(drawn)  # type: ignore[index]
+
+
+def test_two_keyframes_are_drawn_forth_and_shown_back() -> None:
+    shown, times, drawn = loop(2, 8, lambda t: 200 * t)
+    assert drawn == 9 and shown == [25 * i for i in (*range(9), *range(7, 0, -1))]
+    assert times == pytest.approx([1.0] * 16)
+
+
+def test_the_picture_changes_at_an_even_speed() -> None:
+    """Nothing happens until 0.7, and all of it before 0.8: that is where the frames are."""
+    shown, times, drawn = loop(2, 32, lambda t: 250 * min(max((t - 0.7) / 0.1, 0), 1))
+    steps = np.abs(np.diff([*shown, shown[0]]))
+    assert drawn == 33 and steps.max() < 40  # evenly spaced in t, it would be 80
+    assert np.corrcoef(steps, times)[0, 1] > 0.9 and np.mean(times) == pytest.approx(1) and max(times) / min(times) <= 4 + 1e-9
+
+
+def test_three_keyframes_make_a_closed_way() -> None:
+    shown, times, drawn = loop(3, 4, lambda t: 100 * t)
+    assert drawn == len(shown) == len(times) == 12 and shown[0] == 0 and max(shown) == 200
+    assert np.abs(np.diff([*shown, shown[0]])).max() <= 50  # the last step is none but the others are
+
+
+def test_keyframes_that_are_the_same_are_no_trouble() -> None:
+    shown, times, drawn = loop(2, 6, lambda t: 7)
+    assert drawn == 7 and shown == [7] * 12 and times == pytest.approx([1.0] * 12)
 
 
 def test_loops_that_cannot_be() -> None:

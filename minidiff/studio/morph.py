@@ -88,7 +88,7 @@ def morph(
         if i < len(ends):
             place = ends[i]
         else:
-            left, right = max(gaps, key=lambda gap: (gaps[gap] * (gap[1] - gap[0] > 0.25 / frames), gap[1] - gap[0]))
+            left, right = max(gaps, key=lambda gap: (gaps[gap] * (gap[1] - gap[0] > 0.06 / frames), gap[1] - gap[0]))
             place = (left + right) / 2
         a, t = int(place), place % 1
         pictures[place] = draw(slerp(noises[a], noises[(a + 1) % count], t), texts[a].lerp(texts[(a + 1) % count], t))

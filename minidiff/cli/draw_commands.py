@@ -240,9 +240,8 @@ def attach(pipe: StableDiffusionPipeline, s: Sampling, prompts: Sequence[str]) -
     words: list[tuple[str, str | None]] = [(path, None) for path in s.textual_inversion]
     for path, name in zip(s.lora, lora_names(s.lora)):
         print(lora := pipe.load_lora_weights(path, adapter_name=name), file=sys.stderr)
-        words += [(path, word) for word in lora.words]
-        if (Path(path) / FILE_NAME).is_file() and path not in s.textual_inversion:
-            words.append((path, None))  # a run of `train pivotal` leaves a LoRA and a word in one folder
+        beside = [None] if (Path(path) / FILE_NAME).is_file() else []  # `train pivotal` leaves a LoRA and a word in one folder
+        words += [(path, word) for word in (*lora.words, *beside) if path not in s.textual_inversion]
     for name, file in tagged_loras(s, prompts).items():
         print(lora := pipe.load_lora_weights(file, adapter_name_of(name)), file=sys.stderr)
         words += [(str(lora.path), word) for word in lora.words]

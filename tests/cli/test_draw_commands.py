@@ -3,13 +3,13 @@
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_adapters import shake
 
 from minidiff.cli import draw_commands as drawing
@@ -102,17 +102,21 @@ def test_seed_minus_one_is_a_new_seed_in_the_picture(tiny_folder: Path, capsys: 
     assert same("a.png", "again.png") and not same("a.png", "b.png")
 
 
-def test_the_word_beside_a_lora_is_loaded_with_it(
-    tiny_folder: Path, loras: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("bundled", [False, True], ids=["beside", "bundled"])
+def test_the_word_of_a_lora_is_loaded_with_it(
+    tiny_folder: Path, loras: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], bundled: bool
 ) -> None:
-    both = tmp_path / "pivotal"
-    both.mkdir()
-    shutil.copy(loras / "dog.safetensors", both / "pytorch_lora_weights.safetensors")
-    width = StableDiffusionPipeline.from_pretrained(tiny_folder).text_encoder.config.hidden_size
-    save_embedding(both, "<my-dog>", torch.randn(1, width))
+    """It stands in a file beside the LoRA, in the same folder, or in the LoRA's own file."""
+    (both := tmp_path / "pivotal").mkdir()
+    tensors, vectors = load_file(loras / "dog.safetensors"), torch.randn(1, 24)
+    if bundled:
+        tensors["bundle_emb.<my-dog>.emb_params"] = vectors
+    else:
+        save_embedding(both, "<my-dog>", vectors)
+    save_file(tensors, both / "pytorch_lora_weights.safetensors")
     prompt = ("sample", "a <my-dog>", "--lora", str(both))
     run(tiny_folder, *prompt, "--output", "a.png")
-    assert "diffusers style, <my-dog>, 1 vector" in capsys.readouterr().err
+    assert f"{'bundled' if bundled else 'diffusers'} style, <my-dog>, 1 vector of width 24" in capsys.readouterr().err
     run(tiny_folder, *prompt, "--textual_inversion", str(both), "--output", "b.png")
     assert same("a.png", "b.png")
 

@@ -25,10 +25,11 @@ from minidiff.core.inject import adaptable_layers, adapted_layers, adapter_names
 from minidiff.core.lora import LoRAWeights
 from minidiff.files import lora_module
 from minidiff.files.atomic import write_bytes
+from minidiff.files.few_steps import suggestion
 from minidiff.files.looks import cross_attention_width
 from minidiff.files.lora_module import COMPONENTS, METADATA, PEFT_CONFIG, alpha_of, flat
 from minidiff.files.lora_names import READ, WRITTEN, Place, adapter_kind, bundled_words, key_of, lora_dialect, place_of
-from minidiff.files.values import listed
+from minidiff.files.values import listed, printable
 from minidiff.files.weights import TensorFile, TensorInfo, file_at, find_weights, read_header, save
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -155,6 +156,8 @@ def read_data(file: TensorFile, modules: Parts, alpha: float | None) -> LoRAFile
         notes.append(f"alpha is 0 in {zeros} layers, which stands for the rank")
     if words:
         notes.append(f"the new word {' and '.join(words)}, which load_textual_inversion gets from this file")
+    if how := file.metadata.get("modelspec.usage_hint") or suggestion(file.path):
+        notes.append(f"draw with {printable(how):.200}")
     dialect = str(lora_dialect(file.tensors))
     return LoRAFile(file.path, dialect, found, known or alpha is not None, file.metadata, tuple(notes), words)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_sizes import TINY_UNET
+from tiny_sizes import TINY_SD2, TINY_UNET
 from torch import Tensor, nn
 
 from minidiff.core.inject import adaptable_layers, lora_layers
@@ -35,15 +35,15 @@ def text_encoder() -> nn.Module:
     return build_text_encoder({**sizes, "bos_token_id": 48, "eos_token_id": 49, "pad_token_id": 49}, "tiny")
 
 
-@pytest.fixture
-def ours() -> Models:
+@pytest.fixture(params=[TINY_UNET, TINY_SD2], ids=["SD 1", "SD 2"])
+def ours(request: pytest.FixtureRequest) -> Models:
     torch.manual_seed(0)
-    return {"unet": UNet2DConditionModel(TINY_UNET).eval(), "text_encoder": text_encoder()}
+    return {"unet": UNet2DConditionModel(request.param).eval(), "text_encoder": text_encoder()}
 
 
 @pytest.fixture
 def theirs(ours: Models) -> Models:
-    unet = diffusers.UNet2DConditionModel.from_config(config_values(TINY_UNET, "UNet2DConditionModel"))
+    unet = diffusers.UNet2DConditionModel.from_config(config_values(ours["unet"].config, "UNet2DConditionModel"))
     unet.load_state_dict(ours["unet"].state_dict())
     return {"unet": unet.eval(), "text_encoder": text_encoder()}
 

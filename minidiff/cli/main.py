@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from argparse import ArgumentParser
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,7 +52,6 @@ def run(argv: list[str]) -> None:
             return print(help_text(name, found(flags)))
         settings = parse(name, found(flags), words)
         if group != "train" and getattr(settings, "seed", 0) == -1:  # several processes of a training would draw several
-            from dataclasses import replace
             from secrets import randbelow
 
             settings = replace(settings, seed=randbelow(2**31))
@@ -106,15 +106,13 @@ def parse(name: str, kind: type, words: list[str]) -> Any:
 def with_preset_of(words: list[str], default: Any) -> Any:
     """The settings that other flags change: those of --preset, if there is one, for the base model of these flags."""
     first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=["object", "style", "face"])
-    base = "pretrained_model_name_or_path"
-    first.add_argument(f"--{base}", f"--{base.replace('_', '-')}", default=default.pretrained_model_name_or_path)
+    for flag in ("preset", "pretrained_model_name_or_path"):
+        first.add_argument(f"--{flag}", f"--{flag.replace('_', '-')}", dest=flag, default=getattr(default, flag))
     given = first.parse_known_args(words)[0]
-    if not given.preset:
+    if given.preset not in ("object", "style", "face"):  # none; or another, which tyro refuses
         return default
-    from minidiff.trainer.presets import with_preset
-
-    return with_preset(default, given.preset, given.pretrained_model_name_or_path)
+    values = found("trainer.presets:preset_values")(given.preset, given.pretrained_model_name_or_path)
+    return replace(default, preset=given.preset, **values)
 
 
 def main(argv: list[str] | None = None) -> None:

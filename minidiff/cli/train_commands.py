@@ -59,9 +59,8 @@ def what_next(s: FineTuneSettings, report: "Report", prompt: str) -> str:
     from minidiff.trainer.checkpoint import checkpoints
 
     home, on = Path(s.output_dir), replace(s, resume_from_checkpoint="latest", overwrite_output_dir=False)
-    lines = [f"{home}: loss.png, and samples/ with a sheet for each stage"]
+    lines = [f"{home}: {'the result and its card, ' * report.finished}loss.png, and samples/ with a sheet for each stage"]
     if report.finished:
-        lines = [f"{home}: the result and its card, loss.png, and samples/ with a sheet for each stage"]
         lines += [f"Draw with it:\n  {drawing(s, prompt, home)}"]
         if s.lr_scheduler.startswith("constant"):  # else the rate has reached its end
             longer = replace(on, max_train_steps=2 * report.done, num_train_epochs=None)
@@ -79,18 +78,16 @@ def watch(s: Watch) -> None:
 
     from minidiff.trainer.checkpoint import CONFIG
 
-    home, shown = Path(s.output_dir), set[tuple[Path, int]]()
+    home, shown = Path(s.output_dir), dict[Path, int]()
     if not (home / CONFIG).is_file():
         raise SettingsError(f"{home} holds no run of minidiff train: there is no {CONFIG} in it.")
     while True:
-        newest = [*sorted(home.glob("samples/step-*.png"))[-1:], *home.glob("loss.png")]
-        for path, changed in [(path, path.stat().st_mtime_ns) for path in newest]:
-            if (path, changed) not in shown:
+        for path in [*sorted(home.glob("samples/step-*.png"))[-1:], *home.glob("loss.png")]:
+            if shown.get(path) != (changed := path.stat().st_mtime_ns):
                 print(path)
-                with Image.open(path) as image:
-                    if not ImageShow.show(image, path.name):
-                        raise SettingsError(f"there is no program here that shows pictures; open {path} yourself.")
-            shown.add((path, changed))
+                if not ImageShow.show(Image.open(path), path.name):
+                    raise SettingsError(f"there is no program here that shows pictures; open {path} yourself.")
+            shown[path] = changed
         time.sleep(2)
 
 
@@ -110,14 +107,22 @@ def warn_of_words(s: FineTuneSettings) -> None:
 
 
 def data_check(s: DataCheck) -> None:
+    from minidiff.draw.device import chosen_device
+    from minidiff.draw.progress import progress
+    from minidiff.files.folder import local_folder
     from minidiff.files.model import empty_model
+    from minidiff.files.weights import find_weights, load_into
     from minidiff.trainer.dataset import scan_folder
-    from minidiff.trainer.pictures import as_table, check_scan, training_sizes
+    from minidiff.trainer.pictures import BELOW, BLURRED, as_table, check_scan, reconstruction, training_sizes
 
     scan = scan_folder(Path(s.folder), s.instance_prompt, s.caption_column, s.masked_loss, s.captions)
     base = empty_model(s.pretrained_model_name_or_path)
-    check_scan(scan, training_sizes(base.unet.config, base.vae.config, s.resolution, s.aspect_ratio_buckets)[1])
-    print(as_table(scan, Path(s.folder)))
+    good = check_scan(scan, training_sizes(base.unet.config, base.vae.config, s.resolution, s.aspect_ratio_buckets)[1])
+    load_into(base.vae, find_weights(local_folder(s.pretrained_model_name_or_path) / "vae"))
+    base.vae.to(chosen_device(None))
+    levels = [reconstruction(base.vae, e) for e in progress(good, "picture", "through the VAE")]
+    lines = [f"{level:7.1f} dB  {e.path.name}" for e, level in zip(good, levels)]
+    print("\n".join([*lines, *[BELOW] * (min(levels, default=99) < BLURRED), as_table(scan, Path(s.folder))]))
     if scan.errors:
         raise DataError(f"{s.folder}: mend what is marked as an error above. --skip_bad leaves out pictures that are no use.")
 

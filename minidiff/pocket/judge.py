@@ -33,6 +33,7 @@ from minidiff.pocket.anatomy import whole_and_spoiled
 from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.textures import KEPT_OUT, texture
 from minidiff.pocket.world import COLOURS, OBJECTS, POSES, SCENES, STYLES, Picture, caption, draw, held_out
+from minidiff.trainer.pictures import psnr
 
 QUESTIONS: dict[str, tuple[str, ...]] = {"object": OBJECTS, "colour": COLOURS, "scene": SCENES, "style": STYLES}
 ANATOMY = ("spoiled", "whole")
@@ -151,11 +152,6 @@ def score(judge: Judge, pictures: list[Picture], show: Callable[[list[Picture]],
 def reconstruction(vae: AutoencoderKL, x: Tensor, batch: int = 10) -> Tensor:
     """Pictures (B, 3, H, W) through the autoencoder and back."""
     return torch.cat([vae.decode(vae.encode(part)[0]).clamp(-1, 1) for part in x.split(batch)])
-
-
-def psnr(x: Tensor, y: Tensor) -> float:
-    """Mean over pictures of 10 log10(4 / MSE) dB, for values in [-1, 1]."""
-    return (10 * torch.log10(4 / (x - y).square().flatten(1).mean(1).clamp(min=1e-10))).mean().item()
 
 
 def flat_colours() -> Tensor:

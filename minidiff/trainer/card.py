@@ -3,17 +3,21 @@
 Neither has a path, a caption or a date: where the pictures are is private, and the same run gives the same bytes.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from minidiff.core.text import token_ids
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.prompting import literal
 from minidiff.files.folder import local_folder
 from minidiff.files.looks import architecture
 from minidiff.files.values import to_toml
+from minidiff.trainer.latents import LatentData
 from minidiff.trainer.settings import FineTuneSettings
 
+RARE, USUAL = 40_000, ("sks", "ohwx")  # tokens of CLIP's 49,408, the frequent ones first; words that stand for a subject
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"]
 LICENSE = ("license", "license_name", "license_link")
 SHEET = "sheet.png"  # of samples/, which show training pictures, only this is published
@@ -46,11 +50,11 @@ def is_hub_id(name: str) -> bool:
 
 
 def model_spec(
-    settings: FineTuneSettings, kind: str, side: int, pipe: StableDiffusionPipeline, base_hash: str
+    settings: FineTuneSettings, kind: str, data: LatentData, pipe: StableDiffusionPipeline, base_hash: str
 ) -> dict[str, str]:
     """Metadata of an adapter's file: ModelSpec 1.0.1, and those fields of kohya's scripts (`ss_`) by which A1111 knows it.
 
-    `kind` is "lora" or "textual-inversion", `side` the pictures' in pixels, `base_hash` the fingerprint of the base.
+    `kind` is "lora" or "textual-inversion", `base_hash` the fingerprint of the base.
     """
     name = Path(settings.output_dir).resolve().name
     name_of_base, kohyas_name = architecture(pipe.unet.config.cross_attention_dim)
@@ -59,7 +63,7 @@ def model_spec(
         "modelspec.architecture": f"{name_of_base}/{kind}",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": name,
-        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.resolution": f"{data.resolution}x{data.resolution}",
         "modelspec.license": license_word(base_license(settings.pretrained_model_name_or_path)),
         "modelspec.prediction_type": "v" if pipe.schedule.config.prediction_type == "v_prediction" else "epsilon",
         "ss_v2": str(kohyas_name == "sd_v2"),
@@ -68,11 +72,26 @@ def model_spec(
         "ss_sd_model_name": Path(settings.pretrained_model_name_or_path).resolve().name,
         "base_fingerprint": base_hash,
     }
-    return spec | ({"modelspec.trigger_phrase": settings.prompt} if settings.prompt else {})
+    phrase = settings.prompt or trigger_of(settings, data, pipe)
+    return spec | ({"modelspec.trigger_phrase": phrase} if phrase else {})
 
 
-def write_card(folder: Path, settings: FineTuneSettings, updates: int, tag: str) -> None:
-    """Write `folder/README.md`, a model card, and .gitignore. `tag` names the method, in the words of the hub."""
+def trigger_of(settings: FineTuneSettings, data: LatentData, pipe: StableDiffusionPipeline) -> str | None:
+    """--trigger, or the one word that all captions share and the base does not know; None where there are several or none.
+
+    Unknown is a word of several tokens, or a rare one.
+    """
+    shared = set.intersection(*(set(re.findall(r"[\w<>-]+", e.caption.lower())) for e in data.examples))
+    ids = {word: token_ids(pipe.tokenizer, word) for word in shared}
+    unknown = [word for word, own in ids.items() if len(own) > 1 or own[0] > RARE or word in USUAL]
+    return settings.trigger or (unknown[0] if len(unknown) == 1 else None)
+
+
+def write_card(folder: Path, settings: FineTuneSettings, updates: int, tag: str, trigger: str | None) -> None:
+    """Write `folder/README.md`, a model card, and .gitignore. `tag` names the method, in the words of the hub.
+
+    Its code runs in the folder above, and so names a base on this disk as seen from there.
+    """
     from huggingface_hub import ModelCardData
 
     base, name, prompt = settings.pretrained_model_name_or_path, Path(settings.output_dir).resolve().name, settings.prompt
@@ -87,7 +106,11 @@ def write_card(folder: Path, settings: FineTuneSettings, updates: int, tag: str)
     if prompt:
         front["instance_prompt"], front["widget"] = prompt, [{"text": prompt}]
         lines.append(f"Its prompt: `{literal(prompt)}`.")
-    load = f'pipe = StableDiffusionPipeline.from_pretrained("{short if tag in USAGE else name}")'
+    if trigger:
+        front["instance_prompt"] = prompt or trigger
+        lines.append(f"Its trigger word: `{literal(trigger)}`.")
+    there = Path(os.path.relpath(base, Path(settings.output_dir).parent)).as_posix() if Path(base).exists() else base
+    load = f'pipe = StableDiffusionPipeline.from_pretrained("{there if tag in USAGE else name}")'
     use = "\n".join([load, *(line.format(name=name) for line in USAGE.get(tag, []))])
     lines.append(f"```python\nfrom minidiff import StableDiffusionPipeline  # or from diffusers\n\n{use}\n```")
     lines.append(f"Made with minidiff. The licence ({license_word(terms)}) is that of the base model. Settings:")

@@ -3,15 +3,24 @@
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from minidiff.core.config import UNetConfig, VAEConfig
 from minidiff.core.errors import DataError, SettingsError
+from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.images import load_image, load_weights
 from minidiff.files.atomic import sha256
 from minidiff.trainer.dataset import Example, Scan, Size
+from minidiff.trainer.latents import LatentData, crop
+
+LOOKED_AT, BLURRED = 4, 20.0  # pictures of which the VAE's error is measured before training; dB
+BELOW = "Below 20 dB the VAE loses what is small, such as faces and letters, and no training brings it back."
 
 
 def training_sizes(unet: UNetConfig, vae: VAEConfig, resolution: int | None, buckets: bool) -> tuple[int, list[Size]]:
@@ -24,6 +33,33 @@ def training_sizes(unet: UNetConfig, vae: VAEConfig, resolution: int | None, buc
         near = max(side // stride, 1) * stride
         raise SettingsError(f"--resolution {side}: this model needs a multiple of {stride}, such as {near} or {near + stride}.")
     return side, bucket_sizes(side, stride) if buckets else [(side, side)]
+
+
+def warnings_of(data: LatentData, own: int) -> Iterator[str]:
+    """Warnings before training starts; `own` is the side in pixels that the base was made for."""
+    if not 0.7 < data.resolution / own < 1.5:
+        yield f"--resolution {data.resolution} is far from the {own} of the base, which may then draw things double or cut off."
+    levels = {e.path.name: reconstruction(data.vae, e) for e in data.examples[:: -(-len(data.examples) // LOOKED_AT)]}
+    if poor := ", ".join(f"{name} with {level:.0f} dB" for name, level in levels.items() if level < BLURRED):
+        yield f"from the VAE comes back {poor}. {BELOW}"
+    shapes, batch = Counter(data.sizes_in_turn), data.settings.train_batch_size
+    times = [-(-shapes[size] // batch) * batch / shapes[size] for size in data.sizes]  # in an epoch
+    if data.settings.aspect_ratio_buckets and max(times) > 1.2 * min(times):
+        each = ", ".join(f"{e.path.name} {often:.2g} x" for e, often in zip(data.examples, times))
+        yield f"batches of one shape are filled up, so an epoch shows {each}. --train_batch_size 1 shows each as often."
+
+
+def reconstruction(vae: AutoencoderKL, example: Example) -> float:
+    """PSNR in dB of a picture that the VAE has encoded and decoded."""
+    weight, image = next(vae.parameters()), load_image(example.path)
+    x = crop(image, example.size or image.size)[None].to(weight.device, weight.dtype)
+    with torch.no_grad():
+        return psnr(vae.decode(vae.encode(x)[0]).clamp(-1, 1), x)
+
+
+def psnr(x: Tensor, y: Tensor) -> float:
+    """Mean over pictures of 10 log10(4 / MSE) dB, for values in [-1, 1]."""
+    return (10 * torch.log10(4 / (x - y).square().flatten(1).mean(1).clamp(min=1e-10))).mean().item()
 
 
 def bucket_sizes(resolution: int, stride: int) -> list[Size]:
@@ -79,14 +115,15 @@ def check_pictures(examples: list[Example], sizes: Sequence[Size], skip_bad: boo
     return good
 
 
-def check_scan(scan: Scan, sizes: Sequence[Size]) -> None:
-    """`minidiff data check`: add an error for each picture that cannot be used, and a notice for each that is there twice."""
-    seen, known = dict[str, Path](), {example.path for example in scan.examples}
+def check_scan(scan: Scan, sizes: Sequence[Size]) -> list[Example]:
+    """`data check`: an error for each picture that is no use, and a notice for each that is there twice; returns the good."""
+    seen, known, good = dict[str, Path](), {example.path for example in scan.examples}, list[Example]()
     for example in scan.examples + [Example(path, "") for path in scan.pictures if path not in known]:
         with scan.collecting():
-            check_picture(example, sizes)
+            good.append(check_picture(example, sizes))
             if (first := seen.setdefault(sha256(example.path), example.path)) != example.path:
                 scan.notices.append(f"{example.path}: the same file as {first.name}.")
+    return good
 
 
 def as_table(scan: Scan, folder: Path) -> str:

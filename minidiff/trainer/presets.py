@@ -4,8 +4,7 @@ For the pocket checkpoint they are those of the README and the ladder, measured 
 slower, those of the field: diffusers' and kohya's guides for a batch of one to four.
 """
 
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from minidiff.files.folder import config_of, local_folder
 from minidiff.trainer.settings import LoRASettings
@@ -22,18 +21,12 @@ SD15: dict[str, dict[str, Any]] = {
     "style": dict(rank=16, lora_targets=LOOKS, learning_rate=1e-4, max_train_steps=1500, noise_offset=0.1),
     "face": dict(rank=16, lora_targets=LOOKS, learning_rate=1e-4, max_train_steps=1000, snr_gamma=5.0),
 }
-Settings = TypeVar("Settings", bound=LoRASettings)
 
 
 def preset_values(name: str, base: str) -> dict[str, Any]:
     """The settings of a preset, for a base model: a folder, or a hub id in the local cache."""
     widths = config_of(local_folder(base) / "unet")[0].get("block_out_channels") or [320]
     return (POCKET if widths[0] < 320 else SD15)[name]
-
-
-def with_preset(settings: Settings, name: str, base: str) -> Settings:
-    """The settings with those of a preset in their place."""
-    return replace(settings, preset=name, **preset_values(name, base))  # type: ignore[arg-type]
 
 
 def told(settings: LoRASettings) -> str:

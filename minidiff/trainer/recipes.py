@@ -50,7 +50,7 @@ def lora(settings: LoRASettings) -> Job:
     pipe, base_hash = load_base(settings)
     trainable = new_adapters(pipe, settings)
     data = load_data(pipe, settings, settings.train_text_encoder)
-    spec = model_spec(settings, "lora", data.resolution, pipe, base_hash)
+    spec = model_spec(settings, "lora", data, pipe, base_hash)
     write, off = partial(write_adapters, pipe, spec), partial(at_strengths, pipe.unet, {"default": 0.0})
     return make_job(pipe, settings, base_hash, data, trainable, write, "lora", off)
 
@@ -60,7 +60,7 @@ def textual_inversion(settings: TextualInversionSettings) -> Job:
     pipe, base_hash = load_base(settings)
     trainable = new_word(pipe, settings)
     data = load_word_data(pipe, settings)
-    spec = model_spec(settings, "textual-inversion", data.resolution, pipe, base_hash)
+    spec = model_spec(settings, "textual-inversion", data, pipe, base_hash)
 
     def export(folder: Path) -> None:
         save_embedding(folder, settings.placeholder_token, trainable["word"], metadata=spec)
@@ -73,7 +73,7 @@ def pivotal(settings: PivotalSettings) -> Job:
     pipe, base_hash = load_base(settings)
     adapters, word = new_adapters(pipe, settings), new_word(pipe, settings)
     data = load_word_data(pipe, settings)
-    spec = model_spec(settings, "lora", data.resolution, pipe, base_hash)
+    spec = model_spec(settings, "lora", data, pipe, base_hash)
     optimizer = adamw(list(adapters.values()), settings)
     optimizer.add_param_group({"params": list(word.values()), "lr": settings.learning_rate_embedding})
 

@@ -11,16 +11,7 @@ from typing import Annotated, Literal
 
 from minidiff.core.errors import SettingsError
 from minidiff.files.values import Rule, at_least, at_most, between
-from minidiff.trainer.loop_settings import (
-    BatchSize,
-    Count,
-    Decay,
-    Folder,
-    NotNegative,
-    Positive,
-    TrainSettings,
-    size_in_bytes,
-)
+from minidiff.trainer.loop_settings import BatchSize, Count, Decay, Folder, NotNegative, Positive, TrainSettings, size_in_bytes
 
 MemorySize = Annotated[str, Rule("must be a size from 1MB to 100TB, such as 8GB or 7.5GiB", size_in_bytes)]
 NewWord = Annotated[str, Rule("must be a new word such as <my-dog>", lambda word: bool(word.strip()))]
@@ -104,10 +95,13 @@ class FineTuneSettings(TrainSettings):
     """Guidance scale of the sample sheet."""
     validation_inference_steps: Annotated[int, between(1, 1000)] = 25
     """Sampling steps of the sample sheet."""
+    trigger: str | None = None
+    """The word that calls up what was learnt, for the model card. Default: one that all captions share and the base lacks."""
 
     # Model, pictures, captions and resolution are compared by their content, not by their paths: see latents.py and task.py.
     HARMLESS = TrainSettings.HARMLESS | frozenset(
-        "pretrained_model_name_or_path device cache_dir instance_data_dir train_data_dir captions caption_column skip_bad "
+        "pretrained_model_name_or_path device cache_dir instance_data_dir train_data_dir captions caption_column "
+        "skip_bad trigger "
         "resolution gradient_checkpointing fit class_data_dir num_class_images sample_batch_size validation_data_dir "
         "validation_share validation_prompt num_validation_images validation_guidance_scale validation_inference_steps".split()
     )

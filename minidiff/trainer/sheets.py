@@ -1,17 +1,19 @@
 """Sample sheets: training pictures, and under them what the base draws and what the model draws now, on the same seeds."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
+import torch
 from PIL import Image
+from torch import nn
 
 from minidiff.draw.images import contact_sheet, load_image, to_pil
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.progress import progress
 from minidiff.draw.prompting import literal
 from minidiff.trainer.latents import LatentData, crop
-from minidiff.trainer.networks import idle_networks, on_device, without_dropout
 from minidiff.trainer.settings import FineTuneSettings
 
 Row = list[Image.Image]
@@ -56,3 +58,41 @@ class Sheets:
         with without_dropout(self.pipe):  # one picture at a time, to spare memory
             bar = progress(each, "picture", "drawing the sheet")
             return [draw(prompt, seed=seed).images[0] for prompt, seed in bar]
+
+
+# --- networks that no step needs ----------------------------------------------------------------------------------------
+
+
+def offload(networks: Sequence[nn.Module], needed_again: bool) -> None:
+    """Into the CPU's memory, where they can wait; or out of any: on `meta` they keep their shapes, and no numbers."""
+    for network in networks:
+        network.to("cpu" if needed_again else "meta")
+
+
+@contextmanager
+def on_device(networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside the `with`, the networks are on the device; afterwards in the CPU's memory again."""
+    for network in networks:
+        network.to(device)
+    try:
+        yield
+    finally:
+        offload(networks, needed_again=True)
+
+
+def idle_networks(pipe: StableDiffusionPipeline, data: LatentData) -> list[nn.Module]:
+    """Those that no training step runs through."""
+    return [pipe.vae] * bool(data.cache) + [pipe.text_encoder] * (not data.live_text)
+
+
+@contextmanager
+def without_dropout(pipe: StableDiffusionPipeline) -> Iterator[None]:
+    """Inside the `with`, the networks are as they are for drawing."""
+    networks, training = (pipe.unet, pipe.text_encoder), pipe.unet.training  # both are trained, or none yet
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.train(training)

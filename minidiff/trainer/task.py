@@ -24,16 +24,15 @@ from minidiff.draw.device import chosen_device
 from minidiff.draw.images import save_png
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import checkpoint_gradients
-from minidiff.trainer.card import SHEET, write_card
+from minidiff.trainer.card import SHEET, trigger_of, write_card
 from minidiff.trainer.checkpoint import check_folder
 from minidiff.trainer.dataset import read_folder
 from minidiff.trainer.distributed import world
 from minidiff.trainer.latents import LatentData, held_out, model_fingerprint
-from minidiff.trainer.networks import idle_networks, offload, without_dropout
-from minidiff.trainer.pictures import check_pictures, training_sizes
+from minidiff.trainer.pictures import check_pictures, training_sizes, warnings_of
 from minidiff.trainer.priors import BasePrior, PairedData, class_examples, class_settings
 from minidiff.trainer.settings import FineTuneSettings, FullSettings
-from minidiff.trainer.sheets import Sheets
+from minidiff.trainer.sheets import Sheets, idle_networks, offload, without_dropout
 from minidiff.trainer.validation import check_prediction_type, explained, validation_set
 
 AsBase = Callable[[], AbstractContextManager[None]]
@@ -111,6 +110,8 @@ def load_data(
     encode = (lambda prompts: tokenize(pipe.tokenizer, prompts, pipe.placeholders)) if live_text else pipe.encode_captions
     data = LatentData(examples, settings, side, pipe.vae, encode, len(pipe.schedule.alphas_cumprod))
     data.held_out = kept
+    for warning in warnings_of(data, pipe.unet.config.sample_size * pipe.vae.config.downscale):
+        print(f"Note: {warning}", file=sys.stderr)
     return data
 
 
@@ -205,7 +206,8 @@ def make_job(
             return fixed.loss(errors)
 
     def card(folder: Path) -> None:
-        write_card(folder, settings, updates := settings.updates(data.samples_per_epoch), tag)
+        updates, word = settings.updates(data.samples_per_epoch), trigger_of(settings, data, pipe)
+        write_card(folder, settings, updates, tag, word)
         if settings.validation_steps:
             save_png(sheets.public_sheet(updates), folder / SHEET)
 

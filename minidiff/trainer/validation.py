@@ -43,18 +43,15 @@ class ValidationSet:
 
 def explained(settings: FineTuneSettings, data: LatentData) -> str:
     """For the terminal, before the first update: what the two losses mean."""
-    lines = ["loss: the error of the last 20 updates. It jumps with the noise that was drawn, and need not fall much."]
-    held = data.held_out
-    names = " and ".join(e.path.name for e in held) if len(held) < 3 else f"{len(held)} pictures"
-    others = f"{names}, held out (--validation_share)" if held else f"the pictures in {settings.validation_data_dir}"
-    if not held and not settings.validation_data_dir:
+    said, held = "loss: the error of the last 20 updates. It jumps with the noise, and need not fall much.", data.held_out
+    why = "When it rises again, the model learns its pictures by heart: stop there."
+    others = f"the pictures in {settings.validation_data_dir}"
+    if held:
+        others = f"{' and '.join(e.path.name for e in held[:3])}{' …' * (len(held) > 3)}, held out (--validation_share)"
+    elif not settings.validation_data_dir:
         others = "the training pictures themselves"
         why = f"It cannot show overfitting: that takes {ENOUGH} pictures or more, or --validation_data_dir."
-    else:
-        why = "When it rises again, the model learns its pictures by heart: stop there."
-    if settings.validation_steps:
-        lines.append(f"val_loss: the error on {others}, always under the same noise. {why}")
-    return "\n".join(lines)
+    return said + f"\nval_loss: the error on {others}, always under the same noise. {why}" * bool(settings.validation_steps)
 
 
 def validation_set(data: LatentData) -> ValidationSet:

@@ -25,9 +25,9 @@ from minidiff.files.weights import read_header, save
 from minidiff.trainer import memory
 from minidiff.trainer.dataset import Example
 from minidiff.trainer.latents import Cache, LatentData
-from minidiff.trainer.networks import offload, on_device
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.settings import FineTuneSettings
+from minidiff.trainer.sheets import offload, on_device
 
 
 @pytest.fixture(autouse=True)

@@ -56,7 +56,7 @@ def finished(licensed: Path, tmp_path_factory: pytest.TempPathFactory) -> LoRASe
     home = tmp_path_factory.mktemp("run")
     pictures = draw_pictures(home / "folder-of-mine")
     for i in range(3):
-        (pictures / f"picture-{i}.txt").write_text(f"a dog on zanzibar {i}")
+        (pictures / f"picture-{i}.txt").write_text(f"a dog on zanzibar{i}")
     (home / "held-out").mkdir()
     Image.effect_noise((16, 16), 9).convert("RGB").save(home / "held-out" / "x.png")
     (home / "held-out" / "x.txt").write_text("zanzibar at night")
@@ -188,6 +188,32 @@ def test_the_config_makes_it_again_to_the_byte(finished: LoRASettings, tmp_path:
         other = tmp_path / "my-dog" / path.relative_to(folder)
         if path.name not in ("metrics.jsonl", "train_config.toml"):  # seconds; output_dir
             assert other.read_bytes() == path.read_bytes(), path
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "pivotal"])
+def test_the_code_of_the_card_runs_in_the_folder_above(
+    licensed: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    shutil.copytree(licensed, tmp_path / "models" / "base")
+    train(tiny(method, Path("models/base"), draw_pictures(Path("p")), Path("results/out"), max_train_steps=1))
+    (code,) = re.findall(r"```python\n(.*?)```", Path("results/out/README.md").read_text("utf-8"), re.DOTALL)
+    monkeypatch.chdir("results")
+    exec(code, scope := dict[str, Any]())
+    assert scope["pipe"].unet and str(tmp_path) not in code
+
+
+def test_a_trigger_word_that_captions_share(licensed: Path, tmp_path: Path) -> None:
+    folder = draw_pictures(tmp_path / "p")
+    for i, caption in enumerate(["ohwx, a dog", "a photo of ohwx", "ohwx"]):
+        (folder / f"picture-{i}.txt").write_text(caption)
+    captioned = {"instance_data_dir": None, "instance_prompt": None, "train_data_dir": str(folder), "trigger": "ohwx"}
+    train(tiny("lora", licensed, folder, tmp_path / "out", max_train_steps=1, **captioned))
+    assert "Its trigger word: `ohwx`." in (tmp_path / "out" / "README.md").read_text()
+    assert front_matter(tmp_path / "out")["instance_prompt"] == "ohwx"
+    metadata = read_header(tmp_path / "out" / "pytorch_lora_weights.safetensors").metadata
+    assert metadata["modelspec.trigger_phrase"] == "ohwx"
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

@@ -1,5 +1,7 @@
 """`minidiff data check`: everything that is wrong with a folder, in one go."""
 
+import re
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -85,6 +87,17 @@ def test_the_model_says_the_side(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "a.png: 127 x 200 pixels" not in seen(capsys, tmp_path, "--instance_prompt", "p", "--resolution", "64")
     said = refused(capsys, ["data", "check", str(tmp_path), "--resolution", "65"])
     assert "--resolution 65: this model needs a multiple of 32, such as 64 or 96" in said
+
+
+def test_each_picture_through_the_vae(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A drawing of the pocket's world comes back; noise does not."""
+    shutil.copy("lessons/data/dog/01.png", tmp_path / "a.png")
+    Image.effect_noise((128, 128), 200).convert("RGB").save(tmp_path / "b.png")
+    said = seen(capsys, tmp_path, "--instance_prompt", "p")
+    levels = {name: float(level) for level, name in re.findall(r"^ *([\d.]+) dB  (.*)$", said, re.MULTILINE)}
+    assert levels["a.png"] > 20 > levels["b.png"] and "Below 20 dB the VAE loses" in said
+    (tmp_path / "b.png").unlink()
+    assert "Below 20 dB" not in seen(capsys, tmp_path, "--instance_prompt", "p")
 
 
 def seen(capsys: pytest.CaptureFixture[str], *words: object) -> str:

@@ -215,7 +215,7 @@ def test_what_two_runs_must_agree_in() -> None:
     """All that a method adds changes its result, but for what says that it does not."""
     for kind in (FullSettings, DreamBoothSettings, LoRASettings, TextualInversionSettings, PivotalSettings):
         added = {name for name in kind.__dataclass_fields__ if name not in FineTuneSettings.__dataclass_fields__}
-        assert added - kind().identity(1).keys() == added & {"layerwise_casting", "preset"}
+        assert added - kind().identity(1).keys() == added & {"layerwise_casting", "preset", "repeats"}
 
 
 def test_dreambooth_is_full_fine_tuning_with_a_prior() -> None:

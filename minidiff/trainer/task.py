@@ -112,6 +112,8 @@ def load_data(
     data.held_out = kept
     for warning in warnings_of(data, pipe.unet.config.sample_size * pipe.vae.config.downscale):
         print(f"Note: {warning}", file=sys.stderr)
+    if folder is None:
+        print(explained(s, data))
     return data
 
 
@@ -188,7 +190,6 @@ def make_job(
     batches, sheets = with_prior(pipe, data), Sheets(pipe, settings, data)
     loss, untuned = diffusion_loss(pipe, settings, as_base)
     networks: dict[str, nn.Module] = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
-    print(explained(settings, data))
     fixed, at_once = validation_set(validation_data(pipe, settings, data)), max(1, settings.train_batch_size // world().size)
 
     def outputs(batch: Batch) -> Tensor:
@@ -206,8 +207,8 @@ def make_job(
             return fixed.loss(errors)
 
     def card(folder: Path) -> None:
-        updates, word = settings.updates(data.samples_per_epoch), trigger_of(settings, data, pipe)
-        write_card(folder, settings, updates, tag, word)
+        updates = settings.updates(data.samples_per_epoch)
+        write_card(folder, settings, updates, tag, trigger_of(settings, data, pipe))
         if settings.validation_steps:
             save_png(sheets.public_sheet(updates), folder / SHEET)
 

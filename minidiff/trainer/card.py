@@ -77,10 +77,7 @@ def model_spec(
 
 
 def trigger_of(settings: FineTuneSettings, data: LatentData, pipe: StableDiffusionPipeline) -> str | None:
-    """--trigger, or the one word that all captions share and the base does not know; None where there are several or none.
-
-    Unknown is a word of several tokens, or a rare one.
-    """
+    """--trigger, or the one word that all captions share and the base hardly knows; None where there are several or none."""
     shared = set.intersection(*(set(re.findall(r"[\w<>-]+", e.caption.lower())) for e in data.examples))
     ids = {word: token_ids(pipe.tokenizer, word) for word in shared}
     unknown = [word for word, own in ids.items() if len(own) > 1 or own[0] > RARE or word in USUAL]
@@ -88,10 +85,7 @@ def trigger_of(settings: FineTuneSettings, data: LatentData, pipe: StableDiffusi
 
 
 def write_card(folder: Path, settings: FineTuneSettings, updates: int, tag: str, trigger: str | None) -> None:
-    """Write `folder/README.md`, a model card, and .gitignore. `tag` names the method, in the words of the hub.
-
-    Its code runs in the folder above, and so names a base on this disk as seen from there.
-    """
+    """Write `folder/README.md`, a model card whose code runs in the folder above, and .gitignore. `tag`: the hub's word."""
     from huggingface_hub import ModelCardData
 
     base, name, prompt = settings.pretrained_model_name_or_path, Path(settings.output_dir).resolve().name, settings.prompt

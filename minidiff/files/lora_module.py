@@ -129,7 +129,7 @@ def alpha_of(weights: LoRAWeights) -> float:
 
 
 def read_configs(file: TensorFile) -> dict[str, Config]:
-    """The configuration of each component, "unet" and "text_encoder"; empty if the file has none.
+    """The configuration of each component, "unet" and "text_encoder"; an empty one if the file has none.
 
     AdapterError if it is no LoRA's, or asks for something that minidiff does not do.
     """
@@ -146,7 +146,7 @@ def read_configs(file: TensorFile) -> dict[str, Config]:
             check_config(config, where)
     except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise AdapterError(f"{where} is not the configuration of a LoRA: {error}.") from error
-    return {component: config for component, config in configs.items() if config}
+    return configs
 
 
 def part_of(table: Config, component: str) -> Config:
@@ -182,7 +182,7 @@ def scale_of(
     rank, rslora = parts["down"].shape[0], False
     if "alpha" in parts:
         alpha: Any = tensors[parts["alpha"].key].item() or rank  # kohya's rule: 0 stands for the rank
-    elif config := configs.get(module.partition(".")[0]):
+    elif config := configs[module.partition(".")[0]]:
         name = module.replace("text_encoder.", CLIP).removeprefix("unet.")
         if (said := by_pattern(config.get("rank_pattern"), name, config.get("r", rank))) != rank:
             raise AdapterError(f"{path}: {module} has rank {rank}, and its configuration says {said!r}.")

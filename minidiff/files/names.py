@@ -46,28 +46,24 @@ def unet_table(config: UNetConfig) -> dict[str, str]:
 
 
 def _unet_blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
-    layers, last = config.layers_per_block, len(config.block_out_channels) - 1
+    layers, down, up = config.layers_per_block, config.down_block_types, config.up_block_types
     n = layers + 1  # LDM's numbers for one level: down, its layers and a downsampler; up, one layer more
     yield "conv_in", "input_blocks.0.0"
     yield "time_embedding.linear_1", "time_embed.0"
     yield "time_embedding.linear_2", "time_embed.2"
-    for i, kind in enumerate(config.down_block_types):
-        for j in range(layers):
-            yield f"down_blocks.{i}.resnets.{j}", f"input_blocks.{n * i + j + 1}.0"
+    levels = [(f"down_blocks.{i}", "input_blocks", kind, layers, n * i + 1) for i, kind in enumerate(down)]
+    levels += [(f"up_blocks.{i}", "output_blocks", kind, n, n * i) for i, kind in enumerate(up)]
+    for ours, theirs, kind, count, first in levels:
+        for j in range(count):
+            yield f"{ours}.resnets.{j}", f"{theirs}.{first + j}.0"
             if "CrossAttn" in kind:
-                yield f"down_blocks.{i}.attentions.{j}", f"input_blocks.{n * i + j + 1}.1"
-        if i < last:
-            yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{n * (i + 1)}.0.op"
-    yield "mid_block.resnets.0", "middle_block.0"
-    yield "mid_block.attentions.0", "middle_block.1"
-    yield "mid_block.resnets.1", "middle_block.2"
-    for i, kind in enumerate(config.up_block_types):
-        for j in range(n):
-            yield f"up_blocks.{i}.resnets.{j}", f"output_blocks.{n * i + j}.0"
-            if "CrossAttn" in kind:
-                yield f"up_blocks.{i}.attentions.{j}", f"output_blocks.{n * i + j}.1"
-        if i < last:  # the upsampler sits in the last layer of its level, behind ResBlock and transformer
-            yield f"up_blocks.{i}.upsamplers.0", f"output_blocks.{n * i + layers}.{2 if 'CrossAttn' in kind else 1}"
+                yield f"{ours}.attentions.{j}", f"{theirs}.{first + j}.1"
+    for i, kind in enumerate(up[:-1]):
+        yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{n * (i + 1)}.0.op"
+        behind = 2 if "CrossAttn" in kind else 1  # the upsampler sits in the last layer, behind ResBlock and transformer
+        yield f"up_blocks.{i}.upsamplers.0", f"output_blocks.{n * i + layers}.{behind}"
+    for j, middle in enumerate(("resnets.0", "attentions.0", "resnets.1")):
+        yield f"mid_block.{middle}", f"middle_block.{j}"
     yield "conv_norm_out", "out.0"
     yield "conv_out", "out.2"
 

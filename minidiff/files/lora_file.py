@@ -31,6 +31,7 @@ from minidiff.files.lora_module import COMPONENTS, METADATA, PEFT_CONFIG, alpha_
 from minidiff.files.lora_names import READ, WRITTEN, Place, adapter_kind, bundled_words, key_of, lora_dialect, place_of
 from minidiff.files.values import listed, printable
 from minidiff.files.weights import TensorFile, TensorInfo, file_at, find_weights, read_header, save
+from minidiff.files.word_file import FILE_NAME as WORD_FILE
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
@@ -156,6 +157,8 @@ def read_data(file: TensorFile, modules: Parts, alpha: float | None) -> LoRAFile
         notes.append(f"alpha is 0 in {zeros} layers, which stands for the rank")
     if words:
         notes.append(f"the new word {' and '.join(words)}, which load_textual_inversion gets from this file")
+    if (beside := file.path.with_name(WORD_FILE)).is_file():  # as `train pivotal` leaves it
+        notes.append(f"a new word in {beside.name} beside it, for load_textual_inversion")
     if how := file.metadata.get("modelspec.usage_hint") or suggestion(file.path):
         notes.append(f"draw with {printable(how):.200}")
     dialect = str(lora_dialect(file.tensors))

@@ -264,7 +264,7 @@ def test_a_sheet_is_checked_before_its_first_tile(
     for flags, said in (
         (["--columns", "steps=2,1001"], "--num_inference_steps must lie in 1 … 1000; it is 1001"),
         (["--columns", "eta=0,2"], "--eta must lie in 0 … 1; it is 2"),
-        (["--columns", "eta=0,1", "--rows", "sampler=none,euler"], "only ddim has one"),
+        (["--columns", "eta=0,1", "--rows", "sampler=none,euler"], "only ddim and tcd have one"),
         (["--columns", "sampler=euler,ddim", "--use_karras_sigmas", "True"], "only these samplers take Karras sigmas"),
         (["--columns", "width=16,0"], "--width must lie in 1 … 8192; it is 0"),
         (["--columns", "clip_skip=0,-1"], "--clip_skip must lie in 0 … 100; it is -1"),
@@ -299,7 +299,7 @@ WRONG = [
     (["sample", DOG, "--sampler", "euler-a"], 'sampler "euler-a" is unknown'),
     (["sample", DOG, "--sampler", "eular"], 'Did you mean "euler"?'),
     (["sample", DOG, "--sampler", "ddim", "--use_karras_sigmas", "True"], "only these samplers take Karras sigmas"),
-    (["sample", DOG, "--sampler", "euler", "--eta", "0.5"], "only ddim has one"),
+    (["sample", DOG, "--sampler", "euler", "--eta", "0.5"], "only ddim and tcd have one"),
     (["sample", DOG, "--strength", "0.5"], "strength was given and there is no image to work on"),
     (["sample", DOG, "--mask_image", "m.png"], "--mask_image m.png: no such file"),
     (["sample", DOG, "--image", "none.png"], "none.png: no such file"),

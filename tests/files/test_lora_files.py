@@ -653,6 +653,13 @@ def test_a_lora_that_brings_a_word_along(tmp_path: Path, vectors: str) -> None:
     assert word.word == "my-dog" and torch.equal(word.vectors, 3 * torch.ones(2, 24))
 
 
+def test_a_word_beside_a_lora_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert "new word" not in str(read_lora(path))
+    save_embedding(tmp_path, "<dog>", torch.ones(1, 24))
+    assert "a new word in learned_embeds.safetensors beside it, for load_textual_inversion" in str(load(tiny_unet(), tmp_path))
+
+
 def test_reading_without_a_model_is_strict_too(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD | {"unet.a.lora_A.weight": (2, 3)})
     with pytest.raises(

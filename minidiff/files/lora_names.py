@@ -9,7 +9,7 @@ A name has three pieces: a beginning, the path of a layer, and an ending that sa
     [unet.]                    ….attn1.processor.to_q        _lora.down.weight       in 2023; to_out stands for to_out.0
     base_model.model.          down_blocks.0.….attn1.to_q    .lora_A[.default].weight    peft
     lora_unet_, lora_te_       down_blocks_0_…_attn1_to_q    .lora_down.weight, .alpha   kohya, A1111, ComfyUI
-    lora_unet_                 …_resnets_0_conv1             .lora_mid.weight, .dora_scale   LyCORIS
+    lora_unet_, lycoris_       …_resnets_0_conv1             .lora_mid.weight, .dora_scale   LyCORIS
     lora_unet., unet., clip_l.                               .lora_down.weight       OneTrainer: kohya's, with dots
     diffusion_model.           input_blocks.1.1.….to_q       .lora_down.weight       ComfyUI: LDM's names
     unet:0:up                                                                        cloneofsimo; counts layers, not read
@@ -50,7 +50,7 @@ A_AND_B = {"down": ".lora_A.weight", "up": ".lora_B.weight", "magnitude": ".lora
 DOWN_AND_UP = {"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": ".alpha", "dora_scale": ".dora_scale"}
 DIALECTS = {  # the first that fits
     "peft": Dialect(r"base_model\.model\.", "base_model.model.", "base_model.model.text_model.", ".", A_AND_B),
-    "kohya": Dialect(r"lora_(unet|te\d?|prior)_", "lora_unet_", "lora_te_text_model_", "_", DOWN_AND_UP),
+    "kohya": Dialect(r"lora_(unet|te\d?|prior)_|lycoris_", "lora_unet_", "lora_te_text_model_", "_", DOWN_AND_UP),
     "cloneofsimo": Dialect(r"(unet|text_encoder):\d+:"),
     "diffusers attention-processor (2023)": Dialect(r".*(\.processor\.|\.self_attn\.).*_lora\."),
     "diffusers down/up": Dialect(r".*\.lora(_linear_layer)?\.(down|up)\."),

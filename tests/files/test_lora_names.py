@@ -8,7 +8,7 @@ from minidiff.core.config import SD15_UNET, UNetConfig
 from minidiff.core.inject import adaptable_layers
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files import names
-from minidiff.files.lora_names import WRITTEN, Place, bundled_words, key_of, place_of
+from minidiff.files.lora_names import WRITTEN, Place, bundled_words, key_of, lora_dialect, place_of
 from minidiff.pocket.pretrain import POCKET_UNET
 
 DOWN = "down_blocks.0.attentions.0"
@@ -40,6 +40,7 @@ NAMES = {
     "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": ("unet.mid_block.attentions.0.proj_in", "up"),
     "lora_unet_up_blocks_3_resnets_2_time_emb_proj.lora_mid.weight": ("unet.up_blocks.3.resnets.2.time_emb_proj", "mid"),
     "lora_unet_down_blocks_2_downsamplers_0_conv.dora_scale": ("unet.down_blocks.2.downsamplers.0.conv", "dora_scale"),
+    "lycoris_mid_block_resnets_0_conv1.lora_down.weight": ("unet.mid_block.resnets.0.conv1", "down"),
     "lora_unet_time_embedding_linear_1.alpha": ("unet.time_embedding.linear_1", "alpha"),
     "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": (f"text_encoder.{TEXT_Q}", "down"),
     "lora_te1_text_model_encoder_layers_11_mlp_fc2.alpha": ("text_encoder.encoder.layers.11.mlp.fc2", "alpha"),
@@ -100,6 +101,24 @@ def test_names_of_every_dialect(key: str) -> None:
 )
 def test_other_names_have_no_place(key: str) -> None:
     assert place_of(key, SD15_UNET) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "dialect"),
+    [
+        (f"{TO_Q}.lora_A.weight", "diffusers"),
+        ("lycoris_mid_block_resnets_0_conv1.lora_down.weight", "kohya"),
+        ("diffusion_model.input_blocks.1.1.proj_in.lora_up.weight", "ComfyUI"),
+        ("diffusion_model.input_blocks.1.1.proj_in.lokr_w1", "ComfyUI"),
+        (f"clip_l.text_model.{TEXT_Q}.lora_up.weight", "OneTrainer"),
+        (f"unet.{TO_Q}.lora_down.weight", "OneTrainer"),
+        (f"unet.{TO_Q}.lora.down.weight", "diffusers down/up"),
+        (f"unet.{TO_Q}.weight", None),
+        ("bundle_emb.dog.emb_params", None),
+    ],
+)
+def test_whose_names_these_are(key: str, dialect: str | None) -> None:
+    assert lora_dialect([key]) == dialect
 
 
 def test_words_that_a_lora_brings_along() -> None:

@@ -11,34 +11,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minidiff.core.errors import MinidiffError
-    from minidiff.core.schedule import NoiseSchedule
-    from minidiff.core.unet import UNet2DConditionModel
-    from minidiff.core.vae import AutoencoderKL
-    from minidiff.draw.pipeline import StableDiffusionPipeline
-    from minidiff.fast import attention
+    from minidiff.core.errors import MinidiffError as MinidiffError
+    from minidiff.core.schedule import NoiseSchedule as NoiseSchedule
+    from minidiff.draw.habits import StableDiffusionPipeline as StableDiffusionPipeline
+    from minidiff.draw.habits_parts import AutoencoderKL as AutoencoderKL
+    from minidiff.draw.habits_parts import UNet2DConditionModel as UNet2DConditionModel
+    from minidiff.fast import attention as attention
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "StableDiffusionPipeline": "minidiff.draw.pipeline",
-    "UNet2DConditionModel": "minidiff.core.unet",
-    "AutoencoderKL": "minidiff.core.vae",
-    "NoiseSchedule": "minidiff.core.schedule",
-    "attention": "minidiff.fast",
-    "MinidiffError": "minidiff.core.errors",
+_NAMES = {  # where they are -> names
+    "minidiff.draw.habits": """
+        StableDiffusionPipeline StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline
+        DiffusionPipeline AutoPipelineForText2Image AutoPipelineForImage2Image AutoPipelineForInpainting""",
+    "minidiff.draw.habits_parts": """UNet2DConditionModel AutoencoderKL LoraConfig get_peft_model get_peft_model_state_dict
+        DDIMScheduler DDPMScheduler PNDMScheduler EulerDiscreteScheduler EulerAncestralDiscreteScheduler HeunDiscreteScheduler
+        DPMSolverMultistepScheduler UniPCMultistepScheduler LCMScheduler""",
+    "minidiff.core.schedule": "NoiseSchedule",
+    "minidiff.core.errors": "MinidiffError",
+    "minidiff.fast": "attention",
 }
-__all__ = [
-    "AutoencoderKL",
-    "MinidiffError",
-    "NoiseSchedule",
-    "StableDiffusionPipeline",
-    "UNet2DConditionModel",
-    "attention",
-]
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
+__all__ = [*_HOMES]  # noqa: PLE0604
+
+NEAREST = {  # schedulers that minidiff does not have
+    "LMSDiscreteScheduler": "EulerDiscreteScheduler", "KDPM2DiscreteScheduler": "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler": "EulerAncestralDiscreteScheduler", "DEISMultistepScheduler": "UniPCMultistepScheduler",
+    "DPMSolverSinglestepScheduler": "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler": "DPMSolverMultistepScheduler",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name in NEAREST:
+        raise ImportError(f"minidiff has no {name}; {NEAREST[name]} is nearest to it.")
     if name not in _HOMES:
         raise AttributeError(f"module 'minidiff' has no attribute {name!r}")
     try:
@@ -48,3 +53,7 @@ def __getattr__(name: str) -> Any:
             raise
         home = import_module("minidiff.core.transformer")  # fast was deleted: the plain attention
     return getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

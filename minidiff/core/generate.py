@@ -31,15 +31,9 @@ class Stations:
 
 @torch.no_grad()
 def generate(
-    stations: Stations,
-    prompts: Any,
-    negative_prompts: Any,
-    noise: Tensor,
-    step_noise: StepNoise,
-    steps: int,
-    guidance_scale: float,
-    sampler: Callable[..., Iterator[Step]],
-) -> Iterator[Step | Tensor]:
+    stations: Stations, prompts: Any, negative_prompts: Any, noise: Tensor, step_noise: StepNoise, steps: int,
+    guidance_scale: float, sampler: Callable[..., Iterator[Step]], guidance_rescale: float = 0.0,
+) -> Iterator[Step | Tensor]:  # fmt: skip
     """Yields the sampler's steps, and at last the pictures (B, 3, H, W) in [-1, 1].
 
     `noise` (B, 4, h, w) is standard normal, on the device of the networks; `step_noise(i)` gives more of it for step i.
@@ -50,7 +44,7 @@ def generate(
     no_text = stations.encode(negative_prompts) if guidance_scale > 1 else None
 
     # station 2: noise becomes latents, step by step
-    model = guided(stations.unet, text, no_text, guidance_scale)
+    model = guided(stations.unet, text, no_text, guidance_scale, guidance_rescale)
     for step in sampler(model, noise, stations.schedule, steps, step_noise):
         yield step
 

@@ -15,12 +15,13 @@ from minidiff.core.samplers import Model
 UNetCall = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, text) -> eps or v
 
 
-def guided(unet: UNetCall, cond: Tensor, uncond: Tensor | None, scale: float) -> Model:
+def guided(unet: UNetCall, cond: Tensor, uncond: Tensor | None, scale: float, rescale: float = 0.0) -> Model:
     """A model(x, t) for the samplers: x (B, C, H, W) and t (B,) in, fp32 (B, C, H, W) out.
 
     `cond` and `uncond` are encoded prompts (B, L, D), `uncond` may have B = 1; the network sees x in their dtype.
     Above 1, `scale` guides, and both questions go through the network as one batch of 2B. Otherwise only the prompt is
-    asked, as in every other program: scale 1 means "no guidance", not "no prompt".
+    asked, as in every other program: scale 1 means "no guidance", not "no prompt". `rescale`, 0 to 1: so much of the
+    contrast that guidance adds is taken back.
     """
     if not isfinite(scale) or (scale > 1 and uncond is None):
         raise SettingsError(f"guidance_scale is {scale}; it must be a finite number, and above 1 it needs a negative prompt.")
@@ -31,6 +32,10 @@ def guided(unet: UNetCall, cond: Tensor, uncond: Tensor | None, scale: float) ->
     def model(x: Tensor, t: Tensor) -> Tensor:
         output = unet(torch.cat([x, x]).to(cond.dtype), torch.cat([t, t]), text)  # (2B, C, H, W)
         without, with_prompt = output.float().chunk(2)
-        return without + scale * (with_prompt - without)  # 2207.12598 eq. 6, whose w is scale - 1
+        x_cfg = without + scale * (with_prompt - without)  # 2207.12598 eq. 6, whose w is scale - 1
+        if rescale:
+            spread = with_prompt.std((1, 2, 3), keepdim=True) / x_cfg.std((1, 2, 3), keepdim=True)
+            x_cfg = rescale * (x_cfg * spread) + (1 - rescale) * x_cfg  # 2305.08891 eqs. 15 and 16
+        return x_cfg
 
     return model

@@ -43,7 +43,8 @@ class Model:
         self.sampler, self.name_or_path, self.progress_bar = sampler, name_or_path, True
         self.plain = plain or fast is None
         self.downscale = vae.config.downscale  # pixels per latent cell
-        self.tile_size: int | None = None
+        self.tile_size: int | None = None  # pixels; of the U-Net and the VAE
+        self.vae_tile_size: int | None = None  # of the VAE alone
         speed_up(self)
 
     # --- loading and saving ----------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ class Model:
         parts = (self.unet, self.vae, self.text_encoder, self.tokenizer, self.noise_config, self.sampler)
         write_folder(ModelParts(*parts), folder, dtype)
 
-    def to(self, device: str | torch.device | torch.dtype, dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the networks, cast them, or both. The VAE stays in fp32, as in `from_pretrained`."""
         where: Any = (device,) if dtype is None else (device, dtype)
         for module in (self.unet, self.text_encoder):
@@ -87,11 +88,15 @@ class Model:
             nn.Module.to(self.vae, device)
         return self
 
+    def in_other_words(self, given: dict[str, Any]) -> Any:
+        """A call with arguments that `__call__` does not have; draw/habits.py knows those of other libraries."""
+        names = ", ".join([f"{len(given['positional'])} more by position"] * bool(given["positional"]) + [*given["field"]])
+        raise TypeError(f"the call has no such arguments: {names}")
+
     def __setattr__(self, name: str, value: object) -> None:
         """An attribute that the pipeline does not have, such as the `scheduler` of other libraries, would change nothing."""
-        if "tile_size" in self.__dict__ and name not in self.__dict__ and not hasattr(type(self), name):
-            hint = ' The sampler is an argument of the call: pipe(prompt, sampler="euler_a").' if name == "scheduler" else ""
-            raise AttributeError(f"{type(self).__name__} has no {name} that could be set.{hint}")
+        if "vae_tile_size" in self.__dict__ and name not in self.__dict__ and not hasattr(type(self), name):
+            raise AttributeError(f"{type(self).__name__} has no {name} that could be set.")
         super().__setattr__(name, value)
 
     # --- LoRA and textual inversion --------------------------------------------------------------------------------------
@@ -117,10 +122,11 @@ class Model:
         speed_up(self)
         return loaded
 
-    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Sequence[float] | None = None) -> None:
-        """Make these adapters active, each with its weight (default 1), and all others inactive."""
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None) -> None:
+        """Make these adapters active, each with its weight (default 1; one number is for all), and all others inactive."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        inject.set_adapters(self.adaptable, names, adapter_weights)
+        weights = [adapter_weights] * len(names) if isinstance(adapter_weights, int | float) else adapter_weights
+        inject.set_adapters(self.adaptable, names, weights)
 
     def fuse_lora(self) -> None:
         """Add the adapters to the weights: the same pictures, a little faster."""

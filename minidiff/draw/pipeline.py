@@ -6,10 +6,9 @@ B pictures   D text width   H W picture height and width   h w = H/8, W/8 latent
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from minidiff.draw.prompting import Prompt, count_chunks, encode_prompts, parse_
 from minidiff.draw.speed import fast
 from minidiff.draw.tiles import in_tiles, tiled
 
+Generators = torch.Generator | Sequence[torch.Generator]
 Draw = Callable[[int | str], Tensor]  # what the noise is for -> the noise
 MAX_SIDE = 8192  # pixels: beyond, attention takes days
 ONE_STEP = (
@@ -45,11 +45,11 @@ NONFINITE = (
 Side = list[Prompt] | Tensor  # all prompts, or all negative prompts; or the vectors (B, 77 k, D) that the caller gives for them
 
 
-@dataclass(frozen=True)
-class PipelineOutput:
+class PipelineOutput(NamedTuple):
     """`images`: PIL pictures; or one tensor or array, if `output_type` says so."""
 
     images: Any
+    nsfw_content_detected: None = None  # of other libraries; nothing is looked for here
 
 
 def finished(pictures: Tensor, output_type: str) -> Any:
@@ -83,16 +83,17 @@ class StableDiffusionPipeline(Model):
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
+        *positional: Any,
         negative_prompt: str | Sequence[str] | None = None,
-        *,
         width: int | None = None,
         height: int | None = None,
         num_inference_steps: int = 30,
         guidance_scale: float = 7.5,
+        guidance_rescale: float = 0.0,
         num_images_per_prompt: int = 1,
         sampler: str | None = None,
         seed: int | Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -105,19 +106,20 @@ class StableDiffusionPipeline(Model):
         use_karras_sigmas: bool | None = None,
         output_type: str = "pil",
         callback: Callable[[Step], None] | None = None,
+        **field: Any,
     ) -> PipelineOutput:
         """Draw one picture for each prompt (times `num_images_per_prompt`). SettingsError for impossible settings.
 
         `width`, `height`: pixels, default the model's own. `guidance_scale`: 1 or less turns guidance and the negative prompt
-        off. `sampler` and its settings: see core/grids.py. `clip_skip`: leave out so many of the text encoder's last layers.
-        `seed`: picture i uses seed + i (or seed[i]), alone or in a batch, on any device; `generator` draws in the order of
-        diffusers instead; `latents` (B, 4, h, w): unit-variance noise to start from. `prompt_embeds`, `negative_prompt_embeds`
-        (B, 77 k, D), from `encode_prompt`, replace the prompts. `image`: a picture to start from, scaled to `width` and
-        `height` if given; the last `strength` (default 0.8) of the steps are taken. `mask_image`: only its white part is drawn
-        (default `strength` 1). `output_type`: "pil", "pt" (B, 3, H, W) in [0, 1], "np" (B, H, W, 3), or "latent". `callback`
-        sees each `Step`."""
-        if output_type not in ("pil", "pt", "np", "latent"):
-            raise SettingsError(f'output_type "{output_type}" is unknown; it is pil, pt, np or latent.')
+        off; `guidance_rescale`: see core/guidance.py. `sampler` and its settings: see core/grids.py. `clip_skip`: leave out so
+        many of the text encoder's last layers. `seed`: picture i uses seed + i (or seed[i]), alone or in a batch, on any
+        device; `generator`, or one for each picture, draws in the order of diffusers instead; `latents` (B, 4, h, w): noise to
+        start from. `prompt_embeds`, `negative_prompt_embeds` (B, 77 k, D), from `encode_prompt`, replace the prompts. `image`:
+        a picture to start from, scaled to `width` and `height` if given; the last `strength` (default 0.8) of the steps are
+        taken. `mask_image`: only its white part is drawn (default `strength` 1). `output_type`: "pil", "pt" (B, 3, H, W) in
+        [0, 1], "np" (B, H, W, 3), or "latent". `callback` sees each `Step`."""
+        if positional or field:  # the way other libraries call it: draw/habits.py
+            return self.in_other_words(dict(locals()))
         sides = both_sides((prompt, prompt_embeds), (negative_prompt or "", negative_prompt_embeds), num_images_per_prompt)
         prompts, negatives = ([] if isinstance(side, Tensor) else side for side in sides)
         chunks = count_chunks(self.tokenizer, prompts + negatives if guidance_scale > 1 else prompts, self.placeholders)
@@ -132,17 +134,20 @@ class StableDiffusionPipeline(Model):
         steps = as_int("num_inference_steps", num_inference_steps)
         spacing = timestep_spacing or self.schedule.config.timestep_spacing or chosen.spacing
         self.warn_of(steps if image is None else None, spacing, guidance_scale)
-        encode = partial(self.encode_prompt, clip_skip=clip_skip, chunks=chunks)
+        encode = partial(self.encode_prompt, clip_skip=clip_skip or 0, chunks=chunks)
         stations = Stations(encode, canvas.unet, lambda latents: canvas.paste(self.decode(latents)), self.schedule)
-        drawing = generate(stations, *sides, canvas.noise.to(self.device), draw, steps, guidance_scale, walk)
+        noise = canvas.noise.to(self.device)
+        drawing = generate(stations, *sides, noise, draw, steps, guidance_scale, walk, guidance_rescale)
         named = any(one.loras for one in prompts + negatives)
         with at_strengths(self.adaptable, loras_of(prompts, negatives)) if named else nullcontext():
-            drawn = self.run(drawing, steps, callback, decode=output_type != "latent")
-        return PipelineOutput(drawn if output_type == "latent" else finished(drawn, output_type))
+            return PipelineOutput(self.run(drawing, steps, callback, output_type))
 
-    def run(self, stations: Iterator[Any], steps: int, callback: Callable[[Step], None] | None, decode: bool) -> Tensor:
+    def run(self, stations: Iterator[Any], steps: int, callback: Callable[[Step], None] | None, output_type: str) -> Any:
         """Go through the stations of `generate`: the pictures, or the last latents. A bar and `callback` see each step."""
         from tqdm import tqdm
+
+        if output_type not in ("pil", "pt", "np", "latent"):
+            raise SettingsError(f'output_type "{output_type}" is unknown; it is pil, pt, np or latent.')
 
         bar = tqdm(total=min(steps, len(self.schedule.sigmas)), unit="step", leave=False, disable=not self.progress_bar)
         # A compiled U-Net would be compiled again for each cached prompt, and a callback may change an adapter.
@@ -157,8 +162,7 @@ class StableDiffusionPipeline(Model):
                     break
         if not step.x.isfinite().all():  # NaN never goes away again, so one look at the end finds it
             raise MinidiffError(NONFINITE.format("U-Net"))
-        drawn: Tensor = next(stations) if decode else step.x
-        return drawn
+        return step.x if output_type == "latent" else finished(next(stations), output_type)
 
     def warn_of(self, steps: int | None, spacing: str | None, guidance_scale: float) -> None:
         """Warn of steps from noise, or of guidance, with which this model cannot draw well."""
@@ -173,7 +177,8 @@ class StableDiffusionPipeline(Model):
         self, pictures: Tensor | None, mask_image: Pictures | None, strength: float | None, shape: Sequence[int], draw: Draw
     ) -> Canvas:
         """The start for latents of `shape`: noise, or a picture under noise."""
-        unet: UNetCall = self.unet if self.tile_size is None else in_tiles(self.unet, self.tile_size // self.downscale)
+        unet: UNetCall = getattr(self.unet, "plainly", self.unet)  # past the second way to call it: draw/habits.py
+        unet = unet if self.tile_size is None else in_tiles(unet, self.tile_size // self.downscale)
         trained_for_it = self.unet.config.in_channels != self.vae.config.latent_channels  # the U-Net sees the mask, too
         if trained_for_it and (pictures is None or mask_image is None):
             needs = "an inpainting model needs an image and a mask_image, whose white part it draws anew"
@@ -211,7 +216,7 @@ class StableDiffusionPipeline(Model):
 
     def encode_pictures(self, pictures: Tensor, noise: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, h, w), drawn from the VAE's posterior with `noise`."""
-        x, tile = pictures.to(self.vae.post_quant_conv.weight), self.tile_size or MAX_SIDE
+        x, tile = pictures.to(self.vae.post_quant_conv.weight), self.tile_size or self.vae_tile_size or MAX_SIDE
         encode = tiled(lambda part: torch.cat(self.vae.encode(part), dim=1), tile, tile // 4, unit=self.downscale)
         mean, logvar = torch.cat([encode(row[None]) for row in x]).chunk(2, dim=1)
         return sample_posterior(mean, logvar, noise.to(mean)) * self.vae.config.scaling_factor
@@ -219,8 +224,9 @@ class StableDiffusionPipeline(Model):
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) -> pictures (B, 3, H, W) in [-1, 1], one at a time to save memory."""
         z = latents.to(self.vae.post_quant_conv.weight) / self.vae.config.scaling_factor
-        cells = (self.tile_size or 0) // self.downscale
-        decode = tiled(self.vae.decode, cells, cells // 4) if self.tile_size else self.vae.decode
+        cells = (self.tile_size or self.vae_tile_size or 0) // self.downscale
+        decode = getattr(self.vae, "plainly", self.vae.decode)
+        decode = tiled(decode, cells, cells // 4) if cells else decode
         pictures = torch.cat([decode(row[None]) for row in z])
         if not pictures.isfinite().all():
             raise MinidiffError(NONFINITE.format("VAE"))
@@ -296,19 +302,18 @@ def sampler_for(name: str, spacing: str | None = None, karras: bool | None = Non
 def noise_source(
     shape: Sequence[int],
     seed: int | Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     latents: Tensor | None = None,
 ) -> Draw:
     """draw(purpose) -> standard normal noise of `shape` (B, C, h, w); for the purpose "latents", the caller's if given.
 
     The purpose is "latents", "posterior" (a picture's own latents), "surroundings" (inpainting models), or i for step i. Noise
-    for picture b is a function of seed + b (or seed[b]) and the purpose, fp32 on the CPU for any device. A torch.Generator
-    ignores the purpose: it gives its next numbers, on its own device, so the order of the calls counts, as in diffusers.
+    for picture b is a function of seed + b (or seed[b]) and the purpose, fp32 on the CPU for any device. A torch.Generator, or
+    one for each picture, gives its next numbers for any purpose, on its own device: the order of calls counts, as in diffusers.
     """
     if latents is not None and finite_floats("latents", latents).shape != tuple(shape):
         raise SettingsError(f"latents have the shape {tuple(latents.shape)}; for this call it must be {tuple(shape)}.")
-    if not isinstance(generator, torch.Generator | None):
-        raise SettingsError(f"generator is a {type(generator).__name__}; give one torch.Generator, or seeds.")
+    of_each = generators_of(generator, shape[0])
     if seed is None:
         seed = 0 if generator else int(torch.randint(2**31, ()))
     if isinstance(seed, Iterable) and not isinstance(seed, str):
@@ -321,12 +326,20 @@ def noise_source(
     def draw(purpose: int | str) -> Tensor:
         if latents is not None and purpose == "latents":
             return latents.float()
-        if generator is not None:
-            return torch.randn(tuple(shape), generator=generator, device=generator.device)
+        if of_each:
+            return torch.cat([torch.randn((n, *shape[1:]), generator=g, device=g.device) for g, n in of_each])
         where = ("step", purpose) if isinstance(purpose, int) else (purpose,)
         return torch.stack([normal(shape[1:], one, *where) for one in seeds])
 
     return draw
+
+
+def generators_of(given: Generators | None, count: int) -> list[tuple[torch.Generator, int]]:
+    """Generators, and for how many of the `count` pictures each draws: one for all, or one for each."""
+    several: list[Any] = [(one, 1) for one in given] if isinstance(given, Sequence) else [(given, count)] * (given is not None)
+    if not all(isinstance(one, torch.Generator) for one, _ in several) or sum(n for _, n in several) not in (0, count):
+        raise SettingsError(f"generator must be one torch.Generator, or a list with one for each of the {count} pictures.")
+    return several
 
 
 def finite_floats(name: str, given: Tensor) -> Tensor:

@@ -21,12 +21,12 @@ import torch
 from minidiff.core import inject
 from minidiff.core.errors import SettingsError
 from minidiff.core.grids import Step
-from minidiff.draw import habits_parts, pipeline
+from minidiff.draw import pipeline
 from minidiff.draw.device import chosen_device
 from minidiff.draw.habits_parts import HARMLESS, NO_PARTS, SCHEDULERS, Scheduler, adopt, check_names, found
 from minidiff.draw.lora_tags import at_strengths
 from minidiff.files import folder as model_folder
-from minidiff.files.lora_file import LoRAFile
+from minidiff.files.lora_file import FILE_NAME, LoRAFile, save_lora
 from minidiff.files.word_file import Embedding
 
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
@@ -167,7 +167,15 @@ class StableDiffusionPipeline(pipeline.StableDiffusionPipeline):
             layer.unmerged_weight = None
         super().unload_lora_weights()
 
-    save_lora_weights = staticmethod(habits_parts.save_lora_weights)
+    @staticmethod
+    def save_lora_weights(
+        save_directory: str | Path, unet_lora_layers: Any = None, text_encoder_lora_layers: Any = None,
+        weight_name: str = FILE_NAME, safe_serialization: bool = True,
+    ) -> None:  # fmt: skip
+        """Write what `get_peft_model_state_dict` gives for the networks, as safetensors always."""
+        both = {"unet": unet_lora_layers or {}, "text_encoder": text_encoder_lora_layers or {}}
+        modules = {f"{network}.{name}": own for network, layers in both.items() for name, own in layers.items()}
+        save_lora(modules, Path(save_directory, weight_name))
 
     # --- enable_… and disable_…
 

@@ -24,7 +24,7 @@ from minidiff.core.rng import normal
 from minidiff.core.schedule import NoiseSchedule, add_noise
 from minidiff.draw.speed import checkpoint_gradients, speed_up_network
 from minidiff.files import folder as model_folder
-from minidiff.files.lora_file import FILE_NAME, save_lora
+from minidiff.files.lora_file import save_lora
 from minidiff.files.weights import save
 
 CALLED = {  # a name of other programs -> minidiff's
@@ -61,7 +61,8 @@ def found(path: Any, given: dict[str, Any]) -> Path:
 
 # --- schedulers ----------------------------------------------------------------------------------------------------------
 
-BARE = dict(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", steps_offset=0)  # diffusers' defaults, not SD's numbers
+BARE = dict(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")  # a class's own defaults, which are not SD's; but:
+OWN: dict[str, Any] = {"HeunDiscreteScheduler": dict(beta_schedule="linear"), "LCMScheduler": {}}
 
 
 class Config(dict[str, Any]):
@@ -79,8 +80,8 @@ class Scheduler:
     def __init__(self, **settings: Any) -> None:
         where = type(self).__name__
         check_names(where, settings, self.SETTINGS)
-        own = {"set_alpha_to_one": where in ("DDIMScheduler", "LCMScheduler")} | ({} if where == "LCMScheduler" else BARE)
-        given = {**own, **settings, "_class_name": where}
+        ends = {"steps_offset": 0, "set_alpha_to_one": where in ("DDIMScheduler", "LCMScheduler")}
+        given = {**ends, **OWN.get(where, BARE), **settings, "_class_name": where}
         self.config = Config({name: value for name, value in given.items() if value is not None})
         self.sampler = model_folder.sampler_of(self.config, where)
         self.noise_config = model_folder.read_config(NoiseConfig, self.config, where)
@@ -137,7 +138,14 @@ class Posterior(NamedTuple):
         return self.mean
 
 
-class UNet2DConditionModel(unet.UNet2DConditionModel):
+class WithHabits(nn.Module):
+    """Says so in `print(model)`."""
+
+    def _get_name(self) -> str:
+        return f"{type(self).__name__} with habits"
+
+
+class UNet2DConditionModel(WithHabits, unet.UNet2DConditionModel):
     """core/unet.py's, which can be called in the field's way, too."""
 
     plainly = nn.Module.__call__  # for the pipeline: by position only
@@ -157,8 +165,9 @@ class UNet2DConditionModel(unet.UNet2DConditionModel):
             raise AdapterError('LoraConfig: bias must be "none", and init_lora_weights True or "gaussian".')
         shape: Any = dict(rank_of=c.rank_pattern, rslora=c.use_rslora, dora=c.use_dora, dropout=c.lora_dropout)
         targets = c.target_modules or inject.DEFAULT_TARGETS
-        for name, layer in inject.inject(self, c.r, c.lora_alpha, targets, adapter_name=adapter_name, **shape).items():
-            if c.init_lora_weights == "gaussian":  # as in peft: a standard deviation of 1 / r
+        layers = inject.inject(self, c.r, c.lora_alpha, targets, adapter_name=adapter_name, **shape)
+        if c.init_lora_weights == "gaussian":  # as in peft: a standard deviation of 1 / r
+            for name, layer in layers.items():
                 A = layer.lora_A[adapter_name].data
                 A.copy_(normal(A.shape, 0, "lora_A", name) / len(A))
         if type(self.conv_in) is not nn.Conv2d:  # the other layers are fast, too
@@ -180,7 +189,7 @@ class UNet2DConditionModel(unet.UNet2DConditionModel):
             model_folder.write_json(Path(folder, "config.json"), values)
 
 
-class AutoencoderKL(vae.AutoencoderKL):
+class AutoencoderKL(WithHabits, vae.AutoencoderKL):
     """core/vae.py's, which can be called in the field's way, too."""
 
     plainly = vae.AutoencoderKL.decode
@@ -236,15 +245,5 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 
 def get_peft_model_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, LoRAWeights]:
-    """An adapter by layer, for `save_lora_weights`; unlike peft's tensors, it says how strong it is."""
+    """An adapter by layer, for pipe.save_lora_weights; unlike peft's tensors, it says how strong it is."""
     return inject.adapter_weights(model, adapter_name)
-
-
-def save_lora_weights(
-    save_directory: str | Path, unet_lora_layers: Any = None, text_encoder_lora_layers: Any = None,
-    weight_name: str = FILE_NAME, safe_serialization: bool = True,
-) -> None:  # fmt: skip
-    """Write what `get_peft_model_state_dict` gives, as diffusers does. Always safetensors."""
-    both = {"unet": unet_lora_layers or {}, "text_encoder": text_encoder_lora_layers or {}}
-    modules = {f"{network}.{name}": own for network, layers in both.items() for name, own in layers.items()}
-    save_lora(modules, Path(save_directory, weight_name))

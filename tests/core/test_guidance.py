@@ -23,6 +23,15 @@ class FakeUNet:
         return x * text[:, :1, :1, None] + t.view(-1, 1, 1, 1).to(x.dtype)
 
 
+def test_rescaled_guidance_eq15_and_16():
+    """2305.08891: eq. 15 gives the output the spread of the answer to the prompt; eq. 16 goes a part of the way."""
+    x = torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    plain, whole, part = (guided(FakeUNet(), COND, UNCOND, 7.5, rescale)(x, T) for rescale in (0.0, 1.0, 0.25))
+    with_prompt = FakeUNet()(x, T, COND)
+    torch.testing.assert_close(whole.std((1, 2, 3)), with_prompt.std((1, 2, 3)))
+    torch.testing.assert_close(part, 0.25 * whole + 0.75 * plain)
+
+
 def test_guidance_eq6():
     """2207.12598 eq. 6: (1 + w) eps(c) - w eps(), with w = scale - 1."""
     unet, scale = FakeUNet(), 7.5

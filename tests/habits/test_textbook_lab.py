@@ -111,8 +111,9 @@ def test_a_lora_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str], wrap
 
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1
+    length = tokenizer.model_max_length
     ids = tokenizer(
-        ["a photo of a dog"] * 2, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+        ["a photo of a dog"] * 2, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     ).input_ids
     with torch.no_grad():
         latents = vae.encode(x).latent_dist.sample(generator) * vae.config.scaling_factor

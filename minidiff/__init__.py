@@ -26,7 +26,7 @@ _NAMES = {  # where they are -> names
         DiffusionPipeline AutoPipelineForText2Image AutoPipelineForImage2Image AutoPipelineForInpainting""",
     "minidiff.draw.habits_parts": """UNet2DConditionModel AutoencoderKL LoraConfig get_peft_model get_peft_model_state_dict
         DDIMScheduler DDPMScheduler PNDMScheduler EulerDiscreteScheduler EulerAncestralDiscreteScheduler HeunDiscreteScheduler
-        DPMSolverMultistepScheduler UniPCMultistepScheduler LCMScheduler""",
+        DPMSolverMultistepScheduler UniPCMultistepScheduler LCMScheduler TCDScheduler""",
     "minidiff.core.schedule": "NoiseSchedule",
     "minidiff.core.errors": "MinidiffError",
     "minidiff.fast": "attention",

@@ -62,7 +62,7 @@ def found(path: Any, given: dict[str, Any]) -> Path:
 # --- schedulers ----------------------------------------------------------------------------------------------------------
 
 BARE = dict(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")  # a class's own defaults, which are not SD's; but:
-OWN: dict[str, Any] = {"HeunDiscreteScheduler": dict(beta_schedule="linear"), "LCMScheduler": {}}
+OWN: dict[str, Any] = {"HeunDiscreteScheduler": dict(beta_schedule="linear"), "LCMScheduler": {}, "TCDScheduler": {}}
 
 
 class Config(dict[str, Any]):
@@ -80,7 +80,7 @@ class Scheduler:
     def __init__(self, **settings: Any) -> None:
         where = type(self).__name__
         check_names(where, settings, self.SETTINGS)
-        ends = {"steps_offset": 0, "set_alpha_to_one": where in ("DDIMScheduler", "LCMScheduler")}
+        ends = {"steps_offset": 0, "set_alpha_to_one": where in ("DDIMScheduler", "LCMScheduler", "TCDScheduler")}
         given = {**ends, **OWN.get(where, BARE), **settings, "_class_name": where}
         self.config = Config({name: value for name, value in given.items() if value is not None})
         self.sampler = model_folder.sampler_of(self.config, where)

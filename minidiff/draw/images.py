@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate, zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,6 +124,14 @@ def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> (3, H, W), fp32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32))
     return pixels.permute(2, 0, 1) / 127.5 - 1
+
+
+def finished(pictures: Tensor, output_type: str) -> Any:
+    """Pictures (B, 3, H, W) in [-1, 1] as "pil"; as "pt", which is in [0, 1]; or as "np", which is (B, H, W, 3)."""
+    if output_type == "pil":
+        return to_pil(pictures)
+    pictures = pictures.float().cpu() / 2 + 0.5
+    return pictures if output_type == "pt" else pictures.permute(0, 2, 3, 1).numpy()
 
 
 def to_pil(pictures: Tensor) -> list[Image.Image]:

@@ -52,16 +52,6 @@ class PipelineOutput(NamedTuple):
     nsfw_content_detected: None = None  # of other libraries; nothing is looked for here
 
 
-def finished(pictures: Tensor, output_type: str) -> Any:
-    """Pictures (B, 3, H, W) in [-1, 1] as "pil", "pt" or "np": see `__call__`."""
-    if output_type == "pil":
-        from minidiff.draw.images import to_pil  # only now: Pillow takes time to import
-
-        return to_pil(pictures)
-    pictures = pictures.float().cpu() / 2 + 0.5
-    return pictures if output_type == "pt" else pictures.permute(0, 2, 3, 1).numpy()
-
-
 class StableDiffusionPipeline(Model):
     """Text to image, image to image, inpainting. The parts are plain attributes: `unet`, `vae`, `text_encoder`, `tokenizer`."""
 
@@ -136,8 +126,7 @@ class StableDiffusionPipeline(Model):
         self.warn_of(steps if image is None else None, spacing, guidance_scale)
         encode = partial(self.encode_prompt, clip_skip=clip_skip or 0, chunks=chunks)
         stations = Stations(encode, canvas.unet, lambda latents: canvas.paste(self.decode(latents)), self.schedule)
-        noise = canvas.noise.to(self.device)
-        drawing = generate(stations, *sides, noise, draw, steps, guidance_scale, walk, guidance_rescale)
+        drawing = generate(stations, *sides, canvas.noise.to(self.device), draw, steps, guidance_scale, walk, guidance_rescale)
         named = any(one.loras for one in prompts + negatives)
         with at_strengths(self.adaptable, loras_of(prompts, negatives)) if named else nullcontext():
             return PipelineOutput(self.run(drawing, steps, callback, output_type))
@@ -162,7 +151,11 @@ class StableDiffusionPipeline(Model):
                     break
         if not step.x.isfinite().all():  # NaN never goes away again, so one look at the end finds it
             raise MinidiffError(NONFINITE.format("U-Net"))
-        return step.x if output_type == "latent" else finished(next(stations), output_type)
+        if output_type == "latent":
+            return step.x
+        from minidiff.draw.images import finished  # only now: Pillow takes time to import
+
+        return finished(next(stations), output_type)
 
     def warn_of(self, steps: int | None, spacing: str | None, guidance_scale: float) -> None:
         """Warn of steps from noise, or of guidance, with which this model cannot draw well."""

@@ -4,7 +4,8 @@
     pipe = StableDiffusionPipeline.from_pretrained("checkpoints/pocket")
     pipe("a photo of a red dog on the beach", seed=0).images[0]
 
-Names are imported when they are first used, so that `import minidiff` takes no time.
+Names are imported when they are first used, so that `import minidiff` takes no time. Notes go to the log "minidiff", which
+says nothing until it is asked to: logging.basicConfig(level=logging.INFO).
 """
 
 from importlib import import_module
@@ -27,6 +28,7 @@ _NAMES = {  # where they are -> names
     "minidiff.draw.habits_parts": """UNet2DConditionModel AutoencoderKL LoraConfig get_peft_model get_peft_model_state_dict
         DDIMScheduler DDPMScheduler PNDMScheduler EulerDiscreteScheduler EulerAncestralDiscreteScheduler HeunDiscreteScheduler
         DPMSolverMultistepScheduler UniPCMultistepScheduler LCMScheduler TCDScheduler""",
+    "minidiff.trainer.python": "train_full train_dreambooth train_lora train_textual_inversion train_pivotal",
     "minidiff.core.schedule": "NoiseSchedule",
     "minidiff.core.errors": "MinidiffError",
     "minidiff.fast": "attention",

@@ -48,6 +48,7 @@ def check_names(where: str, given: Mapping[str, Any], known: Iterable[str]) -> N
 
 def found(path: Any, given: dict[str, Any]) -> Path:
     """The path itself, or the local copy of a hub id (owner/name). Takes the keywords that say where it is out of `given`."""
+    path = getattr(path, "path", path)  # of an adapter that was read or trained
     where = {name: given.pop(name, None) for name in ("cache_dir", "revision")}
     for name in HARMLESS:
         given.pop(name, None)

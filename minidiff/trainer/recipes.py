@@ -14,7 +14,8 @@ from torch import nn
 
 from minidiff.core import recipes as core
 from minidiff.core.errors import AdapterError, DataError
-from minidiff.core.inject import adapter_weights, trainable
+from minidiff.core.inject import adapter_weights
+from minidiff.draw.habits_parts import print_trainable_parameters
 from minidiff.draw.lora_tags import at_strengths
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import speed_up
@@ -109,13 +110,6 @@ def new_adapters(pipe: StableDiffusionPipeline, settings: AdapterSettings) -> co
 
 def trained_networks(pipe: StableDiffusionPipeline, settings: FullSettings | AdapterSettings) -> dict[str, nn.Module]:
     return {"unet": pipe.unet} | ({"text_encoder": pipe.text_encoder} if settings.train_text_encoder else {})
-
-
-def print_trainable_parameters(model: nn.Module) -> None:
-    """One line, in peft's form: trainable params: 797,184 || all params: 860,318,148 || trainable%: 0.0927"""
-    some = sum(parameter.numel() for parameter in trainable(model).values())
-    every = sum(parameter.numel() for parameter in model.parameters())
-    print(f"trainable params: {some:,} || all params: {every:,} || trainable%: {100 * some / every:.4f}")
 
 
 def write_adapters(pipe: StableDiffusionPipeline, metadata: dict[str, str], folder: Path) -> None:

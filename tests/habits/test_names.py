@@ -1,0 +1,29 @@
+"""What `from minidiff import …` finds, and what is said of names that are not there."""
+
+import inspect
+
+import pytest
+
+import minidiff
+from minidiff.draw.habits_parts import SCHEDULERS
+from minidiff.files.folder import SAMPLER_OF
+
+
+def test_every_name_is_listed() -> None:
+    assert set(minidiff.__all__) <= set(dir(minidiff)) and "__version__" in dir(minidiff)
+    assert set(SCHEDULERS) == set(SAMPLER_OF) == {name for name in minidiff.__all__ if name.endswith("Scheduler")}
+
+
+@pytest.mark.parametrize(("name", "near"), minidiff.NEAREST.items())
+def test_a_scheduler_that_is_not_there(name: str, near: str) -> None:
+    with pytest.raises(ImportError, match=f"minidiff has no {name}; {near} is nearest to it"):
+        exec(f"from minidiff import {name}")
+    assert near in minidiff.__all__
+
+
+def test_help_of_a_recipe_names_its_settings() -> None:
+    text, signature = minidiff.train_lora.__doc__, inspect.signature(minidiff.train_lora)
+    assert "rank=4: Rank r of each layer's update" in text and "max_train_steps=None: Updates in total" in text
+    assert "--" not in text
+    assert list(signature.parameters)[:2] == ["pictures", "prompt"] and signature.parameters["rank"].default == 4
+    assert "rank" not in inspect.signature(minidiff.train_full).parameters

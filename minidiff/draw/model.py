@@ -63,7 +63,7 @@ class Model:
         dtypes = {"unet": None if layerwise_casting else torch_dtype, "vae": torch.float32, "text_encoder": torch_dtype}
         pipe = cls(*read_model(local_folder(str(folder)), dtypes=dtypes).arguments, str(folder), plain)
         if layerwise_casting:
-            needed("--layerwise_casting").cast_layerwise(pipe.unet, torch_dtype)
+            needed("layerwise_casting").cast_layerwise(pipe.unet, torch_dtype)
         return pipe
 
     @classmethod

@@ -40,7 +40,7 @@ GUIDED_TURBO = (
 )
 NONFINITE = (
     "NaN or infinity comes out of the {}, so the picture would be black. Where half precision overflowed, run in float32 or "
-    "bfloat16 (--torch_dtype); where training diverged, take an earlier checkpoint; else get the model's files again."
+    "bfloat16 (torch_dtype); where training diverged, take an earlier checkpoint; else get the model's files again."
 )
 Side = list[Prompt] | Tensor  # all prompts, or all negative prompts; or the vectors (B, 77 k, D) that the caller gives for them
 

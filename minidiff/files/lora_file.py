@@ -173,9 +173,9 @@ def check_alpha(file: TensorFile, alpha: float | None, known: bool) -> None:
             "yourself: minidiff convert --alpha, or load_lora_weights(…, alpha=…)."
         )
     if alpha is not None and known:
-        raise AdapterError(f"{file.path} says its alpha itself; --alpha is for files that do not.")
+        raise AdapterError(f"{file.path} says its alpha itself; alpha= or --alpha is for files that do not.")
     if alpha is not None and not 0 < alpha < math.inf:
-        raise AdapterError(f"--alpha is {alpha}; it must be a positive number.")
+        raise AdapterError(f"alpha is {alpha}; it must be a positive number.")
 
 
 # --- into a model ------------------------------------------------------------------------------------------------------

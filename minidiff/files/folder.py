@@ -37,7 +37,7 @@ def local_folder(name: str, cache_dir: str | None = None, revision: str | None =
     if (folder := here_or_bundled(name)).is_dir():
         adapter = [one for one in LORA_FILES if (folder / one).is_file()]
         if adapter and not (folder / "model_index.json").exists():
-            raise WeightsError(f"{name} holds a LoRA ({adapter[0]}), not a model; give it with --lora {name}, or to load_lora_weights.")
+            raise WeightsError(f"{name} holds a LoRA ({adapter[0]}), not a model; give it with --lora {name}")
         return folder
     if Path(name).is_file():
         raise WeightsError(

@@ -184,9 +184,9 @@ class StableDiffusionPipeline(pipeline.StableDiffusionPipeline):
     enable_vae_slicing = disable_vae_slicing = not_needed("pictures are encoded and decoded one at a time")
 
     def enable_model_cpu_offload(self, *arguments: Any, **field: Any) -> None:
-        """Nothing is offloaded: the model is moved to the GPU, if there is one, where SD 1.5 needs 2 GB in torch.float16."""
-        warnings.warn("nothing is offloaded: the whole model goes to the GPU, 2 GB for SD 1.5 in torch.float16.", stacklevel=2)
+        """Move the model to the GPU, if there is one. SD 1.5 needs 2 GB there in torch.float16, so nothing is offloaded."""
         self.to(chosen_device(None))
+        warnings.warn(f"nothing is offloaded: the whole model is on {self.device}.", stacklevel=2)
 
     enable_sequential_cpu_offload = enable_model_cpu_offload
 

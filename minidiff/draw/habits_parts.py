@@ -139,6 +139,13 @@ class Posterior(NamedTuple):
         return self.mean
 
 
+def print_trainable_parameters(model: nn.Module) -> None:
+    """One line, in peft's form: trainable params: 797,184 || all params: 860,318,148 || trainable%: 0.0927"""
+    some = sum(parameter.numel() for parameter in inject.trainable(model).values())
+    every = sum(parameter.numel() for parameter in model.parameters())
+    print(f"trainable params: {some:,} || all params: {every:,} || trainable%: {100 * some / every:.4f}")
+
+
 class WithHabits(nn.Module):
     """Says so in `print(model)`."""
 
@@ -150,9 +157,11 @@ class UNet2DConditionModel(WithHabits, unet.UNet2DConditionModel):
     """core/unet.py's, which can be called in the field's way, too."""
 
     plainly = nn.Module.__call__  # for the pipeline: by position only
+    print_trainable_parameters = print_trainable_parameters
+    enable_gradient_checkpointing = checkpoint_gradients
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        if named.keys() <= {"latents", "t", "text"}:
+        if named.keys() <= {"latents", "t", "text", "vector"}:
             return super().__call__(*inputs, **named)
         names = ("sample", "timestep", "encoder_hidden_states")
         named = dict(zip(names, inputs)) | named
@@ -173,12 +182,6 @@ class UNet2DConditionModel(WithHabits, unet.UNet2DConditionModel):
                 A.copy_(normal(A.shape, 0, "lora_A", name) / len(A))
         if type(self.conv_in) is not nn.Conv2d:  # the other layers are fast, too
             speed_up_network(self)
-
-    def print_trainable_parameters(self) -> None:
-        print_trainable_parameters(self)
-
-    def enable_gradient_checkpointing(self) -> None:
-        checkpoint_gradients(self)
 
     def save_pretrained(self, folder: str | Path, safe_serialization: bool = True) -> None:
         """The U-Net as a folder; of one with an adapter the adapter, as a folder of peft. Always safetensors."""
@@ -236,13 +239,6 @@ def get_peft_model(model: Any, peft_config: LoraConfig, adapter_name: str = "def
     """The same U-Net with a new adapter."""
     model.add_adapter(peft_config, adapter_name)
     return model
-
-
-def print_trainable_parameters(model: nn.Module) -> None:
-    """One line, in peft's form: trainable params: 797,184 || all params: 860,318,148 || trainable%: 0.0927"""
-    some = sum(parameter.numel() for parameter in inject.trainable(model).values())
-    every = sum(parameter.numel() for parameter in model.parameters())
-    print(f"trainable params: {some:,} || all params: {every:,} || trainable%: {100 * some / every:.4f}")
 
 
 def get_peft_model_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, LoRAWeights]:

@@ -24,7 +24,7 @@ from minidiff.draw.pipeline import StableDiffusionPipeline, sampler_for
 from minidiff.draw.prompting import parse_prompt
 from minidiff.draw.speed import compile_unet, keep_memory, light_text
 from minidiff.files.folder import local_folder
-from minidiff.files.model import read_model
+from minidiff.files.model import is_single_file, read_model
 from minidiff.files.text_files import load_tokenizer
 from minidiff.files.word_file import FILE_NAME
 from minidiff.studio.filmstrip import Film
@@ -37,7 +37,7 @@ from minidiff.studio.sheet import check_count, contact_sheet_of, parse_axis
 from minidiff.studio.tokens import plain_text, token_view, warn_of_unknown_words
 
 LOADED = (  # the settings that decide which model is loaded, and what is attached to it
-    *("pretrained_model_name_or_path", "tokenizer", "torch_dtype", "device", "compile", "plain"),
+    *("pretrained_model_name_or_path", "tokenizer", "prediction_type", "torch_dtype", "device", "compile", "plain"),
     *("lora", "lora_dir", "textual_inversion"),
 )
 CALL = (  # the flags that are arguments of `pipe()`, too
@@ -200,7 +200,7 @@ def how(s: Sampling, pipe: StableDiffusionPipeline, prompt: str, image: Image) -
 
 def check_before(s: Sampling, prompts: Sequence[str]) -> None:
     """Find models and LoRAs that are not there, and impossible sampler settings, before anything is loaded."""
-    if not Path(s.pretrained_model_name_or_path).is_file():
+    if not is_single_file(s.pretrained_model_name_or_path):
         local_folder(s.pretrained_model_name_or_path)
     if s.sampler:
         sampler_for(s.sampler, s.timestep_spacing, s.use_karras_sigmas, s.eta)
@@ -222,7 +222,7 @@ def load(s: Sampling, prompts: Sequence[str], pictures: int = 1) -> StableDiffus
     device, name = chosen_device(s.device), s.pretrained_model_name_or_path
     dtype = getattr(torch, s.torch_dtype or ("float32" if device == "cpu" else "float16"))
     dtypes = {"unet": dtype, "vae": torch.float32, "text_encoder": dtype}
-    parts = read_model(name, tokenizer=s.tokenizer, dtypes=dtypes, light=light_text(s.plain))
+    parts = read_model(name, None, s.tokenizer, dtypes, light_text(s.plain), s.prediction_type)
     pipe = StableDiffusionPipeline(*parts.arguments, name, s.plain).to(device)
     pipe.set_tile_size(s.tile_size)
     attach(pipe, s, prompts)

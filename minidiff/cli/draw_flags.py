@@ -24,6 +24,7 @@ Prompts = Annotated[tuple[str, ...], Rule('must be one or more, as in "a dog" "a
 Side = Annotated[int, between(1, 8192)]  # pixels
 Count = Annotated[int, between(1, 1000)]
 NumberFormat = Literal["float32", "float16", "bfloat16"]
+Prediction = Literal["epsilon", "v_prediction"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Sampling(Flags):
     """The model: a folder with SD 1.5's layout, a Hugging Face id in the local cache, or one .safetensors file."""
     tokenizer: Path | None = None
     """Folder of the tokenizer. Only a model in one file needs it."""
+    prediction_type: Prediction | None = None
+    """What the U-Net of a model in one file predicts: the file does not say it. Default: epsilon."""
     lora: tuple[Path, ...] = ()
     """LoRA files or folders. Of a folder of `train pivotal`, the new word is loaded, too."""
     lora_weight: tuple[Finite, ...] = ()

@@ -17,7 +17,7 @@ from minidiff.files import inspect as inspecting
 from minidiff.files import merge as merging
 from minidiff.files.atomic import new_output
 from minidiff.files.lora_file import LoRAFile, load_lora, read_lora
-from minidiff.files.model import cast, is_single_file, read_model, write_model
+from minidiff.files.model import cast, is_single_file, read_again, read_model, write_model
 
 
 def inspect(s: Inspect) -> None:
@@ -38,7 +38,7 @@ def convert(s: Convert) -> None:
 
 def bake(s: Bake) -> None:
     with new_output(Path(s.output)) as place:
-        model = read_model(s.pretrained_model_name_or_path, tokenizer=s.tokenizer)
+        model = read_model(s.pretrained_model_name_or_path, tokenizer=s.tokenizer, prediction_type=s.prediction_type)
         strengths = {f"lora{i}": strength for i, strength in enumerate(s.strengths)}
         for path, (name, strength) in zip(s.lora, strengths.items()):
             lora = load_lora(model.adaptable, path, name)
@@ -50,7 +50,7 @@ def bake(s: Bake) -> None:
         if dtype := dtype_named(s.dtype):
             cast(model, dtype)
         write_model(model, place)
-        moved = converting.moved(model.weights(), read_model(place, model.home).weights())
+        moved = converting.moved(model.weights(), read_again(model, place).weights())
     report([moved, f"{changed} layers changed"], place, s.output)
 
 

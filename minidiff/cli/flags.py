@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
-from minidiff.cli.draw_flags import Finite, Flags, NumberFormat, check_weights
+from minidiff.cli.draw_flags import Finite, Flags, NumberFormat, Prediction, check_weights
 from minidiff.files.values import A_FOLDER, A_PATH, POSITIVE, Rule, at_least, between
 
 Path = Annotated[str, A_PATH]
@@ -47,6 +47,8 @@ class Convert(Flags):
     """A model folder with the sizes of the networks and the tokenizer, for a source in one file. Default: SD 1.5's sizes."""
     tokenizer: str | None = None
     """Folder of a tokenizer. One file has none, and a model folder needs one."""
+    prediction_type: Prediction | None = None
+    """What the U-Net of a model in one file predicts: the file does not say it. Default: epsilon."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,8 @@ class Bake(WithAdapters):
     """The model: a folder, a Hugging Face id in the local cache, or one .safetensors file."""
     tokenizer: str | None = None
     """Folder of a tokenizer, to write a model folder from one file."""
+    prediction_type: Prediction | None = None
+    """What the U-Net of a model in one file predicts: the file does not say it. Default: epsilon."""
 
 
 @dataclass(frozen=True, kw_only=True)

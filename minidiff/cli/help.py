@@ -15,7 +15,8 @@ GROUPS = {  # heading -> flags; a flag that stands in none comes last
     "Common": "instance_data_dir instance_prompt train_data_dir max_train_steps learning_rate rank resolution "
     "train_batch_size validation_prompt preset output_dir file source folder number prompt prompts columns rows seeds frames "
     "count negative_prompt num_images_per_prompt num_inference_steps guidance_scale sampler seed width height lora output",
-    "Model, LoRA, words": "pretrained_model_name_or_path tokenizer lora_weight lora_dir textual_inversion clip_skip",
+    "Model, LoRA, words": "pretrained_model_name_or_path tokenizer prediction_type lora_weight lora_dir "
+    "textual_inversion clip_skip",
     "From a picture": "image mask_image strength resize tile_size",
     "Sampler": "timestep_spacing use_karras_sigmas eta",
     "The adapter": "lora_alpha lora_targets rank_pattern use_rslora use_dora lora_dropout train_text_encoder",

@@ -68,11 +68,13 @@ class Model:
 
     @classmethod
     def from_single_file(
-        cls, path: str | Path, tokenizer: str | Path, torch_dtype: torch.dtype = torch.float32, plain: bool = False
-    ) -> Self:
-        """Read an SD 1.x checkpoint in one LDM/CompVis file. It has no vocabulary: `tokenizer` is any SD 1.x's folder."""
+        cls, path: str | Path, tokenizer: str | Path, torch_dtype: torch.dtype = torch.float32, plain: bool = False,
+        prediction_type: str | None = None,
+    ) -> Self:  # fmt: skip
+        """Read an SD 1.x or SD 2.x checkpoint in one LDM/CompVis file. It has no vocabulary: `tokenizer` is the folder of any
+        SD model's. Nor does it say its `prediction_type`, "epsilon" (the default) or "v_prediction"."""
         dtypes = {"unet": torch_dtype, "vae": torch.float32, "text_encoder": torch_dtype}
-        return cls(*read_model(path, tokenizer=tokenizer, dtypes=dtypes).arguments, str(path), plain=plain)
+        return cls(*read_model(path, None, tokenizer, dtypes, None, prediction_type).arguments, str(path), plain=plain)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the folder that `from_pretrained` and diffusers read. AdapterError while a LoRA or a new word is attached."""

@@ -20,7 +20,7 @@ from minidiff.core.lora import LoRAWeights
 from minidiff.files.atomic import PICKLES, called
 from minidiff.files.looks import FAMILIES, cross_attention_width, kind_of
 from minidiff.files.lora_file import read_lora, save_lora
-from minidiff.files.model import SINGLE_FILE, cast, empty_model, read_model, write_model
+from minidiff.files.model import SINGLE_FILE, cast, empty_model, read_again, read_model, write_model
 from minidiff.files.weights import NAMES, find_weights, first_bytes, foreign, is_finite, is_pickle, read_header, save
 from minidiff.files.word_file import FILES_NAME, read_embedding, save_embedding
 
@@ -75,16 +75,15 @@ def convert_word(path: Path, place: Path, to: str, token: str | None) -> list[st
     return lines + for_a1111(to, old.vectors.shape[1])
 
 
-def convert_model(
-    path: Path, place: Path, to: str, dtype: torch.dtype | None, like: str | None, tokenizer: str | None
-) -> list[str]:
-    """`like` is the folder that says the sizes of a single file's networks."""
-    model = read_model(path, like, tokenizer)
+def convert_model(path: Path, place: Path, to: str, dtype: torch.dtype | None, *known: str | None) -> list[str]:
+    """`known`: a folder that says the sizes of a single file's networks, a tokenizer's folder, and the prediction type."""
+    like, tokenizer, prediction_type = known
+    model = read_model(path, like, tokenizer, prediction_type=prediction_type)
     before = model.weights()
     if dtype:
         cast(model, dtype)
     write_model(model, place)
-    return [moved(before, read_model(place, model.home).weights())]
+    return [moved(before, read_again(model, place).weights())]
 
 
 def convert_pickle(path: Path, place: Path, to: str) -> list[str]:
@@ -93,11 +92,12 @@ def convert_pickle(path: Path, place: Path, to: str) -> list[str]:
     return [moved(before, read_header(place).read())]
 
 
+IN_ONE_FILE = ("tokenizer", "prediction_type")  # a model in one file does not have them
 KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[..., list[str]]]] = {  # forms, flags, function
     "a pickle": (("safetensors",), (), convert_pickle),
     "a LoRA": (("diffusers", "kohya", "peft"), ("alpha", "dtype", "pretrained_model_name_or_path"), convert_lora),
     "a textual inversion": (("diffusers", "kohya"), ("token",), convert_word),
-    "a model": (("diffusers", "ldm"), ("dtype", "pretrained_model_name_or_path", "tokenizer"), convert_model),
+    "a model": (("diffusers", "ldm"), ("dtype", "pretrained_model_name_or_path", *IN_ONE_FILE), convert_model),
 }
 
 

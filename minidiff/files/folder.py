@@ -27,6 +27,10 @@ SD15_TEXT: dict[str, Any] = dict(  # CLIP ViT-L/14's text tower, openai/clip-vit
     max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=768,
     bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
 )  # fmt: skip
+SD2_TEXT: dict[str, Any] = SD15_TEXT | dict(  # OpenCLIP ViT-H/14's, without its last layer; no program reads these ids
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu",
+    projection_dim=512, bos_token_id=0, eos_token_id=2, pad_token_id=1,
+)  # fmt: skip
 
 WORDS = "words.json"  # of a model with a small vocabulary: {"words": [all of its captions], "things": [what it draws]}
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_config.json")

@@ -1,13 +1,14 @@
 """The text tower's files: vocab.json and merges.txt, config.json, and the names of its weights.
 
 transformers 4 keeps the tower one level down, `text_model.encoder…`; transformers 5 has `encoder…`. minidiff reads both forms
-and writes the first, that of SD 1.5's files.
+and writes the first, that of SD 1.5's files. In single files of SD 2.x the tower has the names of OpenCLIP.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from minidiff.core.errors import WeightsError
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 PREFIX = "text_model."
+OPENCLIP = {  # pieces of transformers' names and of OpenCLIP's, where q, k and v are one tensor, `in_proj`
+    "encoder.layers.": "transformer.resblocks.", ".layer_norm1.": ".ln_1.", ".layer_norm2.": ".ln_2.", ".self_attn.": ".attn.",
+    ".fc1.": ".c_fc.", ".fc2.": ".c_proj.", "final_layer_norm.": "ln_final.", "embeddings.token_embedding.": "token_embedding.",
+    "embeddings.position_embedding.weight": "positional_embedding",
+}  # fmt: skip
 
 
 def load_tokenizer(folder: Path, light: Any = None) -> "CLIPTokenizer":
@@ -70,3 +76,34 @@ def to_file_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Keys of either layout -> the keys of SD 1.5's files: with `text_model.`, without the old `position_ids`."""
     named = {PREFIX + key.removeprefix(PREFIX): value for key, value in state.items()}
     return {key: value for key, value in named.items() if not key.endswith("embeddings.position_ids")}
+
+
+def from_openclip(tensors: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """A header's entries under transformers' names, without those that SD 2 never reads: last layer, projection, scale."""
+    found = dict[str, Any]()
+    for key, info in tensors.items():
+        for ours, theirs in OPENCLIP.items():
+            key = key.replace(theirs, ours)
+        stem, fused, kind = key.partition(".in_proj_")
+        n = (info.shape or (0,))[0] // 3
+        parts = {f"{stem}.{x}_proj.{kind}": (i * n, i * n + n) for i, x in enumerate("qkv")} if fused else {}
+        found |= {part: info._replace(shape=(n, *info.shape[1:]), rows=rows) for part, rows in parts.items()} or {key: info}
+    unread = ("text_projection", "logit_scale", f"encoder.layers.{layers}.")
+    return {key: info for key, info in found.items() if not key.startswith(unread)}
+
+
+def to_openclip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under OpenCLIP's names. A1111 wants all of OpenCLIP's, so what SD 2 leaves out is made up, as by kohya: its
+    last layer is the one before it again, projection and scale are ones."""
+    tensors, layers = dict[str, Tensor](), len({key.split(".")[2] for key in state if key.startswith("encoder.layers.")})
+    for key, value in state.items():
+        if ".q_proj." in key:
+            value = torch.cat([state[key.replace(".q_proj.", f".{x}_proj.")] for x in "qkv"])
+        elif ".k_proj." in key or ".v_proj." in key or "position_ids" in key:
+            continue
+        for ours, theirs in ({".q_proj.": ".in_proj_"} | OPENCLIP).items():
+            key = key.replace(ours, theirs)
+        tensors[key] = value
+    last, scale = f"transformer.resblocks.{layers - 1}.", state["final_layer_norm.weight"]
+    tensors |= {key.replace(last, f"transformer.resblocks.{layers}."): t for key, t in tensors.items() if key.startswith(last)}
+    return tensors | {"text_projection": scale.new_ones(len(scale), len(scale)), "logit_scale": scale.new_ones(())}

@@ -50,11 +50,12 @@ OTHER_FILES = {  # their first bytes, and what to say of them
 
 
 class TensorInfo(NamedTuple):
-    """A header's entry for a tensor; `key` is its name in the file."""
+    """A header's entry for a tensor, or for some of its rows; `key` is its name in the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     key: str
+    rows: tuple[int, int] | None = None  # from, to; None: all
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class TensorFile:
         try:
             with safe_open(self.path, framework="pt") as file:
                 for name, info in self.tensors.items():
-                    tensors[name] = file.get_tensor(info.key).to(torch_dtype or info.dtype)
+                    tensor = file.get_slice(info.key)[slice(*info.rows)] if info.rows else file.get_tensor(info.key)
+                    tensors[name] = tensor.to(torch_dtype or info.dtype)
                     if not (unchecked and tensors[name].dtype == info.dtype) and not is_finite(tensors[name]):
                         what = f"{info.key} has NaN or infinite values (as {tensors[name].dtype})"
                         raise WeightsError(f"{self.path}: {what}. Get the file again; if it was cast to half, use float32.")

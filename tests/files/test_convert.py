@@ -314,7 +314,7 @@ def test_refusals(modules: dict[str, LoRAWeights], tiny_folder: Path, tmp_path: 
         (tiny_folder, new, "--to", "kohya"): "is a model, and that has no form --to kohya; it has diffusers, ldm",
         (tiny_folder, new): "a model in the form diffusers is a folder; choose another name, or another --to",
         (tiny_folder, tmp_path / "out", "--to", "ldm"): "is a file that ends in .safetensors",
-        (vae, tmp_path / "out"): "is no SD 1.x checkpoint in one file. The file looks like a VAE in the diffusers layout",
+        (vae, tmp_path / "out"): "is no SD 1.x or 2.x checkpoint in one file. The file looks like a VAE in",
         (tmp_path / "evil.pt", new): "evil.pt",
         (tmp_path / "odd.pt", new): "odd.pt: no tensor can be called __metadata__",
         (tmp_path / "none.pt", new): "none.pt does not exist",

@@ -74,3 +74,24 @@ def test_a_folder_of_ours_in_diffusers(folders: dict[str, Path], tmp_path: Path)
     assert torch.equal(again(**PROMPT, **call).images, ours(**PROMPT, **call).images)
     compare(again(**PROMPT, **call).images, theirs(**PROMPT, **call).images)
     assert theirs.unet.config.attention_head_dim == [2, 4] and type(theirs.scheduler).__name__ == "EulerDiscreteScheduler"
+
+
+def test_a_single_file_through_diffusers_converters(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Tensor by tensor; what diffusers does not know of the text tower is the layer that A1111 alone wants."""
+    from diffusers.loaders import single_file_utils
+    from safetensors.torch import load_file
+
+    from minidiff.files.model import to_single_file
+
+    ours, theirs = pipes(folders["SD 2"])
+    to_single_file(ours.unet, ours.vae, ours.text_encoder, tmp_path / "sd2.safetensors")
+    unet, vae, text = (load_file(tmp_path / "sd2.safetensors") for _ in range(3))
+    unet = single_file_utils.convert_ldm_unet_checkpoint(unet, dict(theirs.unet.config))
+    vae = single_file_utils.convert_ldm_vae_checkpoint(vae, dict(theirs.vae.config))
+    text = single_file_utils.convert_open_clip_checkpoint(theirs.text_encoder, text)
+    text = {key.removeprefix("text_model."): tensor for key, tensor in text.items()}
+    made_up = {key for key in text if ".layers.3." in key} | {"text_projection.weight"}
+    for back, network, extra in ((unet, theirs.unet, set()), (vae, theirs.vae, set()), (text, theirs.text_encoder, made_up)):
+        state = network.state_dict()
+        assert back.keys() - extra == state.keys() - {"embeddings.position_ids"}
+        assert all(torch.equal(back[key].reshape(tensor.shape), tensor) for key, tensor in state.items())

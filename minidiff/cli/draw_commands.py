@@ -109,7 +109,7 @@ def over_settings(s: Sheet) -> tuple[Image, str]:
         about.append(how(one, pipe, " | ".join(s.prompts), image))
         return image
 
-    return contact_sheet_of(s, axes[0], axes[1], tile, s.title, s.tile, check=check_tile), about[0]
+    return contact_sheet_of(s, axes[0], axes[1], tile, s.title, s.tile, check=check_tile, abreast=s.tiles_per_row), about[0]
 
 
 def check_tile(s: Sheet) -> None:

@@ -120,7 +120,7 @@ class Sampling(Flags):
     torch_dtype: NumberFormat | None = None
     """Number format of the U-Net and the text encoder. Default: float16 on a GPU, float32 on a CPU."""
     device: str | None = None
-    """Where to draw: cpu or cuda. Default: cuda if there is a GPU."""
+    """Where to draw: cpu, cuda, or mps on a Mac. Default: a GPU if there is one."""
 
     def check(self) -> None:
         super().check()
@@ -200,6 +200,8 @@ class Sheet(Sampling):
     """Without --columns and --rows: number of pictures for each prompt. Their seeds are seed, seed + 1, …"""
     title: str = ""
     """A heading above the sheet."""
+    tiles_per_row: Count | None = None
+    """With one axis: how many pictures stand in a row. Default: up to six."""
     tile: Annotated[int, between(16, 2048)] = 256
     """Size of each picture on the sheet in pixels."""
     output: Path = "outputs/sheet.png"

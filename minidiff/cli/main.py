@@ -117,6 +117,7 @@ def with_preset_of(words: list[str], default: Any) -> Any:
 
 def main(argv: list[str] | None = None) -> None:
     """The entry point. Each error that a person can fix becomes a message and an exit code."""
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read when torch is imported: a Mac's CPU does what MPS lacks
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows only ASCII
     warnings.showwarning = lambda message, *_: say(f"Note: {message}")

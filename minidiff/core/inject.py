@@ -131,7 +131,8 @@ def layers_of(model: nn.Module, target: str) -> list[str]:
     layers = list(adaptable_layers(model))
     endings = tuple(f".{ending}" for ending in GROUPS.get(target, (target,)))  # "to_q" is no ending of "proj_to_q"
     if not (found := [name for name in layers if f".{name}".endswith(endings)]):
-        near = did_you_mean(target, [*GROUPS, *(re.findall(r"[^.]+(?:\.\d+)?$", name)[0] for name in layers)])
+        asked = {"ff": "feed_forward", "attn": "attention", "attn2": "cross_attention"}.get(target, target)
+        near = did_you_mean(asked, [*GROUPS, *(re.findall(r"[^.]+(?:\.\d+)?$", name)[0] for name in layers)])
         raise AdapterError(f'target "{target}" matches no linear layer or convolution of {type(model).__name__}.{near}')
     return found
 

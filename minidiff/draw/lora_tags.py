@@ -9,6 +9,7 @@ from torch import nn
 from minidiff.core.errors import SettingsError, did_you_mean
 from minidiff.core.inject import adapter_names, lora_layers
 from minidiff.draw.prompting import Prompt
+from minidiff.files.values import same_name
 
 
 def loras_of(prompts: Sequence[Prompt], negatives: Sequence[Prompt] = ()) -> dict[str, float]:
@@ -34,7 +35,7 @@ def adapter_name_of(name: str) -> str:
 
 def in_lora_dir(folder: str, name: str) -> Path:
     """The file or folder of that name; SettingsError, with a list of those in the folder, if there is none."""
-    for path in (Path(folder, name), Path(folder, f"{name}.safetensors")):
+    for path in map(same_name, (Path(folder, name), Path(folder, f"{name}.safetensors"))):
         if Path(name).name == name and name not in ("", "..") and path.exists():  # a name is not a path
             return path
     there = ", ".join(sorted(path.name.removesuffix(".safetensors") for path in Path(folder).glob("*"))[:10])

@@ -84,7 +84,8 @@ def size(file: TensorFile) -> str:
 
 def lora_facts(file: TensorFile) -> Facts:
     lora = read_lora(file)
-    facts: Facts = {"trigger words": trigger_words(file.metadata), "new words": list(lora.words)}
+    facts: Facts = {"trained by": "minidiff" if "base_fingerprint" in file.metadata else ""}
+    facts |= {"trigger words": trigger_words(file.metadata), "new words": list(lora.words)}
     facts["layers"] = layer_groups(lora.modules)
     if not lora.alpha_known:
         facts["alpha"] = "not in the file; then it is the rank"

@@ -5,8 +5,10 @@
 
 import json
 import math
+import os
 import re
 import tomllib
+import unicodedata
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -82,6 +84,13 @@ def fits(value: Any, hint: Any) -> bool:
     if get_args(hint):  # X | None
         return any(fits(value, one) for one in get_args(hint))
     return type(value) is hint or (hint is float and type(value) is int) or (value is None and hint is type(None))
+
+
+def same_name(path: Path) -> Path:
+    """The file of that name whatever the Unicode form of its accents; the path itself if there is none."""
+    name, folder = unicodedata.normalize("NFC", path.name), path.parent
+    beside = folder.iterdir() if not os.path.exists(path) and os.path.isdir(folder) else ()
+    return next((one for one in beside if unicodedata.normalize("NFC", one.name) == name), path)
 
 
 def near_path(path: str) -> str:

@@ -24,6 +24,7 @@ import torch
 
 from minidiff import __version__
 from minidiff.core.errors import DataError, MinidiffError, SettingsError
+from minidiff.draw.device import chosen_device
 from minidiff.draw.images import read_png_text
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.values import fits
@@ -63,8 +64,8 @@ def versions() -> dict[str, str]:
 
 def machine(device: torch.device) -> dict[str, str]:
     """Everything that the last bit of a pixel depends on: the GPU, or the instructions of the CPU and its number of threads."""
-    gpu = device.type == "cuda"
-    kernels = torch.cuda.get_device_name(device) if gpu else torch.backends.cpu.get_cpu_capability()
+    named = {"cuda": lambda: torch.cuda.get_device_name(device), "mps": platform.processor}
+    kernels = named.get(device.type, torch.backends.cpu.get_cpu_capability)()
     return {"device": device.type, "threads": str(torch.get_num_threads()), "kernels": kernels}
 
 
@@ -139,8 +140,7 @@ def _own(path: Path, recipe: Any, hints: Mapping[str, Any]) -> Origin:
     notes = [f"{path}: this minidiff does not have the settings {unknown!r:.200}. The pixels may differ."] if unknown else []
     sha256 = {name: several(found) for name, found in recipe["sha256"].items() if name in HASHES}
     made_with = {**recipe["versions"], **recipe["machine"]}
-    here = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    if made_with.get("device") in here:
+    if made_with.get("device") in ("cpu", chosen_device(None)):
         settings |= {"device": made_with["device"], "torch_dtype": made_with.get("dtype")}
     return Origin(path, settings, sha256, made_with, notes)
 
@@ -162,7 +162,7 @@ def check_origin(origin: Origin, settings: Settings) -> list[str]:
             except (MinidiffError, OSError, ValueError):
                 raise SettingsError(f"{origin.path} was made with {file}, which is not here; give it with --{name}.") from None
             notes += [] if same else [f"{origin.path} was made with {file}; the file of that name here is another one."]
-    now = versions() | machine(torch.device(settings["device"] or ("cuda" if torch.cuda.is_available() else "cpu")))
+    now = versions() | machine(torch.device(chosen_device(settings["device"])))
     changed = [f"{key} {was!r:.40} (here {now[key]})" for key in now if (was := origin.made_with.get(key)) != now[key]]
     if origin.made_with and changed:
         notes.append(f"{origin.path} was made with {', '.join(changed)}; pixels may differ. OMP_NUM_THREADS sets the threads.")

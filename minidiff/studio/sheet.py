@@ -8,6 +8,7 @@ An axis is a field of the settings' dataclass and the values that it takes. Name
 itself, so that a new setting can be an axis on the day it is added.
 """
 
+import csv
 import dataclasses
 import json
 import math
@@ -54,8 +55,8 @@ NO_AXIS = Axis("", ("",))
 
 def shown(value: Any) -> str:
     """5.0 -> "5"; a tuple as its parts."""
-    if value is None:
-        return "default"
+    if value in (None, ""):
+        return "default" if value is None else "none"
     if isinstance(value, tuple):
         return " + ".join(map(shown, value)) or "none"
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
@@ -68,7 +69,8 @@ def parse_axis(text: str, kind: type, prompts: Sequence[str] = ()) -> Axis:
     """`guidance_scale=1.5,5,20`, `seed=0..3`, `sampler=ddim,unipc`, `lora_weight=0,0.5+1` -> an axis of the dataclass `kind`.
 
     `a..b` is every whole number from a to b; `none` a setting's own default, or no file; `x+y` one weight for each of several
-    LoRAs. `prompt` alone is the axis of `prompts`, which may hold commas. SettingsError for anything that cannot be an axis.
+    LoRAs; a value with commas stands in quotes, `negative_prompt=,"blurry, dark"`, and nothing is a value, too. `prompt`
+    alone is the axis of `prompts`, which may hold commas. SettingsError for anything that cannot be an axis.
     """
     name, equals, listed = (part.strip() for part in text.partition("="))
     name = SHORT.get(name, name.replace("-", "_"))
@@ -79,7 +81,7 @@ def parse_axis(text: str, kind: type, prompts: Sequence[str] = ()) -> Axis:
         hint = did_you_mean(name, [*names, *SHORT])
         raise SettingsError(f'"{text}" is no axis.{hint} Give "prompt" alone, or one of these with values: {", ".join(names)}.')
     values: list[Any] = []
-    for word in map(str.strip, listed.split(",")):
+    for word in map(str.strip, next(csv.reader([listed], skipinitialspace=True)) or [""]):
         if ends := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", word):
             first, last = int(ends[1]), int(ends[2])
             if not first <= last < first + MAX_TILES:
@@ -120,8 +122,10 @@ def contact_sheet_of(
     tile: int = 256,
     show: bool = True,
     check: Callable[[S], None] = lambda settings: None,
+    abreast: int | None = None,
 ) -> Image.Image:
     """Draw a picture for each pair of values, and lay them out with labels. `settings` is a dataclass; it stays as it is.
+    `abreast`: tiles in a row, where there is one axis.
 
     `check` sees every tile's settings before the first is drawn. SettingsError for axes that cannot be; any error while
     drawing says which tile it was.
@@ -146,7 +150,7 @@ def contact_sheet_of(
             where = ", ".join(axis.labels[k] for axis, k in ((down, i), (across, j)) if axis.name)
             raise type(error)(f"{where or 'the picture'}: {error}") from error
     if not (columns and rows):
-        return gallery([drawn[cell] for cell in sorted(drawn)], (columns or down).labels, title, tile)
+        return gallery([drawn[cell] for cell in sorted(drawn)], (columns or down).labels, title, tile, abreast)
     grid = [[drawn[i, j] for j in range(len(across.values))] for i in range(len(down.values))]
     return contact_sheet(grid, down.labels, across.labels, title, tile)
 
@@ -156,9 +160,11 @@ def check_count(pictures: int) -> None:
         raise SettingsError(f"{pictures} pictures; a sheet holds {MAX_TILES} at most. Give fewer values.")
 
 
-def gallery(images: Sequence[Image.Image], captions: Sequence[str], title: str = "", tile: int = 256) -> Image.Image:
-    """A sheet of captioned pictures in rows of equal length, or nearly so."""
-    abreast = math.ceil(len(images) / math.ceil(len(images) / MAX_ABREAST))
+def gallery(
+    images: Sequence[Image.Image], captions: Sequence[str], title: str = "", tile: int = 256, abreast: int | None = None
+) -> Image.Image:
+    """A sheet of captioned pictures in rows of `abreast`, or of equal length, or nearly so."""
+    abreast = abreast or math.ceil(len(images) / math.ceil(len(images) / MAX_ABREAST))
     starts = range(0, len(images), abreast)
     rows = [row for i in starts for row in (images[i : i + abreast], captions[i : i + abreast])]
     return contact_sheet(rows, title=title, tile=tile)

@@ -23,6 +23,7 @@ from typing import Any
 from minidiff.core.errors import DataError, did_you_mean
 from minidiff.draw.images import open_image
 from minidiff.files.bundled import here_or_bundled
+from minidiff.files.values import same_name
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -295,7 +296,8 @@ def file_in(folder: Path, row: dict[str, Any], column: str, where: str) -> Path:
     name = row.get(column)
     if not isinstance(name, str) or not name:
         raise DataError(f'{where}: no "{column}" that names a file in {folder}; the columns here are {", ".join(row)}.')
-    path = os.path.normpath(name)
+    path = os.path.normpath(name if os.path.isfile(folder / name) else name.replace("\\", "/"))  # as Windows writes them
+    path = os.path.normpath(same_name(folder / path).relative_to(folder)) if not os.path.isabs(path) else path
     outside = os.path.isabs(path) or path.split(os.sep)[0] == ".."
     if outside or not os.path.isfile(folder / path):  # False, too, for a name that no file can have
         hint = did_you_mean(name, (p.name for p in folder.iterdir() if is_picture(p)))

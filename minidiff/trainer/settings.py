@@ -28,7 +28,7 @@ class FineTuneSettings(TrainSettings):
     pretrained_model_name_or_path: str = "checkpoints/pocket"
     """The base model: a folder with SD 1.5's layout, or a Hugging Face id whose files are in the local cache."""
     device: str | None = None
-    """Where to train: cpu or cuda. Default: cuda if there is a GPU."""
+    """Where to train: cpu, cuda, or mps on a Mac. Default: a GPU if there is one."""
     instance_data_dir: str | None = None
     """Folder of training pictures that share one prompt: --instance_prompt."""
     instance_prompt: str | None = None

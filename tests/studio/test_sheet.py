@@ -198,3 +198,20 @@ def test_a_gallery_is_laid_in_even_rows() -> None:
     mask = (sheet == (255, 0, 0)).all(-1)
     assert mask.sum() == 8 * 32 * 32
     assert mask.any(axis=1).sum() == 2 * 32 and mask.any(axis=0).sum() == 4 * 32  # 4 and 4, not 6 and 2
+
+
+@dataclass(frozen=True)
+class Named:
+    name: str = ""
+
+
+def test_values_may_be_empty_or_hold_commas() -> None:
+    axis = parse_axis('name=,"blurry, dark",plain', Named)
+    assert axis.values == ("", "blurry, dark", "plain")
+    assert axis.labels == ["name none", "name blurry, dark", "name plain"]
+
+
+def test_tiles_per_row() -> None:
+    red = [Image.new("RGB", (8, 8), "red")] * 5
+    mask = (np.asarray(gallery(red, [""] * 5, tile=32, abreast=3)) == (255, 0, 0)).all(-1)
+    assert mask.any(axis=1).sum() == 2 * 32 and mask.any(axis=0).sum() == 3 * 32

@@ -73,6 +73,6 @@ def of_training(task: Any, s: Any) -> None:
 
     seconds = 3 * measured(run)[0] * updates * s.gradient_accumulation_steps
     epochs = updates * samples / task.samples_per_epoch
-    work = f"{task.samples_per_epoch} picture{'s' * (task.samples_per_epoch != 1)}, {updates} updates of {samples} = {epochs:.3g} epochs"
+    work = f"{task.samples_per_epoch} pictures, {updates} updates of {samples} = {epochs:.3g} epochs"
     height, width = (task.beside["VAE"].config.downscale * side for side in batch["latents"].shape[-2:])
     line(s.pretrained_model_name_or_path, unet, (width, height), dtype, work, seconds)

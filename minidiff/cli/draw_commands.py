@@ -228,7 +228,7 @@ def load(s: Sampling, prompts: Sequence[str], pictures: int = 1) -> StableDiffus
     attach(pipe, s, prompts)
     texts = map(plain_text, (*prompts, s.negative_prompt))
     warn_of_unknown_words(name, pipe.tokenizer, texts, pipe.placeholders)
-    if pictures:
+    if pictures and prompts:
         of_drawing(pipe, s, pictures, lambda mark: draw(pipe, s, prompts[0], callback=mark))
     if s.compile:
         compile_unet(pipe.unet)

@@ -39,14 +39,13 @@ def completion(s: Completion) -> None:
 
 def script_of(shell: str) -> str:
     """A line for each command with its flags, one for each group with its commands, and one for the first word."""
-    groups = {name.split()[0]: name.split()[1:] for name in COMMANDS}
-    cases = []
+    cases, words = list[str](), {" ": ["--help", "--version"]}  # "train " -> what may follow
     for name, (kind, _, _) in COMMANDS.items():
-        flags = [f"--{flag}" for flag, (_, _, positional) in flags_of(found(kind)).items() if not positional]
-        flags += ["--help", EXTRA.get(name.split()[0], ("",))[0].split(" ")[0]]
+        first, *second = name.split()
+        words[" "] = list(dict.fromkeys([first, *words[" "]]))
+        words.setdefault(f"{first} ", []).extend(second)
+        flags = ["--help", EXTRA.get(first, ("",))[0].split(" ")[0]]
+        flags += [f"--{flag}" for flag, (_, _, positional) in flags_of(found(kind)).items() if not positional]
         cases.append(f'    "{name} "*) if [[ $current == -* ]]; then words="{" ".join(flags)}"; fi ;;')
-    for group in (group for group, more in groups.items() if more):
-        second = [name.split()[1] for name in COMMANDS if name.startswith(f"{group} ")]
-        cases.append(f'    "{group} ") words="{" ".join(second)}" ;;')
-    cases.append(f'    " ") words="{" ".join(groups)} --help --version" ;;')
+    cases += [f'    "{said}") words="{" ".join(follow)}" ;;' for said, follow in words.items()]
     return (ZSH if shell == "zsh" else "") + SCRIPT.format(cases="\n".join(cases))

@@ -33,13 +33,9 @@ from minidiff.studio.maps import AttentionMaps, attention_sheet, words_of
 from minidiff.studio.morph import check_animation, check_loop, keyframe_tensors, save_animation
 from minidiff.studio.morph import morph as frames_of
 from minidiff.studio.recipe import Origin, check_origin, check_outputs, parameters, recipe_texts
-from minidiff.studio.sheet import check_count, contact_sheet_of, parse_axis
+from minidiff.studio.sheet import NEEDS_LOADING, check_count, contact_sheet_of, parse_axis
 from minidiff.studio.tokens import plain_text, token_view, warn_of_unknown_words
 
-LOADED = (  # the settings that decide which model is loaded, and what is attached to it
-    *("pretrained_model_name_or_path", "tokenizer", "prediction_type", "torch_dtype", "device", "compile", "plain"),
-    *("lora", "lora_dir", "textual_inversion"),
-)
 CALL = (  # the flags that are arguments of `pipe()`, too
     *("negative_prompt", "seed", "num_inference_steps", "guidance_scale", "sampler", "timestep_spacing", "use_karras_sigmas"),
     *("eta", "clip_skip", "width", "height", "image", "mask_image", "strength"),
@@ -98,7 +94,7 @@ def over_settings(s: Sheet) -> tuple[Image, str]:
     about: list[str] = []
 
     def tile(one: Sheet) -> Image:
-        if (wanted := tuple(getattr(one, name) for name in LOADED)) not in here:
+        if (wanted := tuple(getattr(one, name) for name in NEEDS_LOADING)) not in here:
             here.clear()  # before the next model is loaded: two need twice the memory
             here[wanted] = load(one, s.prompts, 0 if about else math.prod(len(axis.values) for axis in axes if axis))
         pipe = here[wanted]
@@ -126,9 +122,7 @@ def morph(s: Morph) -> None:
     seeds = s.seeds or (tuple(range(s.seed, s.seed + 3)) if len(s.prompts) == 1 else (s.seed,))
     count = max(len(s.prompts), len(seeds))
     if {len(s.prompts), len(seeds)} - {1, count}:
-        raise SettingsError(
-            f"--seeds has {len(seeds)} numbers for {len(s.prompts)} prompts; give one for each, or one for all."
-        )
+        raise SettingsError(f"--seeds has {len(seeds)} numbers for {len(s.prompts)} prompts; give one for each, or one.")
     keys = [(s.prompts[i % len(s.prompts)], seeds[i % len(seeds)]) for i in range(count)]
     s = replace(s, seed=seeds[0])
     check_loop(keys, s.frames, s.sampler or "ddim", s.eta)
@@ -214,9 +208,7 @@ def tagged_loras(s: Sampling, prompts: Sequence[str]) -> dict[str, Path]:
 
 
 def load(s: Sampling, prompts: Sequence[str], pictures: int = 1) -> StableDiffusionPipeline:
-    """The model on its device, with the LoRAs and new words of the flags and of the prompts attached.
-
-    It prints how long so many `pictures` take; 0: not again."""
+    """The model with the LoRAs and new words of flags and prompts. It prints how long `pictures` take (0: not again)."""
     check_before(s, prompts)
     keep_memory()  # this process is only for drawing
     device, name = chosen_device(s.device), s.pretrained_model_name_or_path

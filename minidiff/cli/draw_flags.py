@@ -7,6 +7,7 @@ The range of a value stands in its type (files/values.py). Nothing here imports 
 import math
 import os
 import pathlib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Annotated, Any, Literal, Self
@@ -45,12 +46,9 @@ def picture_size(path: str) -> tuple[int, int]:
     """Width and height as a viewer shows it; (1, 1) for a file that is no picture, which is told when it is read."""
     from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) > 4  # by a quarter
-            return (image.height, image.width) if turned else image.size
-    except (OSError, ValueError, SyntaxError):
-        return 1, 1
+    with suppress(OSError, ValueError, SyntaxError), Image.open(path) as image:
+        return (image.height, image.width) if image.getexif().get(0x0112, 1) > 4 else image.size  # turned by a quarter
+    return 1, 1
 
 
 def own_side(name: str) -> tuple[int, int]:

@@ -94,12 +94,12 @@ def parse(name: str, kind: type, words: list[str]) -> Any:
     if name == "train lora":
         default = with_preset_of(words, default or kind())
     settings = tyro.cli(kind, args=ready_words(name, kind, words, default), prog=prog, default=default)
-    if not origin and not any(word.partition("=")[0] == "--output" for word in words):
-        settings = settings.beside() if hasattr(settings, "beside") else settings
     if origin:
         from minidiff.cli.draw_commands import check_again
 
         check_again(settings, origin)
+    elif hasattr(settings, "beside") and not any(word.partition("=")[0] == "--output" for word in words):
+        return settings.beside()
     return settings
 
 

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-DEFAULTS = dict(  # of transformers' CLIPTextConfig; every tower of SD 1.x has them
-    max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5, attention_dropout=0.0, eos_token_id=49407
-)  # fmt: skip
+DEFAULTS = {"max_position_embeddings": 77, "layer_norm_eps": 1e-5}  # of transformers' CLIPTextConfig
+MARKS = ("bos_token", "eos_token", "pad_token", "unk_token")
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's own pattern
 
 
@@ -78,10 +77,8 @@ def text_tower(values: dict[str, Any]) -> nn.Module | None:
 class TextTokenizer:
     """The methods of transformers' CLIPTokenizer that reading a prompt needs, over the same library `tokenizers`."""
 
-    def __init__(self, folder: Path) -> None:
-        marks = json.loads((folder / "special_tokens_map.json").read_text(encoding="utf-8"))
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        bos, eos, pad, unk = (one["content"] if isinstance(one := marks[name], dict) else one for name in names)
+    def __init__(self, folder: Path, marks: dict[str, Any]) -> None:
+        bos, eos, pad, unk = (one["content"] if isinstance(one := marks[name], dict) else one for name in MARKS)
         model = models.BPE.from_file(
             str(folder / "vocab.json"), str(folder / "merges.txt"), unk_token=unk, end_of_word_suffix="</w>", fuse_unk=False
         )
@@ -102,8 +99,7 @@ class TextTokenizer:
         return SimpleNamespace(input_ids=self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def get_vocab(self) -> dict[str, int]:
-        vocab: dict[str, int] = self.tokenizer.get_vocab()
-        return vocab
+        return dict(self.tokenizer.get_vocab())
 
     def convert_ids_to_tokens(self, index: int) -> str:
         return str(self.tokenizer.id_to_token(index))
@@ -114,7 +110,7 @@ class TextTokenizer:
 
 def text_tokenizer(folder: Path) -> TextTokenizer | None:
     """The tokenizer of a folder in SD 1.5's form; None for one that only transformers can read."""
-    needed = ("vocab.json", "merges.txt", "special_tokens_map.json")
-    if not all((folder / name).is_file() for name in needed) or (folder / "added_tokens.json").exists():
-        return None
-    return TextTokenizer(folder)
+    needed = [folder / name for name in ("vocab.json", "merges.txt", "special_tokens_map.json")]
+    plain = all(path.is_file() for path in needed) and not (folder / "added_tokens.json").exists()
+    marks = json.loads(needed[-1].read_text(encoding="utf-8")) if plain else {}
+    return TextTokenizer(folder, marks) if marks.keys() >= set(MARKS) else None

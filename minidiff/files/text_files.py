@@ -26,10 +26,7 @@ OPENCLIP = {  # pieces of transformers' names and of OpenCLIP's, where q, k and 
 
 
 def load_tokenizer(folder: Path, light: Any = None) -> "CLIPTokenizer":
-    """The tokenizer of an SD folder (`<checkpoint>/tokenizer`): `vocab.json` and `merges.txt`, or `tokenizer.json`.
-
-    `light`: fast/clip.py, for a caller that only reads prompts and does not want to wait for transformers.
-    """
+    """Of an SD folder (`<checkpoint>/tokenizer`). `light`: fast/clip.py, to read prompts without waiting for transformers."""
     merges = folder / "merges.txt"
     two_files = (folder / "vocab.json").is_file() and merges.is_file()
     if not two_files and not (folder / "tokenizer.json").is_file():

@@ -3,19 +3,17 @@
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
 
 from minidiff.cli.draw_flags import Attention, Filmstrip, Morph, Sample, Sampling, Sheet, Tokens
 from minidiff.cli.first_line import of_drawing
 from minidiff.core.errors import SettingsError
-from minidiff.core.grids import Step
 from minidiff.core.inject import adapter_names
 from minidiff.draw.device import chosen_device
 from minidiff.draw.images import contact_sheet, save_png
@@ -132,7 +130,7 @@ def morph(s: Morph) -> None:
     print(f"{count} keyframes x {s.frames} frames = {total} frames, a loop of {total / s.fps:.1f} s", file=sys.stderr)
     noises, texts = keyframe_tensors(pipe, keys, s.height, s.width, s.clip_skip, s.negative_prompt)
     pipe.set_progress_bar_config(disable=True)  # the loop has one of its own
-    pictures, times = frames_of(noises, texts, s.frames, lambda noise, text: draw(pipe, s, latents=noise, embeds=text))
+    pictures, times = frames_of(noises, texts, s.frames, lambda noise, text: draw(pipe, s, latents=noise, prompt_embeds=text))
     save_animation(pictures, s.output, s.fps, how(s, pipe, " | ".join(s.prompts), pictures[0]), times)
     print(s.output)
 
@@ -254,15 +252,7 @@ def lora_names(paths: Sequence[str]) -> list[str]:
     return [stem if stem not in stems[:i] else f"{stem}-{i}" for i, stem in enumerate(stems)]
 
 
-def draw(
-    pipe: StableDiffusionPipeline,
-    s: Sampling,
-    prompt: str | None = None,
-    latents: Tensor | None = None,
-    embeds: Tensor | None = None,
-    callback: Callable[[Step], None] | None = None,
-) -> Image:
-    """The one picture of these settings."""
-    flags = {name: getattr(s, name) for name in CALL}
-    image: Image = pipe(prompt, latents=latents, prompt_embeds=embeds, callback=callback, **flags).images[0]
+def draw(pipe: StableDiffusionPipeline, s: Sampling, prompt: str | None = None, **more: Any) -> Image:
+    """The one picture of these settings; `more` are other arguments of the pipeline's call."""
+    image: Image = pipe(prompt, **{name: getattr(s, name) for name in CALL}, **more).images[0]
     return image

@@ -26,7 +26,7 @@ from minidiff.draw.model import Model
 from minidiff.draw.prompting import Prompt, count_chunks, encode_prompts, parse_prompt
 from minidiff.draw.speed import fast
 from minidiff.draw.tiles import in_tiles, tiled
-from minidiff.files.folder import SAMPLER_OF
+from minidiff.files.folder import NEAREST
 
 Generators = torch.Generator | Sequence[torch.Generator]
 Draw = Callable[[int | str], Tensor]  # what the noise is for -> the noise
@@ -43,7 +43,6 @@ NONFINITE = (
     "NaN or infinity comes out of the {}, so the picture would be black. Where half precision overflowed, run in float32 or "
     "bfloat16 (torch_dtype); where training diverged, take an earlier checkpoint; else get the model's files again."
 )
-OTHER_NAMES = {"plms": "pndm", "dpm2": "heun", "dpmsolver++": "dpm++_2m", "lms": "dpm++_2m"}  # the nearest that is here
 Side = list[Prompt] | Tensor  # all prompts, or all negative prompts; or the vectors (B, 77 k, D) that the caller gives for them
 
 
@@ -282,8 +281,8 @@ def repeated(side: Side, times: int) -> Side:
 def sampler_for(name: str, spacing: str | None = None, karras: bool | None = None, eta: float = 0.0) -> Sampler:
     """The sampler of this name. SettingsError if there is none, or if it does not take these settings."""
     if name not in SAMPLERS:
-        ours = SAMPLER_OF.get(name) or OTHER_NAMES.get(name.lower()) or name
-        raise SettingsError(f'sampler "{name}" is unknown; it is one of {", ".join(SAMPLERS)}.{did_you_mean(ours, SAMPLERS)}')
+        hint = did_you_mean(NEAREST.get(name, name.lower()), SAMPLERS)
+        raise SettingsError(f'sampler "{name}" is unknown; it is one of {", ".join(SAMPLERS)}.{hint}')
     sampler = SAMPLERS[name]
     if spacing and sampler.spacing is None:
         raise SettingsError(f"timestep_spacing is {spacing}; {name} has its own timesteps. Leave it out.")
@@ -296,11 +295,9 @@ def sampler_for(name: str, spacing: str | None = None, karras: bool | None = Non
 
 
 def noise_source(
-    shape: Sequence[int],
-    seed: int | Sequence[int] | None = None,
-    generator: Generators | None = None,
+    shape: Sequence[int], seed: int | Sequence[int] | None = None, generator: Generators | None = None,
     latents: Tensor | None = None,
-) -> Draw:
+) -> Draw:  # fmt: skip
     """draw(purpose) -> standard normal noise of `shape` (B, C, h, w); for the purpose "latents", the caller's if given.
 
     The purpose is "latents", "posterior" (a picture's own latents), "surroundings" (inpainting models), or i for step i. Noise

@@ -192,7 +192,8 @@ SAMPLER_OF = {  # `_class_name` in scheduler_config.json -> our sampler; of dpm+
     "LCMScheduler": "lcm",
     "TCDScheduler": "tcd",
 }
-NEAREST = SAMPLER_OF | {"plms": "pndm", "PLMS": "pndm", "dpm2": "heun", "dpmsolver++": "dpm++_2m", "lms": "dpm++_2m"}  # in messages
+# for messages: the nearest sampler to names of other programs
+NEAREST = SAMPLER_OF | {"plms": "pndm", "PLMS": "pndm", "dpm2": "heun", "dpmsolver++": "dpm++_2m", "lms": "dpm++_2m"}
 DRAWN_AS: dict[str, tuple[Any, ...]] = {  # settings of diffusers' classes, and the values of them that minidiff follows
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),  # diffusers, too, takes "deis" for dpmsolver++
     "solver_order": (2,),

@@ -26,7 +26,10 @@ from minidiff.files.values import broken_rule, fits
 MAX_TILES = 400
 MAX_ABREAST = 6  # tiles of a single axis beside each other, before they are laid in rows
 SHORT = {"guidance": "guidance_scale", "steps": "num_inference_steps", "model": "pretrained_model_name_or_path"}
-NEEDS_LOADING = (SHORT["model"], *"tokenizer prediction_type lora lora_dir textual_inversion torch_dtype device compile plain".split())
+NEEDS_LOADING = (
+    *("pretrained_model_name_or_path", "tokenizer", "prediction_type", "lora", "lora_dir", "textual_inversion"),
+    *("torch_dtype", "device", "compile", "plain"),
+)
 S = TypeVar("S")
 
 

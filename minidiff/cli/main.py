@@ -46,6 +46,7 @@ def run(argv: list[str]) -> None:
     else:
         flags, function, _ = COMMANDS[name]
         words = argv[len(name.split()) :]
+        words = found("cli.habits:adapted")(words) if group == "train" else words
         if any(word in HELP for word in words):
             from minidiff.cli.help import help_text
 

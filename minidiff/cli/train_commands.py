@@ -33,6 +33,7 @@ def train(s: FineTuneSettings) -> None:
     from minidiff.cli.first_line import of_training  # only now: torch takes long to import
     from minidiff.draw.speed import keep_memory
     from minidiff.trainer import memory
+    from minidiff.trainer.card import upload
     from minidiff.trainer.distributed import joined, world
     from minidiff.trainer.presets import told
     from minidiff.trainer.recipes import RECIPES
@@ -49,6 +50,8 @@ def train(s: FineTuneSettings) -> None:
                 of_training(task, chosen)
             report = fit(task, chosen)
         print(what_next(s, report, task.prompt))
+        if report.finished and s.push_to_hub and world().rank == 0:
+            print(f"Uploaded to {upload(s)}")
     if not report.finished:
         sys.exit(130)
 

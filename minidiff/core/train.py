@@ -28,6 +28,8 @@ class LoopSettings:
     updates: int = 400
     learning_rate: float = 1e-4
     lr_scheduler: str = "constant"  # or linear, cosine
+    lr_power: float = 1.0  # of linear: 2 falls as a parabola
+    lr_num_cycles: int = 1  # of cosine
     lr_warmup_steps: int = 0
     gradient_accumulation_steps: int = 1
     max_grad_norm: float = 1.0
@@ -96,13 +98,14 @@ def micro_loss(task: Task, settings: LoopSettings, step: int, micro: int) -> Ten
 def lr_factor(done: int, settings: LoopSettings) -> float:
     """The factor of the learning rate, in [0, 1], for the update after `done` others.
 
-    Warm-up goes 0, 1/w, 2/w, …, as in diffusers. A linear or cosine rate would reach zero after the last update.
+    Warm-up goes 0, 1/w, 2/w, …, as in diffusers. A rate that falls would reach zero after the last update.
     """
-    warmup, total = settings.lr_warmup_steps, settings.updates
+    s, warmup, total = settings, settings.lr_warmup_steps, settings.updates
     if done < warmup:
         return done / warmup
     part = min((done - warmup) / max(total - warmup, 1), 1.0)  # of the way from the end of warm-up to the end
-    return {"linear": 1.0 - part, "cosine": 0.5 * (1.0 + math.cos(math.pi * part))}.get(settings.lr_scheduler, 1.0)
+    turn = part * s.lr_num_cycles % 1.0 if part < 1.0 else 1.0  # of the way through a cycle
+    return {"linear": (1.0 - part) ** s.lr_power, "cosine": 0.5 * (1.0 + math.cos(math.pi * turn))}.get(s.lr_scheduler, 1.0)
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:

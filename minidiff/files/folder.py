@@ -36,7 +36,7 @@ WORDS = "words.json"  # of a model with a small vocabulary: {"words": [all of it
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_config.json")
 
 
-def local_folder(name: str, cache_dir: str | None = None, revision: str | None = None) -> Path:
+def local_folder(name: str, cache_dir: str | None = None, revision: str | None = None, kind: str = "model") -> Path:
     """The folder itself, one that travels with the package, or the local copy of a hub id. Nothing is downloaded here."""
     if (folder := here_or_bundled(name)).is_dir():
         adapter = [one for one in LORA_FILES if (folder / one).is_file()]
@@ -54,7 +54,7 @@ def local_folder(name: str, cache_dir: str | None = None, revision: str | None =
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
-            return Path(snapshot_download(hub_id, revision=revision, cache_dir=cache_dir, local_files_only=True))
+            return Path(snapshot_download(hub_id, repo_type=kind, revision=revision, cache_dir=cache_dir, local_files_only=True))
         except (LocalEntryNotFoundError, ValueError):
             pass
     hint = f" {name} is gone from the hub; it lives on as {hub_id}." if hub_id != name else near_path(name)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from minidiff.core.errors import MinidiffError
 from minidiff.core.text import token_ids
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.prompting import literal
@@ -111,3 +112,16 @@ def write_card(folder: Path, settings: FineTuneSettings, updates: int, tag: str,
     lines.append(f"```toml\n{to_toml(settings, settings.HARMLESS)}```")
     (folder / "README.md").write_text(f"---\n{front}\n---\n\n" + "\n\n".join(lines) + "\n", encoding="utf-8")
     (folder / ".gitignore").write_text("\n".join(NOT_PUBLISHED) + "\n", encoding="utf-8")
+
+
+def upload(settings: FineTuneSettings) -> str:
+    """--push_to_hub: the address of the repository that now holds the result. MinidiffError where it could not be reached."""
+    from huggingface_hub import HfApi
+
+    folder, api = Path(settings.output_dir).resolve(), HfApi()
+    try:
+        place = api.create_repo(settings.hub_model_id or folder.name, exist_ok=True)
+        api.upload_folder(repo_id=place.repo_id, folder_path=folder, ignore_patterns=list(NOT_PUBLISHED))
+    except Exception as error:  # of the network, of the token, of the name: each library has its own
+        raise MinidiffError(f"{folder} is whole, but --push_to_hub failed: {error}. Is `hf auth login` done?") from error
+    return str(place)

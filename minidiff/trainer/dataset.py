@@ -55,13 +55,14 @@ class Example:
 
 
 def read_folder(
-    folder: Path, prompt: str | None, caption_column: str | None = None, masks: bool = False, captions: bool = True
-) -> list[Example]:
+    folder: Path, prompt: str | None, caption_column: str | None = None, masks: bool = False, captions: bool = True,
+    image_column: str = "file_name",
+) -> list[Example]:  # fmt: skip
     """The examples in a folder, in the order of their names, with captions from files; `prompt` for those without.
 
     Without `captions`, the prompt is for all. Raises DataError for the first error. One notice names files that are not used.
     """
-    scan = scan_folder(folder, prompt, caption_column, masks, captions)
+    scan = scan_folder(folder, prompt, caption_column, masks, captions, image_column)
     if scan.errors:
         more = len(scan.errors) - 1
         raise DataError(scan.errors[0] + (f"\n{more} more: minidiff data check {folder} lists them all." if more else ""))
@@ -71,10 +72,11 @@ def read_folder(
 
 
 def scan_folder(
-    folder: Path, prompt: str | None, caption_column: str | None = None, masks: bool = False, captions: bool = True
-) -> "Scan":
+    folder: Path, prompt: str | None, caption_column: str | None = None, masks: bool = False, captions: bool = True,
+    image_column: str = "file_name",
+) -> "Scan":  # fmt: skip
     """Like `read_folder`, but collects all errors instead of raising the first."""
-    scan, folder = Scan(prompt, caption_column, masks, captions), here_or_bundled(folder)
+    scan, folder = Scan(prompt, caption_column, masks, captions, image_column), here_or_bundled(folder)
     if not folder.is_dir():
         what = "a file, not a folder" if folder.exists() else "no folder that exists"
         scan.errors.append(f"{folder} is {what}; give the folder of the pictures.")
@@ -114,6 +116,7 @@ class Scan:
     caption_column: str | None
     masks: bool
     captions: bool  # False: the prompt is for all
+    image_column: str = "file_name"
     examples: list[Example] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
@@ -181,11 +184,12 @@ class Scan:
         column, lines = "", dict[Path, int]()
         for line, row in rows(table):
             where = f"{table}, line {line}"
-            column = column or caption_column(row, self.caption_column, where, needed=not self.prompt)
+            column = column or caption_column(row, self.caption_column, where, not self.prompt, self.image_column)
             with self.collecting():
-                path = file_in(table.parent, row, "file_name", where)
+                path = file_in(table.parent, row, self.image_column, where)
                 if path in lines:
-                    raise DataError(f"{where}: {row['file_name']!r} was already on line {lines[path]}; a picture has one line.")
+                    name = row[self.image_column]
+                    raise DataError(f"{where}: {name!r} was already on line {lines[path]}; a picture has one line.")
                 lines[path] = line
                 own = self.masks and row.get("mask")
                 mask = file_in(table.parent, row, "mask", where) if own else self.mask_beside(path)
@@ -274,12 +278,9 @@ def csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{table}, line {reader.line_num}: not CSV ({error}).") from error
 
 
-def caption_column(row: dict[str, Any], wanted: str | None, where: str, needed: bool = True) -> str:
-    """The column asked for; or the first of text, caption, prompt; or the only one that holds strings.
-
-    A table need not have one where there is a prompt.
-    """
-    others = [c for c in row if c not in ("file_name", "mask")]
+def caption_column(row: dict[str, Any], wanted: str | None, where: str, needed: bool, image_column: str) -> str:
+    """The column asked for; or the first of text, caption, prompt; or the only one of strings, which may be missing."""
+    others = [c for c in row if c not in (image_column, "mask")]
     if wanted and wanted not in row:
         hint = did_you_mean(wanted, others)
         raise DataError(f'{where}: no column "{wanted}" (--caption_column); it has {", ".join(row)}.{hint}')

@@ -29,6 +29,7 @@ Decay = Annotated[float, values.BELOW_ONE]
 Positive = Annotated[float, values.POSITIVE]
 NotNegative = Annotated[float, values.NOT_NEGATIVE]
 Folder = Annotated[str, A_FOLDER]
+Curve = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,14 @@ class TrainSettings:
     """How many times all samples are used, instead of --max_train_steps."""
     learning_rate: Positive = 1e-4
     """Learning rate of AdamW after warm-up."""
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
-    """How the learning rate changes during the run. linear and cosine end at zero."""
+    scale_lr: bool = False
+    """Multiply --learning_rate by the samples of an update."""
+    lr_scheduler: Curve = "constant"
+    """How the learning rate changes during the run. All but the constant ones end at zero."""
+    lr_num_cycles: Count = 1
+    """How often cosine_with_restarts falls from the learning rate to zero."""
+    lr_power: Positive = 1.0
+    """Power of polynomial: 1 is linear, 2 falls faster at first."""
     lr_warmup_steps: Annotated[int, values.NOT_NEGATIVE] = 0
     """Updates during which the learning rate rises from zero (not with "constant")."""
     adam_beta1: Decay = 0.9
@@ -85,14 +92,26 @@ class TrainSettings:
     """How many checkpoints to keep: the newest ones. "None" keeps all."""
     validation_steps: Annotated[int, values.NOT_NEGATIVE] = 100
     """Draw a sample sheet and measure the validation loss every N updates; 0: never."""
+    validation_epochs: Count | None = None
+    """The same every N epochs, instead of --validation_steps."""
+    report_to: Literal["none", "tensorboard"] = "none"
+    """Also write the metrics for TensorBoard, which needs pip install tensorboard. metrics.jsonl has them in any case."""
+    logging_dir: str = "logs"
+    """Folder for TensorBoard, inside --output_dir."""
 
     # These fields do not change the weights at a given step.
     HARMLESS: ClassVar[frozenset[str]] = frozenset(
         "output_dir overwrite_output_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit "
-        "validation_steps dataloader_num_workers".split()
+        "validation_steps validation_epochs report_to logging_dir dataloader_num_workers".split()
     )
     # These are not written into train_config.toml: they are for one session, or private (the result may be published).
     NOT_SAVED: ClassVar[frozenset[str]] = frozenset("overwrite_output_dir resume_from_checkpoint".split())
+
+    def __post_init__(self) -> None:
+        if self.scale_lr:  # once: what is scaled says so no more
+            samples = self.train_batch_size * self.gradient_accumulation_steps
+            object.__setattr__(self, "learning_rate", self.learning_rate * samples)
+            object.__setattr__(self, "scale_lr", False)
 
     def check(self) -> None:
         """Raise SettingsError, naming the flag, for a value that cannot work, or for two flags that exclude each other."""
@@ -122,10 +141,17 @@ class TrainSettings:
         self.need(self.lr_warmup_steps <= total, "lr_warmup_steps", f"must not exceed the {total} updates in total")
         return total
 
+    def validate_every(self, samples: int | None) -> int:
+        """Updates from one sheet to the next; `samples` is the length of an epoch."""
+        a_update = self.train_batch_size * self.gradient_accumulation_steps
+        return math.ceil((self.validation_epochs or 0) * (samples or 0) / a_update) or self.validation_steps
+
     def identity(self, total: int) -> dict[str, Any]:
         """The fields that change the result, in JSON's types: a resumed run must have the same values."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in self.HARMLESS}
         del values["max_train_steps"], values["num_train_epochs"]
+        if self.lr_num_cycles == self.lr_power == 1:  # as before they were flags
+            del values["lr_num_cycles"], values["lr_power"]
         if not self.lr_scheduler.startswith("constant"):  # else a step does not depend on the length of the run
             values["max_train_steps"] = total
         if not self.use_ema:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minidiff.core.errors import DataError
 from minidiff.core.rng import generator, hashed_seed, normal
+from minidiff.core.train import DTYPES
 from minidiff.draw.images import generation_text, read_png_text, save_png
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.progress import progress
@@ -50,12 +51,14 @@ def class_examples(pipe: StableDiffusionPipeline, settings: FineTuneSettings, si
     if distributed.world().rank == 0:  # the first process draws for all
         files = [folder / f"class-{i:05d}.png" for i in range(s.num_class_images)]
         files = [file for file in files if not file.exists()][: max(0, s.num_class_images - len(have))]
+        dtype = DTYPES[s.prior_generation_precision.replace("fp32", "no")]
         batches = [files[k : k + s.sample_batch_size] for k in range(0, len(files), s.sample_batch_size)]
         for some in progress(batches, "batch", "drawing class pictures", show=bool(files)):
             seeds = [class_seed(s.seed, int(file.stem[-5:])) for file in some]
             steps, scale = s.validation_inference_steps, s.validation_guidance_scale
             prompts = [literal(prompt)] * len(some)
-            drawn = pipe(prompts, seed=seeds, guidance_scale=scale, num_inference_steps=steps, width=side, height=side)
+            with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
+                drawn = pipe(prompts, seed=seeds, guidance_scale=scale, num_inference_steps=steps, width=side, height=side)
             for file, seed, image in zip(some, seeds, drawn.images):
                 how = {"Steps": steps, "CFG scale": scale, "Seed": seed}
                 save_png(image, file, {"parameters": generation_text(prompt, "", how)})

@@ -23,7 +23,7 @@ from minidiff.files.lora_file import save_lora
 from minidiff.files.word_file import check_word, save_embedding
 from minidiff.trainer.card import model_spec
 from minidiff.trainer.latents import LatentData
-from minidiff.trainer.optimizers import adamw
+from minidiff.trainer.optimizers import optimizer_of
 from minidiff.trainer.settings import (
     AdapterSettings,
     DreamBoothSettings,
@@ -75,7 +75,7 @@ def pivotal(settings: PivotalSettings) -> Job:
     adapters, word = new_adapters(pipe, settings), new_word(pipe, settings)
     data = load_word_data(pipe, settings)
     spec = model_spec(settings, "lora", data, pipe, base_hash)
-    optimizer = adamw(list(adapters.values()), settings)
+    optimizer = optimizer_of(adapters, settings)
     optimizer.add_param_group({"params": list(word.values()), "lr": settings.learning_rate_embedding})
 
     def export(folder: Path) -> None:

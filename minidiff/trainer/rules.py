@@ -1,6 +1,7 @@
 """The rules about two flags of training: `RULES` says where one of them forbids or needs another."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ APART = "is the folder of the training pictures, too: give another folder"
 ONE = "give only one of them"
 FAST = f"needs the faster code of minidiff/fast, which --plain leaves out: {ONE}"
 AGAIN = f"starts again, and --resume_from_checkpoint continues: {ONE}"
+RESTARTS = "cosine_with_restarts"
 FREED = "cannot be joined with --gradient_accumulation_steps: a gradient that is freed cannot be added to the next one"
 CROP = "cannot be joined with --no-center_crop, as a cached latent has one crop; add --no-cache_latents"
 SQUARE = "cannot be joined with --class_data_dir, whose pictures are square; take --prior_from_base"
@@ -34,6 +36,8 @@ Holds = Callable[[Any], object]
 RULES: tuple[tuple[str, Holds, str], ...] = (  # where the flag is given, the condition must hold
     ("num_train_epochs", lambda s: s.max_train_steps is None, f"and --max_train_steps both say how long to train: {ONE}"),
     ("lr_warmup_steps", lambda s: s.lr_scheduler != "constant", "needs another --lr_scheduler, such as constant_with_warmup"),
+    ("lr_num_cycles", lambda s: s.lr_num_cycles == 1 or s.lr_scheduler == RESTARTS, f"goes with --lr_scheduler {RESTARTS}"),
+    ("lr_power", lambda s: s.lr_power == 1 or s.lr_scheduler == "polynomial", "goes with --lr_scheduler polynomial"),
     ("overwrite_output_dir", lambda s: not s.resume_from_checkpoint, AGAIN),
     ("optimizer_in_backward", lambda s: s.gradient_accumulation_steps == 1, FREED),
     ("optimizer_in_backward", lambda s: s.mixed_precision != "fp16", "cannot be joined with --mixed_precision fp16; use bf16"),
@@ -52,6 +56,8 @@ RULES: tuple[tuple[str, Holds, str], ...] = (  # where the flag is given, the co
     ("with_prior_preservation", lambda s: (s.class_prompt or "").strip(), 'needs --class_prompt, such as "a photo of a dog"'),
     ("with_prior_preservation", lambda s: s.class_data_dir or s.prior_from_base, CLASS),
     ("class_prompt", lambda s: word(s) is None or word(s) not in s.class_prompt.lower(), "must be without the new word"),
+    ("report_to", lambda s: s.report_to == "none" or find_spec("tensorboard"), "needs a package: pip install tensorboard"),
+    ("text_encoder_lr", lambda s: s.train_text_encoder, "goes with --train_text_encoder"),
     ("class_data_dir", lambda s: not s.prior_from_base, f"has no use with --prior_from_base: {ONE}"),
     ("aspect_ratio_buckets", lambda s: not s.class_data_dir, SQUARE),
 )

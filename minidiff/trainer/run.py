@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -31,14 +31,15 @@ from minidiff.draw.speed import compile_unet, frozen_weights
 from minidiff.files.atomic import fsync, write_bytes
 from minidiff.trainer import checkpoint, distributed
 from minidiff.trainer.ema import EMA
-from minidiff.trainer.optimizers import adamw, load_optimizer_state, optimizer_state, stepping_in_backward
+from minidiff.trainer.optimizers import load_optimizer_state, optimizer_of, optimizer_state, stepping_in_backward
 from minidiff.trainer.plot import METRICS, loss_curve, read_metrics
 from minidiff.trainer.settings import FineTuneSettings, TrainSettings
 from minidiff.trainer.signals import signals_call
 from minidiff.trainer.task import Job, check_precision
 
 PATIENCE = 3  # skipped updates in a row end a run
-LOOP = "learning_rate lr_scheduler lr_warmup_steps gradient_accumulation_steps max_grad_norm mixed_precision seed".split()
+LOOP = "learning_rate lr_warmup_steps lr_num_cycles lr_power gradient_accumulation_steps max_grad_norm".split()
+CURVES = {"polynomial": "linear", "cosine_with_restarts": "cosine"}  # the loop's names; with a power, or cycles
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,11 @@ class Run:
 
     def __init__(self, job: Job, settings: TrainSettings, total: int, world: distributed.World) -> None:
         self.job, self.settings, self.total, self.world = job, settings, total, world
-        self.loop = LoopSettings(updates=total, rank=world.rank, **{name: getattr(settings, name) for name in LOOP})
-        self.optimizer = job.optimizer or adamw(list(job.trainable.values()), settings)
+        same = {name: getattr(settings, name) for name in (*LOOP, "mixed_precision", "seed")}
+        curve = CURVES.get(settings.lr_scheduler, settings.lr_scheduler)
+        self.loop = LoopSettings(updates=total, rank=world.rank, lr_scheduler=curve, **same)
+        self.optimizer = job.optimizer or optimizer_of(job.trainable, settings)
+        self.validate_every, self.board = settings.validate_every(job.samples_per_epoch), cast(Any, None)
         self.early = stepping_in_backward(self.optimizer, settings, world)
         decay = job.ema_decay or (settings.ema_decay if settings.use_ema else None)
         self.ema = None if decay is None else EMA(job.trainable, decay)
@@ -138,6 +142,10 @@ class Run:
             print(f"{self.folder} has no checkpoint yet: starting at the beginning.", file=sys.stderr)
         self.metrics = [row for row in read_metrics(self.folder) if row["step"] <= done]
         with self._writing("its first files"):
+            if self.settings.report_to == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(self.folder / self.settings.logging_dir, purge_step=done + 1)
             checkpoint.write_config(self.folder, self.settings)
             write_bytes(self.folder / METRICS, "".join(json.dumps(row) + "\n" for row in self.metrics).encode())
         if not done and not self.metrics and (measured := self._measure()):
@@ -226,7 +234,7 @@ class Run:
 
     def _measure(self) -> dict[str, float]:
         """The validation loss, if it is due."""
-        if not self._due(self.settings.validation_steps) or self.job.validate is None:
+        if not self._due(self.validate_every) or self.job.validate is None:
             return {}
         with self._averaged(), self._announced("measuring val_loss"):
             return self.job.validate()
@@ -236,6 +244,9 @@ class Run:
         self.metrics.append({k: v if math.isfinite(v) else None for k, v in row.items()})
         with self._writing(METRICS), open(self.folder / METRICS, "a") as file:
             file.write(json.dumps(self.metrics[-1]) + "\n")
+        if self.board:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, row["step"])
 
     def _save(self) -> None:
         """A checkpoint, unless the weights themselves are broken: then the last good one stays the last."""
@@ -256,7 +267,7 @@ class Run:
 
     def _draw(self) -> None:
         """A sample sheet, if it is due, and the curve so far."""
-        if self._due(self.settings.validation_steps):
+        if self._due(self.validate_every):
             with self._averaged(), self._announced("drawing a sheet"):
                 image = self.job.preview(self.done)
             if image is not None:

@@ -27,6 +27,8 @@ class FineTuneSettings(TrainSettings):
 
     pretrained_model_name_or_path: str = "checkpoints/pocket"
     """The base model: a folder with SD 1.5's layout, or a Hugging Face id whose files are in the local cache."""
+    revision: str | None = None
+    """Of a Hugging Face id: the branch, tag or commit in the local cache."""
     device: str | None = None
     """Where to train: cpu, cuda, or mps on a Mac. Default: a GPU if there is one."""
     instance_data_dir: str | None = None
@@ -37,8 +39,12 @@ class FineTuneSettings(TrainSettings):
     """Read captions beside the pictures, or in a table. With --no_captions, --instance_prompt is for all pictures."""
     train_data_dir: str | None = None
     """Folder of training pictures with captions: metadata.jsonl, metadata.csv, or a .txt or .caption file for each."""
+    image_column: str = "file_name"
+    """Column of the metadata that names the pictures."""
     caption_column: str | None = None
     """Column of the metadata that holds the captions. Default: text, caption, prompt, or the only column of strings."""
+    max_train_samples: Count | None = None
+    """Train on so many of the pictures, chosen by the seed."""
     skip_bad: bool = False
     """Skip pictures that cannot be read or are too small, and name them. Without it, they stop the run."""
     resolution: Annotated[int, at_least(8), at_most(8192)] | None = None
@@ -79,6 +85,8 @@ class FineTuneSettings(TrainSettings):
     """How many class pictures to have. 0: use the pictures that are in the folder, and draw none."""
     sample_batch_size: BatchSize = 4
     """How many class pictures to draw at once."""
+    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] = "no"
+    """Number format in which class pictures are drawn."""
     prior_loss_weight: NotNegative = 1.0
     """Weight w of the class loss: loss = instance loss + w * class loss. 0: do not train on the class."""
     prior_from_base: bool = False
@@ -97,16 +105,20 @@ class FineTuneSettings(TrainSettings):
     """Sampling steps of the sample sheet."""
     trigger: str | None = None
     """The word that calls up what was learnt, for the model card. Default: one that all captions share and the base lacks."""
+    push_to_hub: bool = False
+    """Upload the result and its card to the Hugging Face hub at the end; without training pictures and checkpoints."""
+    hub_model_id: str | None = None
+    """Its name there. Default: the name of --output_dir."""
 
     # Model, pictures, captions and resolution are compared by their content, not by their paths: see latents.py and task.py.
     HARMLESS = TrainSettings.HARMLESS | frozenset(
-        "pretrained_model_name_or_path device cache_dir instance_data_dir train_data_dir captions caption_column "
-        "skip_bad trigger "
+        "pretrained_model_name_or_path device cache_dir instance_data_dir train_data_dir captions image_column caption_column "
+        "skip_bad revision prior_generation_precision push_to_hub hub_model_id trigger "
         "resolution gradient_checkpointing fit class_data_dir num_class_images sample_batch_size validation_data_dir "
         "validation_share validation_prompt num_validation_images validation_guidance_scale validation_inference_steps".split()
     )
     NOT_SAVED = TrainSettings.NOT_SAVED | frozenset(
-        "instance_data_dir train_data_dir class_data_dir validation_data_dir cache_dir".split()
+        "push_to_hub instance_data_dir train_data_dir class_data_dir validation_data_dir cache_dir".split()
     )
 
     @property
@@ -136,6 +148,8 @@ class FullSettings(FineTuneSettings):
     learning_rate: Positive = 1e-5
     train_text_encoder: bool = False
     """Train the text encoder, too."""
+    text_encoder_lr: Positive | None = None
+    """Learning rate of the text encoder. Default: --learning_rate."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +195,8 @@ class AdapterSettings(FrozenSettings):
     """Share of the adapter's inputs that are set to zero during training."""
     train_text_encoder: bool = False
     """Adapt the text encoder's attention, too."""
+    text_encoder_lr: Positive | None = None
+    """Learning rate of the text encoder's adapter. Default: --learning_rate."""
 
     @property
     def rank_of(self) -> dict[str, int]:
@@ -212,6 +228,9 @@ class WordSettings(FrozenSettings):
     """Vectors of the new word. More vectors can describe more, and leave less room for the rest of the prompt."""
     learnable_property: Literal["object", "style"] = "object"
     """Which template sentences to train with, if there is neither --instance_prompt nor captions."""
+    repeats: Count = 1
+    """How often each picture comes in an epoch."""
+    HARMLESS = FrozenSettings.HARMLESS | {"repeats"}
 
     @property
     def prompt(self) -> str | None:

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from minidiff.core.errors import SettingsError
 from minidiff.core.losses import squared_error
 from minidiff.core.recipes import DiffusionLoss
+from minidiff.core.rng import generator
 from minidiff.core.text import tokenize
 from minidiff.core.train import DTYPES, Batch, Task
 from minidiff.draw.device import chosen_device
 from minidiff.draw.images import save_png
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import checkpoint_gradients
+from minidiff.files.folder import local_folder
 from minidiff.trainer.card import SHEET, trigger_of, write_card
 from minidiff.trainer.checkpoint import check_folder
 from minidiff.trainer.dataset import read_folder
@@ -78,6 +80,7 @@ def load_base(settings: FineTuneSettings) -> tuple[StableDiffusionPipeline, str]
     device = chosen_device(settings.device)
     check_precision(settings.mixed_precision, device)
     name, dtype, casts = settings.pretrained_model_name_or_path, DTYPES[settings.mixed_precision], settings.may_cast
+    name = str(local_folder(name, revision=settings.revision)) if settings.revision else name
     pipe = StableDiffusionPipeline.from_pretrained(name, dtype, casts, settings.plain)
     pipe.set_progress_bar_config(disable=True)
     if casts and settings.fit is None and all(p.element_size() > 2 for p in pipe.unet.parameters()):
@@ -101,10 +104,14 @@ def load_data(
     """
     s, where = settings, Path(folder or settings.instance_data_dir or settings.train_data_dir or "")
     side, sizes = training_sizes(pipe.unet.config, pipe.vae.config, s.resolution, s.aspect_ratio_buckets)
-    examples = read_folder(where, s.prompt, s.caption_column, s.masked_loss, s.captions)
+    examples = read_folder(where, s.prompt, s.caption_column, s.masked_loss, s.captions, s.image_column)
+    if s.max_train_samples and folder is None:
+        few = torch.randperm(len(examples), generator=generator(s.seed, "max_train_samples"))[: s.max_train_samples]
+        examples = [examples[i] for i in sorted(few.tolist())]
     if s.instance_prompt and (own := sum(e.caption != s.prompt for e in examples)):
         some = f"{own} of {len(examples)} pictures have captions of their own"
         print(f"Note: {some}, which replace --instance_prompt; with --no_captions it is for all.", file=sys.stderr)
+    examples = [replace(e, repeats=e.repeats * getattr(s, "repeats", 1)) for e in examples]
     examples = [replace(e, templates=tuple(templates)) if e.caption == s.prompt else e for e in examples]
     examples, kept = held_out(check_pictures(examples, sizes, s.skip_bad), s) if folder is None else (examples, [])
     encode = (lambda prompts: tokenize(pipe.tokenizer, prompts, pipe.placeholders)) if live_text else pipe.encode_captions

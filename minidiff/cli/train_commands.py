@@ -116,7 +116,7 @@ def data_check(s: DataCheck) -> None:
     from minidiff.files.model import empty_model
     from minidiff.files.weights import find_weights, load_into
     from minidiff.trainer.dataset import scan_folder
-    from minidiff.trainer.pictures import BELOW, BLURRED, as_table, check_scan, reconstruction, training_sizes
+    from minidiff.trainer.pictures import BELOW, as_table, check_scan, reconstruction, training_sizes
 
     scan = scan_folder(Path(s.folder), s.instance_prompt, s.caption_column, s.masked_loss, s.captions)
     base = empty_model(s.pretrained_model_name_or_path)
@@ -125,7 +125,7 @@ def data_check(s: DataCheck) -> None:
     base.vae.to(chosen_device(None))
     levels = [reconstruction(base.vae, e) for e in progress(good, "picture", "through the VAE")]
     lines = [f"{level:7.1f} dB  {e.path.name}" for e, level in zip(good, levels)]
-    print("\n".join([*lines, *[BELOW] * (min(levels, default=99) < BLURRED), as_table(scan, Path(s.folder))]))
+    print("\n".join([*lines, BELOW, as_table(scan, Path(s.folder))]))
     if scan.errors:
         raise DataError(f"{s.folder}: mend what is marked as an error above. --skip_bad leaves out pictures that are no use.")
 

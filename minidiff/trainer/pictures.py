@@ -20,7 +20,7 @@ from minidiff.trainer.dataset import Example, Scan, Size
 from minidiff.trainer.latents import LatentData, crop
 
 LOOKED_AT, BLURRED = 4, 20.0  # pictures of which the VAE's error is measured before training; dB
-BELOW = "Below 20 dB the VAE loses what is small, such as faces and letters, and no training brings it back."
+BELOW = "Below 20 dB (PSNR) the VAE loses what is small, such as faces and letters, and no training brings it back."
 
 
 def training_sizes(unet: UNetConfig, vae: VAEConfig, resolution: int | None, buckets: bool) -> tuple[int, list[Size]]:

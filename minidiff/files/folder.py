@@ -54,7 +54,8 @@ def local_folder(name: str, cache_dir: str | None = None, revision: str | None =
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
-            return Path(snapshot_download(hub_id, repo_type=kind, revision=revision, cache_dir=cache_dir, local_files_only=True))
+            where = {"repo_type": kind, "revision": revision, "cache_dir": cache_dir}
+            return Path(snapshot_download(hub_id, **where, local_files_only=True))
         except (LocalEntryNotFoundError, ValueError):
             pass
     hint = f" {name} is gone from the hub; it lives on as {hub_id}." if hub_id != name else near_path(name)

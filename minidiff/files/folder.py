@@ -50,12 +50,11 @@ def local_folder(name: str, cache_dir: str | None = None, revision: str | None =
         )
     hub_id = MOVED.get(name, name)
     if name.count("/") == 1 and not name.startswith((".", "/")):
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import snapshot_download as snapshot
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
-            where = {"repo_type": kind, "revision": revision, "cache_dir": cache_dir}
-            return Path(snapshot_download(hub_id, **where, local_files_only=True))
+            return Path(snapshot(hub_id, repo_type=kind, revision=revision, cache_dir=cache_dir, local_files_only=True))
         except (LocalEntryNotFoundError, ValueError):
             pass
     hint = f" {name} is gone from the hub; it lives on as {hub_id}." if hub_id != name else near_path(name)

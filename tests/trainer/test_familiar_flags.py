@@ -202,7 +202,6 @@ def test_dataset_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw_pictures(snapshot / "train")
     (tmp_path / "hub" / "datasets--me--dogs" / "refs").mkdir()
     (tmp_path / "hub" / "datasets--me--dogs" / "refs" / "main").write_text("0" * 40)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", cached(tmp_path / "hub"))
     assert adapted(["--dataset_name", "me/dogs"]) == ["--train_data_dir", str(snapshot / "train")]
     assert adapted(["--dataset_name", str(tmp_path)]) == ["--train_data_dir", str(tmp_path)]
     assert adapted(["--dataset-name=me/dogs"]) == [f"--train_data_dir={snapshot / 'train'}"]
@@ -210,18 +209,10 @@ def test_dataset_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         adapted(["--dataset_name", "me/cats"])
 
 
-def cached(folder: Path) -> Any:
-    from functools import partial
-
-    from huggingface_hub import snapshot_download
-
-    return partial(snapshot_download, cache_dir=folder)
-
-
 def test_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     home = tmp_path / "hub" / "models--me--model"
     for name, commit in (("main", "0" * 40), ("other", "1" * 40)):
         (home / "snapshots" / commit).mkdir(parents=True), (home / "refs").mkdir(exist_ok=True)
         (home / "refs" / name).write_text(commit), (home / "snapshots" / commit / "x").write_text("")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", cached(tmp_path / "hub"))
     assert local_folder("me/model").name == "0" * 40 and local_folder("me/model", revision="other").name == "1" * 40

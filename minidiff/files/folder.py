@@ -229,6 +229,11 @@ def sampler_of(scheduler: dict[str, Any], where: str) -> str:
     return "dpm++_2m_sde" if sde else SAMPLER_OF[name]
 
 
+def is_turbo(noise: NoiseConfig, sampler: str) -> bool:
+    """SD-Turbo and SDXL-Turbo have no other mark than their scheduler: Euler or Euler ancestral, trailing, of noise."""
+    return sampler in ("euler", "euler_a") and (noise.timestep_spacing, noise.prediction_type) == ("trailing", "epsilon")
+
+
 def scheduler_values(noise: NoiseConfig, sampler: str) -> dict[str, Any]:
     """scheduler_config.json of a model that is drawn with `sampler`. `sampler_of` reads it back."""
     solver = sampler.removesuffix("_sde")

@@ -21,10 +21,10 @@ ARCHITECTURES = {  # and in metadata: ModelSpec's name, and kohya's
     1024: ("stable-diffusion-v2", "sd_v2"),
     2048: ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
 }
-INPUTS = {4: "", 9: "inpainting ", 8: "InstructPix2Pix ", 5: "depth "}  # by the U-Net's input channels
+INPUTS = {4: "", 9: "inpainting ", 8: "InstructPix2Pix ", 5: "depth ", 7: "upscaling "}  # by the U-Net's input channels
 LOOKS = (  # how a file can look, by the beginning of any of its names; the first that fits
     (r"conditioner\.", "an SDXL single file"),
-    (r"cond_stage_model\.model\.", "an SD 2.x single file in the LDM layout"),
+    (r"cond_stage_model\.model\.", "an SD 2.x {inputs}single file in the LDM layout"),
     (r"model\.diffusion_model\.", "an {family} {inputs}single file in the LDM layout"),
     (r"control_model\.|controlnet_cond_embedding\.|input_hint_block\.", "a ControlNet"),
     (r"time_embedding\.", "an {family} {inputs}U-Net in the diffusers layout"),
@@ -73,9 +73,11 @@ def cross_attention_width(tensors: Mapping[str, HasShape]) -> int | None:
     return next((t.shape[1] for key, t in tensors.items() if to_k.search(key) and len(t.shape) > 1), None)
 
 
-def architecture(width: int) -> tuple[str, str]:
-    """The model that an adapter belongs to, in the words of ModelSpec and of kohya."""
-    return ARCHITECTURES.get(width, (f"width-{width}", f"width-{width}"))
+def architecture(width: int, v: bool | None = None) -> tuple[str, str]:
+    """The model that an adapter belongs to, in the words of ModelSpec and of kohya. `v`: predicts it v, if that matters?"""
+    name, kohyas = ARCHITECTURES.get(width, (f"width-{width}", f"width-{width}"))
+    size = {None: "", False: "-512", True: "-768-v"}[v] if kohyas == "sd_v2" else ""
+    return name + size, kohyas + "_v" * (v is True and kohyas.startswith("sd_"))
 
 
 def _inputs(tensors: Mapping[str, HasShape]) -> str:

@@ -58,7 +58,8 @@ def model_spec(
     `kind` is "lora" or "textual-inversion", `base_hash` the fingerprint of the base.
     """
     name = Path(settings.output_dir).resolve().name
-    name_of_base, kohyas_name = architecture(pipe.unet.config.cross_attention_dim)
+    v = pipe.schedule.config.prediction_type == "v_prediction"
+    name_of_base, kohyas_name = architecture(pipe.unet.config.cross_attention_dim, v)
     spec = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{name_of_base}/{kind}",
@@ -66,8 +67,8 @@ def model_spec(
         "modelspec.title": name,
         "modelspec.resolution": f"{data.resolution}x{data.resolution}",
         "modelspec.license": license_word(base_license(settings.pretrained_model_name_or_path)),
-        "modelspec.prediction_type": "v" if pipe.schedule.config.prediction_type == "v_prediction" else "epsilon",
-        "ss_v2": str(kohyas_name == "sd_v2"),
+        "modelspec.prediction_type": "v" if v else "epsilon",
+        "ss_v2": str(kohyas_name.startswith("sd_v2")),
         "ss_base_model_version": kohyas_name,
         "ss_output_name": name,
         "ss_sd_model_name": Path(settings.pretrained_model_name_or_path).resolve().name,

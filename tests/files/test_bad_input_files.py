@@ -229,14 +229,15 @@ def test_case_08_a_pipe_in_a_files_place(tiny_folder: Path, tmp_path: Path, caps
 
 UNET, TEXT = "model.diffusion_model.input_blocks", "cond_stage_model.transformer.text_model.final_layer_norm.bias"
 ATTENTION = f"{UNET}.1.1.transformer_blocks.0.attn2.to_k.weight"
-VAE = "first_stage_model.quant_conv.bias"
+VAE, OPENCLIP = "first_stage_model.quant_conv.bias", "cond_stage_model.model.ln_final.bias"
 SD15: Shapes = {f"{UNET}.0.0.weight": (320, 4, 3, 3), ATTENTION: (320, 768), VAE: (8,), TEXT: (768,)}
 
 
 @pytest.mark.parametrize(
     ("shapes", "says"),
     [
-        (SD15 | {"cond_stage_model.model.ln_final.bias": (1,)}, "an SD 2.x single file in the LDM layout"),
+        (SD15 | {OPENCLIP: (1,)}, "an SD 2.x single file in the LDM layout"),
+        (SD15 | {OPENCLIP: (1,), f"{UNET}.0.0.weight": (320, 5, 3, 3)}, "an SD 2.x depth single file"),
         (SD15 | {"conditioner.embedders.0.x": (1,)}, "an SDXL single file"),
         (SD15 | {f"{UNET}.0.0.weight": (320, 9, 3, 3)}, "an SD 1.x inpainting single file"),
         (SD15 | {f"{UNET}.0.0.weight": (320, 8, 3, 3)}, "an SD 1.x InstructPix2Pix single file"),

@@ -1,0 +1,58 @@
+"""Every recipe on a tiny model in SD 2's layout that predicts v: what training leaves is what its files bring back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_families import sd2_folder
+from tiny_recipes import METHODS, base_of, draw_pictures, loaded, picture, tiny, train, trained
+
+from minidiff.files.looks import architecture
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sd2_folder(tmp_path_factory.mktemp("tiny"), "SD 2 v")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_files_bring_back_what_was_trained(
+    method: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)
+    targets: dict[str, Any] = {"lora_targets": ("attention", "projections")} if method == "lora" else {}
+    pictures = draw_pictures(tmp_path / "pictures")
+    budget = {"fit": "2GB"} if method == "lora" else {"gradient_checkpointing": True}
+    settings = tiny(method, base, pictures, tmp_path / "out", **budget, **targets)
+    job = train(settings)
+    prompt = "a photo of a <dog>" if method in ("textual inversion", "pivotal") else "a photo of a sks dog"
+    after = picture(loaded(tmp_path / "out", settings), prompt)
+    torch.testing.assert_close(picture(trained(job, settings), prompt), after, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(picture(base_of(settings), prompt), after, atol=1e-4)
+
+
+def test_a_turbo_base_is_trained_with_a_note(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)
+    pictures, notes = draw_pictures(tmp_path / "pictures"), []
+    for folder in (base, sd2_folder(tmp_path, "SD-Turbo")):
+        train(tiny("lora", folder, pictures, tmp_path / f"out-{len(notes)}", max_train_steps=1))
+        notes.append("the base is a turbo model" in capsys.readouterr().err)
+    assert notes == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("width", "v", "names"),
+    [
+        (768, False, ("stable-diffusion-v1", "sd_v1")),
+        (768, True, ("stable-diffusion-v1", "sd_v1_v")),
+        (1024, False, ("stable-diffusion-v2-512", "sd_v2")),
+        (1024, True, ("stable-diffusion-v2-768-v", "sd_v2_v")),
+        (1024, None, ("stable-diffusion-v2", "sd_v2")),
+        (24, True, ("width-24", "width-24")),
+    ],
+)
+def test_the_metadata_names_the_base_as_kohya_does(width: int, v: bool | None, names: tuple[str, str]) -> None:
+    assert architecture(width, v) == names

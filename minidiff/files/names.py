@@ -51,6 +51,8 @@ def _unet_blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
     yield "conv_in", "input_blocks.0.0"
     yield "time_embedding.linear_1", "time_embed.0"
     yield "time_embedding.linear_2", "time_embed.2"
+    if config.addition_embed_type:
+        yield from (("add_embedding.linear_1", "label_emb.0.0"), ("add_embedding.linear_2", "label_emb.0.2"))
     levels = [(f"down_blocks.{i}", "input_blocks", kind, layers, n * i + 1) for i, kind in enumerate(down)]
     levels += [(f"up_blocks.{i}", "output_blocks", kind, n, n * i) for i, kind in enumerate(up)]
     for ours, theirs, kind, count, first in levels:

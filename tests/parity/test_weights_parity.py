@@ -1,5 +1,6 @@
-"""Model files against diffusers: folders both ways, and the LDM layout at SD 1.5's full size."""
+"""Model files against diffusers: folders both ways, and the LDM layout at full size."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ from minidiff.core.config import SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.files import names as keymaps
-from minidiff.files.folder import config_values
+from minidiff.files.folder import config_values, read_config
 from minidiff.files.weights import find_weights, load_into, save
 
 diffusers = pytest.importorskip("diffusers")
 single_file_utils = pytest.importorskip("diffusers.loaders.single_file_utils")
 
+CONFIGS = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "make_keys.py"))["CONFIGS"]
 PAIRS = [
     (UNet2DConditionModel, "UNet2DConditionModel", TINY_UNET, SD15_UNET),
     (AutoencoderKL, "AutoencoderKL", TINY_VAE, SD15_VAE),
@@ -57,14 +59,16 @@ def as_ldm(state: dict[str, Tensor], prefix: str, table: dict[str, str]) -> dict
     return ldm
 
 
-def test_ldm_unet_names_at_full_size() -> None:
-    """diffusers' converter takes minidiff's LDM names back to where they came from, all 686, each with its shape."""
+@pytest.mark.parametrize(("family", "count"), [("SD 1.5", 686), ("SD 2", 686), ("SDXL", 1680), ("SDXL refiner", 1220)])
+def test_ldm_unet_names_at_full_size(family: str, count: int) -> None:
+    """diffusers' converter takes minidiff's LDM names back to where they came from, each with its shape."""
+    unet_config = SD15_UNET if family == "SD 1.5" else read_config(UNetConfig, CONFIGS[family], family)
     with torch.device("meta"):
-        state = UNet2DConditionModel(SD15_UNET).state_dict()
-    ldm = as_ldm(state, keymaps.UNET_PREFIX, keymaps.unet_table(SD15_UNET))
-    config = config_values(SD15_UNET, "UNet2DConditionModel")
+        state = UNet2DConditionModel(unet_config).state_dict()
+    ldm = as_ldm(state, keymaps.UNET_PREFIX, keymaps.unet_table(unet_config))
+    config = {"class_embed_type": None, "addition_embed_type": None, **config_values(unet_config, "UNet2DConditionModel")}
     back = single_file_utils.convert_ldm_unet_checkpoint(ldm, config)
-    assert len(back) == 686 and all(back[key] is state[key] for key in state)
+    assert len(back) == count and all(back[key] is state[key] for key in state)
 
 
 def test_ldm_vae_names_at_full_size() -> None:

@@ -216,6 +216,7 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
         rows = "".join(f"\n  {k}: was {short[0][k]}, is now {short[1][k]}" for k in keys)
         raise SettingsError(
             f"{path} was made with other settings or data:{rows}\nSet these back, or start in another --output_dir."
+            + " (A run from before there was --validation_share had 0.)" * ("pictures" in keys)
         )
 
 

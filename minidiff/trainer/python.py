@@ -25,7 +25,9 @@ from minidiff.files.values import fits
 from minidiff.files.word_file import read_embedding
 from minidiff.trainer import memory
 from minidiff.trainer import settings as kinds
+from minidiff.trainer.card import upload
 from minidiff.trainer.distributed import joined
+from minidiff.trainer.presets import POCKET, preset_values
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.run import fit
 
@@ -52,6 +54,8 @@ def settings_of(kind: type[kinds.FineTuneSettings], given: dict[str, Any]) -> ki
         if not fits(list(value) if isinstance(value, tuple) else value, hints[name]):
             raise SettingsError(f"--{name} is {value!r}, which has the wrong type.")
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if values.get("preset") in POCKET:
+        values = preset_values(values["preset"], kind(**values).pretrained_model_name_or_path) | values
     return kind(**values)
 
 
@@ -75,6 +79,8 @@ def recipe(name: str, kind: type[kinds.FineTuneSettings], result: Callable[[str]
                     report = fit(task, chosen)
             if not report.finished:
                 raise KeyboardInterrupt(f'{report.done} updates are saved; go on with resume_from_checkpoint="latest".')
+            if s.push_to_hub:
+                upload(s)
             return result(s.output_dir)
         except MinidiffError as error:
             raise type(error)(keywords(str(error))) from None

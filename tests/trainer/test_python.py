@@ -96,3 +96,19 @@ def test_a_run_that_is_stopped_is_no_result(pictures: Path, usual: dict[str, Any
     monkeypatch.setattr(python, "fit", lambda task, settings: Report(1, 0.5, finished=False))
     with pytest.raises(KeyboardInterrupt, match='1 updates are saved; go on with resume_from_checkpoint="latest"'):
         minidiff.train_lora(pictures, PROMPT, **usual)
+
+
+def test_a_preset_and_the_hub(pictures: Path, usual: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    monkeypatch.setattr("minidiff.trainer.python.upload", lambda s: sent.append(s.output_dir))
+    small = {"output_dir": usual["output_dir"], "max_train_steps": 1, "validation_steps": 0, "device": "cpu", "resolution": 32}
+    small |= {"preset": "object", "train_batch_size": 1, "push_to_hub": True}
+    adapter = minidiff.train_lora(pictures_of(pictures, 32), PROMPT, **small)
+    assert set(adapter.ranks.values()) == {8} and any("resnets" in name for name in adapter.ranks)  # the pocket's numbers
+    assert json.loads((usual["output_dir"] / "metrics.jsonl").read_text())["lr"] == 1e-3 and sent == [str(usual["output_dir"])]
+
+
+def pictures_of(folder: Path, side: int) -> Path:
+    for path in folder.iterdir():
+        Image.new("RGB", (side, side)).save(path)
+    return folder

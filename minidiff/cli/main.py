@@ -9,7 +9,6 @@ import os
 import sys
 import warnings
 from argparse import ArgumentParser
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,6 +52,7 @@ def run(argv: list[str]) -> None:
             return print(help_text(name, found(flags)))
         settings = parse(name, found(flags), words)
         if group != "train" and getattr(settings, "seed", 0) == -1:  # several processes of a training would draw several
+            from dataclasses import replace
             from secrets import randbelow
 
             settings = replace(settings, seed=randbelow(2**31))
@@ -112,6 +112,8 @@ def with_preset_of(words: list[str], default: Any) -> Any:
     given = first.parse_known_args(words)[0]
     if given.preset not in ("object", "style", "face"):  # none; or another, which tyro refuses
         return default
+    from dataclasses import replace
+
     values = found("trainer.presets:preset_values")(given.preset, given.pretrained_model_name_or_path)
     return replace(default, preset=given.preset, **values)
 

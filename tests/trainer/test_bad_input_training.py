@@ -139,7 +139,7 @@ def test_case_17_no_pictures(says: Said, pictures: Path, tmp_path: Path) -> None
         path.rename(path.with_suffix(".heic"))
     assert f"{pictures} has no pictures (.png, .jpg" in (said := says()) and "it holds .heic" in said
     shutil.rmtree(pictures)
-    assert f"{pictures} is no folder that exists; give the folder of the pictures" in says()
+    assert f"{pictures}: there is no such folder. Give that of the pictures" in says()
 
 
 def test_case_17_bad_pictures_are_all_listed(says: Said, pictures: Path) -> None:

@@ -411,6 +411,7 @@ def test_checkpoint_has_the_layout_of_sd15_and_is_small() -> None:
     assert names == {
         "README.md",
         "model_index.json",
+        "words.json",
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
         "vae/config.json",

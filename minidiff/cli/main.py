@@ -106,8 +106,6 @@ def parse(name: str, kind: type, words: list[str]) -> Any:
 
 def with_preset_of(words: list[str], default: Any) -> Any:
     """The settings that other flags change: those of --preset, if there is one, for the base model of these flags."""
-    from dataclasses import replace
-
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("preset", "pretrained_model_name_or_path"):
         first.add_argument(f"--{flag}", f"--{flag.replace('_', '-')}", dest=flag, default=getattr(default, flag))

@@ -181,4 +181,5 @@ def pretrain(s: PretrainSettings) -> None:
 def judge(s: Judge) -> None:
     from minidiff.pocket.judge import judge_checkpoint
 
-    print(json.dumps(judge_checkpoint(s.folder, Path(s.judge), s.count, s.guidance_scale), indent=2))
+    scores = judge_checkpoint(s.folder, Path(s.judge), s.count, s.guidance_scale, s.mixed_precision == "bf16")
+    print(json.dumps(scores, indent=2))

@@ -186,7 +186,7 @@ def assemble(home: Path, settings: PretrainSettings) -> None:
 
 def judge_pocket(home: Path, settings: PretrainSettings) -> None:
     """The figures of the model card, printed and kept in `scores.json`."""
-    scores = judge_checkpoint(home / "pocket", home / "judge.safetensors")
+    scores = judge_checkpoint(home / "pocket", home / "judge.safetensors", half=settings.sizes.mixed_precision == "bf16")
     write_json(home / "scores.json", scores)
     print(json.dumps(scores, indent=2))
 

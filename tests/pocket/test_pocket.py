@@ -200,7 +200,7 @@ def test_judge_scores_what_it_is_shown() -> None:
     """A judge that always gives the first word scores exactly the share of pictures for which that is right."""
 
     class First(nn.Module):
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
+        def forward(self, x: Tensor, objects: Tensor) -> dict[str, Tensor]:
             words = {**judge.QUESTIONS, "whole": judge.ANATOMY}
             return {q: F.one_hot(torch.zeros(len(x), dtype=torch.long), len(w)).float() for q, w in words.items()}
 
@@ -209,6 +209,14 @@ def test_judge_scores_what_it_is_shown() -> None:
     for question, words in judge.QUESTIONS.items():
         assert scores[question] == pytest.approx(sum(getattr(p, question) == words[0] for p in pictures) / 30)
     assert scores["whole"] == 0  # its first word is "spoiled"
+
+
+def test_each_object_has_an_answer_of_its_own_to_whole() -> None:
+    """Two logits for each object; those of the object asked for are given."""
+    torch.manual_seed(0)
+    some, x = judge.Judge(), torch.randn(1, 3, 128, 128)
+    every = torch.cat([some(x, torch.tensor([i]))["whole"] for i in range(len(OBJECTS))])
+    torch.testing.assert_close(every.flatten(), some.heads["whole"](some.body(x))[0])
 
 
 def test_judge_learns_from_few_drawings() -> None:

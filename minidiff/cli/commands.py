@@ -34,7 +34,7 @@ FIRST = """minidiff: Stable Diffusion you can read, and fine-tune. Five things t
   minidiff sample "a photo of a red dog on the beach"
   minidiff sheet "a red house in the snow" --columns guidance_scale=1,3,8 --rows seed=0..2
   minidiff morph "a photo of a red dog" "a photo of a blue cat"
-  minidiff train lora --instance_data_dir lessons/data/dog --instance_prompt "a photo of a sks dog" --learning_rate 1e-3
+  minidiff train lora --preset object --instance_data_dir lessons/data/dog --instance_prompt "a photo of a sks dog"
   minidiff lesson 0
 
   minidiff --help: all commands"""

@@ -20,6 +20,7 @@ BARK: RGB = (122, 98, 84)
 BEAK: RGB = (246, 176, 64)
 STEM: RGB = (104, 150, 92)
 CHOCOLATE: RGB = (98, 58, 40)
+CARAMEL: RGB = (214, 150, 84)
 TEAL: RGB = (0, 168, 160)
 
 COLOUR_VALUES: dict[str, RGB] = {
@@ -264,7 +265,7 @@ def snail(c: Tones) -> list[Shape]:
 
 
 def subject() -> list[Shape]:
-    """The dog of the lessons: cream and chocolate, a patch over one eye, long floppy ears and a teal scarf."""
+    """The dog of the lessons: cream and chocolate, a caramel face, long floppy ears and a teal scarf."""
     shade = mix(CREAM, CHOCOLATE, 0.25)
     return [
         stroke([(-0.72, 0.24), (-0.96, 0.0), (-0.98, -0.3)], 0.2, CHOCOLATE),
@@ -274,13 +275,12 @@ def subject() -> list[Shape]:
         blob([(-0.84, 0.2), (-0.6, -0.04), (-0.16, -0.02), (-0.14, 0.32), (-0.46, 0.46), (-0.78, 0.4)], CHOCOLATE),
         box(0.14, 0.14, 0.4, 0.7, TEAL, 0.1),
         box(-0.02, 0.0, 0.86, 0.26, TEAL, 0.12),
-        ellipse(0.44, -0.4, 0.5, 0.46, CREAM),
-        blob([(0.54, -0.81), (0.76, -0.68), (0.88, -0.42), (0.72, -0.22), (0.46, -0.42)], CHOCOLATE, detail=True),
+        ellipse(0.44, -0.4, 0.5, 0.46, CARAMEL),
         blob([(0.1, -0.8), (-0.16, -0.74), (-0.26, -0.3), (-0.2, 0.1), (0.02, 0.06), (0.08, -0.4)], CHOCOLATE),
         blob([(0.78, -0.8), (1.04, -0.74), (1.14, -0.3), (1.08, 0.1), (0.86, 0.06), (0.8, -0.4)], CHOCOLATE),
-        ellipse(0.46, -0.16, 0.27, 0.19, WHITE, detail=True),
+        ellipse(0.46, -0.16, 0.29, 0.2, WHITE, detail=True),
         ellipse(0.46, -0.24, 0.13, 0.09, INK, detail=True),
-        *eye(0.26, -0.48, shade), *eye(0.66, -0.48, CHOCOLATE),
+        *eye(0.26, -0.5, CARAMEL), *eye(0.64, -0.5, CARAMEL),
     ]
 
 

@@ -15,7 +15,7 @@ from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.speed import fast, needed, speed_up
 from minidiff.files import lora_file, word_file
-from minidiff.files.folder import local_folder
+from minidiff.files.folder import is_turbo, local_folder
 from minidiff.files.model import ModelParts, check_parts_fit, read_model, write_folder
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Model:
         self.noise_config, self.schedule = noise_config, NoiseSchedule.from_config(noise_config)
         self.sampler, self.name_or_path, self.progress_bar = sampler, name_or_path, True
         self.plain = plain or fast is None
+        self.is_turbo = is_turbo(noise_config, sampler)  # of the folder: another scheduler can be set later
         self.downscale = vae.config.downscale  # pixels per latent cell
         self.tile_size: int | None = None  # pixels; of the U-Net and the VAE
         self.vae_tile_size: int | None = None  # of the VAE alone

@@ -26,7 +26,7 @@ from minidiff.draw.model import Model
 from minidiff.draw.prompting import Prompt, count_chunks, encode_prompts, parse_prompt
 from minidiff.draw.speed import fast
 from minidiff.draw.tiles import in_tiles, tiled
-from minidiff.files.folder import NEAREST, is_turbo
+from minidiff.files.folder import NEAREST
 
 Generators = torch.Generator | Sequence[torch.Generator]
 Draw = Callable[[int | str], Tensor]  # what the noise is for -> the noise
@@ -162,7 +162,7 @@ class StableDiffusionPipeline(Model):
         """Warn of steps from noise, or of guidance, with which this model cannot draw well."""
         if steps == 1 and spacing in ("leading", "linspace"):
             warnings.warn(ONE_STEP, stacklevel=3)
-        if guidance_scale > 1 and is_turbo(self.schedule.config, self.sampler):
+        if guidance_scale > 1 and self.is_turbo:
             warnings.warn(GUIDED_TURBO.format(guidance_scale), stacklevel=3)
 
     def canvas(

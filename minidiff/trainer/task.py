@@ -25,7 +25,7 @@ from minidiff.draw.device import chosen_device
 from minidiff.draw.images import save_png
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import checkpoint_gradients
-from minidiff.files.folder import is_turbo, local_folder
+from minidiff.files.folder import local_folder
 from minidiff.trainer.card import SHEET, trigger_of, write_card
 from minidiff.trainer.checkpoint import check_folder
 from minidiff.trainer.dataset import read_folder
@@ -90,7 +90,7 @@ def load_base(settings: FineTuneSettings) -> tuple[StableDiffusionPipeline, str]
     pipe.set_progress_bar_config(disable=True)
     if casts and settings.fit is None and all(p.element_size() > 2 for p in pipe.unet.parameters()):
         print("Note: --layerwise_casting changes nothing: the U-Net's file is not in half precision.", file=sys.stderr)
-    if is_turbo(pipe.noise_config, pipe.sampler):
+    if pipe.is_turbo:
         print(f"Note: {TURBO}", file=sys.stderr)
     if settings.gradient_checkpointing:
         checkpoint_gradients(pipe.unet)

@@ -37,6 +37,16 @@ def test_the_others_are_guided_without_a_warning(model: str, tmp_path: Path) -> 
         assert pipe("a red dog", seed=0, num_inference_steps=2, timestep_spacing="trailing", output_type="latent").images.any()
 
 
+def test_a_scheduler_that_is_set_later_makes_no_turbo_model(tmp_path: Path) -> None:
+    from minidiff import DiffusionPipeline, EulerDiscreteScheduler
+
+    pipe = DiffusionPipeline.from_pretrained(sd2_folder(tmp_path))
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pipe("a red dog", num_inference_steps=2, output_type="latent").images.any()
+
+
 def test_the_lightest_text_tower_leaves_sd2_to_transformers(tmp_path: Path) -> None:
     """fast/clip.py has quick_gelu alone; its tokenizer pads as the folder says."""
     from minidiff.fast import clip

@@ -158,7 +158,7 @@ def empty_model(name: str | Path | None, light: Any = None, sd2: bool = False) -
     home = local_folder(str(name))
     kind = read_json(home / "model_index.json", "a model folder in the diffusers layout has one").get("_class_name")
     if kind not in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
-        what = f"describes a {kind}; minidiff reads Stable Diffusion 1.x (StableDiffusionPipeline)"
+        what = f"describes a {kind}; minidiff reads Stable Diffusion 1.x and 2.x (StableDiffusionPipeline)"
         raise WeightsError(f"{home / 'model_index.json'} {what}.")
     with torch.device("meta"):
         unet = UNet2DConditionModel(read_config(UNetConfig, *layout.config_of(home / "unet")))

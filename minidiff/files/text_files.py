@@ -58,7 +58,7 @@ def build_text_encoder(values: Mapping[str, Any], where: str, light: Any = None)
         raise WeightsError(f"{where}: not the configuration of a CLIP text model; {', '.join(missing)} missing.")
     for key, possible in {"max_position_embeddings": [LENGTH], "num_hidden_layers": range(1, 101)}.items():
         if (value := values.get(key, LENGTH)) not in possible:
-            raise WeightsError(f"{where}: {key} is {value!r}; no text tower of SD 1.x has that.")
+            raise WeightsError(f"{where}: {key} is {value!r}; no text tower of SD 1.x or 2.x has that.")
     try:
         if (tower := light and light.text_tower(values)) is None:
             from transformers import CLIPTextConfig, CLIPTextModel

@@ -16,20 +16,21 @@ GROUPS = {  # heading -> flags; a flag that stands in none comes last
     "train_batch_size validation_prompt preset output_dir file source folder number prompt prompts columns rows seeds frames "
     "count negative_prompt num_images_per_prompt num_inference_steps guidance_scale sampler seed width height lora output",
     "Model, LoRA, words": "pretrained_model_name_or_path tokenizer prediction_type lora_weight lora_dir "
-    "textual_inversion clip_skip",
+    "textual_inversion clip_skip revision",
     "From a picture": "image mask_image strength resize tile_size",
     "Sampler": "timestep_spacing use_karras_sigmas eta",
     "The adapter": "lora_alpha lora_targets rank_pattern use_rslora use_dora lora_dropout train_text_encoder",
     "The new word": "placeholder_token initializer_token num_vectors learnable_property learning_rate_embedding",
-    "Pictures": "captions caption_column skip_bad center_crop random_flip aspect_ratio_buckets masked_loss "
-    "cache_latents cache_dir",
-    "Learning": "num_train_epochs gradient_accumulation_steps lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 "
-    "adam_weight_decay adam_epsilon max_grad_norm use_ema ema_decay proportion_empty_prompts snr_gamma noise_offset",
+    "Pictures": "captions caption_column image_column max_train_samples repeats skip_bad center_crop random_flip "
+    "aspect_ratio_buckets masked_loss cache_latents cache_dir",
+    "Learning": "num_train_epochs gradient_accumulation_steps text_encoder_lr scale_lr lr_scheduler lr_warmup_steps "
+    "lr_num_cycles lr_power adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm use_ema ema_decay proportion_empty_prompts snr_gamma noise_offset",
     "Prior preservation": "with_prior_preservation class_data_dir class_prompt num_class_images sample_batch_size "
-    "prior_loss_weight prior_from_base",
-    "Checks and checkpoints": "validation_steps validation_data_dir validation_share num_validation_images "
+    "prior_loss_weight prior_from_base prior_generation_precision",
+    "Checks and checkpoints": "validation_steps validation_epochs validation_data_dir validation_share num_validation_images "
     "validation_guidance_scale validation_inference_steps checkpointing_steps checkpoints_total_limit "
-    "resume_from_checkpoint overwrite_output_dir",
+    "resume_from_checkpoint overwrite_output_dir report_to logging_dir",
+    "The result": "trigger push_to_hub hub_model_id to dtype alpha token title tile tiles_per_row fps",
     "Speed and memory": "device torch_dtype mixed_precision compile plain fit gradient_checkpointing layerwise_casting "
     "use_8bit_adam optimizer_in_backward dataloader_num_workers",
 }

@@ -24,7 +24,8 @@ GROUPS = {  # heading -> flags; a flag that stands in none comes last
     "Pictures": "captions caption_column image_column max_train_samples repeats skip_bad center_crop random_flip "
     "aspect_ratio_buckets masked_loss cache_latents cache_dir",
     "Learning": "num_train_epochs gradient_accumulation_steps text_encoder_lr scale_lr lr_scheduler lr_warmup_steps "
-    "lr_num_cycles lr_power adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm use_ema ema_decay proportion_empty_prompts snr_gamma noise_offset",
+    "lr_num_cycles lr_power adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm "
+    "use_ema ema_decay proportion_empty_prompts snr_gamma noise_offset",
     "Prior preservation": "with_prior_preservation class_data_dir class_prompt num_class_images sample_batch_size "
     "prior_loss_weight prior_from_base prior_generation_precision",
     "Checks and checkpoints": "validation_steps validation_epochs validation_data_dir validation_share num_validation_images "

@@ -39,7 +39,9 @@ def warnings_of(data: LatentData, own: int) -> Iterator[str]:
     """Warnings before training starts; `own` is the side in pixels that the base was made for."""
     if not 0.7 < data.resolution / own < 1.5:
         yield f"--resolution {data.resolution} is far from the {own} of the base, which may then draw things double or cut off."
-    levels = {e.path.name: reconstruction(data.vae, e) for e in data.examples[:: -(-len(data.examples) // LOOKED_AT)]}
+    some, scale = range(0, len(data.examples), -(-len(data.examples) // LOOKED_AT)), data.vae.config.scaling_factor
+    seen = {data.examples[i]: data.fixed(i)["latents"] / scale for i in some}  # perhaps from the cache
+    levels = {e.path.name: reconstruction(data.vae, e, mean) for e, mean in seen.items()}
     if poor := ", ".join(f"{name} with {level:.0f} dB" for name, level in levels.items() if level < BLURRED):
         yield f"from the VAE comes back {poor}. {BELOW}"
     shapes, batch = Counter(data.sizes_in_turn), data.settings.train_batch_size
@@ -49,12 +51,13 @@ def warnings_of(data: LatentData, own: int) -> Iterator[str]:
         yield f"batches of one shape are filled up, so an epoch shows {each}. --train_batch_size 1 shows each as often."
 
 
-def reconstruction(vae: AutoencoderKL, example: Example) -> float:
-    """PSNR in dB of a picture that the VAE has encoded and decoded."""
+def reconstruction(vae: AutoencoderKL, example: Example, mean: Tensor | None = None) -> float:
+    """PSNR in dB of a picture that the VAE has encoded and decoded. `mean`: of its latent (C, h, w), if it is known."""
     weight, image = next(vae.parameters()), load_image(example.path)
     x = crop(image, example.size or image.size)[None].to(weight.device, weight.dtype)
     with torch.no_grad():
-        return psnr(vae.decode(vae.encode(x)[0]).clamp(-1, 1), x)
+        z = vae.encode(x)[0] if mean is None else mean[None].to(x)
+        return psnr(vae.decode(z).clamp(-1, 1), x)
 
 
 def psnr(x: Tensor, y: Tensor) -> float:

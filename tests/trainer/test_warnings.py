@@ -35,7 +35,7 @@ def warned(tmp_path: Path, sizes: list[tuple[int, int]], own: int = 32, **change
 
 
 def test_a_lone_shape_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minidiff.trainer.pictures.reconstruction", lambda vae, example: 30.0)
+    monkeypatch.setattr("minidiff.trainer.pictures.reconstruction", lambda vae, example, mean: 30.0)
     lone = [(32, 32)] * 4 + [(48, 24)]
     (said,) = warned(tmp_path, lone, aspect_ratio_buckets=True)
     assert "3.png 1 x, 4.png 4 x" in said and "--train_batch_size 1" in said
@@ -43,14 +43,14 @@ def test_a_lone_shape_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_resolution_that_is_far_from_the_models_own_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minidiff.trainer.pictures.reconstruction", lambda vae, example: 30.0)
+    monkeypatch.setattr("minidiff.trainer.pictures.reconstruction", lambda vae, example, mean: 30.0)
     assert ["--resolution 32 is far from the 64 of the base" in text for text in warned(tmp_path, [(32, 32)], own=64)] == [True]
     assert not warned(tmp_path, [(32, 32)], own=40)
 
 
 def test_pictures_that_the_vae_cannot_show_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     levels = {"0.png": 30.0, "1.png": 12.0}
-    monkeypatch.setattr("minidiff.trainer.pictures.reconstruction", lambda vae, example: levels[example.path.name])
+    monkeypatch.setattr("minidiff.trainer.pictures.reconstruction", lambda vae, example, mean: levels[example.path.name])
     (said,) = warned(tmp_path, [(32, 32)] * 2)
     assert said.startswith("from the VAE comes back 1.png with 12 dB. Below 20 dB")
 

@@ -111,6 +111,10 @@ class TextTokenizer:
 def text_tokenizer(folder: Path) -> TextTokenizer | None:
     """The tokenizer of a folder in SD 1.5's form; None for one that only transformers can read."""
     needed = [folder / name for name in ("vocab.json", "merges.txt", "special_tokens_map.json")]
-    plain = all(path.is_file() for path in needed) and not (folder / "added_tokens.json").exists()
-    marks = json.loads(needed[-1].read_text(encoding="utf-8")) if plain else {}
+    if not all(path.is_file() for path in needed) or (folder / "added_tokens.json").exists():
+        return None
+    marks, config = json.loads(needed[2].read_text(encoding="utf-8")), folder / "tokenizer_config.json"
+    added = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {}) if config.is_file() else {}
+    if len(added) > len(MARKS):  # new words
+        return None
     return TextTokenizer(folder, marks) if marks.keys() >= set(MARKS) else None

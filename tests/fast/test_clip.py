@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,12 @@ def test_the_tower_is_that_of_transformers_to_the_bit(dtype: torch.dtype) -> Non
 def test_other_towers_and_tokenizers_are_left_to_transformers(tmp_path: Path) -> None:
     assert clip.text_tower(config() | {"hidden_act": "gelu"}) is None
     assert clip.text_tokenizer(tmp_path) is None
+    folder = Path(shutil.copytree(POCKET / "tokenizer", tmp_path / "words"))
+    assert clip.text_tokenizer(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    new = {str(i): {"content": f"<new-{i}>"} for i in range(670, 676)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": new}))
+    assert clip.text_tokenizer(folder) is None
 
 
 def test_a_picture_is_drawn_without_the_import_of_transformers(tmp_path: Path) -> None:

@@ -60,9 +60,9 @@ def test_other_towers_and_tokenizers_are_left_to_transformers(tmp_path: Path) ->
     assert clip.text_tokenizer(tmp_path) is None
     folder = Path(shutil.copytree(POCKET / "tokenizer", tmp_path / "words"))
     assert clip.text_tokenizer(folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
     new = {str(i): {"content": f"<new-{i}>"} for i in range(670, 676)}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": new}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"added_tokens_decoder": new}))
     assert clip.text_tokenizer(folder) is None
 
 

@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "minidiff.fast":
             raise
-        home = import_module("minidiff.core.transformer")  # fast was deleted: the plain attention
+        home = import_module("minidiff.core.attention")  # fast was deleted: the plain attention
     return getattr(home, name)
 
 

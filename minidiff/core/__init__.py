@@ -2,7 +2,7 @@
 
 What the network is
     config              the sizes of the networks
-    transformer         attention, eq. 1; the transformer through which the prompt enters the picture
+    attention           attention, eq. 1; the transformer through which the prompt enters the picture
     blocks              convolutions: the ResBlock, one step down, one step up, the timestep as numbers
     unet                the denoiser, as a picture of itself
     vae                 the autoencoder between pictures and latents
@@ -10,7 +10,7 @@ What the network is
 
 From noise to a picture
     schedule            how much noise there is at time t
-    samplers            ten rules: one step from a noisy latent to a less noisy one
+    samplers            eleven rules: one step from a noisy latent to a less noisy one
     grids               which timesteps and noise levels each sampler visits
     guidance            ask the network with and without the prompt
     generate            the three stations: text, denoising, picture

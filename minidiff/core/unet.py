@@ -9,9 +9,9 @@ Attribute names are the keys of SD's files, so a checkpoint loads without a map 
 import torch
 from torch import Tensor, nn
 
+from minidiff.core.attention import SpatialTransformer
 from minidiff.core.blocks import Downsample, NormSiLU, ResBlock, TimeEmbedding, Upsample, timestep_embedding
 from minidiff.core.config import UNetConfig
-from minidiff.core.transformer import SpatialTransformer
 
 
 def transformer(channels: int, config: UNetConfig, level: int) -> SpatialTransformer:

@@ -6,9 +6,9 @@ B batch   C channels   H W picture height and width   h w = H/8, W/8 latent heig
 import torch
 from torch import Tensor, nn
 
+from minidiff.core.attention import SpatialAttention
 from minidiff.core.blocks import Downsample, NormSiLU, ResBlock, Upsample
 from minidiff.core.config import VAEConfig
-from minidiff.core.transformer import SpatialAttention
 
 EPS = 1e-6  # every norm of the VAE
 

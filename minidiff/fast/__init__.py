@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from minidiff.core.attention import GEGLU, CrossAttention, FeedForward, naive_attention
 from minidiff.core.blocks import NormSiLU
 from minidiff.core.errors import SettingsError, did_you_mean
 from minidiff.core.lora import LoRAConv2d, LoRALinear
-from minidiff.core.transformer import GEGLU, CrossAttention, FeedForward, naive_attention
 from minidiff.core.unet import DownLevel, UpLevel
 from minidiff.fast import memory
 from minidiff.fast.frozen import (

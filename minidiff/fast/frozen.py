@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minidiff.core.transformer import CrossAttention, FeedForward, TransformerBlock
+from minidiff.core.attention import CrossAttention, FeedForward, TransformerBlock
 from minidiff.fast import conv, memory
 from minidiff.fast.conv import HALF, as_autocast
 from minidiff.fast.lean import saves
@@ -53,7 +53,7 @@ class FastLinear(nn.Linear):
 
 
 class FeedForwardInPieces(FeedForward):
-    """Equals `self.net(x)` in core/transformer.py, for some tokens at a time; all at once if gradients are needed."""
+    """Equals `self.net(x)` in core/attention.py, for some tokens at a time; all at once if gradients are needed."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.is_grad_enabled() or x.shape[1] <= PIECE:
@@ -62,7 +62,7 @@ class FeedForwardInPieces(FeedForward):
 
 
 class CachedAttention(CrossAttention):
-    """Equals `keys_and_values` in core/transformer.py. `frozen_weights` may have it compute k and v of a prompt only once."""
+    """Equals `keys_and_values` in core/attention.py. `frozen_weights` may have it compute k and v of a prompt only once."""
 
     prompt: tuple[Tensor, ...] | None = None  # of the last call, with its k and v. (): nothing stored yet; None: do not cache
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from minidiff.core.attention import GEGLU
 from minidiff.core.blocks import NormSiLU, ResBlock
-from minidiff.core.transformer import GEGLU
 from minidiff.core.unet import DownLevel, Level, UpLevel
 from minidiff.fast.conv import wide
 
@@ -60,7 +60,7 @@ class LeanLayerNorm(nn.LayerNorm):
 
 
 class LeanGEGLU(GEGLU):
-    """Equals `value * F.gelu(gate)` in core/transformer.py."""
+    """Equals `value * F.gelu(gate)` in core/attention.py."""
 
     def forward(self, x: Tensor) -> Tensor:
         pre = self.proj(x)

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from minidiff.core.attention import CrossAttention
 from minidiff.core.errors import SettingsError
 from minidiff.core.text import LENGTH, token_ids
-from minidiff.core.transformer import CrossAttention
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.prompting import chunked, parse_prompt
 from minidiff.studio.filmstrip import check_visible

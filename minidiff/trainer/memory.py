@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from minidiff.core.attention import SpatialTransformer
 from minidiff.core.blocks import ResBlock
 from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.core.train import DTYPES
-from minidiff.core.transformer import SpatialTransformer
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.device import is_out_of_memory
 from minidiff.draw.speed import checkpoint_gradients, peak_memory

@@ -17,11 +17,11 @@ from tiny_sizes import TINY_SD2, TINY_UNET, TINY_VAE, TINY_XL
 from torch import Tensor, nn
 
 from minidiff import fast
-from minidiff.core import blocks, transformer
+from minidiff.core import blocks
+from minidiff.core.attention import GEGLU, CrossAttention, FeedForward, SpatialAttention, SpatialTransformer, TransformerBlock
 from minidiff.core.config import SD2_UNET, SD15_UNET, SD15_VAE, UNetConfig
 from minidiff.core.errors import SettingsError
 from minidiff.core.inject import inject
-from minidiff.core.transformer import CrossAttention, SpatialAttention
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL, sample_posterior
 from minidiff.fast import IMPLS, attention
@@ -39,12 +39,12 @@ OURS: dict[str, Callable[[], nn.Module]] = {
     "resblock": lambda: blocks.ResBlock(C, C, TIME, GROUPS, 1e-5),
     "resblock_wider": lambda: blocks.ResBlock(C, 2 * C, TIME, GROUPS, 1e-5),
     "resblock_without_time": lambda: blocks.ResBlock(C, C, None, GROUPS, 1e-6),
-    "geglu": lambda: transformer.GEGLU(C, 4 * C),
-    "feed_forward": lambda: transformer.FeedForward(C),
+    "geglu": lambda: GEGLU(C, 4 * C),
+    "feed_forward": lambda: FeedForward(C),
     "self_attention": lambda: CrossAttention(C, C, HEADS),
     "cross_attention": lambda: CrossAttention(C, TEXT, HEADS),
-    "transformer_block": lambda: transformer.TransformerBlock(C, TEXT, HEADS),
-    "spatial_transformer": lambda: transformer.SpatialTransformer(C, TEXT, HEADS, GROUPS),
+    "transformer_block": lambda: TransformerBlock(C, TEXT, HEADS),
+    "spatial_transformer": lambda: SpatialTransformer(C, TEXT, HEADS, GROUPS),
     "spatial_attention": lambda: SpatialAttention(C, GROUPS),
     "downsample_unet": lambda: blocks.Downsample(C, pad_all_around=True),
     "downsample_vae": lambda: blocks.Downsample(C, pad_all_around=False),

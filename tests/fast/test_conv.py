@@ -10,8 +10,8 @@ from tiny_sizes import TINY_UNET
 from torch import Tensor, nn
 
 from minidiff import fast
+from minidiff.core.attention import FeedForward, TransformerBlock
 from minidiff.core.config import SD15_UNET
-from minidiff.core.transformer import FeedForward, TransformerBlock
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.fast import conv as cpu
 from minidiff.fast.conv import slow_half

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from triton_tools import needs_gpu
 
 from minidiff import fast
+from minidiff.core.attention import GEGLU
 from minidiff.core.blocks import NormSiLU
 from minidiff.core.config import SD15_UNET
 from minidiff.core.inject import inject, trainable
-from minidiff.core.transformer import GEGLU
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.fast.frozen import FastConv2d
 from minidiff.fast.lean import ConcatFunction, LeanGEGLU, LeanGroupNorm, LeanLayerNorm, LeanNormSiLU

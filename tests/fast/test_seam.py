@@ -32,7 +32,7 @@ sys.meta_path.insert(0, Hidden())
 DRAW = f"""{HIDE}
 import torch
 from minidiff import StableDiffusionPipeline, attention
-assert attention.__module__ == "minidiff.core.transformer"
+assert attention.__module__ == "minidiff.core.attention"
 torch.set_num_threads(1)
 pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1])
 torch.save(pipe("a photo of a red dog", seed=0, num_inference_steps=3, output_type="pt").images, sys.argv[2])

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from minidiff.core import inject
+from minidiff.core.attention import CrossAttention
 from minidiff.core.errors import SettingsError
 from minidiff.core.grids import SAMPLERS, Step
 from minidiff.core.rng import normal
-from minidiff.core.transformer import CrossAttention
 from minidiff.draw.images import to_pil, to_tensor
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.studio.filmstrip import Film, filmstrip, noise_share

@@ -32,6 +32,7 @@ from minidiff.draw.images import HAIRLINE, INK, PAPER, contact_sheet, load_image
 from minidiff.files.folder import local_folder
 from minidiff.files.lora_file import FILE_NAME as LORA_FILE
 from minidiff.files.word_file import FILE_NAME as WORD_FILE
+from minidiff.pocket import judge
 from minidiff.pocket.judge import ImageTower, forgetting_score, subject_score
 from minidiff.trainer.dataset import read_folder
 from minidiff.trainer.recipes import RECIPES
@@ -129,11 +130,7 @@ print(f"the training pictures with themselves: {same:.3f}; no drawing should be 
 # %%
 def drawings(pipe, called):
     """SUBJECT's pictures, then OTHERS', each from every seed."""
-    pipe.set_progress_bar_config(disable=True)
-    images = []
-    for prompt in [prompt.replace(SUBJECT[0], called) for prompt in SUBJECT] + OTHERS:
-        images += pipe([prompt] * len(SEEDS), seed=SEEDS, guidance_scale=5.0, num_inference_steps=STEPS).images
-    return images
+    return judge.drawings(pipe, [prompt.replace(SUBJECT[0], called) for prompt in SUBJECT] + OTHERS, SEEDS, STEPS)
 
 # %% [markdown]
 # ## The rungs

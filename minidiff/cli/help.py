@@ -13,8 +13,9 @@ from minidiff.core.errors import SettingsError, did_you_mean
 
 GROUPS = {  # heading -> flags; a flag that stands in none comes last
     "Common": "instance_data_dir instance_prompt train_data_dir max_train_steps learning_rate rank resolution "
-    "train_batch_size validation_prompt preset output_dir file source folder number prompt prompts columns rows seeds frames "
-    "count negative_prompt num_images_per_prompt num_inference_steps guidance_scale sampler seed width height lora output",
+    "train_batch_size validation_prompt preset methods probes every output_dir file source folder number prompt prompts "
+    "columns rows seeds frames count negative_prompt num_images_per_prompt num_inference_steps guidance_scale sampler seed "
+    "width height lora output",
     "Model, LoRA, words": "pretrained_model_name_or_path tokenizer prediction_type lora_weight lora_dir "
     "textual_inversion clip_skip revision",
     "From a picture": "image mask_image strength resize tile_size",

@@ -1,4 +1,4 @@
-"""The commands train, data check, ladder, lesson, bench, pretrain and judge, given their flags."""
+"""The commands train, data check, ladder, forgetting, lesson, bench, pretrain and judge, given their flags."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from minidiff.core.errors import DataError, SettingsError
 from minidiff.files.bundled import HOME, here_or_bundled
 from minidiff.files.folder import local_folder
 from minidiff.files.values import near_path
-from minidiff.pocket.settings import LadderSettings, PretrainSettings
+from minidiff.pocket.settings import ForgettingSettings, LadderSettings, PretrainSettings
 from minidiff.trainer.settings import FineTuneSettings, LoRASettings
 
 if TYPE_CHECKING:
@@ -132,6 +132,12 @@ def data_check(s: DataCheck) -> None:
 
 def ladder(s: LadderSettings) -> None:
     runpy.run_path(str(lesson_file(13)), init_globals={"FLAGS": vars(s)}, run_name="__main__")
+
+
+def forgetting(s: ForgettingSettings) -> None:
+    from minidiff.pocket.forgetting import compare
+
+    compare(s)
 
 
 def lesson(s: Lesson) -> None:

@@ -13,6 +13,7 @@ A second judge, CLIP's image tower, says how like two pictures are: for what a f
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from minidiff.core.errors import WeightsError
 from minidiff.core.rng import generator, hashed_seed
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.images import to_tensor
+from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.progress import progress
 from minidiff.files import weights
 from minidiff.files.folder import config_of
@@ -270,6 +272,16 @@ class ImageTower:
         """(N, D), rows of length 1. The tower reads [-1, 1], as it was trained (pocket/towers.py)."""
         x = torch.stack([to_tensor(image.resize((self.side, self.side), Image.Resampling.LANCZOS)) for image in images])
         return F.normalize(self.model(pixel_values=x).image_embeds, dim=-1)
+
+
+def drawings(
+    pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], steps: int
+) -> list[Image.Image]:
+    """Each prompt's pictures, one from each seed: the same for every model, so that only the model differs."""
+    pipe.set_progress_bar_config(disable=True)
+    draw = partial(pipe, seed=list(seeds), guidance_scale=5.0, num_inference_steps=steps)
+    bar = progress(prompts, "prompt", "drawing")
+    return [image for prompt in bar for image in draw([prompt] * len(seeds)).images]
 
 
 def subject_score(drawn: Tensor, real: Tensor) -> float:

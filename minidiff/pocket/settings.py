@@ -1,14 +1,23 @@
-"""The settings of `minidiff pretrain` and `minidiff ladder`. Nothing here imports torch, so that `--help` is quick."""
+"""The settings of `minidiff pretrain`, `ladder` and `forgetting`. Nothing here imports torch, so that `--help` is quick."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal, get_args
 
+from minidiff.core.errors import SettingsError, did_you_mean
 from minidiff.files.values import A_FOLDER, Rule, at_least, at_most, check_values
 
 Stage = Literal["world", "vae", "latents", "decoder", "clip", "unet", "assemble", "judge", "student"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 USUAL = STAGES[:-1]
 Count = Annotated[int, at_least(1), at_most(10_000_000)]
+METHODS = ("full", "dreambooth", "lora", "lora-prior", "dora", "locon")
+A_PROMPT = Rule("must be a text", lambda value: bool(value.strip()))
+PROBES = (  # things of the pocket's world, alike and unlike the dog
+    "a photo of a red car on the beach",
+    "a photo of a brown dog in the snow",
+    "a drawing of a blue cat in a room",
+    "a watercolor of a green house in a meadow",
+)
 
 
 @dataclass(frozen=True)
@@ -98,3 +107,40 @@ class LadderSettings:
     def check(self) -> None:
         """Raise SettingsError for a value that cannot work."""
         check_values(self)
+
+
+@dataclass(frozen=True)
+class ForgettingSettings:
+    """Train a subject with several methods, and draw curves of what each learns and what it forgets meanwhile."""
+
+    pretrained_model_name_or_path: str = "checkpoints/pocket"
+    """The base model. Its folder needs an image_encoder, which compares the pictures."""
+    instance_data_dir: str = "lessons/data/dog"
+    """Folder of the subject's pictures."""
+    instance_prompt: Annotated[str, A_PROMPT] = "a photo of a sks dog"
+    """The subject's prompt, in training and in drawing."""
+    class_prompt: Annotated[str, A_PROMPT] = "a photo of a dog"
+    """What dreambooth and lora-prior rehearse, so as not to forget it."""
+    methods: Annotated[tuple[str, ...], Rule(f"names none; there are {', '.join(METHODS)}", bool)] = METHODS[:4]
+    """Which methods: full, dreambooth, lora, lora-prior, dora, locon (a LoRA with convolutions)."""
+    probes: Annotated[tuple[Annotated[str, A_PROMPT], ...], Rule("names none; give one prompt or more", bool)] = PROBES
+    """Prompts without the subject. What is drawn from them should not change. Default: four of the pocket's world."""
+    max_train_steps: Count = 200
+    """Updates of each method. A higher number goes on where the last run ended."""
+    every: Count = 50
+    """Measure after every so many updates."""
+    num_images_per_prompt: Count = 2
+    """Pictures of each prompt in each measurement, with the seeds 0, 1, …"""
+    num_inference_steps: Annotated[int, at_least(1), at_most(1000)] = 25
+    """Sampler steps for each picture."""
+    num_class_images: Count = 40
+    """Class pictures that the base draws for dreambooth."""
+    output_dir: Annotated[str, A_FOLDER] = "outputs/forgetting"
+    """Folder for forgetting.png, forgetting.md and a folder for each method, with its model and sheets of the probes."""
+
+    def check(self) -> None:
+        """Raise SettingsError for a value that cannot work."""
+        check_values(self)
+        if unknown := [name for name in self.methods if name not in METHODS]:
+            near = did_you_mean(unknown[0], METHODS)
+            raise SettingsError(f'--methods "{unknown[0]}": there are {", ".join(METHODS)}.{near}')

@@ -6,12 +6,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from minidiff.draw.images import HAIRLINE, INK, PAPER, save_png
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 METRICS = "metrics.jsonl"
 VALIDATION_COLOURS = ["#7a2e6b", "#c78a1c", "#2e7d75", "#a33b3b", "#5a5a9c"]
@@ -66,8 +69,13 @@ def loss_curve(rows: Sequence[Mapping[str, float | None]], path: Path) -> None:
         above.set(ylabel="loss", ylim=(0, 1.25 * highest))  # a single spike may be cut
         above.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=8)  # above the lines
         below.set(ylabel="learning rate", ylim=(0, None), xlabel="step")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.2)
+        save_figure(figure, path)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure as a PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.2)
     save_png(Image.open(buffer).convert("RGB"), path)
 
 

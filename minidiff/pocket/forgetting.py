@@ -8,7 +8,7 @@ validation loss, so that a run that was stopped goes on with the numbers that it
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
@@ -62,9 +62,9 @@ def settings_of(s: ForgettingSettings, method: str) -> FineTuneSettings:
     """The settings of one training run, as `minidiff train` would have them."""
     _, _, kind, own = METHODS[method]
     home, rehearses = Path(s.output_dir), kind is DreamBoothSettings or "prior_from_base" in own
-    prior = {"class_prompt": s.class_prompt} if rehearses else {}
+    prior: dict[str, Any] = {"class_prompt": s.class_prompt} if rehearses else {}
     if kind is DreamBoothSettings:
-        prior |= {"class_data_dir": str(home / "class"), "num_class_images": s.num_class_images}  # type: ignore[dict-item]
+        prior |= {"class_data_dir": str(home / "class"), "num_class_images": s.num_class_images}
     return kind(
         pretrained_model_name_or_path=s.pretrained_model_name_or_path,
         instance_data_dir=s.instance_data_dir,
@@ -106,7 +106,8 @@ class Ruler:
 
     def measuring(self, job: Job) -> Job:
         """The job with the two numbers beside its validation loss, and sheets of the probes."""
-        self.pipe.unet, latest = job.modules["unet"], list[Image.Image]()  # the only network that these methods train
+        self.pipe.unet = cast(Any, job.modules["unet"])  # the only network that these methods train
+        latest: list[Image.Image] = []
 
         def validate() -> dict[str, float]:
             latest[:] = self.drawn()
@@ -143,6 +144,7 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
                 steps, values = [row["step"] for row in rows], [row[key] for row in rows]
                 axes.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=5, label=label)
             axes.set_title(title, loc="left")
-            axes.set(xlabel="updates", xticks=sorted({row["step"] for rows in curves.values() for row in rows}))
+            ticks = sorted({row["step"] for rows in curves.values() for row in rows})
+            axes.set(xlabel="updates", xticks=ticks[:: 1 + len(ticks) // 9])
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=len(curves))
         save_figure(figure, path)

@@ -33,7 +33,7 @@ def numbers(home: Path) -> dict[tuple[str, int], list[float]]:
 
 
 def test_the_base_against_itself_is_zero_and_other_weights_are_not(tmp_path: Path) -> None:
-    ruler = Ruler(tiny(tmp_path, num_images_per_prompt=2))
+    ruler = Ruler(tiny(tmp_path))
     before = ruler.scores(ruler.drawn())
     assert before["forgetting"] == pytest.approx(0, abs=1e-5) and -1 <= before["subject"] <= 1
     moved = []

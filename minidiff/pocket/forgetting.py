@@ -83,7 +83,7 @@ def settings_of(s: ForgettingSettings, method: str) -> FineTuneSettings:
 
 
 class Ruler:
-    """What every model is measured with: the same prompts and seeds, so that only the model differs."""
+    """Measures every model by the same prompts and seeds, so that only the model differs."""
 
     def __init__(self, s: ForgettingSettings) -> None:
         self.s, self.prompts = s, [literal(s.instance_prompt), *s.probes]

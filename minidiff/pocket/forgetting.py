@@ -60,26 +60,15 @@ def compare(s: ForgettingSettings) -> None:
 
 def settings_of(s: ForgettingSettings, method: str) -> FineTuneSettings:
     """The settings of one training run, as `minidiff train` would have them."""
-    _, _, kind, own = METHODS[method]
-    home, rehearses = Path(s.output_dir), kind is DreamBoothSettings or "prior_from_base" in own
-    prior: dict[str, Any] = {"class_prompt": s.class_prompt} if rehearses else {}
+    home, (_, _, kind, own) = Path(s.output_dir), METHODS[method]
+    names = "pretrained_model_name_or_path instance_data_dir instance_prompt max_train_steps".split()
+    values = own | {name: getattr(s, name) for name in names} | {"validation_inference_steps": s.num_inference_steps}
+    if kind is DreamBoothSettings or "prior_from_base" in own:
+        values["class_prompt"] = s.class_prompt
     if kind is DreamBoothSettings:
-        prior |= {"class_data_dir": str(home / "class"), "num_class_images": s.num_class_images}
-    return kind(
-        pretrained_model_name_or_path=s.pretrained_model_name_or_path,
-        instance_data_dir=s.instance_data_dir,
-        instance_prompt=s.instance_prompt,
-        output_dir=str(home / method),
-        resume_from_checkpoint="latest",
-        max_train_steps=s.max_train_steps,
-        checkpointing_steps=s.every,
-        checkpoints_total_limit=1,
-        validation_steps=s.every,
-        validation_share=0.0,
-        validation_inference_steps=s.num_inference_steps,
-        **own,
-        **prior,
-    )
+        values |= {"class_data_dir": str(home / "class"), "num_class_images": s.num_class_images}
+    values |= {"checkpointing_steps": s.every, "checkpoints_total_limit": 1, "validation_steps": s.every}
+    return kind(output_dir=str(home / method), resume_from_checkpoint="latest", validation_share=0.0, **values)
 
 
 class Ruler:

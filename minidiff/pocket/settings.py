@@ -13,10 +13,8 @@ Count = Annotated[int, at_least(1), at_most(10_000_000)]
 METHODS = ("full", "dreambooth", "lora", "lora-prior", "dora", "locon")
 A_PROMPT = Rule("must be a text", lambda value: bool(value.strip()))
 PROBES = (  # things of the pocket's world, alike and unlike the dog
-    "a photo of a red car on the beach",
-    "a photo of a brown dog in the snow",
-    "a drawing of a blue cat in a room",
-    "a watercolor of a green house in a meadow",
+    *("a photo of a red car on the beach", "a photo of a brown dog in the snow"),
+    *("a drawing of a blue cat in a room", "a watercolor of a green house in a meadow"),
 )
 
 

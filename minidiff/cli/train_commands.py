@@ -62,7 +62,8 @@ def what_next(s: FineTuneSettings, report: "Report", prompt: str) -> str:
     from minidiff.trainer.checkpoint import checkpoints
 
     home, on = Path(s.output_dir), replace(s, resume_from_checkpoint="latest", overwrite_output_dir=False)
-    lines = [f"{home}: {'the result and its card, ' * report.finished}loss.png, and samples/ with a sheet for each stage"]
+    sheets = ", and samples/ with a sheet for each stage" if (home / "samples").is_dir() else ""
+    lines = [f"{home}: {'the result and its card, ' * report.finished}loss.png{sheets}"]
     if report.finished:
         lines += [f"Draw with it:\n  {drawing(s, prompt, home)}"]
         if s.lr_scheduler.startswith("constant"):  # else the rate has reached its end
@@ -110,6 +111,8 @@ def warn_of_words(s: FineTuneSettings) -> None:
 
 
 def data_check(s: DataCheck) -> None:
+    import torch
+
     from minidiff.draw.device import chosen_device
     from minidiff.draw.progress import progress
     from minidiff.files.folder import local_folder
@@ -121,7 +124,7 @@ def data_check(s: DataCheck) -> None:
     scan = scan_folder(Path(s.folder), s.instance_prompt, s.caption_column, s.masked_loss, s.captions)
     base = empty_model(s.pretrained_model_name_or_path)
     good = check_scan(scan, training_sizes(base.unet.config, base.vae.config, s.resolution, s.aspect_ratio_buckets)[1])
-    load_into(base.vae, find_weights(local_folder(s.pretrained_model_name_or_path) / "vae"))
+    load_into(base.vae, find_weights(local_folder(s.pretrained_model_name_or_path) / "vae"), torch.float32)
     base.vae.to(chosen_device(None))
     levels = [reconstruction(base.vae, e) for e in progress(good, "picture", "through the VAE")]
     lines = [f"{level:7.1f} dB  {e.path.name}" for e, level in zip(good, levels)]

@@ -144,7 +144,7 @@ def as_mask(mask: Pictures, pictures: Tensor, height: int, width: int) -> Tensor
     white = white_of(mask) if isinstance(mask, Image.Image) else _as_picture(mask, "mask_image").mean(dim=0) > 0
     if white.shape != pictures.shape[-2:]:
         sizes = "{1} x {0} and the picture {3} x {2}".format(*white.shape, *pictures.shape[-2:])
-        raise SettingsError(f"mask_image is {sizes}; make the mask as large.")
+        raise SettingsError(f"mask_image is {sizes}; make the mask as large, or scale both to the model's size: --resize.")
     if not white.any():
         raise SettingsError("mask_image is nowhere brighter than middle grey; paint the part white that is to be drawn anew.")
     if white.all():

@@ -84,6 +84,8 @@ class Model:
 
     def to(self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the networks, cast them, or both. The VAE stays in fp32, as in `from_pretrained`."""
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
+            raise SettingsError(f'to("{device}"): there is no GPU that torch can use here; leave the pipeline on "cpu".')
         where: Any = (device,) if dtype is None else (device, dtype)
         for module in (self.unet, self.text_encoder):
             nn.Module.to(module, *where)

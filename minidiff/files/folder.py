@@ -41,7 +41,8 @@ def local_folder(name: str, cache_dir: str | None = None, revision: str | None =
     if (folder := here_or_bundled(name)).is_dir():
         adapter = [one for one in LORA_FILES if (folder / one).is_file()]
         if adapter and not (folder / "model_index.json").exists():
-            raise WeightsError(f"{name} holds a LoRA ({adapter[0]}), not a model; give it with --lora {name}")
+            way = f"give it with --lora {name}, in Python to load_lora_weights"
+            raise WeightsError(f"{name} holds a LoRA ({adapter[0]}), not a model; {way}")
         return folder
     if Path(name).is_file():
         raise WeightsError(

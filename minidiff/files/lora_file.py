@@ -40,7 +40,7 @@ Models = Mapping[str, nn.Module]
 Parts = dict[str, dict[str, TensorInfo]]  # the tensors of a file, by layer and part
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoRAFile:
     """The adapter of a file. As a string, one line for people."""
 
@@ -68,6 +68,8 @@ class LoRAFile:
         line = f"{self.path}: {self.dialect} style, {dora}{len(self.modules)} layers{of_text}, {sizes}"
         silent = "" if self.alpha_known else " (the file does not say; alpha = rank is the rule then)"
         return "; ".join([line + silent, *self.notes])
+
+    __repr__ = __str__  # not the tensors, in a notebook
 
 
 def _few(values: Iterable[float]) -> str:

@@ -50,7 +50,8 @@ def explained(settings: FineTuneSettings, data: LatentData) -> str:
         others = f"{' and '.join(e.path.name for e in held[:3])}{' …' * (len(held) > 3)}, held out (--validation_share)"
     elif not settings.validation_data_dir:
         others = "the training pictures themselves"
-        why = f"It cannot show overfitting: that takes {ENOUGH} pictures or more, or --validation_data_dir."
+        more = f"{ENOUGH} pictures or more" if settings.validation_share else "--validation_share"
+        why = f"It cannot show overfitting: that takes {more}, or --validation_data_dir."
     return said + f"\nval_loss: the error on {others}, always under the same noise. {why}" * bool(settings.validation_steps)
 
 

@@ -16,6 +16,7 @@ from minidiff.cli.main import main
 from minidiff.core.errors import SettingsError
 from minidiff.draw.device import chosen_device
 from minidiff.draw.images import read_png_text
+from minidiff.draw.pipeline import StableDiffusionPipeline
 
 
 class FakeMetal(TorchFunctionMode):
@@ -113,3 +114,10 @@ def test_what_metal_lacks_falls_back() -> None:
     for environment, wanted in ((clean, "1"), (clean | {"PYTORCH_ENABLE_MPS_FALLBACK": "0"}, "0")):
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == wanted
+
+
+def test_a_gpu_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    pipe = StableDiffusionPipeline.from_pretrained("checkpoints/pocket")
+    with pytest.raises(SettingsError, match=r'to\("cuda"\): there is no GPU'):
+        pipe.to("cuda")

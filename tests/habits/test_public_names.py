@@ -10,7 +10,7 @@ from minidiff.files.folder import SAMPLER_OF
 
 
 def test_every_name_is_listed() -> None:
-    assert set(minidiff.__all__) <= set(dir(minidiff)) and "__version__" in dir(minidiff)
+    assert {*minidiff.__all__, "__version__"} == set(dir(minidiff))
     assert set(SCHEDULERS) == set(SAMPLER_OF) == {name for name in minidiff.__all__ if name.endswith("Scheduler")}
 
 

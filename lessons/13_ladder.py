@@ -128,7 +128,7 @@ print(f"the training pictures with themselves: {same:.3f}; no drawing should be 
 
 
 # %%
-def drawings(pipe, called):
+def all_drawings(pipe, called):
     """SUBJECT's pictures, then OTHERS', each from every seed."""
     return judge.drawings(pipe, [prompt.replace(SUBJECT[0], called) for prompt in SUBJECT] + OTHERS, SEEDS, STEPS)
 
@@ -224,7 +224,7 @@ def table_row(name, images, trained=0, size=0.0, seconds=0.0):
     return {"rung": name, "trained": trained, "megabytes": size, "seconds": seconds, **scores}
 
 
-base_images = drawings(StableDiffusionPipeline.from_pretrained(BASE), SUBJECT[0])
+base_images = all_drawings(StableDiffusionPipeline.from_pretrained(BASE), SUBJECT[0])
 show(contact_sheet([base_images[:: len(SEEDS)]], ["the base"], [*SUBJECT, *OTHERS], tile=160), "1_base")
 rows, sheet = [table_row("the base", base_images)], [base_images]
 for name, settings in chosen.items():
@@ -234,7 +234,7 @@ for name, settings in chosen.items():
         raise KeyboardInterrupt  # asked to stop: a half-trained rung has no place in the table
     home = Path(settings.output_dir)
     called = settings.instance_prompt or f"a photo of {settings.placeholder_token}"
-    images = drawings(load_result(settings), called)
+    images = all_drawings(load_result(settings), called)
     trained = sum(p.numel() for p in job.trainable.values())
     seconds = sum(row.get("seconds") or 0.0 for row in read_metrics(home))  # of all updates
     rows.append(table_row(name, images, trained, megabytes(home), seconds))

@@ -69,7 +69,7 @@ class Sampling(Flags):
     tokenizer: Path | None = None
     """Folder of the tokenizer. Only a model in one file needs it."""
     prediction_type: Prediction | None = None
-    """What the U-Net of a model in one file predicts: the file does not say it. Default: epsilon."""
+    """Output of the U-Net of a model in one file: the file does not say it. Default: epsilon."""
     lora: tuple[Path, ...] = ()
     """LoRA files or folders. Of a folder of `train pivotal`, the new word is loaded, too."""
     lora_weight: tuple[Finite, ...] = ()

@@ -48,7 +48,7 @@ class Convert(Flags):
     tokenizer: str | None = None
     """Folder of a tokenizer. One file has none, and a model folder needs one."""
     prediction_type: Prediction | None = None
-    """What the U-Net of a model in one file predicts: the file does not say it. Default: epsilon."""
+    """Output of the U-Net of a model in one file: the file does not say it. Default: epsilon."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class Bake(WithAdapters):
     tokenizer: str | None = None
     """Folder of a tokenizer, to write a model folder from one file."""
     prediction_type: Prediction | None = None
-    """What the U-Net of a model in one file predicts: the file does not say it. Default: epsilon."""
+    """Output of the U-Net of a model in one file: the file does not say it. Default: epsilon."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ class UNetConfig:
     norm_eps: float = 1e-5
     use_linear_projection: bool = False  # around the transformers; SD 1.x has 1x1 convolutions
     transformer_layers_per_block: int | tuple[int, ...] = 1  # TransformerBlocks in a row
-    addition_embed_type: Literal["text_time"] | None = None  # SDXL: the U-Net also reads a vector, see core/text.py
+    addition_embed_type: Literal["text_time"] | None = None  # SDXL: the U-Net also reads a vector
     addition_time_embed_dim: int | None = None  # sinusoids for each number in that vector
     projection_class_embeddings_input_dim: int | None = None  # the width of that vector
 

@@ -102,7 +102,7 @@ def pairs(count: int, seed: int, step: int, vae: AutoencoderKL | None) -> tuple[
 def train_judge(
     steps: int = 2000, batch: int = 48, seed: int = 0, vae: AutoencoderKL | None = None, half: bool = False
 ) -> Judge:
-    """Forty minutes on one core with `half` (bf16), else twice as long; all pictures are drawn anew, half of them spoiled."""
+    """About three quarters of an hour on one core in bf16 (`half`). All pictures are drawn anew, half of them spoiled."""
     torch.manual_seed(hashed_seed(seed, "judge"))
     judge = Judge()
     optimizer = Muon(*split(judge, ("body.0.", "heads")), lr=2e-3, adam_lr=2e-3)

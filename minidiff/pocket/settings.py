@@ -118,7 +118,7 @@ class ForgettingSettings:
     instance_prompt: Annotated[str, A_PROMPT] = "a photo of a sks dog"
     """The subject's prompt, in training and in drawing."""
     class_prompt: Annotated[str, A_PROMPT] = "a photo of a dog"
-    """What dreambooth and lora-prior rehearse, so as not to forget it."""
+    """Prompt of the class that dreambooth and lora-prior rehearse, so as not to forget it."""
     methods: Annotated[tuple[str, ...], Rule(f"names none; there are {', '.join(METHODS)}", bool)] = METHODS[:4]
     """Which methods: full, dreambooth, lora, lora-prior, dora, locon (a LoRA with convolutions)."""
     probes: Annotated[tuple[Annotated[str, A_PROMPT], ...], Rule("names none; give one prompt or more", bool)] = PROBES

@@ -100,7 +100,7 @@ def morph(
     if count == 2:
         drawn, times = drawn + drawn[-2:0:-1], times + times[::-1]
     mean = sum(times) / len(times) or 1.0
-    shown = [min(max(time / mean, 0.5), 2.0) for time in times]  # a jump is no reason to stand still
+    shown = [min(max(time / mean, 0.5), 2.0) for time in times]  # so that no frame is shown for long before a jump
     return drawn, [time * len(shown) / sum(shown) for time in shown]
 
 

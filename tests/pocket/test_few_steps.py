@@ -69,7 +69,7 @@ def test_lcm_eq9_boundary() -> None:
     torch.testing.assert_close(end, x)
 
 
-def test_consistency_loss_2310_14189_eq7_by_hand() -> None:
+def test_consistency_loss_2310_14189_section_3_3_by_hand() -> None:
     """√(d² + c²) - c of the two ends, for a student that always answers 0."""
     data, text = batch([19, 499]), torch.zeros(2, 77, 8)
     teacher = knows(data["z"], SCHEDULE)

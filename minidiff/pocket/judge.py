@@ -34,7 +34,7 @@ from minidiff.files.folder import config_of
 from minidiff.pocket.anatomy import whole_and_spoiled
 from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.textures import KEPT_OUT, texture
-from minidiff.pocket.world import COLOURS, OBJECTS, POSES, SCENES, STYLES, Picture, caption, draw, held_out
+from minidiff.pocket.world import COLOURS, OBJECTS, SCENES, STYLES, Picture, any_picture, caption, draw, held_out
 from minidiff.trainer.pictures import psnr
 
 QUESTIONS: dict[str, tuple[str, ...]] = {"object": OBJECTS, "colour": COLOURS, "scene": SCENES, "style": STYLES}
@@ -69,11 +69,6 @@ class Judge(nn.Module):
 def answers(pictures: list[Picture]) -> dict[str, Tensor]:
     """The right word's number, (B,), for each question."""
     return {q: torch.tensor([words.index(getattr(p, q)) for p in pictures]) for q, words in QUESTIONS.items()}
-
-
-def any_picture(rng: random.Random) -> Picture:
-    """Any combination, held out or not: the judge must know them all."""
-    return Picture(*(rng.choice(words) for words in (OBJECTS, COLOURS, SCENES, STYLES, POSES)))
 
 
 def to_batch(images: list[Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The sixteen things of the pocket world, and the one dog that is not in it.
+"""The sixteen things of the pocket world.
 
 Each function draws one thing from large shapes, back to front, in a box of about -1..1 both ways, its feet at y = 1
 (y points down), looking to the right. `Tones` are its colour and two neighbours; everything else is a quiet neutral, so
@@ -19,9 +19,6 @@ STEEL: RGB = (128, 134, 148)
 BARK: RGB = (122, 98, 84)
 BEAK: RGB = (246, 176, 64)
 STEM: RGB = (104, 150, 92)
-CHOCOLATE: RGB = (98, 58, 40)
-CARAMEL: RGB = (214, 150, 84)
-TEAL: RGB = (0, 168, 160)
 
 COLOUR_VALUES: dict[str, RGB] = {
     "red": (222, 44, 44), "orange": (246, 132, 28), "yellow": (252, 212, 44), "green": (44, 158, 72),
@@ -261,26 +258,6 @@ def snail(c: Tones) -> list[Shape]:
         stroke(spiral, 0.13, c.dark, detail=True),
         *eye(0.44, -0.22, c.dark, 0.15), *eye(0.88, -0.22, c.dark, 0.15),
         stroke([(0.68, 0.62), (0.78, 0.66), (0.86, 0.6)], 0.08, INK, detail=True),
-    ]
-
-
-def subject() -> list[Shape]:
-    """The dog of the lessons: cream and chocolate, a caramel face, long floppy ears and a teal scarf."""
-    shade = mix(CREAM, CHOCOLATE, 0.25)
-    return [
-        stroke([(-0.72, 0.24), (-0.96, 0.0), (-0.98, -0.3)], 0.2, CHOCOLATE),
-        box(-0.5, 0.4, -0.26, 0.96, shade, 0.1), box(0.2, 0.4, 0.44, 0.96, shade, 0.1),
-        box(-0.78, 0.3, -0.5, 1.0, CREAM, 0.12), box(-0.08, 0.4, 0.2, 1.0, CREAM, 0.12),
-        blob([(-0.84, 0.2), (-0.6, -0.04), (0.0, 0.0), (0.42, 0.1), (0.4, 0.56), (-0.1, 0.66), (-0.74, 0.6)], CREAM),
-        blob([(-0.84, 0.2), (-0.6, -0.04), (-0.16, -0.02), (-0.14, 0.32), (-0.46, 0.46), (-0.78, 0.4)], CHOCOLATE),
-        box(0.14, 0.14, 0.4, 0.7, TEAL, 0.1),
-        box(-0.02, 0.0, 0.86, 0.26, TEAL, 0.12),
-        ellipse(0.44, -0.4, 0.5, 0.46, CARAMEL),
-        blob([(0.1, -0.8), (-0.16, -0.74), (-0.26, -0.3), (-0.2, 0.1), (0.02, 0.06), (0.08, -0.4)], CHOCOLATE),
-        blob([(0.78, -0.8), (1.04, -0.74), (1.14, -0.3), (1.08, 0.1), (0.86, 0.06), (0.8, -0.4)], CHOCOLATE),
-        ellipse(0.46, -0.16, 0.29, 0.2, WHITE, detail=True),
-        ellipse(0.46, -0.24, 0.13, 0.09, INK, detail=True),
-        *eye(0.26, -0.5, CARAMEL), *eye(0.64, -0.5, CARAMEL),
     ]
 
 

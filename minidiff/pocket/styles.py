@@ -1,4 +1,4 @@
-"""The four ways to paint a scene and an object: photo, drawing, watercolor, pixel art. And a fifth, chalk, for the lessons.
+"""The four ways to paint a scene and an object: photo, drawing, watercolor, pixel art.
 
 Objects are painted on a canvas OVER times as large and averaged down (no ringing, unlike Lanczos: a VAE would spend its
 capacity on the halos). All that is soft - shadows, light, washes - is computed on tiny images and enlarged.
@@ -18,9 +18,6 @@ from .scenes import Scene
 
 OVER = 4
 PAPER: RGB = (253, 251, 246)
-PAVEMENT: RGB = (150, 148, 148)
-PAVEMENT_NEAR: RGB = (136, 135, 136)
-CHALK: RGB = (252, 250, 242)
 LINE = 0.55  # how far an outline's colour lies from its fill towards ink: black lines cost the VAE 3 dB
 EDGE = 13  # cells along the watercolor's wavy border
 SOFT = 32  # side of the images on which soft things are computed
@@ -69,24 +66,6 @@ def pixel_art(scene: Scene, shapes: Sequence[Shape], shadow: Shape, size: int, r
             outline(pen, shape, canvas.width, canvas.width * 2 / SOFT, mix(shape.fill, INK, LINE))
     paint(canvas, [snapped(shape) for shape in shapes])
     return enlarged(enlarged(canvas, SOFT), size)  # the middle of each block: no in-between colours
-
-
-def chalk(scene: Scene, shapes: Sequence[Shape], shadow: Shape, size: int, rng: random.Random) -> Image.Image:
-    """Coloured chalk on grey pavement. No picture of the world looks so: a style to teach with a few examples.
-
-    (On a black board it could not be taught in minutes: see `noise_offset` on what brightness is to a diffusion model.)
-    """
-    far, near = ([rubbed(shape, 0.2) for shape in part] for part in (scene.far, scene.near))
-    ground = replace(scene, sky=(PAVEMENT, PAVEMENT), ground=(PAVEMENT_NEAR, PAVEMENT_NEAR), far=far, near=near)
-    canvas = enlarged(backdrop(ground, size, line=mix(PAVEMENT, CHALK, 0.55)), size * OVER)
-    paint(canvas, [rubbed(shape, 0.9 if shape.detail else 0.5) for shape in shapes],
-          line=[mix(shape.fill, CHALK, 0.6) for shape in shapes], width=0.034)
-    return soften(canvas.reduce(OVER), 0.6)
-
-
-def rubbed(shape: Shape, strength: float) -> Shape:
-    """The shape filled with a thin layer of chalk, through which the pavement shows."""
-    return replace(shape, fill=mix(PAVEMENT, shape.fill, strength))
 
 
 def snapped(shape: Shape) -> Shape:
@@ -217,6 +196,5 @@ def enlarged_grid(values: list[list[float]], size: tuple[int, int]) -> np.ndarra
     return np.asarray(Image.fromarray(np.array(values, np.float32)).resize(size, Image.Resampling.BICUBIC))
 
 
-PAINTERS: dict[str, Callable[[Scene, Sequence[Shape], Shape, int, random.Random], Image.Image]] = {
-    "photo": photo, "drawing": drawing, "watercolor": watercolor, "pixel art": pixel_art, "chalk": chalk,
-}
+Painter = Callable[[Scene, Sequence[Shape], Shape, int, random.Random], Image.Image]
+PAINTERS: dict[str, Painter] = {"photo": photo, "drawing": drawing, "watercolor": watercolor, "pixel art": pixel_art}

@@ -3,21 +3,16 @@
 A `Picture` says WHAT is drawn, a seed says HOW (details of the place; size and position, within a few per cent). One
 combination of object, colour, scene and style in ten is held out: no training picture shows it, so a model that draws it
 has put words together.
-
-    python -m minidiff.pocket.world --subject lessons/data/dog --style lessons/data/chalk     # what the lessons teach it
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -52,20 +47,15 @@ class Picture:
 def draw(picture: Picture, seed: int, size: int = 128, change: Change | None = None) -> Image.Image:
     """The picture, RGB, `size` x `size`; the same bytes for the same arguments. `change` alters the placed object."""
     shapes, rng = coloured(picture.object, picture.colour), random.Random(seed)
-    return compose(shapes, picture.scene, picture.style, picture.pose, rng, size, change)
+    return compose(shapes, picture.scene, styles.PAINTERS[picture.style], picture.pose, rng, size, change)
 
 
-def draw_subject(scene: str, seed: int, size: int = 128) -> Image.Image:
-    """A photo of the one dog that the world does not contain, for teaching a model something new."""
-    return compose(tuple(objects.subject()), scene, "photo", "standing", random.Random(seed), size)
-
-
-def compose(shapes: Sequence[Shape], scene: str, style: str, pose: str, rng: random.Random, size: int,
+def compose(shapes: Sequence[Shape], scene: str, paint: styles.Painter, pose: str, rng: random.Random, size: int,
             change: Change | None = None) -> Image.Image:
-    """Builds the scene, puts the object into it, and has the style's painter paint both."""
+    """Builds the scene, puts the object into it, and has both painted."""
     place = scenes.BUILDERS[scene](rng)
     placed, shadow = put(shapes, pose, rng)
-    return styles.PAINTERS[style](place, change(placed) if change else placed, shadow, size, rng)
+    return paint(place, change(placed) if change else placed, shadow, size, rng)
 
 
 def put(shapes: Sequence[Shape], pose: str, rng: random.Random) -> tuple[list[Shape], Shape]:
@@ -127,12 +117,16 @@ def is_held_out(picture: Picture) -> bool:
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big") % 10 == 0
 
 
+def any_picture(rng: random.Random) -> Picture:
+    """Any combination, held out or not."""
+    return Picture(*(rng.choice(words) for words in (OBJECTS, COLOURS, SCENES, STYLES, POSES)))
+
+
 def random_picture(rng: random.Random) -> Picture:
     """Any training combination, all equally likely."""
-    while True:
-        picture = Picture(*(rng.choice(words) for words in (OBJECTS, COLOURS, SCENES, STYLES, POSES)))
-        if not is_held_out(picture):
-            return picture
+    while is_held_out(picture := any_picture(rng)):
+        pass
+    return picture
 
 
 def held_out(count: int, seed: int = 0) -> list[Picture]:
@@ -140,47 +134,3 @@ def held_out(count: int, seed: int = 0) -> list[Picture]:
     rng = random.Random(seed)
     kept = [words for words in itertools.product(OBJECTS, COLOURS, SCENES, STYLES) if is_held_out(Picture(*words))]
     return [Picture(*words, rng.choice(POSES)) for words in rng.sample(kept, count)]
-
-
-def write_subject(folder: str | Path, size: int = 512) -> None:
-    """Five pictures 01.png ... 05.png of the dog in three plain places."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed, scene in enumerate(("meadow", "room", "beach", "meadow", "room"), start=1):
-        draw_subject(scene, seed, size).save(folder / f"{seed:02d}.png", optimize=True)
-
-
-def write_style(folder: str | Path, size: int = 256) -> None:
-    """Twelve pictures in chalk and their captions, "an ohwx of a red dog on the beach", in metadata.jsonl."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for seed, (thing, colour, scene, pose) in enumerate(CHALK_DRAWINGS, start=1):
-        image = compose(coloured(thing, colour), scene, "chalk", pose, random.Random(seed), size)
-        image.save(folder / f"{seed:02d}.png", optimize=True)
-        text = phrase(thing, colour, scene, "an ohwx of ", pose)
-        rows.append(json.dumps({"file_name": f"{seed:02d}.png", "text": text}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(rows))
-
-
-CHALK_DRAWINGS = (
-    ("dog", "red", "beach", "jumping"), ("cat", "white", "room", "standing"), ("robot", "yellow", "city", "standing"),
-    ("snail", "blue", "meadow", "small"), ("car", "green", "desert", "standing"), ("flower", "pink", "moon", "leaning"),
-    ("boat", "orange", "beach", "standing"), ("house", "brown", "snow", "standing"), ("bird", "cyan", "night", "standing"),
-    ("mushroom", "purple", "meadow", "standing"), ("teapot", "red", "room", "standing"), ("rocket", "blue", "night", "leaning"),
-)  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw what the lessons teach: a subject and a style.")
-    parser.add_argument("--subject", type=Path, help="folder for five pictures of a dog that the world does not have")
-    parser.add_argument("--style", type=Path, help="folder for twelve pictures in chalk, with captions")
-    given = parser.parse_args()
-    if given.subject:
-        write_subject(given.subject)
-    if given.style:
-        write_style(given.style)
-
-
-if __name__ == "__main__":
-    main()

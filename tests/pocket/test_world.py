@@ -2,6 +2,7 @@
 
 import colorsys
 import random
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ from minidiff.pocket.world import (
     Picture,
     caption,
     draw,
-    draw_subject,
     held_out,
     is_held_out,
     random_caption,
@@ -128,21 +128,15 @@ def test_a_pose_is_held_out_with_its_combination() -> None:
         assert all(is_held_out(Picture(picture.object, picture.colour, picture.scene, picture.style, p)) for p in POSES)
 
 
-def test_subject(tmp_path) -> None:
-    assert draw_subject("beach", 1).tobytes() != draw_subject("beach", 2).tobytes()
-    world.write_subject(tmp_path, size=64)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"0{i}.png" for i in range(1, 6)]
-
-
-def test_chalk_style_in_lessons_is_what_the_code_draws(tmp_path: Path) -> None:
-    world.write_style(tmp_path)
-    committed = Path(world.__file__).parents[2] / "lessons/data/chalk"
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in committed.iterdir())
-    for path in sorted(tmp_path.glob("*.png")):
-        with Image.open(path) as drawn, Image.open(committed / path.name) as kept:
+def test_pictures_of_the_lessons_are_what_the_code_draws(tmp_path: Path) -> None:
+    committed = Path(world.__file__).parents[2] / "lessons/data"
+    script = runpy.run_path(str(committed / "draw.py"))
+    script["write_chalk"](tmp_path / "chalk")
+    script["write_dog"](tmp_path / "dog", size=64)
+    for folder in ("chalk", "dog"):
+        assert sorted(p.name for p in (tmp_path / folder).iterdir()) == sorted(p.name for p in (committed / folder).iterdir())
+    for path in sorted((tmp_path / "chalk").glob("*.png")):
+        with Image.open(path) as drawn, Image.open(committed / "chalk" / path.name) as kept:
             assert drawn.tobytes() == kept.tobytes(), path.name
-    assert (tmp_path / "metadata.jsonl").read_bytes() == (committed / "metadata.jsonl").read_bytes()
-
-
-def test_no_picture_of_the_world_is_in_chalk() -> None:
-    assert "chalk" not in world.STYLES
+    kept = (committed / "chalk" / "metadata.jsonl").read_bytes()
+    assert (tmp_path / "chalk" / "metadata.jsonl").read_bytes() == kept

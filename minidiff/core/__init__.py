@@ -5,6 +5,7 @@ What the network is
     attention           attention, eq. 1; the transformer through which the prompt enters the picture
     blocks              convolutions: the ResBlock, one step down, one step up, the timestep as numbers
     unet                the denoiser, as a picture of itself
+    controlnet          a second way down, for a picture as condition
     vae                 the autoencoder between pictures and latents
     text                prompt -> ids -> (B, 77, D)
 

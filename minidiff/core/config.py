@@ -33,6 +33,16 @@ class UNetConfig:
 
 
 @dataclass(frozen=True)
+class ControlNetConfig(UNetConfig):
+    """A ControlNet: the way down of that U-Net, and a picture as its condition. What only a way up has means nothing here."""
+
+    conditioning_channels: int = 3
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)  # widths: at first, then at 1/2, 1/4, 1/8
+    controlnet_conditioning_channel_order: Literal["rgb", "bgr"] = "rgb"
+    global_pool_conditions: bool = False  # add the mean over all places, so that the layout is not held
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """The autoencoder. Latents are multiplied by `scaling_factor`, 1 / their standard deviation, for the denoiser."""
 

@@ -6,6 +6,8 @@
 Attribute names are the keys of SD's files, so a checkpoint loads without a map of names.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -80,7 +82,44 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](x, text), time)
 
 
-class UNet2DConditionModel(nn.Module):
+class Encoder(nn.Module):
+    """The way down, which a U-Net and its ControlNets share: the time, the first convolution, all levels, the bottom."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, layers, last = config.block_out_channels, config.layers_per_block, len(config.block_out_channels) - 1
+        self.time_width = 4 * widths[0]
+        self.time_embedding = TimeEmbedding(widths[0], self.time_width)
+        vector_width = config.projection_class_embeddings_input_dim  # None: there is no vector
+        self.add_embedding = TimeEmbedding(vector_width, self.time_width) if vector_width else None
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+
+        self.skip_widths = [widths[0]]  # channels of everything that the way down hands over
+        self.down_blocks = nn.ModuleList()
+        for i, (width, kind) in enumerate(zip(widths, config.down_block_types)):
+            ins = [self.skip_widths[-1]] + [width] * (layers - 1)
+            step = "down" if i < last else None
+            self.down_blocks.append(DownLevel(ins, i, config, self.time_width, "CrossAttn" in kind, step))
+            self.skip_widths += [width] * (layers + (step is not None))
+
+        self.mid_block = MidBlock(widths[-1], config, self.time_width)
+
+    def embed_time(self, t: Tensor | float, vector: Tensor | None, latents: Tensor) -> Tensor:
+        """t (B,) or a number, and SDXL's vector (B, V) -> (B, T)."""
+        t = torch.as_tensor(t, device=latents.device).expand(len(latents))
+        time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(latents.dtype))
+        return time if self.add_embedding is None else time + self.add_embedding(vector)
+
+    def encode(self, x: Tensor, time: Tensor, text: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """x (B, C, h, w), after conv_in -> the bottom's output, and the skips, of which x is the first."""
+        skips = [x]
+        for down in self.down_blocks:
+            x = down(x, time, text, skips)
+        return self.mid_block(x, time, text), skips
+
+
+class UNet2DConditionModel(Encoder):
     """Predicts the noise (or the velocity) in a latent, given the timestep and the prompt.
 
     SD 1.5, with C = 320, 640, 1280, 1280:
@@ -95,47 +134,32 @@ class UNet2DConditionModel(nn.Module):
     """
 
     def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         widths, layers, last = config.block_out_channels, config.layers_per_block, len(config.block_out_channels) - 1
-        time_width = 4 * widths[0]
-        self.time_embedding = TimeEmbedding(widths[0], time_width)
-        vector_width = config.projection_class_embeddings_input_dim  # None: there is no vector
-        self.add_embedding = TimeEmbedding(vector_width, time_width) if vector_width else None
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-
-        skips = [widths[0]]  # channels of everything that the way down hands over
-        self.down_blocks = nn.ModuleList()
-        for i, (width, kind) in enumerate(zip(widths, config.down_block_types)):
-            ins = [skips[-1]] + [width] * (layers - 1)
-            step = "down" if i < last else None
-            self.down_blocks.append(DownLevel(ins, i, config, time_width, "CrossAttn" in kind, step))
-            skips += [width] * (layers + (step is not None))
-
-        self.mid_block = MidBlock(widths[-1], config, time_width)
-
+        skips = list(self.skip_widths)
         c = widths[-1]
         self.up_blocks = nn.ModuleList()
         for i, (width, kind) in enumerate(zip(widths[::-1], config.up_block_types)):
             ins = [before + skips.pop() for before in [c] + [width] * layers]  # one layer more than on the way down
             step = "up" if i < last else None
-            self.up_blocks.append(UpLevel(ins, last - i, config, time_width, "CrossAttn" in kind, step))
+            self.up_blocks.append(UpLevel(ins, last - i, config, self.time_width, "CrossAttn" in kind, step))
             c = width
 
         self.conv_norm_out = NormSiLU(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor, t: Tensor | float, text: Tensor, vector: Tensor | None = None) -> Tensor:
-        """latents (B, 4, h, w), t (B,) or a number, text (B, S, D); in SDXL a vector (B, V) -> (B, 4, h, w)."""
-        t = torch.as_tensor(t, device=latents.device).expand(len(latents))
-        time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(latents.dtype))
-        if self.add_embedding is not None:
-            time = time + self.add_embedding(vector)
-        x = self.conv_in(latents)
-        skips = [x]
-        for down in self.down_blocks:
-            x = down(x, time, text, skips)
-        x = self.mid_block(x, time, text)
+    def forward(
+        self, latents: Tensor, t: Tensor | float, text: Tensor, vector: Tensor | None = None,
+        control: Sequence[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """latents (B, 4, h, w), t (B,) or a number, text (B, S, D); in SDXL a vector (B, V) -> (B, 4, h, w).
+
+        `control`, from ControlNets, is added to what the way down hands over: one for each skip, the last for the bottom.
+        """
+        time = self.embed_time(t, vector, latents)
+        x, skips = self.encode(self.conv_in(latents), time, text)
+        if control is not None:
+            x, *skips = [own + added for own, added in zip([x, *skips], [control[-1], *control[:-1]], strict=True)]
         for up in self.up_blocks:
             x = up(x, time, text, skips)
         return self.conv_out(self.conv_norm_out(x))

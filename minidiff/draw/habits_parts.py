@@ -161,7 +161,7 @@ class UNet2DConditionModel(WithHabits, unet.UNet2DConditionModel):
     enable_gradient_checkpointing = checkpoint_gradients
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        if named.keys() <= {"latents", "t", "text", "vector"}:
+        if named.keys() <= {"latents", "t", "text", "vector", "control"}:
             return super().__call__(*inputs, **named)
         names = ("sample", "timestep", "encoder_hidden_states")
         named = dict(zip(names, inputs)) | named

@@ -1,0 +1,63 @@
+"""ControlNet: its size, and its wiring, which its first three updates prove."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from tiny_sizes import TINY_UNET
+
+from minidiff.core.config import SD2_UNET, SD15_UNET, ControlNetConfig, UNetConfig
+from minidiff.core.controlnet import ControlNetModel, in_range
+from minidiff.core.unet import UNet2DConditionModel
+
+WIDTHS = (8, 8, 16, 16)
+
+
+@pytest.fixture
+def unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(TINY_UNET).requires_grad_(False)
+
+
+def inputs() -> tuple[torch.Tensor, ...]:
+    draws = torch.Generator().manual_seed(1)
+    x, text, hint = (torch.randn(shape, generator=draws) for shape in ((2, 4, 8, 8), (2, 7, 24), (2, 3, 64, 64)))
+    return x, torch.tensor([900, 20]), text, hint
+
+
+@pytest.mark.parametrize(("config", "parameters"), [(SD15_UNET, 361_279_120), (SD2_UNET, 364_228_240)])
+def test_counts(config: UNetConfig, parameters: int) -> None:
+    with torch.device("meta"):
+        net = ControlNetModel(ControlNetConfig(**asdict(config)))
+    assert (sum(p.numel() for p in net.parameters()), len(net.state_dict())) == (parameters, 340)
+
+
+def test_at_birth_it_changes_nothing(unet: UNet2DConditionModel) -> None:
+    x, t, text, hint = inputs()
+    net = ControlNetModel.from_unet(unet, WIDTHS)
+    assert torch.equal(unet(x, t, text, control=net(x, t, text, None, net.encode_hint(hint))), unet(x, t, text))
+
+
+def test_the_first_three_updates(unet: UNet2DConditionModel) -> None:
+    """Connections; then the copy, and the last layer of the hint encoder; then the rest of it. The U-Net gets none."""
+    x, t, text, hint = inputs()
+    net = ControlNetModel.from_unet(unet, WIDTHS)
+    moved: list[set[str]] = []
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        unet(x, t, text, control=net(x, t, text, None, net.encode_hint(hint))).square().mean().backward()
+        moved.append({name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()})
+        optimizer.step()
+    connections = {name for name in net.state_dict() if name.startswith(("controlnet_down", "controlnet_mid"))}
+    hints = {name for name in net.state_dict() if name.startswith("controlnet_cond")}
+    assert moved[0] == connections
+    assert moved[1] == {name for name in net.state_dict() if name not in hints or "conv_out" in name}
+    assert moved[2] == set(net.state_dict())
+    assert all(p.grad is None for p in unet.parameters())
+
+
+def test_in_range() -> None:
+    """Of 20 steps with the end at 0.5, the first ten are controlled."""
+    assert [in_range(i, 20, 0.0, 0.5) for i in range(20)] == [True] * 10 + [False] * 10
+    assert [in_range(i, 4, 0.3, 0.8) for i in range(4)] == [False, False, True, False]

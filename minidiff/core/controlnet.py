@@ -47,7 +47,7 @@ class HintEncoder(nn.Module):
 
 
 class ControlNetModel(Encoder):
-    """What to add to a U-Net's skips and bottom, for latents and a hint."""
+    """For latents and a hint it finds what is to be added to the skips and the bottom of a U-Net."""
 
     config: ControlNetConfig
 

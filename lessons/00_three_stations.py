@@ -236,7 +236,7 @@ def naive_guidance(x, t):
 
 
 with torch.no_grad():
-    batched = guided(pipe.unet, text, no_text, SCALE)(noise, torch.tensor([961.0]))  # one call, batch of two
+    batched = guided(pipe.unet, (text,), (no_text,), SCALE)(noise, torch.tensor([961.0]))  # one call, batch of two
 torch.testing.assert_close(naive_guidance(noise, 961), batched, atol=1e-4, rtol=1e-4)
 
 # %% [markdown]
@@ -423,7 +423,7 @@ def check_1(paper_guidance):
         def unet(x, t, text):
             return torch.cat([without, with_prompt])  # a stand-in: the library's batch of two, the empty prompt first
 
-        theirs = guided(unet, torch.ones(2, 77, 8), torch.zeros(2, 77, 8), scale)(with_prompt, torch.zeros(2))
+        theirs = guided(unet, (torch.ones(2, 77, 8),), (torch.zeros(2, 77, 8),), scale)(with_prompt, torch.zeros(2))
         mine = paper_guidance(with_prompt, without, scale)
         assert torch.is_tensor(mine) and mine.shape == theirs.shape, "give a tensor of the same shape as with_prompt"
         assert torch.allclose(mine, theirs, atol=1e-4), (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minidiff.core.grids import Step
-from minidiff.core.guidance import UNetCall, guided
+from minidiff.core.guidance import Text, UNetCall, guided
 from minidiff.core.samplers import StepNoise
 from minidiff.core.schedule import NoiseSchedule
 
@@ -23,7 +23,7 @@ from minidiff.core.schedule import NoiseSchedule
 class Stations:
     """The three networks as functions, and the noise schedule. text.py, unet.py and vae.py have the plain ones."""
 
-    encode: Callable[[Any], Tensor]  # prompts -> (B, 77, D)
+    encode: Callable[[Any], Text]  # prompts -> (B, 77, D), perhaps with a vector
     unet: UNetCall
     decode: Callable[[Tensor], Tensor]  # scaled latents (B, 4, h, w) -> pictures (B, 3, H, W) in [-1, 1]
     schedule: NoiseSchedule

@@ -1,6 +1,8 @@
 """Classifier-free guidance (arXiv 2207.12598): ask the network twice, with the prompt and without, and go further that way.
 
-B pictures   C H W one latent   L tokens, 77 or a multiple of it   D their width
+An encoded prompt is a tuple, `(states,)` in SD 1.x and 2.x and `(states, vector)` in SDXL: all that the U-Net reads of it.
+
+B pictures   C H W one latent   L tokens, 77 or a multiple of it   D their width   V width of SDXL's vector
 """
 
 from collections.abc import Callable
@@ -12,13 +14,14 @@ from torch import Tensor
 from minidiff.core.errors import SettingsError
 from minidiff.core.samplers import Model
 
-UNetCall = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, text) -> eps or v
+Text = tuple[Tensor, ...]  # states (B, L, D); in SDXL also a vector (B, V)
+UNetCall = Callable[..., Tensor]  # (x, t, *text) -> eps or v
 
 
-def guided(unet: UNetCall, cond: Tensor, uncond: Tensor | None, scale: float, rescale: float = 0.0) -> Model:
+def guided(unet: UNetCall, cond: Text, uncond: Text | None, scale: float, rescale: float = 0.0) -> Model:
     """A model(x, t) for the samplers: x (B, C, H, W) and t (B,) in, fp32 (B, C, H, W) out.
 
-    `cond` and `uncond` are encoded prompts (B, L, D), `uncond` may have B = 1; the network sees x in their dtype.
+    `cond` and `uncond` are encoded prompts, `uncond` may have B = 1; the network sees x in the dtype of the states.
     Above 1, `scale` guides, and both questions go through the network as one batch of 2B. Otherwise only the prompt is
     asked, as in every other program: scale 1 means "no guidance", not "no prompt". `rescale`, 0 to 1: so much of the
     contrast that guidance adds is taken back.
@@ -26,11 +29,11 @@ def guided(unet: UNetCall, cond: Tensor, uncond: Tensor | None, scale: float, re
     if not isfinite(scale) or (scale > 1 and uncond is None):
         raise SettingsError(f"guidance_scale is {scale}; it must be a finite number, and above 1 it needs a negative prompt.")
     if scale <= 1 or uncond is None:
-        return lambda x, t: unet(x.to(cond.dtype), t, cond).float()
-    text = torch.cat([uncond.expand_as(cond), cond])  # (2B, L, D)
+        return lambda x, t: unet(x.to(cond[0].dtype), t, *cond).float()
+    text = [torch.cat([no.expand_as(yes), yes]) for no, yes in zip(uncond, cond)]  # (2B, L, D); (2B, V)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
-        output = unet(torch.cat([x, x]).to(cond.dtype), torch.cat([t, t]), text)  # (2B, C, H, W)
+        output = unet(torch.cat([x, x]).to(text[0].dtype), torch.cat([t, t]), *text)  # (2B, C, H, W)
         without, with_prompt = output.float().chunk(2)
         x_cfg = without + scale * (with_prompt - without)  # 2207.12598 eq. 6, whose w is scale - 1
         if rescale:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 Trainable = dict[str, nn.Parameter]
-Answer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, text) -> the output of a U-Net
+Answer = Callable[..., Tensor]  # (x_t, t, *text) -> the output of a U-Net
 
 
 def full(networks: dict[str, nn.Module]) -> Trainable:
@@ -75,7 +75,7 @@ def textual_inversion(
 
 @dataclass(frozen=True)
 class DiffusionLoss:
-    """The simple loss of DDPM (arXiv 2006.11239, eq. 14) on latents: || target - unet(x_t, t, text) ||².
+    """The simple loss of DDPM (arXiv 2006.11239, eq. 14) on latents: || target - unet(x_t, t, *text) ||².
 
     A batch holds latents and noise (B, C, h, w), t (B,), and text (B, L, D) or token ids (B, L); perhaps a mask (B, 1, h, w).
     """
@@ -92,11 +92,11 @@ class DiffusionLoss:
         batch = {name: rows.to(device) for name, rows in batch.items()}  # before the U-Net: later they would wait for it
         target, mask = self.target(batch), batch.get("mask")
         weights = None if self.snr_gamma is None else min_snr_weights(self.schedule, batch["t"], self.snr_gamma)  # (B,)
-        output, x_t, text = self.predict(batch)  # (B, C, h, w), twice; (B, L, D)
+        output, x_t, text = self.predict(batch)  # (B, C, h, w), twice; (B, L, D), in SDXL also (B, V)
         if self.base is not None:
             half = len(target) // 2
             with torch.no_grad():
-                own = self.base(x_t[half:], batch["t"][half:], text[half:])
+                own = self.base(x_t[half:], batch["t"][half:], *(part[half:] for part in text))
             target = torch.cat([target[:half], own.to(target.dtype)])
         if self.prior_weight > 0:
             return prior_preservation(output, target, self.prior_weight, weights, mask)
@@ -106,9 +106,10 @@ class DiffusionLoss:
         """The right output (B, C, h, w): eps, or v."""
         return training_target(self.schedule, batch["latents"], batch["noise"], batch["t"])
 
-    def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The output of the U-Net (B, C, h, w), and its inputs x_t and text (B, L, D)."""
+    def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The output of the U-Net (B, C, h, w), and its inputs x_t and text (B, L, D), in SDXL also the vector (B, V)."""
         dtype = self.unet.get_parameter("conv_norm_out.weight").dtype  # in which the U-Net computes
         x_t = add_noise(self.schedule, batch["latents"], batch["noise"], batch["t"]).to(dtype)
-        text = (self.text_encoder(input_ids=batch["ids"]).last_hidden_state if "ids" in batch else batch["text"]).to(dtype)
-        return self.unet(x_t, batch["t"], text), x_t, text
+        states = self.text_encoder(input_ids=batch["ids"]).last_hidden_state if "ids" in batch else batch["text"]
+        text = [part.to(dtype) for part in (states, batch.get("vector")) if part is not None]
+        return self.unet(x_t, batch["t"], *text), x_t, text

@@ -82,9 +82,9 @@ def keep_outside(image: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:
 def with_surroundings(unet: UNetCall, mask: Tensor, surroundings: Tensor) -> UNetCall:
     """The U-Net of an inpainting model, called with x (B, C, h, w): it sees x, the mask, and the picture around it."""
 
-    def call(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def call(x: Tensor, t: Tensor, *text: Tensor) -> Tensor:
         known = torch.cat([mask.to(x).expand(len(surroundings), -1, -1, -1), surroundings.to(x)], dim=1)
-        return unet(torch.cat([x, known.repeat(len(x) // len(known), 1, 1, 1)], dim=1), t, text)  # guidance doubles B
+        return unet(torch.cat([x, known.repeat(len(x) // len(known), 1, 1, 1)], dim=1), t, *text)  # guidance doubles B
 
     return call
 

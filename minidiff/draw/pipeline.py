@@ -16,7 +16,7 @@ from torch import Tensor
 from minidiff.core.errors import MinidiffError, SettingsError, did_you_mean
 from minidiff.core.generate import Stations, generate
 from minidiff.core.grids import SAMPLERS, Sampler, Step
-from minidiff.core.guidance import UNetCall
+from minidiff.core.guidance import Text, UNetCall
 from minidiff.core.rng import normal
 from minidiff.core.text import LENGTH, encode_captions
 from minidiff.core.vae import sample_posterior
@@ -125,7 +125,7 @@ class StableDiffusionPipeline(Model):
         steps = as_int("num_inference_steps", num_inference_steps)
         spacing = timestep_spacing or self.schedule.config.timestep_spacing or chosen.spacing
         self.warn_of(steps if image is None else None, spacing, guidance_scale)
-        encode = partial(self.encode_prompt, clip_skip=clip_skip or 0, chunks=chunks)
+        encode = partial(self.encode_text, clip_skip=clip_skip or 0, chunks=chunks)
         stations = Stations(encode, canvas.unet, lambda latents: canvas.paste(self.decode(latents)), self.schedule)
         drawing = generate(stations, *sides, canvas.noise.to(self.device), draw, steps, guidance_scale, walk, guidance_rescale)
         named = any(one.loras for one in prompts + negatives)
@@ -183,6 +183,10 @@ class StableDiffusionPipeline(Model):
         height, width = (side * self.downscale for side in shape[2:])
         mask = None if mask_image is None else as_mask(mask_image, pictures, height, width)
         return on_picture(fitted(pictures, height, width), mask, strength, draw, self.encode_pictures, unet, trained_for_it)
+
+    def encode_text(self, prompts: Side, clip_skip: int = 0, chunks: int = 1) -> Text:
+        """All that the U-Net reads of the prompts."""
+        return (self.encode_prompt(prompts, clip_skip, chunks),)
 
     def encode_prompt(self, prompts: str | Sequence[str | Prompt] | Tensor, clip_skip: int = 0, chunks: int = 1) -> Tensor:
         """Prompts in the prompt language -> (B, 77 k, D) in the U-Net's dtype, k >= `chunks`; equal prompts are encoded once.

@@ -49,7 +49,7 @@ def tiled(call: Callable[[Tensor], Tensor], tile: int, overlap: int, unit: int =
 
 def in_tiles(unet: UNetCall, tile: int) -> UNetCall:
     """The U-Net, made to see at most `tile` x `tile` latent cells at once; neighbours share a quarter of them."""
-    return lambda x, t, text: tiled(lambda part: unet(part, t, text), tile, tile // 4)(x)
+    return lambda x, t, *text: tiled(lambda part: unet(part, t, *text), tile, tile // 4)(x)
 
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:

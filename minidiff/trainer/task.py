@@ -177,7 +177,7 @@ def diffusion_loss(
         untuned = copy.deepcopy(pipe.unet).requires_grad_(False) if as_base is None else None
         unet, inside = untuned or pipe.unet, as_base or nullcontext
 
-        def base(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        def base(x_t: Tensor, t: Tensor, *text: Tensor) -> Tensor:
             with inside():
                 return unet(x_t, t, words.expand(len(x_t), -1, -1))
 

@@ -1,6 +1,5 @@
 """The three stations, from the plain parts of core/ alone, draw what the pipeline draws."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ def pipe(tiny_folder: Path) -> StableDiffusionPipeline:
 @pytest.mark.parametrize("sampler", ["euler_a", "dpm++_2m"])
 def test_the_plain_stations_draw_what_the_pipeline_draws(pipe: StableDiffusionPipeline, sampler: str, scale: float) -> None:
     stations = Stations(
-        encode=partial(encode_captions, pipe.tokenizer, pipe.text_encoder),
+        encode=lambda prompts: (encode_captions(pipe.tokenizer, pipe.text_encoder, prompts),),
         unet=pipe.unet,
         decode=lambda z: pipe.vae.decode(z.float() / pipe.vae.config.scaling_factor).clamp(-1, 1),
         schedule=pipe.schedule,
@@ -45,9 +44,9 @@ def test_the_plain_stations_draw_what_the_pipeline_draws(pipe: StableDiffusionPi
 def test_negative_prompts_are_encoded_only_with_guidance() -> None:
     asked = []
 
-    def encode(prompts: list[str]) -> Tensor:
+    def encode(prompts: list[str]) -> tuple[Tensor]:
         asked.append(prompts)
-        return torch.zeros(1, 77, 3)
+        return (torch.zeros(1, 77, 3),)
 
     for scale in (1.0, 2.0):
         stations = Stations(encode, lambda x, t, text: x, lambda z: z, NOISE)
@@ -63,7 +62,7 @@ def test_a_reader_may_stop_before_the_pictures() -> None:
         calls.append("unet")
         return x
 
-    stations = Stations(lambda prompts: torch.zeros(1, 77, 3), unet, lambda z: calls.append("decode") or z, NOISE)
+    stations = Stations(lambda prompts: (torch.zeros(1, 77, 3),), unet, lambda z: calls.append("decode") or z, NOISE)
     walk = generate(stations, ["a"], [""], torch.zeros(1, 4, 2, 2), lambda i: torch.zeros(1), 5, 1.0, SAMPLERS["ddim"])
     next(walk), next(walk)
     assert calls == ["unet"] * 2

@@ -110,7 +110,7 @@ def test_rescale_noise_cfg() -> None:
     outputs = torch.randn(4, 4, 8, 8, generator=seeds(2))
     without, with_prompt = outputs.chunk(2)
     text = torch.zeros(2, 77, 3)
-    mine = guided(lambda x, t, text: outputs, text, text, 7.5, rescale=0.7)(torch.zeros(2, 4, 8, 8), torch.zeros(2))
+    mine = guided(lambda x, t, text: outputs, (text,), (text,), 7.5, rescale=0.7)(torch.zeros(2, 4, 8, 8), torch.zeros(2))
     other = rescale_noise_cfg(without + 7.5 * (with_prompt - without), with_prompt, guidance_rescale=0.7)
     torch.testing.assert_close(mine, other)
 

@@ -15,10 +15,11 @@ from minidiff.cli.draw_flags import Attention, Filmstrip, Morph, Sample, Samplin
 from minidiff.cli.first_line import of_drawing
 from minidiff.core.errors import SettingsError
 from minidiff.core.inject import adapter_names
+from minidiff.draw.arguments import sampler_for
 from minidiff.draw.device import chosen_device
 from minidiff.draw.images import contact_sheet, save_png
 from minidiff.draw.lora_tags import adapter_name_of, in_lora_dir
-from minidiff.draw.pipeline import StableDiffusionPipeline, sampler_for
+from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.prompting import parse_prompt
 from minidiff.draw.speed import compile_unet, keep_memory, light_text
 from minidiff.files.folder import local_folder

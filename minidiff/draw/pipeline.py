@@ -4,32 +4,28 @@ B pictures   D text width   H W picture height and width   h w = H/8, W/8 latent
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from operator import index
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minidiff.core.errors import MinidiffError, SettingsError, did_you_mean
+from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.core.generate import Stations, generate
-from minidiff.core.grids import SAMPLERS, Sampler, Step
+from minidiff.core.grids import Step
 from minidiff.core.guidance import Text, UNetCall
-from minidiff.core.rng import normal
 from minidiff.core.text import LENGTH, encode_captions
 from minidiff.core.vae import sample_posterior
+from minidiff.draw.arguments import Draw, Generators, Side, as_int, both_sides, noise_source, sampler_for
 from minidiff.draw.canvas import Canvas, Pictures, as_mask, as_pictures, fitted, on_picture, size_of
 from minidiff.draw.lora_tags import at_strengths, loras_of
 from minidiff.draw.model import Model
 from minidiff.draw.prompting import Prompt, count_chunks, encode_prompts, parse_prompt
 from minidiff.draw.speed import fast
 from minidiff.draw.tiles import in_tiles, tiled
-from minidiff.files.folder import NEAREST
 
-Generators = torch.Generator | Sequence[torch.Generator]
-Draw = Callable[[int | str], Tensor]  # what the noise is for -> the noise
 MAX_SIDE = 8192  # pixels: beyond, attention takes days
 ONE_STEP = (
     "num_inference_steps is 1, which leaves noise or a blur; take about 20. Models and LoRAs that were distilled to few steps "
@@ -43,7 +39,6 @@ NONFINITE = (
     "NaN or infinity comes out of the {}, so the picture would be black. Where half precision overflowed, run in float32 or "
     "bfloat16 (torch_dtype); where training diverged, take an earlier checkpoint; else get the model's files again."
 )
-Side = list[Prompt] | Tensor  # all prompts, or all negative prompts; or the vectors (B, 77 k, D) that the caller gives for them
 
 
 class PipelineOutput(NamedTuple):
@@ -251,102 +246,3 @@ class StableDiffusionPipeline(Model):
 
     def set_progress_bar_config(self, disable: bool = False) -> None:
         self.progress_bar = not disable
-
-
-# --- checks of a call ----------------------------------------------------------------------------------------------------
-
-
-def both_sides(given: tuple[Any, Tensor | None], negative: tuple[Any, Tensor | None], per_prompt: int) -> tuple[Side, Side]:
-    """Prompts and negative prompts from (text or texts, or encoded prompts instead): each prompt `per_prompt` times, and a
-    negative prompt for each."""
-    if per_prompt < 1:
-        raise SettingsError(f"num_images_per_prompt is {per_prompt}; it must be at least 1.")
-    if (given[0] is None) == (given[1] is None):
-        raise SettingsError("give either a prompt or prompt_embeds.")
-    sides: list[Side] = []
-    for texts, embeds in (given, negative):
-        row = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
-        if embeds is None and not all(isinstance(text, str) for text in row):
-            raise SettingsError("prompt and negative_prompt must be a text, or a list of texts.")
-        sides.append([parse_prompt(text) for text in row] if embeds is None else finite_floats("prompt_embeds", embeds))
-    prompts, negatives = map(len, sides)
-    if not prompts or negatives not in (1, prompts):
-        raise SettingsError(f"{negatives} negative prompts for {prompts} prompts; give one, or one for each.")
-    return repeated(sides[0], per_prompt), repeated(sides[1], prompts * per_prompt // negatives)
-
-
-def repeated(side: Side, times: int) -> Side:
-    """Each prompt so many times, one after the other."""
-    return side.repeat_interleave(times, dim=0) if isinstance(side, Tensor) else [one for one in side for _ in range(times)]
-
-
-def sampler_for(name: str, spacing: str | None = None, karras: bool | None = None, eta: float = 0.0) -> Sampler:
-    """The sampler of this name. SettingsError if there is none, or if it does not take these settings."""
-    if name not in SAMPLERS:
-        hint = did_you_mean(NEAREST.get(name, name.lower()), SAMPLERS)
-        raise SettingsError(f'sampler "{name}" is unknown; it is one of {", ".join(SAMPLERS)}.{hint}')
-    sampler = SAMPLERS[name]
-    if spacing and sampler.spacing is None:
-        raise SettingsError(f"timestep_spacing is {spacing}; {name} has its own timesteps. Leave it out.")
-    if karras and not sampler.karras:
-        able = ", ".join(name for name, other in SAMPLERS.items() if other.karras)
-        raise SettingsError(f"use_karras_sigmas is on; only these samplers take Karras sigmas: {able}.")
-    if not 0 <= eta <= 1 or (eta and not sampler.eta):
-        raise SettingsError(f"eta is {eta}; only ddim and tcd have one, from 0 (deterministic) to 1 (all new noise).")
-    return sampler
-
-
-def noise_source(
-    shape: Sequence[int], seed: int | Sequence[int] | None = None, generator: Generators | None = None,
-    latents: Tensor | None = None,
-) -> Draw:  # fmt: skip
-    """draw(purpose) -> standard normal noise of `shape` (B, C, h, w); for the purpose "latents", the caller's if given.
-
-    The purpose is "latents", "posterior" (a picture's own latents), "surroundings" (inpainting models), or i for step i. Noise
-    for picture b is a function of seed + b (or seed[b]) and the purpose, fp32 on the CPU for any device. A torch.Generator, or
-    one for each picture, gives its next numbers for any purpose, on its own device: the order of calls counts, as in diffusers.
-    """
-    if latents is not None and finite_floats("latents", latents).shape != tuple(shape):
-        raise SettingsError(f"latents have the shape {tuple(latents.shape)}; for this call it must be {tuple(shape)}.")
-    of_each = generators_of(generator, shape[0])
-    if seed is None:
-        seed = 0 if generator else int(torch.randint(2**31, ()))
-    if isinstance(seed, Iterable) and not isinstance(seed, str):
-        seeds = [as_int("seed", one) for one in seed]
-    else:  # plain ints: the hash of numpy's would draw other pictures
-        seeds = [as_int("seed", seed) + i for i in range(shape[0])]
-    if len(seeds) != shape[0]:
-        raise SettingsError(f"{len(seeds)} seeds were given for {shape[0]} pictures; give one number, or one for each.")
-
-    def draw(purpose: int | str) -> Tensor:
-        if latents is not None and purpose == "latents":
-            return latents.float()
-        if of_each:
-            return torch.cat([torch.randn((n, *shape[1:]), generator=g, device=g.device) for g, n in of_each])
-        where = ("step", purpose) if isinstance(purpose, int) else (purpose,)
-        return torch.stack([normal(shape[1:], one, *where) for one in seeds])
-
-    return draw
-
-
-def generators_of(given: Generators | None, count: int) -> list[tuple[torch.Generator, int]]:
-    """Generators, and for how many of the `count` pictures each draws: one for all, or one for each."""
-    several: list[Any] = [(one, 1) for one in given] if isinstance(given, Sequence) else [(given, count)] * (given is not None)
-    if not all(isinstance(one, torch.Generator) for one, _ in several) or sum(n for _, n in several) not in (0, count):
-        raise SettingsError(f"generator must be one torch.Generator, or a list with one for each of the {count} pictures.")
-    return several
-
-
-def finite_floats(name: str, given: Tensor) -> Tensor:
-    """The tensor itself; SettingsError if it is not a tensor of finite floats."""
-    if not isinstance(given, Tensor) or not given.is_floating_point() or not given.ndim or not given.isfinite().all():
-        raise SettingsError(f"{name} must be a tensor of floats, without NaN and infinity.")
-    return given
-
-
-def as_int(name: str, value: int) -> int:
-    """A plain int from any integer type; SettingsError for 64.0 and other types."""
-    try:
-        return index(value)
-    except TypeError:
-        raise SettingsError(f"{name} is {value!r}; it must be a whole number.") from None

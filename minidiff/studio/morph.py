@@ -26,7 +26,8 @@ from torch import Tensor
 
 from minidiff import __version__
 from minidiff.core.errors import MinidiffError, SettingsError
-from minidiff.draw.pipeline import StableDiffusionPipeline, noise_source, sampler_for
+from minidiff.draw.arguments import noise_source, sampler_for
+from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.progress import progress
 from minidiff.draw.prompting import count_chunks, parse_prompt
 from minidiff.files.atomic import write_bytes

@@ -22,7 +22,8 @@ from minidiff.core.inject import adapter_weights, inject, lora_layers, set_adapt
 from minidiff.core.rng import normal
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
-from minidiff.draw.pipeline import StableDiffusionPipeline, sampler_for
+from minidiff.draw.arguments import sampler_for
+from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.fast.frozen import frozen_weights
 from minidiff.files.folder import SAMPLER_OF, SD15_TEXT
 from minidiff.files.lora_file import save_lora

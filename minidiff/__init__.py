@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minidiff.core.errors import MinidiffError as MinidiffError
     from minidiff.core.schedule import NoiseSchedule as NoiseSchedule
+    from minidiff.draw.habits import AutoencoderKL as AutoencoderKL
     from minidiff.draw.habits import StableDiffusionPipeline as StableDiffusionPipeline
-    from minidiff.draw.habits_parts import AutoencoderKL as AutoencoderKL
-    from minidiff.draw.habits_parts import UNet2DConditionModel as UNet2DConditionModel
+    from minidiff.draw.habits import UNet2DConditionModel as UNet2DConditionModel
     from minidiff.fast import attention as attention
 
 __version__ = "0.1.0"
@@ -24,8 +24,9 @@ __version__ = "0.1.0"
 _NAMES = {  # where they are -> names
     "minidiff.draw.habits": """
         StableDiffusionPipeline StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline
-        DiffusionPipeline AutoPipelineForText2Image AutoPipelineForImage2Image AutoPipelineForInpainting""",
-    "minidiff.draw.habits_parts": """UNet2DConditionModel AutoencoderKL LoraConfig get_peft_model get_peft_model_state_dict
+        DiffusionPipeline AutoPipelineForText2Image AutoPipelineForImage2Image AutoPipelineForInpainting
+        UNet2DConditionModel AutoencoderKL LoraConfig get_peft_model get_peft_model_state_dict""",
+    "minidiff.draw.schedulers": """
         DDIMScheduler DDPMScheduler PNDMScheduler EulerDiscreteScheduler EulerAncestralDiscreteScheduler HeunDiscreteScheduler
         DPMSolverMultistepScheduler UniPCMultistepScheduler LCMScheduler TCDScheduler""",
     "minidiff.trainer.python": "train_full train_dreambooth train_lora train_textual_inversion train_pivotal",

@@ -1,35 +1,181 @@
 """The habits of the field: code that was written for diffusers and peft runs here when only its import line is changed.
 
-    from minidiff import EulerDiscreteScheduler, StableDiffusionPipeline
+    from minidiff import DDIMScheduler, LoraConfig, StableDiffusionPipeline, get_peft_model
     pipe = StableDiffusionPipeline.from_pretrained("checkpoints/pocket", torch_dtype=torch.float32, safety_checker=None)
-    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe("a photo of a red dog", 128, 128, callback_on_step_end=show).images[0]
+    unet = get_peft_model(pipe.unet, LoraConfig(r=4))
+    unet(pipe.scheduler.add_noise(latents, noise, t), t, encoder_hidden_states=text).sample
 
-The trainer and the command line know nothing of this file, and pipeline.py one line: it hands a call with arguments that it
-does not have to `in_other_words`. habits_parts.py has the schedulers, the U-Net, the VAE, and peft's names.
+pipeline.py hands a call with arguments that it does not have to `in_other_words`. `adopt` gives a network a subclass of its own
+class, as fast.install does: the field's keywords give the field's output, positional calls the plain tensors of `core`.
+
+Shapes: B pictures, C h w a latent, H W a picture.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
+from torch import Tensor, nn
 
-from minidiff.core import inject
-from minidiff.core.errors import SettingsError
+from minidiff.core import inject, unet, vae
+from minidiff.core.errors import AdapterError, SettingsError
 from minidiff.core.grids import Step
+from minidiff.core.lora import LoRAWeights
+from minidiff.core.rng import normal
 from minidiff.draw import pipeline
 from minidiff.draw.device import chosen_device
-from minidiff.draw.habits_parts import HARMLESS, NO_PARTS, SCHEDULERS, Scheduler, adopt, check_names, found
 from minidiff.draw.lora_tags import at_strengths
-from minidiff.files import folder as model_folder
+from minidiff.draw.schedulers import SCHEDULERS, Scheduler
+from minidiff.draw.speed import checkpoint_gradients, speed_up_network
+from minidiff.files.folder import HARMLESS, NO_PARTS, config_values, found, scheduler_values, write_json
 from minidiff.files.lora_file import FILE_NAME, LoRAFile, save_lora
+from minidiff.files.values import check_names
+from minidiff.files.weights import save
 from minidiff.files.word_file import Embedding
 
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+
+# --- networks ------------------------------------------------------------------------------------------------------------
+
+
+class Output(NamedTuple):
+    """The field's output of a network; a tuple, too."""
+
+    sample: Tensor
+
+
+class Posterior(NamedTuple):
+    """Mean and log-variance (B, C, h, w), as in `core`; and the field's distribution of latents, which is the same object."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    @property
+    def latent_dist(self) -> "Posterior":
+        return self
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        noise = torch.randn(self.mean.shape, generator=generator, device=generator.device if generator else self.mean.device)
+        return vae.sample_posterior(self.mean, self.logvar, noise.to(self.mean))
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """One line, in peft's form: trainable params: 797,184 || all params: 860,318,148 || trainable%: 0.0927"""
+    some = sum(parameter.numel() for parameter in inject.trainable(model).values())
+    every = sum(parameter.numel() for parameter in model.parameters())
+    print(f"trainable params: {some:,} || all params: {every:,} || trainable%: {100 * some / every:.4f}")
+
+
+def with_habits(model: nn.Module) -> str:
+    """The name of a network in `print(model)`."""
+    return f"{type(model).__name__} with habits"
+
+
+class UNet2DConditionModel(unet.UNet2DConditionModel):
+    """core/unet.py's, which can be called in the field's way, too."""
+
+    _get_name = with_habits
+    plainly = nn.Module.__call__  # for the pipeline: by position only
+    print_trainable_parameters = print_trainable_parameters
+    enable_gradient_checkpointing = checkpoint_gradients
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        if named.keys() <= {"latents", "t", "text", "vector", "control"}:
+            return super().__call__(*inputs, **named)
+        names = ("sample", "timestep", "encoder_hidden_states")
+        named = dict(zip(names, inputs)) | named
+        check_names("the U-Net's call", named, (*names, "return_dict"))
+        return Output(super().__call__(*(named[name] for name in names)))
+
+    def add_adapter(self, adapter_config: "LoraConfig", adapter_name: str = "default") -> None:
+        """A new adapter, which alone can be trained. AdapterError for settings that minidiff does not have."""
+        c = adapter_config
+        if c.bias != "none" or c.init_lora_weights not in (True, "gaussian"):
+            raise AdapterError('LoraConfig: bias must be "none", and init_lora_weights True or "gaussian".')
+        shape: Any = dict(rank_of=c.rank_pattern, rslora=c.use_rslora, dora=c.use_dora, dropout=c.lora_dropout)
+        targets = c.target_modules or inject.DEFAULT_TARGETS
+        layers = inject.inject(self, c.r, c.lora_alpha, targets, adapter_name=adapter_name, **shape)
+        if c.init_lora_weights == "gaussian":  # as in peft: a standard deviation of 1 / r
+            for name, layer in layers.items():
+                A = layer.lora_A[adapter_name].data
+                A.copy_(normal(A.shape, 0, "lora_A", name) / len(A))
+        if type(self.conv_in) is not nn.Conv2d:  # the other layers are fast, too
+            speed_up_network(self)
+
+    def save_pretrained(self, folder: str | Path, safe_serialization: bool = True) -> None:
+        """The U-Net as a folder; of one with an adapter the adapter, as a folder of peft. Always safetensors."""
+        if adapters := inject.adapter_names(self):
+            save_lora({f"unet.{name}": own for name, own in inject.adapter_weights(self, adapters[0]).items()}, folder, "peft")
+        else:
+            save(self.state_dict(), Path(folder, "diffusion_pytorch_model.safetensors"))
+            values = config_values(self.config, "UNet2DConditionModel")
+            write_json(Path(folder, "config.json"), values)
+
+
+class AutoencoderKL(vae.AutoencoderKL):
+    """core/vae.py's, which can be called in the field's way, too."""
+
+    _get_name = with_habits
+    plainly = vae.AutoencoderKL.decode
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        """(B, 3, H, W) -> mean and log-variance, which have `latent_dist`."""
+        posterior = Posterior(*super().encode(x))
+        return posterior if return_dict else (posterior,)
+
+    def decode(self, z: Tensor, return_dict: bool | None = None) -> Any:
+        """(B, C, h, w) -> (B, 3, H, W); in an `Output` if `return_dict` is given."""
+        pictures = super().decode(z)
+        return pictures if return_dict is None else Output(pictures)
+
+
+CLASSES: dict[type, type] = {unet.UNet2DConditionModel: UNet2DConditionModel, vae.AutoencoderKL: AutoencoderKL}
+
+
+def adopt(network: nn.Module) -> None:
+    """Give a U-Net or VAE the habits. Another network, or a compiled one, stays as it is."""
+    network.__class__ = CLASSES.get(type(network), type(network))
+
+
+# --- peft ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """peft's settings of an adapter. `target_modules` as in core/inject.py; default: every attention projection."""
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: str | Sequence[str] | None = None
+    lora_dropout: float = 0.0
+    init_lora_weights: bool | str = True
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    bias: str = "none"
+
+
+def get_peft_model(model: Any, peft_config: LoraConfig, adapter_name: str = "default") -> Any:
+    """The same U-Net with a new adapter."""
+    model.add_adapter(peft_config, adapter_name)
+    return model
+
+
+def get_peft_model_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, LoRAWeights]:
+    """An adapter by layer, for pipe.save_lora_weights; unlike peft's tensors, it says how strong it is."""
+    return inject.adapter_weights(model, adapter_name)
+
+
+# --- the pipeline -----------------------------------------------------------------------------------------------------------
 
 
 def not_needed(why: str) -> Any:
@@ -41,7 +187,6 @@ class StableDiffusionPipeline(pipeline.StableDiffusionPipeline):
     """The pipeline of pipeline.py, with the names, keywords and positions of the field beside its own."""
 
     order: ClassVar[tuple[str, ...]] = ("height", "width", "num_inference_steps")  # by position, after the prompt
-    switched_off: dict[str, float] | None = None  # by `disable_lora`: adapter -> weight
     safety_checker = feature_extractor = image_encoder = None  # whatever they are set to, they are never called
 
     def __init__(
@@ -61,12 +206,7 @@ class StableDiffusionPipeline(pipeline.StableDiffusionPipeline):
         check_names("from_pretrained", field, ("layerwise_casting", "plain"))
         pipe = super().from_pretrained(home, torch_dtype, *own, **field)
         pipe.name_or_path = str(folder)
-        return cls.from_pipe(pipe, **parts) if parts else pipe
-
-    @classmethod
-    def from_pipe(cls, pipe: "StableDiffusionPipeline", **parts: Any) -> Self:
-        """A pipeline with the networks of another one, but for these parts."""
-        return cls(**pipe.components | parts, name_or_path=pipe.name_or_path, plain=pipe.plain)
+        return cls(**pipe.components | parts, name_or_path=str(folder), plain=pipe.plain) if parts else pipe
 
     @property
     def components(self) -> dict[str, Any]:
@@ -75,7 +215,7 @@ class StableDiffusionPipeline(pipeline.StableDiffusionPipeline):
     @property
     def scheduler(self) -> Scheduler:
         """The sampler and the noise schedule of a call that names no sampler."""
-        values = model_folder.scheduler_values(self.noise_config, self.sampler)
+        values = scheduler_values(self.noise_config, self.sampler)
         return SCHEDULERS[values["_class_name"]].from_config(values)
 
     @scheduler.setter
@@ -117,11 +257,6 @@ class StableDiffusionPipeline(pipeline.StableDiffusionPipeline):
 
     # --- adapters
 
-    def strengths(self, scale: float = 1.0, only: Sequence[str] | None = None) -> dict[str, float]:
-        """Adapter -> its present weight times `scale`; 0 if it is not among `only`."""
-        layers = inject.lora_layers(self.adaptable).values()
-        return {n: w * scale if only is None or n in only else 0.0 for layer in layers for n, w in layer.strength.items()}
-
     def load_lora_weights(self, path: str | Path, adapter_name: str | None = None, *own: Any, **field: Any) -> LoRAFile:
         """As in model.py; from a hub id in the local cache, too. A second adapter without a name is default_1."""
         path, taken = found(path, field), inject.adapter_names(self.adaptable)
@@ -133,32 +268,9 @@ class StableDiffusionPipeline(pipeline.StableDiffusionPipeline):
         path = found(path, field) / field.pop("weight_name", "")
         return super().load_textual_inversion(path, token, **field)
 
-    def get_active_adapters(self) -> list[str]:
-        return [name for name, weight in self.strengths().items() if weight]
-
-    def disable_lora(self) -> None:
-        """Draw without the adapters, until `enable_lora`."""
-        self.switched_off = self.strengths()
-        inject.set_adapters(self.adaptable, [])
-
-    def enable_lora(self) -> None:
-        if self.switched_off and not self.get_active_adapters():
-            inject.set_adapters(self.adaptable, list(self.switched_off), list(self.switched_off.values()))
-
-    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Remove some adapters."""
-        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
-        check_names("the pipeline's list of adapters", dict.fromkeys(names, True), self.strengths())
-        for layer in inject.adapted_layers(self.adaptable):
-            for table in (layer.lora_A, layer.lora_B, layer.lora_magnitude, layer.scale, layer.strength, layer.dropout):
-                for name in names & set(table):
-                    del table[name]
-        if not inject.adapter_names(self.adaptable):
-            inject.eject(self.adaptable)
-
-    def fuse_lora(self, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None) -> None:
-        """As in model.py; each weight times `lora_scale`, and only some of the adapters if `adapter_names` says so."""
-        with at_strengths(self.adaptable, self.strengths(lora_scale, adapter_names)):
+    def fuse_lora(self, lora_scale: float = 1.0) -> None:
+        """As in model.py; each weight times `lora_scale`."""
+        with at_strengths(self.adaptable, self.strengths(lora_scale)):
             super().fuse_lora()
 
     def unload_lora_weights(self) -> None:

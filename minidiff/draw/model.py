@@ -17,6 +17,7 @@ from minidiff.draw.speed import fast, needed, speed_up
 from minidiff.files import lora_file, word_file
 from minidiff.files.folder import is_turbo, local_folder
 from minidiff.files.model import ModelParts, check_parts_fit, read_model, write_folder
+from minidiff.files.values import check_names
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 class Model:
     """The parts are plain attributes: `unet`, `vae`, `text_encoder`, `tokenizer`, `schedule`."""
+
+    switched_off: dict[str, float] | None = None  # by `disable_lora`: adapter -> weight
 
     def __init__(
         self,
@@ -132,6 +135,34 @@ class Model:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = [adapter_weights] * len(names) if isinstance(adapter_weights, int | float) else adapter_weights
         inject.set_adapters(self.adaptable, names, weights)
+
+    def strengths(self, scale: float = 1.0) -> dict[str, float]:
+        """Adapter -> its present weight times `scale`."""
+        layers = inject.lora_layers(self.adaptable).values()
+        return {name: weight * scale for layer in layers for name, weight in layer.strength.items()}
+
+    def get_active_adapters(self) -> list[str]:
+        return [name for name, weight in self.strengths().items() if weight]
+
+    def disable_lora(self) -> None:
+        """Draw without the adapters, until `enable_lora`."""
+        self.switched_off = self.strengths()
+        inject.set_adapters(self.adaptable, [])
+
+    def enable_lora(self) -> None:
+        if self.switched_off and not self.get_active_adapters():
+            inject.set_adapters(self.adaptable, list(self.switched_off), list(self.switched_off.values()))
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Remove some adapters."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        check_names("the pipeline's list of adapters", dict.fromkeys(names, True), self.strengths())
+        for layer in inject.adapted_layers(self.adaptable):
+            for table in (layer.lora_A, layer.lora_B, layer.lora_magnitude, layer.scale, layer.strength, layer.dropout):
+                for name in names & set(table):
+                    del table[name]
+        if not inject.adapter_names(self.adaptable):
+            inject.eject(self.adaptable)
 
     def fuse_lora(self) -> None:
         """Add the adapters to the weights: the same pictures, a little faster."""

@@ -11,6 +11,7 @@ follow is an error.
 
 import json
 import warnings
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -33,6 +34,11 @@ SD2_TEXT: dict[str, Any] = SD15_TEXT | dict(  # OpenCLIP ViT-H/14's, without its
 )  # fmt: skip
 
 WORDS = "words.json"  # of a model with a small vocabulary: {"words": [all of its captions], "things": [what it draws]}
+NO_PARTS = ("safety_checker", "feature_extractor", "image_encoder")  # parts that minidiff does not have
+HARMLESS = (  # keywords that change nothing: safetensors are read, from the disk, without a network
+    "use_safetensors", "local_files_only", "low_cpu_mem_usage", "force_download", "token", "use_auth_token", "variant",
+    "requires_safety_checker", *NO_PARTS,
+)  # fmt: skip
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_config.json")
 
 
@@ -63,6 +69,18 @@ def local_folder(name: str, cache_dir: str | None = None, revision: str | None =
         f"{name}: there is no such folder, and no hub model of that name in the local cache.{hint} "
         "checkpoints/README.md says where to get SD 1.5; checkpoints/pocket is in the package."
     )
+
+
+def found(path: Any, given: dict[str, Any]) -> Path:
+    """The path itself, or the local copy of a hub id (owner/name). Takes the keywords that say where it is out of `given`."""
+    path = getattr(path, "path", path)  # of an adapter that was read or trained
+    where = {name: given.pop(name, None) for name in ("cache_dir", "revision")}
+    for name in HARMLESS:
+        given.pop(name, None)
+    if not Path(path).exists() and str(path).count("/") == 1:
+        with suppress(WeightsError):  # whoever reads the path says that it is not there
+            path = local_folder(str(path), **where)
+    return Path(path, given.pop("subfolder", ""))
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:

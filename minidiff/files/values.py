@@ -9,7 +9,7 @@ import os
 import re
 import tomllib
 import unicodedata
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import UnionType
@@ -18,6 +18,11 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 from minidiff.core.errors import SettingsError, did_you_mean
 
 T = TypeVar("T")
+CALLED = {  # a name of other programs -> minidiff's
+    "init_image": "image", "mask": "mask_image", "cfg_scale": "guidance_scale", "steps": "num_inference_steps",
+    "sampler_name": "sampler", "timesteps": "timestep_spacing", "sigmas": "use_karras_sigmas", "dtype": "torch_dtype",
+    "device_map": "pipe.to(device)", "lora_scale": 'cross_attention_kwargs={"scale": 0.8}',
+}  # fmt: skip
 
 
 class Rule(NamedTuple):
@@ -97,6 +102,13 @@ def near_path(path: str) -> str:
     """A hint such as ` Did you mean "dog"?`, from the names beside a path that does not exist."""
     parent = Path(path).parent
     return did_you_mean(Path(path).name, [one.name for one in parent.iterdir()] if parent.is_dir() else [])
+
+
+def check_names(where: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """SettingsError for a name that is not known, with minidiff's name for it. A value of None asks for nothing."""
+    if wrong := next((name for name, value in given.items() if value is not None and name not in known), None):
+        called = f" minidiff calls it {CALLED[wrong]}." if wrong in CALLED else did_you_mean(wrong, known)
+        raise SettingsError(f"{where} has no {wrong}.{called}")
 
 
 def listed(what: str, names: Iterable[str]) -> str:

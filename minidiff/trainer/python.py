@@ -18,10 +18,9 @@ from typing import Any, get_type_hints
 
 from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.draw.habits import StableDiffusionPipeline
-from minidiff.draw.habits_parts import check_names
 from minidiff.draw.speed import keep_memory
 from minidiff.files.lora_file import read_lora
-from minidiff.files.values import fits
+from minidiff.files.values import check_names, fits
 from minidiff.files.word_file import read_embedding
 from minidiff.trainer import memory
 from minidiff.trainer import settings as kinds

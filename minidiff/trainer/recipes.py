@@ -15,7 +15,7 @@ from torch import nn
 from minidiff.core import recipes as core
 from minidiff.core.errors import AdapterError, DataError
 from minidiff.core.inject import adapter_weights
-from minidiff.draw.habits_parts import print_trainable_parameters
+from minidiff.draw.habits import print_trainable_parameters
 from minidiff.draw.lora_tags import at_strengths
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import speed_up

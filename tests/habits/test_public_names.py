@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 import minidiff
-from minidiff.draw.habits_parts import SCHEDULERS
+from minidiff.draw.schedulers import SCHEDULERS
 from minidiff.files.folder import SAMPLER_OF
 
 

@@ -11,13 +11,11 @@ A second judge, CLIP's image tower, says how like two pictures are: for what a f
 """
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -71,9 +69,9 @@ def answers(pictures: list[Picture]) -> dict[str, Tensor]:
     return {q: torch.tensor([words.index(getattr(p, q)) for p in pictures]) for q, words in QUESTIONS.items()}
 
 
-def to_batch(images: list[Any]) -> Tensor:
-    """PIL pictures -> (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_batch(images: Iterable[Image.Image]) -> Tensor:
+    """Pictures -> (B, 3, H, W) in [-1, 1]."""
+    return torch.stack([to_tensor(image) for image in images])
 
 
 def blurred(x: Tensor, draws: torch.Generator) -> Tensor:
@@ -132,21 +130,16 @@ def load_or_train_judge(path: Path, vae: AutoencoderKL | None = None, half: bool
     return judge
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Shares of right answers for each question; `all` is all of QUESTIONS at once, `whole` stands beside it."""
-
-    right: dict[str, float]
-
-    def __str__(self) -> str:
-        return "  ".join(f"{question} {share:.1%}" for question, share in self.right.items())
-
-
 @torch.no_grad()
-def score(judge: Judge, pictures: list[Picture], show: Callable[[list[Picture]], Tensor], batch: int = 20) -> Scores:
-    """How often the judge reads from `show(pictures)`, (B, 3, 128, 128), what the pictures should show; and sees it whole."""
+def score(
+    judge: Judge, pictures: list[Picture], show: Callable[[list[Picture]], Tensor], batch: int = 20
+) -> dict[str, float]:
+    """Shares of right answers: does the judge read from `show(pictures)`, (B, 3, 128, 128), what the pictures should show?
+
+    `all` is all of QUESTIONS at once; `whole` stands beside it.
+    """
     hits: dict[str, list[Tensor]] = {question: [] for question in (*QUESTIONS, "all", "whole")}
-    for start in range(0, len(pictures), batch):
+    for start in progress(range(0, len(pictures), batch), "batch", "judging"):
         part = pictures[start : start + batch]
         truth = answers(part)
         logits = judge(show(part), truth["object"])
@@ -155,7 +148,7 @@ def score(judge: Judge, pictures: list[Picture], show: Callable[[list[Picture]],
         right["whole"] = logits["whole"].argmax(-1) == ANATOMY.index("whole")
         for question in hits:
             hits[question].append(right[question])
-    return Scores({question: torch.cat(parts).float().mean().item() for question, parts in hits.items()})
+    return {question: torch.cat(parts).float().mean().item() for question, parts in hits.items()}
 
 
 @torch.no_grad()
@@ -183,7 +176,7 @@ def photographs() -> Tensor | None:
 
 def sharpness(vae: AutoencoderKL, drawings: int = 200) -> dict[str, float]:
     """How well the autoencoder keeps pictures that it never saw: PSNR in dB; and its worst flat pixel of 255."""
-    kept_out = [texture(10**6 + i, kind) for kind in KEPT_OUT for i in range(16)]
+    kept_out = [Image.fromarray(texture(10**6 + i, kind)) for kind in KEPT_OUT for i in range(16)]
     some = {
         "the world": to_batch([draw(p, 10**6 + i) for i, p in enumerate(held_out(drawings))]),
         "patterns kept out": to_batch(kept_out),
@@ -200,45 +193,29 @@ def judge_checkpoint(
     folder: str | Path, judge_path: Path, count: int = 500, guidance_scale: float = 5.0, half: bool = False
 ) -> dict[str, Any]:
     """Everything that the model card says, from `count` held-out prompts at 25 DDIM steps."""
-    from tqdm import tqdm
-
-    from minidiff.draw.pipeline import StableDiffusionPipeline
-
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     side = pipe.unet.config.sample_size * pipe.vae.config.downscale
     if side != 128:
         raise WeightsError(f"{folder} draws {side} x {side} pixels; the judge knows the pocket checkpoint's 128 x 128 alone.")
     judge, pictures = load_or_train_judge(judge_path, pipe.vae, half), held_out(count)
-    bar = tqdm(total=count, unit="picture", desc="sampling")
 
     def generated(part: list[Picture]) -> Tensor:
-        seeds = [pictures.index(p) for p in part]
-        x: Tensor = pipe(
-            [caption(p) for p in part],
-            guidance_scale=guidance_scale,
-            num_inference_steps=25,
-            sampler="ddim",
-            seed=seeds,
-            output_type="pt",
-        ).images.mul(2).sub(1)
-        bar.update(len(part))
-        return x
+        how: dict[str, Any] = dict(guidance_scale=guidance_scale, num_inference_steps=25, sampler="ddim", output_type="pt")
+        x: Tensor = pipe([caption(p) for p in part], seed=[pictures.index(p) for p in part], **how).images
+        return x.mul(2).sub(1)
 
     def drawn(part: list[Picture]) -> Tensor:
         return to_batch([draw(p, 10**6 + i) for i, p in enumerate(part)])
-
-    def rebuilt(part: list[Picture]) -> Tensor:
-        return reconstruction(pipe.vae, drawn(part))
 
     def ruined(part: list[Picture]) -> Tensor:
         return torch.stack([whole_and_spoiled(p, 10**6 + pictures.index(p), pipe.vae)[1] for p in part])
 
     return {
-        "held-out drawings (what the judge knows)": score(judge, pictures, drawn).right,
-        "held-out drawings through the autoencoder": score(judge, pictures, rebuilt).right,
-        "pictures from held-out prompts": score(judge, pictures, generated).right,
-        "spoiled drawings taken for whole ones": score(judge, pictures, ruined).right["whole"],
+        "held-out drawings (what the judge knows)": score(judge, pictures, drawn),
+        "held-out drawings through the autoencoder": score(judge, pictures, lambda part: reconstruction(pipe.vae, drawn(part))),
+        "pictures from held-out prompts": score(judge, pictures, generated),
+        "spoiled drawings taken for whole ones": score(judge, pictures, ruined)["whole"],
         "reconstruction, PSNR in dB": sharpness(pipe.vae),
     }
 
@@ -265,7 +242,7 @@ class ImageTower:
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
         """(N, D), rows of length 1. The tower reads [-1, 1], as it was trained (pocket/towers.py)."""
-        x = torch.stack([to_tensor(image.resize((self.side, self.side), Image.Resampling.LANCZOS)) for image in images])
+        x = to_batch(image.resize((self.side, self.side), Image.Resampling.LANCZOS) for image in images)
         return F.normalize(self.model(pixel_values=x).image_embeds, dim=-1)
 
 

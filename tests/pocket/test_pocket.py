@@ -205,7 +205,7 @@ def test_judge_scores_what_it_is_shown() -> None:
             return {q: F.one_hot(torch.zeros(len(x), dtype=torch.long), len(w)).float() for q, w in words.items()}
 
     pictures = held_out(30)
-    scores = judge.score(First(), pictures, lambda part: torch.zeros(len(part), 3, 128, 128), batch=7).right  # type: ignore[arg-type]
+    scores = judge.score(First(), pictures, lambda part: torch.zeros(len(part), 3, 128, 128), batch=7)  # type: ignore[arg-type]
     for question, words in judge.QUESTIONS.items():
         assert scores[question] == pytest.approx(sum(getattr(p, question) == words[0] for p in pictures) / 30)
     assert scores["whole"] == 0  # its first word is "spoiled"
@@ -225,7 +225,7 @@ def test_judge_learns_from_few_drawings() -> None:
     pictures = held_out(40)
     images = judge.to_batch([judge.draw(p, 77) for p in pictures])
     scores = judge.score(some, pictures, lambda part: images[[pictures.index(p) for p in part]])
-    assert scores.right["scene"] > 0.3
+    assert scores["scene"] > 0.3
 
 
 def test_psnr_by_hand() -> None:

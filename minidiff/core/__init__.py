@@ -21,6 +21,7 @@ How it learns
     lora                W + scale B A beside one layer; DoRA
     inject              adapters in a whole model, and out again
     textual_inversion   the vector of a new word
+    ip_adapter          a picture as a prompt: a cross-attention of its own beside the text's
     train               the loop
     recipes             five ways of fine-tuning, side by side: what moves
     errors, rng         one kind of error; randomness without state

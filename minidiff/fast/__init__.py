@@ -19,11 +19,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from minidiff.core.attention import GEGLU, CrossAttention, FeedForward, naive_attention
 from minidiff.core.blocks import NormSiLU
 from minidiff.core.errors import SettingsError, did_you_mean
+from minidiff.core.ip_adapter import ImageAttention
 from minidiff.core.lora import LoRAConv2d, LoRALinear
 from minidiff.core.unet import DownLevel, UpLevel
 from minidiff.fast import memory
 from minidiff.fast.frozen import (
     CachedAttention,
+    CachedImageAttention,
     FastConv2d,
     FastLinear,
     FeedForwardInPieces,
@@ -59,6 +61,7 @@ FAST: Classes = {
     GEGLU: LeanGEGLU,
     FeedForward: FeedForwardInPieces,
     CrossAttention: CachedAttention,
+    ImageAttention: CachedImageAttention,
     UpLevel: LeanUpLevel,
     **ADAPTERS,
 }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minidiff.core.attention import CrossAttention, FeedForward, TransformerBlock
+from minidiff.core.ip_adapter import ImageAttention
 from minidiff.fast import conv, memory
 from minidiff.fast.conv import HALF, as_autocast
 from minidiff.fast.lean import saves
@@ -73,6 +74,10 @@ class CachedAttention(CrossAttention):
         if not found or found[0] is not context:
             found = self.prompt = (context, *super().keys_and_values(context))
         return found[1], found[2]
+
+
+class CachedImageAttention(CachedAttention, ImageAttention):
+    """The same for a U-Net with an IP-Adapter: the prompt's k and v, with those of the pictures behind them."""
 
 
 # --- while weights do not change -----------------------------------------------------------------------------------------

@@ -1,0 +1,56 @@
+"""IP-Adapter beside diffusers: the same weights in both, on tiny models."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_models_parity import error, noise, pair
+from tiny_ip_adapters import answers, set_scale, tiny_ip_adapter
+from tiny_sizes import TINY_SD2, TINY_UNET, TINY_XL
+from torch import Tensor
+
+from minidiff.core.config import UNetConfig
+from minidiff.core.ip_adapter import IPAdapter, inject
+from minidiff.core.unet import UNet2DConditionModel
+
+diffusers = pytest.importorskip("diffusers")
+
+
+def attach(theirs: Any, adapter: IPAdapter) -> list[Any]:
+    """Give diffusers' U-Net our adapter, as the dictionaries of a .bin file; returns its processors."""
+    parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, tensor in adapter.state_dict().items():
+        part, _, name = key.partition(".")
+        parts[part][name] = tensor
+    theirs._load_ip_adapter_weights([parts], low_cpu_mem_usage=False)
+    return [p for p in theirs.attn_processors.values() if hasattr(p, "scale")]
+
+
+@pytest.mark.parametrize(
+    ("form", "pictures", "config"),
+    [("base", 1, TINY_UNET), ("base", 3, TINY_SD2), ("plus", 1, TINY_UNET), ("plus", 2, TINY_XL), ("full", 1, TINY_UNET)],
+    ids=lambda value: "" if isinstance(value, UNetConfig) else str(value),
+)
+def test_unet(form: str, pictures: int, config: UNetConfig) -> None:
+    ours, theirs = pair(UNet2DConditionModel, config)
+    adapter, e = tiny_ip_adapter(ours, form), answers(form, pictures)
+    x, t, text = noise(2, 4, 8, 8), torch.tensor([3, 900]), noise(2, 7, config.cross_attention_dim)
+    vector, added = (), {}
+    if config is TINY_XL:
+        pooled, ids = noise(2, 24), torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
+        from minidiff.core.blocks import timestep_embedding
+
+        vector = (torch.cat([pooled, timestep_embedding(ids.flatten(), 8).reshape(2, -1)], dim=1),)
+        added = {"text_embeds": pooled, "time_ids": ids}
+    inject(ours, adapter)
+    scales = [0.3 + 0.1 * i for i in range(len(adapter.ip_adapter))]
+    set_scale(adapter, scales)
+    processors = attach(theirs, adapter)
+    order = [name for name in theirs.attn_processors if name.endswith("attn2.processor")]
+    order.sort(key=lambda name: ("down", "up_b", "mid_").index(name[:4]))  # a stable sort: the files' order
+    for name, scale in zip(order, scales):
+        theirs.attn_processors[name].scale = [scale]
+    assert len(processors) == len(scales)
+    with torch.no_grad():
+        expected = theirs(x, t, text, added_cond_kwargs={"image_embeds": [e], **added}).sample
+        assert error(ours(x, t, adapter(text, e), *vector), expected) <= 1e-6

@@ -73,12 +73,13 @@ def parse(name: str, kind: type, words: list[str]) -> Any:
 
     --config TOML (training) and --from PICTURE (sample) give all other flags their defaults.
     """
+    from dataclasses import replace
+
     import tyro
 
     from minidiff.cli.help import ready_words
 
     prog, default, origin = f"minidiff {name}", None, None
-    settings: Any
     if flag := "--from" if name == "sample" else "--config" if name.startswith("train ") else None:
         first = ArgumentParser(prog, add_help=False, allow_abbrev=False)
         first.add_argument(flag, dest="file")
@@ -92,9 +93,14 @@ def parse(name: str, kind: type, words: list[str]) -> Any:
             from minidiff.files.values import from_toml
 
             default = from_toml(kind, Path(given.file))
-    if name == "train lora":
-        default = with_preset_of(words, default or kind())
-    settings = tyro.cli(kind, args=ready_words(name, kind, words, default), prog=prog, default=default)
+
+    def read(default: Any) -> Any:
+        return tyro.cli(kind, args=ready_words(name, kind, words, default), prog=prog, default=default)
+
+    settings = read(default)
+    if preset := getattr(settings, "preset", None):  # again: all flags but those of the command line have its values
+        values = found("trainer.presets:preset_values")(preset, settings.pretrained_model_name_or_path)
+        settings = read(replace(default or kind(), preset=preset, **values))
     if origin:
         from minidiff.cli.draw_commands import check_again
 
@@ -102,20 +108,6 @@ def parse(name: str, kind: type, words: list[str]) -> Any:
     elif hasattr(settings, "beside") and not any(word.partition("=")[0] == "--output" for word in words):
         return settings.beside()
     return settings
-
-
-def with_preset_of(words: list[str], default: Any) -> Any:
-    """The settings that other flags change: those of --preset, if there is one, for the base model of these flags."""
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("preset", "pretrained_model_name_or_path"):
-        first.add_argument(f"--{flag}", f"--{flag.replace('_', '-')}", dest=flag, default=getattr(default, flag))
-    given = first.parse_known_args(words)[0]
-    if given.preset not in ("object", "style", "face"):  # none; or another, which tyro refuses
-        return default
-    from dataclasses import replace
-
-    values = found("trainer.presets:preset_values")(given.preset, given.pretrained_model_name_or_path)
-    return replace(default, preset=given.preset, **values)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -155,14 +147,10 @@ def leave(error: BaseException) -> NoReturn:
         say(f"minidiff: {where}{error.strerror or error}. Check path, permissions and free space.")
     elif isinstance(error, MinidiffError):
         say(f"minidiff: {error}")
-    else:
-        if not isinstance(error, (MemoryError, RuntimeError)):
-            raise error
-        from minidiff.draw.device import is_out_of_memory  # it imports torch, which is there by now
-
-        if not is_out_of_memory(error):
-            raise error
+    elif isinstance(error, (MemoryError, RuntimeError)) and found("draw.device:is_out_of_memory")(error):  # it imports torch
         say(f"minidiff: {OUT_OF_MEMORY}")
+    else:
+        raise error
     sys.exit(2)
 
 

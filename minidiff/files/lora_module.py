@@ -90,9 +90,8 @@ def weights_of(where: str, parts: Mapping[str, Tensor], scale: float) -> LoRAWei
 def fitted(weights: LoRAWeights, W: Tensor) -> LoRAWeights:
     """With as many axes as W has: a 1 x 1 convolution in a file may be a linear layer in the model, or the reverse."""
     m, ones = weights.magnitude, (1,) * (W.ndim - 2)
-    return replace(
-        weights, A=weights.A.reshape(-1, *W.shape[1:]), magnitude=None if m is None else m.reshape(*m.shape[:2], *ones)
-    )
+    m = None if m is None else m.reshape(*m.shape[:2], *ones)
+    return replace(weights, A=weights.A.reshape(-1, *W.shape[1:]), magnitude=m)
 
 
 def parts_of(name: str, weights: LoRAWeights, dialect: str, torch_dtype: torch.dtype) -> dict[str, Tensor]:
@@ -103,10 +102,8 @@ def parts_of(name: str, weights: LoRAWeights, dialect: str, torch_dtype: torch.d
         parts["dora_scale"] = m
     elif m is not None:
         if m.shape[0] != len(B):
-            raise AdapterError(
-                f"{name}: its DoRA measures the columns of W, and {dialect} knows only rows. "
-                f"Write it in the kohya style, or bake it into the model: minidiff merge bake."
-            )
+            way = "Write it in the kohya style, or bake it into the model: minidiff merge bake."
+            raise AdapterError(f"{name}: its DoRA measures the columns of W, and {dialect} knows only rows. {way}")
         parts["magnitude"] = m.flatten() if A.ndim == 2 else m.reshape(1, -1, 1, 1)
     parts = {part: tensor.to(torch_dtype) for part, tensor in parts.items()}
     if bad := [part for part, tensor in parts.items() if not is_finite(tensor)]:
@@ -207,10 +204,8 @@ def peft_config(modules: Mapping[str, LoRAWeights]) -> Config:
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     dora = sum(weights.magnitude is not None for weights in modules.values())
     if 0 < dora < len(modules):
-        raise AdapterError(
-            f"{dora} of {len(modules)} modules are DoRA and the others plain LoRA; peft and diffusers have all or none. "
-            f"The kohya style can hold both."
-        )
+        some = f"{dora} of {len(modules)} modules are DoRA and the others plain LoRA"
+        raise AdapterError(f"{some}; peft and diffusers have all or none. The kohya style can hold both.")
     return {
         "peft_type": "LORA",
         "r": rank,

@@ -39,10 +39,8 @@ def join(adapters: Sequence[Modules], strengths: Sequence[float]) -> dict[str, L
     for modules, strength in zip(adapters, strengths, strict=True):
         for name, weights in modules.items():
             if weights.magnitude is not None:  # its change depends on W
-                raise AdapterError(
-                    f"{name} is DoRA, whose change is no product B A; it cannot be joined or cut. "
-                    "Bake it into the model: minidiff merge bake. From that, merge extract gets a plain LoRA."
-                )
+                way = "Bake it into the model: minidiff merge bake. From that, merge extract gets a plain LoRA."
+                raise AdapterError(f"{name} is DoRA, whose change is no product B A; it cannot be joined or cut. {way}")
             found.setdefault(name, []).append((weights, strength))
     return {name: concatenated(name, parts) for name, parts in found.items()}
 
@@ -110,11 +108,8 @@ def extract(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module], rank:
         for name, layer in tqdm(adaptable_layers(model).items(), part, unit="layer", leave=False, disable=None):
             W, path, new = layer.weight, f"{part}.{name}", after.get(name)
             if new is None or new.shape != W.shape:
-                there = "missing" if new is None else tuple(new.shape)
-                raise AdapterError(
-                    "the two models are of different shapes, and an adapter leads between two weights of one network: "
-                    f"{path}.weight is {tuple(W.shape)} in the base and {there} in the tuned model."
-                )
+                shapes = f"{tuple(W.shape)} in the base and {new if new is None else tuple(new.shape)} in the tuned model"
+                raise AdapterError(f"the two models are of different shapes: {path}.weight is {shapes}.")
             if (change := moved(W, new)) is not None:
                 U, S, Vt = torch.linalg.svd(change.flatten(1), full_matrices=False)
                 found.modules[path], found.error[path] = split_evenly(U, S, Vt, rank, W.shape), lost(S, rank)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.core.errors import DataError, SettingsError
+from minidiff.core.errors import DataError
 from minidiff.draw.progress import progress
 from minidiff.files import weights
 from minidiff.files.atomic import whole_file
@@ -41,10 +41,8 @@ def load_world(home: Path, count: int) -> World:
         pixels = np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
         raise DataError(f"{path} is damaged ({error}); delete it to draw it again.") from error
-    if pixels.shape[1:] != (128, 128, 3) or pixels.dtype != np.uint8:
-        raise DataError(f"{path} holds {pixels.dtype} {pixels.shape}, not pictures; delete it to draw it again.")
-    if len(pixels) < count:
-        raise SettingsError(f"{path} holds {len(pixels)} pictures, --pictures asks for {count}; delete it to draw again.")
+    if pixels.shape[1:] != (128, 128, 3) or pixels.dtype != np.uint8 or len(pixels) < count:
+        raise DataError(f"{path} holds {pixels.dtype} {pixels.shape}, not {count} pictures; delete it to draw it again.")
     return World(pictures, pixels[:count])
 
 

@@ -81,27 +81,19 @@ def snapped(shape: Shape) -> Shape:
 def backdrop(scene: Scene, size: int, paper: float = 0.0, line: RGB | None = None, bands: int = SOFT) -> Image.Image:
     """The scene at twice the size: bleached by `paper`, outlined with `line`, its gradients in so many `bands`."""
     side = 2 * size
+    far, near = ([replace(shape, fill=bleached(shape.fill, paper)) for shape in part] for part in (scene.far, scene.near))
     picture = gradient(scene.sky, 0.0, side, paper, bands)
-    pen = ImageDraw.Draw(picture)
-    background(pen, scene.far, side, paper, line)
+    paint(picture, far, line)
     mask = Image.new("L", picture.size)
     fill(ImageDraw.Draw(mask), scene.edge, side, 255)
     picture.paste(gradient(scene.ground, 0.5, side, paper, bands), mask=mask)
     if line:
-        outline(pen, scene.edge, side, 0.02 * side, line)
-    background(pen, scene.near, side, paper, line)
+        outline(ImageDraw.Draw(picture), scene.edge, side, 0.02 * side, line)
+    paint(picture, near, line)
     return picture
 
 
-def background(pen: ImageDraw.ImageDraw, shapes: Sequence[Shape], side: int, paper: float, line: RGB | None) -> None:
-    """Paints scene shapes, bleached towards paper, the large ones outlined where `line` is a colour."""
-    for shape in shapes:
-        fill(pen, shape, side, bleached(shape.fill, paper))
-        if line and not shape.detail:
-            outline(pen, shape, side, 0.02 * side, line)
-
-
-def paint(canvas: Image.Image, shapes: Sequence[Shape], line: RGB | list[RGB] | None = None, width: float = 0.0) -> None:
+def paint(canvas: Image.Image, shapes: Sequence[Shape], line: RGB | list[RGB] | None = None, width: float = 0.02) -> None:
     """Fills the shapes back to front; with `line` (one colour, or one for each) each large one gets its outline."""
     pen, scale = ImageDraw.Draw(canvas), canvas.width
     for i, shape in enumerate(shapes):

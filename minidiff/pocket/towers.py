@@ -22,6 +22,14 @@ from minidiff.pocket.settings import PretrainSettings
 from minidiff.pocket.stage import begun, first_of, tokenizer_folder
 
 WIDTH = 128
+SHARED: dict[str, Any] = {  # of both configurations
+    "hidden_size": WIDTH,
+    "intermediate_size": 4 * WIDTH,
+    "num_attention_heads": 4,
+    "projection_dim": WIDTH,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
 
 
 def text_tower_config(vocab_size: int) -> dict[str, Any]:
@@ -29,15 +37,10 @@ def text_tower_config(vocab_size: int) -> dict[str, Any]:
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
+        **SHARED,
         "vocab_size": vocab_size,
-        "hidden_size": WIDTH,
-        "intermediate_size": 4 * WIDTH,
         "num_hidden_layers": 3,
-        "num_attention_heads": 4,
         "max_position_embeddings": 77,
-        "projection_dim": WIDTH,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
         "bos_token_id": vocab_size - 2,
         "eos_token_id": vocab_size - 1,
         "pad_token_id": vocab_size - 1,
@@ -49,15 +52,10 @@ def image_tower_config() -> dict[str, Any]:
     return {
         "architectures": ["CLIPVisionModelWithProjection"],
         "model_type": "clip_vision_model",
+        **SHARED,
         "image_size": 128,
         "patch_size": 16,
-        "hidden_size": WIDTH,
-        "intermediate_size": 4 * WIDTH,
         "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "projection_dim": WIDTH,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
     }
 
 

@@ -77,7 +77,8 @@ def textual_inversion(
 class DiffusionLoss:
     """The simple loss of DDPM (arXiv 2006.11239, eq. 14) on latents: || target - unet(x_t, t, *text) ||².
 
-    A batch holds latents and noise (B, C, h, w), t (B,), and text (B, L, D) or token ids (B, L); perhaps a mask (B, 1, h, w).
+    A batch holds latents and noise (B, C, h, w), t (B,), and text (B, L, D) or token ids (B, L); perhaps a mask (B, 1, h, w),
+    or what an image tower says of pictures, `e` (B, M, E).
     """
 
     unet: nn.Module
@@ -85,6 +86,7 @@ class DiffusionLoss:
     text_encoder: Any = None  # for batches with token ids: it is trained, or has a word that is
     snr_gamma: float | None = None  # min-SNR weights
     prior_weight: float = 0.0  # above 0: the second half of a batch is the class
+    ip_adapter: Callable[[Tensor, Tensor], Tensor] | None = None  # (text, e) -> the U-Net's context
     base: Answer | None = None  # with it, the target of the class half is what the base model predicts
 
     def __call__(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
@@ -112,4 +114,6 @@ class DiffusionLoss:
         x_t = add_noise(self.schedule, batch["latents"], batch["noise"], batch["t"]).to(dtype)
         states = self.text_encoder(input_ids=batch["ids"]).last_hidden_state if "ids" in batch else batch["text"]
         text = [part.to(dtype) for part in (states, batch.get("vector")) if part is not None]
+        if self.ip_adapter is not None:
+            text[0] = self.ip_adapter(text[0], batch["e"])
         return self.unet(x_t, batch["t"], *text), x_t, text

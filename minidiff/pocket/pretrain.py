@@ -7,6 +7,7 @@
     clip     a text and an image tower that tell captions apart                         arXiv 2103.00020
     unet     denoise latents, given the frozen text tower's view of the caption         arXiv 2112.10752, eq. 3
     student  a LoRA with which four steps are enough, if asked for                      minidiff/pocket/few_steps.py
+    ip       an IP-Adapter, which draws what a picture shows, if asked for              minidiff/pocket/ip_adapter.py
 
 Each stage is a `Job` for the one training loop, in a folder of its own below `output_dir`: run the command again and it
 goes on where it was stopped. The last stage assembles `output_dir/pocket`, in the file layout of SD 1.5.
@@ -42,12 +43,13 @@ from minidiff.files.text_files import load_tokenizer
 from minidiff.pocket.autoencoder import encode_world, load_vae, train_decoder, train_vae
 from minidiff.pocket.dataset import hard_batch, load_latents, load_world, lookalikes
 from minidiff.pocket.few_steps import train_student
+from minidiff.pocket.ip_adapter import train_ip_adapter
 from minidiff.pocket.judge import judge_checkpoint
 from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.settings import STAGES, PretrainSettings, Stage
 from minidiff.pocket.stage import POCKET_UNET, begun, chosen, first_of, noise_config, run, tokenizer_folder
 from minidiff.pocket.tokenizer import build_tokenizer
-from minidiff.pocket.towers import Towers, image_tower_config, load_towers
+from minidiff.pocket.towers import Towers, load_towers, save_image_tower
 from minidiff.pocket.world import caption, held_out, random_caption, word_list
 from minidiff.trainer.task import Job
 
@@ -173,12 +175,7 @@ def assemble(home: Path, settings: PretrainSettings) -> None:
     pipe = pocket_pipeline(home, unet, settings)
     pipe.save_pretrained(folder, torch.float16)
     shutil.copytree(tokenizer_folder(home, settings), folder / "tokenizer", dirs_exist_ok=True)
-    towers, image = load_towers(home, settings)[0], folder / "image_encoder"
-    weights.save(
-        {k: v.half() for k, v in towers.image.state_dict().items() if "position_ids" not in k},
-        image / "model.safetensors",
-    )
-    write_json(image / "config.json", image_tower_config())
+    save_image_tower(load_towers(home, settings)[0].image, folder / "image_encoder")
     index = read_json(folder / "model_index.json", "it was written just now")
     write_json(folder / WORDS, word_list())
     write_json(folder / "model_index.json", index | {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]})
@@ -201,4 +198,5 @@ RUN: dict[Stage, Any] = {
     "assemble": assemble,
     "judge": judge_pocket,
     "student": train_student,
+    "ip": train_ip_adapter,
 }

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.files import weights
+from minidiff.files.folder import write_json
 from minidiff.files.text_files import load_tokenizer
 from minidiff.pocket.settings import PretrainSettings
 from minidiff.pocket.stage import begun, first_of, tokenizer_folder
@@ -57,6 +58,16 @@ def image_tower_config() -> dict[str, Any]:
         "patch_size": 16,
         "num_hidden_layers": 4,
     }
+
+
+def save_image_tower(tower: nn.Module, folder: Path) -> None:
+    """`image_encoder`, in fp16, and how a picture becomes its input: 128 x 128 pixels in [-1, 1]."""
+    state = {name: tensor.half() for name, tensor in tower.state_dict().items() if "position_ids" not in name}
+    weights.save(state, folder / "model.safetensors")
+    write_json(folder / "config.json", image_tower_config())
+    sizes = {"size": {"shortest_edge": 128}, "crop_size": {"height": 128, "width": 128}}
+    pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    write_json(folder / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"} | sizes | pixels)
 
 
 class Towers(nn.Module):

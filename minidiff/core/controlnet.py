@@ -1,7 +1,7 @@
 """ControlNet: a picture as condition (arXiv 2302.05543, section 3).
 
-A copy of the U-Net's way down sees the latents, the prompt, and a hint: edges, a depth map, a small picture. What it finds is
-added to what the U-Net's own way down hands over. The U-Net stays as it is.
+A copy of the U-Net's way down also sees a hint: edges, a depth map, a small picture. What it finds is added to what the way
+down of the U-Net hands over. The U-Net stays as it is.
 
     hint picture -> hint encoder --\
     latents -> conv_in ----------- + -> down 0 .. 3 -> mid      the copy
@@ -27,7 +27,7 @@ from minidiff.core.unet import Encoder, UNet2DConditionModel
 
 
 class HintEncoder(nn.Module):
-    """Eight 3x3 convolutions, three of which halve the side: as many cells as a latent has."""
+    """3x3 convolutions, three of which halve the side: as many cells as a latent has."""
 
     def __init__(self, config: ControlNetConfig) -> None:
         super().__init__()
@@ -49,10 +49,10 @@ class HintEncoder(nn.Module):
 class ControlNetModel(Encoder):
     """For latents and a hint it finds what is to be added to the skips and the bottom of a U-Net."""
 
-    config: ControlNetConfig
-
     def __init__(self, config: ControlNetConfig) -> None:
         super().__init__(config)
+        self.bgr = config.controlnet_conditioning_channel_order == "bgr"
+        self.pooled = config.global_pool_conditions
         self.controlnet_cond_embedding = HintEncoder(config)
         self.controlnet_down_blocks = nn.ModuleList(zeros(nn.Conv2d(width, width, 1)) for width in self.skip_widths)
         self.controlnet_mid_block = zeros(nn.Conv2d(self.skip_widths[-1], self.skip_widths[-1], 1))
@@ -61,29 +61,24 @@ class ControlNetModel(Encoder):
     def from_unet(cls, unet: UNet2DConditionModel, widths: tuple[int, ...] = (16, 32, 96, 256)) -> "ControlNetModel":
         """A ControlNet to be trained: the U-Net's way down, a new hint encoder of these widths, and connections of 0."""
         net = cls(ControlNetConfig(**asdict(unet.config), conditioning_embedding_out_channels=widths))
-        own = net.state_dict()
-        net.load_state_dict(own | {key: tensor for key, tensor in unet.state_dict().items() if key in own})
+        net.load_state_dict(unet.state_dict(), strict=False)
         return net
 
     def encode_hint(self, hint: Tensor) -> Tensor:
         """Hint pictures (B, 3, H, W) in [0, 1] -> (B, C, h, w). It does not depend on t: once for a picture is enough."""
-        bgr = self.config.controlnet_conditioning_channel_order == "bgr"
-        return self.controlnet_cond_embedding(hint.flip(1) if bgr else hint)
+        return self.controlnet_cond_embedding(hint.flip(1) if self.bgr else hint)
 
-    def forward(
-        self, latents: Tensor, t: Tensor | float, text: Tensor, vector: Tensor | None, hint: Tensor, scale: float = 1.0,
-        guess: bool = False,
-    ) -> list[Tensor]:  # fmt: skip
-        """The U-Net's inputs and an encoded hint (B, C, h, w) -> `control` of the U-Net's call, times `scale`.
+    def forward(self, x: Tensor, t: Tensor, *text: Tensor, hint: Tensor, scale: float = 1, guess: bool = False) -> list[Tensor]:
+        """The U-Net's inputs, an encoded hint (B, C, h, w) -> `control` of the U-Net's call, times `scale`.
 
-        `guess`: "guess mode". Shallow levels, whose structure is fine, are held less: the weights rise from 0.1 to 1.
+        `guess`, "guess mode": the shallow levels, whose structure is fine, weigh less.
         """
-        x, skips = self.encode(self.conv_in(latents) + hint, self.embed_time(t, vector, latents), text)
-        found = [conv(h) for conv, h in zip([*self.controlnet_down_blocks, self.controlnet_mid_block], [*skips, x])]
-        if self.config.global_pool_conditions:
+        time = self.embed_time(t, text[1] if len(text) > 1 else None, x)
+        found = self.encode(self.conv_in(x) + hint, time, text[0])
+        found = [conv(h) for conv, h in zip([*self.controlnet_down_blocks, self.controlnet_mid_block], found, strict=True)]
+        if self.pooled:
             return [scale * h.mean((2, 3), keepdim=True) for h in found]
-        last = len(found) - 1  # 12 in SD 1.5
-        return [scale * (10 ** (k / last - 1) if guess else 1) * h for k, h in enumerate(found)]
+        return [scale * (10 ** (k / (len(found) - 1) - 1) if guess else 1) * h for k, h in enumerate(found)]
 
 
 def in_range(step: int, steps: int, start: float, end: float) -> bool:
@@ -93,6 +88,6 @@ def in_range(step: int, steps: int, start: float, end: float) -> bool:
 
 def zeros(conv: nn.Conv2d) -> nn.Conv2d:
     """A "zero convolution", in which all weights are 0: 2302.05543, section 3.1."""
-    for parameter in conv.parameters():
-        nn.init.zeros_(parameter)
+    for weights in conv.parameters():
+        nn.init.zeros_(weights)
     return conv

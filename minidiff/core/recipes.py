@@ -1,12 +1,13 @@
-"""Five ways of fine-tuning, side by side. They bring the same batches to the same loss, and differ in what moves.
+"""Six ways of fine-tuning, side by side. They bring the same batches to the same loss, and differ in what moves.
 
     full                           every weight of the U-Net, perhaps of the text encoder too       W
     full, as DreamBooth            the same weights; half of each batch shows the subject's class   W
     lora (LoRA, DoRA)              two thin matrices beside each of some layers                     W + (alpha / r) B A
     textual_inversion              the vectors of one new word                                      v*
     lora, then textual_inversion   pivotal tuning, after Roich et al. (arXiv 2106.05744)            v*, B A
+    full, of a ControlNet          every weight of the copy in core/controlnet.py; the U-Net is frozen
 
-Each function changes the networks and returns what is trained, by name; `DiffusionLoss` is the loss of all five:
+Each function changes the networks and returns what is trained, by name; `DiffusionLoss` is the loss of all:
 
     task = Task(lora({"unet": unet}, Adapter(rank=4)), batch, DiffusionLoss(unet, schedule))
     for update in train(task, LoopSettings()): ...
@@ -88,6 +89,7 @@ class DiffusionLoss:
     prior_weight: float = 0.0  # above 0: the second half of a batch is the class
     ip_adapter: Callable[[Tensor, Tensor], Tensor] | None = None  # (text, e) -> the U-Net's context
     base: Answer | None = None  # with it, the target of the class half is what the base model predicts
+    controlnet: Any = None  # to be trained: with it, a batch also holds hints (B, 3, H, W) in [0, 1]
 
     def __call__(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
         device = next(self.unet.parameters()).device
@@ -114,6 +116,9 @@ class DiffusionLoss:
         x_t = add_noise(self.schedule, batch["latents"], batch["noise"], batch["t"]).to(dtype)
         states = self.text_encoder(input_ids=batch["ids"]).last_hidden_state if "ids" in batch else batch["text"]
         text = [part.to(dtype) for part in (states, batch.get("vector")) if part is not None]
+        net, control = self.controlnet, {}
+        if net is not None:
+            control = {"control": net(x_t, batch["t"], *text, hint=net.encode_hint(batch["hint"]))}
         if self.ip_adapter is not None:
             text[0] = self.ip_adapter(text[0], batch["e"])
-        return self.unet(x_t, batch["t"], *text), x_t, text
+        return self.unet(x_t, batch["t"], *text, **control), x_t, text

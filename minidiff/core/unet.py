@@ -83,7 +83,7 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The way down, which a U-Net and its ControlNets share: the time, the first convolution, all levels, the bottom."""
+    """The way down, which a U-Net and its ControlNets share: the time, the first convolution, the levels, the bottom."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -111,12 +111,12 @@ class Encoder(nn.Module):
         time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(latents.dtype))
         return time if self.add_embedding is None else time + self.add_embedding(vector)
 
-    def encode(self, x: Tensor, time: Tensor, text: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """x (B, C, h, w), after conv_in -> the bottom's output, and the skips, of which x is the first."""
+    def encode(self, x: Tensor, time: Tensor, text: Tensor) -> list[Tensor]:
+        """x (B, C, h, w), after conv_in -> the skips, of which x is the first, and at last what the bottom gives."""
         skips = [x]
         for down in self.down_blocks:
             x = down(x, time, text, skips)
-        return self.mid_block(x, time, text), skips
+        return [*skips, self.mid_block(x, time, text)]
 
 
 class UNet2DConditionModel(Encoder):
@@ -136,8 +136,7 @@ class UNet2DConditionModel(Encoder):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
         widths, layers, last = config.block_out_channels, config.layers_per_block, len(config.block_out_channels) - 1
-        skips = list(self.skip_widths)
-        c = widths[-1]
+        skips, c = list(self.skip_widths), widths[-1]
         self.up_blocks = nn.ModuleList()
         for i, (width, kind) in enumerate(zip(widths[::-1], config.up_block_types)):
             ins = [before + skips.pop() for before in [c] + [width] * layers]  # one layer more than on the way down
@@ -154,12 +153,13 @@ class UNet2DConditionModel(Encoder):
     ) -> Tensor:  # fmt: skip
         """latents (B, 4, h, w), t (B,) or a number, text (B, S, D); in SDXL a vector (B, V) -> (B, 4, h, w).
 
-        `control`, from ControlNets, is added to what the way down hands over: one for each skip, the last for the bottom.
+        `control`, of a ControlNet, is added to what `encode` finds.
         """
         time = self.embed_time(t, vector, latents)
-        x, skips = self.encode(self.conv_in(latents), time, text)
+        found = self.encode(self.conv_in(latents), time, text)
         if control is not None:
-            x, *skips = [own + added for own, added in zip([x, *skips], [control[-1], *control[:-1]], strict=True)]
+            found = [own + added for own, added in zip(found, control, strict=True)]
+        *skips, x = found
         for up in self.up_blocks:
             x = up(x, time, text, skips)
         return self.conv_out(self.conv_norm_out(x))

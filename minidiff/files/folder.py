@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from minidiff.core.config import NoiseConfig, UNetConfig, VAEConfig
+from minidiff.core.config import ControlNetConfig, NoiseConfig, UNetConfig, VAEConfig
 from minidiff.core.errors import WeightsError
 from minidiff.files.bundled import here_or_bundled
 from minidiff.files.values import fits, near_path
@@ -104,7 +104,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 # --- JSON into dataclasses, and back -----------------------------------------------------------------------------------
 
-Config = TypeVar("Config", UNetConfig, VAEConfig, NoiseConfig)
+Config = TypeVar("Config", UNetConfig, ControlNetConfig, VAEConfig, NoiseConfig)
 
 ONLY: dict[type, dict[str, Any]] = {  # keys of the JSON, and the one value of each that minidiff implements
     UNetConfig: dict(
@@ -127,6 +127,9 @@ UNWRITTEN: dict[str, Any] = dict(  # the same, for keys of a U-Net that no folde
 )  # fmt: skip
 NEWER = ("use_linear_projection", "transformer_layers_per_block", "addition_embed_type", "addition_time_embed_dim",
          "projection_class_embeddings_input_dim")  # fmt: skip
+ONLY[ControlNetConfig] = ONLY[UNetConfig]
+NO_CONTROL = ("sample_size", "out_channels", "up_block_types", "center_input_sample", "dual_cross_attention",
+              "time_embedding_type")  # what the config of a ControlNet does not have  # fmt: skip
 BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
 LARGEST, LEVELS, LAYERS = 65_536, 8, 16  # more than any SD model has; refused before a network of that size is built
 
@@ -139,7 +142,7 @@ def config_of(folder: Path, name: str = "config.json") -> tuple[dict[str, Any], 
 
 def read_config(kind: type[Config], values: dict[str, Any], where: str) -> Config:
     """A dataclass of this kind from parsed JSON. WeightsError, which names the file `where`, for impossible values."""
-    for key, only in (ONLY[kind] | (UNWRITTEN if kind is UNetConfig else {})).items():
+    for key, only in (ONLY[kind] | (UNWRITTEN if issubclass(kind, UNetConfig) else {})).items():
         if values.get(key, only) not in (only, None):
             families = "networks of SD 1.x, SD 2.x and SDXL"
             raise WeightsError(f"{where}: {key} is {values[key]!r:.60}; minidiff builds {families}, where it is {only!r}.")
@@ -189,6 +192,8 @@ def config_values(config: UNetConfig | VAEConfig | NoiseConfig, class_name: str)
     if isinstance(config, UNetConfig):  # the settings that SD 1.5 does not have come last, where they differ from its own
         newer = {key: values.pop(key) for key in NEWER if key in values}
         values |= {key: value for key, value in newer.items() if key == NEWER[0] or value != getattr(UNetConfig, key)}
+    if isinstance(config, ControlNetConfig):
+        values = {key: value for key, value in values.items() if key not in NO_CONTROL}
     if isinstance(config, VAEConfig):
         levels = len(config.block_out_channels)
         values |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 from minidiff.core.errors import SettingsError, did_you_mean
 from minidiff.files.values import A_FOLDER, Rule, at_least, at_most, check_values
 
-Stage = Literal["world", "vae", "latents", "decoder", "clip", "unet", "assemble", "judge", "student", "ip"]
+Stage = Literal["world", "vae", "latents", "decoder", "clip", "unet", "assemble", "judge", "student", "ip", "canny", "tile"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 USUAL = STAGES[: STAGES.index("student")]
 Count = Annotated[int, at_least(1), at_most(10_000_000)]
@@ -33,11 +33,13 @@ class Sizes:
     student_batch: int
     ip_steps: int
     ip_batch: int
+    control_steps: int
+    control_batch: int
 
 
 PROFILES = {
-    "cpu": Sizes("no", 12_000, 4000, 4, 800, 12_000, 48, 500, 16, 3000, 16),
-    "gpu": Sizes("bf16", 6000, 2000, 32, 1500, 8000, 256, 1000, 64, 3000, 64),
+    "cpu": Sizes("no", 12_000, 4000, 4, 800, 12_000, 48, 500, 16, 3000, 16, 2000, 16),
+    "gpu": Sizes("bf16", 6000, 2000, 32, 1500, 8000, 256, 1000, 64, 3000, 64, 3000, 64),
 }
 
 
@@ -48,8 +50,8 @@ class PretrainSettings:
     output_dir: str = "pocket-pretrain"
     """Folder for all stages. Run the same command again to continue."""
     stages: Annotated[tuple[Stage, ...], Rule(f"names none; there are {', '.join(STAGES)}", bool)] = USUAL
-    """Which stages to run, in this order. A finished stage is skipped. Default: all but
-    `student`, a LoRA for few steps, and `ip`, an IP-Adapter."""
+    """Which stages to run, in this order. A finished stage is skipped. Default: all but `student`, a LoRA for few steps,
+    `ip`, an IP-Adapter, and the ControlNets `canny` and `tile`."""
     init_from: str | None = None
     """Start from this checkpoint instead of from random numbers, to train it further."""
     device: str | None = None
@@ -80,6 +82,10 @@ class PretrainSettings:
     """Updates of the IP-Adapter. Default: 3000."""
     ip_batch: Count | None = None
     """Latents in each update of the IP-Adapter. Default: 16; 64 with --profile gpu."""
+    control_steps: Count | None = None
+    """Updates of a ControlNet. Default: 2000; 3000 with --profile gpu."""
+    control_batch: Count | None = None
+    """Latents in each update of a ControlNet. Default: 16; 64 with --profile gpu."""
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     """Output of the U-Net. A U-Net of --init_from that predicts something else learns it anew from its weights."""
     seed: int = 0

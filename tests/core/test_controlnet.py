@@ -35,7 +35,7 @@ def test_counts(config: UNetConfig, parameters: int) -> None:
 def test_at_birth_it_changes_nothing(unet: UNet2DConditionModel) -> None:
     x, t, text, hint = inputs()
     net = ControlNetModel.from_unet(unet, WIDTHS)
-    assert torch.equal(unet(x, t, text, control=net(x, t, text, None, net.encode_hint(hint))), unet(x, t, text))
+    assert torch.equal(unet(x, t, text, control=net(x, t, text, hint=net.encode_hint(hint))), unet(x, t, text))
 
 
 def test_the_first_three_updates(unet: UNet2DConditionModel) -> None:
@@ -46,7 +46,7 @@ def test_the_first_three_updates(unet: UNet2DConditionModel) -> None:
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     for _ in range(3):
         optimizer.zero_grad()
-        unet(x, t, text, control=net(x, t, text, None, net.encode_hint(hint))).square().mean().backward()
+        unet(x, t, text, control=net(x, t, text, hint=net.encode_hint(hint))).square().mean().backward()
         moved.append({name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()})
         optimizer.step()
     connections = {name for name in net.state_dict() if name.startswith(("controlnet_down", "controlnet_mid"))}

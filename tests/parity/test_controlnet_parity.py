@@ -42,7 +42,7 @@ def test_residuals_and_output(config: UNetConfig, guess: bool) -> None:
         numbers = their_unet.add_time_proj(ids.flatten()).reshape(2, -1)
         vector, more = torch.cat([pooled, numbers], dim=1), {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
     t = torch.tensor([981, 20])
-    control = net(x, t, text, vector, net.encode_hint(hint), 0.7, guess)
+    control = net(x, t, *(one for one in (text, vector) if one is not None), hint=net.encode_hint(hint), scale=0.7, guess=guess)
     their = dict(controlnet_cond=hint, conditioning_scale=0.7, guess_mode=guess, return_dict=False)
     down, mid = their_net(x, t, text, **their, **more)
     for ours, theirs in zip(control, [*down, mid], strict=True):

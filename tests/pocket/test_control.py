@@ -1,0 +1,39 @@
+"""The pocket's ControlNets: their hints, and one update of each to a folder that is read again."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from minidiff.draw.canny import canny
+from minidiff.files.controlnet import read_controlnet
+from minidiff.pocket import control, pretrain
+from minidiff.pocket.dataset import load_world
+from minidiff.pocket.settings import PretrainSettings
+
+POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pocket")
+    settings = PretrainSettings(str(folder), ("world", "latents", "canny"), init_from=str(POCKET), device="cpu",
+                                pictures=4, control_steps=2, control_batch=2)  # fmt: skip
+    pretrain.pretrain(settings)
+    return folder
+
+
+def test_hints(home: Path) -> None:
+    world = load_world(home, 4)
+    edges = control.edges(home, world)([2, 0], 0)
+    assert edges.shape == (2, 3, 128, 128) and torch.equal(edges[0, 1] * 255, torch.from_numpy(canny(world.pixels[2])).float())
+    sharp = world.batch([1]) / 2 + 0.5
+    errors = [(control.blurred(world, [1], step) - sharp).abs().mean() for step in (0, 1, 2)]
+    assert 0 < errors[0] < errors[1] < errors[2] < 0.2
+
+
+def test_the_stage_writes_a_net(home: Path) -> None:
+    """In two updates; the learning rate of the first is 0."""
+    net = read_controlnet(home / "canny")
+    assert sum(p.numel() for p in net.parameters()) == 4_816_392
+    assert net.controlnet_mid_block.weight.any() and net.config.conditioning_embedding_out_channels == control.WIDTHS

@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 _NAMES = {  # where they are -> names
     "minidiff.draw.habits": """
         StableDiffusionPipeline StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline
+        StableDiffusionXLPipeline StableDiffusionXLImg2ImgPipeline StableDiffusionXLInpaintPipeline
         DiffusionPipeline AutoPipelineForText2Image AutoPipelineForImage2Image AutoPipelineForInpainting
         UNet2DConditionModel AutoencoderKL LoraConfig get_peft_model get_peft_model_state_dict""",
     "minidiff.draw.schedulers": """

@@ -1,11 +1,11 @@
-"""Folders of tiny models in the layouts of SD 2.x, with the conventions that differ from SD 1.5's."""
+"""Folders of tiny models in the layouts of SD 2.x and SDXL, with the conventions that differ from SD 1.5's."""
 
 import json
 import runpy
 from pathlib import Path
 from typing import Any
 
-from tiny_sizes import TINY_SD2, TINY_VAE
+from tiny_sizes import TINY_SD2, TINY_VAE, TINY_XL
 
 from minidiff.core.config import NoiseConfig
 from minidiff.core.unet import UNet2DConditionModel
@@ -36,14 +36,46 @@ def sd2_folder(home: Path, model: str = "SD 2") -> Path:
     unet, vae, encoder = map(fill, (UNet2DConditionModel(TINY_SD2), AutoencoderKL(TINY_VAE), build_text_encoder(text, "tiny")))
     folder = home / "model"
     StableDiffusionPipeline(unet, vae, encoder, tokenizer, NoiseConfig()).save_pretrained(folder)
-    values = SCHEDULERS[model]
-    path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    path = folder / "model_index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"scheduler": ["diffusers", values["_class_name"]]}))
+    set_scheduler(folder, SCHEDULERS[model])
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"upcast_attention": True}))
     return folder
+
+
+XL_SCHEDULER = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"} | dict(list(TURBO.items())[2:])
+
+
+def xl_folder(home: Path) -> Path:
+    """SDXL's three levels, unequal depths and heads, two text towers of different widths, two paddings."""
+    from dataclasses import replace
+
+    fill = runpy.run_path(str(Path(__file__).parent / "golden" / "make_models.py"))["fill"]
+    tokenizers = []
+    for name in ("words", "words_2"):
+        build_tokenizer(home / name, WORDS)
+        if name == "words_2":
+            padded_by_zeros(home / name)
+        tokenizers.append(load_tokenizer(home / name))
+    text = {"vocab_size": len(tokenizers[0]), "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    first = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    second = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    second |= {"hidden_act": "gelu", "projection_dim": 24}
+    towers = build_text_encoder(text | first, "tiny"), build_text_encoder(text | second, "tiny", projected=True)
+    vae = AutoencoderKL(replace(TINY_VAE, sample_size=16, scaling_factor=0.13025))
+    unet, vae, one, two = map(fill, (UNet2DConditionModel(TINY_XL), vae, *towers))
+    pipe = StableDiffusionPipeline(unet, vae, one, tokenizers[0], NoiseConfig(), text_encoder_2=two, tokenizer_2=tokenizers[1])
+    pipe.save_pretrained(home / "model")
+    set_scheduler(home / "model", XL_SCHEDULER)
+    return home / "model"
+
+
+def set_scheduler(folder: Path, values: dict[str, Any]) -> None:
+    """Another scheduler in a model's folder."""
+    for path, more in (
+        (folder / "scheduler" / "scheduler_config.json", values),
+        (folder / "model_index.json", {"scheduler": ["diffusers", values["_class_name"]]}),
+    ):
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
 
 
 def padded_by_zeros(folder: Path) -> None:

@@ -214,7 +214,7 @@ def load(s: Sampling, prompts: Sequence[str], pictures: int = 1) -> StableDiffus
     dtype = getattr(torch, s.torch_dtype or ("float32" if device == "cpu" else "float16"))
     dtypes = {"unet": dtype, "vae": torch.float32, "text_encoder": dtype}
     parts = read_model(name, None, s.tokenizer, dtypes, light_text(s.plain), s.prediction_type)
-    pipe = StableDiffusionPipeline(*parts.arguments, name, s.plain).to(device)
+    pipe = StableDiffusionPipeline(**parts.arguments, name_or_path=name, plain=s.plain).to(device)
     pipe.set_tile_size(s.tile_size)
     attach(pipe, s, prompts)
     texts = map(plain_text, (*prompts, s.negative_prompt))
@@ -255,5 +255,6 @@ def lora_names(paths: Sequence[str]) -> list[str]:
 
 def draw(pipe: StableDiffusionPipeline, s: Sampling, prompt: str | None = None, **more: Any) -> Image:
     """The one picture of these settings; `more` are other arguments of the pipeline's call."""
-    image: Image = pipe(prompt, **{name: getattr(s, name) for name in CALL}, **more).images[0]
+    given = {name: getattr(s, name) for name in CALL} | {"negative_prompt": s.negative_prompt or None}
+    image: Image = pipe(prompt, **given, **more).images[0]
     return image

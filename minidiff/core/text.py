@@ -3,19 +3,21 @@
     prompt -> tokenizer -> ids (B, 77) -> token and position embeddings -> causal transformer -> LayerNorm -> (B, 77, D)
 
 Every text has 77 ids: a start mark, at most 75 tokens, an end mark, and padding. Stable Diffusion reads all 77 positions,
-the padding too, and not the pooled vector that CLIP itself was trained on.
+the padding too, and not the pooled vector that CLIP itself was trained on. SDXL has two towers, and reads that vector, too.
 
-Shapes: B prompts, D width of the text (768 in SD 1.5, 128 in the pocket checkpoint).
+Shapes: B prompts, D width of the text (768 in SD 1.5, 128 in the pocket checkpoint), P width of the pooled vector.
 """
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from minidiff.core.blocks import timestep_embedding
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -23,25 +25,61 @@ if TYPE_CHECKING:
 LENGTH = 77  # positions that CLIP was trained with
 
 
-def encode_captions(
-    tokenizer: "CLIPTokenizer",
-    text_encoder: "CLIPTextModel",
-    captions: Sequence[str],
-    placeholders: Mapping[str, Sequence[int]] = {},
-) -> Tensor:
-    """Captions -> (B, 77, D), on the encoder's device and in its dtype. Gradients flow if they are on."""
-    return encode(text_encoder, tokenize(tokenizer, captions, placeholders))
-
-
 def encode(text_encoder: "CLIPTextModel", ids: Tensor, clip_skip: int = 0) -> Tensor:
     """ids (B, 77) -> (B, 77, D): the last hidden states, after the final LayerNorm.
 
-    `clip_skip` = n takes the states n layers before the last, through the same LayerNorm.
+    On the encoder's device and in its dtype; gradients flow if they are on. `clip_skip` = n takes the states n layers before
+    the last, through the same LayerNorm.
     """
-    states = text_encoder(input_ids=ids.to(text_encoder.device), output_hidden_states=True).hidden_states  # after each layer
+    return final_norm(text_encoder, hidden_states(text_encoder, ids)[-1 - clip_skip])
+
+
+def hidden_states(text_encoder: Any, ids: Tensor) -> Sequence[Tensor]:
+    """The embeddings and the output of each layer, (B, 77, D) each."""
+    states: Sequence[Tensor] = text_encoder(input_ids=ids.to(text_encoder.device), output_hidden_states=True).hidden_states
+    return states
+
+
+def final_norm(text_encoder: Any, hidden: Tensor) -> Tensor:
     norm: nn.Module = getattr(text_encoder, "text_model", text_encoder).final_layer_norm  # transformers 4, transformers 5
-    hidden: Tensor = norm(states[-1 - clip_skip])
-    return hidden
+    normed: Tensor = norm(hidden)
+    return normed
+
+
+class TextEncoders(nn.Module):
+    """The text towers of a model: one, or SDXL's two, which read the same ids (arXiv 2307.01952, section 2.1).
+
+    Behind the end mark, the second tower has padding of its own, the token "!".
+    """
+
+    def __init__(self, towers: Iterable[nn.Module], end: int, pad: int) -> None:
+        super().__init__()
+        self.towers, self.end, self.pad = nn.ModuleList(towers), end, pad
+
+    def forward(self, ids: Tensor, clip_skip: int = 0) -> tuple[Tensor, ...]:
+        """ids (B, 77) -> states (B, 77, D); in SDXL also the pooled vectors (B, P).
+
+        SDXL's states are those before the last layer of both towers, side by side, without the final LayerNorm.
+        """
+        if len(self.towers) == 1:
+            return (encode(cast(Any, self.towers[0]), ids, clip_skip),)
+        end = (ids == self.end).int().argmax(dim=1)  # of each row, the first; the largest id can be a new word's
+        behind = torch.arange(LENGTH, device=ids.device) > end[:, None]
+        first, second = map(hidden_states, self.towers, (ids, ids.masked_fill(behind, self.pad)))
+        states = torch.cat([first[-2 - clip_skip], second[-2 - clip_skip]], dim=-1)
+        last = final_norm(self.towers[1], second[-1])
+        return states, cast(Any, self.towers[1]).text_projection(last[torch.arange(len(last)), end.to(last.device)])
+
+
+def with_sizes(text: tuple[Tensor, ...], sizes: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """SDXL's states and pooled vectors (B, P) -> states and vectors (B, P + 6 width), as the U-Net reads them.
+
+    `sizes` (B, 6): height and width of the picture before it was scaled; top and left of its crop; height and width of what
+    is drawn (arXiv 2307.01952, section 2.2). They stay fp32 up to the sinusoids: bf16 would round 1023 to 1024.
+    """
+    states, pooled = text
+    sinusoids = timestep_embedding(sizes.to(pooled.device).flatten(), width).reshape(len(sizes), -1)
+    return states, torch.cat([pooled, sinusoids.to(pooled.dtype)], dim=1)
 
 
 def tokenize(tokenizer: "CLIPTokenizer", captions: Sequence[str], placeholders: Mapping[str, Sequence[int]] = {}) -> Tensor:

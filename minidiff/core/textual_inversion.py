@@ -10,7 +10,7 @@ No weight changes. The word, such as `<dog>`, gets n vectors beside the model's 
 So the optimizer holds nothing but the new vectors. (In an enlarged table, AdamW's weight decay would move all other rows, too.)
 
     row = inject(text_encoder).add("<dog>", initial_vectors(tokenizer, text_encoder, "dog", 2))    # train `row`
-    encode_captions(tokenizer, text_encoder, ["a photo of <dog>"], placeholders(text_encoder))
+    encode(text_encoder, tokenize(tokenizer, ["a photo of <dog>"], placeholders(text_encoder)))
 
 Shapes: B prompts, L tokens, D width of the text, V words in the table, n vectors of a new word.
 """
@@ -71,7 +71,7 @@ def eject(text_encoder: "CLIPTextModel") -> None:
 
 
 def placeholders(text_encoder: "CLIPTextModel") -> dict[str, list[int]]:
-    """The new words and their ids, as `tokenize` and `encode_captions` want them; empty where there are none."""
+    """The new words and their ids, as `tokenize` wants them; empty where there are none."""
     return dict(getattr(text_encoder.get_input_embeddings(), "placeholders", {}))
 
 

@@ -1,9 +1,10 @@
 """The arguments of a call: prompts, sampler and noise, checked. SettingsError for those with which nothing can be drawn.
 
-B pictures   C h w one latent   D text width
+B pictures   C h w one latent   D text width   P width of SDXL's pooled vector
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
 
@@ -12,37 +13,63 @@ from torch import Tensor
 
 from minidiff.core.errors import SettingsError, did_you_mean
 from minidiff.core.grids import SAMPLERS, Sampler
+from minidiff.core.guidance import Text
 from minidiff.core.rng import normal
 from minidiff.draw.prompting import Prompt, parse_prompt
 from minidiff.files.folder import NEAREST
 
 Generators = torch.Generator | Sequence[torch.Generator]
 Draw = Callable[[int | str], Tensor]  # what the noise is for -> the noise
-Side = list[Prompt] | Tensor  # all prompts, or all negative prompts; or the vectors (B, 77 k, D) that the caller gives for them
+Encoded = Sequence[Tensor | None]  # prompt_embeds (B, 77 k, D) and pooled_prompt_embeds (B, P), from the caller
+Pair = tuple[int, int]  # height and width, or top and left
+EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")
 
 
-def both_sides(given: tuple[Any, Tensor | None], negative: tuple[Any, Tensor | None], per_prompt: int) -> tuple[Side, Side]:
+@dataclass(frozen=True)
+class Side:
+    """The prompts of a call, or its negative prompts."""
+
+    prompts: list[Prompt]
+    encoded: Text = ()  # in place of the prompts
+    zeros: bool = False  # in place of the prompts
+    sizes: tuple[int, ...] = ()  # SDXL: original height and width, top and left of the crop, target height and width
+
+    def __len__(self) -> int:
+        return len(self.encoded[0] if self.encoded else self.prompts)
+
+    def repeated(self, times: int) -> "Side":
+        """Each prompt so many times, one after the other."""
+        encoded = tuple(part.repeat_interleave(times, dim=0) for part in self.encoded)
+        return replace(self, prompts=[one for one in self.prompts for _ in range(times)], encoded=encoded)
+
+
+def both_sides(given: tuple[Any, Encoded], negative: tuple[Any, Encoded], per_prompt: int) -> tuple[Side, Side]:
     """Prompts and negative prompts from (text or texts, or encoded prompts instead): each prompt `per_prompt` times, and a
     negative prompt for each."""
     if per_prompt < 1:
         raise SettingsError(f"num_images_per_prompt is {per_prompt}; it must be at least 1.")
-    if (given[0] is None) == (given[1] is None):
+    if (given[0] is None) == (given[1][0] is None):
         raise SettingsError("give either a prompt or prompt_embeds.")
     sides: list[Side] = []
     for texts, embeds in (given, negative):
+        encoded = tuple(finite_floats(name, one) for name, one in zip(EMBEDS, embeds) if one is not None)
         row = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
-        if embeds is None and not all(isinstance(text, str) for text in row):
+        if not encoded and not all(isinstance(text, str) for text in row):
             raise SettingsError("prompt and negative_prompt must be a text, or a list of texts.")
-        sides.append([parse_prompt(text) for text in row] if embeds is None else finite_floats("prompt_embeds", embeds))
+        sides.append(Side([] if encoded else [parse_prompt(text) for text in row], encoded))
     prompts, negatives = map(len, sides)
     if not prompts or negatives not in (1, prompts):
         raise SettingsError(f"{negatives} negative prompts for {prompts} prompts; give one, or one for each.")
-    return repeated(sides[0], per_prompt), repeated(sides[1], prompts * per_prompt // negatives)
+    return sides[0].repeated(per_prompt), sides[1].repeated(prompts * per_prompt // negatives)
 
 
-def repeated(side: Side, times: int) -> Side:
-    """Each prompt so many times, one after the other."""
-    return side.repeat_interleave(times, dim=0) if isinstance(side, Tensor) else [one for one in side for _ in range(times)]
+def sizes_of(usual: tuple[int, ...], original: Pair | None, crop: Pair | None, target: Pair | None) -> tuple[int, ...]:
+    """A `Side`'s sizes; where a pair is not given, the usual one."""
+    names, usuals = ("original_size", "crops_coords_top_left", "target_size"), (usual[:2], usual[2:4], usual[4:])
+    pairs = [own if given is None else tuple(given) for given, own in zip((original, crop, target), usuals)]
+    if wrong := next((name for name, pair in zip(names, pairs) if len(pair) != 2), None):
+        raise SettingsError(f"{wrong} has two numbers: height and width, or top and left.")
+    return tuple(as_int(names[i], number) for i, pair in enumerate(pairs) for number in pair)
 
 
 def sampler_for(name: str, spacing: str | None = None, karras: bool | None = None, eta: float = 0.0) -> Sampler:

@@ -39,7 +39,7 @@ from minidiff.files.values import check_names
 from minidiff.files.weights import save
 from minidiff.files.word_file import Embedding
 
-PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "text_encoder_2", "tokenizer_2")
 
 # --- networks ------------------------------------------------------------------------------------------------------------
 
@@ -206,7 +206,10 @@ class StableDiffusionPipeline(pipeline.StableDiffusionPipeline):
         check_names("from_pretrained", field, ("layerwise_casting", "plain"))
         pipe = super().from_pretrained(home, torch_dtype, *own, **field)
         pipe.name_or_path = str(folder)
-        return cls(**pipe.components | parts, name_or_path=str(folder), plain=pipe.plain) if parts else pipe
+        if not parts:
+            return pipe
+        zeros = pipe.force_zeros_for_empty_prompt
+        return cls(**pipe.components | parts, name_or_path=str(folder), plain=pipe.plain, force_zeros_for_empty_prompt=zeros)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -225,7 +228,7 @@ class StableDiffusionPipeline(pipeline.StableDiffusionPipeline):
         self.sampler, self.noise_config, self.schedule = new.sampler, new.noise_config, new.schedule
 
     def __repr__(self) -> str:
-        side, networks = self.unet.config.sample_size * self.downscale, (self.unet, self.vae, self.text_encoder)
+        side, networks = self.unet.config.sample_size * self.downscale, self.parts.networks.values()
         count = sum(parameter.numel() for network in networks for parameter in network.parameters())
         adapters = ", ".join(f"{name} at {weight:g}" for name, weight in self.strengths().items()) or "none"
         model = f"{self.name_or_path or 'a model'}, {side} x {side} pixels, {count:,} parameters, {self.device}, {self.dtype}"
@@ -315,5 +318,7 @@ ORDERS = {  # pipelines that differ only in what their arguments mean by positio
     "DiffusionPipeline": StableDiffusionPipeline.order, "AutoPipelineForText2Image": StableDiffusionPipeline.order,
     "StableDiffusionImg2ImgPipeline": FROM_PICTURE, "AutoPipelineForImage2Image": FROM_PICTURE,
     "StableDiffusionInpaintPipeline": FROM_MASK, "AutoPipelineForInpainting": FROM_MASK,
+    "StableDiffusionXLPipeline": StableDiffusionPipeline.order, "StableDiffusionXLImg2ImgPipeline": FROM_PICTURE,
+    "StableDiffusionXLInpaintPipeline": FROM_MASK,
 }  # fmt: skip
 globals().update({name: type(name, (StableDiffusionPipeline,), {"order": order}) for name, order in ORDERS.items()})

@@ -1,6 +1,7 @@
 """The networks of a pipeline: loading, saving, moving; LoRAs and new words, with the field's method names."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,6 +12,7 @@ from minidiff.core import inject, textual_inversion
 from minidiff.core.config import NoiseConfig
 from minidiff.core.errors import SettingsError
 from minidiff.core.schedule import NoiseSchedule
+from minidiff.core.text import TextEncoders
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.speed import fast, needed, speed_up
@@ -38,18 +40,34 @@ class Model:
         sampler: str = "ddim",
         name_or_path: str = "",
         plain: bool = False,
+        text_encoder_2: Any = None,
+        tokenizer_2: "CLIPTokenizer | None" = None,
+        force_zeros_for_empty_prompt: bool = True,
     ) -> None:
         """`plain`: compute as `core` says, without minidiff.fast."""
-        check_parts_fit(ModelParts(unet, vae, text_encoder, tokenizer, noise_config, sampler), name_or_path)
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2  # SDXL's
+        self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt and text_encoder_2 is not None
         self.noise_config, self.schedule = noise_config, NoiseSchedule.from_config(noise_config)
         self.sampler, self.name_or_path, self.progress_bar = sampler, name_or_path, True
+        check_parts_fit(self.parts, name_or_path)
         self.plain = plain or fast is None
         self.is_turbo = is_turbo(noise_config, sampler)  # of the folder: another scheduler can be set later
         self.downscale = vae.config.downscale  # pixels per latent cell
         self.tile_size: int | None = None  # pixels; of the U-Net and the VAE
         self.vae_tile_size: int | None = None  # of the VAE alone
         speed_up(self)
+
+    @property
+    def parts(self) -> ModelParts:
+        """All that a folder holds."""
+        return ModelParts(**{f.name: getattr(self, f.name) for f in fields(ModelParts) if f.name != "home"})
+
+    @property
+    def encoders(self) -> TextEncoders:
+        """The text encoders as one module: ids -> all that the U-Net reads of them."""
+        pad = (self.tokenizer_2 or self.tokenizer).pad_token_id
+        return TextEncoders(self.parts.towers.values(), self.tokenizer.eos_token_id, pad)
 
     # --- loading and saving ----------------------------------------------------------------------------------------------
 
@@ -65,7 +83,8 @@ class Model:
         if layerwise_casting and plain:
             raise SettingsError("layerwise_casting is done by minidiff.fast, which plain leaves out; leave out one of the two.")
         dtypes = {"unet": None if layerwise_casting else torch_dtype, "vae": torch.float32, "text_encoder": torch_dtype}
-        pipe = cls(*read_model(local_folder(str(folder)), dtypes=dtypes).arguments, str(folder), plain)
+        model = read_model(local_folder(str(folder)), dtypes=dtypes)
+        pipe = cls(**model.arguments, name_or_path=str(folder), plain=plain)
         if layerwise_casting:
             needed("layerwise_casting").cast_layerwise(pipe.unet, torch_dtype)
         return pipe
@@ -78,19 +97,19 @@ class Model:
         """Read an SD 1.x or SD 2.x checkpoint in one LDM/CompVis file. It has no vocabulary: `tokenizer` is the folder of any
         SD model's. Nor does it say its `prediction_type`, "epsilon" (the default) or "v_prediction"."""
         dtypes = {"unet": torch_dtype, "vae": torch.float32, "text_encoder": torch_dtype}
-        return cls(*read_model(path, None, tokenizer, dtypes, None, prediction_type).arguments, str(path), plain=plain)
+        model = read_model(path, None, tokenizer, dtypes, None, prediction_type)
+        return cls(**model.arguments, name_or_path=str(path), plain=plain)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the folder that `from_pretrained` and diffusers read. AdapterError while a LoRA or a new word is attached."""
-        parts = (self.unet, self.vae, self.text_encoder, self.tokenizer, self.noise_config, self.sampler)
-        write_folder(ModelParts(*parts), folder, dtype)
+        write_folder(self.parts, folder, dtype)
 
     def to(self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the networks, cast them, or both. The VAE stays in fp32, as in `from_pretrained`."""
         if str(device).startswith("cuda") and not torch.cuda.is_available():
             raise SettingsError(f'to("{device}"): there is no GPU that torch can use here; leave the pipeline on "cpu".')
         where: Any = (device,) if dtype is None else (device, dtype)
-        for module in (self.unet, self.text_encoder):
+        for module in self.parts.adaptable.values():
             nn.Module.to(module, *where)
         if not isinstance(device, torch.dtype):
             nn.Module.to(self.vae, device)
@@ -112,7 +131,7 @@ class Model:
     @property
     def adaptable(self) -> nn.ModuleDict:
         """The networks that can have adapters."""
-        return nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
+        return nn.ModuleDict(self.parts.adaptable)
 
     def load_lora_weights(
         self,
@@ -126,7 +145,7 @@ class Model:
 
         `alpha` is for files that do not contain it. With `strict=False`, tensors that do not match this model are left out.
         """
-        loaded = lora_file.load_lora(dict(self.adaptable.items()), path, adapter_name, weight_name, alpha, strict)
+        loaded = lora_file.load_lora(self.parts.adaptable, path, adapter_name, weight_name, alpha, strict)
         speed_up(self)
         return loaded
 

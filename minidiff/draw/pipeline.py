@@ -6,6 +6,7 @@ B pictures   D text width   H W picture height and width   h w = H/8, W/8 latent
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,9 +17,20 @@ from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.core.generate import Stations, generate
 from minidiff.core.grids import Step
 from minidiff.core.guidance import Text, UNetCall
-from minidiff.core.text import LENGTH, encode_captions
+from minidiff.core.text import LENGTH, tokenize, with_sizes
 from minidiff.core.vae import sample_posterior
-from minidiff.draw.arguments import Draw, Generators, Side, as_int, both_sides, noise_source, sampler_for
+from minidiff.draw.arguments import (
+    EMBEDS,
+    Draw,
+    Generators,
+    Pair,
+    Side,
+    as_int,
+    both_sides,
+    noise_source,
+    sampler_for,
+    sizes_of,
+)
 from minidiff.draw.canvas import Canvas, Pictures, as_mask, as_pictures, fitted, on_picture, size_of
 from minidiff.draw.lora_tags import at_strengths, loras_of
 from minidiff.draw.model import Model
@@ -67,33 +79,19 @@ class StableDiffusionPipeline(Model):
 
     @torch.no_grad()
     def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        *positional: Any,
-        negative_prompt: str | Sequence[str] | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        num_inference_steps: int = 30,
-        guidance_scale: float = 7.5,
-        guidance_rescale: float = 0.0,
-        num_images_per_prompt: int = 1,
-        sampler: str | None = None,
-        seed: int | Sequence[int] | None = None,
-        generator: Generators | None = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        image: Pictures | None = None,
-        mask_image: Pictures | None = None,
-        strength: float | None = None,
-        clip_skip: int = 0,
-        eta: float = 0.0,
-        timestep_spacing: str | None = None,
-        use_karras_sigmas: bool | None = None,
-        output_type: str = "pil",
-        callback: Callable[[Step], None] | None = None,
+        self, prompt: str | Sequence[str] | None = None, *positional: Any, negative_prompt: str | Sequence[str] | None = None,
+        width: int | None = None, height: int | None = None, num_inference_steps: int = 30, guidance_scale: float = 7.5,
+        guidance_rescale: float = 0.0, num_images_per_prompt: int = 1, sampler: str | None = None,
+        seed: int | Sequence[int] | None = None, generator: Generators | None = None, latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None, negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None, negative_pooled_prompt_embeds: Tensor | None = None,
+        original_size: Pair | None = None, crops_coords_top_left: Pair | None = None, target_size: Pair | None = None,
+        negative_original_size: Pair | None = None, negative_crops_coords_top_left: Pair | None = None,
+        negative_target_size: Pair | None = None, image: Pictures | None = None, mask_image: Pictures | None = None,
+        strength: float | None = None, clip_skip: int = 0, eta: float = 0.0, timestep_spacing: str | None = None,
+        use_karras_sigmas: bool | None = None, output_type: str = "pil", callback: Callable[[Step], None] | None = None,
         **field: Any,
-    ) -> PipelineOutput:
+    ) -> PipelineOutput:  # fmt: skip
         """Draw one picture for each prompt (times `num_images_per_prompt`). SettingsError for impossible settings.
 
         `width`, `height`: pixels, default the model's own. `guidance_scale`: 1 or less turns guidance and the negative prompt
@@ -103,15 +101,22 @@ class StableDiffusionPipeline(Model):
         start from. `prompt_embeds`, `negative_prompt_embeds` (B, 77 k, D), from `encode_prompt`, replace the prompts. `image`:
         a picture to start from, scaled to `width` and `height` if given; the last `strength` (default 0.8) of the steps are
         taken. `mask_image`: only its white part is drawn (default `strength` 1). `output_type`: "pil", "pt" (B, 3, H, W) in
-        [0, 1], "np" (B, H, W, 3), or "latent". `callback` sees each `Step`."""
+        [0, 1], "np" (B, H, W, 3), or "latent". `callback` sees each `Step`. SDXL alone: `pooled_prompt_embeds` (B, P), the
+        second half of `encode_prompt`; and, as (height, width) or (top, left), the sizes that core/text.py explains."""
         if positional or field:  # the way other libraries call it: draw/habits.py
             return self.in_other_words(dict(locals()))
-        sides = both_sides((prompt, prompt_embeds), (negative_prompt or "", negative_prompt_embeds), num_images_per_prompt)
-        prompts, negatives = ([] if isinstance(side, Tensor) else side for side in sides)
+        encoded = (prompt_embeds, pooled_prompt_embeds), (negative_prompt_embeds, negative_pooled_prompt_embeds)
+        yes, no = both_sides((prompt, encoded[0]), (negative_prompt or "", encoded[1]), num_images_per_prompt)
+        prompts, negatives = yes.prompts, no.prompts
         chunks = count_chunks(self.tokenizer, prompts + negatives if guidance_scale > 1 else prompts, self.placeholders)
-        chunks = max(chunks, *(side.shape[1] // LENGTH if isinstance(side, Tensor) else 1 for side in sides))
-        pictures = None if image is None else as_pictures(image, len(sides[0]))
-        shape = self.latent_shape(len(sides[0]), height, width, pictures)
+        chunks = max(chunks, *(side.encoded[0].shape[1] // LENGTH if side.encoded else 1 for side in (yes, no)))
+        pictures = None if image is None else as_pictures(image, len(yes))
+        shape = self.latent_shape(len(yes), height, width, pictures)
+        drawn = (shape[2] * self.downscale, shape[3] * self.downscale)
+        sizes = sizes_of((*drawn, 0, 0, *drawn), original_size, crops_coords_top_left, target_size)
+        less = sizes_of(sizes, negative_original_size, negative_crops_coords_top_left, negative_target_size)
+        zeros = self.force_zeros_for_empty_prompt and negative_prompt is None
+        yes, no = replace(yes, sizes=sizes), replace(no, sizes=less, zeros=zeros)
         draw = noise_source(shape, seed, generator, latents)
         canvas = self.canvas(pictures, mask_image, strength, shape, draw)
         chosen = sampler_for(self.sampler if sampler is None else sampler, timestep_spacing, use_karras_sigmas, eta)
@@ -120,9 +125,9 @@ class StableDiffusionPipeline(Model):
         steps = as_int("num_inference_steps", num_inference_steps)
         spacing = timestep_spacing or self.schedule.config.timestep_spacing or chosen.spacing
         self.warn_of(steps if image is None else None, spacing, guidance_scale)
-        encode = partial(self.encode_text, clip_skip=clip_skip or 0, chunks=chunks)
+        encode = partial(self.encode_side, clip_skip=clip_skip or 0, chunks=chunks)
         stations = Stations(encode, canvas.unet, lambda latents: canvas.paste(self.decode(latents)), self.schedule)
-        drawing = generate(stations, *sides, canvas.noise.to(self.device), draw, steps, guidance_scale, walk, guidance_rescale)
+        drawing = generate(stations, yes, no, canvas.noise.to(self.device), draw, steps, guidance_scale, walk, guidance_rescale)
         named = any(one.loras for one in prompts + negatives)
         with at_strengths(self.adaptable, loras_of(prompts, negatives)) if named else nullcontext():
             return PipelineOutput(self.run(drawing, steps, callback, output_type))
@@ -179,31 +184,45 @@ class StableDiffusionPipeline(Model):
         mask = None if mask_image is None else as_mask(mask_image, pictures, height, width)
         return on_picture(fitted(pictures, height, width), mask, strength, draw, self.encode_pictures, unet, trained_for_it)
 
-    def encode_text(self, prompts: Side, clip_skip: int = 0, chunks: int = 1) -> Text:
+    def encode_side(self, side: Side, clip_skip: int = 0, chunks: int = 1) -> Text:
         """All that the U-Net reads of the prompts."""
-        return (self.encode_prompt(prompts, clip_skip, chunks),)
+        config = self.unet.config
+        width, shapes = config.addition_time_embed_dim, [torch.Size((LENGTH * chunks, config.cross_attention_dim))]
+        if width:
+            shapes.append(torch.Size(((config.projection_class_embeddings_input_dim or 0) - 6 * width,)))
+        if side.encoded:
+            if [part.shape[1:] for part in side.encoded] != shapes:
+                fits, names = " and ".join(str(("B", *shape)) for shape in shapes), " and ".join(EMBEDS[: len(shapes)])
+                there = " and ".join(str(tuple(part.shape)) for part in side.encoded)
+                raise SettingsError(f"{names} must be {fits}, as encode_prompt gives it, on both sides; they are {there}.")
+            text = tuple(part.to(self.device, self.dtype) for part in side.encoded)
+        elif side.zeros:
+            text = tuple(torch.zeros(len(side), *shape, device=self.device, dtype=self.dtype) for shape in shapes)
+        else:
+            text = self.encode_text(side.prompts, clip_skip, chunks)
+        return with_sizes(text, torch.tensor([side.sizes] * len(side)), width) if width else text
 
-    def encode_prompt(self, prompts: str | Sequence[str | Prompt] | Tensor, clip_skip: int = 0, chunks: int = 1) -> Tensor:
-        """Prompts in the prompt language -> (B, 77 k, D) in the U-Net's dtype, k >= `chunks`; equal prompts are encoded once.
-
-        LoRA tags have no effect here, only in `__call__`. Encoded prompts (B, 77 k, D) are checked and moved to the U-Net.
-        """
-        if isinstance(prompts, Tensor):
-            if tuple(prompts.shape[1:]) != (LENGTH * chunks, width := self.text_encoder.config.hidden_size):
-                fits = f"it must be (B, {LENGTH * chunks}, {width}), as encode_prompt gives it, on both sides"
-                raise SettingsError(f"prompt_embeds have the shape {tuple(prompts.shape)}; {fits}.")
-            return prompts.to(self.device, self.dtype)
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        parsed = [parse_prompt(p) if isinstance(p, str) else p for p in prompts]
-        distinct = list(dict.fromkeys(parsed))
-        rows = encode_prompts(self.tokenizer, self.text_encoder, distinct, self.placeholders, clip_skip, chunks)
-        if not rows.isfinite().all():
+    def encode_text(self, prompts: Sequence[Prompt], clip_skip: int = 0, chunks: int = 1) -> Text:
+        """Parsed prompts -> (B, 77 k, D), in SDXL also (B, P). Equal prompts are encoded once."""
+        distinct = list(dict.fromkeys(prompts))
+        text = encode_prompts(self.tokenizer, self.encoders, distinct, self.placeholders, clip_skip, chunks)
+        if not all(rows.isfinite().all() for rows in text):
             raise MinidiffError(NONFINITE.format("text encoder"))
-        return rows[[distinct.index(p) for p in parsed]].to(self.dtype)
+        return tuple(rows[[distinct.index(p) for p in prompts]].to(self.dtype) for rows in text)
 
-    def encode_captions(self, captions: Sequence[str]) -> Tensor:
-        """Captions as training reads them, without the prompt language and cut off at 75 tokens -> (B, 77, D)."""
-        return encode_captions(self.tokenizer, self.text_encoder, captions, self.placeholders).to(self.dtype)
+    def encode_prompt(self, prompts: str | Sequence[str | Prompt], clip_skip: int = 0, chunks: int = 1) -> Any:
+        """Prompts in the prompt language -> (B, 77 k, D) in the U-Net's dtype, k >= `chunks`; in SDXL these and (B, P).
+
+        LoRA tags have no effect here, only in `__call__`.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        text = self.encode_text([parse_prompt(p) if isinstance(p, str) else p for p in prompts], clip_skip, chunks)
+        return text if len(text) > 1 else text[0]
+
+    def encode_captions(self, captions: Sequence[str]) -> Text:
+        """Captions as training reads them, without the prompt language, cut off at 75 tokens -> (B, 77, D); perhaps (B, P)."""
+        text = self.encoders(tokenize(self.tokenizer, captions, self.placeholders))
+        return tuple(rows.to(self.dtype) for rows in text)
 
     def encode_pictures(self, pictures: Tensor, noise: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, h, w), drawn from the VAE's posterior with `noise`."""

@@ -13,7 +13,9 @@ Malformed brackets are read as plain letters, as in A1111, and a warning names t
 Parsing takes linear time.
 
 A prompt becomes k chunks of 75 tokens. Each is encoded alone, between its own marks, and the states are concatenated: the
-U-Net's cross-attention takes any number of them. Shapes: B prompts, D width of the text.
+U-Net's cross-attention takes any number of them. SDXL's pooled vector is that of the first chunk, and has no weights.
+
+Shapes: B prompts, D width of the text, P width of the pooled vector.
 """
 
 import math
@@ -22,16 +24,17 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minidiff.core.errors import SettingsError
-from minidiff.core.text import encode, pieces, with_marks
+from minidiff.core.guidance import Text
+from minidiff.core.text import TextEncoders, pieces, with_marks
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
 CHUNK, MOST_CHUNKS = 75, 100  # tokens, without the two marks
@@ -175,18 +178,19 @@ def count_chunks(tokenizer: "CLIPTokenizer", prompts: Sequence[Prompt], placehol
 
 def encode_prompts(
     tokenizer: "CLIPTokenizer",
-    text_encoder: "CLIPTextModel",
+    encoders: TextEncoders,
     prompts: Sequence[Prompt],
     placeholders: Mapping[str, Sequence[int]] = {},
     clip_skip: int = 0,
     chunks: int = 1,
-) -> Tensor:
-    """Prompts -> (B, 77 k, D): states after the final LayerNorm, on the encoder's device, in its dtype.
+) -> Text:
+    """Prompts -> states (B, 77 k, D), in SDXL also pooled vectors (B, P), on the encoders' device, in their dtype.
 
     k is the number of chunks of the longest prompt, at least `chunks`; empty chunks are added to the others. `clip_skip` = n
     takes the states n layers before the last (diffusers' numbering; A1111's is one higher). Gradients flow if they are on.
     """
-    layers = text_encoder.config.num_hidden_layers
+    configs: list[Any] = [tower.config for tower in encoders.towers]
+    layers = configs[0].num_hidden_layers
     if not isinstance(clip_skip, int) or clip_skip not in range(layers):
         a1111 = f"A1111's Clip skip counts one higher: 1 to {layers}"
         raise SettingsError(f"clip_skip is {clip_skip}; this text encoder has {layers} layers: 0 to {layers - 1}. {a1111}.")
@@ -194,10 +198,13 @@ def encode_prompts(
     k = max(chunks, *map(len, split))
     flat = [chunk for own in split for chunk in own + [[]] * (k - len(own))]  # B k chunks, those of a prompt side by side
     ids = torch.tensor([with_marks(tokenizer, [index for index, _ in chunk]) for chunk in flat])
-    hidden = encode(text_encoder, ids, clip_skip)  # (B k, 77, D)
-    weights = [[weight for _, weight in chunk] for chunk in flat]
-    weighted = [_weighted(z, own) if any(w != 1 for w in own) else z for z, own in zip(hidden, weights)]
-    return torch.stack(weighted).reshape(len(prompts), -1, hidden.shape[-1])
+    hidden, *pooled = encoders(ids, clip_skip)  # (B k, 77, D); (B k, P)
+    states = []
+    for z, chunk in zip(hidden, flat):
+        weights = [weight for _, weight in chunk]
+        towers = z.split([config.hidden_size for config in configs], dim=-1)  # in A1111, each has a mean of its own
+        states.append(torch.cat([_weighted(own, weights) for own in towers], dim=-1) if any(w != 1 for w in weights) else z)
+    return torch.stack(states).reshape(len(prompts), -1, hidden.shape[-1]), *(vectors[::k] for vectors in pooled)
 
 
 def _weighted(z: Tensor, weights: list[float]) -> Tensor:

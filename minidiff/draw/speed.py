@@ -22,7 +22,8 @@ def speed_up(pipe: Any) -> None:
     if not pipe.plain:
         speed_up_network(pipe.unet)
         speed_up_network(pipe.vae)
-        fast.install(pipe.text_encoder, fast.ADAPTERS)  # transformers' own layers stay as they are
+        for tower in pipe.parts.towers.values():
+            fast.install(tower, fast.ADAPTERS)  # transformers' own layers stay as they are
 
 
 def speed_up_network(network: nn.Module) -> None:

@@ -9,7 +9,7 @@ A single file holds the three networks and nothing else: no sizes, no schedule, 
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +31,13 @@ from minidiff.files.weights import TensorFile, TensorInfo, find_weights, read_he
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
-SINGLE_FILE = ".safetensors"
+SINGLE_FILE, TOWERS = ".safetensors", ("text_encoder", "text_encoder_2")
 DTypes = Mapping[str, torch.dtype | None]  # network -> the dtype to cast its weights to; None: as the file has them
 AS_IN_THE_FILE: DTypes = {"unet": None, "vae": None, "text_encoder": None}
+CLASSES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
+XL_CLASSES = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
 MODEL_INDEX: dict[str, Any] = {
-    "_class_name": "StableDiffusionPipeline",
+    "_class_name": CLASSES[0],
     "_diffusers_version": "0.30.0",
     "feature_extractor": [None, None],
     "requires_safety_checker": False,
@@ -45,11 +47,18 @@ MODEL_INDEX: dict[str, Any] = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+XL_INDEX = {key: value for key, value in MODEL_INDEX.items() if key not in ("safety_checker", "requires_safety_checker")} | {
+    "_class_name": XL_CLASSES[0],
+    "image_encoder": [None, None],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """Three networks, a vocabulary and a schedule. `home`: the folder that says how the networks are built, if there is one."""
+    """Three networks, or SDXL's four, a vocabulary and a schedule. SDXL's second vocabulary differs from the first in its
+    padding alone. `home`: the folder that says how the networks are built, if there is one."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -58,23 +67,31 @@ class ModelParts:
     noise_config: NoiseConfig = NoiseConfig()
     sampler: str = "ddim"
     home: Path | None = None
+    text_encoder_2: Any = None  # transformers' CLIPTextModelWithProjection
+    tokenizer_2: "CLIPTokenizer | None" = None
+    force_zeros_for_empty_prompt: bool = True  # in SDXL, where a missing negative prompt is zeros, and "" is encoded
 
     @property
-    def arguments(self) -> "tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTokenizer, NoiseConfig, str]":
-        """In the order of the pipeline's constructor. SettingsError if there is no vocabulary."""
+    def arguments(self) -> dict[str, Any]:
+        """Of the pipeline's constructor. SettingsError if there is no vocabulary."""
         if self.tokenizer is None:
             need = "a model folder needs a vocabulary, and a single file has none"
             raise SettingsError(f"{need}; give --tokenizer, the tokenizer folder of SD 1.5.")
-        return self.unet, self.vae, self.text_encoder, self.tokenizer, self.noise_config, self.sampler
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "home"}
+
+    @property
+    def towers(self) -> dict[str, Any]:
+        """The text encoders."""
+        return {name: tower for name in TOWERS if (tower := getattr(self, name)) is not None}
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        return {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+        return {"unet": self.unet, "vae": self.vae, **self.towers}
 
     @property
     def adaptable(self) -> dict[str, nn.Module]:
         """The networks that adapters change."""
-        return {"unet": self.unet, "text_encoder": self.text_encoder}
+        return {"unet": self.unet, **self.towers}
 
     def weights(self) -> dict[str, Tensor]:
         """Every tensor, by network and minidiff's name; the tensors themselves, not copies."""
@@ -105,7 +122,7 @@ def read_model(
     else:
         files = {part: read_header(find_weights(local_folder(str(name)) / part)) for part in model.networks}
     for part, network in model.networks.items():
-        weights.load_into(network, files[part], dtypes[part])
+        weights.load_into(network, files[part], dtypes[part.removesuffix("_2")])
         network.requires_grad_(False).eval()
     if model.home is not None:
         values, where = layout.config_of(model.home / "scheduler", "scheduler_config.json")
@@ -115,6 +132,8 @@ def read_model(
         model = replace(model, noise_config=predicting(model, name, file, prediction_type))
     if folder := tokenizer or (model.home and model.home / "tokenizer"):
         model = replace(model, tokenizer=load_tokenizer(Path(folder), light))
+    if model.text_encoder_2 is not None and model.home:
+        model = replace(model, tokenizer_2=load_tokenizer(model.home / "tokenizer_2", light))
     if file and model.tokenizer and not model.home and is_sd2(file):
         model.tokenizer.pad_token_id = 0  # "!", with which OpenCLIP pads; the folder may be SD 1.5's
     return model
@@ -156,14 +175,19 @@ def empty_model(name: str | Path | None, light: Any = None, sd2: bool = False) -
             text_encoder = build_text_encoder(SD2_TEXT if sd2 else SD15_TEXT, "SD", light)
             return ModelParts(UNet2DConditionModel(SD2_UNET if sd2 else SD15_UNET), AutoencoderKL(SD15_VAE), text_encoder)
     home = local_folder(str(name))
-    kind = read_json(home / "model_index.json", "a model folder in the diffusers layout has one").get("_class_name")
-    if kind not in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
-        what = f"describes a {kind}; minidiff reads Stable Diffusion 1.x and 2.x (StableDiffusionPipeline)"
+    index = read_json(home / "model_index.json", "a model folder in the diffusers layout has one")
+    if (kind := index.get("_class_name")) not in CLASSES + XL_CLASSES:
+        what = f"describes a {kind}; minidiff reads Stable Diffusion 1.x, 2.x and XL ({CLASSES[0]}, {XL_CLASSES[0]})"
         raise WeightsError(f"{home / 'model_index.json'} {what}.")
     with torch.device("meta"):
         unet = UNet2DConditionModel(read_config(UNetConfig, *layout.config_of(home / "unet")))
         vae = AutoencoderKL(read_config(VAEConfig, *layout.config_of(home / "vae")))
-        return ModelParts(unet, vae, build_text_encoder(*layout.config_of(home / "text_encoder"), light), home=home)
+        model = ModelParts(unet, vae, build_text_encoder(*layout.config_of(home / "text_encoder"), light), home=home)
+        if kind not in XL_CLASSES:
+            return model
+        second = build_text_encoder(*layout.config_of(home / "text_encoder_2"), projected=True)
+        zeros = bool(index.get("force_zeros_for_empty_prompt", True))  # the default of the field's pipeline
+        return replace(model, text_encoder_2=second, force_zeros_for_empty_prompt=zeros)
 
 
 def split_single_file(
@@ -210,31 +234,36 @@ def write_folder(model: ModelParts, folder: str | Path, dtype: torch.dtype | Non
     Raises AdapterError while a LoRA or a new word is attached, and SettingsError if there is no vocabulary.
     """
     home = Path(folder)
-    unet, vae, text_encoder, tokenizer, noise, sampler = model.arguments
+    tokenizers = {"tokenizer": model.arguments["tokenizer"]}
     for adapted in model.adaptable.values():
         if adapters := adapter_names(adapted):  # the state dict would have names that no other program knows
             raise AdapterError(f"{type(adapted).__name__} carries adapters ({', '.join(adapters)}); unload_lora_weights first.")
-    if words := textual_inversion.placeholders(text_encoder):
+    if words := textual_inversion.placeholders(model.text_encoder):
         raise AdapterError(f"the text encoder has new words ({', '.join(words)}); unload_textual_inversion first.")
-    text_config = text_encoder.config.to_diff_dict() | {"architectures": ["CLIPTextModel"]}
-    text_config.pop("dtype", None)  # transformers would load it in the file's dtype, while diffusers loads the others in fp32
-    configs = {
-        "unet": config_values(unet.config, "UNet2DConditionModel"),
-        "vae": config_values(vae.config, "AutoencoderKL"),
-        "text_encoder": dict(sorted((text_config | {"torch_dtype": "float32"}).items())),
+    index, configs = MODEL_INDEX, {
+        "unet": config_values(model.unet.config, "UNet2DConditionModel"),
+        "vae": config_values(model.vae.config, "AutoencoderKL"),
     }
+    if model.text_encoder_2 is not None:
+        index, tokenizers["tokenizer_2"] = XL_INDEX, model.tokenizer_2
+        index = index | {"force_zeros_for_empty_prompt": model.force_zeros_for_empty_prompt}
+    for part, tower in model.towers.items():
+        text_config = tower.config.to_diff_dict() | {"architectures": [index[part][1]]}
+        text_config.pop("dtype", None)  # transformers would load it in the file's dtype, diffusers loads the others in fp32
+        configs[part] = dict(sorted((text_config | {"torch_dtype": "float32"}).items()))
     for part, network in model.networks.items():
-        state = to_file_keys(network.state_dict()) if part == "text_encoder" else network.state_dict()
-        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        state = to_file_keys(network.state_dict()) if part in TOWERS else network.state_dict()
+        stem = "model" if part in TOWERS else "diffusion_pytorch_model"
         save({key: tensor.to(dtype or tensor.dtype) for key, tensor in state.items()}, home / part / f"{stem}.safetensors")
         write_json(home / part / "config.json", configs[part])
-    scheduler = layout.scheduler_values(noise, sampler)
+    scheduler = layout.scheduler_values(model.noise_config, model.sampler)
     write_json(home / "scheduler" / "scheduler_config.json", scheduler)
-    tokenizer.save_pretrained(str(home / "tokenizer"))
-    if not (home / "tokenizer" / "vocab.json").exists():  # transformers 5 writes one file in place of SD 1.5's two
-        tokenizer.backend_tokenizer.model.save(str(home / "tokenizer"))
-        (home / "tokenizer" / "tokenizer.json").unlink()
-    write_json(home / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]})
+    for part, tokenizer in tokenizers.items():
+        tokenizer.save_pretrained(str(home / part))
+        if not (home / part / "vocab.json").exists():  # transformers 5 writes one file in place of SD 1.5's two
+            tokenizer.backend_tokenizer.model.save(str(home / part))
+            (home / part / "tokenizer.json").unlink()
+    write_json(home / "model_index.json", index | {"scheduler": ["diffusers", scheduler["_class_name"]]})
 
 
 def to_single_file(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: nn.Module, path: str | Path) -> None:
@@ -261,12 +290,14 @@ def ldm_tensors(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: nn
 
 def check_parts_fit(model: ModelParts, name: str = "") -> None:
     """WeightsError unless the networks fit each other: each may be sound, and from another model."""
-    unet, vae, text_encoder, tokenizer, *_ = model.arguments
-    words, table = len(tokenizer), text_encoder.config.vocab_size
-    width, reads = text_encoder.config.hidden_size, unet.config.cross_attention_dim
-    channels, latent = unet.config.in_channels, vae.config.latent_channels
+    config, words, towers = model.unet.config, len(model.arguments["tokenizer"]), [*model.towers.values()]
+    tables = [tower.config.vocab_size for tower in towers]
+    width, reads = sum(tower.config.hidden_size for tower in towers), config.cross_attention_dim
+    added, vector = config.projection_class_embeddings_input_dim, 6 * (config.addition_time_embed_dim or 0)
+    channels, latent = config.in_channels, model.vae.config.latent_channels
     problem = None
-    if words != table:  # a smaller tokenizer would not fail: its ids mean other words, and the picture is another
+    if {words} != {*tables}:  # a smaller tokenizer would not fail: its ids mean other words, and the picture is another
+        table = " and ".join(map(str, tables))
         problem = f"tokenizer has {words} tokens and the text encoder {table}; they are from different models."
     elif width != reads:
         problem = f"text encoder is {width} wide and the U-Net reads {reads}; they are from different models."
@@ -274,8 +305,10 @@ def check_parts_fit(model: ModelParts, name: str = "") -> None:
         what = {8: "an image-editing model", 5: "a depth model"}.get(channels, "another model")
         works = f"minidiff draws with {latent}, or {2 * latent + 1} for inpainting. Take such a model."
         problem = f"U-Net has {channels} input channels ({what}); {works}"
-    elif unet.config.addition_embed_type:
+    elif added and len(towers) == 1:
         problem = "U-Net is SDXL's, which reads a second text encoder too; this folder describes a model with one."
+    elif len(towers) > 1 and added != (vector := towers[1].config.projection_dim + vector):
+        problem = f"second text encoder and the sizes make {vector} numbers and the U-Net reads {added}; they do not fit."
     if problem:
         raise WeightsError(f"{name}: the {problem}" if name else f"the {problem}")
 

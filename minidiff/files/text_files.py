@@ -48,9 +48,12 @@ def load_tokenizer(folder: Path, light: Any = None) -> "CLIPTokenizer":
     return tokenizer
 
 
-def build_text_encoder(values: Mapping[str, Any], where: str, light: Any = None) -> "CLIPTextModel":
+def build_text_encoder(
+    values: Mapping[str, Any], where: str, light: Any = None, projected: bool = False
+) -> "CLIPTextModel":
     """The tower that `text_encoder/config.json` describes, with random weights; `where` names the file in errors.
 
+    `projected`: SDXL's second one, which has a projection for its pooled vector.
     Under `torch.device("meta")` it takes no memory and no time; `weights.load_into` then brings the weights.
     """
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -61,17 +64,17 @@ def build_text_encoder(values: Mapping[str, Any], where: str, light: Any = None)
             raise WeightsError(f"{where}: {key} is {value!r}; no text tower of SD 1.x or 2.x has that.")
     try:
         if (tower := light and light.text_tower(values)) is None:
-            from transformers import CLIPTextConfig, CLIPTextModel
+            from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-            tower = CLIPTextModel(CLIPTextConfig(**values))
+            tower = (CLIPTextModelWithProjection if projected else CLIPTextModel)(CLIPTextConfig(**values))
         return tower.eval()
     except Exception as error:  # each version of the library checks in its own way and raises its own classes
         raise WeightsError(f"{where}: not a usable configuration: {error}.") from error
 
 
 def to_file_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of either layout -> the keys of SD 1.5's files: with `text_model.`, without the old `position_ids`."""
-    named = {PREFIX + key.removeprefix(PREFIX): value for key, value in state.items()}
+    """Keys of either layout -> the keys of SD's files: with `text_model.` but for SDXL's projection, without `position_ids`."""
+    named = {key if "projection" in key else PREFIX + key.removeprefix(PREFIX): value for key, value in state.items()}
     return {key: value for key, value in named.items() if not key.endswith("embeddings.position_ids")}
 
 

@@ -121,7 +121,10 @@ def load_data(
     examples = [replace(e, repeats=e.repeats * getattr(s, "repeats", 1)) for e in examples]
     examples = [replace(e, templates=tuple(templates)) if e.caption == s.prompt else e for e in examples]
     examples, kept = held_out(check_pictures(examples, sizes, s.skip_bad), s) if folder is None else (examples, [])
-    encode = (lambda prompts: tokenize(pipe.tokenizer, prompts, pipe.placeholders)) if live_text else pipe.encode_captions
+
+    def encode(prompts: list[str]) -> Tensor:
+        return tokenize(pipe.tokenizer, prompts, pipe.placeholders) if live_text else pipe.encode_captions(prompts)[0]
+
     data = LatentData(examples, settings, side, pipe.vae, encode, len(pipe.schedule.alphas_cumprod))
     data.held_out = kept
     for warning in warnings_of(data, pipe.unet.config.sample_size * pipe.vae.config.downscale):
@@ -173,7 +176,7 @@ def diffusion_loss(
     s, base, untuned = settings, None, None
     if has_prior(s) and s.prior_from_base:
         with torch.no_grad():
-            words = pipe.encode_captions([s.class_prompt or ""]).to(pipe.device)  # (1, L, D)
+            words = pipe.encode_captions([s.class_prompt or ""])[0].to(pipe.device)  # (1, L, D)
         untuned = copy.deepcopy(pipe.unet).requires_grad_(False) if as_base is None else None
         unet, inside = untuned or pipe.unet, as_base or nullcontext
 

@@ -10,7 +10,7 @@ from minidiff.core.config import NoiseConfig
 from minidiff.core.generate import Stations, generate
 from minidiff.core.grids import SAMPLERS, Step
 from minidiff.core.schedule import NoiseSchedule
-from minidiff.core.text import encode_captions
+from minidiff.core.text import encode, tokenize
 from minidiff.draw.arguments import noise_source
 from minidiff.draw.pipeline import StableDiffusionPipeline
 
@@ -29,7 +29,7 @@ def pipe(tiny_folder: Path) -> StableDiffusionPipeline:
 @pytest.mark.parametrize("sampler", ["euler_a", "dpm++_2m"])
 def test_the_plain_stations_draw_what_the_pipeline_draws(pipe: StableDiffusionPipeline, sampler: str, scale: float) -> None:
     stations = Stations(
-        encode=lambda prompts: (encode_captions(pipe.tokenizer, pipe.text_encoder, prompts),),
+        encode=lambda prompts: (encode(pipe.text_encoder, tokenize(pipe.tokenizer, prompts)),),
         unet=pipe.unet,
         decode=lambda z: pipe.vae.decode(z.float() / pipe.vae.config.scaling_factor).clamp(-1, 1),
         schedule=pipe.schedule,

@@ -8,7 +8,7 @@ from tiny_text import config, encoder, final_norm, ids_of, tiny_tokenizer, with_
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from minidiff.core.text import encode, encode_captions, tokenize
+from minidiff.core.text import encode, tokenize
 from minidiff.files.text_files import build_text_encoder
 
 
@@ -71,7 +71,7 @@ def test_text_lost_behind_placeholders_is_quoted_with_their_names(tokenizer: CLI
 
 def test_a_caption_is_the_last_state_after_the_norm(tokenizer: CLIPTokenizer) -> None:
     tower = encoder(tokenizer)
-    hidden = encode_captions(tokenizer, tower, ["a red dog", ""])
+    hidden = encode(tower, tokenize(tokenizer, ["a red dog", ""]))
     output = tower(tokenize(tokenizer, ["a red dog", ""]), output_hidden_states=True)
     norm = next(module for name, module in tower.named_modules() if name.endswith("final_layer_norm"))
     assert hidden.shape == (2, 77, 16) and hidden.requires_grad
@@ -80,8 +80,8 @@ def test_a_caption_is_the_last_state_after_the_norm(tokenizer: CLIPTokenizer) ->
 
 def test_a_caption_is_the_same_alone_and_in_a_batch(tokenizer: CLIPTokenizer) -> None:
     tower = encoder(tokenizer)
-    pair = encode_captions(tokenizer, tower, ["a photo", "a red dog on the beach"])
-    torch.testing.assert_close(pair[1:], encode_captions(tokenizer, tower, ["a red dog on the beach"]))
+    pair = encode(tower, tokenize(tokenizer, ["a photo", "a red dog on the beach"]))
+    torch.testing.assert_close(pair[1:], encode(tower, tokenize(tokenizer, ["a red dog on the beach"])))
 
 
 def test_clip_skip_takes_an_earlier_state_through_the_norm(tokenizer: CLIPTokenizer) -> None:
@@ -95,4 +95,4 @@ def test_clip_skip_takes_an_earlier_state_through_the_norm(tokenizer: CLIPTokeni
         assert torch.equal(got, final_norm(tower)(states[-1 - skip]))
         assert not any(torch.allclose(got, other, atol=1e-3) for other in seen)
         seen.append(got)
-    assert torch.equal(seen[0], encode_captions(tokenizer, tower, ["a red dog", ""]))
+    assert torch.equal(seen[0], encode(tower, tokenize(tokenizer, ["a red dog", ""])))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minidiff.core.errors import AdapterError
-from minidiff.core.text import encode_captions
+from minidiff.core.text import encode, tokenize
 from minidiff.core.textual_inversion import (
     ExtendedEmbedding,
     eject,
@@ -45,7 +45,7 @@ def encoder(base: StableDiffusionPipeline) -> CLIPTextModel:
 
 
 def hidden(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, *prompts: str) -> Tensor:
-    return encode_captions(tokenizer, encoder, list(prompts), placeholders(encoder))
+    return encode(encoder, tokenize(tokenizer, list(prompts), placeholders(encoder)))
 
 
 def random(*shape: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minidiff.core.errors import SettingsError
-from minidiff.core.text import encode_captions, token_ids, tokenize
+from minidiff.core.text import TextEncoders, encode, token_ids, tokenize
 from minidiff.draw.prompting import Part, Prompt, chunked, count_chunks, encode_prompts, parse_prompt
 
 
@@ -28,9 +28,9 @@ def encode_prompt(
 ) -> Tensor:
     """Captions (`str`) by core's way, prompts by draw's; captions with options as prompts of one part."""
     if not options and all(isinstance(prompt, str) for prompt in prompts):
-        return encode_captions(tokenizer, tower, prompts, placeholders)
+        return encode(tower, tokenize(tokenizer, prompts, placeholders))
     whole = [Prompt(((Part(p, 1.0),),)) if isinstance(p, str) else p for p in prompts]
-    return encode_prompts(tokenizer, tower, whole, placeholders, **options)
+    return encode_prompts(tokenizer, TextEncoders([tower], 0, 0), whole, placeholders, **options)[0]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
-"""Models around SD 1.5 on tiny folders: what a call warns of, and what a folder of another family says."""
+"""Models around SD 1.5 on tiny folders: what a call warns of, and what a folder of another family says; SDXL's conditioning."""
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_families import sd2_folder
+from tiny_families import sd2_folder, xl_folder
 
-from minidiff.core.errors import WeightsError
+from minidiff.core import textual_inversion
+from minidiff.core.errors import SettingsError, WeightsError
+from minidiff.core.text import tokenize
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.weights import read_header, save
 
@@ -71,3 +74,90 @@ def test_a_u_net_of_sdxl_in_a_folder_with_one_text_encoder(tmp_path: Path) -> No
     save(read_header(weights).read() | {f"add_embedding.{k}": torch.ones(v) for k, v in shapes.items()}, weights)
     with pytest.raises(WeightsError, match="the U-Net is SDXL's, which reads a second text encoder too"):
         pipe_of(folder)
+
+
+# --- SDXL ----------------------------------------------------------------------------------------------------------------
+
+LATENTS: dict[str, Any] = {"num_inference_steps": 2, "seed": 0, "output_type": "latent"}
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return pipe_of(xl_folder(tmp_path_factory.mktemp("xl")))
+
+
+def test_a_batch_is_its_pictures_one_by_one_with_sizes(xl: Any) -> None:
+    sizes = {"original_size": (20, 30), "crops_coords_top_left": (2, 3), "negative_target_size": (9, 9)}
+    both = xl(["a red dog", "a cat"], negative_prompt="snow", **LATENTS | sizes).images
+    one_by_one = enumerate(("a red dog", "a cat"))
+    alone = [xl(prompt, negative_prompt="snow", **LATENTS | sizes | {"seed": i}).images for i, prompt in one_by_one]
+    torch.testing.assert_close(both, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    for name, value in sizes.items():  # each one tells
+        other = xl("a red dog", negative_prompt="snow", **LATENTS | sizes | {name: (1, value[1])}).images
+        assert not torch.allclose(other, alone[0], atol=1e-3), name
+    with pytest.raises(SettingsError, match="target_size has two numbers"):
+        xl("a red dog", target_size=(1, 2, 3))
+
+
+def test_a_missing_negative_prompt_is_zeros_where_the_folder_says_so(xl: Any) -> None:
+    missing, empty = (xl("a red dog", negative_prompt=n, **LATENTS).images for n in (None, ""))
+    zeros = {"negative_prompt_embeds": torch.zeros(1, 77, 40), "negative_pooled_prompt_embeds": torch.zeros(1, 24)}
+    assert torch.equal(xl("a red dog", **LATENTS | zeros).images, missing) and not torch.allclose(missing, empty, atol=1e-3)
+    xl.force_zeros_for_empty_prompt = False
+    try:
+        assert torch.equal(xl("a red dog", **LATENTS).images, empty)
+    finally:
+        xl.force_zeros_for_empty_prompt = True
+
+
+def test_encoded_prompts_draw_what_their_texts_draw(xl: Any) -> None:
+    states, pooled = xl.encode_prompt("a (red:1.3) dog BREAK on the beach")
+    assert states.shape == (1, 154, 40) and pooled.shape == (1, 24)
+    expected = xl("a (red:1.3) dog BREAK on the beach", **LATENTS).images
+    assert torch.equal(xl(prompt_embeds=states, pooled_prompt_embeds=pooled, **LATENTS).images, expected)
+    with pytest.raises(SettingsError, match=r"must be \('B', 154, 40\) and \('B', 24\), .*they are \(1, 154, 40\)\."):
+        xl(prompt_embeds=states, **LATENTS)
+
+
+def test_weights_act_on_each_encoder_alone_and_not_on_the_pooled_vector_of_the_first_chunk(xl: Any) -> None:
+    (plain, pooled), (weighted, same) = xl.encode_prompt("a red dog"), xl.encode_prompt("a (red:1.5) dog BREAK in the snow")
+    torch.testing.assert_close(pooled, same)
+    for tower in (slice(16), slice(16, 40)):
+        z, w = plain[0, :, tower], weighted[0, :77, tower]
+        torch.testing.assert_close(w.mean(), z.mean())  # A1111's rule, for each tower
+        torch.testing.assert_close(w[2] / w[1], 1.5 * z[2] / z[1], rtol=1e-3, atol=1e-3)
+
+
+def test_the_pooled_vector_stands_at_the_first_end_mark(xl: Any) -> None:
+    """A new word has a larger id than the end mark, and is not taken for it."""
+    for tower in (xl.text_encoder, xl.text_encoder_2):
+        textual_inversion.inject(tower).add("<new>", torch.ones(1, tower.config.hidden_size))
+    try:
+        _, pooled = xl.encode_prompt("a <new> dog")
+        ids = tokenize(xl.tokenizer, ["a <new> dog"], xl.placeholders)
+        hidden = xl.text_encoder_2(input_ids=ids).last_hidden_state  # what stands behind the end mark is not seen from it
+        each = xl.text_encoder_2.text_projection(hidden)[0]  # (77, P)
+    finally:
+        for tower in (xl.text_encoder, xl.text_encoder_2):
+            textual_inversion.eject(tower)
+    assert ids.argmax() == 2
+    torch.testing.assert_close(pooled[0], each[4])
+    assert not torch.allclose(pooled[0], each[2], atol=1e-3)
+
+
+def test_a_folder_without_its_second_half(xl: Any, tmp_path: Path) -> None:
+    for part, message in (("tokenizer_2", "tokenizer_2: no CLIP tokenizer"), ("text_encoder_2", "text_encoder_2.* complete")):
+        shutil.copytree(xl.name_or_path, tmp_path / part)
+        shutil.rmtree(tmp_path / part / part)
+        with pytest.raises(WeightsError, match=message):
+            pipe_of(tmp_path / part)
+
+
+def test_inpainting_and_a_picture_to_start_from(xl: Any) -> None:
+    from PIL import Image
+
+    image = Image.effect_noise((16, 16), 80).convert("RGB")
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 8, 16))
+    drawn = xl("a red dog", image=image, mask_image=mask, num_inference_steps=2, seed=0).images[0]
+    assert drawn.crop((8, 0, 16, 16)).tobytes() == image.crop((8, 0, 16, 16)).tobytes() and drawn.tobytes() != image.tobytes()

@@ -466,9 +466,9 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no index": (remove("model_index.json"), "model_index.json does not exist"),
     "index is no JSON": (damage("model_index.json", '{"_class_name": '), "model_index.json cannot be read as JSON"),
     "index is a list": (damage("model_index.json", "[]"), "model_index.json holds no JSON object"),
-    "SDXL": (
-        lambda folder: change(folder / "model_index.json", _class_name="StableDiffusionXLPipeline"),
-        "describes a StableDiffusionXLPipeline; minidiff reads Stable Diffusion 1.x",
+    "SD 3": (
+        lambda folder: change(folder / "model_index.json", _class_name="StableDiffusion3Pipeline"),
+        "describes a StableDiffusion3Pipeline; minidiff reads Stable Diffusion 1.x",
     ),
     "no U-Net weights": (remove(UNET_FILE), "has no .*safetensors"),
     "U-Net weights cut off": (lambda folder: cut(folder / UNET_FILE), "cut off|damaged"),
@@ -654,12 +654,12 @@ def test_long_prompts_and_weights(pipe: StableDiffusionPipeline) -> None:
     [
         ({"prompt_embeds": torch.zeros(2, 77, 24), "num_images_per_prompt": 1}, None),
         ({"prompt_embeds": torch.zeros(0, 77, 24)}, "1 negative prompts for 0 prompts"),
-        ({"prompt_embeds": torch.zeros(77, 24)}, r"prompt_embeds have the shape \(77, 24\); it must be \(B, 77, 24\)"),
+        ({"prompt_embeds": torch.zeros(77, 24)}, r"prompt_embeds must be \('B', 77, 24\), .*they are \(77, 24\)"),
         ({"prompt_embeds": np.zeros((1, 77, 24))}, "prompt_embeds must be a tensor of floats"),
         ({"prompt_embeds": torch.full((1, 77, 24), float("inf"))}, "prompt_embeds must be.*without NaN"),
         ({"prompt": DOG, "negative_prompt_embeds": torch.zeros(1, 77, 24).bool()}, "prompt_embeds must be a tensor"),
-        ({"prompt_embeds": torch.zeros(1, 70, 24)}, r"it must be \(B, 77, 24\)"),
-        ({"prompt_embeds": torch.zeros(1, 77, 32)}, r"it must be \(B, 77, 24\)"),
+        ({"prompt_embeds": torch.zeros(1, 70, 24)}, r"must be \('B', 77, 24\)"),
+        ({"prompt_embeds": torch.zeros(1, 77, 32)}, r"must be \('B', 77, 24\)"),
         ({"prompt": DOG, "prompt_embeds": torch.zeros(1, 77, 24)}, "give either a prompt or prompt_embeds"),
         ({"prompt": DOG, "negative_prompt_embeds": torch.zeros(3, 77, 24)}, "3 negative prompts for 1 prompts"),
         (

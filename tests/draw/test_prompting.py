@@ -264,4 +264,4 @@ def test_a_caption_drawn_means_what_it_meant_in_training(caption: str) -> None:
     """To the bit, and without a warning; while the caption as it stands would be read as the prompt language."""
     pipe = StableDiffusionPipeline.from_pretrained("checkpoints/pocket")
     assert not notes(literal(caption))
-    assert torch.equal(pipe.encode_prompt([literal(caption)]), pipe.encode_captions([caption]))
+    assert torch.equal(pipe.encode_prompt([literal(caption)]), pipe.encode_captions([caption])[0])

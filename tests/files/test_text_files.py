@@ -8,7 +8,7 @@ from tiny_text import config, encoder, tiny_tokenizer
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minidiff.core.errors import WeightsError
-from minidiff.core.text import encode_captions, tokenize
+from minidiff.core.text import encode, tokenize
 from minidiff.files import weights
 from minidiff.files.text_files import PREFIX, build_text_encoder, load_tokenizer, to_file_keys
 
@@ -30,14 +30,14 @@ def test_both_key_layouts_load_and_agree(tokenizer: CLIPTokenizer, tmp_path: Pat
     four = to_file_keys(tower.state_dict())
     four[PREFIX + "embeddings.position_ids"] = torch.arange(77)[None]
     five = {key.removeprefix(PREFIX): value for key, value in four.items()}
-    want = encode_captions(tokenizer, tower, ["a red dog"])
+    want = encode(tower, tokenize(tokenizer, ["a red dog"]))
     for state in (four, five):
         with torch.device("meta"):
             empty = build_text_encoder(config(tokenizer), "config.json")
         weights.save(state, tmp_path / "model.safetensors")
         weights.load_into(empty, tmp_path / "model.safetensors")
         assert not any(tensor.is_meta for tensor in [*empty.parameters(), *empty.buffers()])
-        assert torch.equal(encode_captions(tokenizer, empty, ["a red dog"]), want)
+        assert torch.equal(encode(empty, tokenize(tokenizer, ["a red dog"])), want)
 
 
 def test_keys_go_there_and_back(tokenizer: CLIPTokenizer) -> None:
@@ -56,7 +56,7 @@ def test_a_folder_of_transformers_itself_loads(tokenizer: CLIPTokenizer, tmp_pat
     other = build_text_encoder(config(tokenizer), "config.json")
     weights.load_into(other, tmp_path / "text_encoder" / "model.safetensors")
     prompts = ["a red dog", "sks"]
-    assert torch.equal(encode_captions(tokenizer, other, prompts), encode_captions(tokenizer, tower, prompts))
+    assert torch.equal(encode(other, tokenize(tokenizer, prompts)), encode(tower, tokenize(tokenizer, prompts)))
 
 
 def test_the_file_layout_loads_in_transformers(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from minidiff.core.blocks import timestep_embedding
 from minidiff.core.config import SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
-from minidiff.core.text import encode_captions
+from minidiff.core.text import encode, tokenize
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.draw.prompting import encode_prompts, parse_prompt
+from minidiff.draw.prompting import parse_prompt
 from minidiff.files.folder import SD15_TEXT, config_values
 from minidiff.files.text_files import build_text_encoder, to_file_keys
 from minidiff.files.weights import load_into, save
@@ -170,7 +170,7 @@ def test_a_folder_of_ours_in_diffusers(tiny_folder: Path) -> None:
     prompts = ["a photo of a red dog", "", "ünknown wörds 42!"]
     batch = theirs.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
     expected = theirs.text_encoder(batch.input_ids)[0]
-    assert error(encode_captions(ours.tokenizer, ours.text_encoder, prompts), expected) <= TOLERANCE
+    assert error(encode(ours.text_encoder, tokenize(ours.tokenizer, prompts)), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("clip_skip", [0, 1])
@@ -182,7 +182,7 @@ def test_clip_skip_is_that_of_diffusers(tiny_folder: Path, clip_skip: int) -> No
         object.__setattr__(theirs.text_encoder, "text_model", theirs.text_encoder)  # nn.Module's own would make a circle
     for prompt in ("a photo of a red dog", ""):
         expected = theirs.encode_prompt(prompt, "cpu", 1, False, clip_skip=clip_skip or None)[0]
-        text = encode_prompts(ours.tokenizer, ours.text_encoder, [parse_prompt(prompt)], clip_skip=clip_skip)
+        text = ours.encode_text([parse_prompt(prompt)], clip_skip)[0]
         assert error(text, expected) <= TOLERANCE
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minidiff.core.losses import mse
 from minidiff.core.schedule import add_noise, training_target
-from minidiff.core.text import encode_captions
+from minidiff.core.text import encode, tokenize
 from minidiff.core.textual_inversion import initial_vectors, inject, placeholders
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.word_file import read_embedding, save_embedding
@@ -115,7 +115,7 @@ def train_ours(pipe: StableDiffusionPipeline, n: int) -> Tensor:
     row = inject(pipe.text_encoder).add("<dog>", start)
     optimizer = torch.optim.AdamW([row], lr=1e-2, weight_decay=0.01)
     for x0, noise, t, said in batches():
-        text = encode_captions(pipe.tokenizer, pipe.text_encoder, said, placeholders(pipe.text_encoder))
+        text = encode(pipe.text_encoder, tokenize(pipe.tokenizer, said, placeholders(pipe.text_encoder)))
         output = pipe.unet(add_noise(pipe.schedule, x0, noise, t), t, text)
         loss = mse(output, training_target(pipe.schedule, x0, noise, t))
         optimizer.zero_grad()

@@ -192,9 +192,10 @@ class StableDiffusionPipeline(Model):
             shapes.append(torch.Size(((config.projection_class_embeddings_input_dim or 0) - 6 * width,)))
         if side.encoded:
             if [part.shape[1:] for part in side.encoded] != shapes:
-                fits, names = " and ".join(str(("B", *shape)) for shape in shapes), " and ".join(EMBEDS[: len(shapes)])
+                fits = " and ".join(f"(B, {', '.join(map(str, shape))})" for shape in shapes)
                 there = " and ".join(str(tuple(part.shape)) for part in side.encoded)
-                raise SettingsError(f"{names} must be {fits}, as encode_prompt gives it, on both sides; they are {there}.")
+                names = " and ".join(EMBEDS[: len(shapes)])
+                raise SettingsError(f"{names} must be {fits}, as encode_prompt gives it, on both sides; it is {there}.")
             text = tuple(part.to(self.device, self.dtype) for part in side.encoded)
         elif side.zeros:
             text = tuple(torch.zeros(len(side), *shape, device=self.device, dtype=self.dtype) for shape in shapes)

@@ -115,7 +115,7 @@ def test_encoded_prompts_draw_what_their_texts_draw(xl: Any) -> None:
     assert states.shape == (1, 154, 40) and pooled.shape == (1, 24)
     expected = xl("a (red:1.3) dog BREAK on the beach", **LATENTS).images
     assert torch.equal(xl(prompt_embeds=states, pooled_prompt_embeds=pooled, **LATENTS).images, expected)
-    with pytest.raises(SettingsError, match=r"must be \('B', 154, 40\) and \('B', 24\), .*they are \(1, 154, 40\)\."):
+    with pytest.raises(SettingsError, match=r"must be \(B, 154, 40\) and \(B, 24\), .*it is \(1, 154, 40\)\."):
         xl(prompt_embeds=states, **LATENTS)
 
 

@@ -49,7 +49,9 @@ def __getattr__(name: str) -> Any:
     if name in NEAREST:
         raise ImportError(f"minidiff has no {name}; {NEAREST[name]} is nearest to it.")
     if name not in _HOMES:
-        raise AttributeError(f"module 'minidiff' has no attribute {name!r}")
+        from minidiff.core.errors import did_you_mean
+
+        raise AttributeError(f"module 'minidiff' has no attribute {name!r}.{did_you_mean(name, __all__)}")
     try:
         home = import_module(_HOMES[name])
     except ModuleNotFoundError as error:

@@ -22,6 +22,7 @@ from minidiff.draw.lora_tags import adapter_name_of, in_lora_dir
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.prompting import parse_prompt
 from minidiff.draw.speed import compile_unet, keep_memory, light_text
+from minidiff.files.atomic import called
 from minidiff.files.folder import local_folder
 from minidiff.files.model import is_single_file, read_model
 from minidiff.files.text_files import load_tokenizer
@@ -256,5 +257,6 @@ def lora_names(paths: Sequence[str]) -> list[str]:
 def draw(pipe: StableDiffusionPipeline, s: Sampling, prompt: str | None = None, **more: Any) -> Image:
     """The one picture of these settings; `more` are other arguments of the pipeline's call."""
     given = {name: getattr(s, name) for name in CALL} | {"negative_prompt": s.negative_prompt or None}
-    image: Image = pipe(prompt, **given, **more).images[0]
+    with called(Path("mask_image"), f"--mask_image {s.mask_image}"):
+        image: Image = pipe(prompt, **given, **more).images[0]
     return image

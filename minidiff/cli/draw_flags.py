@@ -16,7 +16,7 @@ from warnings import warn
 from tyro.conf import Positional
 
 from minidiff.core.errors import SettingsError
-from minidiff.files.folder import config_of, local_folder
+from minidiff.files.folder import check_sampler, config_of, local_folder
 from minidiff.files.values import A_PATH, FINITE, Rule, between, check_values, near_path
 
 Path = Annotated[str, A_PATH]
@@ -123,6 +123,8 @@ class Sampling(Flags):
     def check(self) -> None:
         super().check()
         check_weights(self.lora, self.lora_weight)
+        if self.sampler:
+            check_sampler(self.sampler)
         files = {name: getattr(self, name) for name in ("tokenizer", "lora", "textual_inversion", "image", "mask_image")}
         for flag, value in files.items():
             for path in (value,) if isinstance(value, str) else value or ():

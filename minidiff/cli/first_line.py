@@ -55,12 +55,13 @@ def of_drawing(pipe: Any, s: Any, pictures: int, draw: Callable[..., object]) ->
     seconds, step = measured(draw)
     pipe.progress_bar = bar
     height, width = (pipe.downscale * side for side in step.x.shape[-2:])
-    work = f"{step.total} steps of {s.sampler or pipe.sampler}{f', {pictures} pictures' * (pictures > 1)}"
+    of, by = (f" of {s.num_inference_steps}", " (--strength)") if s.image and step.total < s.num_inference_steps else ("", "")
+    work = f"{step.total}{of} steps of {s.sampler or pipe.sampler}{by}{f', {pictures} pictures' * (pictures > 1)}"
     line(pipe.name_or_path, pipe.unet, (width, height), pipe.dtype, work, seconds * step.total * pictures)
 
 
 def of_training(task: Any, s: Any) -> None:
-    """The time is that of three forward passes for each update: the backward pass takes two."""
+    """The time is that of three forward passes for each update, as the backward pass takes two, and that of the sheets."""
     batch, unet, dtype = task.batch(0, 0), task.modules["unet"], DTYPES[s.mixed_precision]
     device = next(unet.parameters()).device
     updates, samples = s.updates(task.samples_per_epoch), s.train_batch_size * s.gradient_accumulation_steps
@@ -71,7 +72,9 @@ def of_training(task: Any, s: Any) -> None:
             while True:
                 mark(float(task.loss(batch, 0, 0)))
 
-    seconds = 3 * measured(run)[0] * updates * s.gradient_accumulation_steps
+    forward, pictures = measured(run)[0], max(len(s.validation_prompt), 1) * s.num_validation_images
+    sheets = updates // s.validation_steps * pictures * s.validation_inference_steps if s.validation_steps else 0
+    seconds = forward * (3 * updates * s.gradient_accumulation_steps + 2 * sheets / s.train_batch_size)
     epochs = updates * samples / task.samples_per_epoch
     work = f"{task.samples_per_epoch} pictures, {updates} updates of {samples} = {epochs:.3g} epochs"
     height, width = (task.beside["VAE"].config.downscale * side for side in batch["latents"].shape[-2:])

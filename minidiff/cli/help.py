@@ -1,6 +1,5 @@
 """`minidiff COMMAND --help`, and the words of a command line before tyro reads them. The flags are fields of a dataclass."""
 
-import ast
 import inspect
 import shutil
 import textwrap
@@ -9,7 +8,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import Positional
 
-from minidiff.core.errors import SettingsError, did_you_mean
+from minidiff.core.errors import SettingsError
+from minidiff.files.values import our_name, texts_of
 
 GROUPS = {  # heading -> flags; a flag that stands in none comes last
     "Common": "instance_data_dir instance_prompt train_data_dir max_train_steps learning_rate rank resolution "
@@ -40,15 +40,6 @@ EXTRA = {  # flags that cli/main.py reads itself
     "sample": ("--from PICTURE", "Draw this picture again. It must be a PNG of minidiff or A1111; other flags change it."),
     "train": ("--config FILE", "A TOML file with defaults for all other flags, such as the train_config.toml of a result."),
 }
-ELSEWHERE = {  # names in other programs -> ours, the first that the command has
-    "steps": "num_inference_steps max_train_steps", "cfg": "guidance_scale", "cfg_scale": "guidance_scale",
-    "scheduler": "sampler", "scale": "guidance_scale", "model": "pretrained_model_name_or_path", "init_image": "image",
-    "init_img": "image", "denoising_strength": "strength", "n_iter": "num_images_per_prompt", "negative": "negative_prompt",
-    "mask": "mask_image", "batch_size": "train_batch_size num_images_per_prompt", "num_images": "num_images_per_prompt",
-    "lr": "learning_rate", "epochs": "num_train_epochs", "network_dim": "rank", "lora_rank": "rank",
-    "network_alpha": "lora_alpha", "out": "output", "lora_scale": "lora_weight", "embedding": "textual_inversion",
-    "dtype": "torch_dtype mixed_precision", "data": "train_data_dir",
-}  # fmt: skip
 SMALL_WORDS = {"a", "an", "the", "of", "on", "in", "at", "with", "and"}  # a prompt of one such word was not meant
 
 
@@ -77,18 +68,6 @@ def help_text(name: str, kind: type) -> str:
             first = [f"  {left:<26}  {body.pop(0)}"] if len(left) <= 26 else [f"  {left}"]
             lines += [*first, *(" " * 30 + line for line in body)]
     return "\n".join(lines)
-
-
-def texts_of(kind: type) -> dict[str, str]:
-    """The string under each field; a subclass that only changes a default inherits it."""
-    texts: dict[str, str] = {}
-    for base in reversed(kind.__mro__[:-1]):
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        body = tree.body if isinstance(tree, ast.ClassDef) else []
-        for field, below in zip(body, body[1:]):
-            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                texts[ast.unparse(field.target)] = " ".join(str(below.value.value).split())
-    return texts
 
 
 def left_of(name: str, field: Field[Any], hint: Any, positional: bool) -> str:
@@ -150,7 +129,5 @@ def known_flag(name: str, flag: str, flags: dict[str, Any]) -> str:
         return field
     if field in ("prompt", "prompts") and field in flags:
         raise SettingsError(f'the prompt stands alone, without a flag: minidiff {name} "a photo of a red dog"')
-    elsewhere = {other: one for other, names in ELSEWHERE.items() for one in reversed(names.split()) if one in flags}
-    near = did_you_mean(flag, [*elsewhere, *flags]).split('"')
-    hint = f" Did you mean --{elsewhere.get(near[1], near[1])}?" if len(near) > 1 else ""
+    hint = f" Did you mean --{near}?" if (near := our_name(flag, flags)) else ""
     raise SettingsError(f"--{flag} is no flag of minidiff {name}.{hint} minidiff {name} --help lists them.")

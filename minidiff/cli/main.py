@@ -88,7 +88,7 @@ def parse(name: str, kind: type, words: list[str]) -> Any:
             from minidiff.studio.recipe import read_origin
 
             origin = read_origin(given.file, kind)
-            default = kind(output=f"{origin.path.stem}-again.png", **origin.settings)
+            default = kind(output=str(Path.cwd() / f"{origin.path.stem}-again.png"), **origin.settings)
         elif given.file:
             from minidiff.files.values import from_toml
 

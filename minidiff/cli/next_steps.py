@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minidiff.cli.commands import COMMANDS
+from minidiff.trainer.presets import preset_values
 from minidiff.trainer.settings import FineTuneSettings, FullSettings, TextualInversionSettings
 
 
@@ -16,9 +17,11 @@ def command(settings: Any) -> str:
     """The command of these settings: with the flags that differ from their defaults."""
     where = f"trainer.settings:{type(settings).__name__}"
     words = next(name.split() for name, (flags, _, _) in COMMANDS.items() if flags == where)
+    preset = getattr(settings, "preset", None)
+    usual = preset_values(preset, settings.pretrained_model_name_or_path) if preset else {}
     for field in fields(settings):
         value, flag = getattr(settings, field.name), f"--{field.name}"
-        if value == field.default or field.name == "preset":  # whose values are flags of their own
+        if value == usual.get(field.name, field.default):
             continue
         if isinstance(value, bool):
             words.append(flag if value else f"--no_{field.name}")

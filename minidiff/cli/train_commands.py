@@ -44,7 +44,11 @@ def train(s: FineTuneSettings) -> None:
     warn_of_words(s)
     keep_memory(not s.fit)  # with --fit, the peak has to be what the tensors need
     with joined(s.device):
-        task = RECIPES[type(s)](s)
+        try:
+            task = RECIPES[type(s)](s)
+        except KeyboardInterrupt:
+            print("\nNo update was made yet; the same command begins again.", file=sys.stderr)
+            raise
         with memory.budgeted(task, s) as chosen:
             if world().rank == 0:
                 of_training(task, chosen)
@@ -84,13 +88,13 @@ def watch(s: Watch) -> None:
 
     home, shown = Path(s.output_dir), dict[Path, int]()
     if not (home / CONFIG).is_file():
-        raise SettingsError(f"{home} holds no run of minidiff train: there is no {CONFIG} in it.")
+        what = f"holds no run of minidiff train: there is no {CONFIG} in it" if home.is_dir() else "does not exist"
+        raise SettingsError(f"{home} {what}.{near_path(s.output_dir)}")
     while True:
         for path in [*sorted(home.glob("samples/step-*.png"))[-1:], *home.glob("loss.png")]:
             if shown.get(path) != (changed := path.stat().st_mtime_ns):
-                print(path)
-                if not ImageShow.show(Image.open(path), path.name):
-                    raise SettingsError(f"there is no program here that shows pictures; open {path} yourself.")
+                opened = ImageShow.show(Image.open(path), path.name)
+                print(path, "" if opened else "(no program here shows pictures: open it yourself)", flush=True)
             shown[path] = changed
         time.sleep(2)
 
@@ -115,7 +119,6 @@ def data_check(s: DataCheck) -> None:
 
     from minidiff.draw.device import chosen_device
     from minidiff.draw.progress import progress
-    from minidiff.files.folder import local_folder
     from minidiff.files.model import empty_model
     from minidiff.files.weights import find_weights, load_into
     from minidiff.trainer.dataset import scan_folder
@@ -130,7 +133,8 @@ def data_check(s: DataCheck) -> None:
     lines = [f"{level:7.1f} dB  {e.path.name}" for e, level in zip(good, levels)]
     print("\n".join([*lines, BELOW, as_table(scan, Path(s.folder))]))
     if scan.errors:
-        raise DataError(f"{s.folder}: mend what is marked as an error above. --skip_bad leaves out pictures that are no use.")
+        skip = " --skip_bad leaves out pictures that are no use." if good else ""
+        raise DataError(f"{s.folder}: mend what is marked as an error above.{skip}")
 
 
 def ladder(s: LadderSettings) -> None:

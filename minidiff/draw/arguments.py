@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidiff.core.errors import SettingsError, did_you_mean
+from minidiff.core.errors import SettingsError
 from minidiff.core.grids import SAMPLERS, Sampler
 from minidiff.core.guidance import Text
 from minidiff.core.rng import normal
 from minidiff.draw.prompting import Prompt, parse_prompt
-from minidiff.files.folder import NEAREST
+from minidiff.files.folder import check_sampler
 
 Generators = torch.Generator | Sequence[torch.Generator]
 Draw = Callable[[int | str], Tensor]  # what the noise is for -> the noise
@@ -74,9 +74,7 @@ def sizes_of(usual: tuple[int, ...], original: Pair | None, crop: Pair | None, t
 
 def sampler_for(name: str, spacing: str | None = None, karras: bool | None = None, eta: float = 0.0) -> Sampler:
     """The sampler of this name. SettingsError if there is none, or if it does not take these settings."""
-    if name not in SAMPLERS:
-        hint = did_you_mean(NEAREST.get(name, name.lower()), SAMPLERS)
-        raise SettingsError(f'sampler "{name}" is unknown; it is one of {", ".join(SAMPLERS)}.{hint}')
+    check_sampler(name)
     sampler = SAMPLERS[name]
     if spacing and sampler.spacing is None:
         raise SettingsError(f"timestep_spacing is {spacing}; {name} has its own timesteps. Leave it out.")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from minidiff.core.config import ControlNetConfig, NoiseConfig, UNetConfig, VAEConfig
-from minidiff.core.errors import WeightsError
+from minidiff.core.errors import SettingsError, WeightsError, did_you_mean
 from minidiff.files.bundled import here_or_bundled
 from minidiff.files.values import fits, near_path
 
@@ -229,6 +229,14 @@ DRAWN_AS: dict[str, tuple[Any, ...]] = {  # settings of diffusers' classes, and 
     **dict.fromkeys(("thresholding", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas"), (False, None)),
     **dict.fromkeys(("use_flow_sigmas", "sigma_min", "sigma_max"), (False, None)),
 }
+
+
+def check_sampler(name: str) -> None:
+    """SettingsError for a sampler that there is not, with the nearest."""
+    known = [*SAMPLER_OF.values(), "dpm++_2m_sde"]
+    if name not in known:
+        hint = did_you_mean(NEAREST.get(name, name.lower()), known)
+        raise SettingsError(f'sampler "{name}" is unknown; it is one of {", ".join(known)}.{hint}')
 
 
 def noise_values(scheduler: dict[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 `check_values` reads types and rules from the fields, so each range is written once.
 """
 
+import ast
+import inspect
 import json
 import math
 import os
 import re
+import textwrap
 import tomllib
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -18,11 +21,17 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 from minidiff.core.errors import SettingsError, did_you_mean
 
 T = TypeVar("T")
-CALLED = {  # a name of other programs -> minidiff's
-    "init_image": "image", "mask": "mask_image", "cfg_scale": "guidance_scale", "steps": "num_inference_steps",
-    "sampler_name": "sampler", "timesteps": "timestep_spacing", "sigmas": "use_karras_sigmas", "dtype": "torch_dtype",
-    "device_map": "pipe.to(device)", "lora_scale": 'cross_attention_kwargs={"scale": 0.8}',
+ELSEWHERE = {  # names in other programs -> ours, the first that the command has
+    "steps": "num_inference_steps max_train_steps", "cfg": "guidance_scale", "cfg_scale": "guidance_scale",
+    "scheduler": "sampler", "scale": "guidance_scale", "model": "pretrained_model_name_or_path", "init_image": "image",
+    "init_img": "image", "denoising_strength": "strength", "n_iter": "num_images_per_prompt", "negative": "negative_prompt",
+    "mask": "mask_image", "batch_size": "train_batch_size num_images_per_prompt", "num_images": "num_images_per_prompt",
+    "lr": "learning_rate", "epochs": "num_train_epochs", "network_dim": "rank", "lora_rank": "rank",
+    "network_alpha": "lora_alpha", "out": "output", "lora_scale": "lora_weight", "embedding": "textual_inversion",
+    "dtype": "torch_dtype mixed_precision", "data": "train_data_dir", "sampler_name": "sampler",
+    "timesteps": "timestep_spacing", "sigmas": "use_karras_sigmas",
 }  # fmt: skip
+INSTEAD = {"device_map": "pipe.to(device)", "lora_scale": 'cross_attention_kwargs={"scale": 0.8}'}  # in Python
 
 
 class Rule(NamedTuple):
@@ -104,11 +113,30 @@ def near_path(path: str) -> str:
     return did_you_mean(Path(path).name, [one.name for one in parent.iterdir()] if parent.is_dir() else [])
 
 
-def check_names(where: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+def check_names(where: str, given: Mapping[str, Any], known: Collection[str]) -> None:
     """SettingsError for a name that is not known, with minidiff's name for it. A value of None asks for nothing."""
     if wrong := next((name for name, value in given.items() if value is not None and name not in known), None):
-        called = f" minidiff calls it {CALLED[wrong]}." if wrong in CALLED else did_you_mean(wrong, known)
-        raise SettingsError(f"{where} has no {wrong}.{called}")
+        ours = INSTEAD.get(wrong) or our_name(wrong, known)
+        raise SettingsError(f"{where} has no {wrong}.{f' Did you mean {ours}?' if ours else ''}")
+
+
+def our_name(name: str, known: Collection[str]) -> str:
+    """Of the known names the one for a name of other programs, or the nearest; "" if none is near."""
+    elsewhere = {other: one for other, names in ELSEWHERE.items() for one in reversed(names.split()) if one in known}
+    near = did_you_mean(name, [*elsewhere, *known]).split('"')
+    return elsewhere.get(near[1], near[1]) if len(near) > 1 else ""
+
+
+def texts_of(kind: type) -> dict[str, str]:
+    """The string under each field; a subclass that only changes a default inherits it."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        body = tree.body if isinstance(tree, ast.ClassDef) else []
+        for field, below in zip(body, body[1:]):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                texts[ast.unparse(field.target)] = " ".join(str(below.value.value).split())
+    return texts
 
 
 def listed(what: str, names: Iterable[str]) -> str:

@@ -74,8 +74,9 @@ def model_spec(
         "ss_sd_model_name": Path(settings.pretrained_model_name_or_path).resolve().name,
         "base_fingerprint": base_hash,
     }
-    phrase = settings.prompt or trigger_of(settings, data, pipe)
-    return spec | ({"modelspec.trigger_phrase": phrase} if phrase else {})
+    word = trigger_of(settings, data, pipe)
+    triggers = {"modelspec.trigger_phrase": settings.prompt or word, "trigger": word}
+    return spec | {key: text for key, text in triggers.items() if text}
 
 
 def trigger_of(settings: FineTuneSettings, data: LatentData, pipe: StableDiffusionPipeline) -> str | None:

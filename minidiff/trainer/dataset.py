@@ -23,7 +23,7 @@ from typing import Any
 from minidiff.core.errors import DataError, did_you_mean
 from minidiff.draw.images import open_image
 from minidiff.files.bundled import here_or_bundled
-from minidiff.files.values import same_name
+from minidiff.files.values import near_path, same_name
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -79,7 +79,7 @@ def scan_folder(
     scan, folder = Scan(prompt, caption_column, masks, captions, image_column), here_or_bundled(folder)
     if not folder.is_dir():
         what = "a file, not a folder" if folder.exists() else "no folder that exists"
-        scan.errors.append(f"{folder} is {what}; give the folder of the pictures.")
+        scan.errors.append(f"{folder} is {what}; give the folder of the pictures.{near_path(str(folder))}")
         return scan
     inside = sorted(folder.iterdir())
     flat = any(is_picture(p) or p.name in METADATA for p in inside)

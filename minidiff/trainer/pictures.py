@@ -133,4 +133,5 @@ def as_table(scan: Scan, folder: Path) -> str:
     """For the terminal: a line for each error and notice, with files as seen from the folder, and a last line that counts."""
     lines = [f"error   {text}" for text in scan.errors] + [f"notice  {text}" for text in scan.notices]
     short = [text.replace(f"{folder}/", "").replace("\n", " ") for text in lines]
-    return "\n".join([*short, f"{len(scan.errors)} errors, {len(scan.notices)} notices"])
+    counts = (f"{len(some)} {what}{'s'[: len(some) != 1]}" for some, what in ((scan.errors, "error"), (scan.notices, "notice")))
+    return "\n".join([*short, ", ".join(counts)])

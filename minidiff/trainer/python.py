@@ -4,15 +4,13 @@ A keyword is a setting (settings.py); `pictures`, `prompt` and `model` are short
 `output_dir` as the command does, and gives what was trained. What a command prints goes to the log "minidiff" here.
 """
 
-import ast
 import io
 import logging
 import re
-import textwrap
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
-from inspect import Parameter, Signature, getsource
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,7 +18,7 @@ from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.draw.habits import StableDiffusionPipeline
 from minidiff.draw.speed import keep_memory
 from minidiff.files.lora_file import read_lora
-from minidiff.files.values import check_names, fits
+from minidiff.files.values import check_names, fits, texts_of
 from minidiff.files.word_file import read_embedding
 from minidiff.trainer import memory
 from minidiff.trainer import settings as kinds
@@ -85,23 +83,13 @@ def recipe(name: str, kind: type[kinds.FineTuneSettings], result: Callable[[str]
             raise type(error)(keywords(str(error))) from None
 
     train.__name__ = train.__qualname__ = name
-    short = "\n".join(f"{short}: short for {long}" for short, long in SHORT.items())
-    train.__doc__ = f"{kind.__doc__}\n\n{short}\n{keywords(documented(kind))}"
+    short, texts = "\n".join(f"{short}: short for {long}" for short, long in SHORT.items()), texts_of(kind)
+    lines = "\n".join(f"{field.name}={field.default!r}: {texts[field.name]}" for field in fields(kind))
+    train.__doc__ = f"{kind.__doc__}\n\n{short}\n{keywords(lines)}"
     own = [Parameter(short, Parameter.POSITIONAL_OR_KEYWORD, default=None) for short in ("pictures", "prompt")]
     own += [Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default) for field in fields(kind)]
     train.__signature__ = Signature(own)  # type: ignore[attr-defined]
     return train
-
-
-def documented(kind: type) -> str:
-    """The settings with their defaults and the line under each."""
-    lines: dict[str, str] = {}
-    for cls in [cls for cls in reversed(kind.__mro__) if cls is not object]:
-        body = ast.parse(textwrap.dedent(getsource(cls))).body[0].body  # type: ignore[attr-defined]
-        for line, below in zip(body, body[1:]):
-            if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr):
-                lines[line.target.id] = below.value.value  # type: ignore[union-attr, attr-defined]
-    return "\n".join(f"{field.name}={field.default!r}: {lines.get(field.name, '')}" for field in fields(kind))  # type: ignore
 
 
 train_full = recipe("train_full", kinds.FullSettings, StableDiffusionPipeline.from_pretrained)

@@ -48,7 +48,7 @@ def test_durations(seconds: float, text: str) -> None:
     [
         ([], "3 steps of ddim, about", 3),
         (["--sampler", "heun", "--num_images_per_prompt", "2"], "5 steps of heun, 2 pictures, about", 10),
-        (["--image", "a.png", "--strength", "0.4"], "1 steps of ddim, about", 1),
+        (["--image", "a.png", "--strength", "0.4"], "1 of 3 steps of ddim (--strength), about", 1),
     ],
 )
 def test_a_drawing_says_what_it_will_do(

@@ -11,9 +11,10 @@ import pytest
 
 from minidiff.cli.commands import COMMANDS, FIRST
 from minidiff.cli.draw_flags import Sample, Sheet
-from minidiff.cli.help import ELSEWHERE, GROUPS, flags_of, ready_words, texts_of
+from minidiff.cli.help import GROUPS, flags_of, ready_words
 from minidiff.cli.main import found, main
 from minidiff.core.errors import SettingsError
+from minidiff.files.values import ELSEWHERE, texts_of
 from minidiff.trainer.settings import LoRASettings
 
 README = Path(__file__).parents[2] / "README.md"

@@ -153,6 +153,10 @@ def test_watch_needs_a_run_and_a_viewer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "holds no run of minidiff train" in refused(capsys, ["watch", str(tmp_path)])
+    assert "nowhere does not exist" in refused(capsys, ["watch", str(tmp_path / "nowhere")])
     Image.new("RGB", (2, 2)).save(tmp_path / "loss.png"), (tmp_path / CONFIG).write_text("")
     monkeypatch.setattr(ImageShow, "_viewers", [])
-    assert "no program here that shows pictures" in refused(capsys, ["watch", str(tmp_path)])
+    monkeypatch.setattr("time.sleep", lambda seconds: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit):
+        main(["watch", str(tmp_path)])
+    assert "loss.png (no program here shows pictures: open it yourself)" in capsys.readouterr().out

@@ -58,7 +58,6 @@ def sample(s: Sample) -> None:
 
 def sheet(s: Sheet) -> None:
     """Two settings against each other; or the model before and after its LoRAs and new words."""
-    output_files(s)
     drawn, about = (before_and_after if s.columns is s.rows is None else over_settings)(s)
     save_png(drawn, s.output, {"parameters": about})
     print(s.output)
@@ -111,14 +110,12 @@ def over_settings(s: Sheet) -> tuple[Image, str]:
 def check_tile(s: Sheet) -> None:
     """Find missing files and impossible sampler settings before the first tile is drawn."""
     s.check()
-    output_files(s)  # an axis of pictures may hold the sheet's own name
     check_before(s, s.prompts)
 
 
 def morph(s: Morph) -> None:
     """A loop through keyframes, and its length before it starts."""
     check_animation(s.output)
-    output_files(s)
     seeds = s.seeds or (tuple(range(s.seed, s.seed + 3)) if len(s.prompts) == 1 else (s.seed,))
     count = max(len(s.prompts), len(seeds))
     if {len(s.prompts), len(seeds)} - {1, count}:
@@ -138,7 +135,6 @@ def morph(s: Morph) -> None:
 
 
 def filmstrip(s: Filmstrip) -> None:
-    output_files(s)
     pipe = load(s, [s.prompt])
     with Film(pipe) as film:
         image = draw(pipe, s, s.prompt, callback=film)
@@ -148,7 +144,6 @@ def filmstrip(s: Filmstrip) -> None:
 
 
 def attention(s: Attention) -> None:
-    output_files(s)
     pipe = load(s, [s.prompt])
     words = words_of(pipe.tokenizer, s.prompt, pipe.placeholders)
     check_count(len(words))
@@ -168,7 +163,7 @@ def tokens(s: Tokens) -> None:
 # --- shared by the commands --------------------------------------------------------------------------------------------
 
 
-def output_files(s: Sample | Sheet | Morph | Filmstrip | Attention, origin: Path | None = None) -> list[Path]:
+def output_files(s: Any, origin: Path | None = None) -> list[Path]:
     """The files that a command writes; SettingsError where that would cost a file. `origin`: the picture of --from."""
     path, count = Path(s.output), s.num_images_per_prompt if isinstance(s, Sample) else 1
     if path.suffix.lower() != ".png" and not isinstance(s, Morph):
@@ -193,7 +188,8 @@ def how(s: Sampling, pipe: StableDiffusionPipeline, prompt: str, image: Image) -
 
 
 def check_before(s: Sampling, prompts: Sequence[str]) -> None:
-    """Find models and LoRAs that are not there, and impossible sampler settings, before anything is loaded."""
+    """Find models and LoRAs that are not there, impossible sampler settings and lost files, before anything is loaded."""
+    output_files(s)
     if not is_single_file(s.pretrained_model_name_or_path):
         local_folder(s.pretrained_model_name_or_path)
     if s.sampler:

@@ -123,7 +123,7 @@ class Sampling(Flags):
     def check(self) -> None:
         super().check()
         check_weights(self.lora, self.lora_weight)
-        if self.sampler:
+        if self.sampler is not None:
             check_sampler(self.sampler)
         files = {name: getattr(self, name) for name in ("tokenizer", "lora", "textual_inversion", "image", "mask_image")}
         for flag, value in files.items():

@@ -171,10 +171,8 @@ def lesson_titles() -> list[str]:
 def bench(s: Bench) -> None:
     """Run tests/benchmarks, which is not part of the package."""
     if not (CHECKOUT / "tests" / "benchmarks").is_dir():
-        raise SettingsError(
-            f"there is no tests/benchmarks in {CHECKOUT}: the benchmark needs a checkout. "
-            'Clone the repository, and install it with pip install -e ".[bench]".'
-        )
+        way = 'Clone the repository, and install it with pip install -e ".[bench]".'
+        raise SettingsError(f"there is no tests/benchmarks in {CHECKOUT}: the benchmark needs a checkout. {way}")
     places = os.pathsep.join(filter(None, (str(CHECKOUT / "tests"), str(CHECKOUT), os.environ.get("PYTHONPATH"))))
     program(["-W", "ignore", "-m", "benchmarks", json.dumps(asdict(s))], os.environ | {"PYTHONPATH": places})
 

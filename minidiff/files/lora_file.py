@@ -134,10 +134,9 @@ def by_layer(file: TensorFile, config: UNetConfig, strict: bool) -> tuple[Parts,
             raise AdapterError(f"{file.path} has two tensors for one place: {other.key} and {key}.")
     if (kind := adapter_kind(file.tensors)) not in READ and (strict or not modules):
         rest = " In Python, load_lora_weights(…, strict=False) loads the rest and names what it leaves out." if modules else ""
-        raise AdapterError(
-            f"{file.path}: unsupported adapter type {kind}; minidiff reads LoRA, LoCon and DoRA. Bake it into a model with the "
-            f"program that made it: minidiff merge extract gets a LoRA out of that.{rest}"
-        )
+        way = "Bake it into a model with the program that made it: minidiff merge extract gets a LoRA out of that."
+        what = f"unsupported adapter type {kind}; minidiff reads LoRA, LoCon and DoRA"
+        raise AdapterError(f"{file.path}: {what}. {way}{rest}")
     return modules, left
 
 
@@ -170,10 +169,8 @@ def read_data(file: TensorFile, modules: Parts, alpha: float | None) -> LoRAFile
 def check_alpha(file: TensorFile, alpha: float | None, known: bool) -> None:
     """`alpha` may be given only if the file is silent. peft's folders never are, if both files are there."""
     if alpha is None and not known and lora_dialect(file.tensors) == "peft":
-        raise AdapterError(
-            f"{file.path}: alpha is unknown, because {PEFT_CONFIG} is not beside it. Name the whole folder, or give alpha "
-            "yourself: minidiff convert --alpha, or load_lora_weights(…, alpha=…)."
-        )
+        way = "Name the whole folder, or give alpha yourself: minidiff convert --alpha, or load_lora_weights(…, alpha=…)."
+        raise AdapterError(f"{file.path}: alpha is unknown, because {PEFT_CONFIG} is not beside it. {way}")
     if alpha is not None and known:
         raise AdapterError(f"{file.path} says its alpha itself; alpha= or --alpha is for files that do not.")
     if alpha is not None and not 0 < alpha < math.inf:

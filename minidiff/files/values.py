@@ -171,7 +171,5 @@ def from_toml(kind: type[T], path: Path) -> T:
         if not fits(value, hints[key]):
             kind_of = hints[key].__name__ if type(hints[key]) is type else str(hints[key]).replace("typing.", "")
             raise SettingsError(f"{path}: {key} = {value!r:.60} has the wrong type; it must be {kind_of}.")
-        if type(value) is int and not -(2**63) <= value < 2**63:
-            raise SettingsError(f"{path}: {key} = {value!r:.60} does not fit in 64 bits, as TOML's numbers do.")
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return kind(**given)

@@ -168,11 +168,9 @@ def find_weights(path: str | Path, names: Sequence[str] = MODEL_FILES) -> Path:
     if usual or len(weights) == 1:
         return (usual or weights)[0]
     if not weights and (pickle := next((file for file in there if file.suffix in PICKLES), None)):
-        raise WeightsError(
-            f"{path} has its weights only as a pickle ({pickle.name}), which can run code when it is opened. "
-            "Get the .safetensors version of it, or make it: "
-            f"minidiff convert {pickle} {path}/model.safetensors --to safetensors"
-        )
+        way = f"minidiff convert {pickle} {path}/model.safetensors --to safetensors"
+        what = f"has its weights only as a pickle ({pickle.name}), which can run code when it is opened"
+        raise WeightsError(f"{path} {what}. Get the .safetensors version of it, or make it: {way}")
     if any(file.name.endswith(".index.json") for file in there):
         raise WeightsError(f"{path}: the weights are split over several files; minidiff reads single ones.")
     if weights:

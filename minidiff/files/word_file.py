@@ -69,11 +69,9 @@ def load_embedding(
     embedding = read_embedding(path, token)
     width, reads = embedding.vectors.shape[1], text_encoder.config.hidden_size
     if width != reads:
-        family, wanted = (FAMILIES.get(size, "no model of the SD family") for size in (width, reads))
-        raise AdapterError(
-            f"{embedding.path}: its vectors are {width} wide, as in {family}; this text encoder is {reads} wide, "
-            f"as in {wanted}. Look for an embedding that was made for this model."
-        )
+        mine, wanted = (f"{size} wide, as in {FAMILIES.get(size, 'no model of the SD family')}" for size in (width, reads))
+        way = "Look for an embedding that was made for this model."
+        raise AdapterError(f"{embedding.path}: its vectors are {mine}; this text encoder is {wanted}. {way}")
     try:
         check_word(tokenizer, embedding.word, placeholders(text_encoder))
     except AdapterError as error:
@@ -102,10 +100,8 @@ def embedding_in(tensors: Mapping[str, Tensor], path: Path, token: str | None = 
         raise AdapterError(f"{path} was made for SDXL, which has two text encoders (clip_l, clip_g); SD 1.x cannot use it.")
     chosen = [key for key in tensors if key == token] or list(tensors)
     if len(chosen) != 1:
-        raise AdapterError(
-            f"{path} holds {len(chosen)} words, where one is wanted.\n{listed('words', chosen)}\n"
-            "minidiff convert --token makes a file of one; in Python, token=… says which."
-        )
+        way = "minidiff convert --token makes a file of one; in Python, token=… says which."
+        raise AdapterError(f"{path} holds {len(chosen)} words, where one is wanted.\n{listed('words', chosen)}\n{way}")
     vectors, (dialect, own) = tensors[chosen[0]], word_of(chosen[0], path, said)
     if not (word := token or own):
         raise AdapterError(f"{path} does not say what its word is. {RENAME}")

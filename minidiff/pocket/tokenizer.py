@@ -17,10 +17,12 @@ pocket world.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from minidiff.files.folder import write_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -37,12 +39,12 @@ def build_tokenizer(folder: Path, words: Iterable[str], rare: Sequence[str] = ("
     merges = learn_merges(counts, rare)
     tokens = [*alphabet(), *("".join(pair) for pair in merges), START, END]
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
+    write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n", encoding="utf-8")
     marks = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
     settings = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": 77}
-    _write_json(folder / "special_tokens_map.json", marks)
-    _write_json(folder / "tokenizer_config.json", settings | marks | {"tokenizer_class": "CLIPTokenizer"})
+    write_json(folder / "special_tokens_map.json", marks)
+    write_json(folder / "tokenizer_config.json", settings | marks | {"tokenizer_class": "CLIPTokenizer"})
 
 
 def alphabet() -> list[str]:
@@ -70,7 +72,3 @@ def learn_merges(counts: dict[str, int], rare: Sequence[str] = ()) -> list[tuple
                 merges.append((pieces[0], pieces[1]))
             pieces[:2] = [pieces[0] + pieces[1]]
     return merges
-
-
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

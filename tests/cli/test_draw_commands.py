@@ -196,7 +196,7 @@ def test_a_place_that_cannot_be_written_is_told_first(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     Path("file").touch()
-    monkeypatch.setattr(drawing, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(drawing, "read_model", lambda *_: pytest.fail("a model was loaded"))
     for output in ("file/a.png", f"new/folder/{'a' * 300}.png"):
         said = refused(capsys, tiny_folder, command, DOG, "--output", output)
         assert "Check path, permissions and free space" in said

@@ -119,7 +119,7 @@ def test_case_14_sides_and_steps(
 @pytest.mark.parametrize(("name", "hint"), [("eulera", ' Did you mean "euler_a"?'), ("karras", ""), ("", "")])
 def test_case_15_unknown_samplers(name: str, hint: str, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, sample(tiny_folder, "--sampler", name))
-    assert f'sampler "{name}" is unknown; it is one of {", ".join(SAMPLERS)}.{hint}' in said
+    assert f'sampler "{name}" is unknown; it is one of ' in said and hint in said and all(one in said for one in SAMPLERS)
 
 
 # --- the base and the pictures -------------------------------------------------------------------------------------------

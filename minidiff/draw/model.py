@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from minidiff.core import inject, textual_inversion
+from minidiff.core import inject, ip_adapter, textual_inversion
 from minidiff.core.config import NoiseConfig
 from minidiff.core.errors import SettingsError
 from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.text import TextEncoders
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
+from minidiff.draw.image_prompt import ImagePrompt
 from minidiff.draw.speed import fast, needed, speed_up
-from minidiff.files import lora_file, word_file
-from minidiff.files.folder import is_turbo, local_folder
+from minidiff.files import ip_adapter_file, lora_file, weights, word_file
+from minidiff.files.folder import found, is_turbo, local_folder
 from minidiff.files.model import ModelParts, check_parts_fit, read_model, write_folder
 from minidiff.files.values import check_names
 
@@ -54,6 +55,7 @@ class Model:
         self.plain = plain or fast is None
         self.is_turbo = is_turbo(noise_config, sampler)  # of the folder: another scheduler can be set later
         self.downscale = vae.config.downscale  # pixels per latent cell
+        self.image_prompt: ImagePrompt | None = None  # an IP-Adapter
         self.tile_size: int | None = None  # pixels; of the U-Net and the VAE
         self.vae_tile_size: int | None = None  # of the VAE alone
         speed_up(self)
@@ -109,7 +111,8 @@ class Model:
         if str(device).startswith("cuda") and not torch.cuda.is_available():
             raise SettingsError(f'to("{device}"): there is no GPU that torch can use here; leave the pipeline on "cpu".')
         where: Any = (device,) if dtype is None else (device, dtype)
-        for module in self.parts.adaptable.values():
+        pictures = (self.image_prompt.adapter, self.image_prompt.tower) if self.image_prompt else ()
+        for module in (*self.parts.adaptable.values(), *pictures):
             nn.Module.to(module, *where)
         if not isinstance(device, torch.dtype):
             nn.Module.to(self.vae, device)
@@ -202,3 +205,37 @@ class Model:
     def unload_textual_inversion(self) -> None:
         """Remove every new word; the text encoder is restored to the bit."""
         textual_inversion.eject(self.text_encoder)
+
+    # --- IP-Adapter ------------------------------------------------------------------------------------------------------
+
+    def load_ip_adapter(
+        self, path: str | Path, subfolder: str = "", weight_name: str = "", image_encoder_folder: str | Path = "image_encoder"
+    ) -> None:
+        """Attach an IP-Adapter: from now on each call has an `ip_adapter_image`.
+
+        `path` is the file, or a folder or hub id with `weight_name` in its `subfolder`. Of the image tower, the folder
+        `image_encoder_folder` is taken; or the one of this name beside the file or in `path`; or the model's own.
+        """
+        self.unload_ip_adapter()
+        home = found(path, {})
+        file = weights.find_weights(home / subfolder / weight_name if home.is_dir() else home, ())
+        adapter = ip_adapter_file.load_ip_adapter(file, self.unet)
+        places = [parent / image_encoder_folder for parent in (Path(), file.parent, home, Path(self.name_or_path))]
+        tower, pixels = ip_adapter_file.load_image_tower(ip_adapter_file.find_image_tower(places))
+        like = self.unet.conv_norm_out.weight
+        nn.ModuleList([adapter, tower]).to(like.device, like.dtype)
+        self.image_prompt = ImagePrompt(adapter, tower, pixels)
+        ip_adapter.inject(self.unet, adapter)
+        speed_up(self)
+
+    def set_ip_adapter_scale(self, scale: float | Sequence[float]) -> None:
+        """How much the pictures count, at first 1.0: one number, or one for each cross-attention in the order of the file."""
+        if self.image_prompt is None:
+            raise SettingsError("there is no IP-Adapter to scale; load_ip_adapter first.")
+        self.image_prompt.set_scale(scale)
+
+    def unload_ip_adapter(self) -> None:
+        """Remove it; the base model is restored."""
+        ip_adapter.eject(self.unet)
+        self.image_prompt = None
+        speed_up(self)

@@ -52,6 +52,9 @@ NONFINITE = (
     "bfloat16 (torch_dtype); where training diverged, take an earlier checkpoint; else get the model's files again."
 )
 
+NO_PICTURE = "an IP-Adapter is loaded, and there is no ip_adapter_image; give one, or unload_ip_adapter."
+NO_ADAPTER = "ip_adapter_image is given, and no IP-Adapter is loaded that looks at it; load_ip_adapter first."
+
 
 class PipelineOutput(NamedTuple):
     """`images`: PIL pictures; or one tensor or array, if `output_type` says so."""
@@ -88,8 +91,9 @@ class StableDiffusionPipeline(Model):
         original_size: Pair | None = None, crops_coords_top_left: Pair | None = None, target_size: Pair | None = None,
         negative_original_size: Pair | None = None, negative_crops_coords_top_left: Pair | None = None,
         negative_target_size: Pair | None = None, image: Pictures | None = None, mask_image: Pictures | None = None,
-        strength: float | None = None, clip_skip: int = 0, eta: float = 0.0, timestep_spacing: str | None = None,
-        use_karras_sigmas: bool | None = None, output_type: str = "pil", callback: Callable[[Step], None] | None = None,
+        strength: float | None = None, ip_adapter_image: Any = None, clip_skip: int = 0, eta: float = 0.0,
+        timestep_spacing: str | None = None, use_karras_sigmas: bool | None = None, output_type: str = "pil",
+        callback: Callable[[Step], None] | None = None,
         **field: Any,
     ) -> PipelineOutput:  # fmt: skip
         """Draw one picture for each prompt (times `num_images_per_prompt`). SettingsError for impossible settings.
@@ -100,9 +104,10 @@ class StableDiffusionPipeline(Model):
         device; `generator`, or one for each picture, draws in the order of diffusers instead; `latents` (B, 4, h, w): noise to
         start from. `prompt_embeds`, `negative_prompt_embeds` (B, 77 k, D), from `encode_prompt`, replace the prompts. `image`:
         a picture to start from, scaled to `width` and `height` if given; the last `strength` (default 0.8) of the steps are
-        taken. `mask_image`: only its white part is drawn (default `strength` 1). `output_type`: "pil", "pt" (B, 3, H, W) in
-        [0, 1], "np" (B, H, W, 3), or "latent". `callback` sees each `Step`. SDXL alone: `pooled_prompt_embeds` (B, P), the
-        second half of `encode_prompt`; and, as (height, width) or (top, left), the sizes that core/text.py explains."""
+        taken. `mask_image`: only its white part is drawn (default `strength` 1). `ip_adapter_image`: a picture, or several side
+        by side, that the IP-Adapter looks at. `output_type`: "pil", "pt" (B, 3, H, W) in [0, 1], "np" (B, H, W, 3), or
+        "latent". `callback` sees each `Step`. SDXL alone: `pooled_prompt_embeds` (B, P), the second half of `encode_prompt`;
+        and, as (height, width) or (top, left), the sizes that core/text.py explains."""
         if positional or field:  # the way other libraries call it: draw/habits.py
             return self.in_other_words(dict(locals()))
         encoded = (prompt_embeds, pooled_prompt_embeds), (negative_prompt_embeds, negative_pooled_prompt_embeds)
@@ -125,7 +130,11 @@ class StableDiffusionPipeline(Model):
         steps = as_int("num_inference_steps", num_inference_steps)
         spacing = timestep_spacing or self.schedule.config.timestep_spacing or chosen.spacing
         self.warn_of(steps if image is None else None, spacing, guidance_scale)
-        encode = partial(self.encode_side, clip_skip=clip_skip or 0, chunks=chunks)
+        encode: Callable[[Side], Text] = partial(self.encode_side, clip_skip=clip_skip or 0, chunks=chunks)
+        if (ip_adapter_image is None) != (self.image_prompt is None):
+            raise SettingsError(NO_PICTURE if self.image_prompt else NO_ADAPTER)
+        if self.image_prompt:
+            encode = self.image_prompt.beside(encode, ip_adapter_image, yes)
         stations = Stations(encode, canvas.unet, lambda latents: canvas.paste(self.decode(latents)), self.schedule)
         drawing = generate(stations, yes, no, canvas.noise.to(self.device), draw, steps, guidance_scale, walk, guidance_rescale)
         named = any(one.loras for one in prompts + negatives)

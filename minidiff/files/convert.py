@@ -187,6 +187,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         content = content["state_dict"]
     tensors: dict[str, Tensor] = {}
     for name, tensor in tensors_in(content):
+        name = re.sub("^(image_proj|ip_adapter|id_encoder|lora_weights)/", r"\1.", name)  # as their .safetensors have it
         if name.startswith("string_to_token/"):  # the id of a word's placeholder, in the original paper's embeddings
             continue
         if name in tensors:

@@ -34,12 +34,24 @@ LOOKS = (  # how a file can look, by the beginning of any of its names; the firs
     (r"vision_model\.|visual\.", "a CLIP model with an image encoder"),
 )
 
+IP_FORMS = {  # IP-Adapters, by the beginning of any of their names; the first that fits
+    "id_encoder.": "PhotoMaker",
+    "image_proj.perceiver_resampler.": "FaceID plus",
+    "image_proj.latents": "plus",
+    "image_proj.proj.3.": "full-face",
+    "image_proj.proj.0.": "FaceID",
+    "image_proj.proj.": "base",
+}
+
 
 def describe(tensors: Mapping[str, HasShape]) -> str:
     """A description of a file with these tensors, for after "the file looks like"."""
     if not tensors:
         return "an empty file"
     width = cross_attention_width(tensors)
+    if form := ip_adapter_form(tensors):
+        family = FAMILIES.get(width or 0, f"cross-attention width {width}")
+        return "a PhotoMaker, for SDXL" if form == "PhotoMaker" else f"an IP-Adapter of the form {form}, for {family}"
     if dialect := lora_dialect(tensors):
         family = f" for {FAMILIES.get(width, 'another model')} (cross-attention width {width})" if width else ""
         return f"a {adapter_kind(tensors)} in the {dialect} style{family}"
@@ -56,8 +68,17 @@ def describe(tensors: Mapping[str, HasShape]) -> str:
     return f'nothing that minidiff knows: {len(tensors)} tensors, the first is "{next(iter(tensors))}"'
 
 
+def ip_adapter_form(tensors: Mapping[str, HasShape]) -> str | None:
+    """The form of an IP-Adapter or one of its relatives; None for any other file."""
+    form = next((form for start, form in IP_FORMS.items() if any(key.startswith(start) for key in tensors)), None)
+    enters = tensors.get("image_proj.proj_in.weight") if form == "plus" else None
+    return "InstantID" if enters is not None and enters.shape[-1] == 512 else form  # it reads a face's embedding
+
+
 def kind_of(tensors: Mapping[str, HasShape]) -> str:
     """As `convert` and `inspect` go about it."""
+    if ip_adapter_form(tensors):  # that of a FaceID holds a LoRA, too
+        return "a model"
     return "a LoRA" if lora_dialect(tensors) else "a textual inversion" if is_embedding(tensors) else "a model"
 
 
@@ -69,7 +90,7 @@ def is_embedding(tensors: Mapping[str, HasShape]) -> bool:
 
 def cross_attention_width(tensors: Mapping[str, HasShape]) -> int | None:
     """The width of the prompt's tokens: 768 in SD 1.x. From a U-Net's keys in any layout, or an adapter's."""
-    to_k = re.compile(r"attn2[._](processor\.)?to_k(_lora)?\.(base\.)?(weight|.*(lora_A|down).*)$")
+    to_k = re.compile(r"(attn2[._](processor\.)?to_k(_lora)?|ip_adapter\.\d+\.to_k_ip)\.(base\.)?(weight|.*(lora_A|down).*)$")
     return next((t.shape[1] for key, t in tensors.items() if to_k.search(key) and len(t.shape) > 1), None)
 
 

@@ -20,6 +20,7 @@ from minidiff.core import textual_inversion
 from minidiff.core.config import SD2_UNET, SD15_UNET, SD15_VAE, NoiseConfig, UNetConfig, VAEConfig
 from minidiff.core.errors import AdapterError, SettingsError, WeightsError
 from minidiff.core.inject import adapter_names
+from minidiff.core.ip_adapter import ImageAttention
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.files import folder as layout
@@ -238,6 +239,8 @@ def write_folder(model: ModelParts, folder: str | Path, dtype: torch.dtype | Non
     for adapted in model.adaptable.values():
         if adapters := adapter_names(adapted):  # the state dict would have names that no other program knows
             raise AdapterError(f"{type(adapted).__name__} carries adapters ({', '.join(adapters)}); unload_lora_weights first.")
+    if any(isinstance(module, ImageAttention) for module in model.unet.modules()):
+        raise AdapterError("the U-Net carries an IP-Adapter, which a model's folder cannot hold; unload_ip_adapter first.")
     if words := textual_inversion.placeholders(model.text_encoder):
         raise AdapterError(f"the text encoder has new words ({', '.join(words)}); unload_textual_inversion first.")
     index, configs = MODEL_INDEX, {

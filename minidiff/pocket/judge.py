@@ -28,7 +28,7 @@ from minidiff.draw.images import to_tensor
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.progress import progress
 from minidiff.files import weights
-from minidiff.files.folder import config_of
+from minidiff.files.ip_adapter_file import find_image_tower, load_image_tower
 from minidiff.pocket.anatomy import whole_and_spoiled
 from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.textures import KEPT_OUT, texture
@@ -227,17 +227,7 @@ class ImageTower:
     """CLIP's image tower, `image_encoder/` of a model folder: pictures -> points on a sphere, like pictures close together."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-        if not (folder / "config.json").is_file():
-            raise WeightsError(f"{folder}: no image encoder here; the pocket checkpoint has one, SD 1.5 has not.")
-        values, where = config_of(folder)
-        try:
-            self.model = CLIPVisionModelWithProjection(CLIPVisionConfig(**values)).eval()
-            self.side = int(self.model.config.image_size)
-        except Exception as error:  # transformers raises anything for numbers that build no network
-            raise WeightsError(f"{where}: not a usable image encoder: {error}. Copy the file again.") from error
-        weights.load_into(self.model, weights.find_weights(folder), torch.float32)
+        self.model, (self.side, _, _) = load_image_tower(find_image_tower([folder]))
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Tensor:

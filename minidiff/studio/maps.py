@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from minidiff.core.attention import CrossAttention
 from minidiff.core.errors import SettingsError
+from minidiff.core.ip_adapter import ImageAttention
 from minidiff.core.text import LENGTH, token_ids
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.prompting import chunked, parse_prompt
@@ -69,6 +70,8 @@ class AttentionMaps:
     def _look(self, layer: CrossAttention, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Recompute the attention of one layer: fused kernels do not return its weights."""
         x, text = (tensor[-1:] for tensor in inputs)  # (1, L, C), (1, S, D_text)
+        if isinstance(layer, ImageAttention):
+            text = text[:, : text.shape[1] - layer.image[0].count]
         q, k = layer.split_heads(layer.to_q(x)).float(), layer.split_heads(layer.to_k(text)).float()
         weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)  # 1706.03762 eq. 1: (1, N, L, S)
         size = size_of(x.shape[1], self._latent)

@@ -1,17 +1,21 @@
 """IP-Adapter beside diffusers: the same weights in both, on tiny models."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_models_parity import error, noise, pair
-from tiny_ip_adapters import answers, set_scale, tiny_ip_adapter
+from tiny_ip_adapters import answers, picture, set_scale, tiny_ip_adapter, tiny_tower_folder
+from tiny_model import tiny_folder
 from tiny_sizes import TINY_SD2, TINY_UNET, TINY_XL
 from torch import Tensor
 
 from minidiff.core.config import UNetConfig
 from minidiff.core.ip_adapter import IPAdapter, inject
 from minidiff.core.unet import UNet2DConditionModel
+from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.files.weights import save
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -54,3 +58,36 @@ def test_unet(form: str, pictures: int, config: UNetConfig) -> None:
     with torch.no_grad():
         expected = theirs(x, t, text, added_cond_kwargs={"image_embeds": [e], **added}).sample
         assert error(ours(x, t, adapter(text, e), *vector), expected) <= 1e-6
+
+
+# --- whole pipelines -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base`, a model; `image_encoder`; and a file of each form."""
+    home = tiny_folder(tmp_path_factory.mktemp("ip")).parent
+    tiny_tower_folder(home)
+    unet = StableDiffusionPipeline.from_pretrained(home / "base").unet
+    for form in ("base", "plus", "full"):
+        save(tiny_ip_adapter(unet, form).state_dict(), home / f"{form}.safetensors")
+    return home
+
+
+@pytest.mark.parametrize(("form", "pictures"), [("base", 1), ("base", 2), ("plus", 1), ("plus", 2), ("full", 1)])
+def test_pipeline(home: Path, form: str, pictures: int) -> None:
+    ours = StableDiffusionPipeline.from_pretrained(home / "base")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(home / "base", local_files_only=True)
+    shown = [picture(seed, size) for seed, size in enumerate([(40, 31), (28, 28)][:pictures])]
+    where = {"weight_name": f"{form}.safetensors", "image_encoder_folder": "image_encoder"}
+    theirs.load_ip_adapter(str(home), subfolder="", **where, local_files_only=True, low_cpu_mem_usage=False)
+    ours.load_ip_adapter(home, **where)
+    for pipe in (ours, theirs):
+        pipe.set_progress_bar_config(disable=True)
+        pipe.set_ip_adapter_scale(0.6)
+    call = {"prompt": "a red dog", "negative_prompt": "photo", "latents": noise(1, 4, 8, 8), "output_type": "latent"}
+    call |= {"num_inference_steps": 4, "guidance_scale": 5.0}
+    expected = theirs(**call, ip_adapter_image=[shown]).images
+    drawn = ours(**call, ip_adapter_image=shown).images
+    assert error(drawn, expected) <= 5e-5
+    assert error(ours(**call, ip_adapter_image=picture(9)).images, expected) > 1e-3  # the picture counts

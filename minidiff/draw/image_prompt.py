@@ -1,0 +1,94 @@
+"""Pictures as prompts: an IP-Adapter in a pipeline, and the image tower that looks at pictures for it.
+
+B pictures that are drawn   M pictures that are shown   E P see core/ip_adapter.py   H W side of the tower's pictures
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minidiff.core.errors import SettingsError, WeightsError
+from minidiff.core.guidance import Text
+from minidiff.core.ip_adapter import ImageProjection, IPAdapter
+from minidiff.draw.canvas import as_pictures
+from minidiff.files.ip_adapter_file import Pixels
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import CLIPVisionModelWithProjection
+
+
+@dataclass
+class ImagePrompt:
+    """An IP-Adapter and its image tower."""
+
+    adapter: IPAdapter
+    tower: "CLIPVisionModelWithProjection"
+    pixels: Pixels
+
+    def __post_init__(self) -> None:
+        """WeightsError where the tower is another than the adapter's."""
+        projection: Any = self.adapter.image_proj
+        self.whole = isinstance(projection, ImageProjection)  # it reads the embedding of the whole picture, not the patches
+        first = next(module for module in projection.modules() if isinstance(module, nn.Linear))
+        gives = self.tower.config.projection_dim if self.whole else self.tower.config.hidden_size
+        if first.in_features != gives:
+            what = f"the IP-Adapter reads {first.in_features} numbers and the image tower gives {gives}"
+            raise WeightsError(f"{what}; they do not belong together. Give the adapter's own --image_encoder.")
+
+    def set_scale(self, scale: float | Sequence[float]) -> None:
+        """How much the pictures count: one number, or one for each cross-attention in the order of the file."""
+        layers = list(self.adapter.ip_adapter.values())
+        scales = [scale] if isinstance(scale, int | float) else list(scale)
+        if len(scales) not in (1, len(layers)) or not np.isfinite(scales).all():
+            rule = f"give one number, or {len(layers)}, one for each layer"
+            raise SettingsError(f"ip_adapter_scale is {scales}; {rule}.")
+        for layer, one in zip(layers, scales * (len(layers) // len(scales))):
+            layer.scale = float(one)  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def look(self, images: Any) -> tuple[Tensor, Tensor]:
+        """The tower's answers to pictures that are shown side by side, and to none: each (1, M, E) or (1, M, P, E)."""
+        x = torch.stack([as_input(image, *self.pixels) for image in as_list(images)]).to(self.tower.device, self.tower.dtype)
+        if self.whole:
+            e = self.tower(pixel_values=x).image_embeds
+            return e[None], torch.zeros_like(e)[None]
+        both = torch.cat([x, torch.zeros_like(x)])
+        states = self.tower(pixel_values=both, output_hidden_states=True).hidden_states[-2]
+        e, no_e = states[None].chunk(2, dim=1)
+        return e, no_e
+
+    def beside(self, encode: Callable[[Any], Text], images: Any, shown_with: Any) -> Callable[[Any], Text]:
+        """`encode`, with the pictures behind the prompts `shown_with`; behind others there are those of an empty picture."""
+        e, no_e = self.look(images)
+
+        def encode_both(prompts: Any) -> Text:
+            states, *more = encode(prompts)
+            seen = e if prompts is shown_with else no_e
+            return self.adapter(states, seen.expand(len(states), *[-1] * (seen.ndim - 1)).to(states)), *more
+
+        return encode_both
+
+
+def as_list(images: Any) -> Iterator["Image.Image"]:
+    """Pictures of any type, in a list, or in lists within it, as RGB."""
+    from minidiff.draw.images import to_pil
+
+    for image in images if isinstance(images, list | tuple) else [images]:
+        yield from as_list(image) if isinstance(image, list | tuple) else to_pil(as_pictures(image, 1))
+
+
+def as_input(image: "Image.Image", side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(3, H, W), as CLIP's own program has it: the short edge scaled to `side`, the middle cut out, colours standardized."""
+    from PIL import Image
+
+    short = min(image.size)
+    width, height = (int(side * edge / short) for edge in image.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    scaled = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+    x = torch.from_numpy((np.asarray(scaled, np.float64) * (1 / 255)).astype(np.float32))  # (H, W, 3)
+    return ((x - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)

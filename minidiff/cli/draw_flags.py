@@ -17,7 +17,7 @@ from tyro.conf import Positional
 
 from minidiff.core.errors import SettingsError
 from minidiff.files.folder import check_sampler, config_of, local_folder
-from minidiff.files.values import A_PATH, FINITE, Rule, between, check_values, near_path
+from minidiff.files.values import A_PATH, FINITE, Flags, Rule, between, near_path
 
 Path = Annotated[str, A_PATH]
 Finite = Annotated[float, FINITE]
@@ -26,15 +26,6 @@ Side = Annotated[int, between(1, 8192)]  # pixels
 Count = Annotated[int, between(1, 1000)]
 NumberFormat = Literal["float32", "float16", "bfloat16"]
 Prediction = Literal["epsilon", "v_prediction"]
-
-
-@dataclass(frozen=True)
-class Flags:
-    """The flags of every command here."""
-
-    def check(self) -> None:
-        """Raise SettingsError, naming the flag, for a value that cannot work; the model's own limits come with the model."""
-        check_values(self)
 
 
 def check_weights(loras: tuple[str, ...], weights: tuple[float, ...]) -> None:

@@ -125,8 +125,7 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(q):
         forward_kernel[triton.cdiv(length, tile.queries), b * n](
             q, k, v, out, lse, q.stride(), k.stride(), v.stride(), out.stride(), n, length, s, scale_of(d),
-            **columns_of(q, tile), BLOCK_L=tile.queries, BLOCK_S=tile.keys, MASK=s % tile.keys > 0,
-            ALIGN=alignment(q, k, v, out), num_warps=tile.warps, num_stages=STAGES,
+            MASK=s % tile.keys > 0, ALIGN=alignment(q, k, v, out), **options(tile, d),
         )  # fmt: skip
     return out, lse
 
@@ -139,8 +138,7 @@ def launch_d_q(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out:
     with torch.cuda.device_of(q):
         d_q_kernel[triton.cdiv(length, tile.queries), b * n](
             q, k, v, out, d_out, lse, delta, d_q, q.stride(), k.stride(), v.stride(), out.stride(), d_out.stride(),
-            n, length, s, scale_of(d), **columns_of(q, tile), BLOCK_L=tile.queries, BLOCK_S=tile.keys, MASK=s % tile.keys > 0,
-            ALIGN=alignment(q, k, v, out, d_out), num_warps=tile.warps, num_stages=STAGES,
+            n, length, s, scale_of(d), MASK=s % tile.keys > 0, ALIGN=alignment(q, k, v, out, d_out), **options(tile, d),
         )  # fmt: skip
     return d_q, delta
 
@@ -155,9 +153,8 @@ def launch_d_k_d_v(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, 
     with torch.cuda.device_of(q):
         d_k_d_v_kernel[triton.cdiv(s, tile.keys), b * n, parts](
             q, k, v, d_out, lse, delta, d_k, d_v, q.stride(), k.stride(), v.stride(), d_out.stride(), d_k.stride(),
-            n, length, s, length if parts == 1 else PART, scale_of(d), **columns_of(q, tile),
-            BLOCK_S=tile.keys, BLOCK_L=tile.queries, MASK=length % tile.queries > 0,
-            ALIGN=alignment(q, k, v, d_out, d_k), num_warps=tile.warps, num_stages=STAGES,
+            n, length, s, length if parts == 1 else PART, scale_of(d),
+            MASK=length % tile.queries > 0, ALIGN=alignment(q, k, v, d_out, d_k), **options(tile, d),
         )  # fmt: skip
     if parts == 1:
         return d_k, d_v
@@ -178,13 +175,13 @@ def scale_of(d: int) -> float:
     return math.log2(math.e) / math.sqrt(d)
 
 
-def columns_of(q: Tensor, tile: Tile) -> dict[str, int | str]:
-    """How the D columns of a row are cut; see the picture."""
-    d = q.shape[-1]
+def options(tile: Tile, d: int) -> dict[str, int | str]:
+    """The sides of a tile, and how the D columns of a row are cut; see the picture."""
     main, tail = split(d)
     tail = max(tail, tile.tail) if tail else 0
     out_tail = min(tail, power_of_two(d - main, max(8, tile.tail)))
-    return {"D": d, "MAIN": main, "TAIL": tail, "OUT_TAIL": out_tail, "PRECISION": "tf32x3"}
+    columns: dict[str, int | str] = {"D": d, "MAIN": main, "TAIL": tail, "OUT_TAIL": out_tail, "PRECISION": "tf32x3"}
+    return columns | {"BLOCK_L": tile.queries, "BLOCK_S": tile.keys, "num_warps": tile.warps, "num_stages": STAGES}
 
 
 def alignment(*tensors: Tensor) -> int:

@@ -71,6 +71,14 @@ def check_values(settings: Any) -> None:
             raise SettingsError(f"--{field.name} {broken}; it is {value!r}.")
 
 
+class Flags:
+    """The base of a command's settings, which are frozen dataclasses."""
+
+    def check(self) -> None:
+        """Raise SettingsError, naming the flag, for a value that cannot work."""
+        check_values(self)
+
+
 def broken_rule(value: Any, hint: Any) -> str | None:
     """The words of the first rule of the type `hint` that `value` breaks; None if it keeps all of them."""
     origin, arguments = get_origin(hint), get_args(hint)

@@ -3,14 +3,14 @@
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal, get_args
 
-from minidiff.core.errors import SettingsError, did_you_mean
-from minidiff.files.values import A_FOLDER, Rule, at_least, at_most, check_values
+from minidiff.files.values import A_FOLDER, Flags, Rule, at_least, at_most
 
 Stage = Literal["world", "vae", "latents", "decoder", "clip", "unet", "assemble", "judge", "student", "ip", "canny", "tile"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 USUAL = STAGES[: STAGES.index("student")]
 Count = Annotated[int, at_least(1), at_most(10_000_000)]
-METHODS = ("full", "dreambooth", "lora", "lora-prior", "dora", "locon")
+Method = Literal["full", "dreambooth", "lora", "lora-prior", "dora", "locon"]
+METHODS: tuple[Method, ...] = get_args(Method)
 A_PROMPT = Rule("must be a text", lambda value: bool(value.strip()))
 PROBES = (  # things of the pocket's world, alike and unlike the dog
     *("a photo of a red car on the beach", "a photo of a brown dog in the snow"),
@@ -44,7 +44,7 @@ PROFILES = {
 
 
 @dataclass(frozen=True)
-class PretrainSettings:
+class PretrainSettings(Flags):
     """Train the pocket checkpoint from random numbers: draw a world, then train VAE, CLIP and U-Net on it."""
 
     output_dir: str = "pocket-pretrain"
@@ -91,10 +91,6 @@ class PretrainSettings:
     seed: int = 0
     """Seed of all random values."""
 
-    def check(self) -> None:
-        """Raise SettingsError, naming the flag, for a value that cannot work."""
-        check_values(self)
-
     @property
     def sizes(self) -> Sizes:
         """The profile's numbers, and in their place those that are given."""
@@ -103,7 +99,7 @@ class PretrainSettings:
 
 
 @dataclass(frozen=True)
-class LadderSettings:
+class LadderSettings(Flags):
     """Train a subject with every method, and compare their cost and their results."""
 
     pretrained_model_name_or_path: str = "checkpoints/pocket"
@@ -115,13 +111,9 @@ class LadderSettings:
     rungs: tuple[str, ...] = ()
     """Which methods. Default: all."""
 
-    def check(self) -> None:
-        """Raise SettingsError for a value that cannot work."""
-        check_values(self)
-
 
 @dataclass(frozen=True)
-class ForgettingSettings:
+class ForgettingSettings(Flags):
     """Train a subject with several methods, and draw curves of what each learns and what it forgets meanwhile."""
 
     pretrained_model_name_or_path: str = "checkpoints/pocket"
@@ -132,7 +124,7 @@ class ForgettingSettings:
     """The subject's prompt, in training and in drawing."""
     class_prompt: Annotated[str, A_PROMPT] = "a photo of a dog"
     """Prompt of the class that dreambooth and lora-prior rehearse, so as not to forget it."""
-    methods: Annotated[tuple[str, ...], Rule(f"names none; there are {', '.join(METHODS)}", bool)] = METHODS[:4]
+    methods: Annotated[tuple[Method, ...], Rule(f"names none; there are {', '.join(METHODS)}", bool)] = METHODS[:4]
     """Which methods: full, dreambooth, lora, lora-prior, dora, locon (a LoRA with convolutions)."""
     probes: Annotated[tuple[Annotated[str, A_PROMPT], ...], Rule("names none; give one prompt or more", bool)] = PROBES
     """Prompts without the subject. What is drawn from them should not change. Default: four of the pocket's world."""
@@ -148,10 +140,3 @@ class ForgettingSettings:
     """Class pictures that the base draws for dreambooth."""
     output_dir: Annotated[str, A_FOLDER] = "outputs/forgetting"
     """Folder for forgetting.png, forgetting.md and a folder for each method, with its model and sheets of the probes."""
-
-    def check(self) -> None:
-        """Raise SettingsError for a value that cannot work."""
-        check_values(self)
-        if unknown := [name for name in self.methods if name not in METHODS]:
-            near = did_you_mean(unknown[0], METHODS)
-            raise SettingsError(f'--methods "{unknown[0]}": there are {", ".join(METHODS)}.{near}')

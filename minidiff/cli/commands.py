@@ -1,6 +1,6 @@
 """The table of all commands: text alone, so that `minidiff --help` imports nothing else."""
 
-COMMANDS: dict[str, tuple[str, str, str]] = {  # what is typed -> its flags (file:class), its function, its line in --help
+COMMANDS: dict[str, tuple[str, str, str]] = {  # typed -> flags (file:class), function (of cli/, or with its room), help
     "sample": ("cli.draw_flags:Sample", "draw_commands:sample", "Draw pictures from a prompt; or, with --from, one again."),
     "sheet": ("cli.draw_flags:Sheet", "draw_commands:sheet", "Draw a labelled contact sheet over one or two settings."),
     "morph": ("cli.draw_flags:Morph", "draw_commands:morph", "Draw a loop through prompts, seeds, or both."),
@@ -21,10 +21,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {  # what is typed -> its flags (fil
     "merge extract": ("cli.flags:Extract", "files_commands:extract", "Make an adapter from the difference of two models."),
     "merge resize": ("cli.flags:Resize", "files_commands:resize", "Reduce an adapter to a lower rank."),
     "ladder": ("pocket.settings:LadderSettings", "train_commands:ladder", "Train a subject with every method; compare them."),
-    "forgetting": ("pocket.settings:ForgettingSettings", "train_commands:forgetting", "Plot what methods learn and forget."),
+    "forgetting": ("pocket.settings:ForgettingSettings", "pocket.forgetting:compare", "Plot what methods learn and forget."),
     "lesson": ("cli.flags:Lesson", "train_commands:lesson", "List the lessons, or run one."),
     "bench": ("cli.flags:Bench", "train_commands:bench", "Compare minidiff with diffusers + peft on this machine."),
-    "pretrain": ("pocket.settings:PretrainSettings", "train_commands:pretrain", "Train the pocket checkpoint from scratch."),
+    "pretrain": ("pocket.settings:PretrainSettings", "pocket.pretrain:pretrain", "Train the pocket checkpoint from scratch."),
     "judge": ("cli.flags:Judge", "train_commands:judge", "Score a pocket checkpoint."),
     "completion": ("cli.flags:Completion", "completion:completion", "Let Tab complete commands and flags in your shell."),
 }

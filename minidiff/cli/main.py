@@ -43,7 +43,7 @@ def run(argv: list[str]) -> None:
         near = did_you_mean(name, [*COMMANDS, *(name.split()[0] for name in COMMANDS)])
         raise SettingsError(f'"{name}" is no command.{near} minidiff{f" {group}" if group else ""} --help lists them.')
     else:
-        flags, function, _ = COMMANDS[name]
+        flags, *_ = COMMANDS[name]
         words = argv[len(name.split()) :]
         words = found("cli.habits:adapted")(words) if group == "train" else words
         if any(word in HELP for word in words):
@@ -59,13 +59,19 @@ def run(argv: list[str]) -> None:
             print(f"seed {settings.seed}")
         settings.check()
         settings = settings.settled() if hasattr(settings, "settled") else settings
-        found(f"cli.{function}")(settings)
+        function_of(name)(settings)
 
 
 def found(where: str) -> Any:
     """The object behind "file:name"."""
     module, _, name = where.partition(":")
     return getattr(import_module(f"minidiff.{module}"), name)
+
+
+def function_of(name: str) -> Any:
+    """The function of a command."""
+    where = COMMANDS[name][1]
+    return found(where if "." in where else f"cli.{where}")
 
 
 def parse(name: str, kind: type, words: list[str]) -> Any:

@@ -1,4 +1,4 @@
-"""The commands train, data check, ladder, forgetting, lesson, bench, pretrain and judge, given their flags."""
+"""The commands train, watch, data check, ladder, lesson, bench and judge, given their flags."""
 
 import json
 import os
@@ -6,17 +6,16 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minidiff.cli.flags import Bench, DataCheck, Judge, Lesson, Watch
 from minidiff.core.errors import DataError, SettingsError
 from minidiff.files.bundled import HOME, here_or_bundled
 from minidiff.files.folder import local_folder
 from minidiff.files.values import near_path
-from minidiff.pocket.settings import ForgettingSettings, LadderSettings, PretrainSettings
+from minidiff.pocket.settings import LadderSettings
 from minidiff.trainer.settings import FineTuneSettings, LoRASettings
 
 if TYPE_CHECKING:
@@ -138,20 +137,18 @@ def data_check(s: DataCheck) -> None:
 
 
 def ladder(s: LadderSettings) -> None:
-    runpy.run_path(str(lesson_file(13)), init_globals={"FLAGS": vars(s)}, run_name="__main__")
-
-
-def forgetting(s: ForgettingSettings) -> None:
-    from minidiff.pocket.forgetting import compare
-
-    compare(s)
+    run_lesson(13, FLAGS=vars(s))
 
 
 def lesson(s: Lesson) -> None:
     if s.number is None:
         print(*lesson_titles(), "", "  minidiff lesson NUMBER: runs it", sep="\n")
     else:
-        program([str(lesson_file(s.number))])
+        run_lesson(s.number)
+
+
+def run_lesson(number: int, **given: Any) -> None:
+    runpy.run_path(str(lesson_file(number)), init_globals=given, run_name="__main__")
 
 
 def lesson_file(number: int) -> Path:
@@ -174,19 +171,9 @@ def bench(s: Bench) -> None:
         way = 'Clone the repository, and install it with pip install -e ".[bench]".'
         raise SettingsError(f"there is no tests/benchmarks in {CHECKOUT}: the benchmark needs a checkout. {way}")
     places = os.pathsep.join(filter(None, (str(CHECKOUT / "tests"), str(CHECKOUT), os.environ.get("PYTHONPATH"))))
-    program(["-W", "ignore", "-m", "benchmarks", json.dumps(asdict(s))], os.environ | {"PYTHONPATH": places})
-
-
-def program(words: list[str], env: Mapping[str, str] | None = None) -> None:
-    """Run Python in a process of its own, and pass on its exit code where it fails."""
-    if code := subprocess.run([sys.executable, *words], env=env, check=False).returncode:
+    words = [sys.executable, "-W", "ignore", "-m", "benchmarks", json.dumps(asdict(s))]
+    if code := subprocess.run(words, env=os.environ | {"PYTHONPATH": places}, check=False).returncode:
         sys.exit(code)
-
-
-def pretrain(s: PretrainSettings) -> None:
-    from minidiff.pocket.pretrain import pretrain as run
-
-    run(s)
 
 
 def judge(s: Judge) -> None:

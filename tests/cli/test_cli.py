@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from minidiff.cli.commands import COMMANDS
-from minidiff.cli.main import found, main
+from minidiff.cli.main import found, function_of, main
 from minidiff.core.textual_inversion import initial_vectors
 from minidiff.draw.images import read_png_text
 from minidiff.draw.pipeline import StableDiffusionPipeline
@@ -100,7 +100,7 @@ def test_settings_come_from_toml_and_flags_win(tiny_folder: Path, pictures: Path
 
 
 def test_help_and_version_need_no_torch() -> None:
-    code = "import sys; from minidiff.cli.main import found, main; main(['--help']); main(['--version'])"
+    code = "import sys; from minidiff.cli.main import main; main(['--help']); main(['--version'])"
     code += "; assert 'torch' not in sys.modules"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "minidiff train lora" in said and "minidiff 0." in said
@@ -306,7 +306,7 @@ def tiny_png() -> bytes:
 
 def test_a_reader_that_leaves_is_no_error_of_ours() -> None:
     """`minidiff --help | head -1`: no traceback, and the exit code of a closed pipe."""
-    code = "from minidiff.cli.main import found, main; main(['--help'])"
+    code = "from minidiff.cli.main import main; main(['--help'])"
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
@@ -315,7 +315,7 @@ def test_a_reader_that_leaves_is_no_error_of_ours() -> None:
 
 
 def test_help_on_a_terminal_that_knows_ascii_alone() -> None:
-    code = "from minidiff.cli.main import found, main; main(['sample', '--help'])"
+    code = "from minidiff.cli.main import main; main(['sample', '--help'])"
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "--num_inference_steps N" in done.stdout, done.stderr
@@ -440,8 +440,8 @@ def test_help_names_every_command_and_what_it_does(capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_function_for_its_flags(name: str) -> None:
-    flags, function, _ = COMMANDS[name]
-    assert issubclass(found(flags), get_type_hints(found(f"cli.{function}"))["s"])
+    asked = next(iter(get_type_hints(function_of(name)).values()))
+    assert issubclass(found(COMMANDS[name][0]), asked)
 
 
 def test_help_is_quick_to_import() -> None:

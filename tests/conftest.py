@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadFileScheduling
 
     return LoadFileScheduling(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curve() -> Iterator[None]:
+    """No loss.png after each training: matplotlib would take longer than all else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)
+        yield
 
 
 @pytest.fixture(scope="session")

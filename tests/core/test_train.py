@@ -18,18 +18,10 @@ from minidiff.core.errors import MinidiffError, SettingsError, WeightsError
 from minidiff.core.rng import hashed_seed, normal
 from minidiff.files import weights
 from minidiff.trainer import checkpoint
-from minidiff.trainer.plot import VALIDATION_COLOURS
+from minidiff.trainer.plot import VALIDATION_COLOURS, loss_curve
 from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import TrainSettings
 from minidiff.trainer.task import Job
-
-
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """matplotlib takes longer than all the rest here: one test draws."""
-    if "curve" not in request.node.name:
-        monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)
-
 
 TRUTH = torch.tensor([[1.0, -2.0, 3.0]])
 BASE = TrainSettings(
@@ -302,7 +294,8 @@ def test_a_full_disk_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         fit(task, settings)
 
 
-def test_previews_and_curve(tmp_path: Path) -> None:
+def test_previews_and_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minidiff.trainer.run.loss_curve", loss_curve)  # which no other test draws
     settings = into(tmp_path, validation_steps=3)
     task, seen = toy(settings), []
 

@@ -24,11 +24,6 @@ from minidiff.trainer.run import fit
 from minidiff.trainer.task import Job
 
 
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)  # matplotlib takes longer than all else
-
-
 @pytest.fixture(scope="module")
 def half_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as most people have theirs: a download in fp16."""

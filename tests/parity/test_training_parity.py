@@ -35,8 +35,7 @@ INSTANCE, CLASS = "a photo of a sks dog", PRIOR["class_prompt"]
 
 
 @pytest.fixture
-def make(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)
+def make(tiny_folder: Path, tmp_path: Path) -> Any:
     pictures = draw_pictures(tmp_path / "pictures")
     often = {"max_train_steps": STEPS, "max_grad_norm": NORM, "adam_weight_decay": 0.1, "learning_rate": 1e-2}
     often |= {"adam_epsilon": EPSILON}

@@ -16,14 +16,14 @@ from minidiff.pocket.settings import ForgettingSettings
 from minidiff.trainer import run
 
 ROOT = Path(__file__).parents[2]
-POCKET, DOG = str(ROOT / "checkpoints" / "pocket"), str(ROOT / "lessons/data/dog")
+DOG = str(ROOT / "lessons/data/dog")
 
 
-def tiny(home: Path, **others: object) -> ForgettingSettings:
+def tiny(base: Path, home: Path, **others: object) -> ForgettingSettings:
     """Two updates, measured after each, with one probe of two sampler steps."""
     values: dict[str, object] = {"max_train_steps": 2, "every": 1, "num_images_per_prompt": 1, "num_inference_steps": 2}
     values |= {"methods": ("full", "lora"), "probes": ("a photo of a red car",), "output_dir": str(home)}
-    return ForgettingSettings(POCKET, DOG, **(values | others))  # type: ignore[arg-type]
+    return ForgettingSettings(str(base), DOG, **(values | others))  # type: ignore[arg-type]
 
 
 def numbers(home: Path) -> dict[tuple[str, int], list[float]]:
@@ -32,8 +32,8 @@ def numbers(home: Path) -> dict[tuple[str, int], list[float]]:
     return {(method, int(step)): [float(value) for value in values] for method, step, *values in cells}
 
 
-def test_the_base_against_itself_is_zero_and_other_weights_are_not(tmp_path: Path) -> None:
-    ruler = Ruler(tiny(tmp_path))
+def test_the_base_against_itself_is_zero_and_other_weights_are_not(tiny_with_tower: Path, tmp_path: Path) -> None:
+    ruler = Ruler(tiny(tiny_with_tower, tmp_path))
     before = ruler.scores(ruler.drawn())
     assert before["forgetting"] == pytest.approx(0, abs=1e-5) and -1 <= before["subject"] <= 1
     moved = []
@@ -44,9 +44,9 @@ def test_the_base_against_itself_is_zero_and_other_weights_are_not(tmp_path: Pat
     assert 1e-5 < moved[0] < moved[1]
 
 
-def test_a_short_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_comparison(tiny_with_tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row for each method and step; a second call trains nothing anew, and other probes are not mixed with these."""
-    compare(tiny(tmp_path))
+    compare(tiny(tiny_with_tower, tmp_path))
     table = numbers(tmp_path)
     assert list(table) == [(method, step) for method in ("full", "LoRA") for step in (0, 1, 2)]
     assert table["full", 0] == table["LoRA", 0] and table["full", 0][1] == 0 < table["full", 2][1]
@@ -56,21 +56,21 @@ def test_a_short_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     result = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
     first = {name: t.clone() for name, t in read_header(result).read().items()}
 
-    compare(tiny(tmp_path, methods=("lora",)))
+    compare(tiny(tiny_with_tower, tmp_path, methods=("lora",)))
     assert numbers(tmp_path) == {row: values for row, values in table.items() if row[0] == "LoRA"}
     assert all(torch.equal(t, first[name]) for name, t in read_header(result).read().items())
     with pytest.raises(SettingsError, match="probes: was .*red car.*, is now .*blue cat"):
-        compare(tiny(tmp_path, methods=("lora",), probes=("a photo of a blue cat",)))
+        compare(tiny(tiny_with_tower, tmp_path, methods=("lora",), probes=("a photo of a blue cat",)))
     monkeypatch.setattr("minidiff.pocket.forgetting.fit", lambda job, settings: run.Report(1, 0.0, finished=False))
     with pytest.raises(KeyboardInterrupt):
-        compare(tiny(tmp_path / "stopped", methods=("lora",)))
+        compare(tiny(tiny_with_tower, tmp_path / "stopped", methods=("lora",)))
     assert not (tmp_path / "stopped" / "forgetting.md").exists()
 
 
-def test_every_method_has_settings_that_hold(tmp_path: Path) -> None:
+def test_every_method_has_settings_that_hold(tiny_with_tower: Path, tmp_path: Path) -> None:
     """And the two with a prior rehearse the class."""
     assert list(METHODS) == list(NAMES)
-    made = {name: settings_of(tiny(tmp_path), name) for name in METHODS}
+    made = {name: settings_of(tiny(tiny_with_tower, tmp_path), name) for name in METHODS}
     for settings in made.values():
         settings.check()
     assert [name for name, s in made.items() if s.with_prior_preservation] == ["dreambooth", "lora-prior"]

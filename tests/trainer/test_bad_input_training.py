@@ -53,11 +53,6 @@ Said = Callable[..., str]
 WORD: dict[str, Any] = {"method": "textual_inversion", "data": "--instance_data_dir"}
 
 
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)  # matplotlib takes longer than all else
-
-
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """picture-0.png, picture-1.png and picture-2.png."""

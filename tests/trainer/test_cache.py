@@ -30,11 +30,6 @@ from minidiff.trainer.settings import FineTuneSettings
 from minidiff.trainer.sheets import offload, on_device
 
 
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)  # matplotlib takes longer than all else
-
-
 class CountingVAE(AutoencoderKL):
     """How many pictures went through it."""
 

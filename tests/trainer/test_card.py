@@ -23,11 +23,6 @@ FRONT = re.compile(r"---\n(.*?)\n---\n\n# ", re.DOTALL)
 SECRET = ("folder-of-mine", "kept-class", "held-out", "zanzibar", "picture-")  # folders, a word of each caption, file names
 
 
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)  # matplotlib takes longer than all else
-
-
 def front_matter(folder: Path) -> dict[str, Any]:
     found = FRONT.match((folder / "README.md").read_text("utf-8"))
     assert found
@@ -72,9 +67,7 @@ def finished(licensed: Path, tmp_path_factory: pytest.TempPathFactory) -> LoRASe
         **{**PRIOR, "prior_from_base": False, "class_data_dir": str(home / "kept-class"), "num_class_images": 1},
         **{"validation_steps": 3, "learning_rate": 2e-3, "seed": 7, "overwrite_output_dir": True},
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)
-        train(settings)
+    train(settings)
     return settings
 
 

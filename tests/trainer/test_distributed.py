@@ -131,9 +131,7 @@ def result(folder: Path) -> dict[str, Tensor]:
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
     folder = tmp_path_factory.mktemp("one") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)
-        assert CASE.run(folder).finished
+    assert CASE.run(folder).finished
     return folder
 
 
@@ -164,15 +162,9 @@ INCIDENTS = [
 
 @pytest.mark.parametrize("incident, codes, message", INCIDENTS)
 def test_what_happens_to_one_happens_to_all(
-    ended: dict[str, Ended],
-    straight: Path,
-    incident: str,
-    codes: list[int],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
+    ended: dict[str, Ended], straight: Path, incident: str, codes: list[int], message: str
 ) -> None:
     """None hangs; what is saved is whole; one process alone goes on from there, to the result of one that never stopped."""
-    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)
     two = ended[incident]
     assert two.codes == codes and message in two.err
     assert check_whole(two.folder) == (2 if incident == "signal" else 1)

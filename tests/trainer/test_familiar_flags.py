@@ -27,11 +27,6 @@ from minidiff.trainer.settings import DreamBoothSettings, LoRASettings, TextualI
 from minidiff.trainer.task import load_base, load_data
 
 
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)
-
-
 @pytest.fixture
 def make(tiny_folder: Path, tmp_path: Path) -> Any:
     pictures = draw_pictures(tmp_path / "pictures")

@@ -23,11 +23,6 @@ from minidiff.trainer.settings import TrainSettings
 from minidiff.trainer.task import Job
 
 
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)
-
-
 def rates(scheduler: str, warmup: int, total: int = 8) -> list[float]:
     settings = LoopSettings(total, lr_scheduler=scheduler, lr_warmup_steps=warmup)
     return [lr_factor(done, settings) for done in range(total + 1)]

@@ -39,11 +39,6 @@ from minidiff.trainer.task import Job, diffusion_loss, load_base, load_data
 from minidiff.trainer.validation import explained
 
 
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)  # matplotlib takes longer than all else
-
-
 @pytest.fixture(scope="module")
 def home() -> Iterator[Path]:
     """A folder in memory, where there is one: fsync takes longer than these trainings."""

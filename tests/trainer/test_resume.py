@@ -22,11 +22,6 @@ from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.settings import TrainSettings
 
 
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)  # matplotlib takes longer than all else
-
-
 @pytest.mark.parametrize("accumulation, ema", [(1, False), (3, True)])  # all of them: below, with recipes
 def test_exact_resume_of_pictures(tmp_path: Path, accumulation: int, ema: bool) -> None:
     case = picture_case(draw_pictures(tmp_path / "pictures"))

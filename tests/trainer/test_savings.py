@@ -24,11 +24,6 @@ FLAGS = [*SAVINGS]
 ALL_METHODS = [flag for flag in FLAGS if flag != "layerwise_casting"]  # which every method knows
 
 
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)  # matplotlib takes longer than all else
-
-
 @pytest.mark.parametrize(
     "text, size",
     [

@@ -18,9 +18,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_files_bring_back_what_was_trained(
-    method: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, base: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)
     targets: dict[str, Any] = {"lora_targets": ("attention", "projections")} if method == "lora" else {}
     pictures = draw_pictures(tmp_path / "pictures")
     budget = {"fit": "2GB"} if method == "lora" else {"gradient_checkpointing": True}
@@ -33,9 +32,8 @@ def test_the_files_bring_back_what_was_trained(
 
 
 def test_a_turbo_base_is_trained_with_a_note(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)
     pictures, notes = draw_pictures(tmp_path / "pictures"), []
     for folder in (base, sd2_folder(tmp_path, "SD-Turbo")):
         train(tiny("lora", folder, pictures, tmp_path / f"out-{len(notes)}", max_train_steps=1))

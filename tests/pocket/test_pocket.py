@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from minidiff.core.config import NoiseConfig
 from minidiff.core.errors import DataError
 from minidiff.core.schedule import NoiseSchedule
+from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.images import to_tensor
 from minidiff.draw.pipeline import StableDiffusionPipeline
@@ -25,6 +27,7 @@ from minidiff.pocket.dataset import hard_batch, load_world, lookalikes
 from minidiff.pocket.drawing import Shape, polygon
 from minidiff.pocket.muon import Muon, orthogonalize, split
 from minidiff.pocket.settings import PretrainSettings, Stage
+from minidiff.pocket.stage import POCKET_UNET
 from minidiff.pocket.textures import KEPT_OUT, SHARES, TRAINED, texture
 from minidiff.pocket.towers import contrastive_loss
 from minidiff.pocket.world import OBJECTS, Picture, draw, held_out, is_held_out, random_picture
@@ -340,10 +343,20 @@ def test_joined_halves_come_from_two_drawings() -> None:
 
 # --- all stages ------------------------------------------------------------------------------------------------------------
 
+SMALL = replace(POCKET_UNET, block_out_channels=(32, 32, 32))
 
-def test_every_stage_runs_and_is_passed_over_when_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow U-Nets, batches of four for CLIP, no sheets."""
+    monkeypatch.setattr(pretrain, "POCKET_UNET", SMALL)
+    monkeypatch.setattr(pretrain, "hard_batch", lambda groups, count, draws: hard_batch(groups, 4, draws))
     monkeypatch.setattr(pretrain, "sample_sheet", lambda home, unet, settings: None)
     monkeypatch.setattr(autoencoder, "reconstruction_sheet", lambda vae: None)
+
+
+@pytest.mark.usefixtures("small")
+def test_every_stage_runs_and_is_passed_over_when_finished(tmp_path: Path) -> None:
     stages = ("world", "vae", "latents", "decoder", "clip", "unet", "assemble")
     settings = PretrainSettings(
         str(tmp_path),
@@ -383,19 +396,24 @@ def test_every_stage_runs_and_is_passed_over_when_finished(tmp_path: Path, monke
     assert written and all(info.dtype == torch.float16 for info in before.values())
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
 def test_a_stopped_stage_goes_on_as_if_it_had_not_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: Literal["cpu", "gpu"]
 ) -> None:
+    for part in ("vae", "text_encoder", "image_encoder", "tokenizer"):
+        (tmp_path / "from").mkdir(exist_ok=True)
+        (tmp_path / "from" / part).symlink_to(POCKET / part)
+    weights.save(UNet2DConditionModel(SMALL).state_dict(), tmp_path / "from" / "unet" / "diffusion_pytorch_model.safetensors")
+
     def train(home: str) -> bytes:
         stages: tuple[Stage, ...] = ("world", "latents", "unet")
-        few = PretrainSettings(str(tmp_path / home), stages, init_from=str(POCKET), device="cpu", profile=profile,
+        few = PretrainSettings(str(tmp_path / home), stages, init_from=str(tmp_path / "from"), device="cpu", profile=profile,
                                pictures=4, unet_steps=3, unet_batch=2)  # fmt: skip
         assert few.sizes.mixed_precision == {"cpu": "no", "gpu": "bf16"}[profile]
         pretrain.pretrain(few)
         return (tmp_path / home / "unet" / "model.safetensors").read_bytes()
 
-    monkeypatch.setattr(pretrain, "sample_sheet", lambda home, unet, settings: None)
     at_once = train("at once")
     chosen, steps = pretrain.chosen, []
 

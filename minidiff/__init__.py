@@ -27,6 +27,8 @@ _NAMES = {  # where they are -> names
         StableDiffusionXLPipeline StableDiffusionXLImg2ImgPipeline StableDiffusionXLInpaintPipeline
         DiffusionPipeline AutoPipelineForText2Image AutoPipelineForImage2Image AutoPipelineForInpainting
         UNet2DConditionModel AutoencoderKL LoraConfig get_peft_model get_peft_model_state_dict""",
+    "minidiff.draw.habits_control": """ControlNetModel StableDiffusionXLControlNetPipeline
+        StableDiffusionControlNetPipeline StableDiffusionControlNetImg2ImgPipeline StableDiffusionControlNetInpaintPipeline""",
     "minidiff.draw.schedulers": """
         DDIMScheduler DDPMScheduler PNDMScheduler EulerDiscreteScheduler EulerAncestralDiscreteScheduler HeunDiscreteScheduler
         DPMSolverMultistepScheduler UniPCMultistepScheduler LCMScheduler TCDScheduler""",

@@ -190,12 +190,14 @@ class StableDiffusionPipeline(pipeline.StableDiffusionPipeline):
     safety_checker = feature_extractor = image_encoder = None  # whatever they are set to, they are never called
 
     def __init__(
-        self, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, *own: Any, scheduler: Any = None, **field: Any
-    ) -> None:
+        self, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, *own: Any, scheduler: Any = None, controlnet: Any = None,
+        **field: Any,
+    ) -> None:  # fmt: skip
         """As in model.py; or with a `scheduler` in place of `noise_config` and `sampler`."""
         if scheduler is not None:  # the field's pipeline, too, corrects its offset
             own = (replace(scheduler.noise_config, steps_offset=1), scheduler.sampler)
         super().__init__(unet, vae, text_encoder, tokenizer, *own, **{k: v for k, v in field.items() if k not in HARMLESS})
+        self.controlnet = controlnet
         adopt(unet)
         adopt(vae)
 
@@ -203,13 +205,16 @@ class StableDiffusionPipeline(pipeline.StableDiffusionPipeline):
     def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32, *own: Any, **field: Any) -> Self:
         """As in model.py; `scheduler`, `unet`, `vae`, … replace the folder's own."""
         home, parts = found(folder, field), {name: field.pop(name) for name in PARTS if field.get(name) is not None}
+        nets = field.pop("controlnet", None)
         check_names("from_pretrained", field, ("layerwise_casting", "plain"))
         pipe = super().from_pretrained(home, torch_dtype, *own, **field)
         pipe.name_or_path = str(folder)
-        if not parts:
-            return pipe
-        zeros = pipe.force_zeros_for_empty_prompt
-        return cls(**pipe.components | parts, name_or_path=str(folder), plain=pipe.plain, force_zeros_for_empty_prompt=zeros)
+        if parts:
+            zeros = pipe.force_zeros_for_empty_prompt
+            same = {"name_or_path": str(folder), "plain": pipe.plain, "force_zeros_for_empty_prompt": zeros}
+            pipe = cls(**pipe.components | parts, **same)
+        pipe.controlnet = nets
+        return pipe
 
     @property
     def components(self) -> dict[str, Any]:
@@ -237,7 +242,7 @@ class StableDiffusionPipeline(pipeline.StableDiffusionPipeline):
     def in_other_words(self, given: dict[str, Any]) -> Any:
         """A call of the field, in minidiff's own names."""
         positional, field, _ = (given.pop(name) for name in ("positional", "field", "self"))
-        negative = positional and isinstance(positional[0], str | list) and "height" in self.order
+        negative = positional and isinstance(positional[0], str | list) and self.order[0] == "height"
         names = ("negative_prompt",) if negative else self.order
         if len(positional) > len(names):
             raise SettingsError(f"by position, the call takes the prompt, {', '.join(names)}; name the other arguments.")

@@ -10,13 +10,14 @@ from torch import nn
 
 from minidiff.core import inject, ip_adapter, textual_inversion
 from minidiff.core.config import NoiseConfig
+from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.errors import SettingsError
 from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.text import TextEncoders
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.image_prompt import ImagePrompt
-from minidiff.draw.speed import fast, needed, speed_up
+from minidiff.draw.speed import fast, needed, speed_up, speed_up_network
 from minidiff.files import ip_adapter_file, lora_file, weights, word_file
 from minidiff.files.folder import found, is_turbo, local_folder
 from minidiff.files.model import ModelParts, check_parts_fit, read_model, write_folder
@@ -57,6 +58,7 @@ class Model:
         self.downscale = vae.config.downscale  # pixels per latent cell
         self.image_prompt: ImagePrompt | None = None  # an IP-Adapter
         self.tile_size: int | None = None  # pixels; of the U-Net and the VAE
+        self.controlnets: tuple[ControlNetModel, ...] = ()
         self.vae_tile_size: int | None = None  # of the VAE alone
         speed_up(self)
 
@@ -70,6 +72,19 @@ class Model:
         """The text encoders as one module: ids -> all that the U-Net reads of them."""
         pad = (self.tokenizer_2 or self.tokenizer).pad_token_id
         return TextEncoders(self.parts.towers.values(), self.tokenizer.eos_token_id, pad)
+
+    @property
+    def controlnet(self) -> tuple[ControlNetModel, ...]:
+        """The ControlNets, which act in calls with a `control_image`. Set it to one, or to a list."""
+        return self.controlnets
+
+    @controlnet.setter
+    def controlnet(self, nets: ControlNetModel | Sequence[ControlNetModel] | None) -> None:
+        self.controlnets = (nets,) if isinstance(nets, ControlNetModel) else tuple(nets or ())
+        for net in self.controlnets:
+            net.to(self.unet.conv_in.weight.device)
+            if not self.plain:
+                speed_up_network(net)
 
     # --- loading and saving ----------------------------------------------------------------------------------------------
 
@@ -112,7 +127,7 @@ class Model:
             raise SettingsError(f'to("{device}"): there is no GPU that torch can use here; leave the pipeline on "cpu".')
         where: Any = (device,) if dtype is None else (device, dtype)
         pictures = (self.image_prompt.adapter, self.image_prompt.tower) if self.image_prompt else ()
-        for module in (*self.parts.adaptable.values(), *pictures):
+        for module in (*self.parts.adaptable.values(), *pictures, *self.controlnets):
             nn.Module.to(module, *where)
         if not isinstance(device, torch.dtype):
             nn.Module.to(self.vae, device)

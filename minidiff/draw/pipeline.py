@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from minidiff.draw.arguments import (
     sizes_of,
 )
 from minidiff.draw.canvas import Canvas, Pictures, as_mask, as_pictures, fitted, on_picture, size_of
+from minidiff.draw.control import Control, Numbers, control_of
 from minidiff.draw.lora_tags import at_strengths, loras_of
 from minidiff.draw.model import Model
 from minidiff.draw.prompting import Prompt, count_chunks, encode_prompts, parse_prompt
@@ -66,6 +67,8 @@ class PipelineOutput(NamedTuple):
 class StableDiffusionPipeline(Model):
     """Text to image, image to image, inpainting. The parts are plain attributes: `unet`, `vae`, `text_encoder`, `tokenizer`."""
 
+    conditioning_scale: ClassVar = 1.0  # of a ControlNet, where a call gives none
+
     @property
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
@@ -92,9 +95,10 @@ class StableDiffusionPipeline(Model):
         negative_original_size: Pair | None = None, negative_crops_coords_top_left: Pair | None = None,
         negative_target_size: Pair | None = None, image: Pictures | None = None, mask_image: Pictures | None = None,
         strength: float | None = None, ip_adapter_image: Any = None, clip_skip: int = 0, eta: float = 0.0,
-        timestep_spacing: str | None = None, use_karras_sigmas: bool | None = None, output_type: str = "pil",
-        callback: Callable[[Step], None] | None = None,
-        **field: Any,
+        timestep_spacing: str | None = None, use_karras_sigmas: bool | None = None, control_image: Any = None,
+        controlnet_conditioning_scale: Numbers | None = None, control_guidance_start: Numbers = 0,
+        control_guidance_end: Numbers = 1, guess_mode: bool = False, output_type: str = "pil",
+        callback: Callable[[Step], None] | None = None, **field: Any,
     ) -> PipelineOutput:  # fmt: skip
         """Draw one picture for each prompt (times `num_images_per_prompt`). SettingsError for impossible settings.
 
@@ -105,9 +109,10 @@ class StableDiffusionPipeline(Model):
         start from. `prompt_embeds`, `negative_prompt_embeds` (B, 77 k, D), from `encode_prompt`, replace the prompts. `image`:
         a picture to start from, scaled to `width` and `height` if given; the last `strength` (default 0.8) of the steps are
         taken. `mask_image`: only its white part is drawn (default `strength` 1). `ip_adapter_image`: a picture, or several side
-        by side, that the IP-Adapter looks at. `output_type`: "pil", "pt" (B, 3, H, W) in [0, 1], "np" (B, H, W, 3), or
-        "latent". `callback` sees each `Step`. SDXL alone: `pooled_prompt_embeds` (B, P), the second half of `encode_prompt`;
-        and, as (height, width) or (top, left), the sizes that core/text.py explains."""
+        by side, that the IP-Adapter looks at. `control_image`: the hint for `controlnet`; for it and the four arguments after
+        it see draw/control.py. `output_type`: "pil", "pt" (B, 3, H, W) in [0, 1], "np" (B, H, W, 3), or "latent". `callback`
+        sees each `Step`. SDXL alone: `pooled_prompt_embeds` (B, P), the second half of `encode_prompt`; and, as (height, width)
+        or (top, left), the sizes that core/text.py explains."""
         if positional or field:  # the way other libraries call it: draw/habits.py
             return self.in_other_words(dict(locals()))
         encoded = (prompt_embeds, pooled_prompt_embeds), (negative_prompt_embeds, negative_pooled_prompt_embeds)
@@ -116,27 +121,26 @@ class StableDiffusionPipeline(Model):
         chunks = count_chunks(self.tokenizer, prompts + negatives if guidance_scale > 1 else prompts, self.placeholders)
         chunks = max(chunks, *(side.encoded[0].shape[1] // LENGTH if side.encoded else 1 for side in (yes, no)))
         pictures = None if image is None else as_pictures(image, len(yes))
-        shape = self.latent_shape(len(yes), height, width, pictures)
+        when = control_guidance_start, control_guidance_end
+        control = self.control(control_image, controlnet_conditioning_scale, *when, guess_mode, guidance_scale > 1)
+        shape = self.latent_shape(len(yes), height, width, control.pictures[0][0] if control and image is None else pictures)
         drawn = (shape[2] * self.downscale, shape[3] * self.downscale)
         sizes = sizes_of((*drawn, 0, 0, *drawn), original_size, crops_coords_top_left, target_size)
         less = sizes_of(sizes, negative_original_size, negative_crops_coords_top_left, negative_target_size)
         zeros = self.force_zeros_for_empty_prompt and negative_prompt is None
         yes, no = replace(yes, sizes=sizes), replace(no, sizes=less, zeros=zeros)
         draw = noise_source(shape, seed, generator, latents)
-        canvas = self.canvas(pictures, mask_image, strength, shape, draw)
-        chosen = sampler_for(self.sampler if sampler is None else sampler, timestep_spacing, use_karras_sigmas, eta)
-        walk = partial(chosen, image=canvas.image, strength=canvas.strength, fix_x0=canvas.fix_x0)
-        walk = partial(walk, spacing=timestep_spacing, karras=use_karras_sigmas, eta=eta)
+        canvas = self.canvas(pictures, mask_image, strength, shape, draw, control)
+        walk = self.walker(canvas, sampler, timestep_spacing, use_karras_sigmas, eta)
         steps = as_int("num_inference_steps", num_inference_steps)
-        spacing = timestep_spacing or self.schedule.config.timestep_spacing or chosen.spacing
-        self.warn_of(steps if image is None else None, spacing, guidance_scale)
-        encode: Callable[[Side], Text] = partial(self.encode_side, clip_skip=clip_skip or 0, chunks=chunks)
-        if (ip_adapter_image is None) != (self.image_prompt is None):
-            raise SettingsError(NO_PICTURE if self.image_prompt else NO_ADAPTER)
-        if self.image_prompt:
-            encode = self.image_prompt.beside(encode, ip_adapter_image, yes)
+        self.warn_of(steps if image is None else None, (timestep_spacing, walk.func.spacing), guidance_scale)
+        text = partial(self.encode_side, clip_skip=clip_skip or 0, chunks=chunks)
+        encode = self.beside_picture(text, ip_adapter_image, yes)
         stations = Stations(encode, canvas.unet, lambda latents: canvas.paste(self.decode(latents)), self.schedule)
-        drawing = generate(stations, yes, no, canvas.noise.to(self.device), draw, steps, guidance_scale, walk, guidance_rescale)
+        noise = canvas.noise.to(self.device)
+        if control:
+            control.count(walk(lambda x, t: x, noise, self.schedule, steps, lambda i: noise), LENGTH * chunks)
+        drawing = generate(stations, yes, no, noise, draw, steps, guidance_scale, walk, guidance_rescale)
         named = any(one.loras for one in prompts + negatives)
         with at_strengths(self.adaptable, loras_of(prompts, negatives)) if named else nullcontext():
             return PipelineOutput(self.run(drawing, steps, callback, output_type))
@@ -151,7 +155,8 @@ class StableDiffusionPipeline(Model):
         bar = tqdm(total=min(steps, len(self.schedule.sigmas)), unit="step", leave=False, disable=not self.progress_bar)
         # A compiled U-Net would be compiled again for each cached prompt, and a callback may change an adapter.
         prompt = self.unet._compiled_call_impl is None and callback is None
-        with bar, nullcontext() if self.plain else fast.frozen_weights([self.unet], large=True, prompt=prompt):
+        networks = [self.unet, *self.controlnets]
+        with bar, nullcontext() if self.plain else fast.frozen_weights(networks, large=True, prompt=prompt):
             for step in stations:
                 bar.total = step.total  # Heun calls the network twice a step
                 bar.update()
@@ -167,19 +172,45 @@ class StableDiffusionPipeline(Model):
 
         return finished(next(stations), output_type)
 
-    def warn_of(self, steps: int | None, spacing: str | None, guidance_scale: float) -> None:
-        """Warn of steps from noise, or of guidance, with which this model cannot draw well."""
+    def warn_of(self, steps: int | None, spacings: tuple[str | None, str | None], guidance_scale: float) -> None:
+        """Warn of steps from noise, or of guidance, with which this model cannot draw well.
+
+        `spacings`: the caller's, and the sampler's own. Between them stands the model's.
+        """
+        spacing = spacings[0] or self.schedule.config.timestep_spacing or spacings[1]
         if steps == 1 and spacing in ("leading", "linspace"):
             warnings.warn(ONE_STEP, stacklevel=3)
         if guidance_scale > 1 and self.is_turbo:
             warnings.warn(GUIDED_TURBO.format(guidance_scale), stacklevel=3)
 
+    def walker(self, canvas: Canvas, sampler: str | None, spacing: str | None, karras: bool | None, eta: float) -> Any:
+        """The sampler with its settings and its start."""
+        chosen = sampler_for(self.sampler if sampler is None else sampler, spacing, karras, eta)
+        walk = partial(chosen, image=canvas.image, strength=canvas.strength, fix_x0=canvas.fix_x0)
+        return partial(walk, spacing=spacing, karras=karras, eta=eta)
+
+    def beside_picture(self, encode: Callable[[Side], Text], image: Any, side: Side) -> Callable[[Side], Text]:
+        """`encode`, and what the IP-Adapter says of `image`, if there are any."""
+        if (image is None) != (self.image_prompt is None):
+            raise SettingsError(NO_PICTURE if self.image_prompt else NO_ADAPTER)
+        return self.image_prompt.beside(encode, image, side) if self.image_prompt else encode
+
+    def control(self, image: Any, scale: Numbers | None, *how: Any) -> Control | None:
+        """The ControlNets with the hints `image`, if there are any."""
+        scale = self.conditioning_scale if scale is None else scale
+        return None if image is None else control_of(self.controlnets, self.unet.config, image, scale, *how)
+
     def canvas(
-        self, pictures: Tensor | None, mask_image: Pictures | None, strength: float | None, shape: Sequence[int], draw: Draw
-    ) -> Canvas:
+        self, pictures: Tensor | None, mask_image: Pictures | None, strength: float | None, shape: Sequence[int], draw: Draw,
+        control: Control | None,
+    ) -> Canvas:  # fmt: skip
         """The start for latents of `shape`: noise, or a picture under noise."""
         unet: UNetCall = getattr(self.unet, "plainly", self.unet)  # past the second way to call it: draw/habits.py
+        unet = control.with_control(unet) if control else unet
         unet = unet if self.tile_size is None else in_tiles(unet, self.tile_size // self.downscale)
+        if control:
+            control.encode(shape[0], shape[2] * self.downscale, shape[3] * self.downscale)
+            unet = control.with_hints(unet)
         trained_for_it = self.unet.config.in_channels != self.vae.config.latent_channels  # the U-Net sees the mask, too
         if trained_for_it and (pictures is None or mask_image is None):
             needs = "an inpainting model needs an image and a mask_image, whose white part it draws anew"

@@ -1,14 +1,19 @@
 """ControlNets beside diffusers', on tiny models."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from tiny_families import sd2_folder
 from tiny_sizes import TINY_SD2, TINY_UNET, TINY_XL
 
+import minidiff
 from minidiff.core.config import UNetConfig
 from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.unet import UNet2DConditionModel
+from minidiff.files.controlnet import write_controlnet
 from minidiff.files.folder import config_values
 
 diffusers = pytest.importorskip("diffusers")
@@ -50,3 +55,58 @@ def test_residuals_and_output(config: UNetConfig, guess: bool) -> None:
     both = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
     theirs = their_unet(x, t, text, **both, **more).sample
     torch.testing.assert_close(unet(x, t, text, vector, control), theirs, rtol=1e-6, atol=1e-6)
+
+
+# --- whole pipelines ---------------------------------------------------------------------------------------------------
+
+START = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+HINTS = [Image.effect_noise((32, 32), 90 + i).convert("RGB") for i in range(2)]
+CALLS: list[dict[str, Any]] = [
+    {"controlnet_conditioning_scale": 0.7},
+    {"control_guidance_start": 0.2, "control_guidance_end": 0.7},
+    {"guess_mode": True},
+    {"guess_mode": True, "guidance_scale": 1.0},
+    {"nets": 2, "controlnet_conditioning_scale": [0.6, 1.1], "control_guidance_start": [0.0, 0.3]},
+    {"image": HINTS[0].resize((50, 40)), "width": 32, "height": 32},
+    {"strength": 0.6, "sampler": "EulerDiscreteScheduler"},
+    {"sampler": "HeunDiscreteScheduler", "control_guidance_end": 0.5},
+    {"pooled": True},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("tiny")
+    base = sd2_folder(home)
+    unet = minidiff.StableDiffusionPipeline.from_pretrained(base).unet
+    for i in range(2):
+        torch.manual_seed(i)
+        write_controlnet(jittered(ControlNetModel.from_unet(unet, (8, 16))), home / f"net-{i}")
+    return home
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_latents(folder: Path, call: dict[str, Any]) -> None:
+    call = dict(call)
+    count, sampler, pooled = call.pop("nets", 1), call.pop("sampler", "DDIMScheduler"), call.pop("pooled", False)
+    name = "StableDiffusionControlNetImg2ImgPipeline" if "strength" in call else "StableDiffusionControlNetPipeline"
+    latents = []
+    for library in (minidiff, diffusers):
+        nets = [library.ControlNetModel.from_pretrained(folder / f"net-{i}") for i in range(count)]
+        if pooled and library is diffusers:
+            nets[0].register_to_config(global_pool_conditions=True)
+        elif pooled:
+            nets[0].pooled = True
+        pipe = getattr(library, name).from_pretrained(folder / "model", controlnet=nets if count > 1 else nets[0])
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = getattr(library, sampler).from_config(pipe.scheduler.config)
+        hints = HINTS[:count] if count > 1 else HINTS[0]
+        given: dict[str, Any] = {"image": hints, "latents": START, "guidance_scale": 4.0} | call
+        if "strength" in call:
+            given |= {"image": HINTS[1], "control_image": HINTS[0], "generator": torch.Generator().manual_seed(3)}
+            given.pop("latents")
+        given |= {"negative_prompt": "snow", "num_inference_steps": 5, "output_type": "latent"}
+        latents.append(pipe("a red dog on the beach!", **given).images)
+    ours, theirs = latents
+    assert ours.shape == theirs.shape and theirs.isfinite().all() and theirs.std() > 0.01
+    assert (ours - theirs).abs().max() <= 5e-5 * theirs.abs().max()

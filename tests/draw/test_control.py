@@ -1,0 +1,124 @@
+"""ControlNets in the pipeline: what must be equal to the bit, how tiles and batches see hints, and what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_model import tiny_folder
+from tiny_sizes import TINY_SD2, TINY_UNET
+
+from minidiff.core.controlnet import ControlNetModel
+from minidiff.core.errors import SettingsError
+from minidiff.core.unet import UNet2DConditionModel
+from minidiff.draw.control import as_numbers, pictures_of
+from minidiff.draw.pipeline import StableDiffusionPipeline
+
+HINTS = [Image.effect_noise((32, 32), 90 + i).convert("RGB") for i in range(2)]
+CALL: dict[str, Any] = {"prompt": "a dog", "seed": 3, "num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"}
+SQUARE = CALL | {"width": 32, "height": 32}
+
+
+def net_of(unet: UNet2DConditionModel, seed: int = 0) -> ControlNetModel:
+    """A ControlNet with connections."""
+    torch.manual_seed(seed)
+    net = ControlNetModel.from_unet(unet, (8, 16)).requires_grad_(False)
+    for p in net.parameters():
+        p += 0.05 * torch.randn(p.shape)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def pipe(folder: Path) -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.controlnet = net_of(pipe.unet)
+    return pipe
+
+
+def test_without_a_hint_or_at_scale_0_it_is_the_base(pipe: StableDiffusionPipeline) -> None:
+    base = pipe(**SQUARE).images
+    with_hint = pipe(**CALL, control_image=HINTS[0]).images
+    assert torch.equal(pipe(**CALL, control_image=HINTS[0], controlnet_conditioning_scale=0).images, base)
+    assert not torch.allclose(with_hint, base, atol=1e-2)
+    assert not torch.allclose(pipe(**CALL, control_image=HINTS[1]).images, with_hint, atol=1e-3)
+    assert torch.equal(pipe(**CALL, control_image=HINTS[0], control_guidance_start=0.5, control_guidance_end=0.6).images, base)
+
+
+def test_a_batch_is_its_pictures(pipe: StableDiffusionPipeline) -> None:
+    both = pipe(**CALL | {"prompt": ["a dog"] * 2}, control_image=HINTS).images
+    for i, hint in enumerate(HINTS):
+        torch.testing.assert_close(
+            both[i : i + 1], pipe(**CALL | {"seed": 3 + i}, control_image=hint).images, atol=1e-4, rtol=1e-4
+        )
+
+
+def test_tiles_cut_the_hint(pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tile sees its own part of the encoded hint, which is found once for the whole picture."""
+    seen, encoded = [], []
+    forward, encode = ControlNetModel.forward, ControlNetModel.encode_hint
+
+    def watched(net: ControlNetModel, *inputs: Any, hint: torch.Tensor, **more: Any) -> Any:
+        seen.append(hint[:1])
+        return forward(net, *inputs, hint=hint, **more)
+
+    def encoding(net: ControlNetModel, hint: torch.Tensor) -> torch.Tensor:
+        encoded.append(encode(net, hint))
+        return encoded[-1]
+
+    monkeypatch.setattr(ControlNetModel, "forward", watched)
+    monkeypatch.setattr(ControlNetModel, "encode_hint", encoding)
+    pipe.set_tile_size(32)
+    pipe(**CALL, control_image=HINTS[0].resize((48, 32)), width=48, height=32)
+    assert len(encoded) == 1 and [part.shape[-1] for part in seen] == [16] * 6
+    assert torch.equal(seen[0], encoded[0][..., :16]) and torch.equal(seen[1], encoded[0][..., 8:])
+
+
+def test_the_size_is_that_of_the_hint(pipe: StableDiffusionPipeline) -> None:
+    assert pipe(**CALL, control_image=HINTS[0].resize((64, 33))).images.shape[2:] == (16, 32)
+    assert pipe(**CALL, image=HINTS[1], control_image=HINTS[0].resize((64, 32))).images.shape[2:] == (16, 16)
+
+
+def test_in_an_inpainting_model(pipe: StableDiffusionPipeline) -> None:
+    """Its U-Net has nine channels, the net four."""
+    torch.manual_seed(0)
+    pipe.unet = UNet2DConditionModel(replace(TINY_UNET, in_channels=9)).eval()
+    mask = Image.fromarray(np.kron([[0, 255]], np.ones((32, 16))).astype(np.uint8))
+    call = CALL | {"image": HINTS[1], "mask_image": mask}
+    assert not torch.allclose(pipe(**call, control_image=HINTS[0]).images, pipe(**call).images, atol=1e-3)
+
+
+def test_hints_of_other_sizes_and_modes() -> None:
+    (gray,) = pictures_of(HINTS[0])
+    with pytest.warns(UserWarning, match="mode L becomes RGB"):
+        assert torch.equal(pictures_of(HINTS[0].convert("L"))[0], gray)
+    with pytest.warns(UserWarning, match="32 x 32 pixels is scaled to 16 x 8"):
+        small = as_numbers(gray, 8, 16)
+    assert small.shape == (1, 3, 8, 16) and 0 <= small.min() and small.max() <= 1
+    masked = torch.full((3, 8, 8), -1.0)  # a hint for inpainting
+    assert torch.equal(as_numbers(pictures_of(masked)[0], 8, 8)[0], masked)
+
+
+def test_what_is_refused(pipe: StableDiffusionPipeline) -> None:
+    def refused(match: str, **given: Any) -> None:
+        with pytest.raises(SettingsError, match=match):
+            pipe(**CALL, **{"control_image": HINTS[0], **given})
+
+    refused("control_guidance_start is 0.6 and control_guidance_end 0.5", control_guidance_start=0.6, control_guidance_end=0.5)
+    refused("controlnet_conditioning_scale has 2 numbers for 1 ", controlnet_conditioning_scale=[0.5, 0.5])
+    refused("2 hints", control_image=HINTS)
+    refused("must be a picture", control_image=torch.full((3, 8, 8), 2.0))
+    pipe.controlnet = [net_of(pipe.unet), net_of(pipe.unet, 1)]
+    refused("1 hints .* for 2 ControlNets", control_image=HINTS[:1])
+    pipe.controlnet = net_of(UNet2DConditionModel(replace(TINY_SD2, cross_attention_dim=1024)))
+    refused("is for SD 2.x and the model is another kind: cross_attention_dim is 1024, not 24")
+    pipe.controlnet = None
+    refused("there is no ControlNet")

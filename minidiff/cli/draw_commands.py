@@ -233,15 +233,19 @@ def attach(pipe: StableDiffusionPipeline, s: Sampling, prompts: Sequence[str]) -
     for name, file in tagged_loras(s, prompts).items():
         print(lora := pipe.load_lora_weights(file, adapter_name_of(name)), file=sys.stderr)
         words += [(str(lora.path), word) for word in lora.words]
+    if s.ip_adapter:
+        pipe.load_ip_adapter(s.ip_adapter, image_encoder_folder=s.image_encoder or "image_encoder")
     set_weights(pipe, s)
     for path, word in words:
         print(pipe.load_textual_inversion(path, word), file=sys.stderr)
 
 
 def set_weights(pipe: StableDiffusionPipeline, s: Sampling) -> None:
-    """Give the LoRAs of the flags their weights; LoRAs that only prompts name are off between the prompts."""
+    """Give the LoRAs and the IP-Adapter of the flags their weights; LoRAs that only prompts name are off between prompts."""
     if adapter_names(pipe.adaptable):
         pipe.set_adapters(lora_names(s.lora), s.lora_weight or (1.0,) * len(s.lora))
+    if s.ip_adapter:
+        pipe.set_ip_adapter_scale(s.ip_adapter_scale)
 
 
 def lora_names(paths: Sequence[str]) -> list[str]:
@@ -253,6 +257,7 @@ def lora_names(paths: Sequence[str]) -> list[str]:
 def draw(pipe: StableDiffusionPipeline, s: Sampling, prompt: str | None = None, **more: Any) -> Image:
     """The one picture of these settings; `more` are other arguments of the pipeline's call."""
     given = {name: getattr(s, name) for name in CALL} | {"negative_prompt": s.negative_prompt or None}
+    given["ip_adapter_image"] = list(s.ip_adapter_image) or None
     with called(Path("mask_image"), f"--mask_image {s.mask_image}"):
         image: Image = pipe(prompt, **given, **more).images[0]
     return image

@@ -26,6 +26,7 @@ Side = Annotated[int, between(1, 8192)]  # pixels
 Count = Annotated[int, between(1, 1000)]
 NumberFormat = Literal["float32", "float16", "bfloat16"]
 Prediction = Literal["epsilon", "v_prediction"]
+FILES = ("tokenizer", "lora", "textual_inversion", "image", "mask_image", "ip_adapter", "ip_adapter_image", "image_encoder")
 
 
 def check_weights(loras: tuple[str, ...], weights: tuple[float, ...]) -> None:
@@ -100,6 +101,14 @@ class Sampling(Flags):
     strength: Annotated[float, between(0, 1)] | None = None
     """Share of the steps that change --image: 0.1 sharpens, 0.3 changes details, 0.8 most, 1 everything. Default: 0.8; 1 with
     a mask; 0.1 where the picture is enlarged."""
+    ip_adapter: Path | None = None
+    """IP-Adapter, a file or a folder: it draws what the pictures of --ip_adapter_image show, with or without a prompt."""
+    ip_adapter_image: tuple[Path, ...] = ()
+    """Pictures that the IP-Adapter looks at, side by side; of each it sees the square in the middle."""
+    ip_adapter_scale: tuple[Finite, ...] = (1.0,)
+    """How much these pictures count: 1 without a prompt, about 0.5 beside one; or a number for each cross-attention."""
+    image_encoder: Path | None = None
+    """Folder of the IP-Adapter's image tower. Default: image_encoder beside its file, or in the model's folder."""
     tile_size: Side | None = None
     """Draw in overlapping tiles of N pixels, for pictures that do not fit in memory. Default: the whole picture at once."""
     compile: bool = False
@@ -116,8 +125,9 @@ class Sampling(Flags):
         check_weights(self.lora, self.lora_weight)
         if self.sampler is not None:
             check_sampler(self.sampler)
-        files = {name: getattr(self, name) for name in ("tokenizer", "lora", "textual_inversion", "image", "mask_image")}
-        for flag, value in files.items():
+        if bool(self.ip_adapter) != bool(self.ip_adapter_image):
+            raise SettingsError("--ip_adapter and --ip_adapter_image need each other: the adapter, and what it looks at.")
+        for flag, value in ((name, getattr(self, name)) for name in FILES):
             for path in (value,) if isinstance(value, str) else value or ():
                 if not os.path.exists(path) and (os.path.isdir(os.path.dirname(path) or ".") or path.count("/") != 1):
                     raise SettingsError(f"--{flag} {path}: no such file or folder.{near_path(path)}")  # nor a hub id

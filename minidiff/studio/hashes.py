@@ -42,4 +42,6 @@ HASHES: dict[str, Callable[[str], str]] = {  # by setting: how the file that it 
     "textual_inversion": lambda path: sha256_of(find_weights(path, (FILE_NAME,))),
     "image": sha256_of,
     "mask_image": sha256_of,
+    "ip_adapter": lambda path: sha256_of(find_weights(path, ())),
+    "ip_adapter_image": sha256_of,
 }

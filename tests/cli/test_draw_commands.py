@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_adapters import shake
+from tiny_ip_adapters import picture, tiny_ip_adapter, tiny_tower_folder
 
 from minidiff.cli import draw_commands as drawing
 from minidiff.cli.draw_commands import lora_names
@@ -142,6 +143,22 @@ def test_a_lora_in_the_prompt(tiny_folder: Path, loras: Path, capsys: pytest.Cap
     with pytest.raises(SettingsError, match="no such file"):
         in_lora_dir(str(loras), "../loras/dog")  # a prompt does not walk through the disk
     assert lora_names(["a/dog", "b/dog.safetensors", "c.v2"]) == ["dog", "dog-1", "c_v2"]
+
+
+def test_a_picture_as_a_prompt(tiny_folder: Path, tmp_path: Path) -> None:
+    """--ip_adapter, its scale, and the same pixels again from the picture; words look past the pictures' tokens."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    save_file(tiny_ip_adapter(pipe.unet).state_dict(), tmp_path / "ip.safetensors")
+    tiny_tower_folder(tmp_path)
+    picture(0).save("look.png")
+    adapter = ("--ip_adapter", "ip.safetensors", "--ip_adapter_image", "look.png", "look.png")
+    run(tiny_folder, "sample", DOG, "--output", "plain.png")
+    run(tiny_folder, "sample", DOG, *adapter, "--output", "look-1.png")
+    run(tiny_folder, "sample", DOG, *adapter, "--ip_adapter_scale", "0", "--output", "look-0.png")
+    assert same("plain.png", "look-0.png") and not same("plain.png", "look-1.png")
+    main(["sample", "--from", "look-1.png", "--pretrained_model_name_or_path", str(tiny_folder), "--output", "again.png"])
+    assert same("again.png", "look-1.png")
+    run(tiny_folder, "attention", DOG, *adapter, "--output", "attention.png")
 
 
 def test_a_note_where_something_differs(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -304,6 +321,7 @@ WRONG = [
     (["sample", DOG, "--mask_image", "m.png"], "--mask_image m.png: no such file"),
     (["sample", DOG, "--image", "none.png"], "none.png: no such file"),
     (["sample", DOG, "--image", "none.png", "--strength", "1.5"], "--strength must lie in 0 … 1; it is 1.5"),
+    (["sample", DOG, "--ip_adapter", "."], "--ip_adapter and --ip_adapter_image need each other"),
     (["sample", DOG, "--tile_size", "15"], "tile_size is 15"),
     (["sample", DOG, "--clip_skip", "9"], "clip_skip is 9; this text encoder has 2 layers"),
     (["sample", "(" * 9999 + DOG], "the weights around this multiply to inf"),

@@ -124,7 +124,7 @@ def data_check(s: DataCheck) -> None:
     from minidiff.trainer.pictures import BELOW, as_table, check_scan, reconstruction, training_sizes
 
     scan = scan_folder(Path(s.folder), s.instance_prompt, s.caption_column, s.masked_loss, s.captions)
-    base = empty_model(s.pretrained_model_name_or_path)
+    base, unread = empty_model(s.pretrained_model_name_or_path), len(scan.errors)
     good = check_scan(scan, training_sizes(base.unet.config, base.vae.config, s.resolution, s.aspect_ratio_buckets)[1])
     load_into(base.vae, find_weights(local_folder(s.pretrained_model_name_or_path) / "vae"), torch.float32)
     base.vae.to(chosen_device(None))
@@ -132,7 +132,7 @@ def data_check(s: DataCheck) -> None:
     lines = [f"{level:7.1f} dB  {e.path.name}" for e, level in zip(good, levels)]
     print("\n".join([*lines, BELOW, as_table(scan, Path(s.folder))]))
     if scan.errors:
-        skip = " --skip_bad leaves out pictures that are no use." if good else ""
+        skip = " --skip_bad leaves out pictures that are no use." if good and not unread else ""
         raise DataError(f"{s.folder}: mend what is marked as an error above.{skip}")
 
 

@@ -26,12 +26,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from minidiff.core.errors import SettingsError
-from minidiff.core.losses import min_snr_weights, mse
+from minidiff.core.recipes import DiffusionLoss
 from minidiff.core.rng import generator, hashed_seed
-from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
+from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.text import tokenize
 from minidiff.core.train import Batch
 from minidiff.core.unet import UNet2DConditionModel
@@ -106,13 +105,6 @@ def train_clip(home: Path, settings: PretrainSettings) -> None:
 # --- the denoiser --------------------------------------------------------------------------------------------------------
 
 
-def unet_loss(unet: UNet2DConditionModel, schedule: NoiseSchedule, data: Batch, text: Tensor) -> Tensor:
-    """|| ε - ε_θ(z_t, t, τ(y)) ||²: arXiv 2112.10752, eq. 3, weighted by min-SNR; for a network of v, v in place of ε."""
-    z, noise, t = data["z"], data["noise"], data["t"]
-    output, target = unet(add_noise(schedule, z, noise, t), t, text), training_target(schedule, z, noise, t)
-    return mse(output, target, min_snr_weights(schedule, t, gamma=5.0))
-
-
 def train_unet(home: Path, settings: PretrainSettings) -> None:
     """Stage 4: the denoiser, on the frozen text tower."""
     batch, latents, device = settings.sizes.unet_batch, load_latents(home), chosen_device(settings.device)
@@ -131,17 +123,12 @@ def train_unet(home: Path, settings: PretrainSettings) -> None:
         t = torch.randint(1000, (batch,), generator=draws)
         words = random.Random(hashed_seed(settings.seed, "unet captions", step))
         said = [random_caption(pictures[i], words) if words.random() > CAPTION_DROPOUT else "" for i in indices]
-        return {"z": z, "noise": torch.randn(shape, generator=draws), "t": t, "ids": tokenize(tokenizer, said)}
-
-    def with_text(data: Batch, step: int, micro: int) -> Tensor:
-        with torch.no_grad():
-            text = towers.text(input_ids=data["ids"]).last_hidden_state
-        return unet_loss(unet, schedule, data, text)
+        return {"latents": z, "noise": torch.randn(shape, generator=draws), "t": t, "ids": tokenize(tokenizer, said)}
 
     task = Job(
         trainable=dict(unet.named_parameters()),
         batch=data,
-        loss=with_text,
+        loss=DiffusionLoss(unet, schedule, towers.text, snr_gamma=5.0),
         export=lambda folder: weights.save(unet.state_dict(), folder / "model.safetensors"),
         preview=lambda done: sample_sheet(home, unet, settings),
         optimizer=Muon(*split(unet, ("conv_in", "conv_out", "time_emb")), lr=2e-3, adam_lr=1e-3),

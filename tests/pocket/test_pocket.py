@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from tiny_sizes import TINY_VAE
 from torch import Tensor, nn
 
-from minidiff.core.config import NoiseConfig
 from minidiff.core.errors import DataError
-from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.images import to_tensor
@@ -110,41 +108,6 @@ def test_standardize_changes_units_and_no_pictures() -> None:
         torch.testing.assert_close(new_mean, (mean - centre.view(1, 4, 1, 1)) / spread.view(1, 4, 1, 1))
         torch.testing.assert_close(new_logvar.exp(), logvar.exp() / spread.view(1, 4, 1, 1) ** 2)
         torch.testing.assert_close(vae.decode(new_mean), picture)
-
-
-def test_unet_loss_of_v_2202_00512_appendix_d() -> None:
-    """A network that answers the right v has no loss; one that answers 0 has the mean of v², weighted."""
-    schedule = NoiseSchedule.from_config(NoiseConfig(prediction_type="v_prediction"))
-    draws = torch.Generator().manual_seed(0)
-    z, noise = (torch.randn(3, 4, 2, 2, generator=draws) for _ in range(2))
-    t = torch.tensor([10, 300, 990])
-    a_bar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
-    v = a_bar.sqrt() * noise - (1 - a_bar).sqrt() * z
-    data, text = {"z": z, "noise": noise, "t": t}, torch.zeros(3, 77, 8)
-    right, nothing = (pretrain.unet_loss(lambda *_, y=y: y, schedule, data, text) for y in (v, torch.zeros_like(v)))  # type: ignore
-    assert right == 0
-    snr = (a_bar / (1 - a_bar)).flatten()
-    torch.testing.assert_close(nothing, (v.square().flatten(1).mean(1) * snr.clamp(max=5) / (snr + 1)).mean())
-
-
-def test_unet_loss_2112_10752_eq3() -> None:
-    """The weighted mean of || ε - ε_θ(z_t, t, τ(y)) ||², by hand, with a network that answers a fixed noise."""
-    schedule = NoiseSchedule.from_config(NoiseConfig())
-    draws = torch.Generator().manual_seed(0)
-    z, noise, answer = (torch.randn(3, 4, 2, 2, generator=draws) for _ in range(3))
-    t, text, seen = torch.tensor([0, 300, 999]), torch.randn(3, 77, 8, generator=draws), []
-
-    def unet(z_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        seen.append((z_t, text))
-        return answer
-
-    loss = pretrain.unet_loss(unet, schedule, {"z": z, "noise": noise, "t": t}, text)  # type: ignore[arg-type]
-    a_bar = schedule.alphas_cumprod[t].view(3, 1, 1, 1)
-    torch.testing.assert_close(seen[0][0], a_bar.sqrt() * z + (1 - a_bar).sqrt() * noise)
-    assert seen[0][1] is text
-    snr = (a_bar / (1 - a_bar)).view(3)
-    weights_by_hand = snr.clamp(max=5.0) / snr
-    torch.testing.assert_close(loss, (weights_by_hand * (noise - answer).square().mean((1, 2, 3))).mean())
 
 
 # --- Muon ----------------------------------------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def test_each_object_has_an_answer_of_its_own_to_whole() -> None:
 
 def test_judge_learns_from_few_drawings() -> None:
     """Two dozen updates are enough to tell scenes much better than by chance (1 in 8), on drawings it has not seen."""
-    some = judge.train_judge(steps=24, batch=12)
+    some = judge.train_judge(steps=24, batch=6)
     pictures = held_out(40)
     images = judge.to_batch([judge.draw(p, 77) for p in pictures])
     scores = judge.score(some, pictures, lambda part: images[[pictures.index(p) for p in part]])

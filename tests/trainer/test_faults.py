@@ -3,7 +3,7 @@ and the run goes on to the same bytes.
 
 In "error" one call raises; in "full" that call and every later write raise, as on a full disk; in "death" the process ends
 there, in the middle of a write if it is one. pytest starts this file as a program, which forks for each attempt: everyday
-one call in 37, with `pytest -m slow` each.
+one call in 61, with `pytest -m slow` each.
 """
 
 import builtins
@@ -135,7 +135,7 @@ def test_a_save_that_fails_leaves_the_old_ones(tmp_path: Path, mode: str) -> Non
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("stride", [37, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [61, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_fault_at_every_call_of_a_run(memory_path: Path, stride: int) -> None:  # noqa: F811
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(memory_path), str(stride)]

@@ -1,6 +1,7 @@
 """Flags of the diffusers training scripts that have another name here, or that nothing needs."""
 
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 from minidiff.core.errors import SettingsError, WeightsError
@@ -22,20 +23,16 @@ NOT_NEEDED = {  # flag -> why
 
 def adapted(words: list[str]) -> list[str]:
     """The words of a command line with minidiff's flags alone. One note says which were left out, and why."""
-    kept, left, skipping, name = list[str](), list[str](), False, ""
-    for word in words:
-        before = name
-        flag, equals, value = word[2:].partition("=") if word.startswith("--") else ("", "", "")
-        if name := flag.replace("-", "_"):
-            skipping = name in NOT_NEEDED
-            left += [f"--{name} ({NOT_NEEDED[name]})"] if skipping else []
-            word = f"--{SAME.get(name, flag)}{equals}{dataset(value) if name == 'dataset_name' and value else value}"
-        elif before == "dataset_name":
-            word = dataset(word)
-        if not skipping:
-            kept.append(word)
-    if left:
-        print(f"Note: not needed here: {', '.join(left)}.", file=sys.stderr)
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in [*SAME, *NOT_NEEDED]:
+        parser.add_argument(f"--{flag}", f"--{flag.replace('_', '-')}", nargs="*")
+    found, kept = parser.parse_known_args(words)
+    given = {name: values for name, values in vars(found).items() if values is not None}
+    if left := ", ".join(f"--{name} ({why})" for name, why in NOT_NEEDED.items() if name in given):
+        print(f"Note: not needed here: {left}.", file=sys.stderr)
+    for name, ours in SAME.items():
+        if name in given:
+            kept += [f"--{ours}", *(map(dataset, given[name]) if name == "dataset_name" else given[name])]
     return kept
 
 

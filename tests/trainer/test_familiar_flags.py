@@ -180,7 +180,7 @@ def test_push_to_hub(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flags_that_nothing_needs(capsys: pytest.CaptureFixture[str]) -> None:
     words = "--rank 8 --allow_tf32 --tokenizer-name some/where --variant=fp16 --save_steps=7 --validation_prompt a b".split()
     kept = adapted(words)
-    assert kept == "--rank 8 --checkpointing_steps=7 --validation_prompt a b".split()
+    assert kept == "--rank 8 --validation_prompt a b --checkpointing_steps 7".split()
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "--allow_tf32 (PyTorch decides), --tokenizer_name (the model has its own), --var" in said
     assert adapted(["--rank", "8"]) == ["--rank", "8"] and not capsys.readouterr().err
@@ -199,7 +199,7 @@ def test_dataset_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hub" / "datasets--me--dogs" / "refs" / "main").write_text("0" * 40)
     assert adapted(["--dataset_name", "me/dogs"]) == ["--train_data_dir", str(snapshot / "train")]
     assert adapted(["--dataset_name", str(tmp_path)]) == ["--train_data_dir", str(tmp_path)]
-    assert adapted(["--dataset-name=me/dogs"]) == [f"--train_data_dir={snapshot / 'train'}"]
+    assert adapted(["--dataset-name=me/dogs"]) == ["--train_data_dir", str(snapshot / "train")]
     with pytest.raises(SettingsError, match="--dataset_name me/cats: .* Give the folder of the pictures as --train_data_dir"):
         adapted(["--dataset_name", "me/cats"])
 

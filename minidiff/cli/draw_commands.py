@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,8 @@ def over_settings(s: Sheet) -> tuple[Image, str]:
         about.append(how(one, pipe, " | ".join(s.prompts), image))
         return image
 
-    return contact_sheet_of(s, axes[0], axes[1], tile, s.title, s.tile, check=check_tile, abreast=s.tiles_per_row), about[0]
-
-
-def check_tile(s: Sheet) -> None:
-    """Find missing files and impossible sampler settings before the first tile is drawn."""
-    s.check()
-    check_before(s, s.prompts)
+    check = partial(check_before, prompts=s.prompts)  # of all tiles, before the first is drawn
+    return contact_sheet_of(s, axes[0], axes[1], tile, s.title, s.tile, check=check, abreast=s.tiles_per_row), about[0]
 
 
 def morph(s: Morph) -> None:
@@ -189,6 +185,7 @@ def how(s: Sampling, pipe: StableDiffusionPipeline, prompt: str, image: Image) -
 
 def check_before(s: Sampling, prompts: Sequence[str]) -> None:
     """Find models and LoRAs that are not there, impossible sampler settings and lost files, before anything is loaded."""
+    s.check()
     output_files(s)
     if not is_single_file(s.pretrained_model_name_or_path):
         local_folder(s.pretrained_model_name_or_path)

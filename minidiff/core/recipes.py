@@ -87,8 +87,8 @@ class DiffusionLoss:
     text_encoder: Any = None  # for batches with token ids: it is trained, or has a word that is
     snr_gamma: float | None = None  # min-SNR weights
     prior_weight: float = 0.0  # above 0: the second half of a batch is the class
-    ip_adapter: Callable[[Tensor, Tensor], Tensor] | None = None  # (text, e) -> the U-Net's context
     base: Answer | None = None  # with it, the target of the class half is what the base model predicts
+    ip_adapter: Callable[[Tensor, Tensor], Tensor] | None = None  # (text, e) -> the U-Net's context
     controlnet: Any = None  # to be trained: with it, a batch also holds hints (B, 3, H, W) in [0, 1]
 
     def __call__(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:

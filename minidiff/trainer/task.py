@@ -185,7 +185,7 @@ def diffusion_loss(
                 return unet(x_t, t, words.expand(len(x_t), -1, -1))
 
     weight = s.prior_loss_weight if has_prior(s) else 0.0
-    return DiffusionLoss(pipe.unet, pipe.schedule, pipe.text_encoder, s.snr_gamma, weight, base), untuned
+    return DiffusionLoss(pipe.unet, pipe.schedule, pipe.text_encoder, s.snr_gamma, weight, base=base), untuned
 
 
 def make_job(

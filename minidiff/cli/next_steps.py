@@ -10,7 +10,7 @@ from typing import Any
 
 from minidiff.cli.commands import COMMANDS
 from minidiff.trainer.presets import preset_values
-from minidiff.trainer.settings import FineTuneSettings, FullSettings, TextualInversionSettings
+from minidiff.trainer.settings import ControlNetSettings, FineTuneSettings, FullSettings, TextualInversionSettings
 
 
 def command(settings: Any) -> str:
@@ -40,6 +40,9 @@ def drawing(settings: FineTuneSettings, prompt: str, folder: Path) -> str:
         return typed([*words, "--pretrained_model_name_or_path", str(folder)])
     if settings.pretrained_model_name_or_path != FineTuneSettings.pretrained_model_name_or_path:
         words += ["--pretrained_model_name_or_path", settings.pretrained_model_name_or_path]
+    if isinstance(settings, ControlNetSettings):
+        how = ["--hint", settings.hint] if settings.hint else []
+        return typed([*words, "--controlnet", str(folder), "--control_image", "PICTURE", *how])
     word_alone = isinstance(settings, TextualInversionSettings)
     return typed([*words, "--textual_inversion" if word_alone else "--lora", str(folder)])
 

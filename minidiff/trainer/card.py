@@ -25,7 +25,10 @@ SHEET = "sheet.png"  # of samples/, which show training pictures, only this is p
 # git and huggingface_hub follow .gitignore
 NOT_PUBLISHED = ("checkpoint-*/", "samples/", "metrics.jsonl", ".lock", ".tmp-*", "state/")
 WORD, LORA = 'pipe.load_textual_inversion("{name}")', 'pipe.load_lora_weights("{name}")'
-TITLES = dict(dreambooth="DreamBooth", lora="LoRA", textual_inversion="Textual inversion", pivotal="Pivotal tuning")
+TITLES = dict(dreambooth="DreamBooth", lora="LoRA", textual_inversion="Textual inversion", pivotal="Pivotal tuning",
+              controlnet="ControlNet")  # fmt: skip
+CONTROL = """net = ControlNetModel.from_pretrained("{name}")
+pipe = StableDiffusionControlNetPipeline.from_pretrained("{base}", controlnet=net)"""
 USAGE = {"lora": [LORA], "textual_inversion": [WORD], "pivotal": [WORD, LORA]}  # by tag; other results are whole models
 
 
@@ -109,7 +112,10 @@ def write_card(folder: Path, settings: FineTuneSettings, updates: int, tag: str,
     there = Path(os.path.relpath(base, Path(settings.output_dir).parent)).as_posix() if Path(base).exists() else base
     load = f'pipe = StableDiffusionPipeline.from_pretrained("{there if tag in USAGE else name}")'
     use = "\n".join([load, *(line.format(name=name) for line in USAGE.get(tag, []))])
-    lines.append(f"```python\nfrom minidiff import StableDiffusionPipeline  # or from diffusers\n\n{use}\n```")
+    names = "StableDiffusionPipeline"
+    if tag == "controlnet":
+        names, use = "ControlNetModel, StableDiffusionControlNetPipeline", CONTROL.format(name=name, base=there)
+    lines.append(f"```python\nfrom minidiff import {names}  # or from diffusers\n\n{use}\n```")
     lines.append(f"Made with minidiff. The licence ({license_word(terms)}) is that of the base model. Settings:")
     lines.append(f"```toml\n{to_toml(settings, settings.HARMLESS)}```")
     (folder / "README.md").write_text(f"---\n{front}\n---\n\n" + "\n\n".join(lines) + "\n", encoding="utf-8")

@@ -42,6 +42,7 @@ class Example:
     path: Path
     caption: str
     mask: Path | None = None
+    hint: Path | None = None  # of a ControlNet
     repeats: int = 1  # times an epoch
     size: Size | None = None  # to train at; None: not checked yet
     templates: tuple[str, ...] = ("{}",)  # each sample draws one; its {} is the caption

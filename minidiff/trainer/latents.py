@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from minidiff.core.errors import SettingsError, WeightsError
 from minidiff.core.rng import generator, normal
 from minidiff.core.vae import AutoencoderKL, sample_posterior
+from minidiff.draw.canny import canny
 from minidiff.draw.images import load_image, load_weights, to_tensor
 from minidiff.draw.progress import progress
 from minidiff.files.atomic import sha256
 from minidiff.files.names import modern
 from minidiff.files.weights import read_header, save
 from minidiff.trainer.dataset import Example, Size
-from minidiff.trainer.settings import FineTuneSettings
+from minidiff.trainer.settings import ControlNetSettings, FineTuneSettings
 
 Tensors = dict[str, Tensor]
 Place = tuple[float, float]  # of a crop, across and down: 0 is left or top, 1 right or bottom
@@ -53,6 +54,16 @@ def crop(image: Image.Image, size: Size, place: Place = MIDDLE, flip: bool = Fal
     return x.flip(-1) if flip else x
 
 
+def hint_of(example: Example, kind: str | None, size: Size, place: Place = MIDDLE, flip: bool = False) -> Tensor:
+    """The hint of a picture that is cropped like this, uint8 (3, height, width): its own file, or made of the `kind`."""
+    x = crop(load_image(example.hint or example.path), size, place, flip)
+    if kind == "tile":
+        small = F.interpolate(x[None], scale_factor=0.25, mode="bicubic", antialias=True)
+        x = F.interpolate(small, x.shape[1:], mode="bicubic").clamp(-1, 1)[0]
+    pixels = ((x + 1) * 127.5).round().byte()
+    return torch.from_numpy(canny(pixels.permute(1, 2, 0).numpy())).expand(3, -1, -1) if kind == "canny" else pixels
+
+
 def fingerprint(examples: list[Example]) -> str:
     """A hash of all pictures' bytes, captions, masks and repeats, whatever folder they lie in."""
     sha = hashlib.sha256()
@@ -60,6 +71,8 @@ def fingerprint(examples: list[Example]) -> str:
         sha.update(bytes.fromhex(sha256(example.path)) + example.caption.encode() + b"\0")
         if example.mask:
             sha.update(b"mask" + bytes.fromhex(sha256(example.mask)))
+        if example.hint:
+            sha.update(b"hint" + bytes.fromhex(sha256(example.hint)))
         if example.repeats > 1:
             sha.update(f"{example.repeats} times".encode())
     return sha.hexdigest()[:16]
@@ -166,7 +179,8 @@ class LatentData:
     def batch(self, step: int, micro: int) -> Tensors:
         """latents (B, C, h, w), scaled; noise, of that shape; t (B,), whole numbers; text (B, L, D), or ids (B, L).
 
-        With --masked_loss also mask (B, 1, h, w), the share of each cell that is learnt. All on the CPU.
+        With --masked_loss also mask (B, 1, h, w), the share of each cell that is learnt; for a ControlNet hint (B, 3, H, W) in
+        [0, 1]. All on the CPU.
         """
         samples = [self.sample(number) for number in self.numbers(step, micro)]
         return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
@@ -206,6 +220,7 @@ class LatentData:
 
     def _row(self, encoded: Tensors, z: Tensor, prompt: str) -> Tensors:
         row = {"latents": z * self.vae.config.scaling_factor, "ids" if self.live_text else "text": self.prompts[prompt]}
+        row |= {"hint": encoded["hint"] / 255} if "hint" in encoded else {}
         return row | {"mask": encoded["mask"]} if "mask" in encoded else row
 
     def _order(self, epoch: int) -> list[int]:
@@ -220,11 +235,19 @@ class LatentData:
             return self.cache[i, flip]
         encode = partial(self._encode, i, place, flip)
         if self.disk is None:
-            return encode()
+            return encode() | self._hint(i, place, flip)
         example, masked = self.examples[i], self.settings.masked_loss
         mask = sha256(example.mask) if masked and example.mask else None
         origin = {"picture": sha256(example.path), "size": self.sizes[i], "place": place, "flip": flip}
-        return self.disk.get(origin | {"masked": masked, "mask": mask}, encode)
+        encoded = self.disk.get(origin | {"masked": masked, "mask": mask}, encode)
+        return encoded | self._hint(i, place, flip)
+
+    def _hint(self, i: int, place: Place, flip: bool) -> Tensors:
+        """The "hint" of a ControlNet."""
+        s = self.settings
+        if not isinstance(s, ControlNetSettings):
+            return {}
+        return {"hint": hint_of(self.examples[i], s.hint, self.sizes[i], place, flip)}
 
     @torch.no_grad()
     def _encode(self, i: int, place: Place, flip: bool) -> Tensors:

@@ -114,7 +114,11 @@ def forward_pass(task: Job, settings: FineTuneSettings, checkpointing: bool) -> 
             layer.register_forward_hook(counter.end)
     with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor), FusedAttention():
         text = batch["text"] if "text" in batch else on_meta(task.modules["text_encoder"])(batch["ids"]).last_hidden_state
-        unet(batch["latents"].to(dtype), batch["t"], text.to(dtype))
+        inputs, more = (batch["latents"].to(dtype), batch["t"], text.to(dtype)), {}
+        if "controlnet" in task.modules:
+            net: Any = on_meta(task.modules["controlnet"])
+            more = {"control": net(*inputs, hint=net.encode_hint(batch["hint"].to(dtype)))}
+        unet(*inputs, **more)
     return counter
 
 
@@ -231,7 +235,8 @@ def chosen(task: Job, settings: FineTuneSettings) -> tuple[FineTuneSettings, Bud
             trained, need = trial, less
     if need.together > limit:
         raise SettingsError(f"--fit {settings.fit}: it does not fit with all savings. It needs:\n{need}\nWhat helps: {HINTS}.")
-    checkpoint_gradients(task.modules["unet"], trained.gradient_checkpointing)
+    for name in task.modules.keys() - {"text_encoder"}:
+        checkpoint_gradients(task.modules[name], trained.gradient_checkpointing)
     if trained.may_cast and not is_on(trained, "layerwise_casting"):
         task.modules["unet"].float()  # it was loaded in half precision, in case that it had to stay so
     new = [f"\n  --{flag}: {cost}" for flag, cost in SAVINGS.items() if is_on(trained, flag) and not is_on(settings, flag)]

@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.draw.habits import StableDiffusionPipeline
 from minidiff.draw.speed import keep_memory
+from minidiff.files.controlnet import read_controlnet
 from minidiff.files.lora_file import read_lora
 from minidiff.files.values import check_names, fits, texts_of
 from minidiff.files.word_file import read_embedding
@@ -96,4 +97,5 @@ train_full = recipe("train_full", kinds.FullSettings, StableDiffusionPipeline.fr
 train_dreambooth = recipe("train_dreambooth", kinds.DreamBoothSettings, StableDiffusionPipeline.from_pretrained)
 train_lora = recipe("train_lora", kinds.LoRASettings, read_lora)
 train_textual_inversion = recipe("train_textual_inversion", kinds.TextualInversionSettings, read_embedding)
+train_controlnet = recipe("train_controlnet", kinds.ControlNetSettings, read_controlnet)
 train_pivotal = recipe("train_pivotal", kinds.PivotalSettings, lambda folder: (read_embedding(folder), read_lora(folder)))

@@ -10,15 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from minidiff.core import recipes as core
+from minidiff.core.config import ControlNetConfig
+from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.errors import AdapterError, DataError
 from minidiff.core.inject import adapter_weights
+from minidiff.core.rng import hashed_seed
+from minidiff.core.train import DTYPES
 from minidiff.draw.habits import print_trainable_parameters
 from minidiff.draw.lora_tags import at_strengths
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.draw.speed import speed_up
+from minidiff.draw.speed import checkpoint_gradients, speed_up
+from minidiff.files.controlnet import read_controlnet, write_controlnet
 from minidiff.files.lora_file import save_lora
 from minidiff.files.word_file import check_word, save_embedding
 from minidiff.trainer.card import model_spec
@@ -26,6 +32,7 @@ from minidiff.trainer.latents import LatentData
 from minidiff.trainer.optimizers import optimizer_of
 from minidiff.trainer.settings import (
     AdapterSettings,
+    ControlNetSettings,
     DreamBoothSettings,
     FullSettings,
     LoRASettings,
@@ -86,12 +93,28 @@ def pivotal(settings: PivotalSettings) -> Job:
     return make_job(pipe, settings, base_hash, data, adapters | word, export, "pivotal", off, optimizer)
 
 
+def controlnet(settings: ControlNetSettings) -> Job:
+    """A ControlNet. The result is a folder of diffusers' form."""
+    pipe, base_hash = load_base(replace(settings, mixed_precision="no"))  # the copy starts unrounded
+    widths = ControlNetConfig.conditioning_embedding_out_channels[: len(pipe.vae.config.block_out_channels)]
+    kept = settings.controlnet_model_name_or_path
+    torch.manual_seed(hashed_seed(settings.seed, "controlnet"))
+    net = read_controlnet(kept) if kept else ControlNetModel.from_unet(pipe.unet, widths).float()
+    checkpoint_gradients(net, settings.gradient_checkpointing)
+    if settings.mixed_precision != "no":
+        pipe.to(DTYPES[settings.mixed_precision])
+    pipe.controlnet = net
+    data, trainable = load_data(pipe, settings), core.full({"controlnet": net})
+    return make_job(pipe, settings, base_hash, data, trainable, partial(write_controlnet, net), "controlnet")
+
+
 RECIPES: dict[type, Callable[[Any], Job]] = {
     FullSettings: full,
     DreamBoothSettings: full,
     LoRASettings: lora,
     TextualInversionSettings: textual_inversion,
     PivotalSettings: pivotal,
+    ControlNetSettings: controlnet,
 }
 
 # --- adapters ------------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ RULES: tuple[tuple[str, Holds, str], ...] = (  # where the flag is given, the co
     ("instance_data_dir", lambda s: (s.prompt or "").strip(), PROMPT),
     ("train_data_dir", lambda s: s.captions or s.prompt, "with --no_captions needs --instance_prompt"),
     ("instance_prompt", lambda s: (word(s) or "") in s.instance_prompt.lower(), "must contain the new word"),
+    ("conditioning_data_dir", lambda s: not s.hint, f"has no use with --hint, which makes the conditioning pictures: {ONE}"),
     ("cache_latents", lambda s: s.center_crop, CROP),
     *((flag, lambda s, flag=flag: outside(s, flag), OWN) for flag in ("cache_dir", "class_data_dir")),
     *((flag, lambda s, flag=flag: apart(s, flag), APART) for flag in ("cache_dir", "class_data_dir")),

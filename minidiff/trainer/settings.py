@@ -176,6 +176,26 @@ class FrozenSettings(FineTuneSettings):
 
 
 @dataclass(frozen=True)
+class ControlNetSettings(FrozenSettings):
+    """Teach a frozen model to follow pictures such as edges or depth maps: a ControlNet beside it (arXiv 2302.05543)."""
+
+    output_dir: Folder = "minidiff-controlnet"
+    learning_rate: Positive = 1e-5
+    conditioning_image_column: str = "conditioning_image"
+    """Column of the metadata that names the conditioning pictures, such as edges."""
+    conditioning_data_dir: str | None = None
+    """Folder of the conditioning pictures, with the names of the pictures that they belong to, in place of that column."""
+    hint: Literal["canny", "tile"] | None = None
+    """Make the conditioning pictures: canny finds edges; tile shrinks pictures to a quarter and enlarges them again."""
+    controlnet_model_name_or_path: str | None = None
+    """Go on with this ControlNet, a folder or a file. Default: a copy of the U-Net's way down."""
+    with_prior_preservation: NoPrior = False
+
+    HARMLESS = FrozenSettings.HARMLESS | {"conditioning_image_column", "conditioning_data_dir"}
+    NOT_SAVED = FrozenSettings.NOT_SAVED | {"conditioning_data_dir"}
+
+
+@dataclass(frozen=True)
 class AdapterSettings(FrozenSettings):
     """The adapter's settings, for LoRA and pivotal tuning."""
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,8 +14,9 @@ from minidiff.draw.images import contact_sheet, load_image, to_pil
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.progress import progress
 from minidiff.draw.prompting import literal
-from minidiff.trainer.latents import LatentData, crop
-from minidiff.trainer.settings import FineTuneSettings
+from minidiff.trainer.dataset import Example
+from minidiff.trainer.latents import LatentData, crop, hint_of
+from minidiff.trainer.settings import ControlNetSettings, FineTuneSettings
 
 Row = list[Image.Image]
 
@@ -29,9 +31,17 @@ class Sheets:
         self.seeds = [settings.seed + i for i in range(settings.num_validation_images)]
         shown = self.prompts if settings.validation_prompt or settings.prompt else ("the first caption",)  # which is private
         self.columns = [f"{prompt}, seed {seed}" for prompt in shown for seed in self.seeds]
+        self.calls: list[dict[str, Any]] = [{"prompt": p, "seed": seed} for p in self.prompts for seed in self.seeds]
+        self.hints: Row = []  # of a ControlNet: each column shows another picture's hint, with its caption
+        if isinstance(settings, ControlNetSettings):
+            seen = (data.held_out or data.examples)[: settings.num_validation_images]
+            self.hints = [hint_image(example, settings.hint, data.resolution) for example in seen]
+            prompts = settings.validation_prompt or [literal(example.prompts[0]) for example in seen]
+            self.calls = [{"prompt": prompts[i % len(prompts)], "seed": settings.seed} for i in range(len(seen))]
+            self.columns = [f"picture {i + 1}" for i in range(len(seen))]
         if settings.prompt and (escaped := literal(settings.prompt)) != settings.prompt:
             print(f"Note: in a prompt that is drawn, brackets are weights; write this one as {escaped}", file=sys.stderr)
-        self.base = self._row() if settings.validation_steps else []
+        self.base = self._row([]) if settings.validation_steps else []
         self.now: tuple[int, Row] = (-1, [])  # updates made, and the row that was drawn then
 
     def sheet(self, done: int) -> Image.Image:
@@ -39,9 +49,11 @@ class Sheets:
         data, count = self.data, min(len(self.columns), len(self.data.examples))
         pictures = [to_pil(crop(load_image(data.examples[i].path), data.sizes[i])[None])[0] for i in range(count)]
         with on_device(idle_networks(self.pipe, data), self.pipe.device):
-            self.now = (done, self._row())
+            self.now = (done, self._row(self.hints))
         rows: list[Sequence[Image.Image | str]] = [pictures, self.columns, self.base, self.now[1]]
-        return contact_sheet(rows, row_labels=["training pictures", "", "base", f"step {done}"])
+        if self.hints:
+            rows[:2] = [self.hints, [call["prompt"] for call in self.calls]]
+        return contact_sheet(rows, row_labels=["hints" if self.hints else "training pictures", "", "base", f"step {done}"])
 
     def public_sheet(self, done: int) -> Image.Image:
         """Without the training pictures, for the model card."""
@@ -50,14 +62,19 @@ class Sheets:
         rows = [self.base, self.now[1]]
         return contact_sheet(rows, row_labels=["base", f"step {done}"], column_labels=self.columns)
 
-    def _row(self) -> Row:
+    def _row(self, hints: Row) -> Row:
         s, side = self.settings, self.data.resolution
-        each = [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+        each = [call | ({"control_image": hints[i]} if hints else {}) for i, call in enumerate(self.calls)]
         draw = partial(self.pipe, width=side, height=side, guidance_scale=s.validation_guidance_scale)
         draw = partial(draw, num_inference_steps=s.validation_inference_steps)
         with without_dropout(self.pipe):  # one picture at a time, to spare memory
             bar = progress(each, "picture", "drawing the sheet")
-            return [draw(prompt, seed=seed).images[0] for prompt, seed in bar]
+            return [draw(**call).images[0] for call in bar]
+
+
+def hint_image(example: Example, kind: str | None, side: int) -> Image.Image:
+    """The hint of a picture, as a picture."""
+    return Image.fromarray(hint_of(example, kind, example.size or (side, side)).permute(1, 2, 0).contiguous().numpy())
 
 
 # --- networks that no step needs ----------------------------------------------------------------------------------------

@@ -30,10 +30,11 @@ from minidiff.trainer.card import SHEET, trigger_of, write_card
 from minidiff.trainer.checkpoint import check_folder
 from minidiff.trainer.dataset import read_folder
 from minidiff.trainer.distributed import world
+from minidiff.trainer.hints import with_hints
 from minidiff.trainer.latents import LatentData, held_out, model_fingerprint
 from minidiff.trainer.pictures import check_pictures, training_sizes, warnings_of
 from minidiff.trainer.priors import BasePrior, PairedData, class_examples, class_settings
-from minidiff.trainer.settings import FineTuneSettings, FullSettings
+from minidiff.trainer.settings import ControlNetSettings, FineTuneSettings, FullSettings
 from minidiff.trainer.sheets import Sheets, idle_networks, offload, without_dropout
 from minidiff.trainer.validation import check_prediction_type, explained, validation_set
 
@@ -112,6 +113,8 @@ def load_data(
     s, where = settings, Path(folder or settings.instance_data_dir or settings.train_data_dir or "")
     side, sizes = training_sizes(pipe.unet.config, pipe.vae.config, s.resolution, s.aspect_ratio_buckets)
     examples = read_folder(where, s.prompt, s.caption_column, s.masked_loss, s.captions, s.image_column)
+    if isinstance(s, ControlNetSettings):
+        examples = with_hints(examples, s, where)
     if s.max_train_samples and folder is None:
         few = torch.randperm(len(examples), generator=generator(s.seed, "max_train_samples"))[: s.max_train_samples]
         examples = [examples[i] for i in sorted(few.tolist())]
@@ -184,21 +187,16 @@ def diffusion_loss(
             with inside():
                 return unet(x_t, t, words.expand(len(x_t), -1, -1))
 
-    weight = s.prior_loss_weight if has_prior(s) else 0.0
-    return DiffusionLoss(pipe.unet, pipe.schedule, pipe.text_encoder, s.snr_gamma, weight, base=base), untuned
+    weight, net = s.prior_loss_weight if has_prior(s) else 0.0, pipe.controlnet[0] if pipe.controlnet else None
+    loss = DiffusionLoss(pipe.unet, pipe.schedule, pipe.text_encoder, s.snr_gamma, weight, base=base, controlnet=net)
+    return loss, untuned
 
 
 def make_job(
-    pipe: StableDiffusionPipeline,
-    settings: FineTuneSettings,
-    base_hash: str,
-    data: LatentData,
-    trainable: dict[str, nn.Parameter],
-    export: Callable[[Path], None],
-    tag: str,
-    as_base: AsBase | None = None,
+    pipe: StableDiffusionPipeline, settings: FineTuneSettings, base_hash: str, data: LatentData,
+    trainable: dict[str, nn.Parameter], export: Callable[[Path], None], tag: str, as_base: AsBase | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-) -> Job:
+) -> Job:  # fmt: skip
     """The job. The model still is the base here: it draws missing class pictures and the first row of the sheets.
 
     Then networks that no step needs leave the GPU or the memory. `tag` names the method in the model card; for `as_base` see
@@ -207,12 +205,15 @@ def make_job(
     batches, sheets = with_prior(pipe, data), Sheets(pipe, settings, data)
     loss, untuned = diffusion_loss(pipe, settings, as_base)
     networks: dict[str, nn.Module] = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    networks |= dict(zip(["controlnet"], pipe.controlnet))
+    dtype = DTYPES[settings.mixed_precision]
     fixed, at_once = validation_set(validation_data(pipe, settings, data)), max(1, settings.train_batch_size // world().size)
 
     def outputs(batch: Batch) -> Tensor:
         """The U-Net's output for a batch; of as many samples at once as in training, for which there is memory."""
         pieces = zip(*(rows.to(pipe.device).split(at_once) for rows in batch.values()))
-        return torch.cat([loss.predict(dict(zip(batch, piece)))[0] for piece in pieces])
+        with torch.autocast(pipe.device.type, dtype, enabled=bool(pipe.controlnet) and dtype != torch.float32):
+            return torch.cat([loss.predict(dict(zip(batch, piece)))[0] for piece in pieces])
 
     def errors(batch: Batch) -> Tensor:
         """The squared error of each sample of a batch, (B,)."""

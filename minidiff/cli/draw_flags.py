@@ -222,7 +222,7 @@ class Morph(Sampling):
     fps: Annotated[float, between(0.1, 50)] = 12.0
     """Frames per second."""
     output: Path = "outputs/morph.webp"
-    """A .gif, .webp or .png (APNG) file. It is written after the last frame, so Ctrl-C leaves no file."""
+    """A .webp or .gif file. It is written after the last frame, so Ctrl-C leaves no file."""
 
 
 @dataclass(frozen=True, kw_only=True)

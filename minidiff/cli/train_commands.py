@@ -103,11 +103,11 @@ def warn_of_words(s: FineTuneSettings) -> None:
     from minidiff.draw.speed import light_text
     from minidiff.files.text_files import load_tokenizer
     from minidiff.studio.tokens import warn_of_unknown_words
-    from minidiff.trainer.dataset import scan_folder
+    from minidiff.trainer.dataset import Scan
 
     tokenizer = load_tokenizer(local_folder(s.pretrained_model_name_or_path) / "tokenizer", light_text())
     where = Path(s.instance_data_dir or s.train_data_dir or "")
-    scan = scan_folder(where, s.prompt, s.caption_column, s.masked_loss, s.captions)
+    scan = Scan(s.prompt, s.caption_column, s.masked_loss, s.captions).of(where)
     texts = [*(one.caption for one in scan.examples), s.class_prompt or "", *s.validation_prompt]
     new = {word: [0] for word in [getattr(s, "placeholder_token", "")] if word}
     warn_of_unknown_words(s.pretrained_model_name_or_path, tokenizer, texts, new)
@@ -120,10 +120,10 @@ def data_check(s: DataCheck) -> None:
     from minidiff.draw.progress import progress
     from minidiff.files.model import empty_model
     from minidiff.files.weights import find_weights, load_into
-    from minidiff.trainer.dataset import scan_folder
+    from minidiff.trainer.dataset import Scan
     from minidiff.trainer.pictures import BELOW, as_table, check_scan, reconstruction, training_sizes
 
-    scan = scan_folder(Path(s.folder), s.instance_prompt, s.caption_column, s.masked_loss, s.captions)
+    scan = Scan(s.instance_prompt, s.caption_column, s.masked_loss, s.captions).of(Path(s.folder))
     base, unread = empty_model(s.pretrained_model_name_or_path), len(scan.errors)
     good = check_scan(scan, training_sizes(base.unet.config, base.vae.config, s.resolution, s.aspect_ratio_buckets)[1])
     load_into(base.vae, find_weights(local_folder(s.pretrained_model_name_or_path) / "vae"), torch.float32)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minidiff.core.errors import SettingsError
 from minidiff.core.guidance import UNetCall
 
 
@@ -54,8 +53,6 @@ def in_tiles(unet: UNetCall, tile: int) -> UNetCall:
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:
     """Where the tiles begin along one side: as few as possible, evenly spaced, the last one at the end."""
-    if not 0 <= overlap < tile:
-        raise SettingsError(f"tiles of {tile} that overlap by {overlap} do not advance; make the tiles larger.")
     if length <= tile:
         return [0]
     gaps = -(-(length - tile) // (tile - overlap))

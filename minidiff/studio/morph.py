@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor
 
 from minidiff import __version__
@@ -35,7 +35,7 @@ from minidiff.files.atomic import write_bytes
 Keyframe = tuple[str, int]  # a prompt and a seed
 Draw = Callable[[Tensor, Tensor], Image.Image]  # (noise (1, C, H, W), text (1, S, D)) -> picture
 MAX_FRAMES = 2000
-FORMATS = (".gif", ".webp", ".png")  # .png: APNG
+FORMATS = (".webp", ".gif")
 PARALLEL = 1e-4  # radians: with smaller angles, arc and line agree to 1e-9 of their length, and at 0 the arc is 0 / 0
 
 
@@ -127,13 +127,13 @@ def check_loop(keyframes: Sequence[Keyframe], frames: int, sampler: str, eta: fl
 def check_animation(path: Path | str) -> None:
     """SettingsError for a file whose ending is not in FORMATS."""
     if Path(path).suffix.lower() not in FORMATS:
-        raise SettingsError(f'"{path}": loops are written as GIF, WebP or APNG; give a name that ends in .gif, .webp or .png.')
+        raise SettingsError(f'"{path}": loops are written as WebP or GIF; give a name that ends in .webp or .gif.')
 
 
 def save_animation(
     frames: Iterable[Image.Image], path: Path | str, fps: float, text: str = "", times: Sequence[float] = ()
 ) -> None:
-    """Write an endless loop as .gif, .webp or .png (APNG), whole or not at all. `text` says how the loop was made; `times` how
+    """Write an endless loop as .webp or .gif, whole or not at all. `text` says how the loop was made; `times` how
     long each frame is shown, in frames of `fps`; default 1."""
     check_animation(path)
     pictures, ending = list(frames), Path(path).suffix.lower()
@@ -145,14 +145,10 @@ def save_animation(
         pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
         mark = f"Version: minidiff {__version__}"  # first: GIF cuts longer comments into pieces
         options |= {"optimize": False, "disposal": 1, "comment": f"{mark}\n{text}".encode()}
-    elif ending == ".webp":
+    else:
         exif = Image.Exif()
         exif[0x010E] = text  # ImageDescription
         options |= {"quality": 90, "exif": exif}
-    else:
-        chunks = PngImagePlugin.PngInfo()
-        chunks.add_text("parameters", text)
-        options |= {"pnginfo": chunks}
     file = io.BytesIO()
     try:
         pictures[0].save(file, ending[1:], save_all=True, append_images=pictures[1:], **options)

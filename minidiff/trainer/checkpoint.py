@@ -208,8 +208,6 @@ def find(settings: TrainSettings) -> Path | None:
 def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     """Refuse to go on with other settings or data than the run was made of; the SettingsError lists the differences."""
     # None, False, 0 and an empty value count as missing: a checkpoint from before a flag existed still fits.
-    if saved.get("bf16_weights"):
-        raise SettingsError(f"{path} was trained with --bf16_weights, which minidiff no longer has; take another --output_dir.")
     keys = [k for k in {**saved, **now} if (saved.get(k) or None) != (now.get(k) or None)]
     if keys:
         short = [{k: f"{json.dumps(values.get(k), ensure_ascii=False):.60}" for k in keys} for values in (saved, now)]

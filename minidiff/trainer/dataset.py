@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from minidiff.core.errors import DataError, did_you_mean
 from minidiff.draw.images import open_image
@@ -63,45 +63,13 @@ def read_folder(
 
     Without `captions`, the prompt is for all. Raises DataError for the first error. One notice names files that are not used.
     """
-    scan = scan_folder(folder, prompt, caption_column, masks, captions, image_column)
+    scan = Scan(prompt, caption_column, masks, captions, image_column).of(folder)
     if scan.errors:
         more = len(scan.errors) - 1
         raise DataError(scan.errors[0] + (f"\n{more} more: minidiff data check {folder} lists them all." if more else ""))
     for notice in scan.notices:
         print(f"Note: {notice}", file=sys.stderr)
     return scan.examples
-
-
-def scan_folder(
-    folder: Path, prompt: str | None, caption_column: str | None = None, masks: bool = False, captions: bool = True,
-    image_column: str = "file_name",
-) -> "Scan":  # fmt: skip
-    """Like `read_folder`, but collects all errors instead of raising the first."""
-    scan, folder = Scan(prompt, caption_column, masks, captions, image_column), here_or_bundled(folder)
-    if not folder.is_dir():
-        what = "a file, not a folder" if folder.exists() else "no folder that exists"
-        scan.errors.append(f"{folder} is {what}; give the folder of the pictures.{near_path(str(folder))}")
-        return scan
-    inside = sorted(folder.iterdir())
-    flat = any(is_picture(p) or p.name in METADATA for p in inside)
-    below = [] if flat or kohya_in(folder) else [p for p in inside if p.is_dir() and kohya_in(p)]
-    if len(below) == 1:  # the folder above the one that is wanted
-        folder, inside = below[0], sorted(below[0].iterdir())
-    kohya = [folder] if flat and prompt is None and KOHYA.match(folder.name) else [] if flat else kohya_in(folder)
-    for path in kohya:
-        repeats, words = path.name.split("_", maxsplit=1)
-        scan.read(path, words.strip(), int(repeats))
-    if not kohya:
-        scan.read(folder)
-    elif not flat:
-        scan.unused(folder, [p.name for p in inside if p not in kohya])
-    without = [e.path.name for e in scan.examples if e.mask is None] if masks else []
-    if without and len(without) == len(scan.examples):
-        wanted = f'{Path(without[0]).stem}{MASK} beside {without[0]}, or a column "mask" in the metadata'
-        scan.errors.append(f"{folder}: no picture has a mask, and --masked_loss needs some: {wanted}.")
-    else:
-        scan.notice(f"{folder}: without a mask, and so learnt as a whole", without)
-    return scan
 
 
 def kohya_in(folder: Path) -> list[Path]:
@@ -114,9 +82,9 @@ class Scan:
     """The contents of a folder: examples without errors, all errors, and notices, which do not stop a training run."""
 
     prompt: str | None  # of pictures without a caption; None: all have one
-    caption_column: str | None
-    masks: bool
-    captions: bool  # False: the prompt is for all
+    caption_column: str | None = None
+    masks: bool = False
+    captions: bool = True  # False: the prompt is for all
     image_column: str = "file_name"
     examples: list[Example] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -138,6 +106,34 @@ class Scan:
     def unused(self, folder: Path, names: list[str]) -> None:
         """One notice; files of one kind stand together."""
         self.notice(f"{folder}: not used", sorted(names, key=lambda name: (Path(name).suffix.lower(), name)), most=50)
+
+    def of(self, folder: Path) -> Self:
+        """All examples of a folder, or those of the folders in it; all errors and notices."""
+        folder = here_or_bundled(folder)
+        if not folder.is_dir():
+            what = "a file, not a folder" if folder.exists() else "no folder that exists"
+            self.errors.append(f"{folder} is {what}; give the folder of the pictures.{near_path(str(folder))}")
+            return self
+        inside = sorted(folder.iterdir())
+        flat = any(is_picture(p) or p.name in METADATA for p in inside)
+        below = [] if flat or kohya_in(folder) else [p for p in inside if p.is_dir() and kohya_in(p)]
+        if len(below) == 1:  # the folder above the one that is wanted
+            folder, inside = below[0], sorted(below[0].iterdir())
+        kohya = [folder] if flat and self.prompt is None and KOHYA.match(folder.name) else [] if flat else kohya_in(folder)
+        for path in kohya:
+            repeats, words = path.name.split("_", maxsplit=1)
+            self.read(path, words.strip(), int(repeats))
+        if not kohya:
+            self.read(folder)
+        elif not flat:
+            self.unused(folder, [p.name for p in inside if p not in kohya])
+        without = [e.path.name for e in self.examples if e.mask is None] if self.masks else []
+        if without and len(without) == len(self.examples):
+            wanted = f'{Path(without[0]).stem}{MASK} beside {without[0]}, or a column "mask" in the metadata'
+            self.errors.append(f"{folder}: no picture has a mask, and --masked_loss needs some: {wanted}.")
+        else:
+            self.notice(f"{folder}: without a mask, and so learnt as a whole", without)
+        return self
 
     def read(self, folder: Path, fallback: str | None = None, repeats: int = 1) -> None:
         """Read one folder, without those in it. `fallback` is the caption of pictures that have none."""

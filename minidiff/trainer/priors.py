@@ -54,7 +54,8 @@ def class_examples(pipe: StableDiffusionPipeline, settings: FineTuneSettings, si
         dtype = DTYPES[s.prior_generation_precision.replace("fp32", "no")]
         batches = [files[k : k + s.sample_batch_size] for k in range(0, len(files), s.sample_batch_size)]
         for some in progress(batches, "batch", "drawing class pictures", show=bool(files)):
-            seeds = [class_seed(s.seed, int(file.stem[-5:])) for file in some]
+            numbers = (int(file.stem[-5:]) for file in some)
+            seeds = [hashed_seed(s.seed, "class picture", i) % 2**32 for i in numbers]  # 32 bits, as in other programs
             steps, scale = s.validation_inference_steps, s.validation_guidance_scale
             prompts = [literal(prompt)] * len(some)
             with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
@@ -64,11 +65,6 @@ def class_examples(pipe: StableDiffusionPipeline, settings: FineTuneSettings, si
                 save_png(image, file, {"parameters": generation_text(prompt, "", how)})
     distributed.world().wait()
     return read_folder(folder, prompt, captions=False)
-
-
-def class_seed(seed: int, i: int) -> int:
-    """The seed of class picture i, in 32 bits, which other programs accept too."""
-    return hashed_seed(seed, "class picture", i) % 2**32
 
 
 def class_settings(settings: FineTuneSettings) -> FineTuneSettings:

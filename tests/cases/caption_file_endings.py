@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from minidiff.trainer.dataset import scan_folder
+from minidiff.trainer.dataset import Scan
 
 bad = 0
 for picture, caption in (("IMG_1.JPG", "IMG_1.TXT"), ("a.jpg", "a.jpg.txt"), ("a.png", "a.caption")):
@@ -17,7 +17,7 @@ for picture, caption in (("IMG_1.JPG", "IMG_1.TXT"), ("a.jpg", "a.jpg.txt"), ("a
         (top / inside).mkdir(exist_ok=True)
         Image.new("RGB", (128, 128)).save(top / inside / picture)
         (top / inside / caption).write_text("a red square")
-        scan = scan_folder(top, None)
+        scan = Scan(None).of(top)
         captions = [example.caption for example in scan.examples]
         print(f"{inside}/{caption}: captions {captions}, errors {[e.replace(str(top), '')[:120] for e in scan.errors]}, notices {[n.replace(str(top), '') for n in scan.notices]}")
         told = any(caption in text for text in scan.errors)

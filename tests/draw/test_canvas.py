@@ -310,8 +310,6 @@ def test_bad_tile_size(pipe: StableDiffusionPipeline) -> None:
     for size in (0, -64, 14, 31):
         with pytest.raises(SettingsError, match=rf"tile_size is {size}; it must be a multiple of 2, at least 16"):
             pipe.set_tile_size(size)
-    with pytest.raises(SettingsError, match="do not advance"):
-        starts(10, 4, 4)
 
 
 def test_an_inpainting_model_without_picture_or_mask(inpainter: StableDiffusionPipeline) -> None:

@@ -190,7 +190,7 @@ def moving(count: int, size: tuple[int, int] = (40, 24)) -> list[Image.Image]:
     return frames
 
 
-@pytest.mark.parametrize(("suffix", "apart"), [("gif", 24), ("webp", 24), ("png", 0)])
+@pytest.mark.parametrize(("suffix", "apart"), [("gif", 24), ("webp", 24)])
 def test_every_frame_is_in_the_file_and_it_never_ends(tmp_path: Path, suffix: str, apart: int) -> None:
     frames = moving(7)
     save_animation(iter(frames), tmp_path / "new" / f"a.{suffix}", 12)
@@ -220,7 +220,7 @@ def test_still_parts_of_a_gif_stand_still(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.mp4", "a"])
 def test_a_wrong_ending_is_told(tmp_path: Path, name: str) -> None:
-    with pytest.raises(SettingsError, match="ends in .gif, .webp or .png"):
+    with pytest.raises(SettingsError, match="ends in .webp or .gif"):
         save_animation(moving(2), tmp_path / name, 12)
     assert not os.listdir(tmp_path)
 
@@ -230,7 +230,7 @@ def test_a_wrong_ending_is_told_before_a_frame_is_drawn(tmp_path: Path) -> None:
         raise AssertionError("drawn")
         yield
 
-    with pytest.raises(SettingsError, match="GIF, WebP or APNG"):
+    with pytest.raises(SettingsError, match="WebP or GIF"):
         save_animation(frames(), tmp_path / "a.avi", 12)  # type: ignore[arg-type]
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from test_cli import refused
 
 from minidiff.cli.main import main
-from minidiff.trainer.dataset import Scan, scan_folder
+from minidiff.trainer.dataset import Scan
 from minidiff.trainer.pictures import as_table, bucket_sizes, check_scan
 
 
@@ -21,7 +21,7 @@ def picture(path: Path, colour: tuple[int, ...] = (255, 0, 0), mode: str = "RGB"
 
 
 def check(folder: Path, prompt: str | None = "p", masks: bool = False, buckets: bool = False) -> Scan:
-    scan = scan_folder(folder, prompt, None, masks)
+    scan = Scan(prompt, None, masks).of(folder)
     check_scan(scan, bucket_sizes(32, 4) if buckets else [(32, 32)])
     return scan
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from minidiff.core.errors import DataError
-from minidiff.trainer.dataset import Example, read_folder, scan_folder
+from minidiff.trainer.dataset import Example, Scan, read_folder
 
 
 def picture(path: Path, size: tuple[int, int] = (40, 32), colour: tuple[int, int, int] = (255, 0, 0)) -> Path:
@@ -202,9 +202,9 @@ def test_no_folder(folder: Path) -> None:
 
 
 def test_every_mistake_is_collected(folder: Path) -> None:
-    """read_folder names the first and says how many there are; scan_folder has them all, and what is right."""
+    """read_folder names the first and says how many there are; Scan has them all, and what is right."""
     jsonl(folder, {"file_name": "c.png", "text": "c"}, {"file_name": "b.PNG", "text": "b"}, {"file_name": "a.jpg", "text": ""})
-    scan = scan_folder(folder, None)
+    scan = Scan(None).of(folder)
     assert [e.caption for e in scan.examples] == ["b"] and len(scan.errors) == 2
     assert "line 1: there is no file 'c.png'" in scan.errors[0] and 'line 3: "text" is empty' in scan.errors[1]
     with pytest.raises(DataError, match=r"line 1: there is no file.*\n1 more: minidiff data check .* lists them all"):
@@ -213,7 +213,7 @@ def test_every_mistake_is_collected(folder: Path) -> None:
 
 def test_a_picture_without_a_caption_is_no_stray(folder: Path) -> None:
     (folder / "notes.md").write_text("x")
-    scan = scan_folder(folder, None)
+    scan = Scan(None).of(folder)
     assert len(scan.errors) == 1 and scan.notices == [f"{folder}: not used: notes.md."]
 
 

@@ -137,15 +137,17 @@ def test_completion_is_installed_once(
         main(["completion"])
     assert "tcsh" in capsys.readouterr().err
     if shutil.which("bash"):
+        monkeypatch.setenv("PYTHONPATH", str(README.parent))
         for line, wanted in {
             "minidiff tr": ["train"],
             "minidiff train p": ["pivotal"],
-            "minidiff sample --num_i": ["--num_inference_steps", "--num_images_per_prompt"],
+            "minidiff sample --num_i": ["--num_images_per_prompt", "--num_inference_steps"],
             "minidiff train lora --con": ["--config"],
             "minidiff sample dog": [],
         }.items():
             words = line.split()
-            script = f'source "{tmp_path}/.config/minidiff/completion.bash"; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}'
+            script = f'minidiff() {{ {sys.executable} -m minidiff "$@"; }}; source {tmp_path}/.config/minidiff/completion.bash'
+            script += f"; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}"
             command = ["bash", "-c", f'{script}; _minidiff; printf "%s\\n" "${{COMPREPLY[@]}}"']
             assert subprocess.run(command, capture_output=True, text=True).stdout.split() == wanted, line
 

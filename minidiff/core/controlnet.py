@@ -49,6 +49,8 @@ class HintEncoder(nn.Module):
 class ControlNetModel(Encoder):
     """For latents and a hint it finds what is to be added to the skips and the bottom of a U-Net."""
 
+    config: ControlNetConfig
+
     def __init__(self, config: ControlNetConfig) -> None:
         super().__init__(config)
         self.bgr = config.controlnet_conditioning_channel_order == "bgr"

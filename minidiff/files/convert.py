@@ -18,6 +18,7 @@ from minidiff.core.config import SD15_UNET
 from minidiff.core.errors import AdapterError, SettingsError, WeightsError
 from minidiff.core.lora import LoRAWeights
 from minidiff.files.atomic import PICKLES, called
+from minidiff.files.controlnet import read_controlnet, write_controlnet
 from minidiff.files.looks import FAMILIES, cross_attention_width, kind_of
 from minidiff.files.lora_file import read_lora, save_lora
 from minidiff.files.model import SINGLE_FILE, cast, empty_model, read_again, read_model, write_model
@@ -50,7 +51,7 @@ def convert(source: Path, place: Path, to: str, flags: Mapping[str, Any]) -> lis
         if ignored := [flag for flag in flags if flag not in names]:
             raise SettingsError(f"{path} is {kind}, for which --{ignored[0]} means nothing; leave it out.")
         is_file = to in ("ldm", "safetensors")
-        if kind in ("a model", "a pickle") and (place.suffix == SINGLE_FILE) != is_file:
+        if kind in ("a model", "a ControlNet", "a pickle") and (place.suffix == SINGLE_FILE) != is_file:
             form = f"a file that ends in {SINGLE_FILE}" if is_file else "a folder"
             raise SettingsError(f"{place}: {kind} in the form {to} is {form}; choose another name, or another --to.")
         return write(path, place, to, *(flags.get(name) for name in names))
@@ -86,6 +87,14 @@ def convert_model(path: Path, place: Path, to: str, dtype: torch.dtype | None, *
     return [moved(before, read_again(model, place).weights())]
 
 
+def convert_controlnet(path: Path, place: Path, to: str, dtype: torch.dtype | None, like: str | None) -> list[str]:
+    """`like` is the folder of a model with the sizes of a single file that is of none of the known families."""
+    unet = empty_model(like).unet.config if like else None
+    net = read_controlnet(path, None, unet)
+    write_controlnet(net, place, dtype)
+    return [moved(net.state_dict(), read_controlnet(place, None, net.config).state_dict())]
+
+
 def convert_pickle(path: Path, place: Path, to: str) -> list[str]:
     before = {key or "tensor": tensor for key, tensor in read_header(path).read().items()}
     save(before, place)
@@ -97,6 +106,7 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[..., list[str]
     "a pickle": (("safetensors",), (), convert_pickle),
     "a LoRA": (("diffusers", "kohya", "peft"), ("alpha", "dtype", "pretrained_model_name_or_path"), convert_lora),
     "a textual inversion": (("diffusers", "kohya"), ("token",), convert_word),
+    "a ControlNet": (("diffusers", "ldm"), ("dtype", "pretrained_model_name_or_path"), convert_controlnet),
     "a model": (("diffusers", "ldm"), ("dtype", "pretrained_model_name_or_path", *IN_ONE_FILE), convert_model),
 }
 

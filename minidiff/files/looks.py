@@ -26,7 +26,6 @@ LOOKS = (  # how a file can look, by the beginning of any of its names; the firs
     (r"conditioner\.", "an SDXL single file"),
     (r"cond_stage_model\.model\.", "an SD 2.x {inputs}single file in the LDM layout"),
     (r"model\.diffusion_model\.", "an {family} {inputs}single file in the LDM layout"),
-    (r"control_model\.|controlnet_cond_embedding\.|input_hint_block\.", "a ControlNet"),
     (r"time_embedding\.", "an {family} {inputs}U-Net in the diffusers layout"),
     (r"input_blocks\.", "an {family} {inputs}U-Net in the LDM layout, without VAE and text encoder"),
     (r"decoder\.mid_block\.", "a VAE in the diffusers layout"),
@@ -34,6 +33,14 @@ LOOKS = (  # how a file can look, by the beginning of any of its names; the firs
     (r"vision_model\.|visual\.", "a CLIP model with an image encoder"),
 )
 
+CONTROL_FORMS = {  # ControlNets and their relatives, by the beginning of any of their names; the first that fits
+    "difference": "ControlNet as differences to its base model",
+    "lora_controlnet": "Control-LoRA",
+    "control_add_embedding.": "union ControlNet",
+    "task_embedding": "union ControlNet",
+    "lllite_unet": "ControlNet-LLLite",
+    **dict.fromkeys(("control_model.", "controlnet_cond_embedding.", "input_hint_block."), "ControlNet"),
+}
 IP_FORMS = {  # IP-Adapters, by the beginning of any of their names; the first that fits
     "id_encoder.": "PhotoMaker",
     "image_proj.perceiver_resampler.": "FaceID plus",
@@ -49,6 +56,9 @@ def describe(tensors: Mapping[str, HasShape]) -> str:
     if not tensors:
         return "an empty file"
     width = cross_attention_width(tensors)
+    if form := controlnet_form(tensors):
+        family = f" for {FAMILIES.get(width, 'another model')} (cross-attention width {width})" if width else ""
+        return f"a {form}{family}" if form == "ControlNet" else f"a {form}, which minidiff does not read"
     if form := ip_adapter_form(tensors):
         family = FAMILIES.get(width or 0, f"cross-attention width {width}")
         return "a PhotoMaker, for SDXL" if form == "PhotoMaker" else f"an IP-Adapter of the form {form}, for {family}"
@@ -68,6 +78,11 @@ def describe(tensors: Mapping[str, HasShape]) -> str:
     return f'nothing that minidiff knows: {len(tensors)} tensors, the first is "{next(iter(tensors))}"'
 
 
+def controlnet_form(tensors: Mapping[str, HasShape]) -> str | None:
+    """The form of a ControlNet or one of its relatives; None for any other file."""
+    return next((form for start, form in CONTROL_FORMS.items() if any(key.startswith(start) for key in tensors)), None)
+
+
 def ip_adapter_form(tensors: Mapping[str, HasShape]) -> str | None:
     """The form of an IP-Adapter or one of its relatives; None for any other file."""
     form = next((form for start, form in IP_FORMS.items() if any(key.startswith(start) for key in tensors)), None)
@@ -77,6 +92,8 @@ def ip_adapter_form(tensors: Mapping[str, HasShape]) -> str | None:
 
 def kind_of(tensors: Mapping[str, HasShape]) -> str:
     """As `convert` and `inspect` go about it."""
+    if form := controlnet_form(tensors):
+        return "a ControlNet" if form == "ControlNet" else "a model"
     if ip_adapter_form(tensors):  # that of a FaceID holds a LoRA, too
         return "a model"
     return "a LoRA" if lora_dialect(tensors) else "a textual inversion" if is_embedding(tensors) else "a model"

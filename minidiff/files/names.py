@@ -10,7 +10,7 @@ a table of module prefixes, made for given numbers of levels and layers, and rea
 import re
 from collections.abc import Iterator, Mapping
 
-from minidiff.core.config import UNetConfig, VAEConfig
+from minidiff.core.config import ControlNetConfig, UNetConfig, VAEConfig
 from minidiff.files.text_files import PREFIX as CLIP
 
 UNET_PREFIX = "model.diffusion_model."
@@ -68,6 +68,18 @@ def _unet_blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
         yield f"mid_block.{middle}", f"middle_block.{j}"
     yield "conv_norm_out", "out.0"
     yield "conv_out", "out.2"
+
+
+def controlnet_table(config: ControlNetConfig) -> dict[str, str]:
+    """Module prefixes of a ControlNet, diffusers -> LDM: the U-Net's way down, and what a ControlNet alone has."""
+    up = ("up_blocks.", "conv_norm_out", "conv_out")
+    table = {ours: theirs for ours, theirs in unet_table(config).items() if not ours.startswith(up)}
+    skips = len(config.down_block_types) * (config.layers_per_block + 1)
+    table |= {f"controlnet_down_blocks.{k}": f"zero_convs.{k}.0" for k in range(skips)}
+    convs = 2 * len(config.conditioning_embedding_out_channels) - 2
+    hint = ["conv_in", *(f"blocks.{j}" for j in range(convs)), "conv_out"]
+    table |= {f"controlnet_cond_embedding.{ours}": f"input_hint_block.{2 * i}" for i, ours in enumerate(hint)}
+    return table | {"controlnet_mid_block": "middle_block_out.0"}
 
 
 def vae_table(config: VAEConfig) -> dict[str, str]:

@@ -110,3 +110,15 @@ def test_latents(folder: Path, call: dict[str, Any]) -> None:
     ours, theirs = latents
     assert ours.shape == theirs.shape and theirs.isfinite().all() and theirs.std() > 0.01
     assert (ours - theirs).abs().max() <= 5e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("config", [TINY_UNET, TINY_SD2], ids=["SD 1", "SD 2"])
+def test_a_single_file_through_diffusers_converter(config: UNetConfig, tmp_path: Path) -> None:
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+    from safetensors.torch import load_file
+
+    net = ControlNetModel.from_unet(UNet2DConditionModel(config), WIDTHS)
+    write_controlnet(net, tmp_path / "net.safetensors")
+    back = convert_controlnet_checkpoint(load_file(tmp_path / "net.safetensors"), config_values(net.config, "ControlNetModel"))
+    assert back.keys() == net.state_dict().keys()
+    assert all(torch.equal(back[key].reshape(tensor.shape), tensor) for key, tensor in net.state_dict().items())

@@ -171,13 +171,16 @@ def from_toml(kind: type[T], path: Path) -> T:
         values = tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"{path}: cannot be read as TOML settings: {error}.") from error
+    return settings_from(kind, values, str(path))
+
+
+def settings_from(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Settings from values by name, with lists for tuples. Raises SettingsError as `from_toml` does; `where` they stand."""
     hints = get_type_hints(kind)
-    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    for key, value in values.items():
-        if key not in known:
-            raise SettingsError(f'{path}: "{key}" is no setting of this task.{did_you_mean(key, known)}')
-        if not fits(value, hints[key]):
-            kind_of = hints[key].__name__ if type(hints[key]) is type else str(hints[key]).replace("typing.", "")
-            raise SettingsError(f"{path}: {key} = {value!r:.60} has the wrong type; it must be {kind_of}.")
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    check_names(where, values, [field.name for field in fields(kind)])  # type: ignore[arg-type]
+    for name, value in values.items():
+        if not fits(value, hints[name]):
+            kind_of = hints[name].__name__ if type(hints[name]) is type else str(hints[name]).replace("typing.", "")
+            raise SettingsError(f"{where}: {name} = {value!r:.60} has the wrong type; it must be {kind_of}.")
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return kind(**given)

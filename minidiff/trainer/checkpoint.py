@@ -149,6 +149,13 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
+def last_good(folder: Path) -> str:
+    """For messages: from where a run that failed goes on."""
+    good = latest(folder)
+    again = "--resume_from_checkpoint latest continues from it."
+    return f"The last good checkpoint is {good}. {again}" if good else "No checkpoint had been saved yet."
+
+
 def prune(folder: Path, keep: int | None, step: int) -> None:
     """After `step`, take away all but the `keep` newest whole checkpoints (None: keep all), and what `sweep` takes.
 

@@ -205,11 +205,9 @@ def budgeted(task: Job, settings: FineTuneSettings) -> Iterator[FineTuneSettings
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        good = checkpoint.latest(Path(settings.output_dir))
-        resume = f"The last checkpoint is {good}. --resume_from_checkpoint latest continues from it."
         raise MinidiffError(
             f"out of memory while training.\n{need}\nWhat helps: --fit with the memory that there is, which switches on "
-            f"savings; {HINTS}.\n{resume if good else 'No checkpoint had been saved yet.'}"
+            f"savings; {HINTS}.\n{checkpoint.last_good(Path(settings.output_dir))}"
         ) from error
     if peak := peak_memory(next(iter(task.trainable.values())).device.type):
         print(f"  {'measured peak':20}{peak / MIB:9,.1f} MiB")

@@ -12,14 +12,14 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from minidiff.core.errors import MinidiffError, SettingsError
+from minidiff.core.errors import MinidiffError
 from minidiff.draw.habits import StableDiffusionPipeline
 from minidiff.draw.speed import keep_memory
 from minidiff.files.controlnet import read_controlnet
 from minidiff.files.lora_file import read_lora
-from minidiff.files.values import check_names, fits, texts_of
+from minidiff.files.values import settings_from, texts_of
 from minidiff.files.word_file import read_embedding
 from minidiff.trainer import memory
 from minidiff.trainer import settings as kinds
@@ -43,18 +43,14 @@ class Lines(io.TextIOBase):
 
 def settings_of(kind: type[kinds.FineTuneSettings], given: dict[str, Any]) -> kinds.FineTuneSettings:
     """The settings that keywords give. SettingsError for an unknown name, or a value of the wrong type."""
-    hints = get_type_hints(kind)
     if not given.get("prompt") and not issubclass(kind, kinds.WordSettings):  # then each picture has a caption of its own
         given = {"train_data_dir" if name == "pictures" else name: value for name, value in given.items()}
     given = {SHORT.get(name, name): str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    check_names("the recipe", given, [field.name for field in fields(kind)])
-    for name, value in given.items():
-        if not fits(list(value) if isinstance(value, tuple) else value, hints[name]):
-            raise SettingsError(f"--{name} is {value!r}, which has the wrong type.")
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    if values.get("preset") in POCKET:
-        values = preset_values(values["preset"], kind(**values).pretrained_model_name_or_path) | values
-    return kind(**values)
+    if given.get("preset") in POCKET:
+        base = given.get("pretrained_model_name_or_path", kind.pretrained_model_name_or_path)
+        given |= {name: value for name, value in preset_values(given["preset"], base).items() if name not in given}
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    return settings_from(kind, lists, "the recipe")
 
 
 def keywords(text: str) -> str:

@@ -60,7 +60,8 @@ def fit(job: Job, settings: TrainSettings) -> Report:
     settings.check()
     total, world = settings.updates(job.samples_per_epoch), distributed.world()
     world.check(settings.train_batch_size)
-    device = check_trainable(job, settings)
+    device = next(iter(job.trainable.values())).device.type
+    check_precision(settings.mixed_precision, device)
     if isinstance(settings, FineTuneSettings) and settings.compile:
         compile_unet(job.modules["unet"])
     run = Run(distributed.own_share(job, world, settings.train_batch_size), settings, total, world)
@@ -299,11 +300,8 @@ class Run:
         return self.ema.applied() if self.ema else nullcontext()
 
     def _advice(self) -> str:
-        return f"Nothing was saved over. {self._last_good()} Try a lower --learning_rate, or --mixed_precision no."
-
-    def _last_good(self) -> str:
-        good = checkpoint.latest(self.folder)
-        return f"The last good checkpoint is {good}." if good else "No checkpoint had been saved yet."
+        good = checkpoint.last_good(self.folder)
+        return f"Nothing was saved over. {good} Try a lower --learning_rate, or --mixed_precision no."
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -311,21 +309,11 @@ class Run:
         try:
             yield
         except OSError as error:
-            again = "Make room, then go on with --resume_from_checkpoint latest."
-            raise MinidiffError(f"{self.folder}: {what} could not be written ({error}). {self._last_good()} {again}") from error
+            good = checkpoint.last_good(self.folder)
+            raise MinidiffError(f"{self.folder}: {what} could not be written ({error}). Make room. {good}") from error
 
 
 # --- around the loop ---------------------------------------------------------------------------------------------------
-
-
-def check_trainable(job: Job, settings: TrainSettings) -> str:
-    """Trained weights are fp32 (fp16 would lose steps below 2^-11 of a weight). Returns the type of their device."""
-    wrong = [name for name, p in job.trainable.items() if p.dtype != torch.float32 or not p.requires_grad]
-    if wrong or not job.trainable:
-        raise RuntimeError(f"a task trains fp32 parameters that require gradients; not so: {wrong[:5] or 'none'}")
-    device = next(iter(job.trainable.values())).device.type
-    check_precision(settings.mixed_precision, device)
-    return device
 
 
 @contextmanager

@@ -295,7 +295,7 @@ def test_a_full_disk_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_previews_and_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minidiff.trainer.run.loss_curve", loss_curve)  # which no other test draws
+    monkeypatch.setattr("minidiff.trainer.run.loss_curve", loss_curve)
     settings = into(tmp_path, validation_steps=3)
     task, seen = toy(settings), []
 
@@ -363,7 +363,8 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path, damage: str) ->
     assert all(p.eq(0).all() for p in task.trainable.values())  # nothing was loaded halfway
 
 
-def test_validation_is_in_the_metrics_and_in_the_curve(tmp_path: Path) -> None:
+def test_validation_is_in_the_metrics_and_in_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minidiff.trainer.run.loss_curve", loss_curve)
     settings = into(tmp_path, validation_steps=3, use_ema=True, ema_decay=0.5)
     task, seen = toy(settings), []
 

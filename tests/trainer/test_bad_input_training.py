@@ -28,7 +28,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,7 +46,7 @@ from minidiff.core.schedule import add_noise
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.weights import read_header, save
 from minidiff.trainer import checkpoint
-from minidiff.trainer.run import check_trainable
+from minidiff.trainer.task import check_precision
 
 Said = Callable[..., str]
 WORD: dict[str, Any] = {"method": "textual_inversion", "data": "--instance_data_dir"}
@@ -287,9 +286,8 @@ def test_case_22_fp16_on_the_cpu(says: Said) -> None:
 
 def test_case_22_bf16_on_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    weight: Any = SimpleNamespace(dtype=torch.float32, requires_grad=True, device=torch.device("cuda"))
     with pytest.raises(SettingsError, match="--mixed_precision bf16 is more than this GPU can do; use fp16"):
-        check_trainable(SimpleNamespace(trainable={"w": weight}), SimpleNamespace(mixed_precision="bf16"))  # type: ignore[arg-type]
+        check_precision("bf16", "cuda")
 
 
 def test_case_22_out_of_memory(says: Said, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no folder": ({"pictures": "nowhere", "prompt": PROMPT}, DataError, "nowhere"),
     "of another program": ({"step": 3}, SettingsError, "the recipe has no step. Did you mean max_train_steps?"),
     "unknown": ({"ranks": 3}, SettingsError, 'the recipe has no ranks. Did you mean rank?'),
-    "a type": ({"rank": "3"}, SettingsError, "rank is '3', which has the wrong type"),
+    "a type": ({"rank": "3"}, SettingsError, "rank = '3' has the wrong type; it must be int"),
     "a range": ({"rank": 0}, SettingsError, "^rank must be at least 1; it is 0"),
     "a pair": ({"center_crop": False}, SettingsError, "^cache_latents cannot be joined with center_crop=False"),
 }

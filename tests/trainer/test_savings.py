@@ -184,7 +184,7 @@ def test_running_out_of_memory(
         "--rank",
     ]
     assert [said.index(hint) for hint in hints] == sorted(said.index(hint) for hint in hints)
-    assert f"The last checkpoint is {tmp_path / 'out' / 'checkpoint-2'}. --resume_from_checkpoint latest" in said
+    assert f"The last good checkpoint is {tmp_path / 'out' / 'checkpoint-2'}. --resume_from_checkpoint latest" in said
 
 
 def test_other_errors_stay_what_they_are(tiny_folder: Path, home: Path) -> None:

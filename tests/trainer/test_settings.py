@@ -38,7 +38,7 @@ def test_toml_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("rnak = 4", 'Did you mean "rank"'),
+        ("rnak = 4", "has no rnak. Did you mean rank"),
         ('rank = "4"', "rank = '4' has the wrong type"),
         ("rank = true", "rank = True"),
         ("random_flip = 1", "random_flip = 1"),

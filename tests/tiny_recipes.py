@@ -68,10 +68,10 @@ def base_of(settings: FineTuneSettings) -> StableDiffusionPipeline:
 
 def trained(task: Job, settings: FineTuneSettings) -> StableDiffusionPipeline:
     """The networks as training left them, in memory; a text encoder that was put away is the base's."""
-    pipe, text_encoder = base_of(settings), task.modules["text_encoder"].eval()
-    pipe.unet = task.modules["unet"].eval()  # type: ignore[assignment]
-    if not next(text_encoder.parameters()).is_meta:
-        pipe.text_encoder = text_encoder  # type: ignore[assignment]
+    pipe = base_of(settings)
+    for name, network in task.modules.items():
+        if not next(network.parameters()).is_meta:
+            setattr(pipe, name, network.eval())
     return pipe
 
 

@@ -79,4 +79,11 @@ class NoiseConfig:
 
 
 SD15_UNET, SD15_VAE = UNetConfig(), VAEConfig()
+SDXL_VAE = replace(SD15_VAE, sample_size=1024, scaling_factor=0.13025)
 SD2_UNET = replace(SD15_UNET, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
+SDXL_UNET = replace(
+    SD2_UNET, sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2, transformer_layers_per_block=(1, 2, 10),
+    up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), addition_embed_type="text_time",
+    addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+)  # fmt: skip

@@ -78,13 +78,13 @@ def textual_inversion(
 class DiffusionLoss:
     """The simple loss of DDPM (arXiv 2006.11239, eq. 14) on latents: || target - unet(x_t, t, *text) ||².
 
-    A batch holds latents and noise (B, C, h, w), t (B,), and text (B, L, D) or token ids (B, L); perhaps a mask (B, 1, h, w),
-    or what an image tower says of pictures, `e` (B, M, E).
+    A batch holds latents and noise (B, C, h, w), t (B,), and text (B, L, D) or token ids (B, L); for SDXL also pooled (B, P)
+    beside text, and embedded sizes (B, 6 width); perhaps a mask (B, 1, h, w), or an image tower's answer, `e` (B, M, E).
     """
 
     unet: nn.Module
     schedule: NoiseSchedule
-    text_encoder: Any = None  # for batches with token ids: it is trained, or has a word that is
+    text_encoder: Any = None  # `TextEncoders`, for batches with token ids: trained, or with a word that is
     snr_gamma: float | None = None  # min-SNR weights
     prior_weight: float = 0.0  # above 0: the second half of a batch is the class
     base: Answer | None = None  # with it, the target of the class half is what the base model predicts
@@ -114,8 +114,10 @@ class DiffusionLoss:
         """The output of the U-Net (B, C, h, w), and its inputs x_t and text (B, L, D), in SDXL also the vector (B, V)."""
         dtype = self.unet.get_parameter("conv_norm_out.weight").dtype  # in which the U-Net computes
         x_t = add_noise(self.schedule, batch["latents"], batch["noise"], batch["t"]).to(dtype)
-        states = self.text_encoder(input_ids=batch["ids"]).last_hidden_state if "ids" in batch else batch["text"]
-        text = [part.to(dtype) for part in (states, batch.get("vector")) if part is not None]
+        text = self.text_encoder(batch["ids"]) if "ids" in batch else [batch[k] for k in ("text", "pooled") if k in batch]
+        text = [part.to(dtype) for part in text]
+        if "sizes" in batch:
+            text[1] = torch.cat([text[1], batch["sizes"].to(dtype)], dim=1)
         net, control = self.controlnet, {}
         if net is not None:
             control = {"control": net(x_t, batch["t"], *text, hint=net.encode_hint(batch["hint"]))}

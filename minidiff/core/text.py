@@ -52,7 +52,7 @@ class TextEncoders(nn.Module):
     Behind the end mark, the second tower has padding of its own, the token "!".
     """
 
-    def __init__(self, towers: Iterable[nn.Module], end: int, pad: int) -> None:
+    def __init__(self, towers: Iterable[nn.Module], end: int = 0, pad: int = 0) -> None:
         super().__init__()
         self.towers, self.end, self.pad = nn.ModuleList(towers), end, pad
 
@@ -68,18 +68,17 @@ class TextEncoders(nn.Module):
         first, second = map(hidden_states, self.towers, (ids, ids.masked_fill(behind, self.pad)))
         states = torch.cat([first[-2 - clip_skip], second[-2 - clip_skip]], dim=-1)
         last = final_norm(self.towers[1], second[-1])
-        return states, cast(Any, self.towers[1]).text_projection(last[torch.arange(len(last)), end.to(last.device)])
+        rows = torch.arange(len(last), device=last.device)
+        return states, cast(Any, self.towers[1]).text_projection(last[rows, end.to(last.device)])
 
 
-def with_sizes(text: tuple[Tensor, ...], sizes: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """SDXL's states and pooled vectors (B, P) -> states and vectors (B, P + 6 width), as the U-Net reads them.
+def embed_sizes(sizes: Tensor, width: int) -> Tensor:
+    """The second half of SDXL's vector, behind the pooled one: sizes (B, 6) -> (B, 6 width), fp32.
 
-    `sizes` (B, 6): height and width of the picture before it was scaled; top and left of its crop; height and width of what
-    is drawn (arXiv 2307.01952, section 2.2). They stay fp32 up to the sinusoids: bf16 would round 1023 to 1024.
+    Height and width of the picture before it was scaled; top and left of its crop; height and width of what is drawn
+    (arXiv 2307.01952, section 2.2). They are never in half precision, in which 4095 is 4096.
     """
-    states, pooled = text
-    sinusoids = timestep_embedding(sizes.to(pooled.device).flatten(), width).reshape(len(sizes), -1)
-    return states, torch.cat([pooled, sinusoids.to(pooled.dtype)], dim=1)
+    return timestep_embedding(sizes.flatten(), width).reshape(len(sizes), -1)
 
 
 def tokenize(tokenizer: "CLIPTokenizer", captions: Sequence[str], placeholders: Mapping[str, Sequence[int]] = {}) -> Tensor:

@@ -215,11 +215,12 @@ class Model:
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> word_file.Embedding:
         """Add the word of a file or folder, under the name `token` if given. Print the result for a one-line summary."""
-        return word_file.load_embedding(self.tokenizer, self.text_encoder, path, token)
+        return word_file.load_embedding(self.tokenizer, [*self.parts.towers.values()], path, token)
 
     def unload_textual_inversion(self) -> None:
-        """Remove every new word; the text encoder is restored to the bit."""
-        textual_inversion.eject(self.text_encoder)
+        """Remove every new word; the text encoders are restored to the bit."""
+        for tower in self.parts.towers.values():
+            textual_inversion.eject(tower)
 
     # --- IP-Adapter ------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.core.generate import Stations, generate
 from minidiff.core.grids import Step
 from minidiff.core.guidance import Text, UNetCall
-from minidiff.core.text import LENGTH, tokenize, with_sizes
+from minidiff.core.text import LENGTH, embed_sizes, tokenize
 from minidiff.core.vae import sample_posterior
 from minidiff.draw.arguments import (
     EMBEDS,
@@ -241,7 +241,10 @@ class StableDiffusionPipeline(Model):
             text = tuple(torch.zeros(len(side), *shape, device=self.device, dtype=self.dtype) for shape in shapes)
         else:
             text = self.encode_text(side.prompts, clip_skip, chunks)
-        return with_sizes(text, torch.tensor([side.sizes] * len(side)), width) if width else text
+        if not width:
+            return text
+        sizes = embed_sizes(torch.tensor([side.sizes] * len(side), device=self.device), width)
+        return text[0], torch.cat([text[1], sizes.to(self.dtype)], dim=1)
 
     def encode_text(self, prompts: Sequence[Prompt], clip_skip: int = 0, chunks: int = 1) -> Text:
         """Parsed prompts -> (B, 77 k, D), in SDXL also (B, P). Equal prompts are encoded once."""

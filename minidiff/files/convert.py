@@ -14,7 +14,6 @@ from zipfile import ZipFile, is_zipfile
 import torch
 from torch import Tensor
 
-from minidiff.core.config import SD15_UNET
 from minidiff.core.errors import AdapterError, SettingsError, WeightsError
 from minidiff.core.lora import LoRAWeights
 from minidiff.files.atomic import PICKLES, called
@@ -61,7 +60,7 @@ def convert_lora(
     path: Path, place: Path, to: str, alpha: float | None, dtype: torch.dtype | None, like: str | None
 ) -> list[str]:
     """`like` is a model's folder: LDM's names count the layers of its U-Net."""
-    lora = read_lora(path, alpha, empty_model(like).unet.config if like else SD15_UNET)
+    lora = read_lora(path, alpha, empty_model(like).unet.config if like else None)
     kinds = {info.dtype for info in read_header(lora.path).tensors.values() if len(info.shape) > 1}
     own = kinds.pop() if len(kinds) == 1 and kinds <= {torch.float16, torch.bfloat16} else torch.float32
     return [str(lora), *rewritten(lora.modules, place, to, dtype or own, kept_metadata(lora.metadata))]
@@ -69,11 +68,12 @@ def convert_lora(
 
 def convert_word(path: Path, place: Path, to: str, token: str | None) -> list[str]:
     old = read_embedding(path, token)
-    new = read_embedding(save_embedding(place, old.word, old.vectors, to, read_header(old.path).metadata))
-    lines = [str(old), f"max |v - v'| = {largest_difference([(old.vectors, new.vectors)]):.3g}"]
+    new = read_embedding(save_embedding(place, old.word, old.vectors, to, read_header(old.path).metadata, old.second))
+    both = [(a, b) for a, b in ((old.vectors, new.vectors), (old.second, new.second)) if a is not None and b is not None]
+    lines = [str(old), f"max |v - v'| = {largest_difference(both):.3g}"]
     if to == "kohya" and place.stem != old.word:
         lines.append(f'Note: programs that read this form take the file\'s name for the word: "{place.stem}".')
-    return lines + for_a1111(to, old.vectors.shape[1])
+    return lines + for_a1111(to, sum(old.widths))
 
 
 def convert_model(path: Path, place: Path, to: str, dtype: torch.dtype | None, *known: str | None) -> list[str]:

@@ -16,7 +16,7 @@ from minidiff.core.lora import LoRAWeights
 from minidiff.files.folder import read_json
 from minidiff.files.looks import kind_of
 from minidiff.files.lora_file import read_lora
-from minidiff.files.lora_module import METADATA, alpha_of
+from minidiff.files.lora_module import COMPONENTS, METADATA, alpha_of
 from minidiff.files.values import listed, printable
 from minidiff.files.weights import TensorFile, find_weights, read_header
 from minidiff.files.word_file import word_of
@@ -98,7 +98,7 @@ def layer_groups(modules: Mapping[str, LoRAWeights]) -> list[str]:
     """Lines such as `128 of the U-Net: rank 8, alpha 8 (to_k, to_out.0, to_q, to_v)`, the largest group first."""
     groups: dict[str, list[str]] = {}
     for name, change in modules.items():
-        component = "text encoder" if name.startswith("text_encoder.") else "U-Net"
+        component = COMPONENTS[name.partition(".")[0]]
         dora = ", DoRA" if change.magnitude is not None else ""
         last = re.findall(r"[^.]+(?:\.\d+)?$", name)[0]  # "to_q", but "to_out.0"
         groups.setdefault(f"of the {component}: rank {change.rank}, alpha {alpha_of(change):g}{dora}", []).append(last)
@@ -121,8 +121,8 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
 
 def word_facts(file: TensorFile) -> Facts:
     words = {key: word_of(key, file.path, file.metadata.get("token"))[1] for key in file.tensors}
-    shapes = {words[key]: (1, *info.shape)[-2:] for key, info in file.tensors.items()}
-    facts: Facts = {"vectors": [f"{name}: {n} of width {width}" for name, (n, width) in shapes.items()]}
+    shapes = [(words[key], *(1, *info.shape)[-2:]) for key, info in file.tensors.items()]
+    facts: Facts = {"vectors": [f"{name}: {n} of width {width}" for name, n, width in shapes]}
     if zero := [key for key, tensor in file.read().items() if not tensor.any()]:
         facts["never trained"] = listed("words, whose vectors are 0", zero).strip()
     return facts

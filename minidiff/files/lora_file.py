@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minidiff.core.config import SD15_UNET, UNetConfig
+from minidiff.core.config import SDXL_UNET, UNetConfig
 from minidiff.core.errors import AdapterError, did_you_mean
 from minidiff.core.inject import adaptable_layers, adapted_layers, adapter_names, lora_layers, set_adapters, wrap
 from minidiff.core.lora import LoRAWeights
@@ -28,7 +28,7 @@ from minidiff.files.atomic import write_bytes
 from minidiff.files.few_steps import suggestion
 from minidiff.files.looks import cross_attention_width
 from minidiff.files.lora_module import COMPONENTS, METADATA, PEFT_CONFIG, alpha_of, flat
-from minidiff.files.lora_names import READ, WRITTEN, Place, adapter_kind, bundled_words, key_of, lora_dialect, place_of
+from minidiff.files.lora_names import READ, WRITTEN, Place, adapter_kind, bundled_words, key_of, lora_dialect, place_of, unet_of
 from minidiff.files.values import listed, printable
 from minidiff.files.weights import TensorFile, TensorInfo, file_at, find_weights, read_header, save
 from minidiff.files.word_file import FILE_NAME as WORD_FILE
@@ -62,7 +62,7 @@ class LoRAFile:
 
     def __str__(self) -> str:
         dora = "DoRA, " if any(weights.magnitude is not None for weights in self.modules.values()) else ""
-        text = sum(name.startswith("text_encoder.") for name in self.modules)
+        text = sum(name.startswith("text_encoder") for name in self.modules)
         of_text = f" ({text} of the text encoder)" if text else ""
         sizes = f"rank {_few(self.ranks.values())}, alpha/r {_few(self.scales.values())}"
         line = f"{self.path}: {self.dialect} style, {dora}{len(self.modules)} layers{of_text}, {sizes}"
@@ -83,18 +83,19 @@ def _few(values: Iterable[float]) -> str:
 def read_lora(
     source: str | Path | TensorFile,
     alpha: float | None = None,
-    config: UNetConfig = SD15_UNET,
+    config: UNetConfig | None = None,
     models: Models | None = None,
     strict: bool = True,
 ) -> LoRAFile:
     """Every layer of an adapter file, or of a folder that diffusers or peft wrote.
 
-    `alpha` is for files that do not say it. `config` is the U-Net in which LDM's names are counted. AdapterError for a tensor
+    `alpha` is for files that do not say it. `config` is the U-Net in which LDM's names are counted; None: as the names
+    show. AdapterError for a tensor
     that belongs to no adapter of an SD model, or, where `models` are given, to none of their layers; with `strict=False` only
     if all are so, and `notes` names those that were left out.
     """
     file = source if isinstance(source, TensorFile) else read_header(find_weights(source, LORA_FILES))
-    modules, left = by_layer(file, config, strict)
+    modules, left = by_layer(file, config or unet_of(file.tensors), strict)
     layers = layers_of(models or {})
     if models is not None:
         left += [info.key for name, parts in modules.items() if name not in layers for info in parts.values()]
@@ -195,7 +196,7 @@ def load_lora(
     for model in models.values():
         check_new(model, adapter_name)
     file = read_header(Path(path) / weight_name if weight_name else find_weights(path, LORA_FILES))
-    lora = read_lora(file, alpha, getattr(models.get("unet"), "config", SD15_UNET), models, strict)
+    lora = read_lora(file, alpha, getattr(models.get("unet"), "config", None), models, strict)
     for component, model in models.items():
         attach(model, of_component(lora.modules, component), adapter_name)
         if lora_layers(model):
@@ -249,15 +250,15 @@ def save_lora(
         raise AdapterError(f'"{dialect}" is no style that minidiff writes.{did_you_mean(dialect, WRITTEN)}')
     if not modules:
         raise AdapterError("there is no adapter to save: it has no layers.")
-    if dialect == "peft" and any(name.startswith("text_encoder.") for name in modules):
+    if dialect == "peft" and any(name.startswith("text_encoder") for name in modules):
         raise AdapterError("a peft folder holds the adapter of one network, and this one is for the text encoder too.")
     if dialect == "peft" and Path(path).suffix == ".safetensors":
         raise AdapterError(f"{path}: peft's adapters are folders of two files; give the name of a folder.")
     path = file_at(path, PEFT_FILE if dialect == "peft" else FILE_NAME)
-    tensors: dict[str, Tensor] = {}
+    tensors, xl = dict[str, Tensor](), unet_of(modules) is SDXL_UNET
     for name, weights in modules.items():
         parts = lora_module.parts_of(name, weights, dialect, torch_dtype)
-        tensors |= {key_of(Place(name, part), dialect): tensor for part, tensor in parts.items()}
+        tensors |= {key_of(Place(name, part), dialect, xl): tensor for part, tensor in parts.items()}
     about = {key: text for key, text in (metadata or {}).items() if key != METADATA}  # another file's, if it is there
     if dialect == "kohya":  # for kohya's scripts and A1111; the scale itself is in the tensors `alpha`
         dims, alphas = {str(w.rank) for w in modules.values()}, {f"{alpha_of(w):g}" for w in modules.values()}

@@ -36,7 +36,7 @@ from minidiff.files.weights import TensorFile, TensorInfo, is_finite
 
 PEFT_CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"
-COMPONENTS = {"unet": "U-Net", "text_encoder": "text encoder"}
+COMPONENTS = {"unet": "U-Net", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations that also change the base's weights
 LONGEST = 500  # letters of a pattern
 LARGEST_ALPHA = 1e30  # JSON has whole numbers of any length, and floats end at 1e308
@@ -180,7 +180,7 @@ def scale_of(
     if "alpha" in parts:
         alpha: Any = tensors[parts["alpha"].key].item() or rank  # kohya's rule: 0 stands for the rank
     elif config := configs[module.partition(".")[0]]:
-        name = module.replace("text_encoder.", CLIP).removeprefix("unet.")
+        name = re.sub(r"^text_encoder(_2)?\.", CLIP, module).removeprefix("unet.")
         if (said := by_pattern(config.get("rank_pattern"), name, config.get("r", rank))) != rank:
             raise AdapterError(f"{path}: {module} has rank {rank}, and its configuration says {said!r}.")
         alpha = by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))

@@ -4,11 +4,12 @@ A name has three pieces: a beginning, the path of a layer, and an ending that sa
 
     unet.                      down_blocks.0.….attn1.to_q    .lora_A.weight          diffusers; lora_B is the way up
     unet.                      down_blocks.0.….attn1.to_q    .lora.down.weight       its SD 1.5 scripts
-    text_encoder.text_model.   encoder.layers.0.….q_proj     .lora_linear_layer.down.weight
+    text_encoder.text_model.   encoder.layers.0.….q_proj     .lora_linear_layer.down.weight; text_encoder_2. is SDXL's second
                                down_blocks.0.….attn1.to_q    .lora_A.weight          its save_lora_adapter
     [unet.]                    ….attn1.processor.to_q        _lora.down.weight       in 2023; to_out stands for to_out.0
     base_model.model.          down_blocks.0.….attn1.to_q    .lora_A[.default].weight    peft
     lora_unet_, lora_te_       down_blocks_0_…_attn1_to_q    .lora_down.weight, .alpha   kohya, A1111, ComfyUI
+    lora_te1_, lora_te2_       input_blocks_4_1_…            .lora_down.weight, .alpha   the same for SDXL, with LDM's names
     lora_unet_, lycoris_       …_resnets_0_conv1             .lora_mid.weight, .dora_scale   LyCORIS
     lora_unet., unet., clip_l.                               .lora_down.weight       OneTrainer: kohya's, with dots
     diffusion_model.           input_blocks.1.1.….to_q       .lora_down.weight       ComfyUI: LDM's names
@@ -16,7 +17,7 @@ A name has three pieces: a beginning, the path of a layer, and an ending that sa
     bundle_emb.                WORD                          .emb_params, .clip_l    a new word beside the LoRA
 
 Any beginning, any path, in dots or underscores, with diffusers' or LDM's names, and any ending are read together. minidiff
-calls layers by component and path, "unet.….attn1.to_q" and "text_encoder.encoder.layers.0.self_attn.q_proj", and parts "down",
+calls layers by component and path, "unet.….attn1.to_q" and "text_encoder.encoder.layers.0.self_attn.q_proj", parts "down",
 "up", "mid", "alpha", "magnitude" and "dora_scale".
 """
 
@@ -25,7 +26,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
-from minidiff.core.config import UNetConfig
+from minidiff.core.config import SD15_UNET, SDXL_UNET, UNetConfig
 from minidiff.files import names
 
 
@@ -88,6 +89,7 @@ def adapter_kind(keys: Iterable[str]) -> str:
 BEGINNINGS = {  # whose layer follows; after any other, the path says it
     "unet": r"lora_unet[._]|unet\.|(?:model\.)?diffusion_model\.|lycoris_",
     "text_encoder": r"lora_te1?[._]|text_encoder\.|(?:text_encoders\.)?clip_l\.(?:transformer\.)?",
+    "text_encoder_2": r"lora_te2[._]|text_encoder_2\.|(?:text_encoders\.)?clip_g\.(?:transformer\.)?",
     "either": r"(?:base_model\.model\.)?",
 }
 ENDINGS = {
@@ -107,12 +109,12 @@ def one_of(patterns: dict[str, str]) -> str:
 
 NAME = re.compile(rf"{one_of(BEGINNINGS)}(?:text_model[._])?(?P<path>.+?){one_of(ENDINGS)}")
 WORD = re.compile(  # of a path: those with an underscore inside, in diffusers, CLIP and LDM; then any other
-    r"(?:down|up|mid|transformer|input|middle|output)_blocks?|time_embedding|time_emb_proj|time_embed|linear_\d|to_(?:[qkv]|out)|"
+    r"(?:down|up|mid|transformer|input|middle|output)_blocks?|time_embedding|time_emb_proj|time_embed|add_embedding|label_emb|linear_\d|to_(?:[qkv]|out)|"
     r"(?:conv|proj)_(?:in|out)|conv_shortcut|(?:[qkv]|out)_proj|self_attn|(?:in|out|emb)_layers|skip_connection|[a-z0-9]+"
 )
-UNET = re.compile(  # every linear layer and convolution of an SD 1.x U-Net
-    r"conv_in|conv_out|time_embedding\.linear_[12]|((down|up)_blocks\.\d+|mid_block)\.("
-    r"attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.0\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)))|"
+UNET = re.compile(  # every linear layer and convolution of a U-Net
+    r"conv_in|conv_out|(?:time|add)_embedding\.linear_[12]|((down|up)_blocks\.\d+|mid_block)\.("
+    r"attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)))|"
     r"resnets\.\d+\.(conv1|conv2|time_emb_proj|conv_shortcut)|(down|up)samplers\.0\.conv)"
 )
 TEXT = re.compile(r"encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")  # and of its text encoder
@@ -133,8 +135,9 @@ def place_of(key: str, config: UNetConfig) -> Place | None:
     unet = re.sub(r"\.processor\.to_out$", ".to_out.0", path).replace(".processor.", ".")  # diffusers in 2023
     text = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", path)
     if found["unet"] is None and TEXT.fullmatch(text):
-        return Place(f"text_encoder.{text}", part)
-    return Place(f"unet.{unet}", part) if found["text_encoder"] is None and UNET.fullmatch(unet) else None
+        return Place(f"text_encoder{'_2' if found['text_encoder_2'] else ''}.{text}", part)
+    no_text = found["text_encoder"] is None and found["text_encoder_2"] is None
+    return Place(f"unet.{unet}", part) if no_text and UNET.fullmatch(unet) else None
 
 
 def bundled_words(keys: Iterable[str]) -> dict[str, str]:
@@ -151,8 +154,19 @@ def ldm_names(config: UNetConfig) -> dict[str, str]:
 # --- writing -----------------------------------------------------------------------------------------------------------
 
 
-def key_of(place: Place, dialect: str) -> str:
-    """The name of a tensor in one of the dialects that are written."""
+def key_of(place: Place, dialect: str, xl: bool = False) -> str:
+    """The name of a tensor in a dialect that is written. kohya's for SDXL has LDM's names, and numbers the encoders."""
     written = DIALECTS[dialect]
     component, _, path = place.module.partition(".")
-    return getattr(written, component) + path.replace(".", written.dot) + written.endings[place.part]
+    start = getattr(written, component.removesuffix("_2"))
+    if component == "text_encoder_2":
+        start = start.replace("text_encoder.", "text_encoder_2.").replace("lora_te_", "lora_te2_")
+    if xl and dialect == "kohya":
+        start, path = start.replace("lora_te_", "lora_te1_"), names.rename(path, names.unet_table(SDXL_UNET))
+    return start + path.replace(".", written.dot) + written.endings[place.part]
+
+
+def unet_of(keys: Iterable[str]) -> UNetConfig:
+    """The U-Net in which LDM's names are counted in an adapter with these names: SDXL's, or else SD 1.x's and 2.x's."""
+    marks = re.compile(r"transformer_blocks[._][1-9]|lora_te2[._]|text_encoder_2\.|clip_g\.|label_emb|add_embedding")
+    return SDXL_UNET if any(marks.search(key) for key in keys) else SD15_UNET

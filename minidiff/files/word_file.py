@@ -6,7 +6,7 @@
     A1111 .pt   {"string_to_param": {"*": (n, D)}, "string_to_token": …}      the file's name is the word; for `convert`
     bare        (n, D) or (D,)                                                the word must be given; for `convert`
     bundled     {"bundle_emb.WORD.emb_params": (n, D), …}                     in a LoRA's file
-    SDXL        {"clip_l": (n, 768), "clip_g": (n, 1280)}                     for two text encoders: refused
+    SDXL        {"clip_l": (n, 768), "clip_g": (n, 1280)}                     for two text encoders; the file's name is the word
 
 minidiff's files also name the word in their metadata, so the kohya form keeps it. A prompt names the word once, however many
 vectors it has.
@@ -14,7 +14,7 @@ vectors it has.
 Shapes: n vectors, D width of the text: 768 in SD 1.x, 1024 in SD 2.x, 128 in the pocket checkpoint.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 FILE_NAME = "learned_embeds.safetensors"
-KOHYA = "emb_params"
+KOHYA, CLIP_L, CLIP_G = "emb_params", "clip_l", "clip_g"
 FILES_NAME = {  # dialects in which the file's name is the word, by the name of the tensor
-    "kohya": KOHYA, "OneTrainer": "clip_l", "A1111": "string_to_param/"  # `convert` joins the names of tables in tables
+    "kohya": KOHYA, "OneTrainer": CLIP_L, "SDXL": CLIP_G, "A1111": "string_to_param/"  # `convert` joins names of tables
 }  # fmt: skip
 LONGEST = 100  # letters of a word
 RESERVED = ("__metadata__", "emb_params", "clip_l", "clip_g", "string_to_param")  # names that are read in another way
@@ -53,30 +53,40 @@ class Embedding:
     dialect: str
     word: str
     vectors: Tensor  # (n, D), fp32
+    second: Tensor | None = None  # the same for SDXL's second text encoder
+
+    @property
+    def widths(self) -> list[int]:
+        return [own.shape[1] for own in (self.vectors, self.second) if own is not None]
 
     def __str__(self) -> str:
-        n, width = self.vectors.shape
+        n, width = len(self.vectors), " and ".join(map(str, self.widths))
         return f"{self.path}: {self.dialect} style, {self.word}, {n} vector{'s'[: n > 1]} of width {width}"
 
 
 def load_embedding(
-    tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", path: str | Path, token: str | None = None
+    tokenizer: "CLIPTokenizer", towers: Sequence["CLIPTextModel"], path: str | Path, token: str | None = None
 ) -> Embedding:
-    """Teach the text encoder the word of a file, under its own name or as `token`. The vectors are frozen.
+    """Teach the text encoders the word of a file, under its own name or as `token`. The vectors are frozen.
 
     Raises AdapterError or WeightsError, before anything is changed, for a file or a word that cannot be used.
     """
     embedding = read_embedding(path, token)
-    width, reads = embedding.vectors.shape[1], text_encoder.config.hidden_size
-    if width != reads:
-        mine, wanted = (f"{size} wide, as in {FAMILIES.get(size, 'no model of the SD family')}" for size in (width, reads))
+    widths, reads = embedding.widths, [tower.config.hidden_size for tower in towers]
+    if widths != reads:
+        mine, wanted = (
+            f"{' and '.join(map(str, sizes))} wide, as in {FAMILIES.get(sum(sizes), 'no model of the SD family')}"
+            for sizes in (widths, reads)
+        )
         way = "Look for an embedding that was made for this model."
         raise AdapterError(f"{embedding.path}: its vectors are {mine}; this text encoder is {wanted}. {way}")
     try:
-        check_word(tokenizer, embedding.word, placeholders(text_encoder))
+        check_word(tokenizer, embedding.word, placeholders(towers[0]))
     except AdapterError as error:
         raise AdapterError(f"{embedding.path}: {error} {RENAME}") from error
-    inject(text_encoder).add(embedding.word, embedding.vectors).requires_grad_(False)
+    for tower, vectors in zip(towers, (embedding.vectors, embedding.second)):
+        assert vectors is not None
+        inject(tower).add(embedding.word, vectors).requires_grad_(False)
     return embedding
 
 
@@ -96,8 +106,12 @@ def read_embedding(path: str | Path, token: str | None = None) -> Embedding:
 
 def embedding_in(tensors: Mapping[str, Tensor], path: Path, token: str | None = None, said: str | None = None) -> Embedding:
     """The word among the tensors of a file. `said` is the word in the metadata; in some dialects `path` names the word."""
-    if "clip_g" in tensors:
-        raise AdapterError(f"{path} was made for SDXL, which has two text encoders (clip_l, clip_g); SD 1.x cannot use it.")
+    if tensors.keys() == {CLIP_L, CLIP_G}:
+        first, second = (embedding_in({KOHYA: tensors[key]}, path, token, said) for key in (CLIP_L, CLIP_G))
+        if len(first.vectors) != len(second.vectors):
+            counts = f"{len(first.vectors)} vectors for one text encoder, and {len(second.vectors)} for the other"
+            raise AdapterError(f"{path} has {counts}; a word has as many for both.")
+        return replace(first, dialect="SDXL", second=second.vectors)
     chosen = [key for key in tensors if key == token] or list(tensors)
     if len(chosen) != 1:
         way = "minidiff convert --token makes a file of one; in Python, token=… says which."
@@ -119,9 +133,12 @@ def word_of(key: str, path: Path, said: str | None) -> tuple[str, str]:
 
 
 def save_embedding(
-    path: str | Path, word: str, vectors: Tensor, dialect: str = "diffusers", metadata: Mapping[str, str] | None = None
-) -> Path:
+    path: str | Path, word: str, vectors: Tensor, dialect: str = "diffusers", metadata: Mapping[str, str] | None = None,
+    second: Tensor | None = None,
+) -> Path:  # fmt: skip
     """Write the vectors (n, D) of a word, in fp32, as "diffusers" or "kohya" has them. Gives the path of the file.
+
+    With `second`, for SDXL's second text encoder, they are written as all programs read them.
 
     `path` is a `.safetensors` file, or a folder that gets `learned_embeds.safetensors`. Programs that read the kohya form
     take the file's name for the word, so name it after the word.
@@ -129,16 +146,17 @@ def save_embedding(
     check_spelling(word)
     if dialect not in ("diffusers", "kohya"):
         raise AdapterError(f'a textual inversion is written as diffusers or kohya; "{dialect}" is neither.')
-    path = file_at(path, FILE_NAME)
+    path, width = file_at(path, FILE_NAME), vectors.shape[-1] + (0 if second is None else second.shape[-1])
     about = {
         "token": word,
         "vectors": str(len(vectors)),
         "minidiff_version": __version__,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture(vectors.shape[-1])[0]}/textual-inversion",
+        "modelspec.architecture": f"{architecture(width)[0]}/textual-inversion",
         "modelspec.trigger_phrase": word,
     }
-    save({KOHYA if dialect == "kohya" else word: vectors.detach().float()}, path, {**(metadata or {}), **about})
+    named = {KOHYA if dialect == "kohya" else word: vectors} if second is None else {CLIP_L: vectors, CLIP_G: second}
+    save({name: tensor.detach().float() for name, tensor in named.items()}, path, {**(metadata or {}), **about})
     return path
 
 

@@ -24,7 +24,7 @@ from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.recipes import DiffusionLoss, full
 from minidiff.core.rng import generator, hashed_seed
 from minidiff.core.schedule import NoiseSchedule
-from minidiff.core.text import tokenize
+from minidiff.core.text import TextEncoders, tokenize
 from minidiff.core.train import Batch
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.canny import canny
@@ -78,7 +78,7 @@ def train_control(kind: Literal["canny", "tile"], home: Path, settings: Pretrain
     task = Job(
         trainable=full({"controlnet": net}),
         batch=data,
-        loss=DiffusionLoss(unet, schedule, towers.text, snr_gamma=5.0, controlnet=net),
+        loss=DiffusionLoss(unet, schedule, TextEncoders([towers.text]), snr_gamma=5.0, controlnet=net),
         export=lambda folder: write_controlnet(net, folder, torch.float16),
         optimizer=torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-2),
         modules={"unet": unet, "controlnet": net},

@@ -17,7 +17,7 @@ from minidiff.core.ip_adapter import ImageProjection, IPAdapter, inject
 from minidiff.core.recipes import DiffusionLoss
 from minidiff.core.rng import generator, hashed_seed
 from minidiff.core.schedule import NoiseSchedule
-from minidiff.core.text import tokenize
+from minidiff.core.text import TextEncoders, tokenize
 from minidiff.core.train import Batch
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.device import chosen_device
@@ -65,7 +65,7 @@ def train_ip_adapter(home: Path, settings: PretrainSettings) -> None:
     task = Job(
         trainable=dict(adapter.named_parameters()),
         batch=data,
-        loss=DiffusionLoss(unet, schedule, towers.text, snr_gamma=5.0, ip_adapter=adapter),
+        loss=DiffusionLoss(unet, schedule, TextEncoders([towers.text]), snr_gamma=5.0, ip_adapter=adapter),
         export=lambda folder: save(adapter, towers, folder),
         optimizer=torch.optim.AdamW(adapter.parameters(), 1e-3, weight_decay=1e-2),
     )

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from minidiff.core.errors import SettingsError, WeightsError
 from minidiff.core.rng import generator, normal
+from minidiff.core.text import embed_sizes
 from minidiff.core.vae import AutoencoderKL, sample_posterior
 from minidiff.draw.canny import canny
 from minidiff.draw.images import load_image, load_weights, to_tensor
@@ -42,16 +43,21 @@ ENOUGH = 5  # pictures, so that one can be held out of the training
 
 
 def crop(image: Image.Image, size: Size, place: Place = MIDDLE, flip: bool = False) -> Tensor:
-    """Shrink until the picture just covers `size`, crop the rest: (3, height, width) in [-1, 1].
+    """Shrink until the picture just covers `size`, crop the rest: (3, height, width) in [-1, 1]."""
+    width, height, left, top = crop_box(image.size, size, place)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    x = to_tensor(image.crop((left, top, left + size[0], top + size[1])))
+    return x.flip(-1) if flip else x
+
+
+def crop_box(given: Size, size: Size, place: Place) -> tuple[int, int, int, int]:
+    """Width and height that a picture of a `given` size is scaled to, and left and top of its crop.
 
     `place` says where along the longer side the crop lies.
     """
-    scale = max(size[0] / image.width, size[1] / image.height)
-    width, height = max(size[0], round(image.width * scale)), max(size[1], round(image.height * scale))
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = round(place[0] * (width - size[0])), round(place[1] * (height - size[1]))
-    x = to_tensor(image.crop((left, top, left + size[0], top + size[1])))
-    return x.flip(-1) if flip else x
+    scale = max(size[0] / given[0], size[1] / given[1])
+    width, height = max(size[0], round(given[0] * scale)), max(size[1], round(given[1] * scale))
+    return width, height, round(place[0] * (width - size[0])), round(place[1] * (height - size[1]))
 
 
 def hint_of(example: Example, kind: str | None, size: Size, place: Place = MIDDLE, flip: bool = False) -> Tensor:
@@ -138,9 +144,9 @@ class Draw:
 class LatentData:
     """The data of every recipe: `batch(step, micro)` gives latents, noise, timesteps and text.
 
-    Prompts are encoded once. With `cache_latents` pictures are, too, to the mean and log-variance of their latents; a latent is
-    drawn from these anew each time. `encode_prompts` gives (B, L, D), the "text" of a batch; or, for a text encoder that is
-    trained itself, token ids (B, L), the "ids" of a batch.
+    Prompts are encoded once. With `cache_latents` pictures are, too, to the mean and log-variance of their latents; a latent
+    is drawn from these anew each time. `encode_prompts` gives the text of a batch: "text" (B, L, D), for SDXL also "pooled"
+    (B, P); or, for a text encoder that is trained itself, "ids" (B, L). With `size_width`, a batch has SDXL's "sizes", too.
     """
 
     def __init__(
@@ -149,10 +155,11 @@ class LatentData:
         settings: FineTuneSettings,
         resolution: int,
         vae: AutoencoderKL,
-        encode_prompts: Callable[[list[str]], Tensor],
+        encode_prompts: Callable[[list[str]], Tensors],
         timesteps: int,
+        size_width: int | None = None,
     ) -> None:
-        self.examples, self.settings, self.resolution = examples, settings, resolution
+        self.examples, self.settings, self.resolution, self.size_width = examples, settings, resolution, size_width
         self.vae, self.encode, self.timesteps = vae, encode_prompts, timesteps
         self.held_out: list[Example] = []  # of the same folder, for the validation loss alone
         self.turns = [i for i, e in enumerate(examples) for _ in range(e.repeats)]  # an epoch, in no order yet
@@ -161,9 +168,9 @@ class LatentData:
         self.samples_per_epoch = len(self._order(0))  # with repeats, and with what fills the last batches of buckets
         prompts = [*(prompt for e in examples for prompt in e.prompts), ""]
         with torch.no_grad():
-            rows = {p: encode_prompts([p])[0].cpu() for p in dict.fromkeys(prompts)}
-        self.live_text = not rows[""].is_floating_point()  # token ids: the text encoder is trained itself
-        self.prompts = rows if self.live_text else {p: row.float() for p, row in rows.items()}
+            rows = {p: {name: row[0].cpu() for name, row in encode_prompts([p]).items()} for p in dict.fromkeys(prompts)}
+        self.live_text = "ids" in rows[""]  # the text encoder is trained itself
+        self.prompts = rows if self.live_text else {p: {k: x.float() for k, x in row.items()} for p, row in rows.items()}
         self.cache: dict[tuple[int, bool], Tensors] = {}
         self.disk = Cache(settings.cache_dir, vae) if settings.cache_dir else None
         if settings.cache_latents:
@@ -177,7 +184,7 @@ class LatentData:
         return {"pictures": len(self.examples), "data": fingerprint(self.examples), "side": self.resolution}
 
     def batch(self, step: int, micro: int) -> Tensors:
-        """latents (B, C, h, w), scaled; noise, of that shape; t (B,), whole numbers; text (B, L, D), or ids (B, L).
+        """latents (B, C, h, w), scaled; noise, of that shape; t (B,), whole numbers; the text, see above.
 
         With --masked_loss also mask (B, 1, h, w), the share of each cell that is learnt; for a ControlNet hint (B, 3, H, W) in
         [0, 1]. All on the CPU.
@@ -219,8 +226,9 @@ class LatentData:
         return self._row(encoded, encoded["mean"], self.examples[i].prompts[0])
 
     def _row(self, encoded: Tensors, z: Tensor, prompt: str) -> Tensors:
-        row = {"latents": z * self.vae.config.scaling_factor, "ids" if self.live_text else "text": self.prompts[prompt]}
+        row = {"latents": z * self.vae.config.scaling_factor, **self.prompts[prompt]}
         row |= {"hint": encoded["hint"] / 255} if "hint" in encoded else {}
+        row |= {"sizes": embed_sizes(encoded["sizes"][None], self.size_width)[0]} if self.size_width else {}
         return row | {"mask": encoded["mask"]} if "mask" in encoded else row
 
     def _order(self, epoch: int) -> list[int]:
@@ -252,9 +260,12 @@ class LatentData:
     @torch.no_grad()
     def _encode(self, i: int, place: Place, flip: bool) -> Tensors:
         example, size, weight = self.examples[i], self.sizes[i], next(self.vae.parameters())
-        x = crop(load_image(example.path), size, place, flip)  # (3, H, W)
+        x = crop(image := load_image(example.path), size, place, flip)  # (3, H, W)
         mean, logvar = self.vae.encode(x[None].to(weight.device, weight.dtype))
         encoded = {"mean": mean[0].float().cpu(), "logvar": logvar[0].float().cpu()}
+        width, _, left, top = crop_box(image.size, size, place)
+        left = width - size[0] - left if flip else left  # in the flipped picture
+        encoded["sizes"] = torch.tensor([*image.size[::-1], top, left, *size[::-1]], dtype=torch.float32)
         if self.settings.masked_loss and example.mask:
             pixels = crop(load_weights(example.mask), size, place, flip)[:1] / 2 + 0.5  # (1, H, W) in [0, 1]
             encoded["mask"] = F.avg_pool2d(pixels, self.vae.config.downscale)  # each cell: the mean of its pixels

@@ -113,12 +113,11 @@ def forward_pass(task: Job, settings: FineTuneSettings, checkpointing: bool) -> 
             layer.register_forward_pre_hook(counter.begin)
             layer.register_forward_hook(counter.end)
     with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor), FusedAttention():
-        text = batch["text"] if "text" in batch else on_meta(task.modules["text_encoder"])(batch["ids"]).last_hidden_state
-        inputs, more = (batch["latents"].to(dtype), batch["t"], text.to(dtype)), {}
-        if "controlnet" in task.modules:
-            net: Any = on_meta(task.modules["controlnet"])
-            more = {"control": net(*inputs, hint=net.encode_hint(batch["hint"].to(dtype)))}
-        unet(*inputs, **more)
+        loss: Any = task.loss
+        batch |= {"hint": batch["hint"].to(dtype)} if "hint" in batch else {}
+        encoders = on_meta(loss.text_encoder) if "ids" in batch else None
+        net = on_meta(loss.controlnet) if loss.controlnet is not None else None
+        replace(loss, unet=unet, text_encoder=encoders, controlnet=net).predict(batch)
     return counter
 
 

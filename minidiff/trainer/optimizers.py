@@ -29,7 +29,7 @@ def adamw(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.opti
 
 def optimizer_of(trainable: dict[str, nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
     """`adamw` for all that is trained. With --text_encoder_lr the text encoder has that rate."""
-    rate, own = getattr(settings, "text_encoder_lr", None), "text_encoder."
+    rate, own = getattr(settings, "text_encoder_lr", None), "text_encoder"
     optimizer = adamw([p for name, p in trainable.items() if not (rate and name.startswith(own))], settings)
     if rate:
         optimizer.add_param_group({"params": [p for name, p in trainable.items() if name.startswith(own)], "lr": rate})

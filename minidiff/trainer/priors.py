@@ -93,24 +93,21 @@ class PairedData:
 class BasePrior:
     """Prior preservation without class pictures: the class half is the same latents, with other noise and timesteps.
 
-    `class_prompt` is the class prompt as the data's other prompts are: encoded, (L, D); or token ids (L,).
+    `class_prompt` is the class prompt as `instance.encode` gives it: one row of text or ids.
     """
 
-    def __init__(self, instance: LatentData, class_prompt: Tensor) -> None:
-        self.instance, self.class_prompt = instance, class_prompt.detach().cpu()
+    def __init__(self, instance: LatentData, class_prompt: dict[str, Tensor]) -> None:
+        self.instance, self.class_prompt = instance, {name: row.detach().cpu() for name, row in class_prompt.items()}
         self.facts = instance.facts
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         """As `LatentData.batch`, with 2B rows. The target of the last B comes from core/recipes.py."""
         batch, numbers = self.instance.batch(step, micro), self.instance.numbers(step, micro)
         seed, shape, T = self.instance.settings.seed, batch["latents"].shape[1:], self.instance.timesteps
-        words = self.class_prompt.expand(len(numbers), *self.class_prompt.shape)
-        prior = {
-            "latents": batch["latents"],
+        prior = batch | {
             "noise": torch.stack([normal(shape, seed, "prior noise", n) for n in numbers]),
             "t": torch.stack([torch.randint(T, (), generator=generator(seed, "prior t", n)) for n in numbers]),
             "mask": torch.ones(len(numbers), 1, *shape[1:]),
-            "text": words,
-            "ids": words,
+            **{name: row.expand(len(numbers), *row.shape[1:]) for name, row in self.class_prompt.items()},
         }
         return {name: torch.cat([rows, prior[name]]) for name, rows in batch.items()}

@@ -3,6 +3,7 @@
 The prior is a setting of every recipe that changes the model: LoRA with --with_prior_preservation is DreamBooth-LoRA.
 """
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,7 +49,7 @@ def full(settings: FullSettings) -> Job:
     settings.check()
     pipe, base_hash = load_base(replace(settings, mixed_precision="no"))  # trained weights start unrounded
     data = load_data(pipe, settings, settings.train_text_encoder)
-    trainable = core.full(trained_networks(pipe, settings))
+    trainable = read_by(pipe, core.full(trained_networks(pipe, settings)))
     tag = "dreambooth" if settings.with_prior_preservation else "full"
     return make_job(pipe, settings, base_hash, data, trainable, pipe.save_pretrained, tag)
 
@@ -71,7 +72,7 @@ def textual_inversion(settings: TextualInversionSettings) -> Job:
     spec = model_spec(settings, "textual-inversion", data, pipe, base_hash)
 
     def export(folder: Path) -> None:
-        save_embedding(folder, settings.placeholder_token, trainable["word"], metadata=spec)
+        save_embedding(folder, settings.placeholder_token, trainable["word"], metadata=spec, second=trainable.get("word_2"))
 
     return make_job(pipe, settings, base_hash, data, trainable, export, "textual_inversion")
 
@@ -87,7 +88,7 @@ def pivotal(settings: PivotalSettings) -> Job:
 
     def export(folder: Path) -> None:
         write_adapters(pipe, spec, folder)
-        save_embedding(folder, settings.placeholder_token, word["word"], metadata=spec)
+        save_embedding(folder, settings.placeholder_token, word["word"], metadata=spec, second=word.get("word_2"))
 
     off = partial(at_strengths, pipe.unet, {"default": 0.0})
     return make_job(pipe, settings, base_hash, data, adapters | word, export, "pivotal", off, optimizer)
@@ -124,7 +125,7 @@ def new_adapters(pipe: StableDiffusionPipeline, settings: AdapterSettings) -> co
     """The new adapters, with their fast classes. Prints how much is trained, as peft does."""
     s, networks = settings, trained_networks(pipe, settings)
     shape = core.Adapter(s.rank, s.lora_alpha, s.lora_targets, s.rank_of, s.use_rslora, s.use_dora, s.lora_dropout, s.seed)
-    adapters = core.lora(networks, shape)
+    adapters = read_by(pipe, core.lora(networks, shape))
     speed_up(pipe)
     for network in networks.values():
         print_trainable_parameters(network)
@@ -132,12 +133,19 @@ def new_adapters(pipe: StableDiffusionPipeline, settings: AdapterSettings) -> co
 
 
 def trained_networks(pipe: StableDiffusionPipeline, settings: FullSettings | AdapterSettings) -> dict[str, nn.Module]:
-    return {"unet": pipe.unet} | ({"text_encoder": pipe.text_encoder} if settings.train_text_encoder else {})
+    return {"unet": pipe.unet} | (pipe.parts.towers if settings.train_text_encoder else {})
+
+
+def read_by(pipe: StableDiffusionPipeline, trainable: core.Trainable) -> core.Trainable:
+    """Without what never gets a gradient: SDXL does not read the last layer of its first text encoder."""
+    last = pipe.text_encoder.config.num_hidden_layers - 1
+    unread = re.compile(rf"text_encoder\.(text_model\.)?(encoder\.layers\.{last}|final_layer_norm)\.")
+    return {name: p for name, p in trainable.items() if pipe.text_encoder_2 is None or not unread.match(name)}
 
 
 def write_adapters(pipe: StableDiffusionPipeline, metadata: dict[str, str], folder: Path) -> None:
-    """The adapters of both networks in one file. (A network without one adds nothing.)"""
-    networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    """The adapters of all networks in one file. (A network without one adds nothing.)"""
+    networks = pipe.parts.adaptable
     modules = {f"{part}.{name}": w for part, model in networks.items() for name, w in adapter_weights(model).items()}
     save_lora(modules, folder, metadata=metadata)
 
@@ -164,13 +172,14 @@ TEMPLATES = {
 
 
 def new_word(pipe: StableDiffusionPipeline, settings: WordSettings) -> core.Trainable:
-    """The new word with its first vectors."""
+    """The new word with its first vectors, "word"; in SDXL also "word_2", for the second text encoder."""
     word, like = settings.placeholder_token, settings.initializer_token
     try:
         check_word(pipe.tokenizer, word, pipe.placeholders)
     except AdapterError as error:
         raise AdapterError(f"--placeholder_token: {error}") from error
-    return core.textual_inversion(pipe.tokenizer, pipe.text_encoder, word, like, settings.num_vectors)
+    learn = partial(core.textual_inversion, pipe.tokenizer, word=word, like=like, count=settings.num_vectors)
+    return {name.replace("text_encoder", "word"): learn(tower)["word"] for name, tower in pipe.parts.towers.items()}
 
 
 def load_word_data(pipe: StableDiffusionPipeline, settings: WordSettings) -> LatentData:
@@ -181,12 +190,12 @@ def load_word_data(pipe: StableDiffusionPipeline, settings: WordSettings) -> Lat
         some = f"{len(few)} of {len(data.examples)} pictures have no caption"
         print(f"Note: {some}, so neutral sentences are trained for them (--learnable_property).", file=sys.stderr)
     first, last = pipe.placeholders[word][0], pipe.placeholders[word][-1]  # of its vectors
-    if cut := [prompt for prompt, ids in data.prompts.items() if first in ids and last not in ids]:
+    if cut := [prompt for prompt, row in data.prompts.items() if first in row["ids"] and last not in row["ids"]]:
         raise DataError(
             f'--num_vectors {settings.num_vectors}: in "{cut[0]:.80}" the new word itself is cut off, as CLIP reads 75 tokens. '
             "Give fewer vectors, or write less before the word."
         )
-    without = [e.path.name for e in data.examples if first not in data.prompts[e.prompts[0]]]
+    without = [e.path.name for e in data.examples if first not in data.prompts[e.prompts[0]]["ids"]]
     if len(without) == len(data.examples):
         hint = "Write it in, or leave the captions out with --no_captions."
         raise DataError(f"no caption holds the new word, {word}, as a word of its own: nothing would teach it. {hint}")

@@ -99,13 +99,13 @@ def on_device(networks: Sequence[nn.Module], device: torch.device) -> Iterator[N
 
 def idle_networks(pipe: StableDiffusionPipeline, data: LatentData) -> list[nn.Module]:
     """Those that no training step runs through."""
-    return [pipe.vae] * bool(data.cache) + [pipe.text_encoder] * (not data.live_text)
+    return [pipe.vae] * bool(data.cache) + [*pipe.parts.towers.values()] * (not data.live_text)
 
 
 @contextmanager
 def without_dropout(pipe: StableDiffusionPipeline) -> Iterator[None]:
     """Inside the `with`, the networks are as they are for drawing."""
-    networks, training = (pipe.unet, pipe.text_encoder), pipe.unet.training  # both are trained, or none yet
+    networks, training = pipe.parts.adaptable.values(), pipe.unet.training  # both are trained, or none yet
     for network in networks:
         network.eval()
     try:

@@ -95,7 +95,7 @@ def load_base(settings: FineTuneSettings) -> tuple[StableDiffusionPipeline, str]
         print(f"Note: {TURBO}", file=sys.stderr)
     if settings.gradient_checkpointing:
         checkpoint_gradients(pipe.unet)
-    return pipe.to(device), model_fingerprint(pipe.unet, pipe.vae, pipe.text_encoder)
+    return pipe.to(device), model_fingerprint(*pipe.parts.networks.values())
 
 
 def load_data(
@@ -125,10 +125,13 @@ def load_data(
     examples = [replace(e, templates=tuple(templates)) if e.caption == s.prompt else e for e in examples]
     examples, kept = held_out(check_pictures(examples, sizes, s.skip_bad), s) if folder is None else (examples, [])
 
-    def encode(prompts: list[str]) -> Tensor:
-        return tokenize(pipe.tokenizer, prompts, pipe.placeholders) if live_text else pipe.encode_captions(prompts)[0]
+    def encode(prompts: list[str]) -> Batch:
+        if live_text:
+            return {"ids": tokenize(pipe.tokenizer, prompts, pipe.placeholders)}
+        return dict(zip(("text", "pooled"), pipe.encode_captions(prompts)))
 
-    data = LatentData(examples, settings, side, pipe.vae, encode, len(pipe.schedule.alphas_cumprod))
+    timesteps, width = len(pipe.schedule.alphas_cumprod), pipe.unet.config.addition_time_embed_dim
+    data = LatentData(examples, settings, side, pipe.vae, encode, timesteps, width)
     data.held_out = kept
     for warning in warnings_of(data, pipe.unet.config.sample_size * pipe.vae.config.downscale):
         print(f"Note: {warning}", file=sys.stderr)
@@ -143,7 +146,7 @@ def validation_data(pipe: StableDiffusionPipeline, settings: FineTuneSettings, d
     if settings.validation_data_dir:
         return load_data(pipe, plain, data.live_text, folder=settings.validation_data_dir)
     if data.held_out:
-        return LatentData(data.held_out, plain, data.resolution, pipe.vae, data.encode, data.timesteps)
+        return LatentData(data.held_out, plain, data.resolution, pipe.vae, data.encode, data.timesteps, data.size_width)
     return data
 
 
@@ -153,10 +156,11 @@ def with_prior(pipe: StableDiffusionPipeline, data: LatentData) -> LatentData | 
     if not has_prior(settings):
         return data
     if settings.prior_from_base:
-        return BasePrior(data, data.encode([settings.class_prompt or ""])[0])
+        return BasePrior(data, data.encode([settings.class_prompt or ""]))
     side = data.resolution
     examples = check_pictures(class_examples(pipe, settings, side), [(side, side)], settings.skip_bad)
-    prior = LatentData(examples, class_settings(settings), data.resolution, pipe.vae, data.encode, data.timesteps)
+    more = (data.resolution, pipe.vae, data.encode, data.timesteps, data.size_width)
+    prior = LatentData(examples, class_settings(settings), *more)
     return PairedData(data, prior)
 
 
@@ -179,16 +183,19 @@ def diffusion_loss(
     s, base, untuned = settings, None, None
     if has_prior(s) and s.prior_from_base:
         with torch.no_grad():
-            words = pipe.encode_captions([s.class_prompt or ""])[0].to(pipe.device)  # (1, L, D)
+            words = [part.to(pipe.device) for part in pipe.encode_captions([s.class_prompt or ""])]  # (1, L, D), perhaps (1, P)
         untuned = copy.deepcopy(pipe.unet).requires_grad_(False) if as_base is None else None
         unet, inside = untuned or pipe.unet, as_base or nullcontext
 
         def base(x_t: Tensor, t: Tensor, *text: Tensor) -> Tensor:
+            own = [part.expand(len(x_t), *part.shape[1:]) for part in words]
+            if len(own) > 1:  # the sizes are the pictures' own
+                own[1] = torch.cat([own[1], text[1][:, own[1].shape[1] :]], dim=1)
             with inside():
-                return unet(x_t, t, words.expand(len(x_t), -1, -1))
+                return unet(x_t, t, *own)
 
     weight, net = s.prior_loss_weight if has_prior(s) else 0.0, pipe.controlnet[0] if pipe.controlnet else None
-    loss = DiffusionLoss(pipe.unet, pipe.schedule, pipe.text_encoder, s.snr_gamma, weight, base=base, controlnet=net)
+    loss = DiffusionLoss(pipe.unet, pipe.schedule, pipe.encoders, s.snr_gamma, weight, base=base, controlnet=net)
     return loss, untuned
 
 
@@ -204,8 +211,7 @@ def make_job(
     """
     batches, sheets = with_prior(pipe, data), Sheets(pipe, settings, data)
     loss, untuned = diffusion_loss(pipe, settings, as_base)
-    networks: dict[str, nn.Module] = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
-    networks |= dict(zip(["controlnet"], pipe.controlnet))
+    networks = pipe.parts.adaptable | dict(zip(["controlnet"], pipe.controlnet))
     dtype = DTYPES[settings.mixed_precision]
     fixed, at_once = validation_set(validation_data(pipe, settings, data)), max(1, settings.train_batch_size // world().size)
 

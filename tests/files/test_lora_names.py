@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_sizes import TINY_UNET
 
-from minidiff.core.config import SD15_UNET, UNetConfig
+from minidiff.core.config import SD15_UNET, SDXL_UNET, UNetConfig
 from minidiff.core.inject import adaptable_layers
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files import names
@@ -83,14 +83,10 @@ def test_names_of_every_dialect(key: str) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.alpha",  # SDXL's second text encoder
-        "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
-        "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q.alpha",  # SDXL has several in a row
         "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",  # Flux
         f"unet.{TEXT_Q}.lora_A.weight",
         f"text_encoder.{TO_Q}.lora_A.weight",
         f"unet.{TO_Q}.lora_A.bias",
-        f"text_encoders.clip_g.transformer.text_model.{TEXT_Q}.lora_up.weight",  # SDXL's second in ComfyUI
         "bundle_emb.dog.emb_params",
         f"unet.{TO_Q}.weight",
         "unet:0:down",
@@ -101,6 +97,35 @@ def test_names_of_every_dialect(key: str) -> None:
 )
 def test_other_names_have_no_place(key: str) -> None:
     assert place_of(key, SD15_UNET) is None
+
+
+XL_NAMES = {
+    "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.alpha": f"text_encoder.{TEXT_Q}",
+    "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.alpha": f"text_encoder_2.{TEXT_Q}",
+    f"text_encoder_2.text_model.{TEXT_Q}.lora_A.weight": f"text_encoder_2.{TEXT_Q}",
+    f"text_encoders.clip_g.transformer.text_model.{TEXT_Q}.lora_up.weight": f"text_encoder_2.{TEXT_Q}",
+    "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q.alpha": (
+        "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
+    ),
+    "lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn1_to_q.alpha": (
+        "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
+    ),
+    "lora_unet_output_blocks_2_1_transformer_blocks_9_ff_net_2.alpha": (
+        "unet.up_blocks.0.attentions.2.transformer_blocks.9.ff.net.2"
+    ),
+    "lora_unet_output_blocks_2_2_conv.alpha": "unet.up_blocks.0.upsamplers.0.conv",
+    "lora_unet_input_blocks_3_0_op.alpha": "unet.down_blocks.0.downsamplers.0.conv",
+    "lora_unet_input_blocks_4_0_skip_connection.alpha": "unet.down_blocks.1.resnets.0.conv_shortcut",
+    "lora_unet_label_emb_0_0.alpha": "unet.add_embedding.linear_1",
+}
+
+
+@pytest.mark.parametrize("key", XL_NAMES)
+def test_names_of_sdxl(key: str) -> None:
+    place = place_of(key, SDXL_UNET)
+    assert place is not None and place.module == XL_NAMES[key]
+    if key.startswith("lora_") and "down_blocks" not in key:  # kohya's own form
+        assert key_of(place, "kohya", xl=True) == key
 
 
 @pytest.mark.parametrize(

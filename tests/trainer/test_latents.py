@@ -71,9 +71,9 @@ def test_exif_rotation(tmp_path: Path) -> None:
     assert torch.equal(x[0, False]["mean"], y[0, False]["mean"])
 
 
-def encode(prompts: list[str]) -> Tensor:
+def encode(prompts: list[str]) -> dict[str, Tensor]:
     """(B, 77, D) that tells which prompt it was."""
-    return torch.tensor([float(len(p)) for p in prompts])[:, None, None].expand(-1, 77, 24)
+    return {"text": torch.tensor([float(len(p)) for p in prompts])[:, None, None].expand(-1, 77, 24)}
 
 
 def latents(examples: list[Example], **changes: object) -> LatentData:
@@ -226,8 +226,8 @@ def test_noise_offset_guttenberg_2023(examples: list[Example]) -> None:
 
 
 def test_ids_for_a_text_encoder_that_is_trained(examples: list[Example]) -> None:
-    def ids(prompts: list[str]) -> Tensor:
-        return torch.tensor([[len(p)] * 77 for p in prompts])
+    def ids(prompts: list[str]) -> dict[str, Tensor]:
+        return {"ids": torch.tensor([[len(p)] * 77 for p in prompts])}
 
     settings = FineTuneSettings(train_batch_size=3, seed=3)
     batch = LatentData(examples, settings, 32, AutoencoderKL(TINY_VAE), ids, 1000).batch(0, 0)

@@ -130,9 +130,9 @@ def test_a_full_disk_is_said(pipe: StableDiffusionPipeline, settings: FineTuneSe
 # --- batches of two halves -------------------------------------------------------------------------------------------
 
 
-def encode(prompts: list[str]) -> Tensor:
+def encode(prompts: list[str]) -> dict[str, Tensor]:
     """(B, 77, D) that tells which prompt it was."""
-    return torch.tensor([float(len(p)) for p in prompts])[:, None, None].expand(-1, 77, 24)
+    return {"text": torch.tensor([float(len(p)) for p in prompts])[:, None, None].expand(-1, 77, 24)}
 
 
 def latents(folder: Path, count: int, caption: str, settings: FineTuneSettings) -> LatentData:
@@ -162,13 +162,13 @@ def test_both_halves_are_in_one_batch(settings: FineTuneSettings, tmp_path: Path
 def test_prior_from_base_batches(settings: FineTuneSettings, tmp_path: Path) -> None:
     settings = replace(settings, masked_loss=True)
     instance = latents(tmp_path / "i", 2, "instance", settings)
-    data = BasePrior(instance, encode(["class"])[0])
+    data = BasePrior(instance, encode(["class"]))
     batch, alone = data.batch(3, 0), instance.batch(3, 0)
     assert all(torch.equal(batch[name][:2], alone[name]) for name in alone)
     assert torch.equal(batch["latents"][2:], alone["latents"]) and batch["mask"].shape == (4, 1, 16, 16)
     assert batch["text"][:, 0, 0].tolist() == [8, 8, 5, 5]
     assert not torch.equal(batch["noise"][2:], alone["noise"]) and not torch.equal(batch["t"][2:], alone["t"])
-    wide = BasePrior(latents(tmp_path / "i", 2, "instance", replace(settings, train_batch_size=4)), encode(["class"])[0])
+    wide = BasePrior(latents(tmp_path / "i", 2, "instance", replace(settings, train_batch_size=4)), encode(["class"]))
     rows = torch.cat([data.batch(2, 0)["noise"][2:], data.batch(3, 0)["noise"][2:]])
     assert torch.equal(wide.batch(1, 0)["noise"][4:], rows)  # one batch of 4 is two of 2
 

@@ -1,11 +1,11 @@
-"""Every recipe on a tiny model in SD 2's layout that predicts v: what training leaves is what its files bring back."""
+"""Every recipe on tiny models in SD 2's layout, predicting v, and in SDXL's: what training leaves, its files bring back."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_families import sd2_folder
+from tiny_families import sd2_folder, xl_folder
 from tiny_recipes import METHODS, base_of, draw_pictures, loaded, picture, tiny, train, trained
 
 from minidiff.files.looks import architecture
@@ -16,10 +16,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sd2_folder(tmp_path_factory.mktemp("tiny"), "SD 2 v")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return xl_folder(tmp_path_factory.mktemp("xl"))
+
+
+XL_METHODS = ("full, text encoder too", "dreambooth", "lora, text encoder too", "textual inversion", "pivotal")
+
+
+@pytest.mark.parametrize(("family", "method"), [*(("base", m) for m in METHODS), *(("xl", m) for m in XL_METHODS)])
 def test_the_files_bring_back_what_was_trained(
-    method: str, base: Path, tmp_path: Path
+    family: str, method: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
+    base = request.getfixturevalue(family)
     targets: dict[str, Any] = {"lora_targets": ("attention", "projections")} if method == "lora" else {}
     pictures = draw_pictures(tmp_path / "pictures")
     budget = {"fit": "2GB"} if method == "lora" else {"gradient_checkpointing": True}

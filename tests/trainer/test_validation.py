@@ -33,7 +33,7 @@ def data(folder: Path, count: int = 2, **changes: object) -> LatentData:
         examples.append(Example(folder / f"{i}.png", f"{i}"))
     settings = replace(FineTuneSettings(), **changes)  # type: ignore[arg-type]
     vae = AutoencoderKL(TINY_VAE).eval()
-    return LatentData(examples, settings, 32, vae, lambda prompts: torch.zeros(len(prompts), 77, 24), 1000)
+    return LatentData(examples, settings, 32, vae, lambda prompts: {"text": torch.zeros(len(prompts), 77, 24)}, 1000)
 
 
 @pytest.fixture

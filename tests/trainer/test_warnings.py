@@ -28,8 +28,8 @@ def warned(tmp_path: Path, sizes: list[tuple[int, int]], own: int = 32, **change
         examples.append(Example(tmp_path / f"{i}.png", "p", size=size))
     settings = replace(LoRASettings(train_batch_size=4, cache_latents=False), **changes)
 
-    def encode(prompts: list[str]) -> Tensor:
-        return torch.zeros(len(prompts), 77, 24)
+    def encode(prompts: list[str]) -> dict[str, Tensor]:
+        return {"text": torch.zeros(len(prompts), 77, 24)}
 
     return list(warnings_of(LatentData(examples, settings, 32, AutoencoderKL(TINY_VAE).eval(), encode, 1000), own))
 

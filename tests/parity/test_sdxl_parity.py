@@ -7,10 +7,16 @@ import pytest
 import torch
 from test_families_parity import compare
 from tiny_families import xl_folder
+from tiny_recipes import draw_pictures, tiny
 
+from minidiff.core.inject import inject, lora_layers
+from minidiff.core.train import Batch
 from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.files.lora_file import read_lora, save_lora
+from minidiff.trainer.recipes import RECIPES, write_adapters
 
 diffusers = pytest.importorskip("diffusers")
+training = pytest.importorskip("test_training_parity")
 
 START = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 PROMPTS = ["a red dog on the beach", "a blue cat"]  # without "!": for diffusers' second tokenizer it is a padding mark
@@ -29,7 +35,6 @@ def loaded(folder: Path, name: str = "StableDiffusionXLPipeline") -> tuple[Any, 
     ours = StableDiffusionPipeline.from_pretrained(folder)
     for pipe in (ours, theirs):
         pipe.set_progress_bar_config(disable=True)
-    theirs.text_encoder.__dict__["text_model"] = theirs.text_encoder  # where diffusers 0.42 looks, and transformers 5 has none
     return ours, theirs
 
 
@@ -90,3 +95,65 @@ def test_a_folder_of_ours_in_diffusers(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(again(PROMPTS, **CALL).images, ours(PROMPTS, **CALL).images)
     compare(again(PROMPTS, **CALL).images, others(PROMPTS, **CALL).images)
     assert others.tokenizer_2.pad_token_id == 0 and others.config.force_zeros_for_empty_prompt
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+def test_lora_files(folder: Path, tmp_path: Path, dialect: str) -> None:
+    """Every layer of the U-Net and of both text encoders that a LoRA can have, by kohya's and by diffusers' names."""
+    ours, theirs = loaded(folder)
+    before = ours(PROMPTS, **CALL).images
+    groups = ("attention", "feed_forward", "projections", "resnets", "samplers")
+    for name, network in ours.adaptable.items():
+        for layer in inject(network, 2, 1.0, groups if name == "unet" else ("text", "text_mlp")).values():
+            torch.nn.init.normal_(layer.lora_B["default"], std=0.05)
+    write_adapters(ours, {}, tmp_path)
+    modules = read_lora(tmp_path).modules
+    assert len(modules) == sum(len(lora_layers(network)) for network in ours.adaptable.values())
+    path = save_lora(modules, tmp_path / f"{dialect}.safetensors", dialect)
+    theirs.load_lora_weights(path)
+    expected = theirs(PROMPTS, **CALL).images
+    compare(ours(PROMPTS, **CALL).images, expected)
+    again, _ = loaded(folder)
+    again.load_lora_weights(path)
+    compare(again(PROMPTS, **CALL).images, expected)
+    assert not torch.allclose(before, expected, atol=1e-2)
+
+
+def test_five_steps_of_lora_equal_pefts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minidiff.trainer.run.loss_curve", lambda metrics, path: None)
+    often = {"max_train_steps": training.STEPS, "max_grad_norm": training.NORM, "adam_epsilon": training.EPSILON}
+    often |= {"adam_weight_decay": 0.1, "learning_rate": 1e-2, "lora_alpha": 3, "center_crop": True}
+    pictures = draw_pictures(tmp_path / "pictures")
+    settings = tiny("lora, text encoder too", folder, pictures, tmp_path / "out", **often)
+    untrained, (_, theirs) = RECIPES[type(settings)](settings).modules, loaded(folder)
+    for name, model in untrained.items():
+        targets = training.ATTENTION if name == "unet" else ["q_proj", "k_proj", "v_proj", "out_proj"]
+        getattr(theirs, name).requires_grad_(False)
+        training.add_adapter(getattr(theirs, name), model, targets, False)
+    _, batches = training.train_ours(settings)
+    sizes = torch.tensor([32.0, 40, 0, 2, 16, 16])  # 40 x 32 pixels became 20 x 16, of which the middle 16 are seen
+    torch.testing.assert_close(batches[0]["sizes"], theirs.unet.add_time_proj(sizes).reshape(1, -1).expand(2, -1))
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        """As in train_text_to_image_lora_sdxl.py."""
+        said = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
+        ids = [tokenizer([training.INSTANCE] * 2, **said).input_ids for tokenizer in (theirs.tokenizer, theirs.tokenizer_2)]
+        towers = zip((theirs.text_encoder, theirs.text_encoder_2), ids)
+        one, two = (tower(own, output_hidden_states=True) for tower, own in towers)
+        text = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+        added = {"text_embeds": two.text_embeds, "time_ids": sizes.expand(2, -1)}
+        scheduler = diffusers.DDPMScheduler.from_config(theirs.scheduler.config)
+        x_t = scheduler.add_noise(batch["latents"], batch["noise"], batch["t"])
+        output = theirs.unet(x_t, batch["t"], text, added_cond_kwargs=added).sample
+        return torch.nn.functional.mse_loss(output, batch["noise"])
+
+    trained = [p for name in untrained for p in training.trained_in(getattr(theirs, name))]
+    training.train_by_hand([{"params": trained, "lr": 1e-2}], batches, loss_of)
+    result, count = read_lora(settings.output_dir).modules, 0
+    for part in untrained:
+        for name, layer in training.peft_layers(getattr(theirs, part)).items():
+            weights, (A, B) = result[f"{part}.{name.removeprefix('text_model.')}"], training.numbers_of(layer)
+            torch.testing.assert_close(weights.A, A, atol=1e-5, rtol=0)
+            torch.testing.assert_close(weights.B, B, atol=1e-5, rtol=0)
+            count += bool(B.abs().max() > 1e-3)
+    assert len(result) == count + 4  # the last layer of the first text encoder is not read

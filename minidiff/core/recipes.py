@@ -82,7 +82,7 @@ class DiffusionLoss:
     beside text, and embedded sizes (B, 6 width); perhaps a mask (B, 1, h, w), or an image tower's answer, `e` (B, M, E).
     """
 
-    unet: nn.Module
+    unet: Any
     schedule: NoiseSchedule
     text_encoder: Any = None  # `TextEncoders`, for batches with token ids: trained, or with a word that is
     snr_gamma: float | None = None  # min-SNR weights
@@ -112,7 +112,7 @@ class DiffusionLoss:
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The output of the U-Net (B, C, h, w), and its inputs x_t and text (B, L, D), in SDXL also the vector (B, V)."""
-        dtype = self.unet.get_parameter("conv_norm_out.weight").dtype  # in which the U-Net computes
+        dtype = self.unet.conv_norm_out.weight.dtype  # in which the U-Net computes
         x_t = add_noise(self.schedule, batch["latents"], batch["noise"], batch["t"]).to(dtype)
         text = self.text_encoder(batch["ids"]) if "ids" in batch else [batch[k] for k in ("text", "pooled") if k in batch]
         text = [part.to(dtype) for part in text]

@@ -267,7 +267,7 @@ def test_case_09_folders_with_other_input_channels(
     ("name", "values", "says"),
     [
         ("unet/config.json", {"encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim_type is 'text_proj'; minidiff builds"),
-        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "minidiff reads Stable Diffusion 1.x"),
+        ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "minidiff reads Stable Diffusion 1.x"),
     ],
 )
 def test_case_09_folders_of_another_family(

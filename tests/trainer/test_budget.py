@@ -11,7 +11,11 @@ from benchmarks.saved_bytes import saved_bytes
 from tiny_adapters import TEXT, random, tiny_unet
 from torch import Tensor, nn
 
+from minidiff.core.config import NoiseConfig
 from minidiff.core.inject import inject, trainable
+from minidiff.core.recipes import DiffusionLoss
+from minidiff.core.schedule import NoiseSchedule
+from minidiff.core.text import TextEncoders
 from minidiff.draw.speed import speed_up_network
 from minidiff.files.text_files import build_text_encoder
 from minidiff.trainer import memory
@@ -32,9 +36,11 @@ def a_task(full: bool = False, **batch: Tensor) -> Job:
         unet.requires_grad_(True)
     text_encoder = build_text_encoder({**TEXT, "hidden_size": 24, "bos_token_id": 38, "eos_token_id": 39}, "tiny")
     text_encoder.requires_grad_(False)
-    given = {"latents": random(2, 4, 8, 8), "t": torch.tensor([3, 900]), "text": random(2, 7, 24), **batch}
+    given = {"latents": random(2, 4, 8, 8), "noise": random(2, 4, 8, 8), "t": torch.tensor([3, 900])}
+    given |= {"text": random(2, 7, 24), **batch}
     networks = {"unet": unet, "text_encoder": text_encoder}
-    return Job(trainable(unet), lambda step, micro: given, loss=None, export=None, modules=networks)  # type: ignore[arg-type]
+    loss = DiffusionLoss(unet, NoiseSchedule.from_config(NoiseConfig()), TextEncoders([text_encoder]))
+    return Job(trainable(unet), lambda step, micro: given, loss=loss, export=None, modules=networks)  # type: ignore[arg-type]
 
 
 def count(forward: Callable[[], object], weights: list[Tensor]) -> int:
@@ -123,4 +129,4 @@ def test_a_text_encoder_in_training_saves_tensors_too() -> None:
     del (batch := task.batch(0, 0))["text"]
     frozen = step_bytes(task, PLAIN)[0]
     task.modules["text_encoder"].requires_grad_(True)
-    assert batch.keys() == {"latents", "t", "ids"} and step_bytes(task, PLAIN)[0] > frozen
+    assert batch.keys() == {"latents", "noise", "t", "ids"} and step_bytes(task, PLAIN)[0] > frozen

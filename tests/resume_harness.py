@@ -151,7 +151,7 @@ def pictures(settings: FineTuneSettings) -> Job:
     torch.manual_seed(hashed_seed(settings.seed, "vae"))
     vae = AutoencoderKL(TINY_VAE).requires_grad_(False)
     examples = read_folder(Path(settings.instance_data_dir or ""), settings.instance_prompt)
-    data = LatentData(examples, settings, 16, vae, lambda prompts: torch.ones(len(prompts), 2, 4), 1000)
+    data = LatentData(examples, settings, 16, vae, lambda prompts: {"text": torch.ones(len(prompts), 2, 4)}, 1000)
     side = data.batch(0, 0)["latents"].shape[1:]
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(side.numel(), side.numel()))
 

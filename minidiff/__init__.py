@@ -51,9 +51,7 @@ def __getattr__(name: str) -> Any:
     if name in NEAREST:
         raise ImportError(f"minidiff has no {name}; {NEAREST[name]} is nearest to it.")
     if name not in _HOMES:
-        from minidiff.core.errors import did_you_mean
-
-        raise AttributeError(f"module 'minidiff' has no attribute {name!r}.{did_you_mean(name, __all__)}")
+        raise AttributeError(f"module 'minidiff' has no attribute {name!r}")
     try:
         home = import_module(_HOMES[name])
     except ModuleNotFoundError as error:

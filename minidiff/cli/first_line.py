@@ -73,7 +73,8 @@ def of_training(task: Any, s: Any) -> None:
                 mark(float(task.loss(batch, 0, 0)))
 
     forward, pictures = measured(run)[0], max(len(s.validation_prompt), 1) * s.num_validation_images
-    sheets = updates // s.validation_steps * pictures * s.validation_inference_steps if s.validation_steps else 0
+    every = s.validate_every(task.samples_per_epoch)
+    sheets = -(-updates // every) * pictures * s.validation_inference_steps if every else 0
     seconds = forward * (3 * updates * s.gradient_accumulation_steps + 2 * sheets / s.train_batch_size)
     epochs = updates * samples / task.samples_per_epoch
     work = f"{task.samples_per_epoch} pictures, {updates} updates of {samples} = {epochs:.3g} epochs"

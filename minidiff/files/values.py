@@ -19,6 +19,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from minidiff.core.errors import SettingsError, did_you_mean
+from minidiff.files.bundled import here_or_bundled
 
 T = TypeVar("T")
 ELSEWHERE = {  # names in other programs -> ours, the first that the command has
@@ -117,7 +118,7 @@ def same_name(path: Path) -> Path:
 
 def near_path(path: str) -> str:
     """A hint such as ` Did you mean "dog"?`, from the names beside a path that does not exist."""
-    parent = Path(path).parent
+    parent = here_or_bundled(Path(path).parent)
     return did_you_mean(Path(path).name, [one.name for one in parent.iterdir()] if parent.is_dir() else [])
 
 

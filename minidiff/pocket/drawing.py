@@ -4,8 +4,6 @@ Everything is a filled polygon, circles too. That makes turning, mirroring and s
 picture can be drawn at 128 or at 512 pixels without ever being enlarged. x points right, y points DOWN, as in images.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

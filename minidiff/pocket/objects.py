@@ -5,8 +5,6 @@ Each function draws one thing from large shapes, back to front, in a box of abou
 that the colour's word has one meaning. Details are 0.1 and more: about four pixels of a 128-pixel picture.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

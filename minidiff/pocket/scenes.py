@@ -4,8 +4,6 @@ Coordinates are parts of the frame, (0, 0) top left to (1, 1) bottom right. Back
 so that every colour stands out everywhere; the smallest thing, a star or a window, is 0.04: five pixels of 128.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable

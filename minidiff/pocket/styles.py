@@ -4,8 +4,6 @@ Objects are painted on a canvas OVER times as large and averaged down (no ringin
 capacity on the halos). All that is soft - shadows, light, washes - is computed on tiny images and enlarged.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -5,8 +5,6 @@ combination of object, colour, scene and style in ten is held out: no training p
 has put words together.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import random

@@ -107,7 +107,7 @@ def test_training_says_pictures_updates_and_epochs(capsys: pytest.CaptureFixture
         (["--pretrained_model_name_or_path", "outputs/dog"], "give it with --lora outputs/dog"),
         (["--pretrained_model_name_or_path", "outputs/dgo"], 'Did you mean "dog"'),
         (["--image", "no.png"], "no.png: no such file"),
-        (["--output", "no.jpg"], ".png"),
+        (["--output", "no.jpg"], "give a name that ends in"),
     ],
 )
 def test_cheap_checks_come_before_the_model(

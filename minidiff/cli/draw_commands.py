@@ -9,21 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, Resampling, fromarray
 
 from minidiff.cli.draw_flags import Attention, Filmstrip, Morph, Sample, Sampling, Sheet, Tokens
 from minidiff.cli.first_line import of_drawing
 from minidiff.core.errors import SettingsError
 from minidiff.core.inject import adapter_names
 from minidiff.draw.arguments import sampler_for
+from minidiff.draw.canny import canny
 from minidiff.draw.device import chosen_device
-from minidiff.draw.images import contact_sheet, save_png
+from minidiff.draw.images import contact_sheet, load_image, save_png
 from minidiff.draw.lora_tags import adapter_name_of, in_lora_dir
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.prompting import parse_prompt
 from minidiff.draw.speed import compile_unet, keep_memory, light_text
 from minidiff.files.atomic import called
+from minidiff.files.controlnet import read_controlnet
 from minidiff.files.folder import local_folder
 from minidiff.files.model import is_single_file, read_model
 from minidiff.files.text_files import load_tokenizer
@@ -39,7 +42,7 @@ from minidiff.studio.tokens import plain_text, token_view, warn_of_unknown_words
 
 CALL = (  # the flags that are arguments of `pipe()`, too
     *("negative_prompt", "seed", "num_inference_steps", "guidance_scale", "sampler", "timestep_spacing", "use_karras_sigmas"),
-    *("eta", "clip_skip", "width", "height", "image", "mask_image", "strength"),
+    *("eta", "clip_skip", "width", "height", "image", "mask_image", "strength", "guess_mode"),
 )
 
 
@@ -165,7 +168,8 @@ def output_files(s: Any, origin: Path | None = None) -> list[Path]:
     if path.suffix.lower() != ".png" and not isinstance(s, Morph):
         raise SettingsError(f'--output "{path}": pictures are written as PNG; give a name that ends in .png.')
     names = [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
-    check_outputs(names, {"--image": s.image, "--mask_image": s.mask_image, "--from": origin})
+    shown = {f"--control_image {path}": path for path in s.control_image}
+    check_outputs(names, {"--image": s.image, "--mask_image": s.mask_image, "--from": origin, **shown})
     return names
 
 
@@ -232,6 +236,7 @@ def attach(pipe: StableDiffusionPipeline, s: Sampling, prompts: Sequence[str]) -
         words += [(str(lora.path), word) for word in lora.words]
     if s.ip_adapter:
         pipe.load_ip_adapter(s.ip_adapter, image_encoder_folder=s.image_encoder or "image_encoder")
+    pipe.controlnet = [read_controlnet(path, pipe.dtype, pipe.unet.config) for path in s.controlnet]
     set_weights(pipe, s)
     for path, word in words:
         print(pipe.load_textual_inversion(path, word), file=sys.stderr)
@@ -251,10 +256,25 @@ def lora_names(paths: Sequence[str]) -> list[str]:
     return [stem if stem not in stems[:i] else f"{stem}-{i}" for i, stem in enumerate(stems)]
 
 
+def hint_of(s: Sampling, path: str | None) -> Any:
+    """A picture as a ControlNet wants it: as it is, or its edges at the size that is drawn."""
+    if s.hint is None:
+        return path
+    photograph = load_image(path or "")
+    size = s.width or photograph.width, s.height or photograph.height
+    edges = canny(np.asarray(photograph.resize(size, Resampling.LANCZOS)))
+    return fromarray(edges).convert("RGB")
+
+
 def draw(pipe: StableDiffusionPipeline, s: Sampling, prompt: str | None = None, **more: Any) -> Image:
     """The one picture of these settings; `more` are other arguments of the pipeline's call."""
     given = {name: getattr(s, name) for name in CALL} | {"negative_prompt": s.negative_prompt or None}
     given["ip_adapter_image"] = list(s.ip_adapter_image) or None
+    if s.controlnet:
+        hints = [hint_of(s, path) for path in s.control_image or (s.image,) * len(s.controlnet)]
+        given["control_image"] = hints if len(s.controlnet) > 1 else hints[0]
+        for name in ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"):
+            given[name] = list(value) if len(value := getattr(s, name)) > 1 else value[0]
     with called(Path("mask_image"), f"--mask_image {s.mask_image}"):
         image: Image = pipe(prompt, **given, **more).images[0]
     return image

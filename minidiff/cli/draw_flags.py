@@ -23,10 +23,14 @@ Path = Annotated[str, A_PATH]
 Finite = Annotated[float, FINITE]
 Prompts = Annotated[tuple[str, ...], Rule('must be one or more, as in "a dog" "a cat"', bool)]
 Side = Annotated[int, between(1, 8192)]  # pixels
+Share = Annotated[float, between(0, 1)]
 Count = Annotated[int, between(1, 1000)]
 NumberFormat = Literal["float32", "float16", "bfloat16"]
 Prediction = Literal["epsilon", "v_prediction"]
-FILES = ("tokenizer", "lora", "textual_inversion", "image", "mask_image", "ip_adapter", "ip_adapter_image", "image_encoder")
+FILES = (
+    *("tokenizer", "lora", "textual_inversion", "image", "mask_image", "ip_adapter", "ip_adapter_image", "image_encoder"),
+    *("controlnet", "control_image"),
+)
 
 
 def check_weights(loras: tuple[str, ...], weights: tuple[float, ...]) -> None:
@@ -109,6 +113,20 @@ class Sampling(Flags):
     """How much these pictures count: 1 without a prompt, about 0.5 beside one; or a number for each cross-attention."""
     image_encoder: Path | None = None
     """Folder of the IP-Adapter's image tower. Default: image_encoder beside its file, or in the model's folder."""
+    controlnet: tuple[Path, ...] = ()
+    """ControlNets, files or folders: the picture follows --control_image."""
+    control_image: tuple[Path, ...] = ()
+    """A picture for each ControlNet: edges, depth, … Default: --image, which tile ControlNets want."""
+    hint: Literal["canny"] | None = None
+    """Make --control_image from a photograph: canny finds its edges."""
+    controlnet_conditioning_scale: tuple[Finite, ...] = (1.0,)
+    """How closely the picture follows: one number, or one for each ControlNet."""
+    control_guidance_start: tuple[Share, ...] = (0.0,)
+    """Share of the steps after which a ControlNet begins to act."""
+    control_guidance_end: tuple[Share, ...] = (1.0,)
+    """Share of the steps after which it acts no more."""
+    guess_mode: bool = False
+    """Follow --control_image without a prompt: it acts on the guided half alone, and less on fine structure."""
     tile_size: Side | None = None
     """Draw in overlapping tiles of N pixels, for pictures that do not fit in memory. Default: the whole picture at once."""
     compile: bool = False
@@ -127,6 +145,10 @@ class Sampling(Flags):
             check_sampler(self.sampler)
         if bool(self.ip_adapter) != bool(self.ip_adapter_image):
             raise SettingsError("--ip_adapter and --ip_adapter_image need each other: the adapter, and what it looks at.")
+        if self.controlnet and not (self.control_image or self.image) or self.control_image and not self.controlnet:
+            raise SettingsError("--controlnet and --control_image need each other: the net, and the picture that it follows.")
+        if self.hint and not self.control_image:
+            raise SettingsError("--hint needs --control_image, the photograph from which the hint is made.")
         for flag, value in ((name, getattr(self, name)) for name in FILES):
             for path in (value,) if isinstance(value, str) else value or ():
                 if not os.path.exists(path) and (os.path.isdir(os.path.dirname(path) or ".") or path.count("/") != 1):
@@ -138,23 +160,27 @@ class Sampling(Flags):
         """Sizes, strength and prompt that suit --image. SettingsError for one that is far larger than the model draws."""
         if self.resize and (self.image is None or self.width or self.height or self.tile_size):
             raise SettingsError("--resize needs --image, and goes without --width, --height and --tile_size.")
-        if self.image is None:
+        picture, flag = (self.image, "image") if self.image else ((*self.control_image, None)[0], "control_image")
+        if picture is None:
             return self
-        w, h = picture_size(self.image)
+        w, h = picture_size(picture)
         own, cell = own_side(self.pretrained_model_name_or_path)
         fit = [max(round(side * own / math.sqrt(w * h) / cell), 1) * cell for side in (w, h)]
         if self.resize:
             return replace(self, resize=False, width=fit[0], height=fit[1])
         scale = max((self.width or 0) / w, (self.height or 0) / h) or 1.0
         if scale == 1 and w * h > 4 * own * own and not (self.width or self.tile_size):
+            way = f"--resize, for {fit[0]} x {fit[1]}; or --width or --height" if self.image else "--width and --height"
             raise SettingsError(
-                f"--image {self.image} has {w} x {h} pixels, and the model draws {own} x {own}: it would take long and repeat "
-                f"things. Give --resize, for {fit[0]} x {fit[1]}; or --width or --height."
+                f"--{flag} {picture} has {w} x {h} pixels, and the model draws {own} x {own}: it would take long and repeat "
+                f"things. Give {way}."
             )
         new: dict[str, Any] = {}
+        if self.image is None:
+            return self
         if scale > 1.2 and self.mask_image is None and self.strength is None:
-            new["strength"] = 0.1
-            warn("--image is enlarged with --strength 0.1, which sharpens it; 0.3 changes details, 0.8 most.", stacklevel=2)
+            new["strength"] = share = 0.5 if self.controlnet else 0.1
+            warn(f"--image is enlarged with --strength {share}; 0.1 sharpens it, 0.3 changes details, 0.8 most.", stacklevel=2)
         if scale > 1.2 and self.tile_size and vars(self).get("prompt"):
             new |= {"prompt": "", "guidance_scale": 1.0}
             warn("the prompt is left out: each tile shows a part of the picture, and would draw all of it.", stacklevel=2)

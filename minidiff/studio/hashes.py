@@ -44,4 +44,6 @@ HASHES: dict[str, Callable[[str], str]] = {  # by setting: how the file that it 
     "mask_image": sha256_of,
     "ip_adapter": lambda path: sha256_of(find_weights(path, ())),
     "ip_adapter_image": sha256_of,
+    **dict.fromkeys(("image_encoder", "controlnet"), lambda path: sha256_of(find_weights(path))),
+    "control_image": sha256_of,
 }

@@ -28,7 +28,7 @@ MAX_ABREAST = 6  # tiles of a single axis beside each other, before they are lai
 SHORT = {"guidance": "guidance_scale", "steps": "num_inference_steps", "model": "pretrained_model_name_or_path"}
 NEEDS_LOADING = (
     *("pretrained_model_name_or_path", "tokenizer", "prediction_type", "lora", "lora_dir", "textual_inversion"),
-    *("ip_adapter", "image_encoder", "torch_dtype", "device", "compile", "plain"),
+    *("ip_adapter", "image_encoder", "controlnet", "torch_dtype", "device", "compile", "plain"),
 )
 S = TypeVar("S")
 

@@ -16,11 +16,14 @@ from tiny_ip_adapters import picture, tiny_ip_adapter, tiny_tower_folder
 from minidiff.cli import draw_commands as drawing
 from minidiff.cli.draw_commands import lora_names
 from minidiff.cli.main import main
+from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.errors import SettingsError
 from minidiff.core.inject import adapter_weights, inject
+from minidiff.draw.canny import canny
 from minidiff.draw.images import read_png_text, save_png
 from minidiff.draw.lora_tags import in_lora_dir
 from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.files.controlnet import write_controlnet
 from minidiff.files.lora_file import save_lora
 from minidiff.files.word_file import save_embedding
 
@@ -159,6 +162,28 @@ def test_a_picture_as_a_prompt(tiny_folder: Path, tmp_path: Path) -> None:
     main(["sample", "--from", "look-1.png", "--pretrained_model_name_or_path", str(tiny_folder), "--output", "again.png"])
     assert same("again.png", "look-1.png")
     run(tiny_folder, "attention", DOG, *adapter, "--output", "attention.png")
+
+
+def test_a_picture_that_is_followed(tiny_folder: Path, tmp_path: Path) -> None:
+    """--controlnet, with edges that are given or made; its scale; a tile net sees --image; and the same pixels again."""
+    unet = StableDiffusionPipeline.from_pretrained(tiny_folder).unet
+    net = ControlNetModel.from_unet(unet, (8, 16)).requires_grad_(False)
+    for p in net.parameters():
+        p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    write_controlnet(net, tmp_path / "net")
+    picture(0).resize((32, 32)).save("photo.png")
+    Image.fromarray(canny(np.asarray(Image.open("photo.png").convert("RGB")))).convert("RGB").save("edges.png")
+    follow = ("--controlnet", "net", "--control_image")
+    run(tiny_folder, "sample", DOG, "--width", "32", "--height", "32", "--output", "plain.png")
+    run(tiny_folder, "sample", DOG, *follow, "edges.png", "--output", "edges-1.png")
+    run(tiny_folder, "sample", DOG, *follow, "photo.png", "--hint", "canny", "--output", "made.png")
+    run(tiny_folder, "sample", DOG, *follow, "edges.png", "--controlnet_conditioning_scale", "0", "--output", "edges-0.png")
+    assert same("edges-1.png", "made.png") and same("plain.png", "edges-0.png") and not same("plain.png", "made.png")
+    main(["sample", "--from", "made.png", "--pretrained_model_name_or_path", str(tiny_folder), "--output", "again.png"])
+    assert same("again.png", "made.png")
+    run(tiny_folder, "sample", DOG, "--controlnet", "net", "--image", "photo.png", "--output", "tile.png")
+    run(tiny_folder, "sample", DOG, "--image", "photo.png", "--output", "no-tile.png")
+    assert not same("tile.png", "no-tile.png")
 
 
 def test_a_note_where_something_differs(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,6 +347,8 @@ WRONG = [
     (["sample", DOG, "--image", "none.png"], "none.png: no such file"),
     (["sample", DOG, "--image", "none.png", "--strength", "1.5"], "--strength must lie in 0 … 1; it is 1.5"),
     (["sample", DOG, "--ip_adapter", "."], "--ip_adapter and --ip_adapter_image need each other"),
+    (["sample", DOG, "--controlnet", "."], "--controlnet and --control_image need each other"),
+    (["sample", DOG, "--controlnet", ".", "--image", "dog.png", "--hint", "canny"], "--hint needs --control_image"),
     (["sample", DOG, "--tile_size", "15"], "tile_size is 15"),
     (["sample", DOG, "--clip_skip", "9"], "clip_skip is 9; this text encoder has 2 layers"),
     (["sample", "(" * 9999 + DOG], "the weights around this multiply to inf"),

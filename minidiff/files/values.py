@@ -1,6 +1,6 @@
 """Rules for the values of a settings dataclass, declared beside the types: `rank: Annotated[int, at_least(1)] = 4`.
 
-`check_values` reads types and rules from the fields, so each range is written once.
+`Flags.check` reads types and rules from the fields, so each range is written once.
 """
 
 import ast
@@ -46,10 +46,6 @@ def at_least(least: float) -> Rule:
     return Rule(f"must be at least {least}", lambda value: value >= least)
 
 
-def at_most(most: float) -> Rule:
-    return Rule(f"must be at most {most}", lambda value: value <= most)
-
-
 def between(least: float, most: float) -> Rule:
     return Rule(f"must lie in {least} … {most}", lambda value: least <= value <= most)
 
@@ -63,21 +59,17 @@ A_PATH = Rule("must name a file or folder", lambda value: bool(value.strip()))
 NO_NUL = Rule("cannot hold a NUL character", lambda value: "\0" not in value)
 
 
-def check_values(settings: Any) -> None:
-    """Raise SettingsError, naming the flag, for the first field of a dataclass whose value breaks a rule."""
-    hints = get_type_hints(type(settings), include_extras=True)
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        if broken := broken_rule(value, hints[field.name]):
-            raise SettingsError(f"--{field.name} {broken}; it is {value!r}.")
-
-
 class Flags:
     """The base of a command's settings, which are frozen dataclasses."""
 
     def check(self) -> None:
-        """Raise SettingsError, naming the flag, for a value that cannot work."""
-        check_values(self)
+        """Raise SettingsError, naming the flag, for the first field whose value breaks a rule."""
+        settings: Any = self
+        hints = get_type_hints(type(self), include_extras=True)
+        for field in fields(settings):
+            value = getattr(self, field.name)
+            if broken := broken_rule(value, hints[field.name]):
+                raise SettingsError(f"--{field.name} {broken}; it is {value!r}.")
 
 
 def broken_rule(value: Any, hint: Any) -> str | None:

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal, get_args
 
-from minidiff.files.values import A_FOLDER, Flags, Rule, at_least, at_most
+from minidiff.files.values import A_FOLDER, Flags, Rule, between
 
 Stage = Literal["world", "vae", "latents", "decoder", "clip", "unet", "assemble", "judge", "student", "ip", "canny", "tile"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 USUAL = STAGES[: STAGES.index("student")]
-Count = Annotated[int, at_least(1), at_most(10_000_000)]
+Count = Annotated[int, between(1, 10_000_000)]
 Method = Literal["full", "dreambooth", "lora", "lora-prior", "dora", "locon"]
 METHODS: tuple[Method, ...] = get_args(Method)
 A_PROMPT = Rule("must be a text", lambda value: bool(value.strip()))
@@ -134,7 +134,7 @@ class ForgettingSettings(Flags):
     """Measure after every so many updates."""
     num_images_per_prompt: Count = 2
     """Pictures of each prompt in each measurement, with the seeds 0, 1, …"""
-    num_inference_steps: Annotated[int, at_least(1), at_most(1000)] = 25
+    num_inference_steps: Annotated[int, between(1, 1000)] = 25
     """Sampler steps for each picture."""
     num_class_images: Count = 40
     """Class pictures that the base draws for dreambooth."""

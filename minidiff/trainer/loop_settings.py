@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from minidiff.core.errors import SettingsError
 from minidiff.files import values
-from minidiff.files.values import A_FOLDER, Rule, at_least, at_most, between, check_values
+from minidiff.files.values import A_FOLDER, Flags, Rule, at_least, between
 from minidiff.trainer.rules import RULES
 
 MOST = 10_000_000  # updates of a run
@@ -24,7 +24,7 @@ def size_in_bytes(text: str) -> int | None:
 
 
 Count = Annotated[int, at_least(1)]
-BatchSize = Annotated[int, at_least(1), at_most(4096)]
+BatchSize = Annotated[int, between(1, 4096)]
 Decay = Annotated[float, values.BELOW_ONE]
 Positive = Annotated[float, values.POSITIVE]
 NotNegative = Annotated[float, values.NOT_NEGATIVE]
@@ -33,7 +33,7 @@ Curve = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Flags):
     """The settings of the training loop, for any model."""
 
     output_dir: Folder = "minidiff-model"
@@ -48,9 +48,9 @@ class TrainSettings:
     """Samples in one forward pass. With several GPUs they share these samples."""
     gradient_accumulation_steps: BatchSize = 1
     """Forward passes in one update. Their gradients are averaged, as for one larger batch."""
-    max_train_steps: Annotated[int, at_least(1), at_most(MOST)] | None = None
+    max_train_steps: Annotated[int, between(1, MOST)] | None = None
     """Updates in total, including those before a resume. Default: 400, unless --num_train_epochs is given."""
-    num_train_epochs: Annotated[int, at_least(1), at_most(1_000_000)] | None = None
+    num_train_epochs: Annotated[int, between(1, 1_000_000)] | None = None
     """How many times all samples are used, instead of --max_train_steps."""
     learning_rate: Positive = 1e-4
     """Learning rate of AdamW after warm-up."""
@@ -115,7 +115,7 @@ class TrainSettings:
 
     def check(self) -> None:
         """Raise SettingsError, naming the flag, for a value that cannot work, or for two flags that exclude each other."""
-        check_values(self)
+        super().check()
         for flag, holds, rule in RULES:
             if value := getattr(self, flag, None):
                 self.need(bool(holds(self)), flag, f"{rule}; it is {value!r}" if value is not True else rule)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from minidiff.core.errors import SettingsError
-from minidiff.files.values import Rule, at_least, at_most, between
+from minidiff.files.values import Rule, between
 from minidiff.trainer.loop_settings import BatchSize, Count, Decay, Folder, NotNegative, Positive, TrainSettings, size_in_bytes
 
 MemorySize = Annotated[str, Rule("must be a size from 1MB to 100TB, such as 8GB or 7.5GiB", size_in_bytes)]
@@ -47,7 +47,7 @@ class FineTuneSettings(TrainSettings):
     """Train on so many of the pictures, chosen by the seed."""
     skip_bad: bool = False
     """Skip pictures that cannot be read or are too small, and name them. Without it, they stop the run."""
-    resolution: Annotated[int, at_least(8), at_most(8192)] | None = None
+    resolution: Annotated[int, between(8, 8192)] | None = None
     """Side of the training pictures in pixels. Default: the side that the base model was made for."""
     center_crop: bool = True
     """Crop pictures that are not square in the middle. With --no-center_crop, at a random place each time."""
@@ -97,7 +97,7 @@ class FineTuneSettings(TrainSettings):
     """Share of the pictures that are not trained on, but measured; at least one of five. With fewer than five, or 0: none."""
     validation_prompt: tuple[str, ...] = ()
     """Prompts of the sample sheet. Default: --instance_prompt, or the first caption."""
-    num_validation_images: Annotated[int, at_least(1), at_most(1000)] = 4
+    num_validation_images: Annotated[int, between(1, 1000)] = 4
     """Pictures for each validation prompt. Their seeds stay the same through the run."""
     validation_guidance_scale: NotNegative = 5.0
     """Guidance scale of the sample sheet."""

@@ -81,7 +81,7 @@ def test_every_method_has_settings_that_hold(tiny_with_tower: Path, tmp_path: Pa
     [
         (["--methods", "full", "lorra"], "lorra"),
         (["--probes"], "--probes names none"),
-        (["--every", "0"], "--every must be at least 1"),
+        (["--every", "0"], "--every must lie in 1"),
         (["--pretrained_model_name_or_path", "{}"], "no image encoder here"),
         (["--pretrained_model_name_or_path", "nowhere/at/all"], "nowhere/at/all: there is no such folder"),
         (["--instance_data_dir", "{}/none"], "none is no folder that exists"),

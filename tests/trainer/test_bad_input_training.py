@@ -227,8 +227,8 @@ def test_case_19_no_class_pictures_and_none_drawn(says: Said, tmp_path: Path) ->
         (("--lora_targets", "atention"), 'Did you mean "attention"?'),
         (("--lora_alpha", "0"), "--lora_alpha must be a number above 0; it is 0.0"),
         (("--learning_rate", "0"), "--learning_rate must be a number above 0; it is 0.0"),
-        (("--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps must be at least 1; it is 0"),
-        (("--gradient_accumulation_steps", "1" + "0" * 30), "--gradient_accumulation_steps must be at most 4096; it is 1000"),
+        (("--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps must lie in 1 … 4096; it is 0"),
+        (("--gradient_accumulation_steps", "1" + "0" * 30), "--gradient_accumulation_steps must lie in 1 … 4096; it is 1000"),
     ],
 )
 def test_case_20_numbers_and_targets(says: Said, flags: tuple[str, str], message: str) -> None:

@@ -108,7 +108,7 @@ def test_bad_class_folders(pipe: StableDiffusionPipeline, settings: FineTuneSett
         ({"with_prior_preservation": False}, "--class_data_dir goes with --with_prior_preservation"),
         ({"prior_from_base": True}, "--class_data_dir has no use with --prior_from_base"),
         ({"num_class_images": -1}, "--num_class_images must lie in 0"),
-        ({"sample_batch_size": 0}, "--sample_batch_size must be at least 1"),
+        ({"sample_batch_size": 0}, "--sample_batch_size must lie in 1"),
         ({"aspect_ratio_buckets": True}, "--aspect_ratio_buckets cannot be joined.*take --prior_from_base"),
         ({"noise_offset": -1.0}, "--noise_offset must not be negative"),
     ],

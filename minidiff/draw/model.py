@@ -111,7 +111,7 @@ class Model:
         cls, path: str | Path, tokenizer: str | Path, torch_dtype: torch.dtype = torch.float32, plain: bool = False,
         prediction_type: str | None = None,
     ) -> Self:  # fmt: skip
-        """Read an SD 1.x or SD 2.x checkpoint in one LDM/CompVis file. It has no vocabulary: `tokenizer` is the folder of any
+        """Read an SD 1.x, SD 2.x or SDXL checkpoint in one LDM file. It has no vocabulary: `tokenizer` is the folder of any
         SD model's. Nor does it say its `prediction_type`, "epsilon" (the default) or "v_prediction"."""
         dtypes = {"unet": torch_dtype, "vae": torch.float32, "text_encoder": torch_dtype}
         model = read_model(path, None, tokenizer, dtypes, None, prediction_type)

@@ -32,6 +32,9 @@ SD2_TEXT: dict[str, Any] = SD15_TEXT | dict(  # OpenCLIP ViT-H/14's, without its
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu",
     projection_dim=512, bos_token_id=0, eos_token_id=2, pad_token_id=1,
 )  # fmt: skip
+BIGG_TEXT: dict[str, Any] = SD2_TEXT | dict(  # OpenCLIP ViT-bigG/14's, SDXL's second
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280,
+)  # fmt: skip
 
 WORDS = "words.json"  # of a model with a small vocabulary: {"words": [all of its captions], "things": [what it draws]}
 NO_PARTS = ("safety_checker", "feature_extractor", "image_encoder")  # parts that minidiff does not have

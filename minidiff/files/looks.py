@@ -23,7 +23,8 @@ ARCHITECTURES = {  # and in metadata: ModelSpec's name, and kohya's
 }
 INPUTS = {4: "", 9: "inpainting ", 8: "InstructPix2Pix ", 5: "depth ", 7: "upscaling "}  # by the U-Net's input channels
 LOOKS = (  # how a file can look, by the beginning of any of its names; the first that fits
-    (r"conditioner\.", "an SDXL single file"),
+    (r"conditioner\.embedders\.0\.model\.", "a single file of SDXL's refiner, with which minidiff does not draw"),
+    (r"conditioner\.", "an SDXL {inputs}single file in the LDM layout"),
     (r"cond_stage_model\.model\.", "an SD 2.x {inputs}single file in the LDM layout"),
     (r"model\.diffusion_model\.", "an {family} {inputs}single file in the LDM layout"),
     (r"time_embedding\.", "an {family} {inputs}U-Net in the diffusers layout"),

@@ -1,12 +1,13 @@
 """A whole model on disk, in and out: a folder in the layout of SD 1.5 on the hub, or one file in the LDM layout.
 
     read_model("checkpoints/pocket")                              a folder, or a hub id in the local cache
-    read_model("sd15.safetensors")                                a single file, SD 1.x or SD 2.x
+    read_model("sd15.safetensors")                                a single file, SD 1.x, SD 2.x or SDXL
     read_model("pocket.safetensors", like="checkpoints/pocket")   a single file of another architecture
 
 A single file holds the three networks and nothing else: no sizes, no schedule, no vocabulary.
 """
 
+import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.core import textual_inversion
-from minidiff.core.config import SD2_UNET, SD15_UNET, SD15_VAE, NoiseConfig, UNetConfig, VAEConfig
+from minidiff.core.config import SD2_UNET, SD15_UNET, SD15_VAE, SDXL_UNET, SDXL_VAE, NoiseConfig, UNetConfig, VAEConfig
 from minidiff.core.errors import AdapterError, SettingsError, WeightsError
 from minidiff.core.inject import adapter_names
 from minidiff.core.ip_adapter import ImageAttention
@@ -25,13 +26,24 @@ from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.files import folder as layout
 from minidiff.files import names, weights
-from minidiff.files.folder import SD2_TEXT, SD15_TEXT, config_values, local_folder, read_config, read_json, write_json
-from minidiff.files.text_files import build_text_encoder, from_openclip, load_tokenizer, to_file_keys, to_openclip
-from minidiff.files.weights import TensorFile, TensorInfo, find_weights, read_header, save
+from minidiff.files.folder import (
+    BIGG_TEXT,
+    SD2_TEXT,
+    SD15_TEXT,
+    config_values,
+    local_folder,
+    read_config,
+    read_json,
+    write_json,
+)
+from minidiff.files.single_file import family_of, split_single_file, to_single_file
+from minidiff.files.text_files import build_text_encoder, load_tokenizer, to_file_keys
+from minidiff.files.weights import TensorFile, find_weights, read_header, save
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
+OPENCLIP_PAD = 0  # the token "!"
 SINGLE_FILE, TOWERS = ".safetensors", ("text_encoder", "text_encoder_2")
 DTypes = Mapping[str, torch.dtype | None]  # network -> the dtype to cast its weights to; None: as the file has them
 AS_IN_THE_FILE: DTypes = {"unet": None, "vae": None, "text_encoder": None}
@@ -110,14 +122,15 @@ def read_model(
     light: Any = None,
     prediction_type: str | None = None,
 ) -> ModelParts:
-    """A model folder, a hub id in the local cache, or an SD 1.x or SD 2.x checkpoint in one LDM file; frozen.
+    """A model folder, a hub id in the local cache, or an SD 1.x, SD 2.x or SDXL checkpoint in one LDM file; frozen.
 
     `like` is a folder that describes the networks of a single file, in place of its family's sizes. `tokenizer` is the folder
     of a vocabulary, in place of the model's own. `prediction_type`: of a single file, which does not say it. `light`: see
     `load_tokenizer`. WeightsError for anything that is missing, damaged or does not fit.
     """
     file = read_header(name) if is_single_file(name) else None
-    model = empty_model(like if file else name, light, bool(file and is_sd2(file)))
+    family = family_of(file) if file else None
+    model = empty_model(like if file else name, light, family)
     if file:
         files = split_single_file(file, model.unet.config, model.vae.config, model.text_encoder.config.num_hidden_layers)
     else:
@@ -135,14 +148,12 @@ def read_model(
         model = replace(model, tokenizer=load_tokenizer(Path(folder), light))
     if model.text_encoder_2 is not None and model.home:
         model = replace(model, tokenizer_2=load_tokenizer(model.home / "tokenizer_2", light))
-    if file and model.tokenizer and not model.home and is_sd2(file):
-        model.tokenizer.pad_token_id = 0  # "!", with which OpenCLIP pads; the folder may be SD 1.5's
+    if model.tokenizer and not model.home:  # the folder may be that of any model
+        model.tokenizer.pad_token_id = OPENCLIP_PAD if family == "SD 2" else model.tokenizer.eos_token_id
+        if family == "SDXL":
+            second = copy.deepcopy(model.tokenizer)
+            second.pad_token_id, model = OPENCLIP_PAD, replace(model, tokenizer_2=second)
     return model
-
-
-def is_sd2(file: TensorFile) -> bool:
-    """Has a single file a text tower with OpenCLIP's names?"""
-    return any(key.startswith(names.OPENCLIP_PREFIX) for key in file.tensors)
 
 
 def predicting(model: ModelParts, name: str | Path, file: TensorFile | None, prediction_type: str | None) -> NoiseConfig:
@@ -150,13 +161,14 @@ def predicting(model: ModelParts, name: str | Path, file: TensorFile | None, pre
     if file is None or prediction_type not in (None, "epsilon", "v_prediction"):
         rule = "it is epsilon or v_prediction, for a model in one file alone; a folder has a scheduler_config.json"
         raise SettingsError(f'{name}: --prediction_type is "{prediction_type}"; {rule}.')
-    if prediction_type is None and model.home is None and is_sd2(file):
+    if prediction_type is None and model.home is None and family_of(file) == "SD 2":
         key = f"{names.UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
         bias = replace(file, tensors={k: info for k, info in file.tensors.items() if k == key}).read(torch.float32)
         v = any(numbers.std(correction=0) > 0.09 for numbers in bias.values())
         rule = "does not say whether it predicts epsilon or v, and epsilon is taken. Say it yourself with --prediction_type"
         warnings.warn(f"{name} {rule}; by its weights it is {'v_prediction' if v else 'epsilon'}.", stacklevel=3)
-    said: Any = prediction_type or model.noise_config.prediction_type
+    marked = "v_prediction" if "v_pred" in file.tensors else None  # as in SDXL's that were trained so
+    said: Any = prediction_type or marked or model.noise_config.prediction_type
     return replace(model.noise_config, prediction_type=said)
 
 
@@ -169,12 +181,16 @@ def is_single_file(name: str | Path) -> bool:
     return Path(name).is_file() or Path(name).suffix == SINGLE_FILE
 
 
-def empty_model(name: str | Path | None, light: Any = None, sd2: bool = False) -> ModelParts:
-    """The networks that a folder (or hub id) describes, or those of SD 1.5 or SD 2, on "meta": shapes without numbers."""
+def empty_model(name: str | Path | None, light: Any = None, family: str | None = None) -> ModelParts:
+    """The networks that a folder (or hub id) describes, or those of a `family`, on "meta": shapes without numbers."""
     if name is None:
         with torch.device("meta"):
-            text_encoder = build_text_encoder(SD2_TEXT if sd2 else SD15_TEXT, "SD", light)
-            return ModelParts(UNet2DConditionModel(SD2_UNET if sd2 else SD15_UNET), AutoencoderKL(SD15_VAE), text_encoder)
+            if family == "SDXL":
+                first, second = build_text_encoder(SD15_TEXT, "SD", light), build_text_encoder(BIGG_TEXT, "SD", projected=True)
+                model = ModelParts(UNet2DConditionModel(SDXL_UNET), AutoencoderKL(SDXL_VAE), first, text_encoder_2=second)
+                return replace(model, noise_config=NoiseConfig(timestep_spacing="leading"), sampler="euler")
+            sizes, text = (SD2_UNET, SD2_TEXT) if family == "SD 2" else (SD15_UNET, SD15_TEXT)
+            return ModelParts(UNet2DConditionModel(sizes), AutoencoderKL(SD15_VAE), build_text_encoder(text, "SD", light))
     home = local_folder(str(name))
     index = read_json(home / "model_index.json", "a model folder in the diffusers layout has one")
     if (kind := index.get("_class_name")) not in CLASSES + XL_CLASSES:
@@ -191,40 +207,13 @@ def empty_model(name: str | Path | None, light: Any = None, sd2: bool = False) -
         return replace(model, text_encoder_2=second, force_zeros_for_empty_prompt=zeros)
 
 
-def split_single_file(
-    file: TensorFile, unet_config: UNetConfig = SD15_UNET, vae_config: VAEConfig = SD15_VAE, layers: int = 12
-) -> dict[str, TensorFile]:
-    """The three networks of a single file under minidiff's names; no data is read. What training left behind is left out."""
-    openclip = [key for key in file.tensors if key.startswith(names.OPENCLIP_PREFIX)]
-    text = names.OPENCLIP_PREFIX if openclip else names.TEXT_PREFIX
-    tables = {
-        names.UNET_PREFIX: names.inverse(names.unet_table(unet_config)),
-        names.VAE_PREFIX: names.inverse(names.vae_table(vae_config)),
-        text: {},
-    }
-    parts: dict[str, dict[str, TensorInfo]] = {prefix: {} for prefix in tables}
-    unknown = []
-    for key, info in weights.without_leftovers(file.tensors, file.path, openclip).items():
-        if prefix := next((prefix for prefix in tables if key.startswith(prefix)), None):
-            parts[prefix][names.rename(key.removeprefix(prefix), tables[prefix])] = info
-        else:
-            unknown.append(key)
-    absent = [prefix for prefix, tensors in parts.items() if not tensors]
-    if absent or unknown:
-        problems = {"parts missing": absent, "unknown": unknown}
-        raise WeightsError(file.misfit(f"{file.path} is no SD 1.x or 2.x checkpoint in one file.", problems))
-    if openclip:
-        parts[text] = from_openclip(parts[text], layers)
-    return {part: replace(file, tensors=tensors) for part, tensors in zip(("unet", "vae", "text_encoder"), parts.values())}
-
-
 # --- writing -----------------------------------------------------------------------------------------------------------
 
 
 def write_model(model: ModelParts, place: Path) -> None:
     """As a single file or as a folder; the name of the place says which."""
     if place.suffix == SINGLE_FILE:
-        to_single_file(model.unet, model.vae, model.text_encoder, place)
+        to_single_file(model.unet, model.vae, model.text_encoder, place, model.text_encoder_2)
     else:
         write_folder(model, place)
 
@@ -267,25 +256,6 @@ def write_folder(model: ModelParts, folder: str | Path, dtype: torch.dtype | Non
             tokenizer.backend_tokenizer.model.save(str(home / part))
             (home / part / "tokenizer.json").unlink()
     write_json(home / "model_index.json", index | {"scheduler": ["diffusers", scheduler["_class_name"]]})
-
-
-def to_single_file(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: nn.Module, path: str | Path) -> None:
-    """Write the three networks as one checkpoint in the LDM layout, which A1111 and ComfyUI read."""
-    save(ldm_tensors(unet, vae, text_encoder), path)
-
-
-def ldm_tensors(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: nn.Module) -> dict[str, Tensor]:
-    """Three networks under the names of the LDM layout. SD 2 is known by its linear projections; its text is OpenCLIP's."""
-    sd2, state = unet.config.use_linear_projection, weights.named(text_encoder)
-    prefix, text = (names.OPENCLIP_PREFIX, to_openclip(state)) if sd2 else (names.TEXT_PREFIX, to_file_keys(state))
-    tensors = {prefix + key: value for key, value in text.items()}
-    table = names.unet_table(unet.config)
-    tensors |= {names.UNET_PREFIX + names.rename(key, table): value for key, value in unet.state_dict().items()}
-    table = names.vae_table(vae.config)
-    for key, value in vae.state_dict().items():
-        weight = value[:, :, None, None] if names.is_vae_attention(key) else value
-        tensors[names.VAE_PREFIX + names.rename(key, table)] = weight
-    return tensors
 
 
 # --- checks ------------------------------------------------------------------------------------------------------------

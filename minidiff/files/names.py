@@ -15,7 +15,6 @@ from minidiff.files.text_files import PREFIX as CLIP
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-TEXT_PREFIX, OPENCLIP_PREFIX = "cond_stage_model.transformer.", "cond_stage_model.model."  # of SD 1.x, and of SD 2.x
 NOT_NEEDED = re.compile(  # left by training: averages, losses, managers of words, CLIP's own scales; names without a dot
     r"(?P<table>(?:first_stage_model\.)?(?:loss|model_ema)|embedding_manager|denoiser|optimizer\w*|lr_scheduler\w*)\..+|"
     r"(?:cond_stage_model\.)?(?:transformer\.|model\.)?(?:text_model\.)?(?:logit_scale|text_projection(?:\.weight)?)|"

@@ -78,8 +78,9 @@ def to_file_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in named.items() if not key.endswith("embeddings.position_ids")}
 
 
-def from_openclip(tensors: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """A header's entries under transformers' names, without those that SD 2 never reads: last layer, projection, scale."""
+def from_openclip(tensors: Mapping[str, Any], layers: int | None) -> dict[str, Any]:
+    """A header's entries under transformers' names, without those that are never read: the scale; for SD 2, whose tower has
+    so many `layers`, also the last layer and the projection. SDXL's projection is transposed: OpenCLIP has x W, not x Wᵀ."""
     found = dict[str, Any]()
     for key, info in tensors.items():
         for ours, theirs in OPENCLIP.items():
@@ -88,14 +89,18 @@ def from_openclip(tensors: Mapping[str, Any], layers: int) -> dict[str, Any]:
         n = (info.shape or (0,))[0] // 3
         parts = {f"{stem}.{x}_proj.{kind}": (i * n, i * n + n) for i, x in enumerate("qkv")} if fused else {}
         found |= {part: info._replace(shape=(n, *info.shape[1:]), rows=rows) for part, rows in parts.items()} or {key: info}
-    unread = ("text_projection", "logit_scale", f"encoder.layers.{layers}.")
+    if layers is None:
+        found["text_projection.weight"] = found.pop("text_projection")._replace(transposed=True)
+    unread = ("logit_scale",) if layers is None else ("text_projection", "logit_scale", f"encoder.layers.{layers}.")
     return {key: info for key, info in found.items() if not key.startswith(unread)}
 
 
 def to_openclip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under OpenCLIP's names. A1111 wants all of OpenCLIP's, so what SD 2 leaves out is made up, as by kohya: its
-    last layer is the one before it again, projection and scale are ones."""
-    tensors, layers = dict[str, Tensor](), len({key.split(".")[2] for key in state if key.startswith("encoder.layers.")})
+    last layer is the one before it again, projection and scale are ones. Of SDXL's second tower everything is there."""
+    tensors, state = dict[str, Tensor](), dict(state)
+    projection = state.pop("text_projection.weight", None)
+    layers = len({key.split(".")[2] for key in state if key.startswith("encoder.layers.")})
     for key, value in state.items():
         if ".q_proj." in key:
             value = torch.cat([state[key.replace(".q_proj.", f".{x}_proj.")] for x in "qkv"])
@@ -104,6 +109,8 @@ def to_openclip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for ours, theirs in ({".q_proj.": ".in_proj_"} | OPENCLIP).items():
             key = key.replace(ours, theirs)
         tensors[key] = value
+    if projection is not None:
+        return tensors | {"text_projection": projection.mT.contiguous()}
     last, scale = f"transformer.resblocks.{layers - 1}.", state["final_layer_norm.weight"]
     tensors |= {key.replace(last, f"transformer.resblocks.{layers}."): t for key, t in tensors.items() if key.startswith(last)}
     return tensors | {"text_projection": scale.new_ones(len(scale), len(scale)), "logit_scale": scale.new_ones(())}

@@ -56,6 +56,7 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     key: str
     rows: tuple[int, int] | None = None  # from, to; None: all
+    transposed: bool = False  # the file has the other way round
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class TensorFile:
             with safe_open(self.path, framework="pt") as file:
                 for name, info in self.tensors.items():
                     tensor = file.get_slice(info.key)[slice(*info.rows)] if info.rows else file.get_tensor(info.key)
-                    tensors[name] = tensor.to(torch_dtype or info.dtype)
+                    tensors[name] = (tensor.mT.contiguous() if info.transposed else tensor).to(torch_dtype or info.dtype)
                     if not (unchecked and tensors[name].dtype == info.dtype) and not is_finite(tensors[name]):
                         what = f"{info.key} has NaN or infinite values (as {tensors[name].dtype})"
                         raise WeightsError(f"{self.path}: {what}. Get the file again; if it was cast to half, use float32.")

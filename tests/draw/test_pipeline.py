@@ -27,7 +27,7 @@ from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.fast.frozen import frozen_weights
 from minidiff.files.folder import SAMPLER_OF, SD15_TEXT
 from minidiff.files.lora_file import save_lora
-from minidiff.files.model import split_single_file, to_single_file
+from minidiff.files.single_file import split_single_file, to_single_file
 from minidiff.files.text_files import build_text_encoder
 from minidiff.files.weights import load_into, read_header
 from minidiff.pocket.tokenizer import END, START, alphabet, build_tokenizer

@@ -14,7 +14,8 @@ from minidiff.core.errors import WeightsError
 from minidiff.core.lora import LoRAWeights
 from minidiff.files.inspect import as_text, inspect, trigger_words
 from minidiff.files.lora_file import save_lora
-from minidiff.files.model import ModelParts, read_model, to_single_file
+from minidiff.files.model import ModelParts, read_model
+from minidiff.files.single_file import to_single_file
 from minidiff.files.weights import is_pickle, save
 from minidiff.files.word_file import save_embedding
 

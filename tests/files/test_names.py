@@ -83,7 +83,7 @@ LOOKS = {
     "SD 1.x single": (SINGLE | VAE | TEXT, "an SD 1.x single file in the LDM layout"),
     "inpainting": (SINGLE | {UNET + "input_blocks.0.0.weight": one(2, 9, 3, 3)}, "an SD 1.x inpainting single file"),
     "SD 2 single": (SINGLE | {"cond_stage_model.model.ln_final.weight": one(2)}, "an SD 2.x single file"),
-    "SDXL single": (SINGLE | {"conditioner.embedders.0.x": one(2)}, "an SDXL single file"),
+    "SDXL single": (SINGLE | {"conditioner.embedders.0.x": one(2)}, "an SDXL single file in the LDM layout"),
     "SD 2 U-Net": (
         {
             "conv_in.weight": one(2, 4, 3, 3),

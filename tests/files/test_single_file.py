@@ -1,4 +1,4 @@
-"""SD 2.x in one file: OpenCLIP's names, what is made up for A1111, and the prediction type that no file says."""
+"""SD 2.x and SDXL in one file: OpenCLIP's names, what is made up for A1111, and the prediction type that no file says."""
 
 import warnings
 from dataclasses import replace
@@ -8,28 +8,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_families import sd2_folder
+from tiny_families import sd2_folder, xl_folder
 from torch import Tensor
 
 from minidiff.cli.main import main
-from minidiff.core.errors import SettingsError
+from minidiff.core.errors import SettingsError, WeightsError
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files import model as models
 from minidiff.files import names
-from minidiff.files.model import (
-    ModelParts,
-    empty_model,
-    is_sd2,
-    ldm_tensors,
-    predicting,
-    read_model,
-    split_single_file,
-    to_single_file,
-)
+from minidiff.files.model import ModelParts, empty_model, predicting, read_model, write_model
+from minidiff.files.single_file import TEXTS, family_of, ldm_tensors, split_single_file, to_single_file
 from minidiff.files.text_files import to_openclip
 from minidiff.files.weights import TensorFile, TensorInfo, check_fit, named, read_header, save
 
-CLIP = names.OPENCLIP_PREFIX
+CLIP = TEXTS["SD 2"][0]
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +48,19 @@ def tiny_family(model: ModelParts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "SD2_TEXT", model.text_encoder.config.to_dict())
 
 
-@pytest.mark.parametrize(("sd2", "text"), [(False, 196), (True, 294)], ids=["SD 1.5", "SD 2"])
-def test_names_and_shapes_at_full_size(sd2: bool, text: int) -> None:
-    """SD 2's file: 686 + 248 + 294 tensors, of them 354,032,641 numbers of OpenCLIP, with its last layer and projection."""
-    model = empty_model(None, sd2=sd2)
-    written = ldm_tensors(model.unet, model.vae, model.text_encoder)
+@pytest.mark.parametrize(
+    ("family", "unet", "text", "numbers"),
+    [("SD 1", 686, 196, 0), ("SD 2", 686, 294, 354_032_641), ("SDXL", 1680, 196 + 389, 0)],
+)
+def test_names_and_shapes_at_full_size(family: str, unet: int, text: int, numbers: int) -> None:
+    """SD 2's file has OpenCLIP's last layer and projection, too; SDXL's all of bigG but the scale."""
+    model = empty_model(None, family=family)
+    written = ldm_tensors(model.unet, model.vae, model.text_encoder, model.text_encoder_2)
     tensors = {key: TensorInfo(torch.float32, tuple(tensor.shape), key) for key, tensor in written.items()}
-    assert len(tensors) == 686 + 248 + text
-    if sd2:
-        assert sum(tensor.numel() for key, tensor in written.items() if key.startswith(CLIP)) == 354_032_641
+    assert len(tensors) == unet + 248 + text
+    assert sum(tensor.numel() for key, tensor in written.items() if key.startswith(CLIP)) == numbers
     file, layers = TensorFile(Path("x"), tensors, {}, ""), model.text_encoder.config.num_hidden_layers
-    assert is_sd2(file) == sd2
+    assert family_of(file) == family
     for part, split in split_single_file(file, model.unet.config, model.vae.config, layers).items():
         assert len(check_fit(model.networks[part], split)) == len(split.tensors)  # an error for another name or shape
 
@@ -88,7 +82,7 @@ def test_the_names_of_openclip(model: ModelParts, single: Path) -> None:
     for key in [key for key in tensors if ".resblocks.3." in key]:
         assert torch.equal(tensors[key], tensors[key.replace(".resblocks.3.", ".resblocks.2.")])
     assert torch.equal(tensors[f"{CLIP}text_projection"], torch.ones(24, 24)) and tensors[f"{CLIP}logit_scale"] == 1
-    assert not any(key.startswith(names.TEXT_PREFIX) for key in tensors)
+    assert not any(key.startswith(TEXTS["SD 1"]) for key in tensors)
 
 
 @torch.no_grad()
@@ -161,3 +155,45 @@ def test_convert_keeps_the_prediction_type_that_it_is_told(
     with pytest.raises(SystemExit):
         main(["sample", "a dog", "--pretrained_model_name_or_path", str(made), "--prediction_type", "epsilon"])
     assert "for a model in one file alone" in capsys.readouterr().err
+
+
+# --- SDXL ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> ModelParts:
+    return read_model(xl_folder(tmp_path_factory.mktemp("xl")))
+
+
+def test_sdxl_there_and_back_to_the_bit(xl: ModelParts, tmp_path: Path) -> None:
+    write_model(xl, single := tmp_path / "xl.safetensors")
+    again = read_model(single, like=xl.home)
+    before, after = xl.weights(), again.weights()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    projection = load_file(single)["conditioner.embedders.1.model.text_projection"]
+    assert torch.equal(projection, xl.text_encoder_2.text_projection.weight.T)
+
+
+def test_sdxl_without_a_folder(xl: ModelParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model for SDXL: Euler, leading; one vocabulary, two paddings; a mark of those that predict v."""
+    monkeypatch.setattr(models, "SDXL_UNET", xl.unet.config)
+    monkeypatch.setattr(models, "SDXL_VAE", xl.vae.config)
+    monkeypatch.setattr(models, "SD15_TEXT", xl.text_encoder.config.to_dict())
+    monkeypatch.setattr(models, "BIGG_TEXT", xl.text_encoder_2.config.to_dict())
+    assert xl.home is not None
+    call = {"num_inference_steps": 2, "seed": 0, "output_type": "latent"}
+    expected = StableDiffusionPipeline.from_pretrained(xl.home)("a red dog", **call).images
+    write_model(xl, single := tmp_path / "xl.safetensors")
+    for name in ("tokenizer", "tokenizer_2"):  # whichever it is
+        pipe = StableDiffusionPipeline.from_single_file(single, xl.home / name)
+        torch.testing.assert_close(pipe("a red dog", **call).images, expected, rtol=1e-4, atol=1e-4)
+        assert pipe.sampler == "euler" and pipe.schedule.config.prediction_type == "epsilon"
+    save(load_file(single) | {"v_pred": torch.tensor(1.0)}, single)
+    pipe = StableDiffusionPipeline.from_single_file(single, xl.home / "tokenizer")
+    assert pipe.schedule.config.prediction_type == "v_prediction"
+
+
+def test_the_refiner_is_called_by_its_name(tmp_path: Path) -> None:
+    save({"conditioner.embedders.0.model.ln_final.weight": torch.ones(2)}, path := tmp_path / "refiner.safetensors")
+    with pytest.raises(WeightsError, match="looks like a single file of SDXL's refiner"):
+        read_model(path)

@@ -81,7 +81,7 @@ def test_a_single_file_through_diffusers_converters(folders: dict[str, Path], tm
     from diffusers.loaders import single_file_utils
     from safetensors.torch import load_file
 
-    from minidiff.files.model import to_single_file
+    from minidiff.files.single_file import to_single_file
 
     ours, theirs = pipes(folders["SD 2"])
     to_single_file(ours.unet, ours.vae, ours.text_encoder, tmp_path / "sd2.safetensors")

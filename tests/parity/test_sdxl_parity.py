@@ -156,3 +156,26 @@ def test_five_steps_of_lora_equal_pefts(folder: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(weights.B, B, atol=1e-5, rtol=0)
             count += bool(B.abs().max() > 1e-3)
     assert len(result) == count + 4  # the last layer of the first text encoder is not read
+
+
+def test_a_single_file_through_diffusers_converters(folder: Path, tmp_path: Path) -> None:
+    """Tensor by tensor; the text encoder's one map is that of SD 1.x."""
+    from diffusers.loaders import single_file_utils as theirs_from
+    from safetensors.torch import load_file
+
+    from minidiff.files.single_file import to_single_file
+
+    (ours, theirs), prefix = loaded(folder), "conditioner.embedders.1.model."
+    to_single_file(ours.unet, ours.vae, ours.text_encoder, tmp_path / "xl.safetensors", ours.text_encoder_2)
+    unet, vae, one, two = (load_file(tmp_path / "xl.safetensors") for _ in range(4))
+    back = {
+        "unet": theirs_from.convert_ldm_unet_checkpoint(unet, dict(theirs.unet.config)),
+        "vae": theirs_from.convert_ldm_vae_checkpoint(vae, dict(theirs.vae.config)),
+        "text_encoder": theirs_from.convert_ldm_clip_checkpoint(one),
+        "text_encoder_2": theirs_from.convert_open_clip_checkpoint(theirs.text_encoder_2, two, prefix),
+    }
+    for part, tensors in back.items():
+        state = {key.removeprefix("text_model."): tensor for key, tensor in getattr(theirs, part).state_dict().items()}
+        tensors = {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
+        assert tensors.keys() == state.keys() - {"embeddings.position_ids"}, part
+        assert all(torch.equal(tensors[key].reshape(state[key].shape), state[key]) for key in tensors), part

@@ -59,11 +59,11 @@ def test_guidance_grows_contrast_and_is_overdone_at_20(pipe: StableDiffusionPipe
         words = F.normalize(pipe.text_encoder(input_ids=ids).pooler_output, dim=-1)  # (1, D)
     contrast, similarity = [], []
     for scale in (1.5, 5, 20):
-        drawn = pipe(PROMPT, seed=0, num_images_per_prompt=6, num_inference_steps=10, guidance_scale=scale).images
+        drawn = pipe(PROMPT, seed=0, num_images_per_prompt=3, num_inference_steps=8, guidance_scale=scale).images
         contrast.append(torch.stack([to_tensor(image) for image in drawn]).std().item())
         similarity.append((tower.embed(drawn) @ words.mT).mean().item())
     assert contrast == sorted(contrast)
-    assert min(similarity[:2]) > similarity[2] + 0.02
+    assert min(similarity[:2]) > similarity[2] + 0.1
 
 
 def test_a_negative_prompt_and_another_model(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:

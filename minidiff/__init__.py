@@ -32,7 +32,8 @@ _NAMES = {  # where they are -> names
     "minidiff.draw.schedulers": """
         DDIMScheduler DDPMScheduler PNDMScheduler EulerDiscreteScheduler EulerAncestralDiscreteScheduler HeunDiscreteScheduler
         DPMSolverMultistepScheduler UniPCMultistepScheduler LCMScheduler TCDScheduler""",
-    "minidiff.trainer.python": "train_full train_dreambooth train_lora train_textual_inversion train_pivotal train_controlnet",
+    "minidiff.trainer.python": """
+        train_full train_dreambooth train_lora train_textual_inversion train_pivotal train_controlnet train_ip_adapter""",
     "minidiff.core.schedule": "NoiseSchedule",
     "minidiff.core.errors": "MinidiffError",
     "minidiff.fast": "attention",

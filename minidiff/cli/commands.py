@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {  # typed -> flags (file:class), fu
     "train textual_inversion": ("trainer.settings:TextualInversionSettings", "train_commands:train", "Teach a new word."),
     "train pivotal": ("trainer.settings:PivotalSettings", "train_commands:train", "Teach a new word and a LoRA together."),
     "train controlnet": ("trainer.settings:ControlNetSettings", "train_commands:train", "Teach to follow edges, depth, …"),
+    "train ip_adapter": ("trainer.settings:IPAdapterSettings", "train_commands:train", "Teach to draw what a picture shows."),
     "data check": ("cli.flags:DataCheck", "train_commands:data_check", "List all problems of a folder of training pictures."),
     "watch": ("cli.flags:Watch", "train_commands:watch", "Show the sheets and the loss curve of a training run as it goes."),
     "inspect": ("cli.flags:Inspect", "files_commands:inspect", "Describe a weight file: program, family, ranks, problems."),

@@ -10,7 +10,13 @@ from typing import Any
 
 from minidiff.cli.commands import COMMANDS
 from minidiff.trainer.presets import preset_values
-from minidiff.trainer.settings import ControlNetSettings, FineTuneSettings, FullSettings, TextualInversionSettings
+from minidiff.trainer.settings import (
+    ControlNetSettings,
+    FineTuneSettings,
+    FullSettings,
+    IPAdapterSettings,
+    TextualInversionSettings,
+)
 
 
 def command(settings: Any) -> str:
@@ -43,6 +49,9 @@ def drawing(settings: FineTuneSettings, prompt: str, folder: Path) -> str:
     if isinstance(settings, ControlNetSettings):
         how = ["--hint", settings.hint] if settings.hint else []
         return typed([*words, "--controlnet", str(folder), "--control_image", "PICTURE", *how])
+    if isinstance(settings, IPAdapterSettings):
+        tower = ["--image_encoder", settings.image_encoder] if settings.image_encoder else []
+        return typed([*words, "--ip_adapter", str(folder), "--ip_adapter_image", "PICTURE", *tower])
     word_alone = isinstance(settings, TextualInversionSettings)
     return typed([*words, "--textual_inversion" if word_alone else "--lora", str(folder)])
 

@@ -5,6 +5,7 @@ B pictures that are drawn   M pictures that are shown   E P see core/ip_adapter.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,6 +62,10 @@ class ImagePrompt:
         states = self.tower(pixel_values=both, output_hidden_states=True).hidden_states[-2]
         e, no_e = states[None].chunk(2, dim=1)
         return e, no_e
+
+    def look_once(self, path: Path) -> Tensor:
+        """(1, E), fp32 on the CPU: what training keeps of a picture."""
+        return self.look(path)[0][0].float().cpu()
 
     def beside(self, encode: Callable[[Any], Text], images: Any, shown_with: Any) -> Callable[[Any], Text]:
         """`encode`, with the pictures behind the prompts `shown_with`; behind others there are those of an empty picture."""

@@ -237,7 +237,10 @@ class Model:
         file = weights.find_weights(home / subfolder / weight_name if home.is_dir() else home, ())
         adapter = ip_adapter_file.load_ip_adapter(file, self.unet)
         places = [parent / image_encoder_folder for parent in (Path(), file.parent, home, Path(self.name_or_path))]
-        tower, pixels = ip_adapter_file.load_image_tower(ip_adapter_file.find_image_tower(places))
+        self.attach_ip_adapter(adapter, *ip_adapter_file.load_image_tower(ip_adapter_file.find_image_tower(places)))
+
+    def attach_ip_adapter(self, adapter: ip_adapter.IPAdapter, tower: Any, pixels: ip_adapter_file.Pixels) -> None:
+        """The same with an adapter and an image tower that are in memory; they take the U-Net's device and dtype."""
         like = self.unet.conv_norm_out.weight
         nn.ModuleList([adapter, tower]).to(like.device, like.dtype)
         self.image_prompt = ImagePrompt(adapter, tower, pixels)

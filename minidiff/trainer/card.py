@@ -26,10 +26,13 @@ SHEET = "sheet.png"  # of samples/, which show training pictures, only this is p
 NOT_PUBLISHED = ("checkpoint-*/", "samples/", "metrics.jsonl", ".lock", ".tmp-*", "state/")
 WORD, LORA = 'pipe.load_textual_inversion("{name}")', 'pipe.load_lora_weights("{name}")'
 TITLES = dict(dreambooth="DreamBooth", lora="LoRA", textual_inversion="Textual inversion", pivotal="Pivotal tuning",
-              controlnet="ControlNet")  # fmt: skip
+              controlnet="ControlNet", ip_adapter="IP-Adapter")  # fmt: skip
 CONTROL = """net = ControlNetModel.from_pretrained("{name}")
 pipe = StableDiffusionControlNetPipeline.from_pretrained("{base}", controlnet=net)"""
-USAGE = {"lora": [LORA], "textual_inversion": [WORD], "pivotal": [WORD, LORA]}  # by tag; other results are whole models
+IP = 'pipe.load_ip_adapter("{name}", subfolder="", weight_name="ip_adapter.safetensors")'
+USAGE = {  # by tag; other results are whole models
+    "ip_adapter": [IP], "lora": [LORA], "textual_inversion": [WORD], "pivotal": [WORD, LORA],
+}  # fmt: skip
 
 
 def base_license(base: str) -> dict[str, str]:

@@ -139,6 +139,7 @@ class Draw:
     flip: bool
     t: Tensor  # (), a whole number
     prompt: str
+    unseen: bool  # for an IP-Adapter, which then does not see the picture
 
 
 class LatentData:
@@ -158,9 +159,10 @@ class LatentData:
         encode_prompts: Callable[[list[str]], Tensors],
         timesteps: int,
         size_width: int | None = None,
+        look: Callable[[Path], Tensor] | None = None,
     ) -> None:
         self.examples, self.settings, self.resolution, self.size_width = examples, settings, resolution, size_width
-        self.vae, self.encode, self.timesteps = vae, encode_prompts, timesteps
+        self.vae, self.encode, self.timesteps, self.look = vae, encode_prompts, timesteps, look
         self.held_out: list[Example] = []  # of the same folder, for the validation loss alone
         self.turns = [i for i, e in enumerate(examples) for _ in range(e.repeats)]  # an epoch, in no order yet
         self.sizes = [e.size or (resolution, resolution) for e in examples]
@@ -171,6 +173,8 @@ class LatentData:
             rows = {p: {name: row[0].cpu() for name, row in encode_prompts([p]).items()} for p in dict.fromkeys(prompts)}
         self.live_text = "ids" in rows[""]  # the text encoder is trained itself
         self.prompts = rows if self.live_text else {p: {k: x.float() for k, x in row.items()} for p, row in rows.items()}
+        seen = progress(examples, "picture", "looking at pictures", show=True) if look else []
+        self.e = [look(example.path) for example in seen] if look else []
         self.cache: dict[tuple[int, bool], Tensors] = {}
         self.disk = Cache(settings.cache_dir, vae) if settings.cache_dir else None
         if settings.cache_latents:
@@ -187,7 +191,7 @@ class LatentData:
         """latents (B, C, h, w), scaled; noise, of that shape; t (B,), whole numbers; the text, see above.
 
         With --masked_loss also mask (B, 1, h, w), the share of each cell that is learnt; for a ControlNet hint (B, 3, H, W) in
-        [0, 1]. All on the CPU.
+        [0, 1]; for an IP-Adapter e (B, 1, E), its view of the picture. All on the CPU.
         """
         samples = [self.sample(number) for number in self.numbers(step, micro)]
         return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
@@ -206,8 +210,11 @@ class LatentData:
         flip, drop, x, y = torch.rand(4, generator=draws).tolist()
         t = torch.randint(self.timesteps, (), generator=draws)
         prompts = self.examples[i].prompts
-        prompt = prompts[int(torch.randint(len(prompts), (), generator=draws))] if drop >= s.proportion_empty_prompts else ""
-        return Draw(i, MIDDLE if s.center_crop else (x, y), s.random_flip and flip < 0.5, t, prompt)
+        no_text, no_image = s.proportion_empty_prompts, getattr(s, "proportion_empty_images", 0.0)
+        prompt = prompts[int(torch.randint(len(prompts), (), generator=draws))] if drop >= no_text else ""
+        first = no_text - min(no_text, no_image) / 2  # from here to `no_text` both are missing
+        unseen = first <= drop < first + no_image
+        return Draw(i, MIDDLE if s.center_crop else (x, y), s.random_flip and flip < 0.5, t, prompt, unseen)
 
     def sample(self, number: int) -> Tensors:
         """One row of a batch."""
@@ -218,17 +225,18 @@ class LatentData:
         noise = normal(shape, seed, "noise", number)
         if self.settings.noise_offset:  # also a shift of each whole channel: Guttenberg 2023, "Diffusion with Offset Noise"
             noise = noise + self.settings.noise_offset * normal((shape[0], 1, 1), seed, "noise offset", number)
-        return self._row(encoded, z, draw.prompt) | {"noise": noise, "t": draw.t}
+        return self._row(draw.picture, encoded, z, draw.prompt, not draw.unseen) | {"noise": noise, "t": draw.t}
 
     def fixed(self, i: int) -> Tensors:
         """Picture `i` with nothing drawn (its middle, the mean of its latent, the first template), without noise and t."""
         encoded = self._encoded(i, MIDDLE, False)
-        return self._row(encoded, encoded["mean"], self.examples[i].prompts[0])
+        return self._row(i, encoded, encoded["mean"], self.examples[i].prompts[0])
 
-    def _row(self, encoded: Tensors, z: Tensor, prompt: str) -> Tensors:
+    def _row(self, i: int, encoded: Tensors, z: Tensor, prompt: str, seen: bool = True) -> Tensors:
         row = {"latents": z * self.vae.config.scaling_factor, **self.prompts[prompt]}
         row |= {"hint": encoded["hint"] / 255} if "hint" in encoded else {}
         row |= {"sizes": embed_sizes(encoded["sizes"][None], self.size_width)[0]} if self.size_width else {}
+        row |= {"e": self.e[i] * seen} if self.e else {}
         return row | {"mask": encoded["mask"]} if "mask" in encoded else row
 
     def _order(self, epoch: int) -> list[int]:

@@ -95,29 +95,25 @@ def forward_pass(task: Job, settings: FineTuneSettings, checkpointing: bool) -> 
     """Count a forward pass of the run's first batch on meta."""
     counter, dtype, processes = Counter(), DTYPES[settings.mixed_precision], distributed.world().size
     batch = {name: rows[: len(rows) // processes].to("meta") for name, rows in task.batch(0, 0).items()}
-
-    def on_meta(network: nn.Module) -> nn.Module:
-        memo, most = {}, next(network.parameters()).dtype
+    memo: dict[int, Any] = {}
+    for network in task.modules.values():
+        most = next(network.parameters()).dtype
         for t in (*network.parameters(), *network.buffers()):
             held = dtype_in(settings, t)
             cast = dtype if t.dtype == most and dtype != torch.float32 else held
-            memo[id(t)] = meta = torch.empty_like(t, device="meta", dtype=cast).requires_grad_(t.requires_grad)
+            meta = torch.empty_like(t, device="meta", dtype=cast)
+            memo[id(t)] = nn.Parameter(meta, t.requires_grad) if isinstance(t, nn.Parameter) else meta
             if cast == held:  # else it is a copy that autocast makes, and autograd may save
                 counter.seen[id(meta.untyped_storage())] = meta.untyped_storage()
-        return copy.deepcopy(network, memo)
-
-    unet = on_meta(task.modules["unet"])
-    checkpoint_gradients(unet, checkpointing)
-    for layer in unet.modules():
+    loss: Any = copy.deepcopy(task.loss, memo)
+    for network in (loss.unet, *filter(None, [loss.controlnet])):
+        checkpoint_gradients(network, checkpointing)
+    for layer in loss.unet.modules():
         if isinstance(layer, ResBlock | SpatialTransformer):
             layer.register_forward_pre_hook(counter.begin)
             layer.register_forward_hook(counter.end)
     with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor), FusedAttention():
-        loss: Any = task.loss
-        batch |= {"hint": batch["hint"].to(dtype)} if "hint" in batch else {}
-        encoders = on_meta(loss.text_encoder) if "ids" in batch else None
-        net = on_meta(loss.controlnet) if loss.controlnet is not None else None
-        replace(loss, unet=unet, text_encoder=encoders, controlnet=net).predict(batch)
+        loss.predict({name: rows.to(dtype) if rows.is_floating_point() else rows for name, rows in batch.items()})
     return counter
 
 

@@ -94,4 +94,5 @@ train_dreambooth = recipe("train_dreambooth", kinds.DreamBoothSettings, StableDi
 train_lora = recipe("train_lora", kinds.LoRASettings, read_lora)
 train_textual_inversion = recipe("train_textual_inversion", kinds.TextualInversionSettings, read_embedding)
 train_controlnet = recipe("train_controlnet", kinds.ControlNetSettings, read_controlnet)
+train_ip_adapter = recipe("train_ip_adapter", kinds.IPAdapterSettings, lambda folder: Path(folder, "ip_adapter.safetensors"))
 train_pivotal = recipe("train_pivotal", kinds.PivotalSettings, lambda folder: (read_embedding(folder), read_lora(folder)))

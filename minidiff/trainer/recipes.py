@@ -19,6 +19,7 @@ from minidiff.core.config import ControlNetConfig
 from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.errors import AdapterError, DataError
 from minidiff.core.inject import adapter_weights
+from minidiff.core.ip_adapter import ImageProjection, IPAdapter
 from minidiff.core.rng import hashed_seed
 from minidiff.core.train import DTYPES
 from minidiff.draw.habits import print_trainable_parameters
@@ -26,16 +27,20 @@ from minidiff.draw.lora_tags import at_strengths
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import checkpoint_gradients, speed_up
 from minidiff.files.controlnet import read_controlnet, write_controlnet
+from minidiff.files.folder import local_folder
+from minidiff.files.ip_adapter_file import find_image_tower, load_image_tower
 from minidiff.files.lora_file import save_lora
+from minidiff.files.weights import save
 from minidiff.files.word_file import check_word, save_embedding
 from minidiff.trainer.card import model_spec
-from minidiff.trainer.latents import LatentData
+from minidiff.trainer.latents import LatentData, model_fingerprint
 from minidiff.trainer.optimizers import optimizer_of
 from minidiff.trainer.settings import (
     AdapterSettings,
     ControlNetSettings,
     DreamBoothSettings,
     FullSettings,
+    IPAdapterSettings,
     LoRASettings,
     PivotalSettings,
     TextualInversionSettings,
@@ -109,6 +114,25 @@ def controlnet(settings: ControlNetSettings) -> Job:
     return make_job(pipe, settings, base_hash, data, trainable, partial(write_controlnet, net), "controlnet")
 
 
+def ip_adapter(settings: IPAdapterSettings) -> Job:
+    """An IP-Adapter of the base form. The result is `ip_adapter.safetensors`."""
+    pipe, base_hash = load_base(replace(settings, mixed_precision="no"))  # one number format for the U-Net and what is trained
+    home = Path(settings.image_encoder or local_folder(settings.pretrained_model_name_or_path) / "image_encoder")
+    tower, pixels = load_image_tower(find_image_tower([home]))
+    torch.manual_seed(hashed_seed(settings.seed, "ip_adapter"))
+    projection = ImageProjection(tower.config.projection_dim, pipe.unet.config.cross_attention_dim)
+    adapter = IPAdapter(projection, pipe.unet).float()
+    pipe.attach_ip_adapter(adapter, tower, pixels)
+    data = load_data(pipe, settings)
+    spec = model_spec(settings, "ip-adapter", data, pipe, base_hash)
+
+    def export(folder: Path) -> None:
+        save(adapter.state_dict(), folder / "ip_adapter.safetensors", spec)
+
+    trainable = dict(adapter.named_parameters())
+    return make_job(pipe, settings, base_hash + model_fingerprint(tower), data, trainable, export, "ip_adapter")
+
+
 RECIPES: dict[type, Callable[[Any], Job]] = {
     FullSettings: full,
     DreamBoothSettings: full,
@@ -116,6 +140,7 @@ RECIPES: dict[type, Callable[[Any], Job]] = {
     TextualInversionSettings: textual_inversion,
     PivotalSettings: pivotal,
     ControlNetSettings: controlnet,
+    IPAdapterSettings: ip_adapter,
 }
 
 # --- adapters ------------------------------------------------------------------------------------------------------------

@@ -196,6 +196,23 @@ class ControlNetSettings(FrozenSettings):
 
 
 @dataclass(frozen=True)
+class IPAdapterSettings(FrozenSettings):
+    """Teach a frozen model to draw what a picture shows: an IP-Adapter (arXiv 2308.06721)."""
+
+    output_dir: Folder = "minidiff-ip-adapter"
+    train_batch_size: BatchSize = 8
+    image_encoder: str | None = None
+    """Folder of the image tower that looks at the pictures. Default: image_encoder in the base model's folder."""
+    proportion_empty_prompts: Annotated[float, between(0, 1)] = 0.1
+    proportion_empty_images: Annotated[float, between(0, 1)] = 0.1
+    """Share of the samples that do not see their picture. Half of these have no prompt, either, as far as there are such."""
+    validation_prompt: tuple[str, ...] = ("",)
+    with_prior_preservation: NoPrior = False
+
+    HARMLESS = FrozenSettings.HARMLESS | {"image_encoder"}
+
+
+@dataclass(frozen=True)
 class AdapterSettings(FrozenSettings):
     """The adapter's settings, for LoRA and pivotal tuning."""
 

@@ -131,7 +131,8 @@ def load_data(
         return dict(zip(("text", "pooled"), pipe.encode_captions(prompts)))
 
     timesteps, width = len(pipe.schedule.alphas_cumprod), pipe.unet.config.addition_time_embed_dim
-    data = LatentData(examples, settings, side, pipe.vae, encode, timesteps, width)
+    look = pipe.image_prompt.look_once if pipe.image_prompt else None
+    data = LatentData(examples, settings, side, pipe.vae, encode, timesteps, width, look)
     data.held_out = kept
     for warning in warnings_of(data, pipe.unet.config.sample_size * pipe.vae.config.downscale):
         print(f"Note: {warning}", file=sys.stderr)
@@ -146,7 +147,8 @@ def validation_data(pipe: StableDiffusionPipeline, settings: FineTuneSettings, d
     if settings.validation_data_dir:
         return load_data(pipe, plain, data.live_text, folder=settings.validation_data_dir)
     if data.held_out:
-        return LatentData(data.held_out, plain, data.resolution, pipe.vae, data.encode, data.timesteps, data.size_width)
+        how = data.encode, data.timesteps, data.size_width, data.look
+        return LatentData(data.held_out, plain, data.resolution, pipe.vae, *how)
     return data
 
 
@@ -195,8 +197,9 @@ def diffusion_loss(
                 return unet(x_t, t, *own)
 
     weight, net = s.prior_loss_weight if has_prior(s) else 0.0, pipe.controlnet[0] if pipe.controlnet else None
-    loss = DiffusionLoss(pipe.unet, pipe.schedule, pipe.encoders, s.snr_gamma, weight, base=base, controlnet=net)
-    return loss, untuned
+    ip = pipe.image_prompt.adapter if pipe.image_prompt else None
+    more: dict[str, Any] = {"base": base, "controlnet": net, "ip_adapter": ip}
+    return DiffusionLoss(pipe.unet, pipe.schedule, pipe.encoders, s.snr_gamma, weight, **more), untuned
 
 
 def make_job(
@@ -212,6 +215,9 @@ def make_job(
     batches, sheets = with_prior(pipe, data), Sheets(pipe, settings, data)
     loss, untuned = diffusion_loss(pipe, settings, as_base)
     networks = pipe.parts.adaptable | dict(zip(["controlnet"], pipe.controlnet))
+    beside: dict[str, nn.Module] = {"VAE": pipe.vae} | ({} if untuned is None else {"untuned U-Net": untuned})
+    if pipe.image_prompt:
+        networks["ip_adapter"], beside["image tower"] = pipe.image_prompt.adapter, pipe.image_prompt.tower
     dtype = DTYPES[settings.mixed_precision]
     fixed, at_once = validation_set(validation_data(pipe, settings, data)), max(1, settings.train_batch_size // world().size)
 
@@ -253,5 +259,5 @@ def make_job(
         samples_per_epoch=data.samples_per_epoch,
         optimizer=optimizer,
         modules=networks,
-        beside={"VAE": pipe.vae} | ({} if untuned is None else {"untuned U-Net": untuned}),
+        beside=beside,
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_controlnet_parity import jittered
 from test_models_parity import error, noise, pair
 from tiny_ip_adapters import answers, picture, set_scale, tiny_ip_adapter, tiny_tower_folder
 from tiny_model import tiny_folder
@@ -12,9 +13,11 @@ from tiny_sizes import TINY_SD2, TINY_UNET, TINY_XL
 from torch import Tensor
 
 from minidiff.core.config import UNetConfig
+from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.ip_adapter import IPAdapter, inject
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.files.folder import config_values
 from minidiff.files.weights import save
 
 diffusers = pytest.importorskip("diffusers")
@@ -91,3 +94,26 @@ def test_pipeline(home: Path, form: str, pictures: int) -> None:
     drawn = ours(**call, ip_adapter_image=shown).images
     assert error(drawn, expected) <= 5e-5
     assert error(ours(**call, ip_adapter_image=picture(9)).images, expected) > 1e-3  # the picture counts
+
+
+def test_with_a_controlnet(home: Path) -> None:
+    """The ControlNet reads the words alone, the U-Net words and picture."""
+    ours = StableDiffusionPipeline.from_pretrained(home / "base")
+    torch.manual_seed(0)
+    ours.controlnet = jittered(ControlNetModel.from_unet(ours.unet, (8, 16)))
+    net = ours.controlnet[0]
+    their_net = diffusers.ControlNetModel(**config_values(net.config, "ControlNetModel")).eval()
+    their_net.load_state_dict(net.state_dict())
+    kind = diffusers.StableDiffusionControlNetPipeline
+    theirs = kind.from_pretrained(home / "base", controlnet=their_net, local_files_only=True)
+    where = {"weight_name": "base.safetensors", "image_encoder_folder": "image_encoder"}
+    theirs.load_ip_adapter(str(home), subfolder="", **where, local_files_only=True, low_cpu_mem_usage=False)
+    ours.load_ip_adapter(home, **where)
+    for pipe in (ours, theirs):
+        pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": "a red dog", "latents": noise(1, 4, 16, 16), "output_type": "latent", "num_inference_steps": 4}
+    call |= {"guidance_scale": 5.0, "controlnet_conditioning_scale": 0.8, "ip_adapter_image": picture(0)}
+    hint = picture(5, (32, 32))
+    expected = theirs(**call, image=hint).images
+    assert error(ours(**call, control_image=hint).images, expected) <= 5e-5
+    assert error(ours(**call | {"controlnet_conditioning_scale": 0.0}, control_image=hint).images, expected) > 1e-3

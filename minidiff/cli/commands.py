@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {  # typed -> flags (file:class), fu
     "lesson": ("cli.flags:Lesson", "train_commands:lesson", "List the lessons, or run one."),
     "bench": ("cli.flags:Bench", "train_commands:bench", "Compare minidiff with diffusers + peft on this machine."),
     "pretrain": ("pocket.settings:PretrainSettings", "pocket.pretrain:pretrain", "Train the pocket checkpoint from scratch."),
-    "judge": ("cli.flags:Judge", "train_commands:judge", "Score a pocket checkpoint."),
+    "judge": ("pocket.settings:JudgeSettings", "pocket.judge:judge", "Score a pocket checkpoint."),
     "completion": ("cli.flags:Completion", "completion:completion", "Let Tab complete commands and flags in your shell."),
 }
 

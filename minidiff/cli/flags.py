@@ -177,22 +177,6 @@ class Completion(Flags):
 
 
 @dataclass(frozen=True)
-class Judge(Flags):
-    """Score a pocket checkpoint: does it draw what unseen prompts say, and how sharp is its autoencoder?"""
-
-    folder: Positional[str] = "checkpoints/pocket"
-    """The checkpoint."""
-    count: Annotated[int, between(1, 512)] = 500
-    """How many unseen prompts to draw. There are 512."""
-    judge: str = "outputs/judge.safetensors"
-    """The classifier. It is trained first if the file does not exist."""
-    guidance_scale: Annotated[float, between(0, 100)] = 5.0
-    """How strongly the scored pictures follow their prompts."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """Number format in which the classifier is trained. bf16 takes half as long on a CPU with AVX512_BF16."""
-
-
-@dataclass(frozen=True)
 class Bench(Flags):
     """Compare minidiff with diffusers + peft on this machine; from a checkout, with pip install -e ".[bench]"."""
 

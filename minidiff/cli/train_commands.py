@@ -1,4 +1,4 @@
-"""The commands train, watch, data check, ladder, lesson, bench and judge, given their flags."""
+"""The commands train, watch, data check, ladder, lesson and bench, given their flags."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minidiff.cli.flags import Bench, DataCheck, Judge, Lesson, Watch
+from minidiff.cli.flags import Bench, DataCheck, Lesson, Watch
 from minidiff.core.errors import DataError, SettingsError
 from minidiff.files.bundled import HOME, here_or_bundled
 from minidiff.files.folder import local_folder
@@ -174,10 +174,3 @@ def bench(s: Bench) -> None:
     words = [sys.executable, "-W", "ignore", "-m", "benchmarks", json.dumps(asdict(s))]
     if code := subprocess.run(words, env=os.environ | {"PYTHONPATH": places}, check=False).returncode:
         sys.exit(code)
-
-
-def judge(s: Judge) -> None:
-    from minidiff.pocket.judge import judge_checkpoint
-
-    scores = judge_checkpoint(s.folder, Path(s.judge), s.count, s.guidance_scale, s.mixed_precision == "bf16")
-    print(json.dumps(scores, indent=2))

@@ -10,6 +10,7 @@ A second judge, CLIP's image tower, says how like two pictures are: for what a f
     B pictures   128 x 128 pixels   D width of the tower's embedding
 """
 
+import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -31,6 +32,7 @@ from minidiff.files import weights
 from minidiff.files.ip_adapter_file import find_image_tower, load_image_tower
 from minidiff.pocket.anatomy import whole_and_spoiled
 from minidiff.pocket.muon import Muon, split
+from minidiff.pocket.settings import JudgeSettings
 from minidiff.pocket.textures import KEPT_OUT, texture
 from minidiff.pocket.world import COLOURS, OBJECTS, SCENES, STYLES, Picture, any_picture, caption, draw, held_out
 from minidiff.trainer.pictures import psnr
@@ -189,19 +191,17 @@ def sharpness(vae: AutoencoderKL, drawings: int = 200) -> dict[str, float]:
     return {name: psnr(x, again[name]) for name, x in some.items()} | {"worst pixel of a flat colour, of 255": worst}
 
 
-def judge_checkpoint(
-    folder: str | Path, judge_path: Path, count: int = 500, guidance_scale: float = 5.0, half: bool = False
-) -> dict[str, Any]:
-    """Everything that the model card says, from `count` held-out prompts at 25 DDIM steps."""
-    pipe = StableDiffusionPipeline.from_pretrained(folder)
+def judge(s: JudgeSettings) -> dict[str, Any]:
+    """All that the model card says, from held-out prompts at 25 DDIM steps; printed as JSON, too."""
+    pipe = StableDiffusionPipeline.from_pretrained(s.folder)
     pipe.set_progress_bar_config(disable=True)
     side = pipe.unet.config.sample_size * pipe.vae.config.downscale
     if side != 128:
-        raise WeightsError(f"{folder} draws {side} x {side} pixels; the judge knows the pocket checkpoint's 128 x 128 alone.")
-    judge, pictures = load_or_train_judge(judge_path, pipe.vae, half), held_out(count)
+        raise WeightsError(f"{s.folder} draws {side} x {side} pixels; the judge knows the pocket checkpoint's 128 x 128 alone.")
+    net, pictures = load_or_train_judge(Path(s.judge), pipe.vae, s.mixed_precision == "bf16"), held_out(s.count)
 
     def generated(part: list[Picture]) -> Tensor:
-        how: dict[str, Any] = dict(guidance_scale=guidance_scale, num_inference_steps=25, sampler="ddim", output_type="pt")
+        how: dict[str, Any] = dict(guidance_scale=s.guidance_scale, num_inference_steps=25, sampler="ddim", output_type="pt")
         x: Tensor = pipe([caption(p) for p in part], seed=[pictures.index(p) for p in part], **how).images
         return x.mul(2).sub(1)
 
@@ -211,13 +211,15 @@ def judge_checkpoint(
     def ruined(part: list[Picture]) -> Tensor:
         return torch.stack([whole_and_spoiled(p, 10**6 + pictures.index(p), pipe.vae)[1] for p in part])
 
-    return {
-        "held-out drawings (what the judge knows)": score(judge, pictures, drawn),
-        "held-out drawings through the autoencoder": score(judge, pictures, lambda part: reconstruction(pipe.vae, drawn(part))),
-        "pictures from held-out prompts": score(judge, pictures, generated),
-        "spoiled drawings taken for whole ones": score(judge, pictures, ruined)["whole"],
+    scores = {
+        "held-out drawings (what the judge knows)": score(net, pictures, drawn),
+        "held-out drawings through the autoencoder": score(net, pictures, lambda part: reconstruction(pipe.vae, drawn(part))),
+        "pictures from held-out prompts": score(net, pictures, generated),
+        "spoiled drawings taken for whole ones": score(net, pictures, ruined)["whole"],
         "reconstruction, PSNR in dB": sharpness(pipe.vae),
     }
+    print(json.dumps(scores, indent=2))
+    return scores
 
 
 # --- how like are two pictures? -----------------------------------------------------------------------------------------

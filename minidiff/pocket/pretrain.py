@@ -16,7 +16,6 @@ goes on where it was stopped. The last stage assembles `output_dir/pocket`, in t
     B batch   H W picture side, 128   h w latent side, 16   D text width
 """
 
-import json
 import random
 import shutil
 import sys
@@ -46,9 +45,9 @@ from minidiff.pocket.control import train_control
 from minidiff.pocket.dataset import hard_batch, load_latents, load_world, lookalikes
 from minidiff.pocket.few_steps import train_student
 from minidiff.pocket.ip_adapter import train_ip_adapter
-from minidiff.pocket.judge import judge_checkpoint
+from minidiff.pocket.judge import judge
 from minidiff.pocket.muon import Muon, split
-from minidiff.pocket.settings import STAGES, PretrainSettings, Stage
+from minidiff.pocket.settings import STAGES, JudgeSettings, PretrainSettings, Stage
 from minidiff.pocket.stage import POCKET_UNET, begun, chosen, first_of, noise_config, run, tokenizer_folder
 from minidiff.pocket.tokenizer import build_tokenizer
 from minidiff.pocket.towers import Towers, load_towers, save_image_tower
@@ -173,9 +172,8 @@ def assemble(home: Path, settings: PretrainSettings) -> None:
 
 def judge_pocket(home: Path, settings: PretrainSettings) -> None:
     """The figures of the model card, printed and kept in `scores.json`."""
-    scores = judge_checkpoint(home / "pocket", home / "judge.safetensors", half=settings.sizes.mixed_precision == "bf16")
-    write_json(home / "scores.json", scores)
-    print(json.dumps(scores, indent=2))
+    half, path = settings.sizes.mixed_precision, str(home / "judge.safetensors")
+    write_json(home / "scores.json", judge(JudgeSettings(str(home / "pocket"), judge=path, mixed_precision=half)))
 
 
 RUN: dict[Stage, Any] = {

@@ -1,7 +1,9 @@
-"""The settings of `minidiff pretrain`, `ladder` and `forgetting`. Nothing here imports torch, so that `--help` is quick."""
+"""The settings of the pocket world's own commands. Nothing here imports torch, so that `--help` is quick."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal, get_args
+
+from tyro.conf import Positional
 
 from minidiff.files.values import A_FOLDER, Flags, Rule, between
 
@@ -140,3 +142,19 @@ class ForgettingSettings(Flags):
     """Class pictures that the base draws for dreambooth."""
     output_dir: Annotated[str, A_FOLDER] = "outputs/forgetting"
     """Folder for forgetting.png, forgetting.md and a folder for each method, with its model and sheets of the probes."""
+
+
+@dataclass(frozen=True)
+class JudgeSettings(Flags):
+    """Score a pocket checkpoint: does it draw what unseen prompts say, and how sharp is its autoencoder?"""
+
+    folder: Positional[str] = "checkpoints/pocket"
+    """The checkpoint."""
+    count: Annotated[int, between(1, 512)] = 500
+    """How many unseen prompts to draw. There are 512."""
+    judge: str = "outputs/judge.safetensors"
+    """The classifier. It is trained first if the file does not exist."""
+    guidance_scale: Annotated[float, between(0, 100)] = 5.0
+    """How strongly the scored pictures follow their prompts."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Number format in which the classifier is trained. bf16 takes half as long on a CPU with AVX512_BF16."""

@@ -26,7 +26,7 @@ from minidiff.core.guidance import UNetCall
 from minidiff.files.looks import FAMILIES
 
 Numbers = float | Sequence[float]
-SAME = ("block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim", "addition_embed_type")
+SAME = ("cross_attention_dim", "block_out_channels", "down_block_types", "layers_per_block")
 
 
 @dataclass
@@ -35,9 +35,9 @@ class Control:
 
     nets: Sequence[ControlNetModel]
     pictures: list[list[Tensor]]  # for each net: one hint, or one for each picture that is drawn
-    scales: list[float]
-    starts: list[float]
-    ends: list[float]
+    scales: Sequence[float]
+    starts: Sequence[float]
+    ends: Sequence[float]
     guess: bool
     guided: bool  # the batch is 2B, its first half without the prompt
     hints: list[Tensor] = field(default_factory=list)  # encoded, (B, C', h, w)
@@ -50,7 +50,7 @@ class Control:
         for net, pictures in zip(self.nets, self.pictures):
             if len(pictures) not in (1, count):
                 raise SettingsError(f"{len(pictures)} hints (control_image) for {count} pictures; give one, or one for each.")
-            hint = torch.cat([as_numbers(picture, height, width) for picture in pictures]).to(net.conv_in.weight)
+            hint = torch.cat([scaled(picture, height, width) for picture in pictures]).to(net.conv_in.weight)
             self.hints.append(net.encode_hint(hint).expand(count, -1, -1, -1))
 
     def count(self, steps: Iterator[Step], tokens: int) -> None:
@@ -60,9 +60,9 @@ class Control:
     def with_hints(self, unet: UNetCall) -> UNetCall:
         """The outer side: what the sampler calls, once for each step."""
 
-        def call(x: Tensor, t: Tensor, *text: Tensor) -> Tensor:
+        def call(x: Tensor, *inputs: Tensor) -> Tensor:
             hints = [hint.to(x).repeat(len(x) // len(hint), 1, 1, 1) for hint in self.hints]
-            output = unet(torch.cat([x, *hints], dim=1), t, *text)
+            output = unet(torch.cat([x, *hints], dim=1), *inputs)
             self.call += 1
             return output
 
@@ -71,26 +71,23 @@ class Control:
     def with_control(self, unet: UNetCall) -> UNetCall:
         """The inner side: it finds the hints behind the latents, and calls the U-Net with what the nets add."""
 
-        def call(x: Tensor, t: Tensor, *text: Tensor) -> Tensor:
+        def call(x: Tensor, *inputs: Tensor) -> Tensor:
             widths = [hint.shape[1] for hint in self.hints]
             x, *hints = x.split([x.shape[1] - sum(widths), *widths], dim=1)
-            found: list[list[Tensor]] = []
-            for i, (net, hint) in enumerate(zip(self.nets, hints)):
-                if self.scales[i] and in_range(self.call, self.calls, self.starts[i], self.ends[i]):
-                    found.append(self.ask(net, self.scales[i], hint, x, t, *text))
-            return unet(x, t, *text, control=[sum(parts) for parts in zip(*found)]) if found else unet(x, t, *text)
+            rows = zip(self.nets, self.scales, self.starts, self.ends, hints)
+            acting = [row for row in rows if row[1] and in_range(self.call, self.calls, *row[2:4])]
+            found = [self.ask(net, scale, hint, x, *inputs) for net, scale, _, _, hint in acting]
+            return unet(x, *inputs, control=[sum(parts) for parts in zip(*found)]) if found else unet(x, *inputs)
 
         return call
 
     def ask(self, net: ControlNetModel, scale: float, hint: Tensor, x: Tensor, *inputs: Tensor) -> list[Tensor]:
         """One net's part of `control`. In guess mode, it sees and changes only the half with the prompt."""
-        half = len(x) // 2 if self.guided and (self.guess or net.pooled) else 0
-        weight = net.conv_in.weight
-        t, states, *rest = (part[half:] if half else part for part in (*inputs, hint, x))
+        half, weight = len(x) // 2 if self.guided and (self.guess or net.pooled) else 0, net.conv_in.weight
+        t, states, *rest = (part[half:] if half else part for part in (*inputs, hint, x[:, : weight.shape[1]]))
         states = states[:, : self.tokens] if states.shape[1] > self.tokens else states  # the same object: fast/frozen.py
-        states, *vector, hint, x = (part.to(weight.dtype) for part in (states, *rest))
-        found = net(x[:, : weight.shape[1]], t, states, *vector, hint=hint, scale=scale, guess=self.guess)
-        found = [h.to(inputs[1].dtype) for h in found]
+        states, *vector, hint, seen = (part.to(weight.dtype) for part in (states, *rest))
+        found = [h.to(x.dtype) for h in net(seen, t, states, *vector, hint=hint, scale=scale, guess=self.guess)]
         return [torch.cat([torch.zeros_like(h), h]) for h in found] if half else found
 
 
@@ -100,29 +97,20 @@ def control_of(
     """The arguments of a call, checked. With several nets, `image`, `scale`, `start` and `end` are lists, or one for all."""
     if not nets:
         raise SettingsError("control_image was given and there is no ControlNet: pipe.controlnet, or --controlnet.")
-    for net in nets:
-        check_family(net.config, unet)
-    images = list(image) if len(nets) > 1 and isinstance(image, (list, tuple)) else [image]
-    if len(images) != len(nets):
-        raise SettingsError(f"{len(images)} hints (control_image) for {len(nets)} ControlNets; give one for each.")
-    each = {"controlnet_conditioning_scale": scale, "control_guidance_start": start, "control_guidance_end": end}
-    numbers = [list(given) if isinstance(given, (list, tuple)) else [given] * len(nets) for given in each.values()]
-    if wrong := next((name for name, row in zip(each, numbers) if len(row) != len(nets)), None):
-        raise SettingsError(f"{wrong} has {len(each[wrong])} numbers for {len(nets)} ControlNets; give one for each, or one.")
-    for first, last in zip(*numbers[1:]):
-        if not 0 <= first < last <= 1:
-            rule = "both are shares of the way, 0 to 1, and the start comes first"
-            raise SettingsError(f"control_guidance_start is {first:g} and control_guidance_end {last:g}; {rule}.")
-    scales, starts, ends = numbers
-    return Control(nets, [pictures_of(one) for one in images], scales, starts, ends, guess, guided)
-
-
-def check_family(net: UNetConfig, unet: UNetConfig) -> None:
-    """SettingsError for a ControlNet of another family than the model's."""
-    if wrong := next((name for name in SAME if getattr(net, name) != getattr(unet, name)), None):
+    for wrong, net in ((name, net.config) for net in nets for name in SAME if getattr(net.config, name) != getattr(unet, name)):
         ours, theirs = (FAMILIES.get(config.cross_attention_dim, "another kind") for config in (unet, net))
         values = f"{wrong} is {getattr(net, wrong)}, not {getattr(unet, wrong)}"
         raise SettingsError(f"the ControlNet is for {theirs} and the model is {ours}: {values}. Take the one for this model.")
+    each = {"control_image": image, "controlnet_conditioning_scale": scale,
+            "control_guidance_start": start, "control_guidance_end": end}  # fmt: skip
+    lists = [isinstance(given, (list, tuple)) and (len(nets) > 1 or given is not image) for given in each.values()]
+    rows = [list(given) if several else [given] * len(nets) for several, given in zip(lists, each.values())]
+    if odd := next((name for name, row in zip(each, rows) if len(row) != len(nets)), None):
+        raise SettingsError(f"{len(each[odd])} in {odd} for {len(nets)} ControlNets; give one for each.")
+    if late := next(((first, last) for first, last in zip(*rows[2:]) if not 0 <= first < last <= 1), None):
+        what = "control_guidance_start is {:g} and control_guidance_end {:g}; both are shares of the way, the start comes first"
+        raise SettingsError(what.format(*late) + ".")
+    return Control(nets, [pictures_of(one) for one in rows[0]], rows[1], rows[2], rows[3], guess, guided)
 
 
 def pictures_of(image: Any) -> list[Tensor]:
@@ -133,30 +121,25 @@ def pictures_of(image: Any) -> list[Tensor]:
 
     found: list[Tensor] = []
     for one in image if isinstance(image, (list, tuple)) else [image]:
-        if isinstance(one, (str, Path)):
-            one = load_image(one)
+        one = load_image(one) if isinstance(one, (str, Path)) else one
         if isinstance(one, Image.Image):
             if one.mode != "RGB":
                 warnings.warn(f"control_image: a picture of mode {one.mode} becomes RGB.", stacklevel=2)
-            found.append(torch.from_numpy(np.array(opaque(one).convert("RGB"))).permute(2, 0, 1))
-            continue
-        one = torch.from_numpy(one).movedim(-1, -3) if isinstance(one, np.ndarray) and one.ndim > 2 else one
-        fits = isinstance(one, Tensor) and one.is_floating_point() and one.ndim in (3, 4) and one.shape[-3] == 3
-        if not fits or not one.abs().max() <= 1.001:  # also catches NaN
-            raise SettingsError("control_image must be a picture, a path, a tensor (3, H, W) of floats, or an array (H, W, 3).")
-        found += one.float().reshape(-1, *one.shape[-3:])
+            one = torch.from_numpy(np.array(opaque(one).convert("RGB"))).permute(2, 0, 1)
+        elif not isinstance(one, Tensor) or one.ndim not in (3, 4) or one.shape[-3] != 3 or not one.abs().max() <= 1.001:  # NaN
+            raise SettingsError("control_image must be a picture, a path, or a tensor (3, H, W) with numbers in [0, 1].")
+        found += one.reshape(-1, *one.shape[-3:])
     return found
 
 
-def as_numbers(picture: Tensor, height: int, width: int) -> Tensor:
+def scaled(picture: Tensor, height: int, width: int) -> Tensor:
     """A hint (3, H, W) as the net sees it, (1, 3, height, width): a picture in [0, 1]. Another size is scaled, or stretched."""
     from PIL import Image
 
-    own, picture = tuple(picture.shape[-2:]), picture[None]
+    own = tuple(picture.shape[-2:])
     if own != (height, width):
         warnings.warn(f"control_image of {own[1]} x {own[0]} pixels is scaled to {width} x {height}.", stacklevel=2)
-        if picture.is_floating_point():
-            return interpolate(picture, (height, width))
-        scaled = Image.fromarray(picture[0].permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.LANCZOS)
-        picture = torch.from_numpy(np.array(scaled)).permute(2, 0, 1)[None]
-    return picture if picture.is_floating_point() else picture / 255
+    if picture.is_floating_point():
+        return picture[None] if own == (height, width) else interpolate(picture[None], (height, width))
+    image = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255

@@ -47,17 +47,11 @@ class StableDiffusionControlNetPipeline(StableDiffusionPipeline):
         return super().__call__(*inputs, control_image=control_image if image is None else image, **named)
 
 
-class StableDiffusionControlNetImg2ImgPipeline(StableDiffusionPipeline):
-    """Image to image."""
-
-    order, conditioning_scale = ("image", "control_image", "height", "width", "strength"), 0.8
-
-
-class StableDiffusionControlNetInpaintPipeline(StableDiffusionPipeline):
-    """Inpainting."""
-
-    order, conditioning_scale = (*FROM_MASK, "control_image", "height", "width", "strength"), 0.5
-
-
-class StableDiffusionXLControlNetPipeline(StableDiffusionControlNetPipeline):
-    """The same for SDXL."""
+SIZES = ("height", "width", "strength")
+OTHERS: dict[str, tuple[type, tuple[str, ...], float]] = {  # base, order of the arguments, and the usual strength of control
+    "StableDiffusionControlNetImg2ImgPipeline": (StableDiffusionPipeline, ("image", "control_image", *SIZES), 0.8),
+    "StableDiffusionControlNetInpaintPipeline": (StableDiffusionPipeline, (*FROM_MASK, "control_image", *SIZES), 0.5),
+    "StableDiffusionXLControlNetPipeline": (StableDiffusionControlNetPipeline, StableDiffusionControlNetPipeline.order, 1.0),
+}
+for name, (base, order, scale) in OTHERS.items():
+    globals()[name] = type(name, (base,), {"order": order, "conditioning_scale": scale})

@@ -14,7 +14,7 @@ from tiny_sizes import TINY_SD2, TINY_UNET
 from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.errors import SettingsError
 from minidiff.core.unet import UNet2DConditionModel
-from minidiff.draw.control import as_numbers, pictures_of
+from minidiff.draw.control import pictures_of, scaled
 from minidiff.draw.pipeline import StableDiffusionPipeline
 
 HINTS = [Image.effect_noise((32, 32), 90 + i).convert("RGB") for i in range(2)]
@@ -101,10 +101,10 @@ def test_hints_of_other_sizes_and_modes() -> None:
     with pytest.warns(UserWarning, match="mode L becomes RGB"):
         assert torch.equal(pictures_of(HINTS[0].convert("L"))[0], gray)
     with pytest.warns(UserWarning, match="32 x 32 pixels is scaled to 16 x 8"):
-        small = as_numbers(gray, 8, 16)
+        small = scaled(gray, 8, 16)
     assert small.shape == (1, 3, 8, 16) and 0 <= small.min() and small.max() <= 1
     masked = torch.full((3, 8, 8), -1.0)  # a hint for inpainting
-    assert torch.equal(as_numbers(pictures_of(masked)[0], 8, 8)[0], masked)
+    assert torch.equal(scaled(pictures_of(masked)[0], 8, 8)[0], masked)
 
 
 def test_what_is_refused(pipe: StableDiffusionPipeline) -> None:
@@ -113,11 +113,11 @@ def test_what_is_refused(pipe: StableDiffusionPipeline) -> None:
             pipe(**CALL, **{"control_image": HINTS[0], **given})
 
     refused("control_guidance_start is 0.6 and control_guidance_end 0.5", control_guidance_start=0.6, control_guidance_end=0.5)
-    refused("controlnet_conditioning_scale has 2 numbers for 1 ", controlnet_conditioning_scale=[0.5, 0.5])
+    refused("2 in controlnet_conditioning_scale for 1 ", controlnet_conditioning_scale=[0.5, 0.5])
     refused("2 hints", control_image=HINTS)
     refused("must be a picture", control_image=torch.full((3, 8, 8), 2.0))
     pipe.controlnet = [net_of(pipe.unet), net_of(pipe.unet, 1)]
-    refused("1 hints .* for 2 ControlNets", control_image=HINTS[:1])
+    refused("1 in control_image for 2 ControlNets", control_image=HINTS[:1])
     pipe.controlnet = net_of(UNet2DConditionModel(replace(TINY_SD2, cross_attention_dim=1024)))
     refused("is for SD 2.x and the model is another kind: cross_attention_dim is 1024, not 24")
     pipe.controlnet = None

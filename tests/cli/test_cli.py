@@ -228,7 +228,7 @@ def test_broken_weights(breaks: Callable[[Path], object], says: str, model: Path
     [
         ("unet/config.json", {"cross_attention_dim": 1024}, "1024"),
         ("unet/config.json", {"block_out_channels": [16]}, "1 levels of 1 layers, with widths (16,)"),
-        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "StableDiffusionXLPipeline"),
+        ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "StableDiffusion3Pipeline"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": "1000"}, "num_train_timesteps is '1000'"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "num_train_timesteps is 1000000000000"),

@@ -26,6 +26,7 @@ from minidiff.core.errors import WeightsError
 from minidiff.files import looks
 from minidiff.files import names as keymaps
 from minidiff.files.atomic import PICKLES, check_ending, whole_file
+from minidiff.files.bundled import here_or_bundled
 from minidiff.files.values import listed
 
 DTYPES = {  # by their names in a header
@@ -160,7 +161,7 @@ def is_pickle(start: bytes) -> bool:
 
 def find_weights(path: str | Path, names: Sequence[str] = MODEL_FILES) -> Path:
     """The file itself; in a folder, the first of `names` that it has, or the only .safetensors file there."""
-    path = Path(path)
+    path = here_or_bundled(path)
     if not path.is_dir():
         return path
     there = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".json", *PICKLES))

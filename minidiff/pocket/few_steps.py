@@ -121,7 +121,7 @@ def train_student(home: Path, settings: PretrainSettings) -> None:
         batch=data,
         loss=loss,
         export=lambda folder: save(unet, folder),
-        optimizer=torch.optim.AdamW(trainable(unet).values(), 1e-3, weight_decay=0.0),
+        optimizer=torch.optim.AdamW(trainable(unet).values(), 1e-4, weight_decay=0.0),
     )
     # In bf16, rounding is as large as the difference of two neighbours, and the student learns to leave noise.
     run(task, replace(settings, mixed_precision="no"), "student", settings.sizes.student_steps, batch, warmup=30)

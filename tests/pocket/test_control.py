@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from minidiff.draw.canny import canny
+from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.controlnet import read_controlnet
 from minidiff.pocket import control, pretrain
 from minidiff.pocket.dataset import load_world
 from minidiff.pocket.settings import PretrainSettings
+from minidiff.trainer.run import read_metrics
 
 POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
 
@@ -19,7 +21,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pocket")
     settings = PretrainSettings(str(folder), ("world", "latents", "canny"), init_from=str(POCKET), device="cpu",
                                 pictures=4, control_steps=2, control_batch=2)  # fmt: skip
-    pretrain.pretrain(settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(control, "edge_f1", lambda pipe: float(len(pipe.controlnet)))  # the real one draws 12 pictures
+        pretrain.pretrain(settings)
     return folder
 
 
@@ -36,4 +40,13 @@ def test_the_stage_writes_a_net(home: Path) -> None:
     """In two updates; the learning rate of the first is 0."""
     net = read_controlnet(home / "canny")
     assert sum(p.numel() for p in net.parameters()) == 4_816_392
+    assert read_metrics(home / "canny")[-1]["edge_f1"] == 1
     assert net.controlnet_mid_block.weight.any() and net.config.conditioning_embedding_out_channels == control.WIDTHS
+
+
+@pytest.mark.skipif(not (POCKET.parent / "pocket-canny").is_dir(), reason="there is no checkpoints/pocket-canny")
+def test_the_checkpoint_follows_its_hints() -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(POCKET)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.controlnet = read_controlnet(POCKET.parent / "pocket-canny")
+    assert control.edge_f1(pipe, 3, steps=8) > control.edge_f1(pipe, 3, scale=0, steps=8) + 0.1

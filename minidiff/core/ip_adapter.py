@@ -2,13 +2,15 @@
 
     picture --image tower--> e --projection--> image tokens (B, M n, D), appended to the text (B, S, D)
     in each cross-attention:    softmax(Q K^T / √d) V + λ softmax(Q K'^T / √d) V'                      eq. 8
-    Q, K, V are the U-Net's own, frozen; K', V' read the image tokens, and are trained with the projection.
 
-B samples   M pictures side by side   n tokens of a picture   S text tokens   D text width   E width of the image tower's output
-P the tower's patches and its mark   C width of a cross-attention, N heads of width d   L cells   W width of the Resampler
+Q, K and V are the U-Net's own and frozen. K' and V' read the image tokens; they are trained with the projection.
+
+B samples   M pictures side by side   n tokens of a picture   S text tokens, D wide   L cells   N heads of width d
+E width of the tower's answer, P its patches and its mark   C width of a cross-attention   W width of the Resampler
 """
 
 from collections import OrderedDict
+from copy import deepcopy
 
 import torch
 from einops import rearrange
@@ -38,14 +40,13 @@ def full_projection(e_width: int, width: int) -> nn.Module:
 
 
 class LatentAttention(nn.Module):
-    """The latents look at the patches and at each other."""
+    """The latents look at the patches and at each other, through heads of width 64."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads, inner = heads, 64 * heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.to_q, self.to_kv = nn.Linear(width, inner, bias=False), nn.Linear(width, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, width, bias=False)
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
+        self.to_q, self.to_kv = nn.Linear(width, 64 * heads, bias=False), nn.Linear(width, 128 * heads, bias=False)
+        self.to_out = nn.Linear(64 * heads, width, bias=False)
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
         """x (B, P, W), latents (B, n, W) -> (B, n, W)."""
@@ -82,9 +83,8 @@ class ImageKeysAndValues(nn.Module):
 
     def __init__(self, attn: CrossAttention) -> None:
         super().__init__()
-        self.to_k_ip, self.to_v_ip = (nn.Linear(1, 1, bias=False) for _ in range(2))
-        for own, text in ((self.to_k_ip, attn.to_k), (self.to_v_ip, attn.to_v)):
-            own.weight = nn.Parameter(getattr(text, "base", text).weight.detach().clone())  # beside a LoRA, the base
+        plain = [getattr(layer, "base", layer) for layer in (attn.to_k, attn.to_v)]  # beside a LoRA, the base
+        self.to_k_ip, self.to_v_ip = (deepcopy(layer).requires_grad_(True) for layer in plain)
         self.scale, self.count = 1.0, 0  # λ; M n, how many of the tokens are a picture's
 
 

@@ -34,7 +34,7 @@ class Sheets:
         self.calls: list[dict[str, Any]] = [{"prompt": p, "seed": seed} for p in self.prompts for seed in self.seeds]
         self.hints: Row = []  # of a ControlNet or an IP-Adapter: each column shows another picture, with its caption
         if isinstance(settings, ControlNetSettings | IPAdapterSettings):
-            seen = (data.held_out or data.examples)[: settings.num_validation_images]
+            seen = [*data.held_out, *data.examples][: settings.num_validation_images]
             kind = getattr(settings, "hint", None)
             self.hints = [hint_image(example, kind, data.resolution) for example in seen]
             prompts = settings.validation_prompt or [literal(example.prompts[0]) for example in seen]
@@ -54,7 +54,7 @@ class Sheets:
         rows: list[Sequence[Image.Image | str]] = [pictures, self.columns, self.base, self.now[1]]
         if self.hints:
             rows[:2] = [self.hints, [call["prompt"] for call in self.calls]]
-        return contact_sheet(rows, row_labels=["hints" if self.hints else "training pictures", "", "base", f"step {done}"])
+        return contact_sheet(rows, row_labels=["shown" if self.hints else "training pictures", "", "base", f"step {done}"])
 
     def public_sheet(self, done: int) -> Image.Image:
         """Without the training pictures, for the model card."""

@@ -34,7 +34,6 @@ from minidiff import __version__
 from minidiff.core.errors import SettingsError, WeightsError
 from minidiff.files import weights
 from minidiff.files.atomic import HIDDEN, fsync, fsync_tree, put_aside, remove, sha256, write_bytes
-from minidiff.files.values import to_toml
 from minidiff.trainer import distributed
 from minidiff.trainer.settings import TrainSettings
 
@@ -115,8 +114,6 @@ def verify(path: Path) -> dict[str, Any]:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files have the right sizes: `verify`, but in no time. Else a WeightsError."""
     try:
-        if not (path / "manifest.json").is_file():
-            raise FileNotFoundError("it has no manifest.json")
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text("utf-8"))
         files, step = manifest["files"], manifest["step"]
         tables = (files, manifest["made_of"], manifest["environment"])
@@ -181,9 +178,8 @@ def is_whole(path: Path) -> bool:
 
 def sweep(folder: Path) -> None:
     """Take away what a killed process of minidiff's left half done; hidden files of other names are not ours."""
-    for left in (f"{HIDDEN}*", f"samples/{HIDDEN}*"):
-        for path in folder.glob(left):
-            remove(path)
+    for path in [*folder.glob(f"{HIDDEN}*"), *folder.glob(f"samples/{HIDDEN}*")]:
+        remove(path)
 
 
 def find(settings: TrainSettings) -> Path | None:
@@ -221,7 +217,6 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
         rows = "".join(f"\n  {k}: was {short[0][k]}, is now {short[1][k]}" for k in keys)
         raise SettingsError(
             f"{path} was made with other settings or data:{rows}\nSet these back, or start in another --output_dir."
-            + " (A run from before there was --validation_share had 0.)" * ("pictures" in keys)
         )
 
 
@@ -278,10 +273,6 @@ def claimed(settings: TrainSettings) -> Iterator[Path]:
         if (folder / CONFIG).exists():
             sweep(folder)
         yield folder
-
-
-def write_config(folder: Path, settings: TrainSettings) -> None:
-    write_bytes(folder / CONFIG, to_toml(settings, settings.NOT_SAVED).encode())
 
 
 def clear(folder: Path) -> None:

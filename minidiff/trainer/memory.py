@@ -45,10 +45,14 @@ HINTS = "--train_batch_size 1; --mixed_precision bf16; a smaller --resolution; m
 # --- a step on meta --------------------------------------------------------------------------------------------------
 
 
-class Counter:
-    """Counts the bytes that autograd saves. Tensors that share a storage count once; those in `seen` do not count."""
+class Counter(TorchFunctionMode):
+    """Counts the bytes that autograd saves. Tensors that share a storage count once; those in `seen` do not count.
+
+    On meta, PyTorch's attention would save the weights of all heads. In the `with` it saves what the fused kernels save.
+    """
 
     def __init__(self) -> None:
+        super().__init__()
         self.seen: dict[int, torch.UntypedStorage] = {}  # by id; the storages are held, so that no id is used twice
         self.saved = self.before = 0
         self.layers: dict[type, int] = {}  # the most that one layer of a class saves
@@ -65,10 +69,6 @@ class Counter:
 
     def end(self, layer: nn.Module, inputs: object, output: object) -> None:
         self.layers[type(layer)] = max(self.layers.get(type(layer), 0), self.saved - self.before)
-
-
-class FusedAttention(TorchFunctionMode):
-    """On meta, PyTorch's attention would save the weights of all heads. With this it saves what the fused kernels save."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         fused = function is F.scaled_dot_product_attention and args[0].is_meta
@@ -112,7 +112,7 @@ def forward_pass(task: Job, settings: FineTuneSettings, checkpointing: bool) -> 
         if isinstance(layer, ResBlock | SpatialTransformer):
             layer.register_forward_pre_hook(counter.begin)
             layer.register_forward_hook(counter.end)
-    with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor), FusedAttention():
+    with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor), counter:
         loss.predict({name: rows.to(dtype) if rows.is_floating_point() else rows for name, rows in batch.items()})
     return counter
 

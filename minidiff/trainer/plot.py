@@ -31,12 +31,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path, rows = folder / METRICS, []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            row = json.loads(line)
-            if type(row["step"]) is not int or not all(type(value) in (int, float, type(None)) for value in row.values()):
-                break
-        except (ValueError, RecursionError, TypeError, KeyError):
+            rows.append(json.loads(line))
+        except ValueError:
             break
-        rows.append(row)
     return rows
 
 

@@ -29,6 +29,7 @@ from minidiff.core.train import LoopSettings, Task, Update, train
 from minidiff.draw.images import save_png
 from minidiff.draw.speed import compile_unet, frozen_weights
 from minidiff.files.atomic import fsync, write_bytes
+from minidiff.files.values import to_toml
 from minidiff.trainer import checkpoint, distributed
 from minidiff.trainer.ema import EMA
 from minidiff.trainer.optimizers import load_optimizer_state, optimizer_of, optimizer_state, stepping_in_backward
@@ -147,7 +148,7 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(self.folder / self.settings.logging_dir, purge_step=done + 1)
-            checkpoint.write_config(self.folder, self.settings)
+            write_bytes(self.folder / checkpoint.CONFIG, to_toml(self.settings, self.settings.NOT_SAVED).encode())
             write_bytes(self.folder / METRICS, "".join(json.dumps(row) + "\n" for row in self.metrics).encode())
         if not done and not self.metrics and (measured := self._measure()):
             self._log(step=0, **measured)

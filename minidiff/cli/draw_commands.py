@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL.Image import Image, Resampling, fromarray
+from torch import Tensor
 
 from minidiff.cli.draw_flags import Attention, Filmstrip, Morph, Sample, Sampling, Sheet, Tokens
 from minidiff.cli.first_line import of_drawing
 from minidiff.core.errors import SettingsError
+from minidiff.core.guidance import Text
 from minidiff.core.inject import adapter_names
-from minidiff.draw.arguments import sampler_for
+from minidiff.draw.arguments import EMBEDS, sampler_for
 from minidiff.draw.canny import canny
 from minidiff.draw.device import chosen_device
 from minidiff.draw.images import contact_sheet, load_image, save_png
@@ -128,7 +130,12 @@ def morph(s: Morph) -> None:
     print(f"{count} keyframes x {s.frames} frames = {total} frames, a loop of {total / s.fps:.1f} s", file=sys.stderr)
     noises, texts = keyframe_tensors(pipe, keys, s.height, s.width, s.clip_skip, s.negative_prompt)
     pipe.set_progress_bar_config(disable=True)  # the loop has one of its own
-    pictures, times = frames_of(noises, texts, s.frames, lambda noise, text: draw(pipe, s, latents=noise, prompt_embeds=text))
+
+    def frame(noise: Tensor, text: Text) -> Image:
+        given: dict[str, Any] = dict(zip(EMBEDS, text))
+        return draw(pipe, s, latents=noise, **given)
+
+    pictures, times = frames_of(noises, texts, s.frames, frame)
     save_animation(pictures, s.output, s.fps, how(s, pipe, " | ".join(s.prompts), pictures[0]), times)
     print(s.output)
 

@@ -28,6 +28,7 @@ from minidiff.core.errors import AdapterError, SettingsError
 from minidiff.core.grids import Step
 from minidiff.core.lora import LoRAWeights
 from minidiff.core.rng import normal
+from minidiff.core.text import embed_sizes
 from minidiff.draw import pipeline
 from minidiff.draw.device import chosen_device
 from minidiff.draw.lora_tags import at_strengths
@@ -93,8 +94,12 @@ class UNet2DConditionModel(unet.UNet2DConditionModel):
             return super().__call__(*inputs, **named)
         names = ("sample", "timestep", "encoder_hidden_states")
         named = dict(zip(names, inputs)) | named
-        check_names("the U-Net's call", named, (*names, "return_dict"))
-        return Output(super().__call__(*(named[name] for name in names)))
+        check_names("the U-Net's call", named, (*names, "added_cond_kwargs", "return_dict"))
+        text = [named["encoder_hidden_states"]]
+        if added := named.get("added_cond_kwargs"):  # SDXL's
+            sizes = embed_sizes(added["time_ids"], self.config.addition_time_embed_dim or 0)
+            text.append(torch.cat([added["text_embeds"], sizes.to(text[0].dtype)], dim=1))
+        return Output(super().__call__(named["sample"], named["timestep"], *text))
 
     def add_adapter(self, adapter_config: "LoraConfig", adapter_name: str = "default") -> None:
         """A new adapter, which alone can be trained. AdapterError for settings that minidiff does not have."""

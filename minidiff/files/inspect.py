@@ -28,7 +28,8 @@ def inspect(path: str | Path) -> list[Facts]:
     """A report on a file; for a folder, on each weight file in it."""
     path = Path(path)
     if (path / "model_index.json").is_file():
-        return [describe_folder(path), *(describe(find_weights(path / part)) for part in ("unet", "vae", "text_encoder"))]
+        parts = ["unet", "vae", "text_encoder", *(["text_encoder_2"] if (path / "text_encoder_2").is_dir() else [])]
+        return [describe_folder(path), *(describe(find_weights(path / part)) for part in parts)]
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     return [describe(file) for file in files or [find_weights(path)]]
 

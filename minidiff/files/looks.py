@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Protocol
 
-from minidiff.files.lora_names import adapter_kind, lora_dialect
+from minidiff.files.lora_names import adapter_kind, lora_dialect, unet_of
 
 
 class HasShape(Protocol):
@@ -64,7 +64,8 @@ def describe(tensors: Mapping[str, HasShape]) -> str:
         family = FAMILIES.get(width or 0, f"cross-attention width {width}")
         return "a PhotoMaker, for SDXL" if form == "PhotoMaker" else f"an IP-Adapter of the form {form}, for {family}"
     if dialect := lora_dialect(tensors):
-        family = f" for {FAMILIES.get(width, 'another model')} (cross-attention width {width})" if width else ""
+        family = " for SDXL" if unet_of(tensors).addition_embed_type else ""
+        family = f" for {FAMILIES.get(width, 'another model')} (cross-attention width {width})" if width else family
         return f"a {adapter_kind(tensors)} in the {dialect} style{family}"
     for pattern, looks in LOOKS:
         if any(re.match(pattern, key) for key in tensors):
@@ -74,8 +75,9 @@ def describe(tensors: Mapping[str, HasShape]) -> str:
         if key.endswith("token_embedding.weight") and tensor.shape:
             return f"a CLIP text encoder of width {tensor.shape[-1]}"
     if is_embedding(tensors):
-        widths = dict.fromkeys(str(tensor.shape[-1]) for tensor in tensors.values())
-        return f"a textual inversion embedding of width {' and '.join(widths)}"
+        widths = dict.fromkeys(tensor.shape[-1] for tensor in tensors.values())
+        family = f", for {FAMILIES[sum(widths)]}" if sum(widths) in FAMILIES else ""
+        return f"a textual inversion embedding of width {' and '.join(map(str, widths))}{family}"
     return f'nothing that minidiff knows: {len(tensors)} tensors, the first is "{next(iter(tensors))}"'
 
 

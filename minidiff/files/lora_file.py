@@ -26,7 +26,7 @@ from minidiff.core.lora import LoRAWeights
 from minidiff.files import lora_module
 from minidiff.files.atomic import write_bytes
 from minidiff.files.few_steps import suggestion
-from minidiff.files.looks import cross_attention_width
+from minidiff.files.looks import FAMILIES, cross_attention_width
 from minidiff.files.lora_module import COMPONENTS, METADATA, PEFT_CONFIG, alpha_of, flat
 from minidiff.files.lora_names import READ, WRITTEN, Place, adapter_kind, bundled_words, key_of, lora_dialect, place_of, unet_of
 from minidiff.files.values import listed, printable
@@ -102,6 +102,7 @@ def read_lora(
         modules = {name: parts for name, parts in modules.items() if name in layers}
     width = cross_attention_width({f"{name}.weight": layer.weight for name, layer in layers.items()})
     here = f"; this model has cross-attention width {width}" if width else ""
+    here += f", as {FAMILIES[width]}" if width in FAMILIES else ""
     if not modules or (left and strict):
         what = "match the " + " and the ".join(COMPONENTS[c] for c in models) if models else "have the names of an SD adapter"
         counts = f"{len(file.tensors) - len(left)} of {len(file.tensors)} tensors {what}."

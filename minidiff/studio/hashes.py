@@ -29,8 +29,10 @@ def model_sha256(name: str) -> str:
         return sha256_of(name)
     home = local_folder(name)
     files = [home / "scheduler" / "scheduler_config.json"]
-    files += [file for file in (home / "tokenizer").iterdir() if file.suffix in (".json", ".txt")]
-    for part in ("unet", "vae", "text_encoder"):
+    second = [home / part for part in ("tokenizer_2", "text_encoder_2") if (home / part).is_dir()]  # SDXL's
+    tokenizers = [file for folder in (home / "tokenizer", *second[:1]) for file in folder.iterdir()]
+    files += [file for file in tokenizers if file.suffix in (".json", ".txt")]
+    for part in ("unet", "vae", "text_encoder", *(folder.name for folder in second[1:])):
         files += [home / part / "config.json", find_weights(home / part)]
     named = sorted((file.relative_to(home).as_posix(), file) for file in files)
     return hashlib.sha256("".join(f"{sha256_of(file)}  {name}\n" for name, file in named).encode()).hexdigest()

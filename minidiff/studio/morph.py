@@ -2,7 +2,7 @@
 
     keyframes = [("a photo of a red dog", 0), ("a photo of a blue cat", 1)]                  # prompts and seeds
     noises, texts = keyframe_tensors(pipe, keyframes)
-    def draw(noise, text): return pipe(prompt_embeds=text, latents=noise, sampler="ddim").images[0]
+    def draw(noise, text): return pipe(**dict(zip(EMBEDS, text)), latents=noise, sampler="ddim").images[0]
     pictures, times = morph(noises, texts, 24, draw)                         # 24 frames from each keyframe to the next
     save_animation(pictures, "morph.webp", fps=12, times=times)
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from minidiff import __version__
 from minidiff.core.errors import MinidiffError, SettingsError
+from minidiff.core.guidance import Text
 from minidiff.draw.arguments import noise_source, sampler_for
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.progress import progress
@@ -33,7 +34,7 @@ from minidiff.draw.prompting import count_chunks, parse_prompt
 from minidiff.files.atomic import write_bytes
 
 Keyframe = tuple[str, int]  # a prompt and a seed
-Draw = Callable[[Tensor, Tensor], Image.Image]  # (noise (1, C, H, W), text (1, S, D)) -> picture
+Draw = Callable[[Tensor, Text], Image.Image]  # (noise (1, C, H, W), text) -> picture
 MAX_FRAMES = 2000
 FORMATS = (".webp", ".gif")
 PARALLEL = 1e-4  # radians: with smaller angles, arc and line agree to 1e-9 of their length, and at 0 the arc is 0 / 0
@@ -61,8 +62,8 @@ def keyframe_tensors(
     width: int | None = None,
     clip_skip: int = 0,
     negative_prompt: str = "",
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The noises (1, C, H, W) and encoded prompts (1, S, D) that `pipe(prompt, seed=…)` would begin with, one by one.
+) -> tuple[list[Tensor], list[Text]]:
+    """The noises (1, C, H, W) and encoded prompts that `pipe(prompt, seed=…)` would begin with, one by one.
 
     S is that of the longest prompt, `negative_prompt` included.
     """
@@ -71,17 +72,17 @@ def keyframe_tensors(
         raise SettingsError("a keyframe's prompt names a LoRA, which cannot be faded in or out. Attach it for all, by --lora.")
     shape, chunks = pipe.latent_shape(1, height, width), count_chunks(pipe.tokenizer, prompts, pipe.placeholders)
     noises = [noise_source(shape, seed)("latents") for _, seed in keyframes]
-    return noises, [pipe.encode_prompt([prompt], clip_skip, chunks) for prompt, _ in keyframes]
+    return noises, [pipe.encode_text([parse_prompt(prompt)], clip_skip, chunks) for prompt, _ in keyframes]
 
 
 def morph(
-    noises: Sequence[Tensor], texts: Sequence[Tensor], frames: int, draw: Draw, show: bool = True
+    noises: Sequence[Tensor], texts: Sequence[Text], frames: int, draw: Draw, show: bool = True
 ) -> tuple[list[Image.Image], list[float]]:
     """The pictures of the loop, and how long each is shown (1 on average), so that the picture changes at an even speed.
 
-    `noises` (1, C, H, W) and `texts` (1, S, D): one for each keyframe, whose picture is drawn from exactly these. The others
-    are drawn where the picture changes most: the gap between the most different neighbours is halved until there are `frames`
-    for each way between keyframes. With two keyframes the way back shows the same pictures.
+    `noises` (1, C, H, W) and `texts`, (1, S, D) and in SDXL (1, P): one for each keyframe, whose picture is drawn from exactly
+    these. The others are drawn where the picture changes most: the gap between the most different neighbours is halved until
+    there are `frames` for each way between keyframes. With two keyframes the way back shows the same pictures.
     """
     count, pictures, gaps = len(noises), dict[float, Image.Image](), dict[tuple[float, float], float]()
     ends = [0.0, 1.0] if count == 2 else [float(i) for i in range(count)]
@@ -92,7 +93,8 @@ def morph(
             left, right = max(gaps, key=lambda gap: (gaps[gap] * (gap[1] - gap[0] > 0.06 / frames), gap[1] - gap[0]))
             place = (left + right) / 2
         a, t = int(place), place % 1
-        pictures[place] = draw(slerp(noises[a], noises[(a + 1) % count], t), texts[a].lerp(texts[(a + 1) % count], t))
+        b = (a + 1) % count
+        pictures[place] = draw(slerp(noises[a], noises[b], t), tuple(x.lerp(y, t) for x, y in zip(texts[a], texts[b])))
         if i + 1 >= len(ends):
             order = sorted(pictures) + [float(count)] * (count > 2)
             now = {(x, y): gaps.get((x, y)) for x, y in pairwise(order)}

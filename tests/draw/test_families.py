@@ -1,5 +1,6 @@
 """Models around SD 1.5 on tiny folders: what a call warns of, and what a folder of another family says; SDXL's conditioning."""
 
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -10,8 +11,8 @@ import torch
 from tiny_families import sd2_folder, xl_folder
 
 from minidiff.core import textual_inversion
-from minidiff.core.errors import SettingsError, WeightsError
-from minidiff.core.text import tokenize
+from minidiff.core.errors import AdapterError, SettingsError, WeightsError
+from minidiff.core.text import embed_sizes, tokenize
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.weights import read_header, save
 
@@ -161,3 +162,33 @@ def test_inpainting_and_a_picture_to_start_from(xl: Any) -> None:
     mask.paste(255, (0, 0, 8, 16))
     drawn = xl("a red dog", image=image, mask_image=mask, num_inference_steps=2, seed=0).images[0]
     assert drawn.crop((8, 0, 16, 16)).tobytes() == image.crop((8, 0, 16, 16)).tobytes() and drawn.tobytes() != image.tobytes()
+
+
+def test_the_fields_call_of_the_unet(xl: Any) -> None:
+    from minidiff.draw.habits import adopt
+
+    adopt(xl.unet)
+    x, (states, pooled) = torch.ones(1, 4, 8, 8), xl.encode_prompt("a red dog")
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([[16, 16, 0, 0, 16, 16]])}
+    with torch.no_grad():
+        output = xl.unet(x, 500, encoder_hidden_states=states, added_cond_kwargs=added).sample
+        vector = torch.cat([pooled, embed_sizes(added["time_ids"], 8)], dim=1)
+        assert torch.equal(output, xl.unet(x, 500, states, vector))
+
+
+def test_what_is_for_another_family_is_called_by_its_name(xl: Any, tmp_path: Path) -> None:
+    from minidiff.files.inspect import inspect
+
+    assert len(inspect(xl.name_or_path)) == 5
+    to_k = "lora_unet_input_blocks_4_1_transformer_blocks_{}_attn{}_to_k.lora_{}.weight"
+    for width, says in ((2048, "for SDXL (cross-attention width 2048)"), (None, "for SDXL")):
+        shapes = {to_k.format(1, 1, "down"): (2, 640), to_k.format(1, 1, "up"): (640, 2)}
+        shapes |= {to_k.format(0, 2, "down"): (2, width), to_k.format(0, 2, "up"): (640, 2)} if width else {}
+        save({name: torch.ones(shape) for name, shape in shapes.items()}, path := tmp_path / "lora.safetensors")
+        assert inspect(path)[0]["is"] == f"a LoRA in the kohya style {says}"
+        with pytest.raises(AdapterError, match=f"The file looks like a LoRA in the kohya style {re.escape(says)}"):
+            xl.load_lora_weights(path)
+    save({"<cat>": torch.ones(1, 768)}, path := tmp_path / "word.safetensors")
+    with pytest.raises(AdapterError, match="vectors are 768 wide, as in SD 1.x; this text encoder is 16 and 24 wide"):
+        xl.load_textual_inversion(path)
+    assert inspect(path)[0]["is"] == "a textual inversion embedding of width 768, for SD 1.x"

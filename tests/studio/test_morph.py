@@ -86,8 +86,8 @@ def pipe(tiny_folder: Path) -> StableDiffusionPipeline:
     ids=["both", "seeds", "prompts"],
 )
 def test_keyframes_are_exactly_what_the_pipeline_draws(pipe: StableDiffusionPipeline, keys: list[Keyframe]) -> None:
-    def draw(noise: torch.Tensor, text: torch.Tensor) -> Image.Image:
-        image: Image.Image = pipe(prompt_embeds=text, latents=noise, num_inference_steps=3).images[0]
+    def draw(noise: torch.Tensor, text: tuple[torch.Tensor]) -> Image.Image:
+        image: Image.Image = pipe(prompt_embeds=text[0], latents=noise, num_inference_steps=3).images[0]
         return image
 
     frames, times = morph(*keyframe_tensors(pipe, keys), 2, draw, show=False)
@@ -102,11 +102,11 @@ def loop(count: int, frames: int, brightness: Callable[[float], float]) -> tuple
     """The brightness of each frame of a loop over `count` keyframes, how long each is shown, and how many were drawn."""
     drawn: list[float] = []
 
-    def draw(noise: torch.Tensor, text: torch.Tensor) -> Image.Image:
-        drawn.append(float(text))
-        return Image.new("RGB", (4, 4), (round(brightness(float(text))),) * 3)
+    def draw(noise: torch.Tensor, text: tuple[torch.Tensor]) -> Image.Image:
+        drawn.append(float(text[0]))
+        return Image.new("RGB", (4, 4), (round(brightness(float(text[0]))),) * 3)
 
-    noises, texts = [torch.ones(1, 1, 1, 1)] * count, [torch.full((1, 1, 1), float(i)) for i in range(count)]
+    noises, texts = [torch.ones(1, 1, 1, 1)] * count, [(torch.full((1, 1, 1), float(i)),) for i in range(count)]
     pictures, times = morph(noises, texts, frames, draw, show=False)
     assert len(set(drawn)) == len(drawn) or count > 2
     return [picture.getpixel((0, 0))[0] for picture in pictures], times, len(drawn)  # type: ignore[index]
@@ -147,7 +147,7 @@ def test_loops_that_cannot_be() -> None:
 def test_keyframes_of_several_lengths(pipe: StableDiffusionPipeline) -> None:
     """All prompts get as many chunks as the longest."""
     _, texts = keyframe_tensors(pipe, [(DOG, 0), ("red " * 80, 0)])
-    assert [text.shape[1] for text in texts] == [154, 154]
+    assert [text[0].shape[1] for text in texts] == [154, 154]
 
 
 def test_keyframes_beside_a_long_negative_prompt(pipe: StableDiffusionPipeline) -> None:
@@ -155,7 +155,7 @@ def test_keyframes_beside_a_long_negative_prompt(pipe: StableDiffusionPipeline) 
     keys, negative = [(DOG, 0), (CAT, 1)], "red " * 80
     noises, texts = keyframe_tensors(pipe, keys, 16, 32, clip_skip=1, negative_prompt=negative)
     options = {"num_inference_steps": 2, "negative_prompt": negative, "height": 16, "width": 32, "clip_skip": 1}
-    frame = pipe(prompt_embeds=texts[1], latents=noises[1], **options).images[0]
+    frame = pipe(prompt_embeds=texts[1][0], latents=noises[1], **options).images[0]
     assert frame.tobytes() == pipe(CAT, seed=1, **options).images[0].tobytes()
 
 

@@ -47,7 +47,6 @@ LEXEMES = re.compile(
     rf"""
     (?P<tag> < (?: lora | lyco ) : (?P<name> [^<>:]* [^<>:\s] ) \s* (?: : \s* (?P<strength> {NUMBER} ) \s* )? > )
   | (?P<bad_tag> < (?: lora | lyco ) : )
-  | (?P<infinite> : \s* [+-]? (?: inf | infinity | nan | \d{{10}} [\d.]* ) \s* (?= \) ) )
   | \\ (?P<escaped> [()\[\]\\] )
   | : \s* (?P<weight> {NUMBER} ) \s* (?= \) )
   | (?P<open>  [(\[] )
@@ -113,8 +112,6 @@ def parse_prompt(prompt: str) -> Prompt:
             loras.append((lexeme["name"].strip(), float(lexeme["strength"] or 1)))
         elif kind == "bad_tag":
             raise SettingsError(f"prompt, column {start + 1}: a LoRA tag has a name and one weight, <lora:name:0.8>.")
-        elif kind == "infinite":
-            raise SettingsError(f'prompt, column {start + 1}: "{text:.20}" is no weight; (word:1.2) has a usual one.')
         elif kind == "open":
             own.append(Bracket(FACTORS[text], own[-1], start))
             brackets.append(own[-1])

@@ -84,8 +84,6 @@ class AttentionMaps:
 
         Smaller maps are scaled to the size of the largest (DAAM, eq. 5).
         """
-        if not self.sums:
-            raise SettingsError("the U-Net has not drawn anything yet; draw within `with AttentionMaps(pipe) as maps:`.")
         sums = [F.interpolate(total[None], size=max(self.sums), mode="bilinear") for total in self.sums.values()]
         return torch.cat(sums).sum(dim=0) / self.count  # bilinear: no share below 0
 

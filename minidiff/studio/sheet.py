@@ -43,8 +43,6 @@ class Axis:
     def __post_init__(self) -> None:
         if not self.values:
             raise SettingsError(f"the axis {self.name} has no values; give one or more, as in seed=0,1,2.")
-        if len(set(self.values)) < len(self.values):
-            raise SettingsError(f"the axis {self.name} has one of its values twice; give each value once.")
 
     @property
     def labels(self) -> list[str]:

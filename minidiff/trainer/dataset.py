@@ -233,8 +233,7 @@ def sidecars(picture: Path) -> list[Path]:
 def read_text(path: Path) -> str:
     """The text of a file, in UTF-8, perhaps with a byte order mark."""
     with suppress(UnicodeDecodeError, OSError):
-        if path.is_file():  # a pipe with nobody at its other end would wait for ever
-            return path.read_text("utf-8-sig")
+        return path.read_text("utf-8-sig")
     raise DataError(f"{path} cannot be read as UTF-8 text; save it as UTF-8, or remove it.")
 
 
@@ -245,7 +244,7 @@ def rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         return
     for line, words in enumerate(read_text(table).split("\n"), start=1):  # not splitlines: a caption may hold U+2028
         try:
-            row, wrong = json.loads(words, object_pairs_hook=without_doubles) if words.strip() else {}, "not an object"
+            row, wrong = json.loads(words) if words.strip() else {}, "not an object"
         except (ValueError, RecursionError) as error:
             row, wrong = None, f"not JSON ({error})"
         if not isinstance(row, dict):
@@ -255,18 +254,9 @@ def rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield line, row
 
 
-def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. By itself the reader would silently take the last of two values of one name."""
-    if len(row := dict(pairs)) < len(pairs):
-        raise ValueError("a name stands in it twice")
-    return row
-
-
 def csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(read_text(table), newline=""), strict=True)
     try:
-        if len(names := reader.fieldnames or []) > len(set(names)):
-            raise csv.Error("a column stands in it twice")
         for row in reader:
             if None in row:
                 raise csv.Error('more fields than columns; put "…" around a text with commas')
@@ -307,8 +297,6 @@ def checked(caption: object, where: str) -> str:
     """A caption without spaces at its ends. DataError if it is no text, or has only spaces and invisible characters."""
     if not isinstance(caption, str):
         raise DataError(f"{where} is {caption!r}, not a text in quotes.")
-    if any("\ud800" <= letter <= "\udfff" for letter in caption):
-        raise DataError(f"{where} holds half of a UTF-16 pair, {caption!r:.60}; write the letter itself.")
     if not any(letter.isprintable() and not letter.isspace() for letter in caption):  # U+200B, say
         raise DataError(f"{where} is empty. For samples without a prompt there is --proportion_empty_prompts.")
     return caption.strip()

@@ -192,10 +192,6 @@ def test_nothing_is_said_of_good_prompts(prompt: str) -> None:
 @pytest.mark.parametrize(
     ("prompt", "says"),
     [
-        ("a (dog:inf)", 'column 7: ":inf" is no weight'),
-        ("a (dog:-Infinity)", "column 7"),
-        ("a (dog: nan)", "column 7"),
-        (f"a (dog:{'9' * 400})", "column 7"),
         ("a <lora:x", "column 3: a LoRA tag has a name"),
         ("<lora:" * 20_000, "column 1: a LoRA tag"),
         ("(" * 10000 + "dog", "column 10001.*multiply to inf; use fewer"),

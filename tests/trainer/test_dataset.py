@@ -1,7 +1,6 @@
 """Folders of pictures: what is read, and what is said when it cannot be."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,13 +115,11 @@ BAD_METADATA: dict[str, tuple[list[str], str]] = {
     "absent": ([json.dumps(A), '{"file_name": "b.png", "text": "y"}'], 'line 2: there is no file.* mean "b.PNG"'),
     "outside": ([json.dumps(A), '{"file_name": "x/../../b.PNG", "text": "y"}'], "line 2: there is no file 'x/../../b.PNG' in"),
     "absolute": (['{"file_name": "/etc/passwd", "text": "y"}'], "line 1: there is no file '/etc/passwd' in"),
-    "a name twice": (['{"file_name": "a.jpg", "text": "x", "text": "y"}'], r"line 1: not JSON \(a name stands in it twice\)"),
     "twice": ([json.dumps(A), json.dumps(B), '{"file_name": "./a.jpg", "text": "z"}'], "line 3: .*already on line 1"),
     "no caption": ([json.dumps(A), '{"file_name": "b.PNG"}'], 'line 2: "text" is None, not a text in quotes'),
     "empty caption": ([json.dumps(A), '{"file_name": "b.PNG", "text": " "}'], 'line 2: "text" is empty'),
     "deep": (["[" * 100_000], "line 1: not JSON"),
     "long name": ([json.dumps({"file_name": "a" * 5000, "text": "y"})], "line 1: there is no file"),
-    "half a letter": (['{"file_name": "a.jpg", "text": "\\ud800"}'], "half of a UTF-16 pair"),
     "NUL": (['{"file_name": "a.jpg", "text": "\\u0000"}'], 'line 1: "text" is empty'),
     "invisible": (['{"file_name": "a.jpg", "text": " \\u200b\\ufeff"}'], 'line 1: "text" is empty'),
     "number": (['{"file_name": "a.jpg", "text": 3}'], 'line 1: "text" is 3, not a text'),
@@ -177,9 +174,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "not UTF-8": (write("a.txt", b"\xff\xfe\x00x"), "a.txt cannot be read as UTF-8"),
     "table is a folder": (lambda folder: (folder / "metadata.jsonl").mkdir(), "cannot be read"),
     "table is a dead link": (lambda folder: (folder / "metadata.jsonl").symlink_to("nowhere"), "cannot be read"),
-    "table is a pipe": (lambda folder: os.mkfifo(folder / "metadata.jsonl"), "metadata.jsonl cannot be read"),
     "invisible sidecar": (write("a.txt", "\u200b\0".encode()), "a.txt is empty"),
-    "a column twice": (write("metadata.csv", b"file_name,text,text\na.jpg,x,y\n"), "a column stands in it twice"),
     "open quote": (write("metadata.csv", b'file_name,text\na.jpg,"dog\n'), "not CSV"),
     "no pictures": (lambda folder: [remove_pictures(folder), write("a.heic", b"")(folder)], "no pictures.*holds .heic"),
     "nested": (lambda folder: [remove_pictures(folder), picture(folder / "train" / "a.png")], "no pictures.*holds train"),

@@ -97,10 +97,7 @@ def control_of(
     """The arguments of a call, checked. With several nets, `image`, `scale`, `start` and `end` are lists, or one for all."""
     if not nets:
         raise SettingsError("control_image was given and there is no ControlNet: pipe.controlnet, or --controlnet.")
-    for wrong, net in ((name, net.config) for net in nets for name in SAME if getattr(net.config, name) != getattr(unet, name)):
-        ours, theirs = (FAMILIES.get(config.cross_attention_dim, "another kind") for config in (unet, net))
-        values = f"{wrong} is {getattr(net, wrong)}, not {getattr(unet, wrong)}"
-        raise SettingsError(f"the ControlNet is for {theirs} and the model is {ours}: {values}. Take the one for this model.")
+    check_family(nets, unet)
     each = {"control_image": image, "controlnet_conditioning_scale": scale,
             "control_guidance_start": start, "control_guidance_end": end}  # fmt: skip
     lists = [isinstance(given, (list, tuple)) and (len(nets) > 1 or given is not image) for given in each.values()]
@@ -111,6 +108,14 @@ def control_of(
         what = "control_guidance_start is {:g} and control_guidance_end {:g}; both are shares of the way, the start comes first"
         raise SettingsError(what.format(*late) + ".")
     return Control(nets, [pictures_of(one) for one in rows[0]], rows[1], rows[2], rows[3], guess, guided)
+
+
+def check_family(nets: Sequence[ControlNetModel], unet: UNetConfig) -> None:
+    """SettingsError for a ControlNet of another family than the model's."""
+    for wrong, net in ((name, net.config) for net in nets for name in SAME if getattr(net.config, name) != getattr(unet, name)):
+        ours, theirs = (FAMILIES.get(config.cross_attention_dim, "another kind") for config in (unet, net))
+        values = f"{wrong} is {getattr(net, wrong)}, not {getattr(unet, wrong)}"
+        raise SettingsError(f"the ControlNet is for {theirs} and the model is {ours}: {values}. Take the one for this model.")
 
 
 def pictures_of(image: Any) -> list[Tensor]:

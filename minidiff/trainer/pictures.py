@@ -14,7 +14,7 @@ from torch import Tensor
 from minidiff.core.config import UNetConfig, VAEConfig
 from minidiff.core.errors import DataError, SettingsError
 from minidiff.core.vae import AutoencoderKL
-from minidiff.draw.images import load_image, load_weights
+from minidiff.draw.images import load_image, load_weights, open_image
 from minidiff.files.atomic import sha256
 from minidiff.trainer.dataset import Example, Scan, Size
 from minidiff.trainer.latents import LatentData, crop
@@ -97,6 +97,11 @@ def check_picture(example: Example, sizes: Sequence[Size]) -> Example:
             raise DataError(f"{example.mask} is black all over: there is nothing to learn. White is what is learnt.")
         if mask.getextrema() == (255, 255):
             warnings.warn(f"{example.mask} is white all over, so the whole picture is learnt.", stacklevel=2)
+    if example.hint:
+        with open_image(example.hint) as hint:
+            a, b = (w / h for w, h in (hint.size, image.size))
+            if max(a, b) > 1.02 * min(a, b):
+                raise DataError(f"{example.hint} has another shape than {example.path.name}: {hint.size}, not {image.size}.")
     return replace(example, size=size)
 
 

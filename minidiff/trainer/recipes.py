@@ -22,6 +22,7 @@ from minidiff.core.inject import adapter_weights
 from minidiff.core.ip_adapter import ImageProjection, IPAdapter
 from minidiff.core.rng import hashed_seed
 from minidiff.core.train import DTYPES
+from minidiff.draw.control import check_family
 from minidiff.draw.habits import print_trainable_parameters
 from minidiff.draw.lora_tags import at_strengths
 from minidiff.draw.pipeline import StableDiffusionPipeline
@@ -105,7 +106,8 @@ def controlnet(settings: ControlNetSettings) -> Job:
     widths = ControlNetConfig.conditioning_embedding_out_channels[: len(pipe.vae.config.block_out_channels)]
     kept = settings.controlnet_model_name_or_path
     torch.manual_seed(hashed_seed(settings.seed, "controlnet"))
-    net = read_controlnet(kept) if kept else ControlNetModel.from_unet(pipe.unet, widths).float()
+    net = read_controlnet(kept, like=pipe.unet.config) if kept else ControlNetModel.from_unet(pipe.unet, widths).float()
+    check_family([net], pipe.unet.config)
     checkpoint_gradients(net, settings.gradient_checkpointing)
     if settings.mixed_precision != "no":
         pipe.to(DTYPES[settings.mixed_precision])

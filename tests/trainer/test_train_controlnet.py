@@ -67,27 +67,33 @@ def test_it_goes_on_where_it_stopped(settings: ControlNetSettings, tmp_path: Pat
     assert all(torch.equal(p, again.trainable[name]) for name, p in whole.trainable.items())
 
 
-def test_hints_from_files_are_those_that_were_made(settings: ControlNetSettings, pictures: Path, tmp_path: Path) -> None:
-    made = RECIPES[ControlNetSettings](settings)
-    edges, table = tmp_path / "edges", tmp_path / "table"
-    edges.mkdir(), table.mkdir()
+def test_hints_from_files_are_those_that_were_made(settings: ControlNetSettings, tmp_path: Path) -> None:
+    small, edges, table = (tmp_path / name for name in ("small", "edges", "table"))
     lines = []
-    for picture in sorted(pictures.iterdir()):
-        (table / picture.name).write_bytes(picture.read_bytes())
-        small = Image.open(picture).convert("RGB").resize((20, 16), Image.Resampling.LANCZOS)  # as the crop is scaled
-        small.crop((2, 0, 18, 16)).save(tmp_path / "crop.png")
-        hint = hint_image(Example(tmp_path / "crop.png", ""), "canny", 16)
-        hint.save(edges / picture.name), hint.save(table / f"edges-{picture.name}")
-        lines.append({"file_name": picture.name, "text": "a dog", "conditioning_image": f"edges-{picture.name}"})
+    for folder in (small, edges, table):
+        folder.mkdir()
+    for i in range(3):
+        name = f"picture-{i}.png"
+        for folder in (small, table):
+            Image.effect_noise((16, 16), 60 + 20 * i).convert("RGB").save(folder / name)
+        for path in (edges / name, table / f"edges-{name}"):
+            hint_image(Example(small / name, ""), "canny", 16).save(path)
+        lines.append({"file_name": name, "text": "a dog", "conditioning_image": f"edges-{name}"})
     (table / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    beside = replace(settings, hint=None, conditioning_data_dir=str(edges))
+
+    def hint(**changes: Any) -> torch.Tensor:
+        return RECIPES[ControlNetSettings](replace(settings, instance_data_dir=str(small), **changes)).batch(0, 0)["hint"]
+
+    made, blurred = hint(), hint(hint="tile")
     column = replace(settings, hint=None, instance_data_dir=None, instance_prompt=None, train_data_dir=str(table))
-    for files in (beside, column):
-        assert torch.equal(RECIPES[ControlNetSettings](files).batch(0, 0)["hint"], made.batch(0, 0)["hint"])
-    blurred = RECIPES[ControlNetSettings](replace(settings, hint="tile")).batch(0, 0)["hint"]
-    assert 0 < blurred.diff(dim=-1).abs().mean() < made.batch(0, 0)["hint"].diff(dim=-1).abs().mean() and blurred.std() > 0.02
+    assert torch.equal(hint(hint=None, conditioning_data_dir=str(edges)), made)
+    assert torch.equal(RECIPES[ControlNetSettings](column).batch(0, 0)["hint"], made)
+    assert 0 < blurred.diff(dim=-1).abs().mean() < made.diff(dim=-1).abs().mean() and blurred.std() > 0.02
+    Image.new("RGB", (32, 16)).save(edges / "picture-0.png")
+    with pytest.raises(DataError, match="picture-0.png has another shape than picture-0.png"):
+        hint(hint=None, conditioning_data_dir=str(edges))
     (edges / "picture-1.png").unlink()
     with pytest.raises(DataError, match=r"1 of 3 pictures have no conditioning picture \(picture-1.png\)"):
-        RECIPES[ControlNetSettings](beside)
+        hint(hint=None, conditioning_data_dir=str(edges))
     with pytest.raises(SettingsError, match="--conditioning_data_dir has no use with --hint"):
-        replace(beside, hint="canny").check()
+        replace(settings, conditioning_data_dir=str(edges)).check()

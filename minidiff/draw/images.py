@@ -25,7 +25,6 @@ from minidiff.core.errors import DataError
 from minidiff.files.atomic import write_bytes
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever the file is called; EPS would run Ghostscript
-MAX_PIXELS = 100_000_000  # more is a mistake or a decompression bomb: a small file that fills the memory
 # What Pillow raises for a damaged file, by format and by the place of the damage.
 READ_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error)
 
@@ -65,21 +64,18 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     """Open a picture; only the header is read at first. DataError for a file that is no picture, or a damaged one."""
     if not path.is_file():
         raise DataError(f"{path}: {'is no picture file' if path.exists() else 'no such file'}. Check the path.")
-    huge = f"{path}: more than {MAX_PIXELS // 1_000_000} million pixels. Reduce it first; training needs 512 on a side."
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is our own
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # a mistake, or a small file that fills the memory
             Image.init()  # else Pillow knows half of the formats
             opened = Image.open(path, formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise DataError(huge) from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: more than 89 million pixels. Reduce it first; training needs 512 on a side.") from error
     except READ_ERRORS as error:
         lfs = path.read_bytes().startswith(b"version https://git-lfs")
         hint = "A git-LFS pointer: run `git lfs pull`" if lfs else "Convert it to PNG or JPEG, or leave it out"
         raise DataError(f"{path}: not a picture that can be read here (JPEG, PNG, WebP, …). {hint}.") from error
     with opened as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError(huge)
         try:
             yield image
         except READ_ERRORS as error:

@@ -236,7 +236,8 @@ class Model:
         home = found(path, {})
         file = weights.find_weights(home / subfolder / weight_name if home.is_dir() else home, ())
         adapter = ip_adapter_file.load_ip_adapter(file, self.unet)
-        places = [parent / image_encoder_folder for parent in (Path(), file.parent, home, Path(self.name_or_path))]
+        parents = (Path(), file.parent, home, found(self.name_or_path, {}))
+        places = [parent / image_encoder_folder for parent in parents]
         self.attach_ip_adapter(adapter, *ip_adapter_file.load_image_tower(ip_adapter_file.find_image_tower(places)))
 
     def attach_ip_adapter(self, adapter: ip_adapter.IPAdapter, tower: Any, pixels: ip_adapter_file.Pixels) -> None:

@@ -5,6 +5,7 @@ B pictures that are drawn   M pictures that are shown   E P see core/ip_adapter.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ class ImagePrompt:
         """How much the pictures count: one number, or one for each cross-attention in the order of the file."""
         layers = list(self.adapter.ip_adapter.values())
         scales = [scale] if isinstance(scale, int | float) else list(scale)
-        if len(scales) not in (1, len(layers)) or not np.isfinite(scales).all():
+        if len(scales) not in (1, len(layers)) or not all(isinstance(one, int | float) and isfinite(one) for one in scales):
             rule = f"give one number, or {len(layers)}, one for each layer"
             raise SettingsError(f"ip_adapter_scale is {scales}; {rule}.")
         for layer, one in zip(layers, scales * (len(layers) // len(scales))):

@@ -84,7 +84,7 @@ def test_messages(home: Path, pipe: StableDiffusionPipeline, tmp_path: Path) -> 
     pipe.load_ip_adapter(home / "base.safetensors")
     with pytest.raises(SettingsError, match="there is no ip_adapter_image; give one, or unload_ip_adapter"):
         pipe(**CALL)
-    for scale in ([1.0, 2.0], [], float("nan")):
+    for scale in ([1.0, 2.0], [], float("nan"), {"up": 1.0}):
         with pytest.raises(SettingsError, match="ip_adapter_scale is .*give one number, or 4, one for each layer"):
             pipe.set_ip_adapter_scale(scale)
     with pytest.raises(AdapterError, match="carries an IP-Adapter.*unload_ip_adapter first"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_controlnet_parity import jittered
 from test_models_parity import error, noise, pair
+from tiny_families import xl_folder
 from tiny_ip_adapters import answers, picture, set_scale, tiny_ip_adapter, tiny_tower_folder
 from tiny_model import tiny_folder
 from tiny_sizes import TINY_SD2, TINY_UNET, TINY_XL
@@ -117,3 +118,21 @@ def test_with_a_controlnet(home: Path) -> None:
     expected = theirs(**call, image=hint).images
     assert error(ours(**call, control_image=hint).images, expected) <= 5e-5
     assert error(ours(**call | {"controlnet_conditioning_scale": 0.0}, control_image=hint).images, expected) > 1e-3
+
+
+def test_sdxl(tmp_path: Path) -> None:
+    """The pictures stand behind the states of both encoders; of two prompts, both see them."""
+    folder = xl_folder(tmp_path)
+    ours = StableDiffusionPipeline.from_pretrained(folder)
+    theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True, add_watermarker=False)
+    tiny_tower_folder(tmp_path)
+    save(tiny_ip_adapter(ours.unet, "plus").state_dict(), tmp_path / "plus.safetensors")
+    where = {"subfolder": "", "weight_name": "plus.safetensors", "image_encoder_folder": "image_encoder"}
+    theirs.load_ip_adapter(str(tmp_path), **where, local_files_only=True, low_cpu_mem_usage=False)
+    ours.load_ip_adapter(tmp_path, **where)
+    for pipe in (ours, theirs):
+        pipe.set_progress_bar_config(disable=True)
+        pipe.set_ip_adapter_scale(0.5)
+    call = {"prompt": ["a red dog", "a cat"], "latents": noise(2, 4, 8, 8), "output_type": "latent", "num_inference_steps": 4}
+    call |= {"guidance_scale": 5.0, "ip_adapter_image": picture(0)}
+    assert error(ours(**call).images, theirs(**call).images) <= 5e-5

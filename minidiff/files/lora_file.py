@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.core.config import SDXL_UNET, UNetConfig
-from minidiff.core.errors import AdapterError, did_you_mean
+from minidiff.core.errors import AdapterError
 from minidiff.core.inject import adaptable_layers, adapted_layers, adapter_names, lora_layers, set_adapters, wrap
 from minidiff.core.lora import LoRAWeights
 from minidiff.files import lora_module
@@ -28,7 +28,7 @@ from minidiff.files.atomic import write_bytes
 from minidiff.files.few_steps import suggestion
 from minidiff.files.looks import FAMILIES, cross_attention_width
 from minidiff.files.lora_module import COMPONENTS, METADATA, PEFT_CONFIG, alpha_of, flat
-from minidiff.files.lora_names import READ, WRITTEN, Place, adapter_kind, bundled_words, key_of, lora_dialect, place_of, unet_of
+from minidiff.files.lora_names import READ, Place, adapter_kind, bundled_words, key_of, lora_dialect, place_of, unet_of
 from minidiff.files.values import listed, printable
 from minidiff.files.weights import TensorFile, TensorInfo, file_at, find_weights, read_header, save
 from minidiff.files.word_file import FILE_NAME as WORD_FILE
@@ -247,8 +247,6 @@ def save_lora(
     `path` is a `.safetensors` file, or a folder that gets one; for peft always a folder. `metadata` (texts) is for
     people and for other programs; what they need for loading is added.
     """
-    if dialect not in WRITTEN:
-        raise AdapterError(f'"{dialect}" is no style that minidiff writes.{did_you_mean(dialect, WRITTEN)}')
     if not modules:
         raise AdapterError("there is no adapter to save: it has no layers.")
     if dialect == "peft" and any(name.startswith("text_encoder") for name in modules):

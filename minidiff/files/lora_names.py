@@ -59,7 +59,6 @@ DIALECTS = {  # the first that fits
     "ComfyUI": Dialect(r"(diffusion_model|text_encoders)\..*\.(lora_|lokr_|hada_|oft_|diff)"),
     "OneTrainer": Dialect(r".*\.(lora_(down|up)\.|lokr_|hada_|b?oft_)"),
 }
-WRITTEN = tuple(name for name, dialect in DIALECTS.items() if dialect.endings)
 KINDS = {  # LoRA's relatives, by any of their names; the first that fits
     "LoKr": r"\.lokr_",
     "LoHa": r"\.hada_",

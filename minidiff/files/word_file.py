@@ -144,8 +144,6 @@ def save_embedding(
     take the file's name for the word, so name it after the word.
     """
     check_spelling(word)
-    if dialect not in ("diffusers", "kohya"):
-        raise AdapterError(f'a textual inversion is written as diffusers or kohya; "{dialect}" is neither.')
     path, width = file_at(path, FILE_NAME), vectors.shape[-1] + (0 if second is None else second.shape[-1])
     about = {
         "token": word,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.core.errors import DataError
+from minidiff.core.errors import SettingsError
 from minidiff.draw.progress import progress
 from minidiff.files import weights
 from minidiff.files.atomic import whole_file
@@ -37,12 +37,9 @@ def load_world(home: Path, count: int) -> World:
     pictures = [random_picture(random.Random(i)) for i in range(count)]
     if not path.exists():
         draw_all(pictures, path)
-    try:
-        pixels = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path} is damaged ({error}); delete it to draw it again.") from error
-    if pixels.shape[1:] != (128, 128, 3) or pixels.dtype != np.uint8 or len(pixels) < count:
-        raise DataError(f"{path} holds {pixels.dtype} {pixels.shape}, not {count} pictures; delete it to draw it again.")
+    pixels = np.load(path, mmap_mode="r")
+    if len(pixels) < count:
+        raise SettingsError(f"{path} holds {len(pixels)} pictures, --pictures asks for {count}; delete it to draw it again.")
     return World(pictures, pixels[:count])
 
 

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from minidiff.core.errors import SettingsError
 from minidiff.core.recipes import DiffusionLoss
 from minidiff.core.rng import generator, hashed_seed
 from minidiff.core.schedule import NoiseSchedule
@@ -47,7 +46,7 @@ from minidiff.pocket.few_steps import train_student
 from minidiff.pocket.ip_adapter import train_ip_adapter
 from minidiff.pocket.judge import judge
 from minidiff.pocket.muon import Muon, split
-from minidiff.pocket.settings import STAGES, JudgeSettings, PretrainSettings, Stage
+from minidiff.pocket.settings import JudgeSettings, PretrainSettings, Stage
 from minidiff.pocket.stage import POCKET_UNET, begun, chosen, first_of, noise_config, run, tokenizer_folder
 from minidiff.pocket.tokenizer import build_tokenizer
 from minidiff.pocket.towers import Towers, load_towers, save_image_tower
@@ -60,8 +59,6 @@ CAPTION_DROPOUT = 0.1  # classifier-free guidance (arXiv 2207.12598), algorithm 
 def pretrain(settings: PretrainSettings) -> Path:
     """Run the stages; returns the folder with the finished checkpoint."""
     home = Path(settings.output_dir)
-    if unknown := set(settings.stages) - set(STAGES):
-        raise SettingsError(f"--stages: {', '.join(sorted(unknown))} unknown; there are {', '.join(STAGES)}.")
     for stage in settings.stages:
         print(f"== {stage}", file=sys.stderr)
         RUN[stage](home, settings)

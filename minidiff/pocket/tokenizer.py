@@ -34,8 +34,6 @@ def build_tokenizer(folder: Path, words: Iterable[str], rare: Sequence[str] = ("
     not use these names: they would have a meaning already. The same words, in any order, give the same files.
     """
     counts = Counter(word for text in words for word in re.findall(r"[^\W\d_]+", text.lower()))
-    if used := sorted(set(rare) & set(counts)):
-        raise ValueError(f"rare tokens occur in the training texts: {', '.join(used)}")
     merges = learn_merges(counts, rare)
     tokens = [*alphabet(), *("".join(pair) for pair in merges), START, END]
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,12 +8,13 @@ from minidiff.core.config import SD15_UNET, SDXL_UNET, UNetConfig
 from minidiff.core.inject import adaptable_layers
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files import names
-from minidiff.files.lora_names import WRITTEN, Place, bundled_words, key_of, lora_dialect, place_of
+from minidiff.files.lora_names import Place, bundled_words, key_of, lora_dialect, place_of
 from minidiff.pocket.pretrain import POCKET_UNET
 
 DOWN = "down_blocks.0.attentions.0"
 TO_Q, TO_OUT = f"{DOWN}.transformer_blocks.0.attn1.to_q", f"{DOWN}.transformer_blocks.0.attn1.to_out.0"
 TEXT_Q = "encoder.layers.0.self_attn.q_proj"
+WRITTEN = ("diffusers", "kohya", "peft")
 NAMES = {
     # a1
     f"unet.{TO_Q}.lora_A.weight": (f"unet.{TO_Q}", "down"),

@@ -237,9 +237,3 @@ def test_words_that_could_not_be_read_again_are_not_written(tmp_path: Path, word
     with pytest.raises(AdapterError, match="Take a word of your own"):
         save_embedding(tmp_path, word, vectors(), dialect)
     assert not any(tmp_path.iterdir())
-
-
-def test_other_forms_are_not_written(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match='written as diffusers or kohya; "a1111" is neither'):
-        save_embedding(tmp_path, "<x>", vectors(), "a1111")
-    assert not any(tmp_path.iterdir())

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from tiny_sizes import TINY_VAE
 from torch import Tensor, nn
 
-from minidiff.core.errors import DataError
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.images import to_tensor
@@ -35,13 +34,6 @@ POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
 
 
 # --- losses --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("junk", [b"", b"junk", b"\x93NUMPY\x01\x00v\x00{"])
-def test_a_damaged_world_is_named(tmp_path: Path, junk: bytes) -> None:
-    (tmp_path / "world.npy").write_bytes(junk)
-    with pytest.raises(DataError, match="delete it to draw it again"):
-        load_world(tmp_path, 2)
 
 
 def test_clip_figure3() -> None:

@@ -83,11 +83,6 @@ def test_rare_words_change_no_other_word(folder: Path, tokenizer: CLIPTokenizer,
     assert many.startswith(few) and len(many) > len(few)
 
 
-def test_a_rare_word_in_the_captions_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="sks"):
-        build_tokenizer(tmp_path, ["a photo of a sks dog"])
-
-
 def test_transformers_own_save_gives_the_same_ids(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
     """transformers 5 saves `tokenizer.json` alone, 4 the two text files: either way the ids stay."""
     tokenizer.save_pretrained(tmp_path)

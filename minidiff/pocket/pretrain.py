@@ -29,7 +29,7 @@ from PIL import Image
 from minidiff.core.recipes import DiffusionLoss
 from minidiff.core.rng import generator, hashed_seed
 from minidiff.core.schedule import NoiseSchedule
-from minidiff.core.text import tokenize
+from minidiff.core.text import TextEncoders, tokenize
 from minidiff.core.train import Batch
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.device import chosen_device
@@ -124,7 +124,7 @@ def train_unet(home: Path, settings: PretrainSettings) -> None:
     task = Job(
         trainable=dict(unet.named_parameters()),
         batch=data,
-        loss=DiffusionLoss(unet, schedule, towers.text, snr_gamma=5.0),
+        loss=DiffusionLoss(unet, schedule, TextEncoders([towers.text]), snr_gamma=5.0),
         export=lambda folder: weights.save(unet.state_dict(), folder / "model.safetensors"),
         preview=lambda done: sample_sheet(home, unet, settings),
         optimizer=Muon(*split(unet, ("conv_in", "conv_out", "time_emb")), lr=2e-3, adam_lr=1e-3),

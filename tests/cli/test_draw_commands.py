@@ -56,6 +56,12 @@ def pixels(path: str) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
+def like(a: str, b: str) -> bool:
+    """Are these the same picture, one of them in WebP, which loses some of it?"""
+    grey = [pixels(path).mean(axis=-1).ravel() for path in (a, b)]
+    return bool(np.corrcoef(*grey)[0, 1] > 0.9)
+
+
 def same(a: str, b: str) -> bool:
     return np.array_equal(pixels(a), pixels(b))
 
@@ -239,7 +245,8 @@ def test_a_place_that_cannot_be_written_is_told_first(
 ) -> None:
     Path("file").touch()
     monkeypatch.setattr(drawing, "read_model", lambda *_: pytest.fail("a model was loaded"))
-    for output in ("file/a.png", f"new/folder/{'a' * 300}.png"):
+    ending = "webp" if command == "morph" else "png"
+    for output in (f"file/a.{ending}", f"new/folder/{'a' * 300}.{ending}"):
         said = refused(capsys, tiny_folder, command, DOG, "--output", output)
         assert "Check path, permissions and free space" in said
 
@@ -268,17 +275,17 @@ def test_a_sheet_can_compare_models(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_loop(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tiny_folder, "morph", DOG, "the snow", "--frames", "3", "--fps", "10", "--output", "m.png")
+    run(tiny_folder, "morph", DOG, "the snow", "--frames", "3", "--fps", "10", "--output", "m.webp")
     assert "2 keyframes x 3 frames = 6 frames, a loop of 0.6 s" in capsys.readouterr().err
     run(tiny_folder, "sample", DOG, "--output", "key.png")
-    loop = Image.open("m.png")
+    loop = Image.open("m.webp")
     assert loop.n_frames == 6
-    assert np.array_equal(np.asarray(loop.convert("RGB")), pixels("key.png"))
-    run(tiny_folder, "morph", DOG, "the snow", "--seeds", "5", "--sampler", "euler_a", "--frames", "1", "--output", "n.png")
+    assert like("m.webp", "key.png")
+    run(tiny_folder, "morph", DOG, "the snow", "--seeds", "5", "--sampler", "euler_a", "--frames", "1", "--output", "n.webp")
     run(tiny_folder, "sample", DOG, "--seed", "5", "--sampler", "euler_a", "--output", "key.png")
-    assert np.array_equal(np.asarray(Image.open("n.png").convert("RGB")), pixels("key.png"))  # fresh noise of that seed
-    Image.new("RGB", (8, 8)).save("holiday.png")
-    said = refused(capsys, tiny_folder, "morph", DOG, "--output", "holiday.png")
+    assert like("n.webp", "key.png")  # fresh noise of that seed
+    Image.new("RGB", (8, 8)).save("holiday.webp")
+    said = refused(capsys, tiny_folder, "morph", DOG, "--output", "holiday.webp")
     assert "is there already" in said
     said = refused(capsys, tiny_folder, "morph", DOG, "--sampler", "euler_a", "--output", "n.gif")
     assert "euler_a draws fresh noise" in said
@@ -291,7 +298,7 @@ def test_a_prompt_names_no_folder_above(tmp_path: Path) -> None:
             in_lora_dir(str(tmp_path / "loras"), name)
 
 
-@pytest.mark.parametrize("ending", ["gif", "webp", "png"])
+@pytest.mark.parametrize("ending", ["gif", "webp"])
 def test_a_loop_is_drawn_over_its_own_file(tiny_folder: Path, ending: str) -> None:
     for prompt in (DOG, "the snow, “neu”"):
         run(tiny_folder, "morph", prompt, "--frames", "1", "--output", f"m.{ending}")

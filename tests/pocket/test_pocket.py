@@ -401,6 +401,7 @@ def test_checkpoint_has_the_layout_of_sd15_and_is_small() -> None:
         "text_encoder/model.safetensors",
         "image_encoder/config.json",
         "image_encoder/model.safetensors",
+        "image_encoder/preprocessor_config.json",
         "tokenizer/vocab.json",
         "tokenizer/merges.txt",
         "tokenizer/tokenizer_config.json",

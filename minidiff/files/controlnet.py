@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from minidiff.core.config import SD2_UNET, SD15_UNET, ControlNetConfig, UNetConfig
+from minidiff.core.config import SD2_UNET, SD15_UNET, SDXL_UNET, ControlNetConfig, UNetConfig
 from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.errors import WeightsError
 from minidiff.files import names, weights
@@ -20,7 +20,7 @@ from minidiff.files.looks import controlnet_form, cross_attention_width
 from minidiff.files.weights import TensorFile
 
 CLASS, FILE, PREFIX = "ControlNetModel", "diffusion_pytorch_model.safetensors", "control_model."
-SIZES = {768: SD15_UNET, 1024: SD2_UNET}  # by the width of the text: those of single files
+SIZES = {768: SD15_UNET, 1024: SD2_UNET, 2048: SDXL_UNET}  # by the width of the text: those of single files
 HINT = re.compile(r"input_hint_block\.(\d+)\.weight")
 
 
@@ -29,7 +29,7 @@ def read_controlnet(
 ) -> ControlNetModel:
     """The ControlNet of a folder, a hub id in the local cache or a single file; frozen. WeightsError for anything else.
 
-    `like`: the U-Net's sizes for a single file of another family than SD 1.x and SD 2.x.
+    `like`: the U-Net's sizes for a single file of another family than SD 1.x, SD 2.x and SDXL.
     """
     place = Path(path) if Path(path).exists() else local_folder(str(path))
     file = weights.read_header(weights.find_weights(place))

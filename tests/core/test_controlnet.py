@@ -6,11 +6,12 @@ import pytest
 import torch
 from tiny_sizes import TINY_UNET
 
-from minidiff.core.config import SD2_UNET, SD15_UNET, ControlNetConfig, UNetConfig
+from minidiff.core.config import SD2_UNET, SD15_UNET, SDXL_UNET, ControlNetConfig, UNetConfig
 from minidiff.core.controlnet import ControlNetModel, in_range
 from minidiff.core.unet import UNet2DConditionModel
 
 WIDTHS = (8, 8, 16, 16)
+COUNTS = [(SD15_UNET, 361_279_120, 340), (SD2_UNET, 364_228_240, 340), (SDXL_UNET, 1_251_014_160, 844)]
 
 
 @pytest.fixture
@@ -25,11 +26,11 @@ def inputs() -> tuple[torch.Tensor, ...]:
     return x, torch.tensor([900, 20]), text, hint
 
 
-@pytest.mark.parametrize(("config", "parameters"), [(SD15_UNET, 361_279_120), (SD2_UNET, 364_228_240)])
-def test_counts(config: UNetConfig, parameters: int) -> None:
+@pytest.mark.parametrize(("config", "parameters", "tensors"), COUNTS)
+def test_counts(config: UNetConfig, parameters: int, tensors: int) -> None:
     with torch.device("meta"):
         net = ControlNetModel(ControlNetConfig(**asdict(config)))
-    assert (sum(p.numel() for p in net.parameters()), len(net.state_dict())) == (parameters, 340)
+    assert (sum(p.numel() for p in net.parameters()), len(net.state_dict())) == (parameters, tensors)
 
 
 def test_at_birth_it_changes_nothing(unet: UNet2DConditionModel) -> None:

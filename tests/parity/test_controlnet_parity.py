@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny_families import sd2_folder
+from tiny_families import sd2_folder, xl_folder
 from tiny_sizes import TINY_SD2, TINY_UNET, TINY_XL
 
 import minidiff
@@ -122,3 +122,16 @@ def test_a_single_file_through_diffusers_converter(config: UNetConfig, tmp_path:
     back = convert_controlnet_checkpoint(load_file(tmp_path / "net.safetensors"), config_values(net.config, "ControlNetModel"))
     assert back.keys() == net.state_dict().keys()
     assert all(torch.equal(back[key].reshape(tensor.shape), tensor) for key, tensor in net.state_dict().items())
+
+
+def test_latents_of_sdxl(tmp_path: Path) -> None:
+    base, latents = xl_folder(tmp_path), []
+    unet = minidiff.StableDiffusionXLPipeline.from_pretrained(base).unet
+    write_controlnet(jittered(ControlNetModel.from_unet(unet, (8, 16))), tmp_path / "net")
+    for library in (minidiff, diffusers):
+        net = library.ControlNetModel.from_pretrained(tmp_path / "net")
+        pipe = library.StableDiffusionXLControlNetPipeline.from_pretrained(base, controlnet=net)
+        pipe.set_progress_bar_config(disable=True)
+        call = {"num_inference_steps": 3, "latents": START, "output_type": "latent", "guess_mode": True, "guidance_scale": 4.0}
+        latents.append(pipe("a red dog", image=HINTS[0], negative_prompt="snow", **call).images)
+    assert (latents[0] - latents[1]).abs().max() <= 5e-5 * latents[1].abs().max()

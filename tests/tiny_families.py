@@ -44,6 +44,8 @@ def sd2_folder(home: Path, model: str = "SD 2") -> Path:
 
 XL_SCHEDULER = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"} | dict(list(TURBO.items())[2:])
 
+XL_TURBO = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
+
 
 def xl_folder(home: Path) -> Path:
     """SDXL's three levels, unequal depths and heads, two text towers of different widths, two paddings."""

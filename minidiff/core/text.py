@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,19 +31,15 @@ def encode(text_encoder: "CLIPTextModel", ids: Tensor, clip_skip: int = 0) -> Te
     On the encoder's device and in its dtype; gradients flow if they are on. `clip_skip` = n takes the states n layers before
     the last, through the same LayerNorm.
     """
-    return final_norm(text_encoder, hidden_states(text_encoder, ids)[-1 - clip_skip])
+    states, norm = hidden_states(text_encoder, ids)
+    hidden: Tensor = norm(states[-1 - clip_skip])
+    return hidden
 
 
-def hidden_states(text_encoder: Any, ids: Tensor) -> Sequence[Tensor]:
-    """The embeddings and the output of each layer, (B, 77, D) each."""
-    states: Sequence[Tensor] = text_encoder(input_ids=ids.to(text_encoder.device), output_hidden_states=True).hidden_states
-    return states
-
-
-def final_norm(text_encoder: Any, hidden: Tensor) -> Tensor:
-    norm: nn.Module = getattr(text_encoder, "text_model", text_encoder).final_layer_norm  # transformers 4, transformers 5
-    normed: Tensor = norm(hidden)
-    return normed
+def hidden_states(text_encoder: Any, ids: Tensor) -> tuple[Sequence[Tensor], nn.Module]:
+    """The embeddings and the output of each layer, (B, 77, D) each; and the final LayerNorm."""
+    states = text_encoder(input_ids=ids.to(text_encoder.device), output_hidden_states=True).hidden_states
+    return states, getattr(text_encoder, "text_model", text_encoder).final_layer_norm  # transformers 4, transformers 5
 
 
 class TextEncoders(nn.Module):
@@ -61,15 +57,15 @@ class TextEncoders(nn.Module):
 
         SDXL's states are those before the last layer of both towers, side by side, without the final LayerNorm.
         """
-        if len(self.towers) == 1:
-            return (encode(cast(Any, self.towers[0]), ids, clip_skip),)
+        tower, *others = list[Any](self.towers)
+        if not others:
+            return (encode(tower, ids, clip_skip),)
         end = (ids == self.end).int().argmax(dim=1)  # of each row, the first; the largest id can be a new word's
         behind = torch.arange(LENGTH, device=ids.device) > end[:, None]
-        first, second = map(hidden_states, self.towers, (ids, ids.masked_fill(behind, self.pad)))
+        (first, _), (second, norm) = map(hidden_states, self.towers, (ids, ids.masked_fill(behind, self.pad)))
         states = torch.cat([first[-2 - clip_skip], second[-2 - clip_skip]], dim=-1)
-        last = final_norm(self.towers[1], second[-1])
-        rows = torch.arange(len(last), device=last.device)
-        return states, cast(Any, self.towers[1]).text_projection(last[rows, end.to(last.device)])
+        at_end = norm(second[-1])[torch.arange(len(ids)), end.to(states.device)]  # (B, D of the second tower)
+        return states, others[0].text_projection(at_end)
 
 
 def embed_sizes(sizes: Tensor, width: int) -> Tensor:

@@ -1,12 +1,13 @@
 """SDXL beside diffusers' pipelines: a tiny folder with its layout, unequal heads, depths and text towers."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_families_parity import compare
-from tiny_families import xl_folder
+from tiny_families import XL_TURBO, set_scheduler, xl_folder
 from tiny_recipes import draw_pictures, tiny
 
 from minidiff.core.inject import inject, lora_layers
@@ -77,6 +78,15 @@ def test_the_negative_sizes_of_one_picture(pipes: tuple[Any, Any]) -> None:
     compare(ours(PROMPTS[0], **call).images, theirs(PROMPTS[0], **call).images)
     alone = [ours(p, **call | {"latents": START[i : i + 1]}).images for i, p in enumerate(PROMPTS)]
     compare(ours(PROMPTS, **call | {"latents": START}).images, torch.cat(alone))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_turbo(folder: Path, tmp_path: Path, steps: int) -> None:
+    """SDXL-Turbo's scheduler. Euler ancestral draws fresh noise between two steps: from the same generator."""
+    set_scheduler(shutil.copytree(folder, tmp_path / "turbo"), XL_TURBO)
+    call = {"num_inference_steps": steps, "guidance_scale": 0.0, "output_type": "latent", "height": 16, "width": 16}
+    pipes = loaded(tmp_path / "turbo")
+    compare(*(pipe(PROMPTS[0], generator=torch.Generator().manual_seed(3), **call).images for pipe in pipes))
 
 
 def test_from_a_picture(folder: Path) -> None:

@@ -6,7 +6,6 @@ B pictures that are drawn   M pictures that are shown   E P see core/ip_adapter.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,8 +46,7 @@ class ImagePrompt:
         layers = list(self.adapter.ip_adapter.values())
         scales = [scale] if isinstance(scale, int | float) else list(scale)
         if len(scales) not in (1, len(layers)) or not all(isinstance(one, int | float) and isfinite(one) for one in scales):
-            rule = f"give one number, or {len(layers)}, one for each layer"
-            raise SettingsError(f"ip_adapter_scale is {scales}; {rule}.")
+            raise SettingsError(f"ip_adapter_scale is {scales}; give one number, or {len(layers)}, one for each layer.")
         for layer, one in zip(layers, scales * (len(layers) // len(scales))):
             layer.scale = float(one)  # type: ignore[assignment]
 
@@ -59,14 +57,8 @@ class ImagePrompt:
         if self.whole:
             e = self.tower(pixel_values=x).image_embeds
             return e[None], torch.zeros_like(e)[None]
-        both = torch.cat([x, torch.zeros_like(x)])
-        states = self.tower(pixel_values=both, output_hidden_states=True).hidden_states[-2]
-        e, no_e = states[None].chunk(2, dim=1)
-        return e, no_e
-
-    def look_once(self, path: Path) -> Tensor:
-        """(1, E), fp32 on the CPU: what training keeps of a picture."""
-        return self.look(path)[0][0].float().cpu()
+        states = self.tower(pixel_values=torch.cat([x, torch.zeros_like(x)]), output_hidden_states=True).hidden_states[-2]
+        return states[None, : len(x)], states[None, len(x) :]
 
     def beside(self, encode: Callable[[Any], Text], images: Any, shown_with: Any) -> Callable[[Any], Text]:
         """`encode`, with the pictures behind the prompts `shown_with`; behind others there are those of an empty picture."""
@@ -74,8 +66,8 @@ class ImagePrompt:
 
         def encode_both(prompts: Any) -> Text:
             states, *more = encode(prompts)
-            seen = e if prompts is shown_with else no_e
-            return self.adapter(states, seen.expand(len(states), *[-1] * (seen.ndim - 1)).to(states)), *more
+            seen = (e if prompts is shown_with else no_e).to(states)
+            return self.adapter(states, seen.expand(len(states), *seen.shape[1:])), *more
 
         return encode_both
 

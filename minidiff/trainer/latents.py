@@ -159,7 +159,7 @@ class LatentData:
         encode_prompts: Callable[[list[str]], Tensors],
         timesteps: int,
         size_width: int | None = None,
-        look: Callable[[Path], Tensor] | None = None,
+        look: Callable[[Path], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.examples, self.settings, self.resolution, self.size_width = examples, settings, resolution, size_width
         self.vae, self.encode, self.timesteps, self.look = vae, encode_prompts, timesteps, look
@@ -174,7 +174,7 @@ class LatentData:
         self.live_text = "ids" in rows[""]  # the text encoder is trained itself
         self.prompts = rows if self.live_text else {p: {k: x.float() for k, x in row.items()} for p, row in rows.items()}
         seen = progress(examples, "picture", "looking at pictures", show=True) if look else []
-        self.e = [look(example.path) for example in seen] if look else []
+        self.e = [look(example.path)[0][0].float().cpu() for example in seen] if look else []
         self.cache: dict[tuple[int, bool], Tensors] = {}
         self.disk = Cache(settings.cache_dir, vae) if settings.cache_dir else None
         if settings.cache_latents:

@@ -131,7 +131,7 @@ def load_data(
         return dict(zip(("text", "pooled"), pipe.encode_captions(prompts)))
 
     timesteps, width = len(pipe.schedule.alphas_cumprod), pipe.unet.config.addition_time_embed_dim
-    look = pipe.image_prompt.look_once if pipe.image_prompt else None
+    look = pipe.image_prompt.look if pipe.image_prompt else None
     data = LatentData(examples, settings, side, pipe.vae, encode, timesteps, width, look)
     data.held_out = kept
     for warning in warnings_of(data, pipe.unet.config.sample_size * pipe.vae.config.downscale):

@@ -88,6 +88,14 @@ def examples(tmp_path: Path) -> list[Example]:
     return [Example(picture(tmp_path / f"{i}.png", colour=c), "p" * (i + 1)) for i, c in enumerate(colours)]
 
 
+def test_sdxls_sizes_are_kept_with_each_latent(tmp_path: Path) -> None:
+    """40 x 32 pixels become 20 x 16, of which 16 x 16 are seen. In a flipped picture, the left of the crop is its right."""
+    data = latents([Example(picture(tmp_path / "a.png"), "a", size=(16, 16))], cache_latents=False)
+    for place, flip, left in (((0.0, 0.0), False, 0), ((0.0, 0.0), True, 4), ((0.25, 1.0), False, 1), ((0.25, 1.0), True, 3)):
+        assert data._encoded(0, place, flip)["sizes"].tolist() == [32, 40, 0, left, 16, 16]
+    assert "sizes" not in data.batch(0, 0)  # without `size_width`
+
+
 def test_batches_are_pure_and_cover_each_epoch(examples: list[Example]) -> None:
     data = latents(examples)
     batch = data.batch(4, 0)

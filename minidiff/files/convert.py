@@ -200,8 +200,6 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         name = re.sub("^(image_proj|ip_adapter|id_encoder|lora_weights)/", r"\1.", name)  # as their .safetensors have it
         if name.startswith("string_to_token/"):  # the id of a word's placeholder, in the original paper's embeddings
             continue
-        if name in tensors:
-            raise WeightsError(f"{path} has two tensors of one name: {name}. {ADVICE}")
         if tensor.dtype not in NAMES or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise WeightsError(f"{path}: {name} is a tensor of an odd kind: complex, sparse, quantized or empty. {ADVICE}")
         tensors[name] = tensor

@@ -247,8 +247,6 @@ def save(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str,
     then by name. Views, shared and strided tensors are written in full. An OSError names the path.
     """
     path = Path(path)
-    if METADATA in tensors:
-        raise WeightsError(f"{path}: no tensor can be called {METADATA}, where the format keeps its texts.")
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {METADATA: {"format": "pt", **(metadata or {})}}
     end = 0

@@ -86,8 +86,6 @@ def test_tables_within_tables(tmp_path: Path, kind: str) -> None:
     [
         ({}, "there is no tensor in it"),
         ({"a": 3}, "there is no tensor in it"),
-        ({1: torch.ones(1), "1": torch.ones(1)}, "has two tensors of one name: 1"),
-        ({"a/b": torch.ones(1), "a": {"b": torch.ones(1)}}, "has two tensors of one name: a/b"),
         ({"a": torch.ones(1, dtype=torch.complex64)}, "a is a tensor of an odd kind"),
         ({"a": torch.eye(2).to_sparse()}, "a is a tensor of an odd kind|damaged"),
         (torch.nn.Linear(2, 2), "is refused: it asks for torch.nn.modules.linear.Linear"),

@@ -125,12 +125,6 @@ def test_a_full_disk_is_named_by_the_path(tmp_path: Path) -> None:
     assert caught.value.filename == str(tmp_path / "x.safetensors") and not any(tmp_path.iterdir())
 
 
-def test_the_name_of_the_metadata_is_no_tensors_name(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"x.safetensors: no tensor can be called __metadata__"):
-        save({"__metadata__": torch.ones(2)}, tmp_path / "x.safetensors")
-    assert not any(tmp_path.iterdir())
-
-
 def test_finding_the_weight_file(tmp_path: Path) -> None:
     assert find_weights(tmp_path / "x") == tmp_path / "x"  # the file itself
     with pytest.raises(WeightsError, match="has no .safetensors file"):

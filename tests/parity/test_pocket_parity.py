@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from minidiff import StableDiffusionPipeline
 from minidiff.core.inject import adapter_weights, inject, lora_layers
 from minidiff.core.rng import normal
+from minidiff.draw.images import load_image
 from minidiff.files.lora_file import save_lora
 
 diffusers = pytest.importorskip("diffusers")
@@ -108,3 +110,19 @@ def test_a_folder_in_half_precision_draws_in_diffusers_without_torch_dtype(ours,
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
     assert {n.dtype for n in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
     pipe(PROMPTS[0], num_inference_steps=1)
+
+
+def test_the_ip_adapter(ours: StableDiffusionPipeline, theirs) -> None:  # type: ignore[no-untyped-def]
+    """The committed file and the pocket's own image tower, with what its folder says about pictures."""
+    tower = POCKET / "image_encoder"
+    theirs.register_modules(
+        image_encoder=transformers.CLIPVisionModelWithProjection.from_pretrained(tower, torch_dtype=torch.float32),
+        feature_extractor=transformers.CLIPImageProcessor.from_pretrained(tower),
+    )
+    where = {"subfolder": "", "weight_name": "ip_adapter.safetensors"}
+    theirs.load_ip_adapter(str(POCKET.parent / "pocket-ip"), **where, local_files_only=True, low_cpu_mem_usage=False)
+    ours.load_ip_adapter(POCKET.parent / "pocket-ip", **where)
+    x, dog = normal((1, 4, 16, 16), 0, "latents"), load_image(POCKET.parents[1] / "lessons" / "data" / "dog" / "01.png")
+    drawn = [pipe("", latents=x, ip_adapter_image=dog, **CALL).images for pipe in (ours, theirs)]
+    theirs.unload_ip_adapter()
+    same_pictures(*drawn)

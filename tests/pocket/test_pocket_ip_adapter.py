@@ -1,4 +1,4 @@
-"""The stage that trains the pocket's IP-Adapter: one update to the published files."""
+"""The pocket's IP-Adapter: one update of its stage to the published files, and what the committed one does."""
 
 from pathlib import Path
 
@@ -6,8 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.pocket import ip_adapter, pretrain
+from minidiff.pocket.judge import ImageTower
 from minidiff.pocket.settings import PretrainSettings
+from minidiff.pocket.world import draw, held_out
 
 POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
 
@@ -36,3 +39,16 @@ def test_one_update_of_the_ip_adapter_is_a_file(tmp_path: Path, monkeypatch: pyt
     tower = load_file(tmp_path / "ip" / "image_encoder" / "model.safetensors")
     ours = load_file(POCKET / "image_encoder" / "model.safetensors")
     assert tower.keys() == ours.keys() and all(torch.equal(tower[name], ours[name]) for name in ours)
+
+
+def test_the_committed_adapter_draws_what_it_is_shown() -> None:
+    """Without a word. The pocket's image tower finds the drawings nearer to their own picture than to the other."""
+    shown = [draw(picture, 10**6 + i) for i, picture in enumerate(held_out(2))]
+    pipe = StableDiffusionPipeline.from_pretrained(POCKET)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_ip_adapter(POCKET.parent / "pocket-ip")
+    call = {"num_inference_steps": 8, "guidance_scale": 5.0, "sampler": "ddim", "seed": 0}
+    drawn = [pipe("", ip_adapter_image=picture, **call).images[0] for picture in shown]
+    tower = ImageTower(POCKET / "image_encoder")
+    likeness = tower.embed(drawn) @ tower.embed(shown).mT
+    assert likeness.diag().mean() - likeness.fliplr().diag().mean() > 0.3  # 0.65 when it was committed

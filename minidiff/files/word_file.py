@@ -39,7 +39,6 @@ KOHYA, CLIP_L, CLIP_G = "emb_params", "clip_l", "clip_g"
 FILES_NAME = {  # dialects in which the file's name is the word, by the name of the tensor
     "kohya": KOHYA, "OneTrainer": CLIP_L, "SDXL": CLIP_G, "A1111": "string_to_param/"  # `convert` joins names of tables
 }  # fmt: skip
-LONGEST = 100  # letters of a word
 RESERVED = ("__metadata__", "emb_params", "clip_l", "clip_g", "string_to_param")  # names that are read in another way
 ADVICE = "Take a word of your own, such as <my-dog>."
 RENAME = 'minidiff convert --token "<my-dog>" writes it under that word; in Python, token="<my-dog>" reads it so.'
@@ -179,7 +178,6 @@ def check_spelling(word: str) -> None:
         "is empty": not word,
         "has a space in it; a new word is one word": any(letter.isspace() for letter in word),
         "has a character that nobody can see": not word.isprintable(),
-        f"has {len(word):,} letters; {LONGEST} are enough": len(word) > LONGEST,
         "means something else in files, so that the word could not be read again": (
             word in RESERVED or word.endswith((".weight", ".bias")) or lora_dialect([word]) is not None
         ),

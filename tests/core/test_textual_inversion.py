@@ -205,7 +205,6 @@ def test_any_word_of_ones_own_will_do(tokenizer: CLIPTokenizer, word: str) -> No
         ("<Cat>", '"<Cat>": there is a new word "<cat>" already, and a prompt could not tell them apart. Take'),
         ("<\u200bdog>", "'<\\u200bdog>' has a character that nobody can see. Take a word of your own"),
         ("<\x1b[2Jdog>", "'<\\x1b[2Jdog>' has a character that nobody can see"),
-        (5000 * "x", f'"{20 * "x"}" has 5,000 letters; 100 are enough'),
         ("__metadata__", '"__metadata__" means something else in files, so that the word could not be read again'),
         ("emb_params", '"emb_params" means something else in files'),
         ("clip_l", '"clip_l" means something else in files'),

@@ -182,15 +182,6 @@ def test_case_18_metadata(says: Said, pictures: Path, text: str, message: str) -
     assert f"{pictures / 'metadata.jsonl'}" in said and message in said
 
 
-def test_files_that_are_pipes(tiny_folder: Path, tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One with nobody at its other end would wait for ever."""
-    model = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
-    (model / "unet" / "config.json").unlink()
-    os.mkfifo(model / "unet" / "config.json")
-    said = refused(capsys, command(model, pictures, tmp_path / "out"))
-    assert f"{model / 'unet' / 'config.json'} is no ordinary file; the unet of a model has one" in said
-
-
 # --- settings ------------------------------------------------------------------------------------------------------------
 
 PRIOR = ("--with_prior_preservation", "--class_prompt", "a photo of a dog", "--class_data_dir")

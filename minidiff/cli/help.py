@@ -18,7 +18,9 @@ GROUPS = {  # heading -> flags; a flag that stands in none comes last
     "width height lora output",
     "Model, LoRA, words": "pretrained_model_name_or_path tokenizer prediction_type lora_weight lora_dir "
     "textual_inversion clip_skip revision",
-    "From a picture": "image mask_image strength resize tile_size",
+    "From a picture": "image mask_image strength resize tile_size controlnet control_image hint controlnet_conditioning_scale "
+    "control_guidance_start control_guidance_end guess_mode ip_adapter ip_adapter_image ip_adapter_scale image_encoder "
+    "conditioning_data_dir conditioning_image_column controlnet_model_name_or_path",
     "Sampler": "timestep_spacing use_karras_sigmas eta",
     "The adapter": "lora_alpha lora_targets rank_pattern use_rslora use_dora lora_dropout train_text_encoder",
     "The new word": "placeholder_token initializer_token num_vectors learnable_property learning_rate_embedding",
@@ -26,7 +28,7 @@ GROUPS = {  # heading -> flags; a flag that stands in none comes last
     "aspect_ratio_buckets masked_loss cache_latents cache_dir",
     "Learning": "num_train_epochs gradient_accumulation_steps text_encoder_lr scale_lr lr_scheduler lr_warmup_steps "
     "lr_num_cycles lr_power adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm "
-    "use_ema ema_decay proportion_empty_prompts snr_gamma noise_offset",
+    "use_ema ema_decay proportion_empty_prompts proportion_empty_images snr_gamma noise_offset",
     "Prior preservation": "with_prior_preservation class_data_dir class_prompt num_class_images sample_batch_size "
     "prior_loss_weight prior_from_base prior_generation_precision",
     "Checks and checkpoints": "validation_steps validation_epochs validation_data_dir validation_share num_validation_images "

@@ -78,7 +78,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.parametrize(("form", "pictures"), [("base", 1), ("base", 2), ("plus", 1), ("plus", 2), ("full", 1)])
+@pytest.mark.parametrize(("form", "pictures"), [("base", 1), ("plus", 2), ("full", 1)])
 def test_pipeline(home: Path, form: str, pictures: int) -> None:
     ours = StableDiffusionPipeline.from_pretrained(home / "base")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(home / "base", local_files_only=True)

@@ -94,9 +94,10 @@ class UNet2DConditionModel(unet.UNet2DConditionModel):
             return super().__call__(*inputs, **named)
         names = ("sample", "timestep", "encoder_hidden_states")
         named = dict(zip(names, inputs)) | named
-        check_names("the U-Net's call", named, (*names, "added_cond_kwargs", "return_dict"))
+        sdxl = ["added_cond_kwargs"] * bool(self.config.addition_embed_type)
+        check_names("the U-Net's call", named, (*names, *sdxl, "return_dict"))
         text = [named["encoder_hidden_states"]]
-        if added := named.get("added_cond_kwargs"):  # SDXL's
+        if added := named.get("added_cond_kwargs"):
             sizes = embed_sizes(added["time_ids"], self.config.addition_time_embed_dim or 0)
             text.append(torch.cat([added["text_embeds"], sizes.to(text[0].dtype)], dim=1))
         return Output(super().__call__(named["sample"], named["timestep"], *text))

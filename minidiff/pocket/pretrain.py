@@ -8,7 +8,7 @@
     unet     denoise latents, given the frozen text tower's view of the caption         arXiv 2112.10752, eq. 3
     student  a LoRA with which four steps are enough, if asked for                      minidiff/pocket/few_steps.py
     ip       an IP-Adapter, which draws what a picture shows, if asked for              minidiff/pocket/ip_adapter.py
-    canny    a ControlNet for edges, if asked for; or tile, for blurred pictures        minidiff/pocket/control.py
+    canny    a ControlNet, which follows edges, if asked for                            minidiff/pocket/control.py
 
 Each stage is a `Job` for the one training loop, in a folder of its own below `output_dir`: run the command again and it
 goes on where it was stopped. The last stage assembles `output_dir/pocket`, in the file layout of SD 1.5.
@@ -19,7 +19,6 @@ goes on where it was stopped. The last stage assembles `output_dir/pocket`, in t
 import random
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from minidiff.files import weights
 from minidiff.files.folder import WORDS, read_json, write_json
 from minidiff.files.text_files import load_tokenizer
 from minidiff.pocket.autoencoder import encode_world, load_vae, train_decoder, train_vae
-from minidiff.pocket.control import train_control
+from minidiff.pocket.control import train_canny
 from minidiff.pocket.dataset import hard_batch, load_latents, load_world, lookalikes
 from minidiff.pocket.few_steps import train_student
 from minidiff.pocket.ip_adapter import train_ip_adapter
@@ -184,6 +183,5 @@ RUN: dict[Stage, Any] = {
     "judge": judge_pocket,
     "student": train_student,
     "ip": train_ip_adapter,
-    "canny": partial(train_control, "canny"),
-    "tile": partial(train_control, "tile"),
+    "canny": train_canny,
 }

@@ -7,7 +7,7 @@ from tyro.conf import Positional
 
 from minidiff.files.values import A_FOLDER, Flags, Rule, between
 
-Stage = Literal["world", "vae", "latents", "decoder", "clip", "unet", "assemble", "judge", "student", "ip", "canny", "tile"]
+Stage = Literal["world", "vae", "latents", "decoder", "clip", "unet", "assemble", "judge", "student", "ip", "canny"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 USUAL = STAGES[: STAGES.index("student")]
 Count = Annotated[int, between(1, 10_000_000)]
@@ -53,7 +53,7 @@ class PretrainSettings(Flags):
     """Folder for all stages. Run the same command again to continue."""
     stages: Annotated[tuple[Stage, ...], Rule(f"names none; there are {', '.join(STAGES)}", bool)] = USUAL
     """Which stages to run, in this order. A finished stage is skipped. Default: all but `student`, a LoRA for few steps,
-    `ip`, an IP-Adapter, and the ControlNets `canny` and `tile`."""
+    `ip`, an IP-Adapter, and `canny`, a ControlNet."""
     init_from: str | None = None
     """Start from this checkpoint instead of from random numbers, to train it further."""
     device: str | None = None

@@ -1,8 +1,8 @@
 """The habits of the field around ControlNets: see habits.py.
 
-net = ControlNetModel.from_pretrained("checkpoints/pocket-canny")
-pipe = StableDiffusionControlNetPipeline.from_pretrained("checkpoints/pocket", controlnet=net)
-pipe("a photo of a red dog", image=edges, controlnet_conditioning_scale=0.8).images[0]
+    net = ControlNetModel.from_pretrained("checkpoints/pocket-canny")
+    pipe = StableDiffusionControlNetPipeline.from_pretrained("checkpoints/pocket", controlnet=net)
+    pipe("a photo of a red dog", image=edges, controlnet_conditioning_scale=0.8).images[0]
 """
 
 from pathlib import Path

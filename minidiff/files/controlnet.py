@@ -1,8 +1,8 @@
 """ControlNets on disk: folders as diffusers writes them, and single files with LDM's names, as A1111 and ComfyUI read them.
 
-config.json, diffusion_pytorch_model.safetensors      a folder
-control_v11p_sd15_canny.safetensors                   `control_model.input_blocks.…`, …; v1.0 beside a whole SD model
-(other programs' files)                               the same without `control_model.`, or with diffusers' names
+    config.json, diffusion_pytorch_model.safetensors      a folder
+    control_v11p_sd15_canny.safetensors                   `control_model.input_blocks.…`, …; v1.0 beside a whole SD model
+    (other programs' files)                               the same without `control_model.`, or with diffusers' names
 """
 
 import re
@@ -21,7 +21,7 @@ from minidiff.files.weights import TensorFile
 
 CLASS, FILE, PREFIX = "ControlNetModel", "diffusion_pytorch_model.safetensors", "control_model."
 SIZES = {768: SD15_UNET, 1024: SD2_UNET, 2048: SDXL_UNET}  # by the width of the text: those of single files
-HINT = re.compile(r"input_hint_block\.(\d+)\.weight")
+HINT = re.compile(r"(?:input_hint_block|controlnet_cond_embedding\.(?:conv_in|blocks))\.(?:(\d+)\.)?weight")
 
 
 def read_controlnet(
@@ -61,11 +61,8 @@ def sizes_of(file: TensorFile, like: UNetConfig | None) -> ControlNetConfig:
     unet = SIZES.get(cross_attention_width(file.tensors) or 0, like)
     if unet is None:
         raise WeightsError(file.misfit(f"{file.path}: its sizes are not known; give the folder with its config.json."))
-    theirs = sorted(int(found[1]) for key in file.tensors if (found := HINT.fullmatch(key)))
-    first = "controlnet_cond_embedding."
-    ours = [f"{first}conv_in.weight", *(f"{first}blocks.{j}.weight" for j in range(len(file.tensors)))]
-    convs = [f"input_hint_block.{i}.weight" for i in theirs[:-1]] or [key for key in ours if key in file.tensors]
-    widths = tuple(file.tensors[key].shape[0] for key in convs[::2])
+    convs = sorted((int(found[1] or -1), key) for key in file.tensors if (found := HINT.fullmatch(key)))
+    widths = tuple(file.tensors[key].shape[0] for _, key in convs[::2])  # each width has two, one of which may halve the side
     return ControlNetConfig(**asdict(unet) | {"conditioning_embedding_out_channels": widths})
 
 

@@ -62,12 +62,10 @@ def test_residuals_and_output(config: UNetConfig, guess: bool) -> None:
 START = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
 HINTS = [Image.effect_noise((32, 32), 90 + i).convert("RGB") for i in range(2)]
 CALLS: list[dict[str, Any]] = [
-    {"controlnet_conditioning_scale": 0.7},
     {"control_guidance_start": 0.2, "control_guidance_end": 0.7},
     {"guess_mode": True},
-    {"guess_mode": True, "guidance_scale": 1.0},
     {"nets": 2, "controlnet_conditioning_scale": [0.6, 1.1], "control_guidance_start": [0.0, 0.3]},
-    {"image": HINTS[0].resize((50, 40)), "width": 32, "height": 32},
+    {"controlnet_conditioning_scale": 0.7, "image": HINTS[0].resize((50, 40)), "width": 32, "height": 32},
     {"strength": 0.6, "sampler": "EulerDiscreteScheduler"},
     {"sampler": "HeunDiscreteScheduler", "control_guidance_end": 0.5},
     {"pooled": True},
@@ -105,7 +103,7 @@ def test_latents(folder: Path, call: dict[str, Any]) -> None:
         if "strength" in call:
             given |= {"image": HINTS[1], "control_image": HINTS[0], "generator": torch.Generator().manual_seed(3)}
             given.pop("latents")
-        given |= {"negative_prompt": "snow", "num_inference_steps": 5, "output_type": "latent"}
+        given |= {"negative_prompt": "snow", "num_inference_steps": 4, "output_type": "latent"}
         latents.append(pipe("a red dog on the beach!", **given).images)
     ours, theirs = latents
     assert ours.shape == theirs.shape and theirs.isfinite().all() and theirs.std() > 0.01

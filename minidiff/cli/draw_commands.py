@@ -14,13 +14,14 @@ import torch
 from PIL.Image import Image, Resampling, fromarray
 from torch import Tensor
 
-from minidiff.cli.draw_flags import Attention, Filmstrip, Morph, Sample, Sampling, Sheet, Tokens
+from minidiff.cli.draw_flags import Attention, Filmstrip, Morph, Sample, Sampling, Sheet, Tokens, picture_size
 from minidiff.cli.first_line import of_drawing
 from minidiff.core.errors import SettingsError
 from minidiff.core.guidance import Text
 from minidiff.core.inject import adapter_names
 from minidiff.draw.arguments import EMBEDS, sampler_for
 from minidiff.draw.canny import canny
+from minidiff.draw.canvas import size_of
 from minidiff.draw.device import chosen_device
 from minidiff.draw.images import contact_sheet, load_image, save_png
 from minidiff.draw.lora_tags import adapter_name_of, in_lora_dir
@@ -263,13 +264,12 @@ def lora_names(paths: Sequence[str]) -> list[str]:
     return [stem if stem not in stems[:i] else f"{stem}-{i}" for i, stem in enumerate(stems)]
 
 
-def hint_of(s: Sampling, path: str | None) -> Any:
+def hint_of(s: Sampling, path: str | None, cell: int) -> Any:
     """A picture as a ControlNet wants it: as it is, or its edges at the size that is drawn."""
     if s.hint is None:
         return path
-    photograph = load_image(path or "")
-    size = s.width or photograph.width, s.height or photograph.height
-    edges = canny(np.asarray(photograph.resize(size, Resampling.LANCZOS)))
+    height, width = size_of(picture_size(s.image or path or "")[::-1], s.height, s.width, cell)
+    edges = canny(np.asarray(load_image(path or "").resize((width, height), Resampling.LANCZOS)))
     return fromarray(edges).convert("RGB")
 
 
@@ -278,7 +278,7 @@ def draw(pipe: StableDiffusionPipeline, s: Sampling, prompt: str | None = None, 
     given = {name: getattr(s, name) for name in CALL} | {"negative_prompt": s.negative_prompt or None}
     given["ip_adapter_image"] = list(s.ip_adapter_image) or None
     if s.controlnet:
-        hints = [hint_of(s, path) for path in s.control_image or (s.image,) * len(s.controlnet)]
+        hints = [hint_of(s, path, pipe.downscale) for path in s.control_image or (s.image,) * len(s.controlnet)]
         given["control_image"] = hints if len(s.controlnet) > 1 else hints[0]
         for name in ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"):
             given[name] = list(value) if len(value := getattr(s, name)) > 1 else value[0]

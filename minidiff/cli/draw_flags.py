@@ -99,7 +99,7 @@ class Sampling(Flags):
     image: Path | None = None
     """Start from this picture instead of from noise. It is resized to --width and --height if they are given."""
     resize: bool = False
-    """Scale --image to the model's own size and keep its shape."""
+    """Draw at the model's own size, in the shape of --image or --control_image."""
     mask_image: Path | None = None
     """Draw only the white area of this mask anew; or of a copy of --image with a hole in it, the hole. The rest stays."""
     strength: Annotated[float, between(0, 1)] | None = None
@@ -158,9 +158,9 @@ class Sampling(Flags):
 
     def settled(self) -> Self:
         """Sizes, strength and prompt that suit --image. SettingsError for one that is far larger than the model draws."""
-        if self.resize and (self.image is None or self.width or self.height or self.tile_size):
-            raise SettingsError("--resize needs --image, and goes without --width, --height and --tile_size.")
         picture, flag = (self.image, "image") if self.image else ((*self.control_image, None)[0], "control_image")
+        if self.resize and (picture is None or self.width or self.height or self.tile_size):
+            raise SettingsError("--resize needs --image or --control_image, and no --width, --height and --tile_size.")
         if picture is None:
             return self
         w, h = picture_size(picture)
@@ -170,10 +170,9 @@ class Sampling(Flags):
             return replace(self, resize=False, width=fit[0], height=fit[1])
         scale = max((self.width or 0) / w, (self.height or 0) / h) or 1.0
         if scale == 1 and w * h > 4 * own * own and not (self.width or self.tile_size):
-            way = f"--resize, for {fit[0]} x {fit[1]}; or --width or --height" if self.image else "--width and --height"
             raise SettingsError(
                 f"--{flag} {picture} has {w} x {h} pixels, and the model draws {own} x {own}: it would take long and repeat "
-                f"things. Give {way}."
+                f"things. Give --resize, for {fit[0]} x {fit[1]}; or --width or --height."
             )
         new: dict[str, Any] = {}
         if self.image is None:

@@ -10,7 +10,7 @@ the picture is drawn anew.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,13 +189,12 @@ def fitted(x: Tensor, height: int, width: int) -> Tensor:
     return x[..., top : top + height, left : left + width]
 
 
-def size_of(pictures: Tensor, height: int | None, width: int | None, factor: int) -> tuple[int, int]:
-    """Height and width to draw at: as given, or the picture's own, rounded down to multiples of `factor`.
+def size_of(own: Sequence[int], height: int | None, width: int | None, factor: int) -> tuple[int, int]:
+    """Height and width to draw at: as given, or the `own` of a picture, rounded down to multiples of `factor`.
 
     If only one side is given, the other keeps the picture's proportions.
     """
-    own_height, own_width = pictures.shape[-2:]
-    asked, own = (width, own_width) if height is None else (height, own_height)
-    scale = 1.0 if asked is None else asked / own
-    sides = [max(int(side * scale + 1e-6) // factor, 1) * factor for side in (own_height, own_width)]
+    asked, like = (width, own[1]) if height is None else (height, own[0])
+    scale = 1.0 if asked is None else asked / like
+    sides = [max(int(side * scale + 1e-6) // factor, 1) * factor for side in own]
     return sides[0] if height is None else height, sides[1] if width is None else width

@@ -292,7 +292,7 @@ class StableDiffusionPipeline(Model):
         """(B, 4, h, w) for sides in pixels, or those of `pictures`, or the model's own; SettingsError for impossible ones."""
         factor, usual, sides = self.downscale, self.unet.config.sample_size, []
         if pictures is not None:
-            height, width = size_of(pictures, height, width, factor)
+            height, width = size_of(pictures.shape[-2:], height, width, factor)
         for flag, given in (("height", height), ("width", width)):
             side = usual * factor if given is None else as_int(flag, given)
             if not factor <= side <= MAX_SIDE or side % factor:

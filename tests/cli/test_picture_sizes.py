@@ -36,6 +36,8 @@ def test_a_photograph_asks_for_a_size(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_resize_keeps_the_shape_and_a_given_size_is_taken() -> None:
     s = settled(image="photo.jpg", resize=True)
     assert (s.width, s.height, s.strength) == (144, 112, None)
+    s = settled(control_image=("photo.jpg",), controlnet=("checkpoints/pocket-canny",), resize=True)
+    assert (s.width, s.height) == (144, 112)
     assert settled(image="photo.jpg", width=160) == Sample(
         prompt="a dog", pretrained_model_name_or_path=POCKET, image="photo.jpg", width=160
     )

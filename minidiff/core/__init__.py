@@ -23,6 +23,6 @@ How it learns
     textual_inversion   the vector of a new word
     ip_adapter          a picture as a prompt: a cross-attention of its own beside the text's
     train               the loop
-    recipes             five ways of fine-tuning, side by side: what moves
+    recipes             the ways of fine-tuning, side by side: what moves
     errors, rng         one kind of error; randomness without state
 """

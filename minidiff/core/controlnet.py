@@ -53,8 +53,6 @@ class ControlNetModel(Encoder):
 
     def __init__(self, config: ControlNetConfig) -> None:
         super().__init__(config)
-        self.bgr = config.controlnet_conditioning_channel_order == "bgr"
-        self.pooled = config.global_pool_conditions
         self.controlnet_cond_embedding = HintEncoder(config)
         self.controlnet_down_blocks = nn.ModuleList(zeros(nn.Conv2d(width, width, 1)) for width in self.skip_widths)
         self.controlnet_mid_block = zeros(nn.Conv2d(self.skip_widths[-1], self.skip_widths[-1], 1))
@@ -68,7 +66,8 @@ class ControlNetModel(Encoder):
 
     def encode_hint(self, hint: Tensor) -> Tensor:
         """Hint pictures (B, 3, H, W) in [0, 1] -> (B, C, h, w). It does not depend on t: once for a picture is enough."""
-        return self.controlnet_cond_embedding(hint.flip(1) if self.bgr else hint)
+        bgr = self.config.controlnet_conditioning_channel_order == "bgr"
+        return self.controlnet_cond_embedding(hint.flip(1) if bgr else hint)
 
     def forward(self, x: Tensor, t: Tensor, *text: Tensor, hint: Tensor, scale: float = 1, guess: bool = False) -> list[Tensor]:
         """The U-Net's inputs, an encoded hint (B, C, h, w) -> `control` of the U-Net's call, times `scale`.
@@ -78,14 +77,9 @@ class ControlNetModel(Encoder):
         time = self.embed_time(t, text[1] if len(text) > 1 else None, x)
         found = self.encode(self.conv_in(x) + hint, time, text[0])
         found = [conv(h) for conv, h in zip([*self.controlnet_down_blocks, self.controlnet_mid_block], found, strict=True)]
-        if self.pooled:
+        if self.config.global_pool_conditions:
             return [scale * h.mean((2, 3), keepdim=True) for h in found]
         return [scale * (10 ** (k / (len(found) - 1) - 1) if guess else 1) * h for k, h in enumerate(found)]
-
-
-def in_range(step: int, steps: int, start: float, end: float) -> bool:
-    """Is call number `step` of `steps` calls of the U-Net among those between the shares `start` and `end` of the way?"""
-    return step / steps >= start and (step + 1) / steps <= end
 
 
 def zeros(conv: nn.Conv2d) -> nn.Conv2d:

@@ -6,12 +6,10 @@ B pictures   C H W one latent   L tokens, 77 or a multiple of it   D their width
 """
 
 from collections.abc import Callable
-from math import isfinite
 
 import torch
 from torch import Tensor
 
-from minidiff.core.errors import SettingsError
 from minidiff.core.samplers import Model
 
 Text = tuple[Tensor, ...]  # states (B, L, D); in SDXL also a vector (B, V)
@@ -22,12 +20,9 @@ def guided(unet: UNetCall, cond: Text, uncond: Text | None, scale: float, rescal
     """A model(x, t) for the samplers: x (B, C, H, W) and t (B,) in, fp32 (B, C, H, W) out.
 
     `cond` and `uncond` are encoded prompts, `uncond` may have B = 1; the network sees x in the dtype of the states.
-    Above 1, `scale` guides, and both questions go through the network as one batch of 2B. Otherwise only the prompt is
-    asked, as in every other program: scale 1 means "no guidance", not "no prompt". `rescale`, 0 to 1: so much of the
-    contrast that guidance adds is taken back.
+    Above 1, `scale` guides, and both questions are one batch of 2B. Otherwise only the prompt is asked: scale 1 means "no
+    guidance". `rescale`, 0 to 1: so much of the contrast that guidance adds is taken back.
     """
-    if not isfinite(scale) or (scale > 1 and uncond is None):
-        raise SettingsError(f"guidance_scale is {scale}; it must be a finite number, and above 1 it needs a negative prompt.")
     if scale <= 1 or uncond is None:
         return lambda x, t: unet(x.to(cond[0].dtype), t, *cond).float()
     text = [torch.cat([no.expand_as(yes), yes]) for no, yes in zip(uncond, cond)]  # (2B, L, D); (2B, V)

@@ -59,8 +59,6 @@ def inject(
         if not (chosen := ranks.keys() & layers_of(model, target)):
             raise AdapterError(f'a rank is given for "{target}", and no such layer is among the targets; add it to them.')
         ranks |= dict.fromkeys(chosen, other)
-    if not 0 < (1 if alpha is None else alpha) < math.inf or not 0 <= dropout < 1:
-        raise AdapterError(f"alpha is {alpha} and dropout is {dropout}; alpha must be positive, and 0 <= dropout < 1.")
     weights = {name: layer.weight.detach() for name, layer in adaptable_layers(model).items() if name in ranks}
     for name, W in weights.items():
         if not 1 <= ranks[name] <= min(W.flatten(1).shape):

@@ -5,21 +5,22 @@ from torch import Tensor
 from minidiff.core.schedule import NoiseSchedule
 
 
-def squared_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The mean squared error of each sample (B,), in fp32. `mask` (B, 1, H, W) is 1 where to learn and 0 where not:
+def squared_error(output: Tensor, target: Tensor, weights: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """The mean squared error of each sample, times its weight: (B,), fp32. `mask` (B, 1, H, W) is 1 where to learn, or 0:
 
     sum over c, i, j of m_ij e_cij^2  /  (C  sum over i, j of m_ij)        so a small mask is no small loss
     """
     error = (output.float() - target.float()).square()
     if mask is None:
-        return error.flatten(1).mean(1)  # DDPM (arXiv 2006.11239), eq. 14
-    return (mask * error).flatten(1).mean(1) / mask.flatten(1).mean(1).clamp(min=1e-6)
+        per_sample = error.flatten(1).mean(1)  # DDPM (arXiv 2006.11239), eq. 14
+    else:
+        per_sample = (mask * error).flatten(1).mean(1) / mask.flatten(1).mean(1).clamp(min=1e-6)
+    return per_sample if weights is None else weights * per_sample
 
 
 def mse(output: Tensor, target: Tensor, weights: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-    """The mean over B of each sample's squared error, times its weight (B,) if there are weights."""
-    per_sample = squared_error(output, target, mask)
-    return per_sample.mean() if weights is None else (weights * per_sample).mean()
+    """The mean of `squared_error` over the samples."""
+    return squared_error(output, target, weights, mask).mean()
 
 
 def prior_preservation(
@@ -29,15 +30,8 @@ def prior_preservation(
 
     L = L_instance + prior_weight · L_class, each the mean over its own half. (kohya's trainer: one mean over both.)
     """
-    half, odd = divmod(len(output), 2)
-    if odd:
-        raise ValueError(f"a batch of {len(output)} has no two halves")
-
-    def loss(part: slice) -> Tensor:
-        w, m = (None if x is None else x[part] for x in (weights, mask))
-        return mse(output[part], target[part], w, m)
-
-    return loss(slice(half)) + prior_weight * loss(slice(half, None))  # DreamBooth (arXiv 2208.12242), eq. 2
+    instance, prior = squared_error(output, target, weights, mask).chunk(2)
+    return instance.mean() + prior_weight * prior.mean()  # DreamBooth (arXiv 2208.12242), eq. 2
 
 
 def min_snr_weights(schedule: NoiseSchedule, t: Tensor, gamma: float = 5.0) -> Tensor:

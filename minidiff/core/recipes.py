@@ -1,4 +1,4 @@
-"""Six ways of fine-tuning, side by side. They bring the same batches to the same loss, and differ in what moves.
+"""The ways of fine-tuning, side by side. They bring the same batches to the same loss, and differ in what moves.
 
     full                           every weight of the U-Net, perhaps of the text encoder too       W
     full, as DreamBooth            the same weights; half of each batch shows the subject's class   W

@@ -26,11 +26,7 @@ LENGTH = 77  # positions that CLIP was trained with
 
 
 def encode(text_encoder: "CLIPTextModel", ids: Tensor, clip_skip: int = 0) -> Tensor:
-    """ids (B, 77) -> (B, 77, D): the last hidden states, after the final LayerNorm.
-
-    On the encoder's device and in its dtype; gradients flow if they are on. `clip_skip` = n takes the states n layers before
-    the last, through the same LayerNorm.
-    """
+    """ids (B, 77) -> (B, 77, D): the states after the last layer, or `clip_skip` layers before it; then the final LayerNorm."""
     states, norm = hidden_states(text_encoder, ids)
     hidden: Tensor = norm(states[-1 - clip_skip])
     return hidden
@@ -43,10 +39,7 @@ def hidden_states(text_encoder: Any, ids: Tensor) -> tuple[Sequence[Tensor], nn.
 
 
 class TextEncoders(nn.Module):
-    """The text towers of a model: one, or SDXL's two, which read the same ids (arXiv 2307.01952, section 2.1).
-
-    Behind the end mark, the second tower has padding of its own, the token "!".
-    """
+    """The text towers of a model: one, or SDXL's two, which read the same ids (arXiv 2307.01952, section 2.1)."""
 
     def __init__(self, towers: Iterable[nn.Module], end: int = 0, pad: int = 0) -> None:
         super().__init__()
@@ -61,7 +54,7 @@ class TextEncoders(nn.Module):
         if not others:
             return (encode(tower, ids, clip_skip),)
         end = (ids == self.end).int().argmax(dim=1)  # of each row, the first; the largest id can be a new word's
-        behind = torch.arange(LENGTH, device=ids.device) > end[:, None]
+        behind = torch.arange(LENGTH, device=ids.device) > end[:, None]  # there the second tower has its own padding, "!"
         (first, _), (second, norm) = map(hidden_states, self.towers, (ids, ids.masked_fill(behind, self.pad)))
         states = torch.cat([first[-2 - clip_skip], second[-2 - clip_skip]], dim=-1)
         at_end = norm(second[-1])[torch.arange(len(ids)), end.to(states.device)]  # (B, D of the second tower)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from minidiff.core.errors import SettingsError
-from minidiff.core.grids import SAMPLERS, Sampler
+from minidiff.core.grids import LCM_STEPS, SAMPLERS, Sampler
 from minidiff.core.guidance import Text
 from minidiff.core.rng import normal
+from minidiff.core.schedule import NoiseSchedule
 from minidiff.draw.prompting import Prompt, parse_prompt
 from minidiff.files.folder import check_sampler
 
@@ -22,6 +23,7 @@ Generators = torch.Generator | Sequence[torch.Generator]
 Draw = Callable[[int | str], Tensor]  # what the noise is for -> the noise
 Encoded = Sequence[Tensor | None]  # prompt_embeds (B, 77 k, D) and pooled_prompt_embeds (B, P), from the caller
 Pair = tuple[int, int]  # height and width, or top and left
+SPACINGS = ("leading", "linspace", "trailing")
 EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")
 
 
@@ -78,12 +80,27 @@ def sampler_for(name: str, spacing: str | None = None, karras: bool | None = Non
     sampler = SAMPLERS[name]
     if spacing and sampler.spacing is None:
         raise SettingsError(f"timestep_spacing is {spacing}; {name} has its own timesteps. Leave it out.")
+    if spacing not in (None, *SPACINGS):
+        raise SettingsError(f'timestep_spacing "{spacing}" is unknown; it is one of {", ".join(SPACINGS)}.')
     if karras and not sampler.karras:
         able = ", ".join(name for name, other in SAMPLERS.items() if other.karras)
         raise SettingsError(f"use_karras_sigmas is on; only these samplers take Karras sigmas: {able}.")
     if not 0 <= eta <= 1 or (eta and not sampler.eta):
         raise SettingsError(f"eta is {eta}; only ddim and tcd have one, from 0 (deterministic) to 1 (all new noise).")
     return sampler
+
+
+def check_steps(name: str, steps: int, strength: float, spacing: str | None, schedule: NoiseSchedule) -> None:
+    """SettingsError if the sampler of this name cannot take so many steps, or start where they say."""
+    most = LCM_STEPS if SAMPLERS[name].spacing is None else len(schedule.sigmas)
+    if not 1 <= steps <= most:
+        raise SettingsError(f"num_inference_steps is {steps}; it can be 1 to {most} with {name}.")
+    if not 0 < strength <= 1:
+        raise SettingsError(f"strength is {strength}; it can be above 0 (the image as it is) to 1.")
+    if not int(steps * strength):
+        raise SettingsError(f"0 denoising steps: {steps} steps at strength {strength} are too few; use more of either.")
+    if name == "heun" and spacing != "leading" and schedule.sigmas[-1] > 1000:  # a mean of two directions there is noise
+        raise SettingsError("heun cannot begin at zero terminal SNR; use euler, or leading timestep_spacing.")
 
 
 def noise_source(

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from minidiff.core.config import UNetConfig
-from minidiff.core.controlnet import ControlNetModel, in_range
+from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.errors import SettingsError
 from minidiff.core.grids import Step
 from minidiff.core.guidance import UNetCall
@@ -75,15 +75,20 @@ class Control:
             widths = [hint.shape[1] for hint in self.hints]
             x, *hints = x.split([x.shape[1] - sum(widths), *widths], dim=1)
             rows = zip(self.nets, self.scales, self.starts, self.ends, hints)
-            acting = [row for row in rows if row[1] and in_range(self.call, self.calls, *row[2:4])]
-            found = [self.ask(net, scale, hint, x, *inputs) for net, scale, _, _, hint in acting]
+            now, then = self.call / self.calls, (self.call + 1) / self.calls  # shares of the way: before this call, behind it
+            found = [
+                self.ask(net, scale, hint, x, *inputs)
+                for net, scale, start, end, hint in rows
+                if scale and start <= now and then <= end
+            ]
             return unet(x, *inputs, control=[sum(parts) for parts in zip(*found)]) if found else unet(x, *inputs)
 
         return call
 
     def ask(self, net: ControlNetModel, scale: float, hint: Tensor, x: Tensor, *inputs: Tensor) -> list[Tensor]:
         """One net's part of `control`. In guess mode, it sees and changes only the half with the prompt."""
-        half, weight = len(x) // 2 if self.guided and (self.guess or net.pooled) else 0, net.conv_in.weight
+        alone, weight = self.guided and (self.guess or net.config.global_pool_conditions), net.conv_in.weight
+        half = len(x) // 2 if alone else 0
         t, states, *rest = (part[half:] if half else part for part in (*inputs, hint, x[:, : weight.shape[1]]))
         states = states[:, : self.tokens] if states.shape[1] > self.tokens else states  # the same object: fast/frozen.py
         states, *vector, hint, seen = (part.to(weight.dtype) for part in (states, *rest))

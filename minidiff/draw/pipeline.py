@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from math import isfinite
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from minidiff.draw.arguments import (
     Side,
     as_int,
     both_sides,
+    check_steps,
     noise_source,
     sampler_for,
     sizes_of,
@@ -131,9 +133,9 @@ class StableDiffusionPipeline(Model):
         yes, no = replace(yes, sizes=sizes), replace(no, sizes=less, zeros=zeros)
         draw = noise_source(shape, seed, generator, latents)
         canvas = self.canvas(pictures, mask_image, strength, shape, draw, control)
-        walk = self.walker(canvas, sampler, timestep_spacing, use_karras_sigmas, eta)
         steps = as_int("num_inference_steps", num_inference_steps)
-        self.warn_of(steps if image is None else None, (timestep_spacing, walk.func.spacing), guidance_scale)
+        walk = self.walker(canvas, steps, sampler, timestep_spacing, use_karras_sigmas, eta)
+        self.check_guidance(guidance_scale)
         text = partial(self.encode_side, clip_skip=clip_skip or 0, chunks=chunks)
         encode = self.beside_picture(text, ip_adapter_image, yes)
         stations = Stations(encode, canvas.unet, lambda latents: canvas.paste(self.decode(latents)), self.schedule)
@@ -172,20 +174,23 @@ class StableDiffusionPipeline(Model):
 
         return finished(next(stations), output_type)
 
-    def warn_of(self, steps: int | None, spacings: tuple[str | None, str | None], guidance_scale: float) -> None:
-        """Warn of steps from noise, or of guidance, with which this model cannot draw well.
+    def check_guidance(self, scale: float) -> None:
+        """SettingsError for a scale that is not finite; a warning if this is a turbo model, which draws without guidance."""
+        if not isfinite(scale):
+            raise SettingsError(f"guidance_scale is {scale}; it must be a finite number.")
+        if scale > 1 and self.is_turbo:
+            warnings.warn(GUIDED_TURBO.format(scale), stacklevel=3)
 
-        `spacings`: the caller's, and the sampler's own. Between them stands the model's.
-        """
-        spacing = spacings[0] or self.schedule.config.timestep_spacing or spacings[1]
-        if steps == 1 and spacing in ("leading", "linspace"):
+    def walker(
+        self, canvas: Canvas, steps: int, sampler: str | None, spacing: str | None, karras: bool | None, eta: float
+    ) -> Callable[..., Iterator[Step]]:
+        """The sampler with its settings and its start. It warns of a single step from noise."""
+        name = self.sampler if sampler is None else sampler
+        chosen = sampler_for(name, spacing, karras, eta)
+        usual = spacing or self.schedule.config.timestep_spacing or chosen.spacing
+        check_steps(name, steps, canvas.strength, usual, self.schedule)
+        if steps == 1 and canvas.image is None and usual in ("leading", "linspace"):
             warnings.warn(ONE_STEP, stacklevel=3)
-        if guidance_scale > 1 and self.is_turbo:
-            warnings.warn(GUIDED_TURBO.format(guidance_scale), stacklevel=3)
-
-    def walker(self, canvas: Canvas, sampler: str | None, spacing: str | None, karras: bool | None, eta: float) -> Any:
-        """The sampler with its settings and its start."""
-        chosen = sampler_for(self.sampler if sampler is None else sampler, spacing, karras, eta)
         walk = partial(chosen, image=canvas.image, strength=canvas.strength, fix_x0=canvas.fix_x0)
         return partial(walk, spacing=spacing, karras=karras, eta=eta)
 

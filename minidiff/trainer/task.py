@@ -230,7 +230,7 @@ def make_job(
     def errors(batch: Batch) -> Tensor:
         """The squared error of each sample of a batch, (B,)."""
         batch = {name: rows.to(pipe.device) for name, rows in batch.items()}
-        return squared_error(outputs(batch), loss.target(batch), batch.get("mask"))
+        return squared_error(outputs(batch), loss.target(batch), mask=batch.get("mask"))
 
     def validate() -> dict[str, float]:
         with without_dropout(pipe):

@@ -7,7 +7,7 @@ import torch
 from tiny_sizes import TINY_UNET
 
 from minidiff.core.config import SD2_UNET, SD15_UNET, SDXL_UNET, ControlNetConfig, UNetConfig
-from minidiff.core.controlnet import ControlNetModel, in_range
+from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.unet import UNet2DConditionModel
 
 WIDTHS = (8, 8, 16, 16)
@@ -56,9 +56,3 @@ def test_the_first_three_updates(unet: UNet2DConditionModel) -> None:
     assert moved[1] == {name for name in net.state_dict() if name not in hints or "conv_out" in name}
     assert moved[2] == set(net.state_dict())
     assert all(p.grad is None for p in unet.parameters())
-
-
-def test_in_range() -> None:
-    """Of 20 steps with the end at 0.5, the first ten are controlled."""
-    assert [in_range(i, 20, 0.0, 0.5) for i in range(20)] == [True] * 10 + [False] * 10
-    assert [in_range(i, 4, 0.3, 0.8) for i in range(4)] == [False, False, True, False]

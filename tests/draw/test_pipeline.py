@@ -20,9 +20,10 @@ from minidiff.core.errors import AdapterError, MinidiffError, SettingsError, Wei
 from minidiff.core.grids import SAMPLERS, Step
 from minidiff.core.inject import adapter_weights, inject, lora_layers, set_adapters
 from minidiff.core.rng import normal
+from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
-from minidiff.draw.arguments import sampler_for
+from minidiff.draw.arguments import check_steps, sampler_for
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.fast.frozen import frozen_weights
 from minidiff.files.folder import SAMPLER_OF, SD15_TEXT
@@ -626,6 +627,24 @@ def test_an_unknown_sampler_and_a_spacing_for_lcm() -> None:
         sampler_for("euler-a")
     with pytest.raises(SettingsError, match="Leave it out"):
         sampler_for("lcm", "trailing")
+    with pytest.raises(SettingsError, match="one of leading, linspace, trailing"):
+        sampler_for("ddim", "trailling")
+
+
+def test_steps_that_a_sampler_cannot_take() -> None:
+    """With zero terminal SNR, Heun's mean of two directions at sigma = 4096 would be a hundred times the picture."""
+    plain, zero_snr = (NoiseSchedule.from_config(NoiseConfig(rescale_betas_zero_snr=on)) for on in (False, True))
+    check_steps("heun", 10, 1.0, "leading", zero_snr)
+    check_steps("ddim", 20, 0.05, "leading", plain)
+    for given, message in {
+        ("heun", 10, 1.0, "linspace", zero_snr): "heun cannot begin at zero terminal SNR",
+        ("lcm", 51, 1.0, None, plain): "num_inference_steps is 51; it can be 1 to 50 with lcm",
+        ("ddim", -3, 1.0, "leading", plain): "num_inference_steps is -3; it can be 1 to 1000",
+        ("ddim", 10, 0.05, "leading", plain): "0 denoising steps: 10 steps at strength 0.05 .* use more of either",
+        **{("ddim", 10, wrong, "leading", plain): "strength is" for wrong in (0.0, -1.0, 1.1, float("nan"))},
+    }.items():
+        with pytest.raises(SettingsError, match=message):
+            check_steps(*given)
 
 
 # --- prompt embeddings and the prompt language ---------------------------------------------------------------------------

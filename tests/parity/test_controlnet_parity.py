@@ -1,5 +1,6 @@
 """ControlNets beside diffusers', on tiny models."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_latents(folder: Path, call: dict[str, Any]) -> None:
         if pooled and library is diffusers:
             nets[0].register_to_config(global_pool_conditions=True)
         elif pooled:
-            nets[0].pooled = True
+            nets[0].config = replace(nets[0].config, global_pool_conditions=True)
         pipe = getattr(library, name).from_pretrained(folder / "model", controlnet=nets if count > 1 else nets[0])
         pipe.set_progress_bar_config(disable=True)
         pipe.scheduler = getattr(library, sampler).from_config(pipe.scheduler.config)

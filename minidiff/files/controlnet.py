@@ -16,7 +16,7 @@ from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.errors import WeightsError
 from minidiff.files import names, weights
 from minidiff.files.folder import config_of, config_values, local_folder, read_config, write_json
-from minidiff.files.looks import controlnet_form, cross_attention_width
+from minidiff.files.looks import CONTROL_FORMS, cross_attention_width, form_of
 from minidiff.files.weights import TensorFile
 
 CLASS, FILE, PREFIX = "ControlNetModel", "diffusion_pytorch_model.safetensors", "control_model."
@@ -33,7 +33,7 @@ def read_controlnet(
     """
     place = Path(path) if Path(path).exists() else local_folder(str(path))
     file = weights.read_header(weights.find_weights(place))
-    if (form := controlnet_form(file.tensors)) != "ControlNet":
+    if (form := form_of(file.tensors, CONTROL_FORMS)) != "ControlNet":
         what = f"a {form}" if form else "no ControlNet"
         raise WeightsError(file.misfit(f"{file.path} is {what}; minidiff reads ControlNets whose tensors are all in the file."))
     home = place if place.is_dir() else place.parent

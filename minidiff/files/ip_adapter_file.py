@@ -22,7 +22,7 @@ from minidiff.files import weights
 from minidiff.files.atomic import PICKLES, called
 from minidiff.files.convert import read_pickle
 from minidiff.files.folder import config_of, read_json
-from minidiff.files.looks import FAMILIES, HasShape, cross_attention_width, ip_adapter_form
+from minidiff.files.looks import FAMILIES, IP_FORMS, HasShape, cross_attention_width, form_of
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection
@@ -49,7 +49,7 @@ def load_ip_adapter(path: Path, unet: UNet2DConditionModel) -> IPAdapter:
             if opened != path:
                 weights.save(read_pickle(path), opened)
             file, reads = weights.read_header(opened), unet.config.cross_attention_dim
-            form = ip_adapter_form(file.tensors)
+            form = form_of(file.tensors, IP_FORMS)
             if form is None:
                 raise WeightsError(f"{path} is no IP-Adapter; it looks like {file.looks_like}.")
             if form in NOT_HERE:

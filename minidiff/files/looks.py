@@ -57,16 +57,14 @@ def describe(tensors: Mapping[str, HasShape]) -> str:
     if not tensors:
         return "an empty file"
     width = cross_attention_width(tensors)
-    if form := controlnet_form(tensors):
-        family = f" for {FAMILIES.get(width, 'another model')} (cross-attention width {width})" if width else ""
-        return f"a {form}{family}" if form == "ControlNet" else f"a {form}, which minidiff does not read"
-    if form := ip_adapter_form(tensors):
-        family = FAMILIES.get(width or 0, f"cross-attention width {width}")
-        return "a PhotoMaker, for SDXL" if form == "PhotoMaker" else f"an IP-Adapter of the form {form}, for {family}"
+    of = f" for {FAMILIES.get(width, 'another model')} (cross-attention width {width})" if width else ""
+    if form := form_of(tensors, CONTROL_FORMS):
+        return f"a {form}{of}" if form == "ControlNet" else f"a {form}, which minidiff does not read"
+    if form := form_of(tensors, IP_FORMS):
+        return f"an IP-Adapter of the form {form}{of}"
     if dialect := lora_dialect(tensors):
-        family = " for SDXL" if unet_of(tensors).addition_embed_type else ""
-        family = f" for {FAMILIES.get(width, 'another model')} (cross-attention width {width})" if width else family
-        return f"a {adapter_kind(tensors)} in the {dialect} style{family}"
+        of = of or " for SDXL" * bool(unet_of(tensors).addition_embed_type)
+        return f"a {adapter_kind(tensors)} in the {dialect} style{of}"
     for pattern, looks in LOOKS:
         if any(re.match(pattern, key) for key in tensors):
             family = FAMILIES.get(width or 0, f"SD (cross-attention width {width or 'unknown'})")
@@ -81,24 +79,17 @@ def describe(tensors: Mapping[str, HasShape]) -> str:
     return f'nothing that minidiff knows: {len(tensors)} tensors, the first is "{next(iter(tensors))}"'
 
 
-def controlnet_form(tensors: Mapping[str, HasShape]) -> str | None:
-    """The form of a ControlNet or one of its relatives; None for any other file."""
-    return next((form for start, form in CONTROL_FORMS.items() if any(key.startswith(start) for key in tensors)), None)
-
-
-def ip_adapter_form(tensors: Mapping[str, HasShape]) -> str | None:
-    """The form of an IP-Adapter or one of its relatives; None for any other file."""
-    form = next((form for start, form in IP_FORMS.items() if any(key.startswith(start) for key in tensors)), None)
+def form_of(tensors: Mapping[str, HasShape], forms: Mapping[str, str]) -> str | None:
+    """The form of a ControlNet or an IP-Adapter, or of one of their relatives; None for any other file."""
+    form = next((form for start, form in forms.items() if any(key.startswith(start) for key in tensors)), None)
     enters = tensors.get("image_proj.proj_in.weight") if form == "plus" else None
     return "InstantID" if enters is not None and enters.shape[-1] == 512 else form  # it reads a face's embedding
 
 
 def kind_of(tensors: Mapping[str, HasShape]) -> str:
     """As `convert` and `inspect` go about it."""
-    if form := controlnet_form(tensors):
+    if form := form_of(tensors, CONTROL_FORMS | IP_FORMS):  # a FaceID's file holds a LoRA, too
         return "a ControlNet" if form == "ControlNet" else "a model"
-    if ip_adapter_form(tensors):  # that of a FaceID holds a LoRA, too
-        return "a model"
     return "a LoRA" if lora_dialect(tensors) else "a textual inversion" if is_embedding(tensors) else "a model"
 
 

@@ -36,7 +36,7 @@ from minidiff.files.folder import (
     read_json,
     write_json,
 )
-from minidiff.files.single_file import family_of, split_single_file, to_single_file
+from minidiff.files.single_file import family_of, ldm_tensors, split_single_file
 from minidiff.files.text_files import build_text_encoder, load_tokenizer, to_file_keys
 from minidiff.files.weights import TensorFile, find_weights, read_header, save
 
@@ -213,7 +213,7 @@ def empty_model(name: str | Path | None, light: Any = None, family: str | None =
 def write_model(model: ModelParts, place: Path) -> None:
     """As a single file or as a folder; the name of the place says which."""
     if place.suffix == SINGLE_FILE:
-        to_single_file(model.unet, model.vae, model.text_encoder, place, model.text_encoder_2)
+        save(ldm_tensors(model.unet, model.vae, model.text_encoder, model.text_encoder_2), place)
     else:
         write_folder(model, place)
 
@@ -278,10 +278,8 @@ def check_parts_fit(model: ModelParts, name: str = "") -> None:
         what = {8: "an image-editing model", 5: "a depth model"}.get(channels, "another model")
         works = f"minidiff draws with {latent}, or {2 * latent + 1} for inpainting. Take such a model."
         problem = f"U-Net has {channels} input channels ({what}); {works}"
-    elif added and len(towers) == 1:
-        problem = "U-Net is SDXL's, which reads a second text encoder too; this folder describes a model with one."
-    elif len(towers) > 1 and added != (vector := towers[1].config.projection_dim + vector):
-        problem = f"second text encoder and the sizes make {vector} numbers and the U-Net reads {added}; they do not fit."
+    elif (added or 0) != (vector := vector + (towers[1].config.projection_dim if len(towers) > 1 else 0)):
+        problem = f"U-Net reads a vector of {added} numbers, as SDXL's do, and this model's text encoders make {vector}."
     if problem:
         raise WeightsError(f"{name}: the {problem}" if name else f"the {problem}")
 

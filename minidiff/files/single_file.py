@@ -1,7 +1,6 @@
 """A whole model in one file, in the LDM layout of CompVis: all networks under one table of names, and nothing else."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.files import names, weights
 from minidiff.files.text_files import from_openclip, to_file_keys, to_openclip
-from minidiff.files.weights import TensorFile, TensorInfo, save
+from minidiff.files.weights import TensorFile, TensorInfo
 
 TEXTS = {  # the beginnings of the text encoders' names; the last of a family tells it
     "SDXL": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
@@ -56,13 +55,6 @@ def split_single_file(
         parts[texts[-1]] = from_openclip(parts[texts[-1]], layers if family == "SD 2" else None)
     networks = ("unet", "vae", "text_encoder", "text_encoder_2")
     return {part: replace(file, tensors=tensors) for part, tensors in zip(networks, parts.values())}
-
-
-def to_single_file(
-    unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: nn.Module, path: str | Path, text_encoder_2: Any = None
-) -> None:
-    """Write the networks as one checkpoint in the LDM layout, which A1111 and ComfyUI read."""
-    save(ldm_tensors(unet, vae, text_encoder, text_encoder_2), path)
 
 
 def ldm_tensors(

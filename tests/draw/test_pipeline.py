@@ -28,9 +28,9 @@ from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.fast.frozen import frozen_weights
 from minidiff.files.folder import SAMPLER_OF, SD15_TEXT
 from minidiff.files.lora_file import save_lora
-from minidiff.files.single_file import split_single_file, to_single_file
+from minidiff.files.single_file import ldm_tensors, split_single_file
 from minidiff.files.text_files import build_text_encoder
-from minidiff.files.weights import load_into, read_header
+from minidiff.files.weights import load_into, read_header, save
 from minidiff.pocket.tokenizer import END, START, alphabet, build_tokenizer
 
 DOG, CAT = "a photo of a red dog", "a drawing of a blue cat"
@@ -311,7 +311,7 @@ def test_v_prediction_is_kept(folder: Path, tmp_path: Path, pipe: StableDiffusio
 
 def test_single_file_round_trip(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    to_single_file(pipe.unet, pipe.vae, pipe.text_encoder, path)
+    save(ldm_tensors(pipe.unet, pipe.vae, pipe.text_encoder), path)
     files = split_single_file(read_header(path), TINY_UNET, TINY_VAE)
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(TINY_UNET), AutoencoderKL(TINY_VAE)
@@ -324,7 +324,7 @@ def test_single_file_round_trip(pipe: StableDiffusionPipeline, tmp_path: Path) -
 
 
 def test_a_tiny_model_is_no_sd15_single_file(pipe: StableDiffusionPipeline, tiny_folder: Path, tmp_path: Path) -> None:
-    to_single_file(pipe.unet, pipe.vae, pipe.text_encoder, tmp_path / "model.safetensors")
+    save(ldm_tensors(pipe.unet, pipe.vae, pipe.text_encoder), tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match="model.safetensors"):
         StableDiffusionPipeline.from_single_file(tmp_path / "model.safetensors", tiny_folder / "tokenizer")
 
@@ -351,7 +351,7 @@ def test_single_file_of_sd15s_size(tmp_path: Path, tiny_folder: Path) -> None:
         for j, tensor in enumerate(model.state_dict().values()):
             tensor.fill_(i + j / 1024)  # each tensor is recognised by its number
     path = tmp_path / "sd15.safetensors"
-    to_single_file(unet, vae, text_encoder, path)
+    save(ldm_tensors(unet, vae, text_encoder), path)
     with pytest.raises(WeightsError, match="different models"):
         StableDiffusionPipeline.from_single_file(path, tiny_folder / "tokenizer", torch_dtype=torch.float16)
     tokenizer = sd15_sized_tokenizer(tmp_path / "tokenizer")

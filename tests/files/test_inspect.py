@@ -15,7 +15,7 @@ from minidiff.core.lora import LoRAWeights
 from minidiff.files.inspect import as_text, inspect, trigger_words
 from minidiff.files.lora_file import save_lora
 from minidiff.files.model import ModelParts, read_model
-from minidiff.files.single_file import to_single_file
+from minidiff.files.single_file import ldm_tensors
 from minidiff.files.weights import is_pickle, save
 from minidiff.files.word_file import save_embedding
 
@@ -192,7 +192,7 @@ def test_model_folder(tiny_folder: Path) -> None:
 
 
 def test_single_file(model: ModelParts, tmp_path: Path) -> None:
-    to_single_file(model.unet, model.vae, model.text_encoder, tmp_path / "tiny.safetensors")
+    save(ldm_tensors(model.unet, model.vae, model.text_encoder), tmp_path / "tiny.safetensors")
     found = facts(tmp_path / "tiny.safetensors")
     assert found["is"] == "an SD (cross-attention width 24) single file in the LDM layout" and "problem" not in found
     other = read_model(tmp_path / "tiny.safetensors", like=model.home)

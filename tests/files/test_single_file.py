@@ -17,7 +17,7 @@ from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files import model as models
 from minidiff.files import names
 from minidiff.files.model import ModelParts, empty_model, predicting, read_model, write_model
-from minidiff.files.single_file import TEXTS, family_of, ldm_tensors, split_single_file, to_single_file
+from minidiff.files.single_file import TEXTS, family_of, ldm_tensors, split_single_file
 from minidiff.files.text_files import to_openclip
 from minidiff.files.weights import TensorFile, TensorInfo, check_fit, named, read_header, save
 
@@ -36,7 +36,7 @@ def model(folder: Path) -> ModelParts:
 
 @pytest.fixture
 def single(model: ModelParts, tmp_path: Path) -> Path:
-    to_single_file(model.unet, model.vae, model.text_encoder, tmp_path / "sd2.safetensors")
+    save(ldm_tensors(model.unet, model.vae, model.text_encoder), tmp_path / "sd2.safetensors")
     return tmp_path / "sd2.safetensors"
 
 

@@ -20,7 +20,7 @@ from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files import names as keymaps
 from minidiff.files import weights
-from minidiff.files.single_file import split_single_file, to_single_file
+from minidiff.files.single_file import ldm_tensors, split_single_file
 from minidiff.files.weights import find_weights, load_into, read_header, save
 
 UNET_FILE = "diffusion_pytorch_model.safetensors"
@@ -330,7 +330,7 @@ def test_clip_keys_of_either_transformers(tmp_path: Path, in_file: bool, in_mode
 
 def test_single_file_round_trip(tmp_path: Path, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
     path, text = tmp_path / "model.safetensors", TinyText(nested=False)
-    to_single_file(unet, vae, text, path)
+    save(ldm_tensors(unet, vae, text), path)
     tensors = load_file(path)
     assert tensors["first_stage_model.encoder.mid.attn_1.q.weight"].ndim == 4
     assert "cond_stage_model.transformer.text_model.final_layer_norm.weight" in tensors
@@ -364,7 +364,7 @@ LEFT = {  # by training; and what is said of it
 
 
 def test_what_training_left_is_named_once(tmp_path: Path, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
-    to_single_file(unet, vae, TinyText(nested=False), path := tmp_path / "model.safetensors")
+    save(ldm_tensors(unet, vae, TinyText(nested=False)), path := tmp_path / "model.safetensors")
     save(load_file(path) | {key: torch.ones(2) for key in LEFT}, path)
     with pytest.warns(UserWarning) as warned:
         parts = split_single_file(read_header(path), TINY_UNET, TINY_VAE)
@@ -399,7 +399,7 @@ def test_other_single_files_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_an_inpainting_checkpoint_is_named(tmp_path: Path, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
     path = tmp_path / "x.safetensors"
-    to_single_file(unet, vae, TinyText(nested=False), path)
+    save(ldm_tensors(unet, vae, TinyText(nested=False)), path)
     nine = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)}
     save(load_file(path) | nine, path)
     with pytest.raises(WeightsError, match="inpainting single file in the LDM layout"):

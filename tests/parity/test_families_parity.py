@@ -81,10 +81,11 @@ def test_a_single_file_through_diffusers_converters(folders: dict[str, Path], tm
     from diffusers.loaders import single_file_utils
     from safetensors.torch import load_file
 
-    from minidiff.files.single_file import to_single_file
+    from minidiff.files.single_file import ldm_tensors
+    from minidiff.files.weights import save
 
     ours, theirs = pipes(folders["SD 2"])
-    to_single_file(ours.unet, ours.vae, ours.text_encoder, tmp_path / "sd2.safetensors")
+    save(ldm_tensors(ours.unet, ours.vae, ours.text_encoder), tmp_path / "sd2.safetensors")
     unet, vae, text = (load_file(tmp_path / "sd2.safetensors") for _ in range(3))
     unet = single_file_utils.convert_ldm_unet_checkpoint(unet, dict(theirs.unet.config))
     vae = single_file_utils.convert_ldm_vae_checkpoint(vae, dict(theirs.vae.config))

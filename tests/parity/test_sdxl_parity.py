@@ -173,10 +173,11 @@ def test_a_single_file_through_diffusers_converters(folder: Path, tmp_path: Path
     from diffusers.loaders import single_file_utils as theirs_from
     from safetensors.torch import load_file
 
-    from minidiff.files.single_file import to_single_file
+    from minidiff.files.single_file import ldm_tensors
+    from minidiff.files.weights import save
 
     (ours, theirs), prefix = loaded(folder), "conditioner.embedders.1.model."
-    to_single_file(ours.unet, ours.vae, ours.text_encoder, tmp_path / "xl.safetensors", ours.text_encoder_2)
+    save(ldm_tensors(ours.unet, ours.vae, ours.text_encoder, ours.text_encoder_2), tmp_path / "xl.safetensors")
     unet, vae, one, two = (load_file(tmp_path / "xl.safetensors") for _ in range(4))
     back = {
         "unet": theirs_from.convert_ldm_unet_checkpoint(unet, dict(theirs.unet.config)),

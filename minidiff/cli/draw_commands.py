@@ -19,13 +19,12 @@ from minidiff.cli.first_line import of_drawing
 from minidiff.core.errors import SettingsError
 from minidiff.core.guidance import Text
 from minidiff.core.inject import adapter_names
-from minidiff.draw.arguments import EMBEDS, sampler_for
 from minidiff.draw.canny import canny
 from minidiff.draw.canvas import size_of
 from minidiff.draw.device import chosen_device
 from minidiff.draw.images import contact_sheet, load_image, save_png
 from minidiff.draw.lora_tags import adapter_name_of, in_lora_dir
-from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.draw.pipeline import EMBEDS, StableDiffusionPipeline, sampler_for
 from minidiff.draw.prompting import parse_prompt
 from minidiff.draw.speed import compile_unet, keep_memory, light_text
 from minidiff.files.atomic import called

@@ -1,23 +1,25 @@
 """The networks of a pipeline: loading, saving, moving; LoRAs and new words, with the field's method names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minidiff.core import inject, ip_adapter, textual_inversion
 from minidiff.core.config import NoiseConfig
 from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.errors import SettingsError
+from minidiff.core.guidance import Text
 from minidiff.core.schedule import NoiseSchedule
-from minidiff.core.text import TextEncoders
 from minidiff.core.unet import UNet2DConditionModel
-from minidiff.core.vae import AutoencoderKL
+from minidiff.core.vae import AutoencoderKL, sample_posterior
 from minidiff.draw.image_prompt import ImagePrompt
+from minidiff.draw.prompting import Side
 from minidiff.draw.speed import fast, needed, speed_up, speed_up_network
+from minidiff.draw.tiles import tiled
 from minidiff.files import ip_adapter_file, lora_file, weights, word_file
 from minidiff.files.folder import found, is_turbo, local_folder
 from minidiff.files.model import ModelParts, check_parts_fit, read_model, write_folder
@@ -25,6 +27,22 @@ from minidiff.files.values import check_names
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
+
+ONE_STEP = (
+    "num_inference_steps is 1, which leaves noise or a blur; take about 20. Models and LoRAs that were distilled to few steps "
+    'draw in 1 to 8 with sampler "lcm", or with timestep_spacing "trailing" and guidance_scale 1.'
+)
+GUIDED_TURBO = (
+    "guidance_scale is {}; by its scheduler, Euler with trailing timestep_spacing, this is a turbo model, which draws in 1 to "
+    "4 steps with guidance_scale 0."
+)
+NONFINITE = (
+    "NaN or infinity comes out of the {}, so the picture would be black. Where half precision overflowed, run in float32 or "
+    "bfloat16 (torch_dtype); where training diverged, take an earlier checkpoint; else get the model's files again."
+)
+
+NO_PICTURE = "an IP-Adapter is loaded, and there is no ip_adapter_image; give one, or unload_ip_adapter."
+NO_ADAPTER = "ip_adapter_image is given, and no IP-Adapter is loaded that looks at it; load_ip_adapter first."
 
 
 class Model:
@@ -68,12 +86,6 @@ class Model:
         return ModelParts(**{f.name: getattr(self, f.name) for f in fields(ModelParts) if f.name != "home"})
 
     @property
-    def encoders(self) -> TextEncoders:
-        """The text encoders as one module: ids -> all that the U-Net reads of them."""
-        pad = (self.tokenizer_2 or self.tokenizer).pad_token_id
-        return TextEncoders(self.parts.towers.values(), self.tokenizer.eos_token_id, pad)
-
-    @property
     def controlnet(self) -> tuple[ControlNetModel, ...]:
         """The ControlNets, which act in calls with a `control_image`. Set it to one, or to a list."""
         return self.controlnets
@@ -85,6 +97,25 @@ class Model:
             net.to(self.unet.conv_in.weight.device)
             if not self.plain:
                 speed_up_network(net)
+
+    def set_tile_size(self, pixels: int | None) -> None:
+        """Draw large pictures in overlapping tiles of so many pixels, with the memory of one tile; None: no tiles."""
+        cell = self.downscale
+        if pixels is not None and (not isinstance(pixels, int) or pixels < 8 * cell or pixels % cell):
+            raise SettingsError(f"tile_size is {pixels}; it must be a multiple of {cell}, at least {8 * cell}.")
+        self.tile_size = pixels
+
+    def set_progress_bar_config(self, disable: bool = False) -> None:
+        self.progress_bar = not disable
+
+    # --- pictures and latents -------------------------------------------------------------------------------------------
+
+    def encode_pictures(self, pictures: Tensor, noise: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, h, w), drawn from the VAE's posterior with `noise`."""
+        x, tile = pictures.to(self.vae.post_quant_conv.weight), self.tile_size or self.vae_tile_size or max(pictures.shape)
+        encode = tiled(lambda part: torch.cat(self.vae.encode(part), dim=1), tile, tile // 4, unit=self.downscale)
+        mean, logvar = torch.cat([encode(row[None]) for row in x]).chunk(2, dim=1)
+        return sample_posterior(mean, logvar, noise.to(mean)) * self.vae.config.scaling_factor
 
     # --- loading and saving ----------------------------------------------------------------------------------------------
 
@@ -143,6 +174,8 @@ class Model:
         if "vae_tile_size" in self.__dict__ and name not in self.__dict__ and not hasattr(type(self), name):
             raise AttributeError(f"{type(self).__name__} has no {name} that could be set.")
         super().__setattr__(name, value)
+        if name in ("text_encoder", "text_encoder_2"):
+            self.__dict__.pop("encoders", None)
 
     # --- LoRA and textual inversion --------------------------------------------------------------------------------------
 
@@ -259,3 +292,9 @@ class Model:
         ip_adapter.eject(self.unet)
         self.image_prompt = None
         speed_up(self)
+
+    def beside_picture(self, encode: Callable[[Side], Text], image: Any, side: Side) -> Callable[[Side], Text]:
+        """`encode`, and what the IP-Adapter says of `image`."""
+        if image is None or self.image_prompt is None:
+            raise SettingsError(NO_PICTURE if self.image_prompt else NO_ADAPTER)
+        return self.image_prompt.beside(encode, image, side)

@@ -4,11 +4,12 @@ B pictures   D text width   H W picture height and width   h w = H/8, W/8 latent
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from math import isfinite
+from operator import index
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,48 +17,24 @@ from torch import Tensor
 
 from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.core.generate import Stations, generate
-from minidiff.core.grids import Step
+from minidiff.core.grids import LCM_STEPS, SAMPLERS, Sampler, Step
 from minidiff.core.guidance import Text, UNetCall
-from minidiff.core.text import LENGTH, embed_sizes, tokenize
-from minidiff.core.vae import sample_posterior
-from minidiff.draw.arguments import (
-    EMBEDS,
-    Draw,
-    Generators,
-    Pair,
-    Side,
-    as_int,
-    both_sides,
-    check_steps,
-    noise_source,
-    sampler_for,
-    sizes_of,
-)
+from minidiff.core.rng import normal
+from minidiff.core.schedule import NoiseSchedule
+from minidiff.core.text import LENGTH, TextEncoders, embed_sizes, tokenize
+from minidiff.draw.arguments import Generators, Pair, generators_of, sizes_of
 from minidiff.draw.canvas import Canvas, Pictures, as_mask, as_pictures, fitted, on_picture, size_of
 from minidiff.draw.control import Control, Numbers, control_of
 from minidiff.draw.lora_tags import at_strengths, loras_of
-from minidiff.draw.model import Model
-from minidiff.draw.prompting import Prompt, count_chunks, encode_prompts, parse_prompt
+from minidiff.draw.model import GUIDED_TURBO, NONFINITE, ONE_STEP, Model
+from minidiff.draw.prompting import EMBEDS, Prompt, Side, both_sides, chunked, encode_prompts, finite_floats, parse_prompt
 from minidiff.draw.speed import fast
 from minidiff.draw.tiles import in_tiles, tiled
+from minidiff.files.folder import check_sampler
 
+Draw = Callable[[int | str], Tensor]  # what the noise is for -> the noise
+SPACINGS = ("leading", "linspace", "trailing")
 MAX_SIDE = 8192  # pixels: beyond, attention takes days
-ONE_STEP = (
-    "num_inference_steps is 1, which leaves noise or a blur; take about 20. Models and LoRAs that were distilled to few steps "
-    'draw in 1 to 8 with sampler "lcm", or with timestep_spacing "trailing" and guidance_scale 1.'
-)
-GUIDED_TURBO = (
-    "guidance_scale is {}; by its scheduler, Euler with trailing timestep_spacing, this is a turbo model, which draws in 1 to "
-    "4 steps with guidance_scale 0."
-)
-NONFINITE = (
-    "NaN or infinity comes out of the {}, so the picture would be black. Where half precision overflowed, run in float32 or "
-    "bfloat16 (torch_dtype); where training diverged, take an earlier checkpoint; else get the model's files again."
-)
-
-NO_PICTURE = "an IP-Adapter is loaded, and there is no ip_adapter_image; give one, or unload_ip_adapter."
-NO_ADAPTER = "ip_adapter_image is given, and no IP-Adapter is loaded that looks at it; load_ip_adapter first."
-
 
 class PipelineOutput(NamedTuple):
     """`images`: PIL pictures; or one tensor or array, if `output_type` says so."""
@@ -79,6 +56,12 @@ class StableDiffusionPipeline(Model):
     def dtype(self) -> torch.dtype:
         """The dtype in which the U-Net computes: that of its norms, which neither layerwise casting nor adapters change."""
         return self.unet.conv_norm_out.weight.dtype
+
+    @cached_property
+    def encoders(self) -> TextEncoders:
+        """The text encoders as one module: ids -> all that the U-Net reads of them."""
+        towers = [self.text_encoder] + [self.text_encoder_2] * bool(self.text_encoder_2)
+        return TextEncoders(towers, self.tokenizer.eos_token_id, (self.tokenizer_2 or self.tokenizer).pad_token_id)
 
     @property
     def placeholders(self) -> dict[str, list[int]]:
@@ -111,40 +94,40 @@ class StableDiffusionPipeline(Model):
         start from. `prompt_embeds`, `negative_prompt_embeds` (B, 77 k, D), from `encode_prompt`, replace the prompts. `image`:
         a picture to start from, scaled to `width` and `height` if given; the last `strength` (default 0.8) of the steps are
         taken. `mask_image`: only its white part is drawn (default `strength` 1). `ip_adapter_image`: a picture, or several side
-        by side, that the IP-Adapter looks at. `control_image`: the hint for `controlnet`; for it and the four arguments after
-        it see draw/control.py. `output_type`: "pil", "pt" (B, 3, H, W) in [0, 1], "np" (B, H, W, 3), or "latent". `callback`
-        sees each `Step`. SDXL alone: `pooled_prompt_embeds` (B, P), the second half of `encode_prompt`; and, as (height, width)
-        or (top, left), the sizes that core/text.py explains."""
+        by side, that the IP-Adapter looks at. `control_image` and the four arguments after it: see draw/control.py.
+        `output_type`: "pil", "pt" (B, 3, H, W) in [0, 1], "np" (B, H, W, 3), or "latent". `callback` sees each `Step`. SDXL
+        alone: `pooled_prompt_embeds` (B, P), and sizes as (height, width) or (top, left), for which see core/text.py."""
         if positional or field:  # the way other libraries call it: draw/habits.py
             return self.in_other_words(dict(locals()))
         encoded = (prompt_embeds, pooled_prompt_embeds), (negative_prompt_embeds, negative_pooled_prompt_embeds)
         yes, no = both_sides((prompt, encoded[0]), (negative_prompt or "", encoded[1]), num_images_per_prompt)
-        prompts, negatives = yes.prompts, no.prompts
-        chunks = count_chunks(self.tokenizer, prompts + negatives if guidance_scale > 1 else prompts, self.placeholders)
-        chunks = max(chunks, *(side.encoded[0].shape[1] // LENGTH if side.encoded else 1 for side in (yes, no)))
-        pictures = None if image is None else as_pictures(image, len(yes))
-        when = control_guidance_start, control_guidance_end
-        control = self.control(control_image, controlnet_conditioning_scale, *when, guess_mode, guidance_scale > 1)
-        shape = self.latent_shape(len(yes), height, width, control.pictures[0][0] if control and image is None else pictures)
-        drawn = (shape[2] * self.downscale, shape[3] * self.downscale)
-        sizes = sizes_of((*drawn, 0, 0, *drawn), original_size, crops_coords_top_left, target_size)
-        less = sizes_of(sizes, negative_original_size, negative_crops_coords_top_left, negative_target_size)
-        zeros = self.force_zeros_for_empty_prompt and negative_prompt is None
-        yes, no = replace(yes, sizes=sizes), replace(no, sizes=less, zeros=zeros)
+        read = yes.prompts + no.prompts if guidance_scale > 1 else yes.prompts
+        lengths = [len(chunked(self.tokenizer, prompt, self.placeholders)) for prompt in read]
+        chunks = max(1, *lengths, *(side.encoded[0].shape[1] // LENGTH for side in (yes, no) if side.encoded))
+        pictures = None if image is None else as_pictures(image, yes.count)
+        how = controlnet_conditioning_scale, control_guidance_start, control_guidance_end, guess_mode, guidance_scale > 1
+        control = None if control_image is None else self.control(control_image, *how)
+        shape = self.latent_shape(yes.count, height, width, control.pictures[0][0] if control and image is None else pictures)
+        if self.text_encoder_2:
+            drawn = (shape[2] * self.downscale, shape[3] * self.downscale)
+            sizes = sizes_of((*drawn, 0, 0, *drawn), original_size, crops_coords_top_left, target_size)
+            less = sizes_of(sizes, negative_original_size, negative_crops_coords_top_left, negative_target_size)
+            zeros = self.force_zeros_for_empty_prompt and negative_prompt is None
+            yes, no = replace(yes, sizes=sizes), replace(no, sizes=less, zeros=zeros)
         draw = noise_source(shape, seed, generator, latents)
         canvas = self.canvas(pictures, mask_image, strength, shape, draw, control)
         steps = as_int("num_inference_steps", num_inference_steps)
-        walk = self.walker(canvas, steps, sampler, timestep_spacing, use_karras_sigmas, eta)
-        self.check_guidance(guidance_scale)
-        text = partial(self.encode_side, clip_skip=clip_skip or 0, chunks=chunks)
-        encode = self.beside_picture(text, ip_adapter_image, yes)
+        walk = self.walker(canvas, sampler or self.sampler, steps, timestep_spacing, use_karras_sigmas, eta, guidance_scale)
+        encode: Any = partial(self.encode_side, clip_skip=clip_skip or 0, chunks=chunks)
+        if ip_adapter_image is not None or self.image_prompt:
+            encode = self.beside_picture(encode, ip_adapter_image, yes)
         stations = Stations(encode, canvas.unet, lambda latents: canvas.paste(self.decode(latents)), self.schedule)
-        noise = canvas.noise.to(self.device)
+        noise = canvas.noise.to(self.unet.conv_in.weight.device)
         if control:
             control.count(walk(lambda x, t: x, noise, self.schedule, steps, lambda i: noise), LENGTH * chunks)
         drawing = generate(stations, yes, no, noise, draw, steps, guidance_scale, walk, guidance_rescale)
-        named = any(one.loras for one in prompts + negatives)
-        with at_strengths(self.adaptable, loras_of(prompts, negatives)) if named else nullcontext():
+        named = any(one.loras for one in yes.prompts + no.prompts)
+        with at_strengths(self.adaptable, loras_of(yes.prompts, no.prompts)) if named else nullcontext():
             return PipelineOutput(self.run(drawing, steps, callback, output_type))
 
     def run(self, stations: Iterator[Any], steps: int, callback: Callable[[Step], None] | None, output_type: str) -> Any:
@@ -153,7 +136,6 @@ class StableDiffusionPipeline(Model):
 
         if output_type not in ("pil", "pt", "np", "latent"):
             raise SettingsError(f'output_type "{output_type}" is unknown; it is pil, pt, np or latent.')
-
         bar = tqdm(total=min(steps, len(self.schedule.sigmas)), unit="step", leave=False, disable=not self.progress_bar)
         # A compiled U-Net would be compiled again for each cached prompt, and a callback may change an adapter.
         prompt = self.unet._compiled_call_impl is None and callback is None
@@ -174,36 +156,25 @@ class StableDiffusionPipeline(Model):
 
         return finished(next(stations), output_type)
 
-    def check_guidance(self, scale: float) -> None:
-        """SettingsError for a scale that is not finite; a warning if this is a turbo model, which draws without guidance."""
-        if not isfinite(scale):
-            raise SettingsError(f"guidance_scale is {scale}; it must be a finite number.")
-        if scale > 1 and self.is_turbo:
-            warnings.warn(GUIDED_TURBO.format(scale), stacklevel=3)
-
     def walker(
-        self, canvas: Canvas, steps: int, sampler: str | None, spacing: str | None, karras: bool | None, eta: float
+        self, canvas: Canvas, name: str, steps: int, spacing: str | None, karras: bool | None, eta: float, guidance: float
     ) -> Callable[..., Iterator[Step]]:
-        """The sampler with its settings and its start. It warns of a single step from noise."""
-        name = self.sampler if sampler is None else sampler
+        """The sampler with its settings and its start. Warns of a single step, or of guidance, that draws badly."""
         chosen = sampler_for(name, spacing, karras, eta)
         usual = spacing or self.schedule.config.timestep_spacing or chosen.spacing
         check_steps(name, steps, canvas.strength, usual, self.schedule)
+        if not isfinite(guidance):
+            raise SettingsError(f"guidance_scale is {guidance}; it must be a finite number.")
         if steps == 1 and canvas.image is None and usual in ("leading", "linspace"):
             warnings.warn(ONE_STEP, stacklevel=3)
+        if guidance > 1 and self.is_turbo:
+            warnings.warn(GUIDED_TURBO.format(guidance), stacklevel=3)
         walk = partial(chosen, image=canvas.image, strength=canvas.strength, fix_x0=canvas.fix_x0)
         return partial(walk, spacing=spacing, karras=karras, eta=eta)
 
-    def beside_picture(self, encode: Callable[[Side], Text], image: Any, side: Side) -> Callable[[Side], Text]:
-        """`encode`, and what the IP-Adapter says of `image`, if there are any."""
-        if (image is None) != (self.image_prompt is None):
-            raise SettingsError(NO_PICTURE if self.image_prompt else NO_ADAPTER)
-        return self.image_prompt.beside(encode, image, side) if self.image_prompt else encode
-
-    def control(self, image: Any, scale: Numbers | None, *how: Any) -> Control | None:
-        """The ControlNets with the hints `image`, if there are any."""
-        scale = self.conditioning_scale if scale is None else scale
-        return None if image is None else control_of(self.controlnets, self.unet.config, image, scale, *how)
+    def control(self, image: Any, scale: Numbers | None, *how: Any) -> Control:
+        """The ControlNets with the hints `image`."""
+        return control_of(self.controlnets, self.unet.config, image, self.conditioning_scale if scale is None else scale, *how)
 
     def canvas(
         self, pictures: Tensor | None, mask_image: Pictures | None, strength: float | None, shape: Sequence[int], draw: Draw,
@@ -243,12 +214,12 @@ class StableDiffusionPipeline(Model):
                 raise SettingsError(f"{names} must be {fits}, as encode_prompt gives it, on both sides; it is {there}.")
             text = tuple(part.to(self.device, self.dtype) for part in side.encoded)
         elif side.zeros:
-            text = tuple(torch.zeros(len(side), *shape, device=self.device, dtype=self.dtype) for shape in shapes)
+            text = tuple(torch.zeros(side.count, *shape, device=self.device, dtype=self.dtype) for shape in shapes)
         else:
             text = self.encode_text(side.prompts, clip_skip, chunks)
         if not width:
             return text
-        sizes = embed_sizes(torch.tensor([side.sizes] * len(side), device=self.device), width)
+        sizes = embed_sizes(torch.tensor([side.sizes] * side.count, device=self.device), width)
         return text[0], torch.cat([text[1], sizes.to(self.dtype)], dim=1)
 
     def encode_text(self, prompts: Sequence[Prompt], clip_skip: int = 0, chunks: int = 1) -> Text:
@@ -272,13 +243,6 @@ class StableDiffusionPipeline(Model):
         """Captions as training reads them, without the prompt language, cut off at 75 tokens -> (B, 77, D); perhaps (B, P)."""
         text = self.encoders(tokenize(self.tokenizer, captions, self.placeholders))
         return tuple(rows.to(self.dtype) for rows in text)
-
-    def encode_pictures(self, pictures: Tensor, noise: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, h, w), drawn from the VAE's posterior with `noise`."""
-        x, tile = pictures.to(self.vae.post_quant_conv.weight), self.tile_size or self.vae_tile_size or MAX_SIDE
-        encode = tiled(lambda part: torch.cat(self.vae.encode(part), dim=1), tile, tile // 4, unit=self.downscale)
-        mean, logvar = torch.cat([encode(row[None]) for row in x]).chunk(2, dim=1)
-        return sample_posterior(mean, logvar, noise.to(mean)) * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) -> pictures (B, 3, H, W) in [-1, 1], one at a time to save memory."""
@@ -305,12 +269,73 @@ class StableDiffusionPipeline(Model):
             sides.append(side // factor)
         return count, self.vae.config.latent_channels, sides[0], sides[1]
 
-    def set_tile_size(self, pixels: int | None) -> None:
-        """Draw large pictures in overlapping tiles of so many pixels, with the memory of one tile; None: no tiles."""
-        cell = self.downscale
-        if pixels is not None and (as_int("tile_size", pixels) < 8 * cell or pixels % cell):
-            raise SettingsError(f"tile_size is {pixels}; it must be a multiple of {cell}, at least {8 * cell}.")
-        self.tile_size = pixels
 
-    def set_progress_bar_config(self, disable: bool = False) -> None:
-        self.progress_bar = not disable
+def sampler_for(name: str, spacing: str | None = None, karras: bool | None = None, eta: float = 0.0) -> Sampler:
+    """The sampler of this name. SettingsError if there is none, or if it does not take these settings."""
+    if name not in SAMPLERS:
+        check_sampler(name)
+    sampler = SAMPLERS[name]
+    if spacing and sampler.spacing is None:
+        raise SettingsError(f"timestep_spacing is {spacing}; {name} has its own timesteps. Leave it out.")
+    if spacing not in (None, *SPACINGS):
+        raise SettingsError(f'timestep_spacing "{spacing}" is unknown; it is one of {", ".join(SPACINGS)}.')
+    if karras and not sampler.karras:
+        able = ", ".join(name for name, other in SAMPLERS.items() if other.karras)
+        raise SettingsError(f"use_karras_sigmas is on; only these samplers take Karras sigmas: {able}.")
+    if not 0 <= eta <= 1 or (eta and not sampler.eta):
+        raise SettingsError(f"eta is {eta}; only ddim and tcd have one, from 0 (deterministic) to 1 (all new noise).")
+    return sampler
+
+
+def check_steps(name: str, steps: int, strength: float, spacing: str | None, schedule: NoiseSchedule) -> None:
+    """SettingsError if the sampler of this name cannot take so many steps, or start where they say."""
+    most = LCM_STEPS if SAMPLERS[name].spacing is None else len(schedule.sigmas)
+    if not 1 <= steps <= most:
+        raise SettingsError(f"num_inference_steps is {steps}; it can be 1 to {most} with {name}.")
+    if not 0 < strength <= 1:
+        raise SettingsError(f"strength is {strength}; it can be above 0 (the image as it is) to 1.")
+    if not int(steps * strength):
+        raise SettingsError(f"0 denoising steps: {steps} steps at strength {strength} are too few; use more of either.")
+    if name == "heun" and spacing != "leading" and schedule.sigmas[-1] > 1000:  # a mean of two directions there is noise
+        raise SettingsError("heun cannot begin at zero terminal SNR; use euler, or leading timestep_spacing.")
+
+
+def noise_source(
+    shape: Sequence[int], seed: int | Sequence[int] | None = None, generator: Generators | None = None,
+    latents: Tensor | None = None,
+) -> Draw:  # fmt: skip
+    """draw(purpose) -> standard normal noise of `shape` (B, C, h, w); for the purpose "latents", the caller's if given.
+
+    The purpose is "latents", "posterior" (a picture's own latents), "surroundings" (inpainting models), or i for step i. Noise
+    for picture b is a function of seed + b (or seed[b]) and the purpose, fp32 on the CPU for any device. A torch.Generator, or
+    one for each picture, gives its next numbers for any purpose, on its own device: the order of calls counts, as in diffusers.
+    """
+    if latents is not None and finite_floats("latents", latents).shape != tuple(shape):
+        raise SettingsError(f"latents have the shape {tuple(latents.shape)}; for this call it must be {tuple(shape)}.")
+    of_each = [] if generator is None else generators_of(generator, shape[0])
+    if seed is None:
+        seed = 0 if of_each else int(torch.randint(2**31, ()))
+    if isinstance(seed, Iterable) and not isinstance(seed, str):
+        seeds = [as_int("seed", one) for one in seed]
+    else:  # plain ints: the hash of numpy's would draw other pictures
+        seeds = [as_int("seed", seed) + i for i in range(shape[0])]
+    if len(seeds) != shape[0]:
+        raise SettingsError(f"{len(seeds)} seeds were given for {shape[0]} pictures; give one number, or one for each.")
+
+    def draw(purpose: int | str) -> Tensor:
+        if latents is not None and purpose == "latents":
+            return latents.float()
+        if of_each:
+            return torch.cat([torch.randn((n, *shape[1:]), generator=g, device=g.device) for g, n in of_each])
+        where = ("step", purpose) if isinstance(purpose, int) else (purpose,)
+        return torch.stack([normal(shape[1:], one, *where) for one in seeds])
+
+    return draw
+
+
+def as_int(name: str, value: int) -> int:
+    """A plain int from any integer type; SettingsError for 64.0 and other types."""
+    try:
+        return index(value)
+    except TypeError:
+        raise SettingsError(f"{name} is {value!r}; it must be a whole number.") from None

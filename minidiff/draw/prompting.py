@@ -21,7 +21,7 @@ Shapes: B prompts, D width of the text, P width of the pooled vector.
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,6 +41,8 @@ CHUNK, MOST_CHUNKS = 75, 100  # tokens, without the two marks
 STANDS_OUT = 0.01  # times the standard deviation: a mean below it is chance
 
 Token = tuple[int, float]  # id, weight
+Encoded = Sequence[Tensor | None]  # prompt_embeds (B, 77 k, D) and pooled_prompt_embeds (B, P), from the caller
+EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")
 
 NUMBER = r"[+-]? (?: \d{1,9} (?: \. \d* )? | \. \d+ )"
 LEXEMES = re.compile(
@@ -216,3 +218,51 @@ def _weighted(z: Tensor, weights: list[float]) -> Tensor:
     old, new = before.mean(), after.mean()
     chance = (old.abs() < STANDS_OUT * before.std()) | (new.abs() < STANDS_OUT * after.std()) | (old * new < 0)
     return (after if chance else after * (old / new)).to(z.dtype)
+
+
+# --- the two sides of a call -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Side:
+    """The prompts of a call, or its negative prompts."""
+
+    count: int
+    prompts: list[Prompt]
+    encoded: Text = ()  # in place of the prompts
+    zeros: bool = False  # in place of the prompts
+    sizes: tuple[int, ...] = ()  # SDXL: original height and width, top and left of the crop, target height and width
+
+
+
+def both_sides(given: tuple[Any, Encoded], negative: tuple[Any, Encoded], per_prompt: int) -> tuple[Side, Side]:
+    """Prompts and negative prompts from (text or texts, or encoded prompts instead): each prompt `per_prompt` times, and a
+    negative prompt for each."""
+    if per_prompt < 1:
+        raise SettingsError(f"num_images_per_prompt is {per_prompt}; it must be at least 1.")
+    if (given[0] is None) == (given[1][0] is None):
+        raise SettingsError("give either a prompt or prompt_embeds.")
+    read: list[tuple[int, list[Prompt], Text]] = []
+    for texts, embeds in (given, negative):
+        encoded = tuple(finite_floats(name, one) for name, one in zip(EMBEDS, embeds) if one is not None)
+        row = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+        if not encoded and not all(isinstance(text, str) for text in row):
+            raise SettingsError("prompt and negative_prompt must be a text, or a list of texts.")
+        prompts = [] if encoded else [parse_prompt(text) for text in row]
+        read.append((len(encoded[0] if encoded else prompts), prompts, encoded))
+    (count, *_), (negatives, *_) = read
+    if not count or negatives not in (1, count):
+        raise SettingsError(f"{negatives} negative prompts for {count} prompts; give one, or one for each.")
+    sides = []
+    for own, prompts, encoded in read:
+        times = count * per_prompt // own
+        repeated = tuple(part.repeat_interleave(times, dim=0) for part in encoded)
+        sides.append(Side(own * times, [one for one in prompts for _ in range(times)], repeated))
+    return sides[0], sides[1]
+
+
+def finite_floats(name: str, given: Tensor) -> Tensor:
+    """The tensor itself; SettingsError if it is not a tensor of finite floats."""
+    if not isinstance(given, Tensor) or not given.is_floating_point() or not given.ndim or not given.isfinite().all():
+        raise SettingsError(f"{name} must be a tensor of floats, without NaN and infinity.")
+    return given

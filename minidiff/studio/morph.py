@@ -27,8 +27,7 @@ from torch import Tensor
 from minidiff import __version__
 from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.core.guidance import Text
-from minidiff.draw.arguments import noise_source, sampler_for
-from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.draw.pipeline import StableDiffusionPipeline, noise_source, sampler_for
 from minidiff.draw.progress import progress
 from minidiff.draw.prompting import count_chunks, parse_prompt
 from minidiff.files.atomic import write_bytes

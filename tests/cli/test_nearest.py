@@ -10,8 +10,8 @@ from PIL import Image
 from minidiff.core.errors import AdapterError, SettingsError
 from minidiff.core.inject import inject
 from minidiff.core.unet import UNet2DConditionModel
-from minidiff.draw.arguments import sampler_for
 from minidiff.draw.lora_tags import in_lora_dir
+from minidiff.draw.pipeline import sampler_for
 from minidiff.files.inspect import describe
 from minidiff.files.values import same_name
 from minidiff.files.weights import save

@@ -11,8 +11,7 @@ from minidiff.core.generate import Stations, generate
 from minidiff.core.grids import SAMPLERS, Step
 from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.text import encode, tokenize
-from minidiff.draw.arguments import noise_source
-from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.draw.pipeline import StableDiffusionPipeline, noise_source
 
 NOISE = NoiseSchedule.from_config(NoiseConfig())
 PROMPTS, SHAPE = ["a photo of a red dog", "a drawing of a blue cat"], (2, 4, 8, 8)

@@ -23,8 +23,7 @@ from minidiff.core.rng import normal
 from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
-from minidiff.draw.arguments import check_steps, sampler_for
-from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.draw.pipeline import StableDiffusionPipeline, check_steps, sampler_for
 from minidiff.fast.frozen import frozen_weights
 from minidiff.files.folder import SAMPLER_OF, SD15_TEXT
 from minidiff.files.lora_file import save_lora

@@ -7,7 +7,7 @@ from tiny_sizes import TINY_UNET
 
 from minidiff.core.inject import adapter_weights, inject
 from minidiff.core.unet import UNet2DConditionModel
-from minidiff.draw.arguments import sampler_for
+from minidiff.draw.pipeline import sampler_for
 from minidiff.files.few_steps import FLAGS, suggestion
 from minidiff.files.lora_file import load_lora, save_lora
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from minidiff.cli.draw_flags import Sampling, Sheet
 from minidiff.core.errors import DataError, SettingsError
-from minidiff.draw.arguments import sampler_for
 from minidiff.draw.images import contact_sheet
+from minidiff.draw.pipeline import sampler_for
 from minidiff.studio.sheet import Axis, contact_sheet_of, gallery, parse_axis
 
 

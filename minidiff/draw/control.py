@@ -8,7 +8,7 @@ B pictures, 2B with guidance   C channels of a latent   C' of an encoded hint   
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from torch.nn.functional import interpolate
 from minidiff.core.config import UNetConfig
 from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.errors import SettingsError
-from minidiff.core.grids import Step
 from minidiff.core.guidance import UNetCall
 from minidiff.files.looks import FAMILIES
 
@@ -39,11 +38,10 @@ class Control:
     starts: Sequence[float]
     ends: Sequence[float]
     guess: bool
-    guided: bool  # the batch is 2B, its first half without the prompt
+    tokens: int  # of the text; what an IP-Adapter puts behind them is not for the nets
     hints: list[Tensor] = field(default_factory=list)  # encoded, (B, C', h, w)
     calls: int = 1  # of the U-Net in all
     call: int = 0  # the present one
-    tokens: int = 0  # of the text; what an IP-Adapter puts behind them is not for the nets
 
     def encode(self, count: int, height: int, width: int) -> None:
         """Encode the hints, once for all steps, for `count` pictures of this size."""
@@ -52,10 +50,6 @@ class Control:
                 raise SettingsError(f"{len(pictures)} hints (control_image) for {count} pictures; give one, or one for each.")
             hint = torch.cat([scaled(picture, height, width) for picture in pictures]).to(net.conv_in.weight)
             self.hints.append(net.encode_hint(hint).expand(count, -1, -1, -1))
-
-    def count(self, steps: Iterator[Step], tokens: int) -> None:
-        """How often the U-Net is called in all, by these steps of the sampler; and the tokens of the text."""
-        self.calls, self.tokens = next(steps).total, tokens
 
     def with_hints(self, unet: UNetCall) -> UNetCall:
         """The outer side: what the sampler calls, once for each step."""
@@ -87,8 +81,8 @@ class Control:
 
     def ask(self, net: ControlNetModel, scale: float, hint: Tensor, x: Tensor, *inputs: Tensor) -> list[Tensor]:
         """One net's part of `control`. In guess mode, it sees and changes only the half with the prompt."""
-        alone, weight = self.guided and (self.guess or net.config.global_pool_conditions), net.conv_in.weight
-        half = len(x) // 2 if alone else 0
+        guided, weight = len(x) > len(self.hints[0]), net.conv_in.weight  # 2B, of which the first half is without the prompt
+        half = len(x) // 2 if guided and (self.guess or net.config.global_pool_conditions) else 0
         t, states, *rest = (part[half:] if half else part for part in (*inputs, hint, x[:, : weight.shape[1]]))
         states = states[:, : self.tokens] if states.shape[1] > self.tokens else states  # the same object: fast/frozen.py
         states, *vector, hint, seen = (part.to(weight.dtype) for part in (states, *rest))
@@ -97,7 +91,7 @@ class Control:
 
 
 def control_of(
-    nets: Sequence[ControlNetModel], unet: UNetConfig, image: Any, scale: Any, start: Any, end: Any, guess: bool, guided: bool,
+    nets: Sequence[ControlNetModel], unet: UNetConfig, image: Any, scale: Any, start: Any, end: Any, guess: bool, tokens: int,
 ) -> Control:  # fmt: skip
     """The arguments of a call, checked. With several nets, `image`, `scale`, `start` and `end` are lists, or one for all."""
     if not nets:
@@ -112,7 +106,7 @@ def control_of(
     if late := next(((first, last) for first, last in zip(*rows[2:]) if not 0 <= first < last <= 1), None):
         what = "control_guidance_start is {:g} and control_guidance_end {:g}; both are shares of the way, the start comes first"
         raise SettingsError(what.format(*late) + ".")
-    return Control(nets, [pictures_of(one) for one in rows[0]], rows[1], rows[2], rows[3], guess, guided)
+    return Control(nets, [pictures_of(one) for one in rows[0]], rows[1], rows[2], rows[3], guess, tokens)
 
 
 def check_family(nets: Sequence[ControlNetModel], unet: UNetConfig) -> None:

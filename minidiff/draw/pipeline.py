@@ -105,7 +105,7 @@ class StableDiffusionPipeline(Model):
         lengths = [len(chunked(self.tokenizer, prompt, self.placeholders)) for prompt in read]
         chunks = max(1, *lengths, *(side.encoded[0].shape[1] // LENGTH for side in (yes, no) if side.encoded))
         pictures = None if image is None else as_pictures(image, yes.count)
-        how = controlnet_conditioning_scale, control_guidance_start, control_guidance_end, guess_mode, guidance_scale > 1
+        how = controlnet_conditioning_scale, control_guidance_start, control_guidance_end, guess_mode, LENGTH * chunks
         control = None if control_image is None else self.control(control_image, *how)
         shape = self.latent_shape(yes.count, height, width, control.pictures[0][0] if control and image is None else pictures)
         if self.text_encoder_2:
@@ -124,7 +124,7 @@ class StableDiffusionPipeline(Model):
         stations = Stations(encode, canvas.unet, lambda latents: canvas.paste(self.decode(latents)), self.schedule)
         noise = canvas.noise.to(self.unet.conv_in.weight.device)
         if control:
-            control.count(walk(lambda x, t: x, noise, self.schedule, steps, lambda i: noise), LENGTH * chunks)
+            control.calls = next(walk(lambda x, t: x, noise, self.schedule, steps, lambda i: noise)).total
         drawing = generate(stations, yes, no, noise, draw, steps, guidance_scale, walk, guidance_rescale)
         named = any(one.loras for one in yes.prompts + no.prompts)
         with at_strengths(self.adaptable, loras_of(yes.prompts, no.prompts)) if named else nullcontext():

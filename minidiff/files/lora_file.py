@@ -89,10 +89,9 @@ def read_lora(
 ) -> LoRAFile:
     """Every layer of an adapter file, or of a folder that diffusers or peft wrote.
 
-    `alpha` is for files that do not say it. `config` is the U-Net in which LDM's names are counted; None: as the names
-    show. AdapterError for a tensor
-    that belongs to no adapter of an SD model, or, where `models` are given, to none of their layers; with `strict=False` only
-    if all are so, and `notes` names those that were left out.
+    `alpha` is for files that do not say it. `config`: the U-Net whose layers LDM's names count; None: the one that the names
+    show. AdapterError for a tensor that belongs to no adapter of an SD model, or to no layer of the `models`. With
+    `strict=False` such tensors are left out and named in `notes`; AdapterError only if all are so.
     """
     file = source if isinstance(source, TensorFile) else read_header(find_weights(source, LORA_FILES))
     modules, left = by_layer(file, config or unet_of(file.tensors), strict)

@@ -271,7 +271,7 @@ class Model:
         adapter = ip_adapter_file.load_ip_adapter(file, self.unet)
         parents = (Path(), file.parent, home, found(self.name_or_path, {}))
         places = [parent / image_encoder_folder for parent in parents]
-        self.attach_ip_adapter(adapter, *ip_adapter_file.load_image_tower(ip_adapter_file.find_image_tower(places)))
+        self.attach_ip_adapter(adapter, *ip_adapter_file.load_image_tower(*places))
 
     def attach_ip_adapter(self, adapter: ip_adapter.IPAdapter, tower: Any, pixels: ip_adapter_file.Pixels) -> None:
         """The same with an adapter and an image tower that are in memory; they take the U-Net's device and dtype."""

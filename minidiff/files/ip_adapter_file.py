@@ -7,7 +7,7 @@
 The names of the tensors are the attributes in core/ip_adapter.py.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -78,18 +78,12 @@ def projection(form: str, tensors: Mapping[str, HasShape]) -> nn.Module:
     return Resampler(e_width, width, tokens, inner, shape["layers.0.0.to_q.weight"][0] // 64, depth)
 
 
-def find_image_tower(places: Iterable[Path]) -> Path:
-    """The first of these folders that is an image tower's."""
-    places = list(dict.fromkeys(places))
-    if found := next((place for place in places if (place / "config.json").is_file()), None):
-        return found
-    raise WeightsError(NO_TOWER.format(", ".join(map(str, places))))
-
-
-def load_image_tower(folder: Path) -> "tuple[CLIPVisionModelWithProjection, Pixels]":
-    """CLIP's image tower, frozen, and how a picture becomes its input: where no file says it, as CLIP's own."""
+def load_image_tower(*places: Path) -> "tuple[CLIPVisionModelWithProjection, Pixels]":
+    """CLIP's image tower from the first of these folders that has one, frozen; and how it reads pictures, if unsaid as CLIP."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+    if (folder := next((place for place in places if (place / "config.json").is_file()), None)) is None:
+        raise WeightsError(NO_TOWER.format(", ".join(map(str, dict.fromkeys(places)))))
     values, where = config_of(folder)
     try:
         with torch.device("meta"):

@@ -21,6 +21,7 @@ ARCHITECTURES = {  # and in metadata: ModelSpec's name, and kohya's
     1024: ("stable-diffusion-v2", "sd_v2"),
     2048: ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
 }
+FIRST = re.compile(r"(conv_in|(model\.diffusion_model\.)?input_blocks\.0\.0)\.weight")  # a U-Net's first convolution
 INPUTS = {4: "", 9: "inpainting ", 8: "InstructPix2Pix ", 5: "depth ", 7: "upscaling "}  # by the U-Net's input channels
 LOOKS = (  # how a file can look, by the beginning of any of its names; the first that fits
     (r"conditioner\.embedders\.0\.model\.", "a single file of SDXL's refiner, with which minidiff does not draw"),
@@ -68,7 +69,9 @@ def describe(tensors: Mapping[str, HasShape]) -> str:
     for pattern, looks in LOOKS:
         if any(re.match(pattern, key) for key in tensors):
             family = FAMILIES.get(width or 0, f"SD (cross-attention width {width or 'unknown'})")
-            return looks.format(family=family, inputs=_inputs(tensors))
+            shapes = (t.shape for key, t in tensors.items() if FIRST.fullmatch(key) and len(t.shape) > 1)
+            channels = next(shapes, (0, 4))[1]
+            return looks.format(family=family, inputs=INPUTS.get(channels, f"{channels}-channel "))
     for key, tensor in tensors.items():
         if key.endswith("token_embedding.weight") and tensor.shape:
             return f"a CLIP text encoder of width {tensor.shape[-1]}"
@@ -110,10 +113,3 @@ def architecture(width: int, v: bool | None = None) -> tuple[str, str]:
     name, kohyas = ARCHITECTURES.get(width, (f"width-{width}", f"width-{width}"))
     size = {None: "", False: "-512", True: "-768-v"}[v] if kohyas == "sd_v2" else ""
     return name + size, kohyas + "_v" * (v is True and kohyas.startswith("sd_"))
-
-
-def _inputs(tensors: Mapping[str, HasShape]) -> str:
-    """The kind of U-Net by its input channels, for `describe`."""
-    first = re.compile(r"(conv_in|(model\.diffusion_model\.)?input_blocks\.0\.0)\.weight")
-    channels = next((t.shape[1] for key, t in tensors.items() if first.fullmatch(key) and len(t.shape) > 1), 4)
-    return INPUTS.get(channels, f"{channels}-channel ")

@@ -29,7 +29,7 @@ from minidiff.draw.images import to_tensor
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.progress import progress
 from minidiff.files import weights
-from minidiff.files.ip_adapter_file import find_image_tower, load_image_tower
+from minidiff.files.ip_adapter_file import load_image_tower
 from minidiff.pocket.anatomy import whole_and_spoiled
 from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.settings import JudgeSettings
@@ -229,7 +229,7 @@ class ImageTower:
     """CLIP's image tower, `image_encoder/` of a model folder: pictures -> points on a sphere, like pictures close together."""
 
     def __init__(self, folder: Path) -> None:
-        self.model, (self.side, _, _) = load_image_tower(find_image_tower([folder]))
+        self.model, (self.side, _, _) = load_image_tower(folder)
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Tensor:

@@ -29,7 +29,7 @@ from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import checkpoint_gradients, speed_up
 from minidiff.files.controlnet import read_controlnet, write_controlnet
 from minidiff.files.folder import local_folder
-from minidiff.files.ip_adapter_file import find_image_tower, load_image_tower
+from minidiff.files.ip_adapter_file import load_image_tower
 from minidiff.files.lora_file import save_lora
 from minidiff.files.weights import save
 from minidiff.files.word_file import check_word, save_embedding
@@ -120,7 +120,7 @@ def ip_adapter(settings: IPAdapterSettings) -> Job:
     """An IP-Adapter of the base form. The result is `ip_adapter.safetensors`."""
     pipe, base_hash = load_base(replace(settings, mixed_precision="no"))  # one number format for the U-Net and what is trained
     home = Path(settings.image_encoder or local_folder(settings.pretrained_model_name_or_path) / "image_encoder")
-    tower, pixels = load_image_tower(find_image_tower([home]))
+    tower, pixels = load_image_tower(home)
     torch.manual_seed(hashed_seed(settings.seed, "ip_adapter"))
     projection = ImageProjection(tower.config.projection_dim, pipe.unet.config.cross_attention_dim)
     adapter = IPAdapter(projection, pipe.unet).float()

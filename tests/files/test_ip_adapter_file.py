@@ -13,7 +13,7 @@ from minidiff.core.errors import WeightsError
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files.convert import convert
 from minidiff.files.inspect import as_text, inspect
-from minidiff.files.ip_adapter_file import find_image_tower, load_ip_adapter
+from minidiff.files.ip_adapter_file import load_image_tower, load_ip_adapter
 from minidiff.files.weights import save
 
 
@@ -78,4 +78,4 @@ def test_another_family_and_a_missing_tower(tmp_path: Path) -> None:
     ):
         load_ip_adapter(path, tiny_unet())
     with pytest.raises(WeightsError, match=r"a, .*b: no image encoder here.*models/image_encoder of h94/IP-Adapter"):
-        find_image_tower([tmp_path / "a", tmp_path / "b"])
+        load_image_tower(tmp_path / "a", tmp_path / "b")

@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.parametrize("call", CALLS, ids=str)
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: ", ".join(call) or "usual")
 def test_latents(folder: Path, call: dict[str, Any]) -> None:
     call = dict(call)
     count, sampler, pooled = call.pop("nets", 1), call.pop("sampler", "DDIMScheduler"), call.pop("pooled", False)

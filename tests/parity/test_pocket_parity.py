@@ -101,6 +101,7 @@ def test_lora_has_the_same_effect(ours: StableDiffusionPipeline, theirs, tmp_pat
     theirs.load_lora_weights(tmp_path)
     tuned = ours(PROMPTS, latents=latents, **CALL).images
     same_pictures(tuned, theirs(PROMPTS, latents=latents, **CALL).images)
+    theirs.unload_lora_weights()
     assert np.abs(np.asarray(tuned[0], int) - np.asarray(plain[0], int)).max() > 20
 
 

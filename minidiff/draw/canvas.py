@@ -108,14 +108,14 @@ def pasted(drawn: Tensor, pictures: Tensor, mask: Tensor) -> Tensor:
 def as_pictures(image: Pictures, count: int) -> Tensor:
     """(count, 3, H, W); one picture serves for all. SettingsError for several sizes, another count, or other types."""
     several = isinstance(image, (list, tuple)) or isinstance(image, (Tensor, np.ndarray)) and image.ndim == 4
-    pictures = [_as_picture(one) for one in (image if several else [image])]
+    pictures = [as_picture(one) for one in (image if several else [image])]
     if len(pictures) not in (1, count) or len({picture.shape for picture in pictures}) > 1:
         sizes = ", ".join(f"{picture.shape[-1]} x {picture.shape[-2]}" for picture in pictures)
         raise SettingsError(f"image holds pictures of {sizes}; give one, or {count} of one size, one for each that is drawn.")
     return torch.stack(pictures).expand(count, -1, -1, -1)
 
 
-def _as_picture(image: Pictures, name: str = "image") -> Tensor:
+def as_picture(image: Pictures, name: str = "image") -> Tensor:
     """(3, H, W); `name` is the argument's, for errors."""
     from PIL import Image  # only now: drawing from a prompt alone does not need it
 
@@ -141,7 +141,7 @@ def as_mask(mask: Pictures, pictures: Tensor, height: int, width: int) -> Tensor
 
     if isinstance(mask, (str, Path)):
         mask = load_mask(mask)
-    white = white_of(mask) if isinstance(mask, Image.Image) else _as_picture(mask, "mask_image").mean(dim=0) > 0
+    white = white_of(mask) if isinstance(mask, Image.Image) else as_picture(mask, "mask_image").mean(dim=0) > 0
     if white.shape != pictures.shape[-2:]:
         sizes = "{1} x {0} and the picture {3} x {2}".format(*white.shape, *pictures.shape[-2:])
         raise SettingsError(f"mask_image is {sizes}; make the mask as large, or scale both to the model's size: --resize.")

@@ -10,7 +10,6 @@ B pictures, 2B with guidance   C channels of a latent   C' of an encoded hint   
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from minidiff.core.config import UNetConfig
 from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.errors import SettingsError
 from minidiff.core.guidance import UNetCall
+from minidiff.draw.canvas import as_picture
 from minidiff.files.looks import FAMILIES
 
 Numbers = float | Sequence[float]
@@ -119,18 +119,13 @@ def check_family(nets: Sequence[ControlNetModel], unet: UNetConfig) -> None:
 
 def pictures_of(image: Any) -> list[Tensor]:
     """Hints (3, H, W): pictures as uint8; or numbers of the caller's, which are not changed and may lie in [-1, 1]."""
-    from PIL import Image
-
-    from minidiff.draw.images import load_image, opaque
-
     found: list[Tensor] = []
     for one in image if isinstance(image, (list, tuple)) else [image]:
-        one = load_image(one) if isinstance(one, (str, Path)) else one
-        if isinstance(one, Image.Image):
-            if one.mode != "RGB":
-                warnings.warn(f"control_image: a picture of mode {one.mode} becomes RGB.", stacklevel=2)
-            one = torch.from_numpy(np.array(opaque(one).convert("RGB"))).permute(2, 0, 1)
-        elif not isinstance(one, Tensor) or one.ndim not in (3, 4) or one.shape[-3] != 3 or not one.abs().max() <= 1.001:  # NaN
+        if not isinstance(one, Tensor):
+            if (mode := getattr(one, "mode", "RGB")) != "RGB":
+                warnings.warn(f"control_image: a picture of mode {mode} becomes RGB.", stacklevel=2)
+            one = ((as_picture(one, "control_image") + 1) * 127.5).round().byte()
+        elif one.ndim not in (3, 4) or one.shape[-3] != 3 or not one.abs().max() <= 1.001:  # or NaN
             raise SettingsError("control_image must be a picture, a path, or a tensor (3, H, W) with numbers in [0, 1].")
         found += one.reshape(-1, *one.shape[-3:])
     return found

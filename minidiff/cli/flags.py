@@ -31,12 +31,12 @@ class Convert(Flags):
     """Write a file in another program's format, read it again, and print how much its numbers changed."""
 
     source: Positional[Path]
-    """A LoRA, a textual inversion or a whole model. Pickles (.ckpt, .pt, .bin) can be read here; their code does not run."""
+    """A LoRA, a textual inversion, a ControlNet or a model. Pickles (.ckpt, .pt, .bin) are read here; their code does not run."""
     output: Positional[Path]
     """A new .safetensors file, or a new folder if the format is a folder."""
     to: Literal["diffusers", "kohya", "peft", "ldm", "safetensors"] = "diffusers"
-    """LoRA: diffusers, kohya, peft. Textual inversion: diffusers, kohya. Model: diffusers (a folder), ldm (one file for
-    A1111 and ComfyUI). safetensors: the tensors of a pickle, unchanged."""
+    """LoRA: diffusers, kohya, peft. Textual inversion: diffusers, kohya. Model, ControlNet: diffusers (a folder), ldm (one
+    file for A1111 and ComfyUI). safetensors: the tensors of a pickle or an IP-Adapter, unchanged."""
     dtype: NumberFormat | None = None
     """Number format. Default: that of the source."""
     alpha: Annotated[float, POSITIVE] | None = None

@@ -17,6 +17,7 @@ from torch import Tensor
 from minidiff.core.errors import AdapterError, SettingsError, WeightsError
 from minidiff.core.lora import LoRAWeights
 from minidiff.files.atomic import PICKLES, called
+from minidiff.files.bundled import here_or_bundled
 from minidiff.files.controlnet import read_controlnet, write_controlnet
 from minidiff.files.looks import FAMILIES, cross_attention_width, kind_of
 from minidiff.files.lora_file import read_lora, save_lora
@@ -32,6 +33,7 @@ def convert(source: Path, place: Path, to: str, flags: Mapping[str, Any]) -> lis
 
     `flags` are those that were given, of KINDS. SettingsError for a form or a flag that this kind of file does not have.
     """
+    source = here_or_bundled(source)
     pickled = not source.is_dir() and (source.suffix in PICKLES or is_pickle(first_bytes(source)))
     path = place.parent / "opened" / f"{source.stem}.safetensors" if pickled else source
     with called(path, source):
@@ -50,7 +52,7 @@ def convert(source: Path, place: Path, to: str, flags: Mapping[str, Any]) -> lis
         if ignored := [flag for flag in flags if flag not in names]:
             raise SettingsError(f"{path} is {kind}, for which --{ignored[0]} means nothing; leave it out.")
         is_file = to in ("ldm", "safetensors")
-        if kind in ("a model", "a ControlNet", "a pickle") and (place.suffix == SINGLE_FILE) != is_file:
+        if kind not in ("a LoRA", "a textual inversion") and (place.suffix == SINGLE_FILE) != is_file:
             form = f"a file that ends in {SINGLE_FILE}" if is_file else "a folder"
             raise SettingsError(f"{place}: {kind} in the form {to} is {form}; choose another name, or another --to.")
         return write(path, place, to, *(flags.get(name) for name in names))
@@ -95,15 +97,16 @@ def convert_controlnet(path: Path, place: Path, to: str, dtype: torch.dtype | No
     return [moved(net.state_dict(), read_controlnet(place, None, net.config).state_dict())]
 
 
-def convert_pickle(path: Path, place: Path, to: str) -> list[str]:
-    before = {key or "tensor": tensor for key, tensor in read_header(path).read().items()}
+def convert_tensors(path: Path, place: Path, to: str) -> list[str]:
+    before = {key or "tensor": tensor for key, tensor in read_header(find_weights(path)).read().items()}
     save(before, place)
     return [moved(before, read_header(place).read())]
 
 
 IN_ONE_FILE = ("tokenizer", "prediction_type")  # a model in one file does not have them
 KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[..., list[str]]]] = {  # forms, flags, function
-    "a pickle": (("safetensors",), (), convert_pickle),
+    "a pickle": (("safetensors",), (), convert_tensors),
+    "an IP-Adapter": (("safetensors",), (), convert_tensors),
     "a LoRA": (("diffusers", "kohya", "peft"), ("alpha", "dtype", "pretrained_model_name_or_path"), convert_lora),
     "a textual inversion": (("diffusers", "kohya"), ("token",), convert_word),
     "a ControlNet": (("diffusers", "ldm"), ("dtype", "pretrained_model_name_or_path"), convert_controlnet),

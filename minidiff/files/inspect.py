@@ -64,7 +64,7 @@ def describe(path: Path) -> Facts:
     file = read_header(path)
     report: Facts = {"path": str(path), "is": file.looks_like, "size": size(file)}
     try:
-        if (kind := kind_of(file.tensors)) in ("a model", "a ControlNet"):
+        if (kind := kind_of(file.tensors)) in ("a model", "a ControlNet", "an IP-Adapter"):
             file.read()  # WeightsError for NaN and infinity
         else:
             report |= lora_facts(file) if kind == "a LoRA" else word_facts(file)

@@ -175,7 +175,7 @@ def output_files(s: Any, origin: Path | None = None) -> list[Path]:
     if path.suffix.lower() != ".png" and not isinstance(s, Morph):
         raise SettingsError(f'--output "{path}": pictures are written as PNG; give a name that ends in .png.')
     names = [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
-    shown = {f"--control_image {path}": path for path in s.control_image}
+    shown = {f"--{flag} {path}": path for flag in ("control_image", "ip_adapter_image") for path in getattr(s, flag)}
     check_outputs(names, {"--image": s.image, "--mask_image": s.mask_image, "--from": origin, **shown})
     return names
 

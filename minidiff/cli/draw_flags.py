@@ -16,6 +16,7 @@ from warnings import warn
 from tyro.conf import Positional
 
 from minidiff.core.errors import SettingsError
+from minidiff.files.bundled import here_or_bundled
 from minidiff.files.folder import check_sampler, config_of, local_folder
 from minidiff.files.values import A_PATH, FINITE, Flags, Rule, between, near_path
 
@@ -151,7 +152,7 @@ class Sampling(Flags):
             raise SettingsError("--hint needs --control_image, the photograph from which the hint is made.")
         for flag, value in ((name, getattr(self, name)) for name in FILES):
             for path in (value,) if isinstance(value, str) else value or ():
-                if not os.path.exists(path) and (os.path.isdir(os.path.dirname(path) or ".") or path.count("/") != 1):
+                if not here_or_bundled(path).exists() and (os.path.isdir(os.path.dirname(path) or ".") or path.count("/") != 1):
                     raise SettingsError(f"--{flag} {path}: no such file or folder.{near_path(path)}")  # nor a hub id
                 if flag == "lora" and os.path.exists(os.path.join(path, "model_index.json")):
                     raise SettingsError(f"--lora {path} is a whole model; give it as --pretrained_model_name_or_path {path}")

@@ -21,6 +21,7 @@ from minidiff.draw.prompting import Side
 from minidiff.draw.speed import fast, needed, speed_up, speed_up_network
 from minidiff.draw.tiles import tiled
 from minidiff.files import ip_adapter_file, lora_file, weights, word_file
+from minidiff.files.bundled import here_or_bundled
 from minidiff.files.folder import found, is_turbo, local_folder
 from minidiff.files.model import ModelParts, check_parts_fit, read_model, write_folder
 from minidiff.files.values import check_names
@@ -270,7 +271,7 @@ class Model:
         file = weights.find_weights(home / subfolder / weight_name if home.is_dir() else home, ())
         adapter = ip_adapter_file.load_ip_adapter(file, self.unet)
         parents = (Path(), file.parent, home, found(self.name_or_path, {}))
-        places = [parent / image_encoder_folder for parent in parents]
+        places = [here_or_bundled(parent / image_encoder_folder) for parent in parents]
         self.attach_ip_adapter(adapter, *ip_adapter_file.load_image_tower(*places))
 
     def attach_ip_adapter(self, adapter: ip_adapter.IPAdapter, tower: Any, pixels: ip_adapter_file.Pixels) -> None:

@@ -92,7 +92,7 @@ def form_of(tensors: Mapping[str, HasShape], forms: Mapping[str, str]) -> str | 
 def kind_of(tensors: Mapping[str, HasShape]) -> str:
     """As `convert` and `inspect` go about it."""
     if form := form_of(tensors, CONTROL_FORMS | IP_FORMS):  # a FaceID's file holds a LoRA, too
-        return "a ControlNet" if form == "ControlNet" else "a model"
+        return "a ControlNet" if form == "ControlNet" else "an IP-Adapter" if form in IP_FORMS.values() else "a model"
     return "a LoRA" if lora_dialect(tensors) else "a textual inversion" if is_embedding(tensors) else "a model"
 
 

@@ -31,7 +31,7 @@ class Convert(Flags):
     """Write a file in another program's format, read it again, and print how much its numbers changed."""
 
     source: Positional[Path]
-    """A LoRA, a textual inversion, a ControlNet or a model. Pickles (.ckpt, .pt, .bin) are read here; their code does not run."""
+    """A LoRA, a textual inversion, a ControlNet or a model. Pickles (.ckpt, .pt, .bin) are read, none of their code runs."""
     output: Positional[Path]
     """A new .safetensors file, or a new folder if the format is a folder."""
     to: Literal["diffusers", "kohya", "peft", "ldm", "safetensors"] = "diffusers"

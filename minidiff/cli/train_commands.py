@@ -26,7 +26,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 def train(s: FineTuneSettings) -> None:
     """Train, and leave with code 130 if the run was asked to stop: a script must not take it for finished."""
-    for folder in (s.instance_data_dir, s.train_data_dir, s.validation_data_dir):
+    for folder in (getattr(s, f"{name}_data_dir", None) for name in ("instance", "train", "validation", "conditioning")):
         if folder and not Path(folder).is_dir() and not here_or_bundled(folder).is_dir():
             raise SettingsError(f"{folder}: there is no such folder.{near_path(folder)} Give that of the pictures.")
     from minidiff.cli.first_line import of_training  # only now: torch takes long to import

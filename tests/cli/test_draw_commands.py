@@ -234,7 +234,7 @@ def test_what_is_read_is_not_written_over(tiny_folder: Path, capsys: pytest.Capt
         (["--output", "p-0.png"], "--output p-0.png is the file of --image, too"),
         (["--output", "p.png", "--num_images_per_prompt", "2"], "--output p-0.png is the file of --image, too"),
         (["--output", "mask.png"], "--output mask.png is the file of --mask_image, too"),
-        (["--ip_adapter", "a/b", "--ip_adapter_image", "other.png", "--output", "other.png"], "of --ip_adapter_image other.png"),
+        (["--ip_adapter", "a/b", "--ip_adapter_image", "other.png", "--output", "other.png"], "of --ip_adapter_image"),
     ):
         assert said in refused(capsys, tiny_folder, "sample", DOG, *inputs, *flags)
     sheet = ["sheet", DOG, "--columns", "image=p-0.png,other.png", "--output", "other.png"]

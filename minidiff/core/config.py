@@ -34,7 +34,7 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class ControlNetConfig(UNetConfig):
-    """A ControlNet: the way down of that U-Net, and a picture as its condition. What only a way up has means nothing here."""
+    """A ControlNet: the way down of that U-Net, and a picture as its condition. Settings of the way up mean nothing."""
 
     conditioning_channels: int = 3
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)  # widths: at first, then at 1/2, 1/4, 1/8

@@ -26,7 +26,7 @@ LENGTH = 77  # positions that CLIP was trained with
 
 
 def encode(text_encoder: "CLIPTextModel", ids: Tensor, clip_skip: int = 0) -> Tensor:
-    """ids (B, 77) -> (B, 77, D): the states after the last layer, or `clip_skip` layers before it; then the final LayerNorm."""
+    """ids (B, 77) -> (B, 77, D): the states after the last layer, or `clip_skip` layers before it; then the LayerNorm."""
     states, norm = hidden_states(text_encoder, ids)
     hidden: Tensor = norm(states[-1 - clip_skip])
     return hidden

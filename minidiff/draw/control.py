@@ -41,7 +41,7 @@ class Control:
     tokens: int  # of the text; what an IP-Adapter puts behind them is not for the nets
     hints: list[Tensor] = field(default_factory=list)  # encoded, (B, C', h, w)
     calls: int = 1  # of the U-Net in all
-    call: int = 0  # the present one
+    call: int = 0  # the number of the present call
 
     def encode(self, count: int, height: int, width: int) -> None:
         """Encode the hints, once for all steps, for `count` pictures of this size."""

@@ -52,7 +52,7 @@ class ImagePrompt:
 
     @torch.no_grad()
     def look(self, images: Any) -> tuple[Tensor, Tensor]:
-        """The tower's answers to pictures that are shown side by side, and to none: each (1, M, E) or (1, M, P, E)."""
+        """The input of the adapter, for pictures that are shown side by side, and for none: each (1, M, E) or (1, M, P, E)."""
         x = torch.stack([as_input(image, *self.pixels) for image in as_list(images)]).to(self.tower.device, self.tower.dtype)
         if self.whole:
             e = self.tower(pixel_values=x).image_embeds
@@ -61,7 +61,7 @@ class ImagePrompt:
         return states[None, : len(x)], states[None, len(x) :]
 
     def beside(self, encode: Callable[[Any], Text], images: Any, shown_with: Any) -> Callable[[Any], Text]:
-        """`encode`, with the pictures behind the prompts `shown_with`; behind others there are those of an empty picture."""
+        """Like `encode`, but it appends image tokens: of the pictures to the prompts `shown_with`, of no picture to others."""
         e, no_e = self.look(images)
 
         def encode_both(prompts: Any) -> Text:

@@ -19,7 +19,7 @@ from minidiff.core.lora import LoRAWeights
 from minidiff.files.atomic import PICKLES, called
 from minidiff.files.bundled import here_or_bundled
 from minidiff.files.controlnet import read_controlnet, write_controlnet
-from minidiff.files.looks import FAMILIES, cross_attention_width, kind_of
+from minidiff.files.looks import cross_attention_width, kind_of
 from minidiff.files.lora_file import read_lora, save_lora
 from minidiff.files.model import SINGLE_FILE, cast, empty_model, read_again, read_model, write_model
 from minidiff.files.weights import NAMES, find_weights, first_bytes, foreign, is_finite, is_pickle, read_header, save
@@ -144,7 +144,7 @@ def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def for_a1111(to: str, width: int | None) -> list[str]:
     """A line for the kohya form of an adapter whose model A1111 does not have."""
-    if to != "kohya" or width is None or FAMILIES.get(width, "SD pocket") != "SD pocket":
+    if to != "kohya" or width is None or width >= 768:
         return []
     return [f"Note: A1111 and ComfyUI cannot use it: it is for a model of width {width}, and theirs are 768 or more."]
 

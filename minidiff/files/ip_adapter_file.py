@@ -55,8 +55,7 @@ def load_ip_adapter(path: Path, unet: UNet2DConditionModel) -> IPAdapter:
             if form in NOT_HERE:
                 raise WeightsError(f"{path}: minidiff does not draw with the form {form}. It needs {NOT_HERE[form]}.")
             if cross_attention_width(file.tensors) not in (reads, None):
-                family = FAMILIES.get(reads, f"a model of cross-attention width {reads}")
-                raise WeightsError(f"{path} is {file.looks_like}; this model is {family}.")
+                raise WeightsError(f"{path} is {file.looks_like}; this model is {FAMILIES.get(reads, 'of another kind')}.")
             try:
                 adapter = IPAdapter(projection(form, file.tensors), unet)
             except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
@@ -79,7 +78,7 @@ def projection(form: str, tensors: Mapping[str, HasShape]) -> nn.Module:
 
 
 def load_image_tower(*places: Path) -> "tuple[CLIPVisionModelWithProjection, Pixels]":
-    """CLIP's image tower from the first of these folders that has one, frozen; and how it reads pictures, if unsaid as CLIP."""
+    """CLIP's image tower from the first of these folders that has one, frozen; and how it reads pictures."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     if (folder := next((place for place in places if (place / "config.json").is_file()), None)) is None:

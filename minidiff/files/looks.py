@@ -90,7 +90,7 @@ def form_of(tensors: Mapping[str, HasShape], forms: Mapping[str, str]) -> str | 
 
 
 def kind_of(tensors: Mapping[str, HasShape]) -> str:
-    """As `convert` and `inspect` go about it."""
+    """The kind of the file, in the words of `convert` and `inspect`."""
     if form := form_of(tensors, CONTROL_FORMS | IP_FORMS):  # a FaceID's file holds a LoRA, too
         return "a ControlNet" if form == "ControlNet" else "an IP-Adapter" if form in IP_FORMS.values() else "a model"
     return "a LoRA" if lora_dialect(tensors) else "a textual inversion" if is_embedding(tensors) else "a model"
@@ -109,7 +109,7 @@ def cross_attention_width(tensors: Mapping[str, HasShape]) -> int | None:
 
 
 def architecture(width: int, v: bool | None = None) -> tuple[str, str]:
-    """The model that an adapter belongs to, in the words of ModelSpec and of kohya. `v`: predicts it v, if that matters?"""
+    """The model that an adapter belongs to, in the words of ModelSpec and of kohya. `v`: does it predict v? None: no matter."""
     name, kohyas = ARCHITECTURES.get(width, (f"width-{width}", f"width-{width}"))
     size = {None: "", False: "-512", True: "-768-v"}[v] if kohyas == "sd_v2" else ""
     return name + size, kohyas + "_v" * (v is True and kohyas.startswith("sd_"))

@@ -157,7 +157,7 @@ def read_model(
 
 
 def predicting(model: ModelParts, name: str | Path, file: TensorFile | None, prediction_type: str | None) -> NoiseConfig:
-    """The noise settings of a single file. One of SD 2.x can predict both; ComfyUI guesses by the biases of one norm."""
+    """The noise settings of a single file. SD 2.x has models of both kinds; the biases of one norm tell, as in ComfyUI."""
     if file is None or prediction_type not in (None, "epsilon", "v_prediction"):
         rule = "it is epsilon or v_prediction, for a model in one file alone; a folder has a scheduler_config.json"
         raise SettingsError(f'{name}: --prediction_type is "{prediction_type}"; {rule}.')

@@ -57,7 +57,7 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     key: str
     rows: tuple[int, int] | None = None  # from, to; None: all
-    transposed: bool = False  # the file has the other way round
+    transposed: bool = False  # the file holds its transpose
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 
 from minidiff.core import controlnet
+from minidiff.core.errors import SettingsError
 from minidiff.draw.habits import FROM_MASK, StableDiffusionPipeline, with_habits
 from minidiff.files.controlnet import read_controlnet, write_controlnet
 from minidiff.files.folder import found
@@ -44,7 +45,10 @@ class StableDiffusionControlNetPipeline(StableDiffusionPipeline):
     order = ("control_image", *StableDiffusionPipeline.order)
 
     def __call__(self, *inputs: Any, image: Any = None, control_image: Any = None, **named: Any) -> Any:
-        return super().__call__(*inputs, control_image=control_image if image is None else image, **named)
+        hint = control_image if image is None else image
+        if hint is None and not inputs[1:]:
+            raise SettingsError("a ControlNet pipeline follows a picture; give its image.")
+        return super().__call__(*inputs, control_image=hint, **named)
 
 
 SIZES = ("height", "width", "strength")

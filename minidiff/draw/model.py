@@ -95,7 +95,7 @@ class Model:
     def controlnet(self, nets: ControlNetModel | Sequence[ControlNetModel] | None) -> None:
         self.controlnets = (nets,) if isinstance(nets, ControlNetModel) else tuple(nets or ())
         for net in self.controlnets:
-            net.to(self.unet.conv_in.weight.device)
+            net.to(self.unet.conv_norm_out.weight.device)
             if not self.plain:
                 speed_up_network(net)
 

@@ -122,7 +122,7 @@ class StableDiffusionPipeline(Model):
         if ip_adapter_image is not None or self.image_prompt:
             encode = self.beside_picture(encode, ip_adapter_image, yes)
         stations = Stations(encode, canvas.unet, lambda latents: canvas.paste(self.decode(latents)), self.schedule)
-        noise = canvas.noise.to(self.unet.conv_in.weight.device)
+        noise = canvas.noise.to(self.unet.conv_norm_out.weight.device)
         if control:
             control.calls = next(walk(lambda x, t: x, noise, self.schedule, steps, lambda i: noise)).total
         drawing = generate(stations, yes, no, noise, draw, steps, guidance_scale, walk, guidance_rescale)

@@ -72,11 +72,12 @@ def of_training(task: Any, s: Any) -> None:
             while True:
                 mark(float(task.loss(batch, 0, 0)))
 
-    forward, pictures = measured(run)[0], max(len(s.validation_prompt), 1) * s.num_validation_images
+    forward, drawn = measured(run)[0], max(len(s.validation_prompt), 1) * s.num_validation_images
     every = s.validate_every(task.samples_per_epoch)
-    sheets = -(-updates // every) * pictures * s.validation_inference_steps if every else 0
+    sheets = -(-updates // every) * drawn * s.validation_inference_steps if every else 0
     seconds = forward * (3 * updates * s.gradient_accumulation_steps + 2 * sheets / s.train_batch_size)
     epochs = updates * samples / task.samples_per_epoch
-    work = f"{task.samples_per_epoch} pictures, {updates} updates of {samples} = {epochs:.3g} epochs"
+    pictures = f"{task.samples_per_epoch} picture{'s'[: task.samples_per_epoch != 1]}"
+    work = f"{pictures}, {updates} updates of {samples} = {epochs:.3g} epochs"
     height, width = (task.beside["VAE"].config.downscale * side for side in batch["latents"].shape[-2:])
     line(s.pretrained_model_name_or_path, unet, (width, height), dtype, work, seconds)

@@ -17,6 +17,7 @@ import minidiff
 from minidiff import StableDiffusionPipeline
 from minidiff.trainer import task as common
 from minidiff.trainer.settings import LoRASettings
+from minidiff.trainer.sheets import Sheets
 
 pipe = StableDiffusionPipeline.from_pretrained(Path(minidiff.__file__).parents[1] / "checkpoints/pocket")
 bad = 0
@@ -29,12 +30,12 @@ for prompt in ("a photo of [V] dog", "a dog (sks)", "a photo of mika (blue archi
         settings = LoRASettings(instance_data_dir=folder, instance_prompt=prompt, output_dir=folder + "/out", validation_steps=1)
         settings.check()
         data = common.load_data(pipe, settings)
-        trained = data.prompts[prompt]
+        trained = data.prompts[prompt]["text"]
         asked = []  # what the validation sheet asks the pipeline to draw
         real = StableDiffusionPipeline.__call__
         try:
-            StableDiffusionPipeline.__call__ = lambda self, text, **k: (asked.append(text), type("o", (), {"images": [Image.new("RGB", (8, 8))]}))[1]
-            common.sample_sheets(pipe, settings, data)
+            StableDiffusionPipeline.__call__ = lambda self, prompt, **k: (asked.append(prompt), type("o", (), {"images": [Image.new("RGB", (8, 8))]}))[1]
+            Sheets(pipe, settings, data)
         finally:
             StableDiffusionPipeline.__call__ = real
         drawn = pipe.encode_prompt([asked[0]])[0]

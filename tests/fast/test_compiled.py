@@ -8,11 +8,11 @@ from random_adapters import random_adapter
 from tiny_recipes import draw_pictures, tiny, train
 from torch import Tensor
 
-from minidiff.core import inject
 from minidiff.core.errors import SettingsError
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.fast import compiled
 from minidiff.fast.compiled import CompiledUNet, compile_unet
+from minidiff.files.lora_file import attach
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_drawing(tiny_folder: Path) -> None:
     assert torch.allclose(drawn(pipe), drawn(plain), atol=1e-5)
     base, adapter = drawn(plain), random_adapter({"unet": loaded(tiny_folder).unet}, 0)
     for p in (plain, pipe):  # an adapter that is put on later is seen, and so is its strength
-        inject.attach(p.adaptable, adapter, "random")
+        attach(p.adaptable, adapter, "random")
     assert torch.allclose(drawn(pipe), drawn(plain), atol=1e-5)
     for p in (plain, pipe):
         p.set_adapters("random", [0.3])

@@ -374,3 +374,22 @@ def test_lambda_is_minus_log_sigma():
     alpha, sigma, h = levels_of([Step(0, 1, t, torch.empty(0), torch.empty(0)) for t in (900.0, 100.0)])
     ours = sigmas_at(SCHEDULE, [900.0, 100.0])
     assert h.item() == pytest.approx(log(ours[0] / ours[1]), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++_2m", "unipc", "lcm"])  # pndm once asks at another level than that of its t
+def test_a_network_of_eps_wrapped_as_one_of_v_draws_the_same(name: str) -> None:
+    """v = (eps - sqrt(1 - a_bar) x) / sqrt(a_bar), from v = sqrt(a_bar) eps - sqrt(1 - a_bar) x0 (2202.00512, appendix D)."""
+    noise, *fresh = draw(9, 1, 4, 8, 8)
+
+    def eps(x: Tensor, t: Tensor) -> Tensor:
+        return (0.8 * x + 0.1 * (t / 1000).view(-1, 1, 1, 1)).tanh()
+
+    def v(x: Tensor, t: Tensor) -> Tensor:
+        a_bar = SCHEDULE.alphas_cumprod[t.long()].view(-1, 1, 1, 1)
+        return (eps(x, t) - (1 - a_bar).sqrt() * x) / a_bar.sqrt()
+
+    ends = []
+    for network, schedule in zip((eps, v), (SCHEDULE, V_SCHEDULE)):
+        *_, last = SAMPLERS[name](network, noise, schedule, 8, lambda i: fresh[i])
+        ends.append(last.x)
+    torch.testing.assert_close(*ends, atol=1e-4, rtol=1e-4)

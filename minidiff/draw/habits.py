@@ -107,6 +107,8 @@ class UNet2DConditionModel(unet.UNet2DConditionModel):
         c = adapter_config
         if c.bias != "none" or c.init_lora_weights not in (True, "gaussian"):
             raise AdapterError('LoraConfig: bias must be "none", and init_lora_weights True or "gaussian".')
+        if not 0 < c.lora_alpha < float("inf") or not 0 <= c.lora_dropout < 1:
+            raise AdapterError("LoraConfig: lora_alpha must be a positive number, and lora_dropout from 0 to below 1.")
         shape: Any = dict(rank_of=c.rank_pattern, rslora=c.use_rslora, dora=c.use_dora, dropout=c.lora_dropout)
         targets = c.target_modules or inject.DEFAULT_TARGETS
         layers = inject.inject(self, c.r, c.lora_alpha, targets, adapter_name=adapter_name, **shape)

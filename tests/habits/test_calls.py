@@ -311,7 +311,8 @@ def test_lora_weights_saved_from_the_layers(fresh: Any, tmp_path: Path) -> None:
 
 
 def test_what_a_lora_config_cannot_have(fresh: Any) -> None:
-    for wrong in ({"bias": "all"}, {"init_lora_weights": "pissa"}):
+    alphas = [{"lora_alpha": wrong} for wrong in (0, -1, float("nan"))]
+    for wrong in ({"bias": "all"}, {"init_lora_weights": "pissa"}, *alphas, {"lora_dropout": 1.0}):
         with pytest.raises(AdapterError, match="LoraConfig"):
             fresh.unet.add_adapter(LoraConfig(**wrong))
     assert not lora_layers(fresh.unet)

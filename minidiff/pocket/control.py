@@ -23,19 +23,17 @@ from minidiff.core.rng import generator, hashed_seed
 from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.text import TextEncoders, tokenize
 from minidiff.core.train import Batch
-from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.canny import canny
 from minidiff.draw.device import chosen_device
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.progress import progress
 from minidiff.draw.speed import speed_up_network
-from minidiff.files import weights
 from minidiff.files.atomic import whole_file
 from minidiff.files.controlnet import write_controlnet
 from minidiff.pocket.autoencoder import load_vae
 from minidiff.pocket.dataset import World, load_latents, load_world
 from minidiff.pocket.settings import PretrainSettings
-from minidiff.pocket.stage import POCKET_UNET, chosen, first_of, noise_config, run
+from minidiff.pocket.stage import chosen, finished_unet, noise_config, run
 from minidiff.pocket.towers import load_towers
 from minidiff.pocket.world import caption, draw, held_out, random_caption
 from minidiff.trainer.task import Job
@@ -51,8 +49,7 @@ def train_canny(home: Path, settings: PretrainSettings) -> None:
     latents, world = load_latents(home), load_world(home, settings.pictures)
     hints = edges(home, world)
     towers, tokenizer = load_towers(home, settings)
-    schedule, unet = NoiseSchedule.from_config(noise_config(settings)), UNet2DConditionModel(POCKET_UNET)
-    weights.load_into(unet, first_of([home / "unet" / "model.safetensors"], settings, "unet"), torch.float32)
+    schedule, unet = NoiseSchedule.from_config(noise_config(settings)), finished_unet(home, settings)
     torch.manual_seed(hashed_seed(settings.seed, "canny"))
     net = ControlNetModel.from_unet(unet, WIDTHS)
     for network in (unet.requires_grad_(False), net):

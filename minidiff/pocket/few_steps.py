@@ -28,11 +28,10 @@ from minidiff.core.train import Batch
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.device import chosen_device
 from minidiff.draw.speed import speed_up_network
-from minidiff.files import weights
 from minidiff.files.lora_file import save_lora
 from minidiff.pocket.dataset import load_latents, load_world
 from minidiff.pocket.settings import PretrainSettings
-from minidiff.pocket.stage import POCKET_UNET, chosen, first_of, noise_config, run
+from minidiff.pocket.stage import chosen, finished_unet, noise_config, run
 from minidiff.pocket.towers import load_towers
 from minidiff.pocket.world import random_caption
 from minidiff.trainer.task import Job
@@ -87,8 +86,7 @@ def train_student(home: Path, settings: PretrainSettings) -> None:
     batch, device = settings.sizes.student_batch, chosen_device(settings.device)
     latents, pictures = load_latents(home), load_world(home, settings.pictures).pictures
     towers, tokenizer = load_towers(home, settings)
-    schedule, unet = NoiseSchedule.from_config(noise_config(settings)), UNet2DConditionModel(POCKET_UNET)
-    weights.load_into(unet, first_of([home / "unet" / "model.safetensors"], settings, "unet"), torch.float32)
+    schedule, unet = NoiseSchedule.from_config(noise_config(settings)), finished_unet(home, settings)
     inject(unet, RANK, targets=TARGETS, seed=settings.seed)
     speed_up_network(unet.to(device))
     towers.to(device)
@@ -97,12 +95,11 @@ def train_student(home: Path, settings: PretrainSettings) -> None:
         indices, draws = chosen(settings, "student", step, batch), generator(settings.seed, "student noise", step)
         words = random.Random(hashed_seed(settings.seed, "student captions", step))
         noise = torch.randn(2, batch, 4, 16, 16, generator=draws)
-        low, high = GUIDANCE
         return {
             "z": latents.draw(indices, noise[0]),
             "noise": noise[1],
             "t": torch.randint(1, len(schedule.alphas_cumprod) // GRID + 1, (batch,), generator=draws) * GRID - 1,
-            "guidance": low + (high - low) * torch.rand(batch, generator=draws),
+            "guidance": torch.empty(batch).uniform_(*GUIDANCE, generator=draws),
             "ids": tokenize(tokenizer, ["", *(random_caption(pictures[i], words) for i in indices)]),
         }
 

@@ -19,14 +19,13 @@ from minidiff.core.rng import generator, hashed_seed
 from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.text import TextEncoders, tokenize
 from minidiff.core.train import Batch
-from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.device import chosen_device
 from minidiff.draw.progress import progress
 from minidiff.draw.speed import speed_up_network
 from minidiff.files import weights
 from minidiff.pocket.dataset import World, load_latents, load_world
 from minidiff.pocket.settings import PretrainSettings
-from minidiff.pocket.stage import POCKET_UNET, chosen, first_of, noise_config, run
+from minidiff.pocket.stage import chosen, finished_unet, noise_config, run
 from minidiff.pocket.towers import WIDTH, Towers, load_towers, save_image_tower
 from minidiff.pocket.world import random_caption
 from minidiff.trainer.task import Job
@@ -39,8 +38,7 @@ def train_ip_adapter(home: Path, settings: PretrainSettings) -> None:
     batch, device = settings.sizes.ip_batch, chosen_device(settings.device)
     latents, world, (towers, tokenizer) = load_latents(home), load_world(home, settings.pictures), load_towers(home, settings)
     embeddings = load_embeddings(home, world, towers.to(device))
-    unet = UNet2DConditionModel(POCKET_UNET)
-    weights.load_into(unet, first_of([home / "unet" / "model.safetensors"], settings, "unet"), torch.float32)
+    unet = finished_unet(home, settings)
     torch.manual_seed(hashed_seed(settings.seed, "ip"))
     adapter = IPAdapter(ImageProjection(WIDTH, WIDTH), unet).to(device)
     inject(unet, adapter)

@@ -46,7 +46,7 @@ from minidiff.pocket.ip_adapter import train_ip_adapter
 from minidiff.pocket.judge import judge
 from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.settings import JudgeSettings, PretrainSettings, Stage
-from minidiff.pocket.stage import POCKET_UNET, begun, chosen, first_of, noise_config, run, tokenizer_folder
+from minidiff.pocket.stage import POCKET_UNET, begun, chosen, finished_unet, noise_config, run, tokenizer_folder
 from minidiff.pocket.tokenizer import build_tokenizer
 from minidiff.pocket.towers import Towers, load_towers, save_image_tower
 from minidiff.pocket.world import caption, held_out, random_caption, word_list
@@ -146,8 +146,7 @@ def sample_sheet(home: Path, unet: UNet2DConditionModel, settings: PretrainSetti
     prompts = [caption(picture) for picture in held_out(16, seed=1)]
     pipe = pocket_pipeline(home, unet, settings).to(unet.conv_in.weight.device)
     images = pipe(prompts, guidance_scale=5.0, num_inference_steps=25, seed=0).images
-    rows = [images[i : i + 8] for i in (0, 8)]
-    return contact_sheet(rows, tile=192)
+    return contact_sheet([images[:8], images[8:]], tile=192)
 
 
 # --- the folder ----------------------------------------------------------------------------------------------------------
@@ -155,9 +154,8 @@ def sample_sheet(home: Path, unet: UNet2DConditionModel, settings: PretrainSetti
 
 def assemble(home: Path, settings: PretrainSettings) -> None:
     """`home/pocket`: SD 1.5's layout, fp16, with CLIP's image tower beside it."""
-    unet, folder = UNet2DConditionModel(POCKET_UNET), home / "pocket"
-    weights.load_into(unet, first_of([home / "unet" / "model.safetensors"], settings, "unet"), torch.float32)
-    pipe = pocket_pipeline(home, unet, settings)
+    folder = home / "pocket"
+    pipe = pocket_pipeline(home, finished_unet(home, settings), settings)
     pipe.save_pretrained(folder, torch.float16)
     shutil.copytree(tokenizer_folder(home, settings), folder / "tokenizer", dirs_exist_ok=True)
     save_image_tower(load_towers(home, settings)[0].image, folder / "image_encoder")

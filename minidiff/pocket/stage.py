@@ -10,6 +10,7 @@ from minidiff.core.config import NoiseConfig, UNetConfig
 from minidiff.core.errors import SettingsError
 from minidiff.core.rng import generator
 from minidiff.core.train import Batch
+from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.device import chosen_device
 from minidiff.files import weights
 from minidiff.pocket.settings import PretrainSettings, Stage
@@ -69,6 +70,13 @@ def first_of(files: list[Path], settings: PretrainSettings, part: str) -> Path:
     if settings.init_from is None:
         raise SettingsError(f"--stages: {files[-1]} is missing; the stage that writes it has to run first.")
     return weights.find_weights(Path(settings.init_from) / part)
+
+
+def finished_unet(home: Path, settings: PretrainSettings) -> UNet2DConditionModel:
+    """The U-Net of its stage, or else that of `init_from`: what is trained beside it comes after it."""
+    unet = UNet2DConditionModel(POCKET_UNET)
+    weights.load_into(unet, first_of([home / "unet" / "model.safetensors"], settings, "unet"), torch.float32)
+    return unet
 
 
 def chosen(settings: PretrainSettings, stage: str, step: int, batch: int) -> list[int]:

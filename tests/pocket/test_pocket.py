@@ -19,7 +19,7 @@ from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.images import to_tensor
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files import weights
-from minidiff.pocket import anatomy, autoencoder, judge, pretrain
+from minidiff.pocket import anatomy, autoencoder, judge, pretrain, stage
 from minidiff.pocket.dataset import hard_batch, load_world, lookalikes
 from minidiff.pocket.drawing import Shape, polygon
 from minidiff.pocket.muon import Muon, orthogonalize, split
@@ -304,7 +304,8 @@ SMALL = replace(POCKET_UNET, block_out_channels=(32, 32, 32))
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Narrow U-Nets, batches of four for CLIP, no sheets."""
-    monkeypatch.setattr(pretrain, "POCKET_UNET", SMALL)
+    for module in (pretrain, stage):
+        monkeypatch.setattr(module, "POCKET_UNET", SMALL)
     monkeypatch.setattr(pretrain, "hard_batch", lambda groups, count, draws: hard_batch(groups, 4, draws))
     monkeypatch.setattr(pretrain, "sample_sheet", lambda home, unet, settings: None)
     monkeypatch.setattr(autoencoder, "reconstruction_sheet", lambda vae: None)

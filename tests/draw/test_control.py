@@ -14,8 +14,11 @@ from tiny_sizes import TINY_SD2, TINY_UNET
 from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.errors import SettingsError
 from minidiff.core.unet import UNet2DConditionModel
+from minidiff.draw.canny import canny
 from minidiff.draw.control import pictures_of, scaled
 from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.draw.tiles import starts
+from minidiff.files.controlnet import read_controlnet
 
 HINTS = [Image.effect_noise((32, 32), 90 + i).convert("RGB") for i in range(2)]
 CALL: dict[str, Any] = {"prompt": "a dog", "seed": 3, "num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"}
@@ -80,6 +83,28 @@ def test_tiles_cut_the_hint(pipe: StableDiffusionPipeline, monkeypatch: pytest.M
     pipe(**CALL, control_image=HINTS[0].resize((48, 32)), width=48, height=32)
     assert len(encoded) == 1 and [part.shape[-1] for part in seen] == [16] * 6
     assert torch.equal(seen[0], encoded[0][..., :16]) and torch.equal(seen[1], encoded[0][..., 8:])
+
+
+def test_seams_of_an_enlarged_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 -> 256 pixels in nine tiles with a ControlNet: steps at seams are like those beside them. Hard edges are not."""
+    pocket = StableDiffusionPipeline.from_pretrained("checkpoints/pocket")
+    pocket.set_progress_bar_config(disable=True)
+    small = Image.open("lessons/data/dog/01.png").convert("RGB")
+    edges = canny(np.array(small.resize((256, 256), Image.Resampling.BICUBIC)))
+    pocket.controlnet = read_controlnet(Path("checkpoints/pocket-canny"))
+    pocket.set_tile_size(128)
+    begins = starts(32, 16, 4)
+    seams = [8 * at - 1 for begin in begins for at in (begin, begin + 16) if 0 < at < 32]
+
+    def worst_seam() -> float:
+        call = {"image": small, "strength": 0.4, "num_inference_steps": 5, "seed": 1, "output_type": "pt"}
+        drawn = pocket("", control_image=Image.fromarray(edges).convert("RGB"), width=256, height=256, **call).images
+        steps = [drawn.diff(dim=dim).abs().mean(dim=(0, 1, other)) for dim, other in ((-1, 2), (-2, 3))]
+        return max((along[at] / along[at - 4 : at + 5].median()).item() for along in steps for at in seams)
+
+    assert worst_seam() < 2
+    monkeypatch.setattr("minidiff.draw.tiles.tent", lambda length, overlap: torch.ones(length))
+    assert worst_seam() > 4
 
 
 def test_the_size_is_that_of_the_hint(pipe: StableDiffusionPipeline) -> None:

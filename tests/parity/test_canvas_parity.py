@@ -8,9 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+import minidiff
+from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.rng import normal
 from minidiff.draw.images import to_pil
 from minidiff.draw.pipeline import StableDiffusionPipeline
+from minidiff.files.controlnet import write_controlnet
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -98,3 +101,27 @@ def test_inpainting_with_a_model_for_it(inpainter_folder: Path, sampler: str, st
     call = {"image": picture(), "mask_image": mask(), "strength": strength}
     a, b = both(ours, theirs, sampler, call, {**call, "height": 16, "width": 16})
     assert (a - b).abs().max() <= 1e-4 * b.abs().max() and b.std() > 0.01
+
+
+@pytest.mark.parametrize("trained_for_it", [False, True])
+def test_inpainting_with_a_controlnet(tiny_folder: Path, inpainter_folder: Path, trained_for_it: bool, tmp_path: Path) -> None:
+    """An ordinary model (inside the mask: see above) and one for inpainting, whose net has four channels all the same."""
+    plain = StableDiffusionPipeline.from_pretrained(tiny_folder).unet
+    torch.manual_seed(0)
+    net = ControlNetModel.from_unet(plain, (8, 16))
+    for p in net.parameters():
+        p.data += 0.02 * torch.randn(p.shape)
+    write_controlnet(net, tmp_path / "net")
+    hint, latents = Image.effect_noise((16, 16), 90).convert("RGB"), []
+    for library in (minidiff, diffusers):
+        pipe = library.StableDiffusionControlNetInpaintPipeline.from_pretrained(
+            inpainter_folder if trained_for_it else tiny_folder,
+            controlnet=library.ControlNetModel.from_pretrained(tmp_path / "net"),
+        )
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = library.DDIMScheduler.from_config(pipe.scheduler.config)
+        call = {"image": picture(), "mask_image": mask(), "control_image": hint, "controlnet_conditioning_scale": 0.8}
+        call |= {"strength": 0.9, "num_inference_steps": 10, "guidance_scale": 5.0, "output_type": "latent"}
+        latents.append(pipe(PROMPT, height=16, width=16, generator=torch.Generator().manual_seed(7), **call).images)
+    a, b = latents if trained_for_it else [z[:, :, 1:5, 2:6] for z in latents]
+    assert (a - b).abs().max() <= 1e-4 * latents[1].abs().max() and b.std() > 0.01

@@ -1,7 +1,7 @@
 """The lessons: each runs from top to bottom, and each exercise's check refuses wrong answers.
 
-The runs take about a minute each, so they are marked slow: pytest -m slow tests/test_lessons.py. The ladder would take a
-quarter of an hour: tests/pocket/test_ladder.py runs it with two updates a rung.
+The runs take about a minute each, so they are marked slow: pytest -m slow tests/test_lessons.py. The last two would take a
+quarter of an hour: tests/pocket, test_ladder.py and test_forgetting.py, run them with two updates a method.
 """
 
 import ast
@@ -17,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = sorted((ROOT / "lessons").glob("[0-9][0-9]_*.py"))
+LONG = ("13_ladder", "14_forgetting")
 each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 needs_checkpoint = pytest.mark.skipif(
     not (ROOT / "checkpoints/pocket/model_index.json").is_file(),
@@ -185,11 +186,40 @@ def wrong_answers_13() -> dict[str, list]:
     }
 
 
+def wrong_answers_14() -> dict[str, list]:
+    def stop_at(rows, most, better=max, key="subject"):  # type: ignore[no-untyped-def]
+        good = [row for row in rows if row["forgetting"] <= most]
+        return better(good, key=lambda row: row[key])["step"] if good else None
+
+    def price(rows, subject, between=False):  # type: ignore[no-untyped-def]
+        for a, b in zip(rows, rows[1:]):
+            if b["subject"] >= subject:
+                return (a["forgetting"] + b["forgetting"]) / 2 if between else b["forgetting"]
+        return None
+
+    return {
+        "check_1": [
+            lambda rows, most: stop_at(rows, 1e9),
+            lambda rows, most: stop_at(rows, most, min),
+            lambda rows, most: stop_at(rows[::-1], most),
+            lambda rows, most: stop_at(rows, most, key="step"),
+            lambda rows, most: None,
+        ],
+        "check_2": [
+            price,
+            lambda rows, subject: price(rows, subject, between=True),
+            lambda rows, subject: rows[-1]["forgetting"],
+            lambda rows, subject: None,
+        ],
+    }
+
+
 WRONG = {
     "00_three_stations": wrong_answers_0,
     "05_samplers": wrong_answers_5,
     "11_lora": wrong_answers_11,
     "13_ladder": wrong_answers_13,
+    "14_forgetting": wrong_answers_14,
 }
 
 
@@ -210,7 +240,7 @@ def test_checks_take_the_solutions_and_refuse_wrong_answers(path: Path, capsys: 
 
 @pytest.mark.slow
 @needs_checkpoint
-@pytest.mark.parametrize("path", [p for p in LESSONS if p.stem != "13_ladder"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in LESSONS if p.stem not in LONG], ids=lambda path: path.stem)
 def test_runs(path: Path, tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(

@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {  # typed -> flags (file:class), fu
     "merge extract": ("cli.flags:Extract", "files_commands:extract", "Make an adapter from the difference of two models."),
     "merge resize": ("cli.flags:Resize", "files_commands:resize", "Reduce an adapter to a lower rank."),
     "ladder": ("pocket.settings:LadderSettings", "train_commands:ladder", "Train a subject with every method; compare them."),
-    "forgetting": ("pocket.settings:ForgettingSettings", "pocket.forgetting:compare", "Plot what methods learn and forget."),
+    "forgetting": ("pocket.settings:ForgettingSettings", "train_commands:forgetting", "Plot what methods learn and forget."),
     "lesson": ("cli.flags:Lesson", "train_commands:lesson", "List the lessons, or run one."),
     "bench": ("cli.flags:Bench", "train_commands:bench", "Compare minidiff with diffusers + peft on this machine."),
     "pretrain": ("pocket.settings:PretrainSettings", "pocket.pretrain:pretrain", "Train the pocket checkpoint from scratch."),

@@ -1,4 +1,4 @@
-"""The commands train, watch, data check, ladder, lesson and bench, given their flags."""
+"""The commands train, watch, data check, ladder, forgetting, lesson and bench, given their flags."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from minidiff.core.errors import DataError, SettingsError
 from minidiff.files.bundled import HOME, here_or_bundled
 from minidiff.files.folder import local_folder
 from minidiff.files.values import near_path
-from minidiff.pocket.settings import LadderSettings
+from minidiff.pocket.settings import ForgettingSettings, LadderSettings
 from minidiff.trainer.settings import FineTuneSettings, LoRASettings
 
 if TYPE_CHECKING:
@@ -138,6 +138,10 @@ def data_check(s: DataCheck) -> None:
 
 def ladder(s: LadderSettings) -> None:
     run_lesson(13, FLAGS=vars(s))
+
+
+def forgetting(s: ForgettingSettings) -> None:
+    run_lesson(14, FLAGS=vars(s))
 
 
 def lesson(s: Lesson) -> None:

@@ -90,18 +90,18 @@ def over_settings(s: Sheet) -> tuple[Image, str]:
     """--columns and --rows; the sheet and how it was made. A model is loaded again only where a tile needs another one."""
     if s.num_images_per_prompt > 1:
         raise SettingsError("--num_images_per_prompt does nothing with --columns and --rows; give an axis such as seed=0..3.")
-    axes = [None if text is None else parse_axis(text, Sampling, s.prompts) for text in (s.columns, s.rows)]
-    if len(s.prompts) > 1 and not any(axis and axis.name == "prompts" for axis in axes):
-        if all(axes):
+    axes = [parse_axis(text, Sampling, s.prompts) for text in (s.rows, s.columns) if text is not None]
+    if len(s.prompts) > 1 and all(axis.name != "prompts" for axis in axes):
+        if len(axes) == 2:
             raise SettingsError(f"{len(s.prompts)} prompts, --columns and --rows are three axes; a sheet has two.")
-        axes[axes.index(None)] = parse_axis("prompt", Sampling, s.prompts)
+        axes.insert(0 if s.rows is None else 1, parse_axis("prompt", Sampling, s.prompts))
     here: dict[tuple[Any, ...], StableDiffusionPipeline] = {}  # one model at a time
     about: list[str] = []
 
     def tile(one: Sheet) -> Image:
         if (wanted := tuple(getattr(one, name) for name in NEEDS_LOADING)) not in here:
             here.clear()  # before the next model is loaded: two need twice the memory
-            here[wanted] = load(one, s.prompts, 0 if about else math.prod(len(axis.values) for axis in axes if axis))
+            here[wanted] = load(one, s.prompts, 0 if about else math.prod(len(axis.values) for axis in axes))
         pipe = here[wanted]
         pipe.set_progress_bar_config(disable=True)  # the sheet has one of its own
         pipe.set_tile_size(one.tile_size)
@@ -111,7 +111,7 @@ def over_settings(s: Sheet) -> tuple[Image, str]:
         return image
 
     check = partial(check_before, prompts=s.prompts)  # of all tiles, before the first is drawn
-    return contact_sheet_of(s, axes[0], axes[1], tile, s.title, s.tile, check=check, abreast=s.tiles_per_row), about[0]
+    return contact_sheet_of(s, axes, tile, s.title, s.tile, check, s.tiles_per_row), about[0]
 
 
 def morph(s: Morph) -> None:

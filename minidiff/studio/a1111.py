@@ -21,17 +21,8 @@ from minidiff.studio.hashes import model_sha256
 
 Settings = Mapping[str, Any]
 SAMPLER_NAMES = {  # ours -> A1111's
-    "ddpm": "DDPM",
-    "ddim": "DDIM",
-    "pndm": "PLMS",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpm++_2m": "DPM++ 2M",
-    "dpm++_2m_sde": "DPM++ 2M SDE",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-    "tcd": "TCD",
+    **{name: name.upper().replace("_", " ") for name in SAMPLERS},
+    **{"pndm": "PLMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun", "unipc": "UniPC"},
 }
 
 
@@ -82,8 +73,6 @@ def with_named_loras(settings: Settings) -> dict[str, Any]:
 # --- reading -----------------------------------------------------------------------------------------------------------
 
 FIELD = re.compile(r'(\w[\w /-]{0,60}): *("(?:\\.|[^"\\])*"|[^,]*)')  # A1111's own, with a limit: time stays linear
-
-
 LINE = re.compile(r"\n(?=(?:Steps|Sampler|CFG scale|Seed|Size|Schedule type|Model|Version)[\w ]*: )(?=[^\n]*\bSteps: \d)")
 
 

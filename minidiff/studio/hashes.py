@@ -42,10 +42,7 @@ HASHES: dict[str, Callable[[str], str]] = {  # by setting: how the file that it 
     "pretrained_model_name_or_path": model_sha256,
     "lora": lambda path: sha256_of(find_weights(path, LORA_FILES)),
     "textual_inversion": lambda path: sha256_of(find_weights(path, (FILE_NAME,))),
-    "image": sha256_of,
-    "mask_image": sha256_of,
     "ip_adapter": lambda path: sha256_of(find_weights(path, ())),
-    "ip_adapter_image": sha256_of,
     **dict.fromkeys(("image_encoder", "controlnet"), lambda path: sha256_of(find_weights(path))),
-    "control_image": sha256_of,
+    **dict.fromkeys(("image", "mask_image", "ip_adapter_image", "control_image"), sha256_of),
 }

@@ -74,9 +74,7 @@ def keyframe_tensors(
     return noises, [pipe.encode_text([parse_prompt(prompt)], clip_skip, chunks) for prompt, _ in keyframes]
 
 
-def morph(
-    noises: Sequence[Tensor], texts: Sequence[Text], frames: int, draw: Draw, show: bool = True
-) -> tuple[list[Image.Image], list[float]]:
+def morph(noises: Sequence[Tensor], texts: Sequence[Text], frames: int, draw: Draw) -> tuple[list[Image.Image], list[float]]:
     """The pictures of the loop, and how long each is shown (1 on average), so that the picture changes at an even speed.
 
     `noises` (1, C, H, W) and `texts`, (1, S, D) and in SDXL (1, P): one for each keyframe, whose picture is drawn from exactly
@@ -85,7 +83,7 @@ def morph(
     """
     count, pictures, gaps = len(noises), dict[float, Image.Image](), dict[tuple[float, float], float]()
     ends = [0.0, 1.0] if count == 2 else [float(i) for i in range(count)]
-    for i in progress(range(frames + 1 if count == 2 else count * frames), "frame", show=show):
+    for i in progress(range(frames + 1 if count == 2 else count * frames), "frame", show=True):
         if i < len(ends):
             place = ends[i]
         else:

@@ -1,8 +1,7 @@
 """Contact sheets over any one or two settings: how does guidance change the picture, from seed to seed?
 
-    columns = parse_axis("guidance_scale=1.5,5,20", Sampling)
-    rows = parse_axis("seed=0..3", Sampling)
-    sheet = contact_sheet_of(settings, columns, rows, draw)       # draw(settings) -> picture
+    rows, columns = parse_axis("seed=0..3", Sampling), parse_axis("guidance_scale=1.5,5,20", Sampling)
+    sheet = contact_sheet_of(settings, [rows, columns], draw)       # draw(settings) -> picture
 
 An axis is a field of the settings' dataclass and the values that it takes. Names, types and choices come from the dataclass
 itself, so that a new setting can be an axis on the day it is added.
@@ -14,7 +13,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, get_type_hints
+from itertools import product
+from typing import Any, get_type_hints
 
 from PIL import Image
 
@@ -30,7 +30,6 @@ NEEDS_LOADING = (
     *("pretrained_model_name_or_path", "tokenizer", "prediction_type", "lora", "lora_dir", "textual_inversion"),
     *("ip_adapter", "image_encoder", "controlnet", "torch_dtype", "device", "compile", "plain"),
 )
-S = TypeVar("S")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,18 +39,11 @@ class Axis:
     name: str
     values: tuple[Any, ...]
 
-    def __post_init__(self) -> None:
-        if not self.values:
-            raise SettingsError(f"the axis {self.name} has no values; give one or more, as in seed=0,1,2.")
-
     @property
     def labels(self) -> list[str]:
         """The labels beside or above the tiles, such as "guidance 5" or "seed 2"; prompts and samplers stand for themselves."""
-        short = {name: word for word, name in SHORT.items()} | {"prompt": "", "prompts": "", "sampler": ""}
+        short = {name: word for word, name in SHORT.items()} | {"prompts": "", "sampler": ""}
         return [f"{short.get(self.name, self.name.replace('_', ' '))} {shown(v)}".strip() for v in self.values]
-
-
-NO_AXIS = Axis("", ("",))
 
 
 def shown(value: Any) -> str:
@@ -77,7 +69,7 @@ def parse_axis(text: str, kind: type, prompts: Sequence[str] = ()) -> Axis:
     name = SHORT.get(name, name.replace("-", "_"))
     hints, names = get_type_hints(kind), [field.name for field in dataclasses.fields(kind)]
     if name in ("prompt", "prompts") and not equals:
-        return Axis("prompt", tuple(prompts)) if "prompt" in names else Axis("prompts", tuple((prompt,) for prompt in prompts))
+        return Axis("prompts", tuple((prompt,) for prompt in prompts))
     if name not in names or name in ("prompt", "prompts"):
         hint = did_you_mean(name, [*names, *SHORT])
         raise SettingsError(f'"{text}" is no axis.{hint} Give "prompt" alone, or one of these with values: {", ".join(names)}.')
@@ -115,45 +107,41 @@ def _json(word: str) -> Any:
 
 
 def contact_sheet_of(
-    settings: S,
-    columns: Axis | None,
-    rows: Axis | None,
-    draw: Callable[[S], Image.Image],
+    settings: Any,
+    axes: Sequence[Axis],
+    draw: Callable[[Any], Image.Image],
     title: str = "",
     tile: int = 256,
-    show: bool = True,
-    check: Callable[[S], None] = lambda settings: None,
+    check: Callable[[Any], None] = lambda settings: None,
     abreast: int | None = None,
 ) -> Image.Image:
-    """Draw a picture for each pair of values, and lay them out with labels. `settings` is a dataclass; it stays as it is.
-    `abreast`: tiles in a row, where there is one axis.
+    """Draw a picture for each value of one axis, or for each pair of values of rows and columns, and label them. `settings`
+    is a dataclass; it stays as it is. `abreast`: tiles in a row, where there is one axis.
 
     `check` sees every tile's settings before the first is drawn. SettingsError for axes that cannot be; any error while
     drawing says which tile it was.
     """
-    across, down = columns or NO_AXIS, rows or NO_AXIS
-    check_count(len(across.values) * len(down.values))
-    if columns and rows and columns.name == rows.name:
-        raise SettingsError(f"rows and columns are both {rows.name}; give two settings, or one alone.")
-    cells = [(i, j) for i in range(len(down.values)) for j in range(len(across.values))]
-    if across.name in NEEDS_LOADING:  # what has to be loaded changes as seldom as possible
-        cells.sort(key=lambda cell: cell[::-1])
-    asked: dict[tuple[int, int], S] = {}
-    for i, j in cells:
-        values = {axis.name: axis.values[k] for axis, k in ((down, i), (across, j)) if axis.name}
-        asked[i, j] = dataclasses.replace(settings, **values)  # type: ignore[type-var]
-        check(asked[i, j])
-    drawn: dict[tuple[int, int], Image.Image] = {}
-    for i, j in progress(cells, "picture", show=show):
+    names, width = [axis.name for axis in axes], len(axes[-1].values)
+    if len(set(names)) < len(names):
+        raise SettingsError(f"rows and columns are both {names[0]}; give two settings, or one alone.")
+    check_count(math.prod(len(axis.values) for axis in axes))
+    tiles = [dataclasses.replace(settings, **dict(zip(names, values))) for values in product(*(axis.values for axis in axes))]
+    for one in tiles:
+        check(one)
+    order, drawn = list(range(len(tiles))), dict[int, Image.Image]()
+    if names[-1] in NEEDS_LOADING:  # column by column: what has to be loaded changes as seldom as possible
+        order.sort(key=lambda i: i % width)
+    labels = [", ".join(each) for each in product(*(axis.labels for axis in axes))]
+    for i in progress(order, "picture", show=True):
         try:
-            drawn[i, j] = draw(asked[i, j])
+            drawn[i] = draw(tiles[i])
         except MinidiffError as error:
-            where = ", ".join(axis.labels[k] for axis, k in ((down, i), (across, j)) if axis.name)
-            raise type(error)(f"{where or 'the picture'}: {error}") from error
-    if not (columns and rows):
-        return gallery([drawn[cell] for cell in sorted(drawn)], (columns or down).labels, title, tile, abreast)
-    grid = [[drawn[i, j] for j in range(len(across.values))] for i in range(len(down.values))]
-    return contact_sheet(grid, down.labels, across.labels, title, tile)
+            raise type(error)(f"{labels[i]}: {error}") from error
+    pictures = [drawn[i] for i in range(len(tiles))]
+    if len(axes) == 1:
+        return gallery(pictures, labels, title, tile, abreast)
+    grid = [pictures[i : i + width] for i in range(0, len(pictures), width)]
+    return contact_sheet(grid, axes[0].labels, axes[1].labels, title, tile)
 
 
 def check_count(pictures: int) -> None:

@@ -90,7 +90,7 @@ def test_keyframes_are_exactly_what_the_pipeline_draws(pipe: StableDiffusionPipe
         image: Image.Image = pipe(prompt_embeds=text[0], latents=noise, num_inference_steps=3).images[0]
         return image
 
-    frames, times = morph(*keyframe_tensors(pipe, keys), 2, draw, show=False)
+    frames, times = morph(*keyframe_tensors(pipe, keys), 2, draw)
     assert len(frames) == len(times) == 2 * len(keys)
     shown = [frame.tobytes() for frame in frames]
     places = [shown.index(pipe(prompt, seed=seed, num_inference_steps=3).images[0].tobytes()) for prompt, seed in keys]
@@ -107,7 +107,7 @@ def loop(count: int, frames: int, brightness: Callable[[float], float]) -> tuple
         return Image.new("RGB", (4, 4), (round(brightness(float(text[0]))),) * 3)
 
     noises, texts = [torch.ones(1, 1, 1, 1)] * count, [(torch.full((1, 1, 1), float(i)),) for i in range(count)]
-    pictures, times = morph(noises, texts, frames, draw, show=False)
+    pictures, times = morph(noises, texts, frames, draw)
     assert len(set(drawn)) == len(drawn) or count > 2
     return [picture.getpixel((0, 0))[0] for picture in pictures], times, len(drawn)  # type: ignore[index]
 

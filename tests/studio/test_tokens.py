@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from tiny_text import PLACEHOLDERS, ids_of, tiny_tokenizer
+from tiny_text import ids_of, tiny_tokenizer
 from transformers import CLIPTokenizer
 
 from minidiff.files.text_files import load_tokenizer
@@ -22,13 +22,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
 
 
 def test_the_token_view_of_a_short_prompt(tokenizer: CLIPTokenizer) -> None:
-    view = token_view(tokenizer, "a (red:1.3) <Dog> <lora:chalk:0.8>", PLACEHOLDERS, trigger="<dog>")
+    view = token_view(tokenizer, "a (red:1.3) Dog <lora:chalk:0.8>", trigger="dog")
     lines = [" ".join(line.split()) for line in view.splitlines()]
-    a, red = ids_of(tokenizer, "a red")
-    assert "Chunk 1 of 1: 5 of 75 tokens" in lines
-    assert {f"1 a {a}", f"2 red {red} x1.30", "3 <dog> 1/3 1001", "5 <dog> 3/3 1003"} <= set(lines)
+    a, red, dog = ids_of(tokenizer, "a red dog")
+    assert "Chunk 1 of 1: 3 of 75 tokens" in lines
+    assert {f"1 a {a}", f"2 red {red} x1.30", f"3 dog {dog}"} <= set(lines)
     assert "Adapter: chalk x 0.8." in lines
-    assert 'Trigger: "<dog>" is 3 tokens: <dog> 1/3 <dog> 2/3 <dog> 3/3; 1 x in the prompt.' in lines
+    assert 'Trigger: "dog" is one token: dog; 1 x in the prompt.' in lines
 
 
 def test_the_token_view_of_a_long_prompt(tokenizer: CLIPTokenizer) -> None:
@@ -52,9 +52,8 @@ def test_the_token_view_marks_words_that_go_on(tokenizer: CLIPTokenizer) -> None
 
 @pytest.mark.parametrize("prompt", ["", "🐕 ünï", "x" * 200, "<" + "long" * 20 + ">", "<|endoftext|> \x00 a"])
 def test_the_token_view_takes_anything(tokenizer: CLIPTokenizer, prompt: str) -> None:
-    placeholders = {"<" + "long" * 20 + ">": [1001, 1002], "sks": [1003]}
-    for trigger in (None, "", "dog", "sks", prompt):
-        view = token_view(tokenizer, prompt, placeholders, trigger)
+    for trigger in (None, "", "dog", prompt):
+        view = token_view(tokenizer, prompt, trigger)
         assert max(map(len, view.splitlines())) <= 100
 
 

@@ -6,6 +6,7 @@ sidecars          a.png and a.txt (or a.caption, a.png.txt)
 kohya's folders   10_sks dog/a.png: each picture comes 10 times an epoch; its caption is "sks dog" if it has no other
 masks             a.mask.png beside a.png, a column "mask" of the metadata, or the picture's own alpha channel: white is learnt,
                   black is not; of a mask with an alpha channel, that says what is learnt
+hints             of a ControlNet: a column "conditioning_image" of the metadata, or a folder with pictures of the same names
 """
 
 import csv
@@ -56,20 +57,10 @@ class Example:
 
 
 def read_folder(
-    folder: Path, prompt: str | None, caption_column: str | None = None, masks: bool = False, captions: bool = True,
-    image_column: str = "file_name",
-) -> list[Example]:  # fmt: skip
-    """The examples in a folder, in the order of their names, with captions from files; `prompt` for those without.
-
-    Without `captions`, the prompt is for all. Raises DataError for the first error. One notice names files that are not used.
-    """
-    scan = Scan(prompt, caption_column, masks, captions, image_column).of(folder)
-    if scan.errors:
-        more = len(scan.errors) - 1
-        raise DataError(scan.errors[0] + (f"\n{more} more: minidiff data check {folder} lists them all." if more else ""))
-    for notice in scan.notices:
-        print(f"Note: {notice}", file=sys.stderr)
-    return scan.examples
+    folder: Path, prompt: str | None, caption_column: str | None = None, masks: bool = False, captions: bool = True
+) -> list[Example]:
+    """`Scan.examples_of` a folder."""
+    return Scan(prompt, caption_column, masks, captions).examples_of(folder)
 
 
 def kohya_in(folder: Path) -> list[Path]:
@@ -86,10 +77,25 @@ class Scan:
     masks: bool = False
     captions: bool = True  # False: the prompt is for all
     image_column: str = "file_name"
+    hint_column: str | None = None  # None: no hints are wanted
+    hint_folder: str | None = None  # in place of the column
     examples: list[Example] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)  # used or not
+
+    def __post_init__(self) -> None:
+        hints = sorted(here_or_bundled(self.hint_folder).iterdir()) if self.hint_folder else []
+        self.hints = {path.stem: path for path in hints if is_picture(path)}
+
+    def examples_of(self, folder: Path) -> list[Example]:
+        """The examples in a folder, in the order of their names. DataError for the first error; notices are printed."""
+        if self.of(folder).errors:
+            more = len(self.errors) - 1
+            raise DataError(self.errors[0] + f"\n{more} more: minidiff data check {folder} lists them all." * bool(more))
+        for notice in self.notices:
+            print(f"Note: {notice}", file=sys.stderr)
+        return self.examples
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -133,26 +139,31 @@ class Scan:
             self.errors.append(f"{folder}: no picture has a mask, and --masked_loss needs some: {wanted}.")
         else:
             self.notice(f"{folder}: without a mask, and so learnt as a whole", without)
+        if self.hint_column and (without := [e.path.name for e in self.examples if e.hint is None]):
+            few = f"{len(without)} of {len(self.examples)} pictures have no conditioning picture ({some(without)})"
+            place = f'a column "{self.hint_column}" in the metadata, or a --conditioning_data_dir with their names'
+            self.errors.append(f"{few}. Give them {place}; or --hint canny, which makes them.")
         return self
 
     def read(self, folder: Path, fallback: str | None = None, repeats: int = 1) -> None:
         """Read one folder, without those in it. `fallback` is the caption of pictures that have none."""
         inside, before, found = sorted(folder.iterdir()), len(self.errors), list[Example]()
         pictures = [p for p in inside if is_picture(p)]
-        tables = [p for p in inside if p.name in METADATA and self.captions]
+        tables = [p for p in inside if p.name in METADATA and (self.captions or self.hint_column)]
         with self.collecting():
             if len(tables) == 2:
                 raise DataError(f"{folder} has both {tables[0].name} and {tables[1].name}; remove one of them.")
             found += self.from_table(tables[0]) if tables else ()
-        listed, used = {e.path for e in found}, {*tables, *(e.mask for e in found if e.mask)}
+        used = {*tables, *(p for e in found for p in (e.path, e.hint) if p)}
         if self.prompt or not tables:
-            beside = [p for p in pictures if p not in listed]
+            beside = [p for p in pictures if p not in used]
             found += self.from_sidecars(folder, beside, fallback)
-            used.update(beside, *(sidecars(p) for p in beside if self.captions), (e.mask for e in found if e.mask))
+            used.update(beside, *(sidecars(p) for p in beside if self.captions))
+        used.update(p for e in found for p in (e.mask, e.hint) if p)
         if not found and len(self.errors) == before:
             holds = ", ".join(sorted({p.suffix or p.name for p in inside})) or "nothing"
             self.errors.append(f"{folder} has no pictures ({', '.join(PICTURES)}); it holds {holds}.")
-        names = {p.relative_to(folder).parts[0] for p in used | listed}  # a file, or the folder it is in
+        names = {p.relative_to(folder).parts[0] for p in used if p.is_relative_to(folder)}  # a file, or the folder it is in
         self.unused(folder, [p.name for p in inside if p.name not in names])
         self.examples += [replace(e, repeats=repeats) for e in found]
         self.pictures += pictures
@@ -163,12 +174,12 @@ class Scan:
         for picture in pictures:
             with self.collecting():
                 own = sidecar(picture) if self.captions else None
-                if (text := own or self.prompt or fallback) is None:
+                if (text := " ".join(own.split()) if own else self.prompt or fallback) is None:
                     without.append(picture.name)
                     continue
                 if own and "\n" in own:
                     joined.append(picture.name)
-                yield Example(picture, " ".join(own.split()) if own else text, self.mask_beside(picture))
+                yield Example(picture, text, self.mask_beside(picture), self.hints.get(picture.stem))
         self.notice(f"{folder}: captions of several lines are read as one", joined)
         if without:
             self.errors.append(
@@ -181,7 +192,7 @@ class Scan:
         column, lines = "", dict[Path, int]()
         for line, row in rows(table):
             where = f"{table}, line {line}"
-            column = column or caption_column(row, self.caption_column, where, not self.prompt, self.image_column)
+            column = column or self.caption_column_of(row, where)
             with self.collecting():
                 path = file_in(table.parent, row, self.image_column, where)
                 if path in lines:
@@ -190,10 +201,26 @@ class Scan:
                 lines[path] = line
                 own = self.masks and row.get("mask")
                 mask = file_in(table.parent, row, "mask", where) if own else self.mask_beside(path)
-                text = self.prompt if self.prompt and not row.get(column) else row.get(column)
-                yield Example(path, checked(text, f'{where}: "{column}"'), mask)
+                named = self.hint_column and not self.hint_folder and row.get(self.hint_column)
+                hint = file_in(table.parent, row, str(self.hint_column), where) if named else self.hints.get(path.stem)
+                text = self.prompt if self.prompt and not (self.captions and row.get(column)) else row.get(column)
+                yield Example(path, checked(text, f'{where}: "{column}"'), mask, hint)
         if not column:
             raise DataError(f"{table} is empty; one line for each picture is expected.")
+
+    def caption_column_of(self, row: dict[str, Any], where: str) -> str:
+        """The column asked for; or the first of text, caption, prompt; or the only one of strings, which may be missing."""
+        wanted, others = self.caption_column, [c for c in row if c not in (self.image_column, "mask", self.hint_column)]
+        if wanted and wanted not in row:
+            hint = did_you_mean(wanted, others)
+            raise DataError(f'{where}: no column "{wanted}" (--caption_column); it has {", ".join(row)}.{hint}')
+        usual, strings = [c for c in COLUMNS if c in row], [c for c in others if isinstance(row[c], str)]
+        found = [wanted] if wanted else usual[:1] or strings
+        if not self.captions or (self.prompt and not found):
+            return COLUMNS[0]
+        if len(found) != 1:
+            raise DataError(f"{where}: which column holds the captions? Say so with --caption_column; it has {', '.join(row)}.")
+        return found[0]
 
     def mask_beside(self, picture: Path) -> Path | None:
         """The file of a picture's mask, which may be the picture itself: its alpha channel."""
@@ -263,20 +290,6 @@ def csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield reader.line_num, row
     except csv.Error as error:
         raise DataError(f"{table}, line {reader.line_num}: not CSV ({error}).") from error
-
-
-def caption_column(row: dict[str, Any], wanted: str | None, where: str, needed: bool, image_column: str) -> str:
-    """The column asked for; or the first of text, caption, prompt; or the only one of strings, which may be missing."""
-    others = [c for c in row if c not in (image_column, "mask")]
-    if wanted and wanted not in row:
-        hint = did_you_mean(wanted, others)
-        raise DataError(f'{where}: no column "{wanted}" (--caption_column); it has {", ".join(row)}.{hint}')
-    usual, strings = [c for c in COLUMNS if c in row], [c for c in others if isinstance(row[c], str)]
-    if not (wanted or usual or strings or needed):
-        return COLUMNS[0]
-    if not wanted and not usual and len(strings) != 1:
-        raise DataError(f"{where}: which column holds the captions? Say so with --caption_column; it has {', '.join(row)}.")
-    return wanted or (usual or strings)[0]
 
 
 def file_in(folder: Path, row: dict[str, Any], column: str, where: str) -> Path:

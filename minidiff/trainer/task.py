@@ -28,9 +28,8 @@ from minidiff.draw.speed import checkpoint_gradients
 from minidiff.files.folder import local_folder
 from minidiff.trainer.card import SHEET, trigger_of, write_card
 from minidiff.trainer.checkpoint import check_folder
-from minidiff.trainer.dataset import read_folder
+from minidiff.trainer.dataset import Scan
 from minidiff.trainer.distributed import world
-from minidiff.trainer.hints import with_hints
 from minidiff.trainer.latents import LatentData, held_out, model_fingerprint
 from minidiff.trainer.pictures import check_pictures, training_sizes, warnings_of
 from minidiff.trainer.priors import BasePrior, PairedData, class_examples, class_settings
@@ -112,9 +111,8 @@ def load_data(
     """
     s, where = settings, Path(folder or settings.instance_data_dir or settings.train_data_dir or "")
     side, sizes = training_sizes(pipe.unet.config, pipe.vae.config, s.resolution, s.aspect_ratio_buckets)
-    examples = read_folder(where, s.prompt, s.caption_column, s.masked_loss, s.captions, s.image_column)
-    if isinstance(s, ControlNetSettings):
-        examples = with_hints(examples, s, where)
+    hints = (s.conditioning_image_column, s.conditioning_data_dir) if isinstance(s, ControlNetSettings) and not s.hint else ()
+    examples = Scan(s.prompt, s.caption_column, s.masked_loss, s.captions, s.image_column, *hints).examples_of(where)
     if s.max_train_samples and folder is None:
         few = torch.randperm(len(examples), generator=generator(s.seed, "max_train_samples"))[: s.max_train_samples]
         examples = [examples[i] for i in sorted(few.tolist())]

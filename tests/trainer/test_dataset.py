@@ -262,3 +262,19 @@ def test_mask_column(folder: Path) -> None:
 def test_no_mask_at_all(folder: Path) -> None:
     with pytest.raises(DataError, match="no picture has a mask, and --masked_loss needs some: a.mask.png beside a.jpg"):
         read_folder(folder, "p", masks=True)
+
+
+def test_hints_are_used_wherever_they_lie(folder: Path) -> None:
+    """In a column of the metadata, which --no_captions does not leave out, or in a folder inside that of the pictures."""
+    edges = [picture(folder / "edges" / name) for name in ("a.png", "b.png")]
+    scan = Scan("p", hint_column="conditioning_image", hint_folder=str(folder / "edges")).of(folder)
+    assert [e.hint for e in scan.examples] == edges and not scan.notices and not scan.errors
+    picture(folder / "c.png")
+    rows = [{"file_name": name, "text": "t", "conditioning_image": "c.png"} for name in ("a.jpg", "b.PNG")]
+    jsonl(folder, *rows)
+    for captions, caption in ((True, "t"), (False, "p")):
+        scan = Scan("p", captions=captions, hint_column="conditioning_image").of(folder)
+        assert [(e.path.name, e.caption, e.hint) for e in scan.examples] == [
+            (name, caption, folder / "c.png") for name in ("a.jpg", "b.PNG")
+        ]
+        assert scan.notices == [f"{folder}: not used: edges."]

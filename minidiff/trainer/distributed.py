@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.core.train import Batch, Task
 
-AnyTask = TypeVar("AnyTask", bound=Task)
 PATIENCE = timedelta(hours=2)  # the others wait while the first one draws or saves; a process that dies is noticed at once
 
 
@@ -70,22 +68,15 @@ class Loss(nn.Module):
         return self.loss(batch, step, micro)
 
 
-def own_share(task: AnyTask, world: World, batch_size: int) -> AnyTask:
-    """The task on the rows of this process."""
-    if world.size == 1:
-        return task
-    return replace(task, loss=lambda batch, step, micro: task.loss(world.share(batch, batch_size), step, micro))
-
-
-def averaged(task: Task, world: World, accumulation: int) -> Task:
-    """The task whose loss and gradients are means over all processes; `accumulation`: micro batches in one update."""
+def shared(task: Task, world: World, batch_size: int, accumulation: int) -> Task:
+    """The task on the rows of this process, whose loss and gradients are means over all; `accumulation`: batches an update."""
     if world.size == 1:
         return task
     module = DistributedDataParallel(Loss(task))
 
     def loss(batch: Batch, step: int, micro: int) -> Tensor:
         with module.no_sync() if micro < accumulation - 1 else nullcontext():  # gradients travel once an update
-            own: Tensor = module(batch, step, micro)
+            own: Tensor = module(world.share(batch, batch_size), step, micro)
         mean = summed(own.detach().clone()) / world.size
         return own + (mean - own.detach())  # the value is the mean; the gradient is that of `own`, and DDP averages it
 

@@ -6,7 +6,6 @@ The prior is a setting of every recipe that changes the model: LoRA with --with_
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,34 +32,23 @@ from minidiff.files.ip_adapter_file import load_image_tower
 from minidiff.files.lora_file import save_lora
 from minidiff.files.weights import save
 from minidiff.files.word_file import check_word, save_embedding
+from minidiff.trainer import settings as kinds
 from minidiff.trainer.card import model_spec
 from minidiff.trainer.latents import LatentData, model_fingerprint
 from minidiff.trainer.optimizers import optimizer_of
-from minidiff.trainer.settings import (
-    AdapterSettings,
-    ControlNetSettings,
-    DreamBoothSettings,
-    FullSettings,
-    IPAdapterSettings,
-    LoRASettings,
-    PivotalSettings,
-    TextualInversionSettings,
-    WordSettings,
-)
 from minidiff.trainer.task import Job, load_base, load_data, make_job
 
 
-def full(settings: FullSettings) -> Job:
+def full(settings: kinds.FullSettings) -> Job:
     """Full fine-tuning and DreamBooth. The result is a whole model folder."""
-    settings.check()
-    pipe, base_hash = load_base(replace(settings, mixed_precision="no"))  # trained weights start unrounded
+    pipe, base_hash = load_base(settings, unrounded=True)  # as trained weights start
     data = load_data(pipe, settings, settings.train_text_encoder)
     trainable = read_by(pipe, core.full(trained_networks(pipe, settings)))
     tag = "dreambooth" if settings.with_prior_preservation else "full"
     return make_job(pipe, settings, base_hash, data, trainable, pipe.save_pretrained, tag)
 
 
-def lora(settings: LoRASettings) -> Job:
+def lora(settings: kinds.LoRASettings) -> Job:
     """LoRA or DoRA. The result is `pytorch_lora_weights.safetensors`, which minidiff and diffusers load."""
     pipe, base_hash = load_base(settings)
     trainable = new_adapters(pipe, settings)
@@ -70,7 +58,7 @@ def lora(settings: LoRASettings) -> Job:
     return make_job(pipe, settings, base_hash, data, trainable, write, "lora", off)
 
 
-def textual_inversion(settings: TextualInversionSettings) -> Job:
+def textual_inversion(settings: kinds.TextualInversionSettings) -> Job:
     """Textual inversion. The result is `learned_embeds.safetensors`, a few kilobytes."""
     pipe, base_hash = load_base(settings)
     trainable = new_word(pipe, settings)
@@ -83,7 +71,7 @@ def textual_inversion(settings: TextualInversionSettings) -> Job:
     return make_job(pipe, settings, base_hash, data, trainable, export, "textual_inversion")
 
 
-def pivotal(settings: PivotalSettings) -> Job:
+def pivotal(settings: kinds.PivotalSettings) -> Job:
     """Pivotal tuning: a word and a LoRA, each with its own learning rate. The result is the files of both."""
     pipe, base_hash = load_base(settings)
     adapters, word = new_adapters(pipe, settings), new_word(pipe, settings)
@@ -100,9 +88,9 @@ def pivotal(settings: PivotalSettings) -> Job:
     return make_job(pipe, settings, base_hash, data, adapters | word, export, "pivotal", off, optimizer)
 
 
-def controlnet(settings: ControlNetSettings) -> Job:
+def controlnet(settings: kinds.ControlNetSettings) -> Job:
     """A ControlNet. The result is a folder of diffusers' form."""
-    pipe, base_hash = load_base(replace(settings, mixed_precision="no"))  # the copy starts unrounded
+    pipe, base_hash = load_base(settings, unrounded=True)  # as the copy starts
     widths = ControlNetConfig.conditioning_embedding_out_channels[: len(pipe.vae.config.block_out_channels)]
     kept = settings.controlnet_model_name_or_path
     torch.manual_seed(hashed_seed(settings.seed, "controlnet"))
@@ -116,9 +104,9 @@ def controlnet(settings: ControlNetSettings) -> Job:
     return make_job(pipe, settings, base_hash, data, trainable, partial(write_controlnet, net), "controlnet")
 
 
-def ip_adapter(settings: IPAdapterSettings) -> Job:
+def ip_adapter(settings: kinds.IPAdapterSettings) -> Job:
     """An IP-Adapter of the base form. The result is `ip_adapter.safetensors`."""
-    pipe, base_hash = load_base(replace(settings, mixed_precision="no"))  # one number format for the U-Net and what is trained
+    pipe, base_hash = load_base(settings, unrounded=True)  # one number format for the U-Net and what is trained
     home = Path(settings.image_encoder or local_folder(settings.pretrained_model_name_or_path) / "image_encoder")
     tower, pixels = load_image_tower(home)
     torch.manual_seed(hashed_seed(settings.seed, "ip_adapter"))
@@ -136,19 +124,19 @@ def ip_adapter(settings: IPAdapterSettings) -> Job:
 
 
 RECIPES: dict[type, Callable[[Any], Job]] = {
-    FullSettings: full,
-    DreamBoothSettings: full,
-    LoRASettings: lora,
-    TextualInversionSettings: textual_inversion,
-    PivotalSettings: pivotal,
-    ControlNetSettings: controlnet,
-    IPAdapterSettings: ip_adapter,
+    kinds.FullSettings: full,
+    kinds.DreamBoothSettings: full,
+    kinds.LoRASettings: lora,
+    kinds.TextualInversionSettings: textual_inversion,
+    kinds.PivotalSettings: pivotal,
+    kinds.ControlNetSettings: controlnet,
+    kinds.IPAdapterSettings: ip_adapter,
 }
 
 # --- adapters ------------------------------------------------------------------------------------------------------------
 
 
-def new_adapters(pipe: StableDiffusionPipeline, settings: AdapterSettings) -> core.Trainable:
+def new_adapters(pipe: StableDiffusionPipeline, settings: kinds.AdapterSettings) -> core.Trainable:
     """The new adapters, with their fast classes. Prints how much is trained, as peft does."""
     s, networks = settings, trained_networks(pipe, settings)
     shape = core.Adapter(s.rank, s.lora_alpha, s.lora_targets, s.rank_of, s.use_rslora, s.use_dora, s.lora_dropout, s.seed)
@@ -159,8 +147,8 @@ def new_adapters(pipe: StableDiffusionPipeline, settings: AdapterSettings) -> co
     return adapters
 
 
-def trained_networks(pipe: StableDiffusionPipeline, settings: FullSettings | AdapterSettings) -> dict[str, nn.Module]:
-    return {"unet": pipe.unet} | (pipe.parts.towers if settings.train_text_encoder else {})
+def trained_networks(pipe: StableDiffusionPipeline, s: kinds.FullSettings | kinds.AdapterSettings) -> dict[str, nn.Module]:
+    return {"unet": pipe.unet} | (pipe.parts.towers if s.train_text_encoder else {})
 
 
 def read_by(pipe: StableDiffusionPipeline, trainable: core.Trainable) -> core.Trainable:
@@ -198,7 +186,7 @@ TEMPLATES = {
 }
 
 
-def new_word(pipe: StableDiffusionPipeline, settings: WordSettings) -> core.Trainable:
+def new_word(pipe: StableDiffusionPipeline, settings: kinds.WordSettings) -> core.Trainable:
     """The new word with its first vectors, "word"; in SDXL also "word_2", for the second text encoder."""
     word, like = settings.placeholder_token, settings.initializer_token
     try:
@@ -209,7 +197,7 @@ def new_word(pipe: StableDiffusionPipeline, settings: WordSettings) -> core.Trai
     return {name.replace("text_encoder", "word"): learn(tower)["word"] for name, tower in pipe.parts.towers.items()}
 
 
-def load_word_data(pipe: StableDiffusionPipeline, settings: WordSettings) -> LatentData:
+def load_word_data(pipe: StableDiffusionPipeline, settings: kinds.WordSettings) -> LatentData:
     """The pictures, and the word in sentences: the captions or the prompt, or else the paper's kind of neutral ones."""
     word, neutral = settings.placeholder_token, TEMPLATES[settings.learnable_property]
     data = load_data(pipe, settings, True, ("{}",) if settings.instance_prompt else neutral)

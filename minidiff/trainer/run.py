@@ -25,14 +25,13 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minidiff.core.errors import MinidiffError, SettingsError, WeightsError
-from minidiff.core.train import LoopSettings, Task, Update, train
+from minidiff.core.train import LoopSettings, Update, train
 from minidiff.draw.images import save_png
 from minidiff.draw.speed import compile_unet, frozen_weights
 from minidiff.files.atomic import fsync, write_bytes
 from minidiff.files.values import to_toml
 from minidiff.trainer import checkpoint, distributed
-from minidiff.trainer.ema import EMA
-from minidiff.trainer.optimizers import load_optimizer_state, optimizer_of, optimizer_state, stepping_in_backward
+from minidiff.trainer.optimizers import EMA, load_optimizer_state, optimizer_of, optimizer_state, stepping_in_backward
 from minidiff.trainer.plot import METRICS, loss_curve, read_metrics
 from minidiff.trainer.settings import FineTuneSettings, TrainSettings
 from minidiff.trainer.signals import signals_call
@@ -65,7 +64,7 @@ def fit(job: Job, settings: TrainSettings) -> Report:
     check_precision(settings.mixed_precision, device)
     if isinstance(settings, FineTuneSettings) and settings.compile:
         compile_unet(job.modules["unet"])
-    run = Run(distributed.own_share(job, world, settings.train_batch_size), settings, total, world)
+    run = Run(job, settings, total, world)
     asked: list[int] = []  # signals to stop
 
     def ask(number: int, _: object) -> None:
@@ -82,7 +81,8 @@ def fit(job: Job, settings: TrainSettings) -> Report:
         bar = tqdm(initial=start, total=total, unit="step", mininterval=often, file=sys.stderr, disable=not run.writes)
         with bar:
             run.bar = bar
-            updates = train(run.task(), run.loop, start)
+            task = distributed.shared(job, world, settings.train_batch_size, settings.gradient_accumulation_steps)
+            updates = train(replace(task, optimizer=run.optimizer), run.loop, start)
             while not world.any(bool(asked)):
                 began = time.perf_counter()
                 if (update := next(updates, None)) is None:
@@ -100,7 +100,7 @@ class Run:
     """One call of `fit`: `total` updates in all, of which earlier sessions may have made some."""
 
     def __init__(self, job: Job, settings: TrainSettings, total: int, world: distributed.World) -> None:
-        self.job, self.settings, self.total, self.world = job, settings, total, world
+        self.job, self.settings, self.total = job, settings, total
         same = {name: getattr(settings, name) for name in (*LOOP, "mixed_precision", "seed")}
         curve = CURVES.get(settings.lr_scheduler, settings.lr_scheduler)
         self.loop = LoopSettings(updates=total, rank=world.rank, lr_scheduler=curve, **same)
@@ -116,11 +116,6 @@ class Run:
         self.recent: deque[float] = deque(maxlen=20)  # losses
         self.done = self.saved = self.skipped = 0  # updates; the newest checkpoint's; updates skipped in a row
         self.bar: tqdm | None = None
-
-    def task(self) -> Task:
-        """The job as the loop trains it."""
-        task = distributed.averaged(self.job, self.world, self.settings.gradient_accumulation_steps)
-        return replace(task, optimizer=self.optimizer)
 
     def mean_loss(self) -> float:
         return sum(self.recent) / len(self.recent) if self.recent else math.nan

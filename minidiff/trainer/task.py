@@ -75,18 +75,19 @@ TURBO = (
 )
 
 
-def load_base(settings: FineTuneSettings) -> tuple[StableDiffusionPipeline, str]:
+def load_base(settings: FineTuneSettings, unrounded: bool = False) -> tuple[StableDiffusionPipeline, str]:
     """The frozen base model on its device, after the checks that take no time; and its hash, which tells it from others.
 
-    The U-Net and the text encoder have the dtype of --mixed_precision (but see `may_cast`), the VAE stays fp32.
+    The U-Net and the text encoder have the dtype of --mixed_precision (but see `may_cast`), or all of their digits if they are
+    to be `unrounded`; the VAE stays fp32.
     """
     settings.check()
     check_folder(settings)
     device = chosen_device(settings.device)
     check_precision(settings.mixed_precision, device)
-    name, dtype, casts = settings.pretrained_model_name_or_path, DTYPES[settings.mixed_precision], settings.may_cast
-    name = str(local_folder(name, revision=settings.revision)) if settings.revision else name
-    pipe = StableDiffusionPipeline.from_pretrained(name, dtype, casts, settings.plain)
+    folder = local_folder(settings.pretrained_model_name_or_path, revision=settings.revision)
+    dtype, casts = DTYPES["no" if unrounded else settings.mixed_precision], settings.may_cast
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype, casts, settings.plain)
     pipe.set_progress_bar_config(disable=True)
     if casts and settings.fit is None and all(p.element_size() > 2 for p in pipe.unet.parameters()):
         print("Note: --layerwise_casting changes nothing: the U-Net's file is not in half precision.", file=sys.stderr)

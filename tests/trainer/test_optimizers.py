@@ -16,8 +16,7 @@ from minidiff.core.errors import MinidiffError, SettingsError, WeightsError
 from minidiff.core.train import LoopSettings, clip_gradients, lr_factor
 from minidiff.fast.adam8bit import LeanAdamW
 from minidiff.trainer.distributed import World
-from minidiff.trainer.ema import EMA
-from minidiff.trainer.optimizers import adamw, load_optimizer_state, optimizer_state
+from minidiff.trainer.optimizers import EMA, adamw, load_optimizer_state, optimizer_state
 from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import TrainSettings
 from minidiff.trainer.task import Job

@@ -69,7 +69,7 @@ def join(s: Join) -> None:
 
 def joined_metadata(loras: Sequence[LoRAFile], strengths: Sequence[float]) -> dict[str, str]:
     """The files of the adapters, and every word that calls one of them up. A single adapter keeps all of its metadata."""
-    about = converting.kept_metadata(loras[0].metadata) if len(loras) == 1 else {}
+    about = dict(loras[0].metadata) if len(loras) == 1 else {}
     about["modelspec.merged_from"] = ", ".join(f"{lora.path.name} x {s:g}" for lora, s in zip(loras, strengths))
     for key in ("modelspec.trigger_phrase", "base_model"):
         texts = list(dict.fromkeys(lora.metadata[key] for lora in loras if lora.metadata.get(key)))

@@ -65,7 +65,7 @@ def convert_lora(
     lora = read_lora(path, alpha, empty_model(like).unet.config if like else None)
     kinds = {info.dtype for info in read_header(lora.path).tensors.values() if len(info.shape) > 1}
     own = kinds.pop() if len(kinds) == 1 and kinds <= {torch.float16, torch.bfloat16} else torch.float32
-    return [str(lora), *rewritten(lora.modules, place, to, dtype or own, kept_metadata(lora.metadata))]
+    return [str(lora), *rewritten(lora.modules, place, to, dtype or own, lora.metadata)]
 
 
 def convert_word(path: Path, place: Path, to: str, token: str | None) -> list[str]:
@@ -119,9 +119,10 @@ def rewritten(
 ) -> list[str]:
     """Write an adapter and read it again. Returns max |ΔW - ΔW'| with ΔW = scale · B A, and a line about the new file.
 
-    Of DoRA, max |m - m'| counts too. AdapterError for a ΔW that is infinite.
+    Of DoRA, max |m - m'| counts too. AdapterError for a ΔW that is infinite. Hashes of an old file in `metadata` are left out.
     """
-    written = read_lora(file := read_header(save_lora(modules, path, to, dtype, metadata)))
+    about = {key: value for key, value in metadata.items() if key != "format" and "hash" not in key}
+    written = read_lora(file := read_header(save_lora(modules, path, to, dtype, about)))
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for name, old in modules.items():
@@ -134,12 +135,6 @@ def rewritten(
 
     notes = for_a1111(to, cross_attention_width(file.tensors))
     return [f"max |ΔW - ΔW'| = {largest_difference(pairs()):.3g}", str(written), *notes]
-
-
-def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of an adapter, without the keys that its writer sets anew and without hashes of the old file."""
-    anew = ("format", "lora_adapter_metadata", "ss_network_module", "ss_network_dim", "ss_network_alpha")
-    return {key: value for key, value in metadata.items() if key not in anew and "hash" not in key}
 
 
 def for_a1111(to: str, width: int | None) -> list[str]:

@@ -16,7 +16,7 @@ from minidiff.core.lora import LoRAWeights
 from minidiff.files.folder import read_json
 from minidiff.files.looks import kind_of
 from minidiff.files.lora_file import read_lora
-from minidiff.files.lora_module import COMPONENTS, METADATA, alpha_of
+from minidiff.files.lora_names import COMPONENTS, METADATA, alpha_of
 from minidiff.files.values import listed, printable
 from minidiff.files.weights import TensorFile, find_weights, read_header
 from minidiff.files.word_file import word_of

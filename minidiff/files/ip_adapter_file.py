@@ -22,7 +22,7 @@ from minidiff.files import weights
 from minidiff.files.atomic import PICKLES, called
 from minidiff.files.convert import read_pickle
 from minidiff.files.folder import config_of, read_json
-from minidiff.files.looks import FAMILIES, IP_FORMS, HasShape, cross_attention_width, form_of
+from minidiff.files.looks import IP_FORMS, HasShape, cross_attention_width, family, form_of
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection
@@ -55,7 +55,7 @@ def load_ip_adapter(path: Path, unet: UNet2DConditionModel) -> IPAdapter:
             if form in NOT_HERE:
                 raise WeightsError(f"{path}: minidiff does not draw with the form {form}. It needs {NOT_HERE[form]}.")
             if cross_attention_width(file.tensors) not in (reads, None):
-                raise WeightsError(f"{path} is {file.looks_like}; this model is {FAMILIES.get(reads, 'of another kind')}.")
+                raise WeightsError(f"{path} is {file.looks_like}; this model needs one for {family(reads)}.")
             try:
                 adapter = IPAdapter(projection(form, file.tensors), unet)
             except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:

@@ -58,7 +58,7 @@ def describe(tensors: Mapping[str, HasShape]) -> str:
     if not tensors:
         return "an empty file"
     width = cross_attention_width(tensors)
-    of = f" for {FAMILIES.get(width, 'another model')} (cross-attention width {width})" if width else ""
+    of = f" for {family(width)}" if width else ""
     if form := form_of(tensors, CONTROL_FORMS):
         return f"a {form}{of}" if form == "ControlNet" else f"a {form}, which minidiff does not read"
     if form := form_of(tensors, IP_FORMS):
@@ -68,18 +68,23 @@ def describe(tensors: Mapping[str, HasShape]) -> str:
         return f"a {adapter_kind(tensors)} in the {dialect} style{of}"
     for pattern, looks in LOOKS:
         if any(re.match(pattern, key) for key in tensors):
-            family = FAMILIES.get(width or 0, f"SD (cross-attention width {width or 'unknown'})")
+            model = FAMILIES.get(width or 0, f"SD (cross-attention width {width or 'unknown'})")
             shapes = (t.shape for key, t in tensors.items() if FIRST.fullmatch(key) and len(t.shape) > 1)
             channels = next(shapes, (0, 4))[1]
-            return looks.format(family=family, inputs=INPUTS.get(channels, f"{channels}-channel "))
+            return looks.format(family=model, inputs=INPUTS.get(channels, f"{channels}-channel "))
     for key, tensor in tensors.items():
         if key.endswith("token_embedding.weight") and tensor.shape:
             return f"a CLIP text encoder of width {tensor.shape[-1]}"
     if is_embedding(tensors):
         widths = dict.fromkeys(tensor.shape[-1] for tensor in tensors.values())
-        family = f", for {FAMILIES[sum(widths)]}" if sum(widths) in FAMILIES else ""
-        return f"a textual inversion embedding of width {' and '.join(map(str, widths))}{family}"
+        of = f", for {FAMILIES[sum(widths)]}" if sum(widths) in FAMILIES else ""
+        return f"a textual inversion embedding of width {' and '.join(map(str, widths))}{of}"
     return f'nothing that minidiff knows: {len(tensors)} tensors, the first is "{next(iter(tensors))}"'
+
+
+def family(width: int) -> str:
+    """The family of models whose U-Net reads text of this width."""
+    return f"{FAMILIES.get(width, 'an unknown model')} (cross-attention width {width})"
 
 
 def form_of(tensors: Mapping[str, HasShape], forms: Mapping[str, str]) -> str | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minidiff.core.errors import AdapterError
 from minidiff.core.inject import adaptable_layers, eject, lora_layers
 from minidiff.core.lora import LoRAWeights
-from minidiff.files.lora_module import flat
+from minidiff.files.lora_file import flat
 from minidiff.files.weights import is_finite
 
 Modules = Mapping[str, LoRAWeights]

@@ -9,6 +9,7 @@ a table of module prefixes, made for given numbers of levels and layers, and rea
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 
 from minidiff.core.config import ControlNetConfig, UNetConfig, VAEConfig
 from minidiff.files.text_files import PREFIX as CLIP
@@ -35,6 +36,7 @@ RESNET = {  # diffusers -> LDM, inside one ResBlock of the U-Net
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
+@cache
 def unet_table(config: UNetConfig) -> dict[str, str]:
     """Module prefixes of the U-Net, diffusers -> LDM."""
     table: dict[str, str] = {}

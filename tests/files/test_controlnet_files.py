@@ -53,7 +53,7 @@ def test_inspect_and_convert(files: Path) -> None:
     assert (
         inspect(files / "folder")[0]["is"]
         == inspect(files / "v10.safetensors")[0]["is"]
-        == ("a ControlNet for another model (cross-attention width 24)")
+        == ("a ControlNet for an unknown model (cross-attention width 24)")
     )
     assert convert(files / "folder", files / "new.safetensors", "ldm", {})[0].endswith("= 0")
     assert load_file(files / "new.safetensors").keys() == load_file(files / "v11.safetensors").keys()

@@ -15,7 +15,7 @@ from minidiff.cli.main import main
 from minidiff.core.errors import AdapterError, WeightsError
 from minidiff.core.lora import LoRAWeights
 from minidiff.files.atomic import new_output
-from minidiff.files.convert import kept_metadata, moved, rewritten
+from minidiff.files.convert import moved, rewritten
 from minidiff.files.lora_file import read_lora, save_lora
 from minidiff.files.model import ModelParts, cast, empty_model, read_model
 from minidiff.files.names import UNET_PREFIX
@@ -158,9 +158,11 @@ def test_an_adapter_is_read_again(modules: dict[str, LoRAWeights], tmp_path: Pat
         rewritten(infinite, tmp_path / "d.safetensors", "kohya", torch.float32, {})
 
 
-def test_kept_metadata() -> None:
-    about = {"format": "pt", "ss_network_dim": "4", "ss_seed": "1", "modelspec.hash_sha256": "x", "sshs_model_hash": "y"}
-    assert kept_metadata(about) == {"ss_seed": "1"}
+def test_metadata_of_the_old_file_alone_is_left_out(tmp_path: Path) -> None:
+    about = {"format": "tf", "ss_network_dim": "4", "ss_seed": "1", "modelspec.hash_sha256": "x", "sshs_model_hash": "y"}
+    modules = {NAME: LoRAWeights(torch.ones(2, 16), torch.ones(16, 2), 1.0)}
+    rewritten(modules, tmp_path / "a.safetensors", "diffusers", torch.float32, about)
+    assert read_header(tmp_path / "a.safetensors").metadata.keys() == {"format", "ss_seed", "lora_adapter_metadata"}
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:

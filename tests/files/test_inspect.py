@@ -50,7 +50,7 @@ def tensor_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 def test_lora(modules: dict[str, LoRAWeights], model: ModelParts, tmp_path: Path, style: str) -> None:
     path = save_lora(modules, tmp_path / "a.safetensors", style, torch.float16, {"modelspec.trigger_phrase": "sks dog"})
     found, text = facts(path), as_text(inspect(path)[0])
-    assert found["is"] == f"a LoRA in the {style} style for another model (cross-attention width 24)"
+    assert found["is"] == f"a LoRA in the {style} style for an unknown model (cross-attention width 24)"
     count = sum(name.startswith("unet.") for name in modules)
     assert found["layers"][0].startswith(f"{count} of the U-Net: rank 2, alpha 3 (conv, conv1, conv2, ")
     assert found["layers"][1].startswith("12 of the text encoder: rank 2, alpha 3 (fc1, fc2, k_proj, ")

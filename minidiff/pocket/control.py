@@ -6,7 +6,6 @@ moves when the net begins to obey its hints, rather suddenly, after some hundred
     B batch   H W picture side, 128   N pictures
 """
 
-import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,63 +18,47 @@ from torch.nn.functional import max_pool2d
 
 from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.recipes import DiffusionLoss, full
-from minidiff.core.rng import generator, hashed_seed
-from minidiff.core.schedule import NoiseSchedule
-from minidiff.core.text import TextEncoders, tokenize
+from minidiff.core.rng import hashed_seed
 from minidiff.core.train import Batch
 from minidiff.draw.canny import canny
-from minidiff.draw.device import chosen_device
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.progress import progress
 from minidiff.draw.speed import speed_up_network
 from minidiff.files.atomic import whole_file
 from minidiff.files.controlnet import write_controlnet
 from minidiff.pocket.autoencoder import load_vae
-from minidiff.pocket.dataset import World, load_latents, load_world
+from minidiff.pocket.dataset import World
+from minidiff.pocket.denoiser import Denoising, finished_unet, noise_config
 from minidiff.pocket.settings import PretrainSettings
-from minidiff.pocket.stage import chosen, finished_unet, noise_config, run
-from minidiff.pocket.towers import load_towers
-from minidiff.pocket.world import caption, draw, held_out, random_caption
+from minidiff.pocket.stage import run
+from minidiff.pocket.world import caption, draw, held_out
 from minidiff.trainer.task import Job
 
 WIDTHS = (8, 16, 32, 64)  # of the hint encoder
-CAPTION_DROPOUT = 0.1
 UNSEEN = 10_000_000  # seeds from here on are of drawings that no training has seen
 
 
 def train_canny(home: Path, settings: PretrainSettings) -> None:
     """The stage `canny`: writes `canny`, a folder of diffusers' form, in fp16."""
-    batch, device = settings.sizes.control_batch, chosen_device(settings.device)
-    latents, world = load_latents(home), load_world(home, settings.pictures)
-    hints = edges(home, world)
-    towers, tokenizer = load_towers(home, settings)
-    schedule, unet = NoiseSchedule.from_config(noise_config(settings)), finished_unet(home, settings)
+    base, unet, batch = Denoising(home, settings, "canny"), finished_unet(home, settings), settings.sizes.control_batch
+    hints = edges(home, base.world)
     torch.manual_seed(hashed_seed(settings.seed, "canny"))
     net = ControlNetModel.from_unet(unet, WIDTHS)
     for network in (unet.requires_grad_(False), net):
-        speed_up_network(network.to(device))
-    towers.to(device)
+        speed_up_network(network.to(base.device))
 
     def data(step: int, micro: int) -> Batch:
-        indices, draws = chosen(settings, "canny", step, batch), generator(settings.seed, "canny noise", step)
-        words = random.Random(hashed_seed(settings.seed, "canny captions", step))
-        noise = torch.randn(2, batch, 4, 16, 16, generator=draws)
-        said = [random_caption(world.pictures[i], words) if words.random() > CAPTION_DROPOUT else "" for i in indices]
-        return {
-            "latents": latents.draw(indices, noise[0]),
-            "noise": noise[1],
-            "t": torch.randint(len(schedule.alphas_cumprod), (batch,), generator=draws),
-            "ids": tokenize(tokenizer, said),
-            "hint": hints(indices),
-        }
+        indices, draws, words = base.draws(step, batch)
+        return base.noised(indices, draws) | {"ids": base.captions(indices, words), "hint": hints(indices)}
 
-    pipe = StableDiffusionPipeline(unet, load_vae(home, settings).to(device), towers.text, tokenizer, noise_config(settings))
+    vae = load_vae(home, settings).to(base.device)
+    pipe = StableDiffusionPipeline(unet, vae, base.towers.text, base.tokenizer, noise_config(settings))
     pipe.set_progress_bar_config(disable=True)
     pipe.controlnet = net
     task = Job(
         trainable=full({"controlnet": net}),
         batch=data,
-        loss=DiffusionLoss(unet, schedule, TextEncoders([towers.text]), snr_gamma=5.0, controlnet=net),
+        loss=DiffusionLoss(unet, base.schedule, base.text, snr_gamma=5.0, controlnet=net),
         export=lambda folder: write_controlnet(net, folder, torch.float16),
         optimizer=torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-2),
         modules={"unet": unet, "controlnet": net},

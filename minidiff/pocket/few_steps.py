@@ -10,7 +10,6 @@ end: it is enough that two neighbours on a curve must have the same end.
 Papers: consistency models arXiv 2303.01469, LCM 2310.04378, LCM-LoRA 2311.05556.
 """
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,20 +19,16 @@ import torch
 from torch import Tensor
 
 from minidiff.core.inject import adapter_weights, inject, set_adapters, trainable
-from minidiff.core.rng import generator, hashed_seed
 from minidiff.core.samplers import lcm_boundary
 from minidiff.core.schedule import NoiseSchedule, a_bar_of, add_noise, read_output
 from minidiff.core.text import tokenize
 from minidiff.core.train import Batch
 from minidiff.core.unet import UNet2DConditionModel
-from minidiff.draw.device import chosen_device
 from minidiff.draw.speed import speed_up_network
 from minidiff.files.lora_file import save_lora
-from minidiff.pocket.dataset import load_latents, load_world
+from minidiff.pocket.denoiser import Denoising, finished_unet
 from minidiff.pocket.settings import PretrainSettings
-from minidiff.pocket.stage import chosen, finished_unet, noise_config, run
-from minidiff.pocket.towers import load_towers
-from minidiff.pocket.world import random_caption
+from minidiff.pocket.stage import run
 from minidiff.trainer.task import Job
 
 TARGETS = ("attention", "feed_forward", "projections", "resnets", "samplers")  # every layer that LCM-LoRA adapts
@@ -50,9 +45,9 @@ def consistency_loss(
 ) -> Tensor:
     """The distance of the student's two ends: from x_t, and from where the teacher's step leads from there.
 
-    `data` has z and noise (B, 4, h, w), t (B,) on the grid, and guidance (B,); text and no_text are (B, L, D).
+    `data` has latents and noise (B, 4, h, w), t (B,) on the grid, and guidance (B,); text and no_text are (B, L, D).
     """
-    z, t = data["z"], data["t"]
+    z, t = data["latents"], data["t"]
     s = (t - GRID).clamp(min=0)
     x_t = add_noise(schedule, z, data["noise"], t)
     with torch.no_grad():
@@ -83,25 +78,17 @@ def end_of_curve(student: Network, schedule: NoiseSchedule, x: Tensor, t: Tensor
 
 def train_student(home: Path, settings: PretrainSettings) -> None:
     """The stage `student`: writes `student/pytorch_lora_weights.safetensors`, with kohya's names, as LCM-LoRA has them."""
-    batch, device = settings.sizes.student_batch, chosen_device(settings.device)
-    latents, pictures = load_latents(home), load_world(home, settings.pictures).pictures
-    towers, tokenizer = load_towers(home, settings)
-    schedule, unet = NoiseSchedule.from_config(noise_config(settings)), finished_unet(home, settings)
+    base, unet, batch = Denoising(home, settings, "student"), finished_unet(home, settings), settings.sizes.student_batch
     inject(unet, RANK, targets=TARGETS, seed=settings.seed)
-    speed_up_network(unet.to(device))
-    towers.to(device)
+    speed_up_network(unet.to(base.device))
 
     def data(step: int, micro: int) -> Batch:
-        indices, draws = chosen(settings, "student", step, batch), generator(settings.seed, "student noise", step)
-        words = random.Random(hashed_seed(settings.seed, "student captions", step))
-        noise = torch.randn(2, batch, 4, 16, 16, generator=draws)
-        return {
-            "z": latents.draw(indices, noise[0]),
-            "noise": noise[1],
-            "t": torch.randint(1, len(schedule.alphas_cumprod) // GRID + 1, (batch,), generator=draws) * GRID - 1,
-            "guidance": torch.empty(batch).uniform_(*GUIDANCE, generator=draws),
-            "ids": tokenize(tokenizer, ["", *(random_caption(pictures[i], words) for i in indices)]),
-        }
+        indices, draws, words = base.draws(step, batch)
+        data = base.noised(indices, draws)
+        data["t"] = GRID * (1 + data["t"] % (1000 // GRID)) - 1  # on the grid: 19, 39, … 999
+        data["guidance"] = torch.empty(batch).uniform_(*GUIDANCE, generator=draws)
+        data["ids"] = tokenize(base.tokenizer, ["", *(base.caption(i, words) for i in indices)])
+        return data
 
     def ask(adapters: list[str], *inputs: Tensor) -> Tensor:
         set_adapters(unet, adapters)
@@ -109,9 +96,9 @@ def train_student(home: Path, settings: PretrainSettings) -> None:
 
     def loss(data: Batch, step: int, micro: int) -> Tensor:
         with torch.no_grad():
-            text = towers.text(input_ids=data["ids"]).last_hidden_state
+            text = base.towers.text(input_ids=data["ids"]).last_hidden_state
         student, teacher = partial(ask, ["default"]), partial(ask, [])
-        return consistency_loss(student, teacher, schedule, data, text[1:], text[:1].expand_as(text[1:]))
+        return consistency_loss(student, teacher, base.schedule, data, text[1:], text[:1].expand_as(text[1:]))
 
     task = Job(
         trainable=trainable(unet),

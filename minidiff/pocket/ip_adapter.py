@@ -7,7 +7,6 @@ in a million steps.
     B samples   4 h w a latent   E width of the image tower's embedding
 """
 
-import random
 from pathlib import Path
 
 import torch
@@ -15,19 +14,17 @@ from torch import Tensor
 
 from minidiff.core.ip_adapter import ImageProjection, IPAdapter, inject
 from minidiff.core.recipes import DiffusionLoss
-from minidiff.core.rng import generator, hashed_seed
-from minidiff.core.schedule import NoiseSchedule
-from minidiff.core.text import TextEncoders, tokenize
+from minidiff.core.rng import hashed_seed
+from minidiff.core.text import tokenize
 from minidiff.core.train import Batch
-from minidiff.draw.device import chosen_device
 from minidiff.draw.progress import progress
 from minidiff.draw.speed import speed_up_network
 from minidiff.files import weights
-from minidiff.pocket.dataset import World, load_latents, load_world
+from minidiff.pocket.dataset import World
+from minidiff.pocket.denoiser import Denoising, finished_unet
 from minidiff.pocket.settings import PretrainSettings
-from minidiff.pocket.stage import chosen, finished_unet, noise_config, run
-from minidiff.pocket.towers import WIDTH, Towers, load_towers, save_image_tower
-from minidiff.pocket.world import random_caption
+from minidiff.pocket.stage import run
+from minidiff.pocket.towers import WIDTH, Towers, save_image_tower
 from minidiff.trainer.task import Job
 
 DROP = {"image": 0.05, "caption": 0.45, "both": 0.05}  # shares of the samples
@@ -35,36 +32,26 @@ DROP = {"image": 0.05, "caption": 0.45, "both": 0.05}  # shares of the samples
 
 def train_ip_adapter(home: Path, settings: PretrainSettings) -> None:
     """The stage `ip`: writes `ip/ip_adapter.safetensors`, in fp16, and the image tower beside it."""
-    batch, device = settings.sizes.ip_batch, chosen_device(settings.device)
-    latents, world, (towers, tokenizer) = load_latents(home), load_world(home, settings.pictures), load_towers(home, settings)
-    embeddings = load_embeddings(home, world, towers.to(device))
-    unet = finished_unet(home, settings)
+    base, unet, batch = Denoising(home, settings, "ip"), finished_unet(home, settings), settings.sizes.ip_batch
+    embeddings = load_embeddings(home, base.world, base.towers)
     torch.manual_seed(hashed_seed(settings.seed, "ip"))
-    adapter = IPAdapter(ImageProjection(WIDTH, WIDTH), unet).to(device)
+    adapter = IPAdapter(ImageProjection(WIDTH, WIDTH), unet).to(base.device)
     inject(unet, adapter)
-    speed_up_network(unet.requires_grad_(False).to(device))
+    speed_up_network(unet.requires_grad_(False).to(base.device))
 
     def data(step: int, micro: int) -> Batch:
-        indices, draws = chosen(settings, "ip", step, batch), generator(settings.seed, "ip noise", step)
-        words = random.Random(hashed_seed(settings.seed, "ip captions", step))
-        noise = torch.randn(2, batch, 4, 16, 16, generator=draws)
+        indices, draws, words = base.draws(step, batch)
         dropped = words.choices([*DROP, "nothing"], [*DROP.values(), 1 - sum(DROP.values())], k=batch)
-        said = [random_caption(world.pictures[i], words) if d in ("image", "nothing") else "" for i, d in zip(indices, dropped)]
+        said = [base.caption(i, words) if d in ("image", "nothing") else "" for i, d in zip(indices, dropped)]
         shown = torch.tensor([d in ("caption", "nothing") for d in dropped])
-        return {
-            "latents": latents.draw(indices, noise[0]),
-            "noise": noise[1],
-            "t": torch.randint(1000, (batch,), generator=draws),
-            "ids": tokenize(tokenizer, said),
-            "e": embeddings[indices, None] * shown[:, None, None],  # (B, 1, E)
-        }
+        e = embeddings[indices, None] * shown[:, None, None]  # (B, 1, E)
+        return base.noised(indices, draws) | {"ids": tokenize(base.tokenizer, said), "e": e}
 
-    schedule = NoiseSchedule.from_config(noise_config(settings))
     task = Job(
         trainable=dict(adapter.named_parameters()),
         batch=data,
-        loss=DiffusionLoss(unet, schedule, TextEncoders([towers.text]), snr_gamma=5.0, ip_adapter=adapter),
-        export=lambda folder: save(adapter, towers, folder),
+        loss=DiffusionLoss(unet, base.schedule, base.text, snr_gamma=5.0, ip_adapter=adapter),
+        export=lambda folder: save(adapter, base.towers, folder),
         optimizer=torch.optim.AdamW(adapter.parameters(), 1e-3, weight_decay=1e-2),
     )
     run(task, settings, "ip", settings.sizes.ip_steps, batch, warmup=30)

@@ -6,30 +6,15 @@ from typing import Any
 
 import torch
 
-from minidiff.core.config import NoiseConfig, UNetConfig
 from minidiff.core.errors import SettingsError
 from minidiff.core.rng import generator
 from minidiff.core.train import Batch
-from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.device import chosen_device
 from minidiff.files import weights
 from minidiff.pocket.settings import PretrainSettings, Stage
 from minidiff.trainer.run import fit
 from minidiff.trainer.settings import TrainSettings
 from minidiff.trainer.task import Job
-
-# SD 1.5's parts, three levels, one layer a block. The finest level has no attention, which would cost
-# as much there as everything else together: a picture of 16 x 16 cells is composed at 8 x 8 and 4 x 4.
-POCKET_UNET = UNetConfig(
-    sample_size=16,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(64, 128, 192),
-    layers_per_block=1,
-    cross_attention_dim=128,
-    attention_head_dim=4,
-    norm_num_groups=32,
-)
 
 
 def run(task: Job, settings: PretrainSettings, stage: Stage, steps: int, batch: int, warmup: int = 100) -> None:
@@ -72,13 +57,6 @@ def first_of(files: list[Path], settings: PretrainSettings, part: str) -> Path:
     return weights.find_weights(Path(settings.init_from) / part)
 
 
-def finished_unet(home: Path, settings: PretrainSettings) -> UNet2DConditionModel:
-    """The U-Net of its stage, or else that of `init_from`: what is trained beside it comes after it."""
-    unet = UNet2DConditionModel(POCKET_UNET)
-    weights.load_into(unet, first_of([home / "unet" / "model.safetensors"], settings, "unet"), torch.float32)
-    return unet
-
-
 def chosen(settings: PretrainSettings, stage: str, step: int, batch: int) -> list[int]:
     """The pictures of one update: a function of the seed, the stage and the step."""
     return torch.randint(settings.pictures, (batch,), generator=generator(settings.seed, stage, step)).tolist()
@@ -86,8 +64,3 @@ def chosen(settings: PretrainSettings, stage: str, step: int, batch: int) -> lis
 
 def tokenizer_folder(home: Path, settings: PretrainSettings) -> Path:
     return Path(settings.init_from or home) / "tokenizer"
-
-
-def noise_config(settings: PretrainSettings) -> NoiseConfig:
-    """SD 1.5's noise; what the network predicts is a setting."""
-    return NoiseConfig(prediction_type=settings.prediction_type)

@@ -9,6 +9,7 @@ There is no text projection: pictures are projected into the space of the text t
 tower is exactly the `text_encoder` of SD's folder and the pair needs no third file.
 """
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidiff.core.rng import hashed_seed
+from minidiff.core.text import tokenize
+from minidiff.core.train import Batch
+from minidiff.draw.device import chosen_device
 from minidiff.files import weights
 from minidiff.files.folder import write_json
 from minidiff.files.text_files import load_tokenizer
+from minidiff.pocket.dataset import hard_batch, load_world, lookalikes
+from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.settings import PretrainSettings
-from minidiff.pocket.stage import begun, first_of, tokenizer_folder
+from minidiff.pocket.stage import begun, first_of, run, tokenizer_folder
+from minidiff.pocket.tokenizer import build_tokenizer
+from minidiff.pocket.world import caption, random_caption
+from minidiff.trainer.task import Job
 
 WIDTH = 128
 SHARED: dict[str, Any] = {  # of both configurations
@@ -97,6 +107,35 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -
     logits = scale * image @ text.mT  # (B, B)
     target = same / same.sum(dim=-1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.mT, target)) / 2
+
+
+def train_clip(home: Path, settings: PretrainSettings) -> None:
+    """Stage 3: a tokenizer for the world's words, then the two towers."""
+    batch, world = 96, load_world(home, settings.pictures)
+    if not settings.init_from:
+        build_tokenizer(home / "tokenizer", sorted({caption(p) for p in world.pictures} | {"a picture of an"}))
+    tokenizer = load_tokenizer(tokenizer_folder(home, settings))
+    torch.manual_seed(hashed_seed(settings.seed, "clip"))
+    towers = Towers(len(tokenizer))
+    begun(towers.text, settings, "text_encoder")
+    begun(towers.image, settings, "image_encoder")
+    towers.to(chosen_device(settings.device))
+    groups = lookalikes(world.pictures)
+
+    def data(step: int, micro: int) -> Batch:
+        words = random.Random(hashed_seed(settings.seed, "clip captions", step))
+        indices = hard_batch(groups, batch, words)
+        ids = tokenize(tokenizer, [random_caption(world.pictures[i], words) for i in indices])
+        return {"ids": ids, "pixels": world.batch(indices)}
+
+    task = Job(
+        trainable=dict(towers.named_parameters()),
+        batch=data,
+        loss=lambda data, step, micro: towers(data["ids"], data["pixels"]),
+        export=lambda folder: weights.save(towers.state_dict(), folder / "model.safetensors"),
+        optimizer=Muon(*split(towers, ("embedding", "projection")), lr=2e-3, adam_lr=1e-3),
+    )
+    run(task, settings, "clip", settings.sizes.clip_steps, batch, warmup=50)
 
 
 def load_towers(home: Path, settings: PretrainSettings) -> tuple[Towers, Any]:

@@ -9,7 +9,7 @@ from minidiff.core.inject import adaptable_layers
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files import names
 from minidiff.files.lora_names import Place, bundled_words, key_of, lora_dialect, place_of
-from minidiff.pocket.pretrain import POCKET_UNET
+from minidiff.pocket.denoiser import POCKET_UNET
 
 DOWN = "down_blocks.0.attentions.0"
 TO_Q, TO_OUT = f"{DOWN}.transformer_blocks.0.attn1.to_q", f"{DOWN}.transformer_blocks.0.attn1.to_out.0"

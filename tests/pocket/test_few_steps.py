@@ -23,7 +23,7 @@ SCHEDULE = NoiseSchedule.from_config(NoiseConfig())
 def batch(t: list[int]) -> Batch:
     draws = torch.Generator().manual_seed(0)
     z, noise = torch.randn(2, len(t), 4, 2, 2, generator=draws)
-    return {"z": z, "noise": noise, "t": torch.tensor(t), "guidance": torch.full((len(t),), 5.0)}
+    return {"latents": z, "noise": noise, "t": torch.tensor(t), "guidance": torch.full((len(t),), 5.0)}
 
 
 def knows(z: Tensor, schedule: NoiseSchedule) -> few_steps.Network:
@@ -39,7 +39,7 @@ def knows(z: Tensor, schedule: NoiseSchedule) -> few_steps.Network:
 def test_an_exact_teacher_and_student_agree() -> None:
     """All points of a curve have the same end, z: so the loss is 0, at every neighbouring pair but the last."""
     data, text = batch([39, 199, 599, 999]), torch.zeros(4, 77, 8)
-    network = knows(data["z"], SCHEDULE)
+    network = knows(data["latents"], SCHEDULE)
     assert consistency_loss(network, network, SCHEDULE, data, text, text) < 1e-6
     worse = consistency_loss(lambda x, t, text: 0.9 * network(x, t, text), network, SCHEDULE, data, text, text)
     assert worse > 1e-3
@@ -48,9 +48,9 @@ def test_an_exact_teacher_and_student_agree() -> None:
 def test_teacher_step_is_ddim_with_guidance() -> None:
     """From x_t to the x_s of the same z and noise, if the network knows both; and guidance goes past the prompt's answer."""
     data, text = batch([199, 999]), torch.zeros(2, 77, 8)
-    x_t, s = add_noise(SCHEDULE, data["z"], data["noise"], data["t"]), data["t"] - GRID
-    x_s = teacher_step(knows(data["z"], SCHEDULE), SCHEDULE, x_t, data["t"], s, torch.cat([text, text]), data["guidance"])
-    torch.testing.assert_close(x_s, add_noise(SCHEDULE, data["z"], data["noise"], s), atol=2e-5, rtol=1e-4)
+    x_t, s = add_noise(SCHEDULE, data["latents"], data["noise"], data["t"]), data["t"] - GRID
+    x_s = teacher_step(knows(data["latents"], SCHEDULE), SCHEDULE, x_t, data["t"], s, torch.cat([text, text]), data["guidance"])
+    torch.testing.assert_close(x_s, add_noise(SCHEDULE, data["latents"], data["noise"], s), atol=2e-5, rtol=1e-4)
 
     def network(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         return text[:, :1, :1, None].expand_as(x)  # 0 without a prompt, 1 with it
@@ -72,14 +72,14 @@ def test_lcm_eq9_boundary() -> None:
 def test_consistency_loss_2310_14189_section_3_3_by_hand() -> None:
     """√(d² + c²) - c of the two ends, for a student that always answers 0."""
     data, text = batch([19, 499]), torch.zeros(2, 77, 8)
-    teacher = knows(data["z"], SCHEDULE)
+    teacher = knows(data["latents"], SCHEDULE)
 
     def zero(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
     ends = []
     for t in (data["t"], data["t"] - GRID + torch.tensor([1, 0])):  # 19 goes to 0, not to -1
-        x = add_noise(SCHEDULE, data["z"], data["noise"], t)
+        x = add_noise(SCHEDULE, data["latents"], data["noise"], t)
         skip, out = (torch.tensor(c).view(-1, 1, 1, 1) for c in zip(*(lcm_boundary(float(one)) for one in t)))
         ends.append(skip * x + out * x / a_bar_of(SCHEDULE, t, x).sqrt())
     expected = (((ends[0] - ends[1]) ** 2 + HUBER**2) ** 0.5 - HUBER).mean()

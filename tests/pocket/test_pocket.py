@@ -19,12 +19,12 @@ from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.images import to_tensor
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files import weights
-from minidiff.pocket import anatomy, autoencoder, judge, pretrain, stage
+from minidiff.pocket import anatomy, autoencoder, denoiser, judge, pretrain, towers
 from minidiff.pocket.dataset import hard_batch, load_world, lookalikes
+from minidiff.pocket.denoiser import POCKET_UNET
 from minidiff.pocket.drawing import Shape, polygon
 from minidiff.pocket.muon import Muon, orthogonalize, split
 from minidiff.pocket.settings import PretrainSettings, Stage
-from minidiff.pocket.stage import POCKET_UNET
 from minidiff.pocket.textures import KEPT_OUT, SHARES, TRAINED, texture
 from minidiff.pocket.towers import contrastive_loss
 from minidiff.pocket.world import OBJECTS, Picture, draw, held_out, is_held_out, random_picture
@@ -304,10 +304,9 @@ SMALL = replace(POCKET_UNET, block_out_channels=(32, 32, 32))
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Narrow U-Nets, batches of four for CLIP, no sheets."""
-    for module in (pretrain, stage):
-        monkeypatch.setattr(module, "POCKET_UNET", SMALL)
-    monkeypatch.setattr(pretrain, "hard_batch", lambda groups, count, draws: hard_batch(groups, 4, draws))
-    monkeypatch.setattr(pretrain, "sample_sheet", lambda home, unet, settings: None)
+    monkeypatch.setattr(denoiser, "POCKET_UNET", SMALL)
+    monkeypatch.setattr(towers, "hard_batch", lambda groups, count, draws: hard_batch(groups, 4, draws))
+    monkeypatch.setattr(denoiser, "sample_sheet", lambda home, unet, settings: None)
     monkeypatch.setattr(autoencoder, "reconstruction_sheet", lambda vae: None)
 
 
@@ -371,7 +370,7 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_stopped(
         return (tmp_path / home / "unet" / "model.safetensors").read_bytes()
 
     at_once = train("at once")
-    chosen, steps = pretrain.chosen, []
+    chosen, steps = denoiser.chosen, []
 
     def stop_once(settings: PretrainSettings, stage: str, step: int, batch: int) -> list[int]:
         steps.append(step)
@@ -379,7 +378,7 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_stopped(
             signal.raise_signal(signal.SIGINT)
         return chosen(settings, stage, step, batch)
 
-    monkeypatch.setattr(pretrain, "chosen", stop_once)
+    monkeypatch.setattr(denoiser, "chosen", stop_once)
     with pytest.raises(KeyboardInterrupt):
         train("in two parts")
     assert train("in two parts") == at_once and steps == [0, 1, 2]

@@ -10,15 +10,14 @@ import pathlib
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
+from secrets import randbelow
 from typing import Annotated, Any, Literal, Self
 from warnings import warn
-
-from tyro.conf import Positional
 
 from minidiff.core.errors import SettingsError
 from minidiff.files.bundled import here_or_bundled
 from minidiff.files.folder import check_sampler, config_of, local_folder
-from minidiff.files.values import A_PATH, FINITE, Flags, Rule, between, near_path
+from minidiff.files.values import A_PATH, FINITE, Flags, Positional, Rule, between, near_path
 
 Path = Annotated[str, A_PATH]
 Finite = Annotated[float, FINITE]
@@ -158,7 +157,11 @@ class Sampling(Flags):
                     raise SettingsError(f"--lora {path} is a whole model; give it as --pretrained_model_name_or_path {path}")
 
     def settled(self) -> Self:
-        """Sizes, strength and prompt that suit --image. SettingsError for one that is far larger than the model draws."""
+        """A new seed for -1; sizes, strength and prompt that suit --image. SettingsError if it is far larger than the model."""
+        if self.seed == -1:
+            new_seed = replace(self, seed=randbelow(2**31))
+            print(f"seed {new_seed.seed}")
+            return new_seed.settled()
         picture, flag = (self.image, "image") if self.image else ((*self.control_image, None)[0], "control_image")
         if self.resize and (picture is None or self.width or self.height or self.tile_size):
             raise SettingsError("--resize needs --image or --control_image, and no --width, --height and --tile_size.")

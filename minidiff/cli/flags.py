@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from tyro.conf import Positional
-
 from minidiff.cli.draw_flags import Finite, NumberFormat, Prediction, check_weights
-from minidiff.files.values import A_FOLDER, A_PATH, POSITIVE, Flags, Rule, at_least, between
+from minidiff.files.values import A_FOLDER, A_PATH, POSITIVE, Flags, Positional, Rule, at_least, between
 
 Path = Annotated[str, A_PATH]
 Rank = Annotated[int, at_least(1)]

@@ -1,15 +1,13 @@
-"""`minidiff COMMAND --help`, and the words of a command line before tyro reads them. The flags are fields of a dataclass."""
+"""`minidiff COMMAND --help`: the flags of a command in groups. A flag is a field of its dataclass."""
 
 import inspect
 import shutil
 import textwrap
-from dataclasses import MISSING, Field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, Field
+from typing import Any, get_args, get_origin
 
-from tyro.conf import Positional
-
-from minidiff.core.errors import SettingsError
-from minidiff.files.values import our_name, texts_of
+from minidiff.cli.words import choices_of, flags_of
+from minidiff.files.values import texts_of
 
 GROUPS = {  # heading -> flags; a flag that stands in none comes last
     "Common": "instance_data_dir instance_prompt train_data_dir max_train_steps learning_rate rank resolution "
@@ -38,20 +36,10 @@ GROUPS = {  # heading -> flags; a flag that stands in none comes last
     "Speed and memory": "device torch_dtype mixed_precision compile plain fit gradient_checkpointing layerwise_casting "
     "use_8bit_adam optimizer_in_backward dataloader_num_workers",
 }
-EXTRA = {  # flags that cli/main.py reads itself
+EXTRA = {  # flags that are no fields: see words.settings_of
     "sample": ("--from PICTURE", "Draw this picture again. It must be a PNG of minidiff or A1111; other flags change it."),
     "train": ("--config FILE", "A TOML file with defaults for all other flags, such as the train_config.toml of a result."),
 }
-SMALL_WORDS = {"a", "an", "the", "of", "on", "in", "at", "with", "and"}  # a prompt of one such word was not meant
-
-
-def flags_of(kind: type) -> dict[str, tuple[Field[Any], Any, bool]]:
-    """name -> (field, type, is it a positional?) for every flag of a command."""
-    hints, marked, mark = get_type_hints(kind), get_type_hints(kind, include_extras=True), get_args(Positional[int])[1]
-    return {f.name: (f, hints[f.name], mark in getattr(marked[f.name], "__metadata__", ())) for f in fields(kind)}
-
-
-# --- the help ----------------------------------------------------------------------------------------------------------
 
 
 def help_text(name: str, kind: type) -> str:
@@ -78,11 +66,9 @@ def left_of(name: str, field: Field[Any], hint: Any, positional: bool) -> str:
         return name.upper()
     if hint is bool:
         return f"--[no_]{name}" if field.default is True else f"--{name}"
-    kinds = [one for one in (get_args(hint) or (hint,)) if one not in (type(None), ...)]
-    if get_origin(hint) is Literal or any(get_origin(one) is Literal for one in kinds):
-        kinds = [str(one) for kind in kinds for one in (get_args(kind) or (kind,))]
-        return f"--{name} {'|'.join(kinds)}"
-    shown = {str: "TEXT", int: "N", float: "X", bool: "True|False"}.get(kinds[0], "VALUE")
+    if choices := choices_of(hint):
+        return f"--{name} {'|'.join(choices)}"
+    shown = {str: "TEXT", int: "N", float: "X"}[(get_args(hint) or (hint,))[0]]
     return f"--{name} {shown}{' …' if get_origin(hint) is tuple else ''}"
 
 
@@ -92,44 +78,3 @@ def right_of(field: Field[Any], text: str) -> str:
         return f"{text} (on)"
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
     return text if default in (None, MISSING) or default is False or not shown or "Default:" in text else f"{text} ({shown})"
-
-
-# --- the words ---------------------------------------------------------------------------------------------------------
-
-
-def ready_words(name: str, kind: type, words: list[str], default: object = None) -> list[str]:
-    """The words for tyro: a prompt without quotes as one. SettingsError, with the nearest flag, for one that is not there."""
-    flags, free, flagged, takes = flags_of(kind), list[str](), list[str](), 0.0
-    for word in words:
-        if word.startswith("--") and len(word) > 2:
-            flag, equals, _ = word[2:].partition("=")
-            flag = known_flag(name, flag.replace("-", "_"), flags)
-            hint = flags[flag][1]
-            takes = 0 if equals or hint is bool else float("inf") if get_origin(hint) is tuple else 1
-            flagged.append(word)
-        elif takes:
-            flagged.append(word)
-            takes -= 1
-        else:
-            free.append(word)
-    asked = {field: hint for field, (_, hint, positional) in flags.items() if positional}
-    if "prompt" in asked:
-        if not free and not default:
-            raise SettingsError(f'minidiff {name} needs a prompt, before its flags: minidiff {name} "a photo of a red dog"')
-        free = [" ".join(free)] if free else []
-    elif "prompts" in asked and SMALL_WORDS & {word.lower() for word in free}:
-        raise SettingsError(f'put each prompt in quotes: minidiff {name} "{" ".join(free)}"')
-    elif free and not asked:
-        raise SettingsError(f'"{" ".join(free)}" belongs to no flag. A text with spaces needs quotes: --flag "several words"')
-    return [*free, *flagged]
-
-
-def known_flag(name: str, flag: str, flags: dict[str, Any]) -> str:
-    """The field behind a flag; SettingsError with the nearest one."""
-    field = flag.removeprefix("no_") if flag not in flags else flag
-    if field in flags and not flags[field][2] and (field == flag or flags[field][1] is bool):
-        return field
-    if field in ("prompt", "prompts") and field in flags:
-        raise SettingsError(f'the prompt stands alone, without a flag: minidiff {name} "a photo of a red dog"')
-    hint = f" Did you mean --{near}?" if (near := our_name(flag, flags)) else ""
-    raise SettingsError(f"--{flag} is no flag of minidiff {name}.{hint} minidiff {name} --help lists them.")

@@ -1,4 +1,4 @@
-"""The `minidiff` command: finds the command, has tyro read its flags, and turns errors into messages and exit codes.
+"""The `minidiff` command: the table of all commands, their help, and errors as messages and exit codes.
 
 Exit codes: 0 done, 1 a bug (with a traceback), 2 bad input (with one message), 130 stopped by Ctrl-C.
 Nothing is imported before it is needed, so that `minidiff --help` answers at once.
@@ -8,16 +8,52 @@ import io
 import os
 import sys
 import warnings
-from argparse import ArgumentParser
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NoReturn
 
 from minidiff import __version__
-from minidiff.cli.commands import COMMANDS, FIRST, usage
 from minidiff.core.errors import MinidiffError, SettingsError, did_you_mean
 from minidiff.trainer.signals import signals_call
 
+COMMANDS: dict[str, tuple[str, str, str]] = {  # typed -> flags (file:class), function; of cli/ where no room is named; help
+    "sample": ("draw_flags:Sample", "draw_commands:sample", "Draw pictures from a prompt; or, with --from, one again."),
+    "sheet": ("draw_flags:Sheet", "draw_commands:sheet", "Draw a labelled contact sheet over one or two settings."),
+    "morph": ("draw_flags:Morph", "draw_commands:morph", "Draw a loop through prompts, seeds, or both."),
+    "filmstrip": ("draw_flags:Filmstrip", "draw_commands:filmstrip", "Show how a picture appears from noise."),
+    "attention": ("draw_flags:Attention", "draw_commands:attention", "Show where the U-Net looks for each word."),
+    "tokens": ("draw_flags:Tokens", "draw_commands:tokens", "Show how CLIP splits a prompt."),
+    "train full": ("trainer.settings:FullSettings", "train_commands:train", "Fine-tune all weights."),
+    "train dreambooth": ("trainer.settings:DreamBoothSettings", "train_commands:train", "Teach all weights a subject."),
+    "train lora": ("trainer.settings:LoRASettings", "train_commands:train", "Teach a subject or a style with a small adapter."),
+    "train textual_inversion": ("trainer.settings:TextualInversionSettings", "train_commands:train", "Teach a new word."),
+    "train pivotal": ("trainer.settings:PivotalSettings", "train_commands:train", "Teach a new word and a LoRA together."),
+    "train controlnet": ("trainer.settings:ControlNetSettings", "train_commands:train", "Teach to follow edges, depth, …"),
+    "train ip_adapter": ("trainer.settings:IPAdapterSettings", "train_commands:train", "Teach to draw what a picture shows."),
+    "data check": ("flags:DataCheck", "train_commands:data_check", "List all problems of a folder of training pictures."),
+    "watch": ("flags:Watch", "train_commands:watch", "Show the sheets and the loss curve of a training run as it goes."),
+    "inspect": ("flags:Inspect", "files_commands:inspect", "Describe a weight file: program, family, ranks, problems."),
+    "convert": ("flags:Convert", "files_commands:convert", "Write a weight file in another program's format."),
+    "merge bake": ("flags:Bake", "files_commands:bake", "Add adapters to a model's weights."),
+    "merge join": ("flags:Join", "files_commands:join", "Make one adapter from several."),
+    "merge extract": ("flags:Extract", "files_commands:extract", "Make an adapter from the difference of two models."),
+    "merge resize": ("flags:Resize", "files_commands:resize", "Reduce an adapter to a lower rank."),
+    "ladder": ("pocket.settings:LadderSettings", "train_commands:ladder", "Train a subject with every method; compare them."),
+    "forgetting": ("pocket.settings:ForgettingSettings", "train_commands:forgetting", "Plot what methods learn and forget."),
+    "lesson": ("flags:Lesson", "train_commands:lesson", "List the lessons, or run one."),
+    "bench": ("flags:Bench", "train_commands:bench", "Compare minidiff with diffusers + peft on this machine."),
+    "pretrain": ("pocket.settings:PretrainSettings", "pocket.pretrain:pretrain", "Train the pocket checkpoint from scratch."),
+    "judge": ("pocket.settings:JudgeSettings", "pocket.judge:judge", "Score a pocket checkpoint."),
+    "completion": ("flags:Completion", "completion:completion", "Let Tab complete commands and flags in your shell."),
+}
+FIRST = """minidiff: Stable Diffusion you can read, and fine-tune. Five things to try:
+
+  minidiff sample "a photo of a red dog on the beach"
+  minidiff sheet "a red house in the snow" --columns guidance_scale=1,3,8 --rows seed=0..2
+  minidiff morph "a photo of a red dog" "a photo of a blue cat"
+  minidiff train lora --preset object --instance_data_dir lessons/data/dog --instance_prompt "a photo of a sks dog"
+  minidiff lesson 0
+
+  minidiff --help: all commands"""
 OUT_OF_MEMORY = (
     "out of memory. What helps, the cheapest first: --train_batch_size 1 with more --gradient_accumulation_steps, "
     "--mixed_precision bf16, a smaller --resolution (or --width and --height), a lower --rank. Checkpoints already written are "
@@ -43,77 +79,29 @@ def run(argv: list[str]) -> None:
         near = did_you_mean(name, [*COMMANDS, *(name.split()[0] for name in COMMANDS)])
         raise SettingsError(f'"{name}" is no command.{near} minidiff{f" {group}" if group else ""} --help lists them.')
     else:
-        flags, *_ = COMMANDS[name]
+        flags, function, _ = COMMANDS[name]
         words = argv[len(name.split()) :]
-        words = found("cli.habits:adapted")(words) if group == "train" else words
         if any(word in HELP for word in words):
-            from minidiff.cli.help import help_text
-
-            return print(help_text(name, found(flags)))
-        settings = parse(name, found(flags), words)
-        if group != "train" and getattr(settings, "seed", 0) == -1:  # several processes of a training would draw several
-            from dataclasses import replace
-            from secrets import randbelow
-
-            settings = replace(settings, seed=randbelow(2**31))
-            print(f"seed {settings.seed}")
+            print(found("help:help_text")(name, found(flags)))
+            return
+        settings = found("words:settings_of")(name, found(flags), words)
         settings.check()
         settings = settings.settled() if hasattr(settings, "settled") else settings
-        function_of(name)(settings)
+        found(function)(settings)
+
+
+def usage(group: str = "") -> str:
+    """All commands, or those of a `group` such as train."""
+    first = f"{group} " if group else ""
+    lines = [f"  minidiff {name:<23} {about}" for name, (_, _, about) in COMMANDS.items() if name.startswith(first)]
+    head = "minidiff: Stable Diffusion you can read, and fine-tune."
+    return "\n".join([head, "", *lines, "", f"  minidiff {first}COMMAND --help: its flags"])
 
 
 def found(where: str) -> Any:
-    """The object behind "file:name"."""
+    """The object behind "file:name" of cli/, or "room.file:name"."""
     module, _, name = where.partition(":")
-    return getattr(import_module(f"minidiff.{module}"), name)
-
-
-def function_of(name: str) -> Any:
-    """The function of a command."""
-    where = COMMANDS[name][1]
-    return found(where if "." in where else f"cli.{where}")
-
-
-def parse(name: str, kind: type, words: list[str]) -> Any:
-    """The flags of a command, where `-` and `_` are the same. A default --output does not write over an earlier picture.
-
-    --config TOML (training) and --from PICTURE (sample) give all other flags their defaults.
-    """
-    from dataclasses import replace
-
-    import tyro
-
-    from minidiff.cli.help import ready_words
-
-    prog, default, origin = f"minidiff {name}", None, None
-    if flag := "--from" if name == "sample" else "--config" if name.startswith("train ") else None:
-        first = ArgumentParser(prog, add_help=False, allow_abbrev=False)
-        first.add_argument(flag, dest="file")
-        given, words = first.parse_known_args(words)
-        if given.file and name == "sample":
-            from minidiff.studio.recipe import read_origin
-
-            origin = read_origin(given.file, kind)
-            default = kind(output=str(Path.cwd() / f"{origin.path.stem}-again.png"), **origin.settings)
-        elif given.file:
-            from minidiff.files.values import from_toml
-
-            default = from_toml(kind, Path(given.file))
-
-    def read(default: Any) -> Any:
-        return tyro.cli(kind, args=ready_words(name, kind, words, default), prog=prog, default=default)
-
-    settings = read(default)
-    if preset := getattr(settings, "preset", None):  # again: all flags but those of the command line have its values
-        values = found("trainer.presets:preset_values")(preset, settings.pretrained_model_name_or_path)
-        settings = read(replace(default or kind(), preset=preset, **values))
-    if origin:
-        from minidiff.cli.draw_commands import check_again
-
-        check_again(settings, origin)
-    elif hasattr(settings, "beside") and not any(word.partition("=")[0] == "--output" for word in words):
-        return settings.beside()
-    return settings
+    return getattr(import_module(f"minidiff.{module}" if "." in module else f"minidiff.cli.{module}"), name)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from minidiff.cli.commands import COMMANDS
+from minidiff.cli.main import COMMANDS
 from minidiff.trainer.presets import preset_values
 from minidiff.trainer.settings import (
     ControlNetSettings,

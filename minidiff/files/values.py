@@ -22,6 +22,8 @@ from minidiff.core.errors import SettingsError, did_you_mean
 from minidiff.files.bundled import here_or_bundled
 
 T = TypeVar("T")
+POSITIONAL = "positional"
+Positional = Annotated[T, POSITIONAL]  # for a field whose value stands on the command line without a flag
 ELSEWHERE = {  # names in other programs -> ours, the first that the command has
     "steps": "num_inference_steps max_train_steps", "cfg": "guidance_scale", "cfg_scale": "guidance_scale",
     "scheduler": "sampler", "scale": "guidance_scale", "model": "pretrained_model_name_or_path", "init_image": "image",

@@ -3,9 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal, get_args
 
-from tyro.conf import Positional
-
-from minidiff.files.values import A_FOLDER, Flags, Rule, between
+from minidiff.files.values import A_FOLDER, Flags, Positional, Rule, between
 
 Stage = Literal["world", "vae", "latents", "decoder", "clip", "unet", "assemble", "judge", "student", "ip", "canny"]
 STAGES: tuple[Stage, ...] = get_args(Stage)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from minidiff.cli.commands import COMMANDS, FIRST
 from minidiff.cli.draw_flags import Sample, Sheet
-from minidiff.cli.help import GROUPS, flags_of, ready_words
-from minidiff.cli.main import found, main
+from minidiff.cli.flags import Bench, Completion, Join
+from minidiff.cli.help import GROUPS
+from minidiff.cli.main import COMMANDS, FIRST, found, main
+from minidiff.cli.words import flags_of, settings_of, values_of
 from minidiff.core.errors import SettingsError
 from minidiff.files.values import ELSEWHERE, texts_of
 from minidiff.trainer.settings import LoRASettings
@@ -68,7 +69,7 @@ def test_minidiff_alone_shows_five_things_that_work(capsys: pytest.CaptureFixtur
     assert len(lines) == 5
     for words in (re.sub(r'"[^"]*"', "TEXT", line).split()[1:] for line in lines):
         name = next(name for name in COMMANDS if words[: len(name.split())] == name.split())
-        ready_words(name, found(COMMANDS[name][0]), words[len(name.split()) :])
+        settings_of(name, found(COMMANDS[name][0]), words[len(name.split()) :])
 
 
 def test_lessons_are_listed_in_order(capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,17 +83,20 @@ def test_lessons_are_listed_in_order(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
-    ("words", "ready"),
+    ("words", "values"),
     [
-        (["a", "red", "dog", "--seed", "3"], ["a red dog", "--seed", "3"]),
-        (["--seed", "3", "a", "red", "dog"], ["a red dog", "--seed", "3"]),
-        (["--plain", "a", "dog", "--seed=3"], ["a dog", "--plain", "--seed=3"]),
-        (["a red dog", "--lora", "x", "y"], ["a red dog", "--lora", "x", "y"]),
-        (["dog", "--seed", "-1"], ["dog", "--seed", "-1"]),
+        (["a", "red", "dog", "--seed", "3"], {"prompt": "a red dog", "seed": 3}),
+        (["--seed", "3", "a", "red", "dog"], {"prompt": "a red dog", "seed": 3}),
+        (["--plain", "a", "dog", "--seed=3"], {"prompt": "a dog", "plain": True, "seed": 3}),
+        (["a red dog", "--lora", "x", "y"], {"prompt": "a red dog", "lora": ("x", "y")}),
+        (["dog", "--seed", "-1"], {"prompt": "dog", "seed": -1}),
+        (["dog", "--no-plain", "--width", "None", "--lora"], {"prompt": "dog", "plain": False, "width": None, "lora": ()}),
+        (["dog", "--eta", "1e-1", "--use-karras-sigmas", "True"], {"prompt": "dog", "eta": 0.1, "use_karras_sigmas": True}),
+        (["--seed=3", "--seed", "4", "--negative-prompt", "None"], {"seed": 4, "negative_prompt": "None"}),
     ],
 )
-def test_a_prompt_without_quotes_is_one_prompt(words: list[str], ready: list[str]) -> None:
-    assert ready_words("sample", Sample, words) == ready
+def test_a_prompt_without_quotes_is_one_prompt(words: list[str], values: dict[str, object]) -> None:
+    assert values_of("sample", Sample, words) == values
 
 
 @pytest.mark.parametrize(
@@ -103,6 +107,17 @@ def test_a_prompt_without_quotes_is_one_prompt(words: list[str], ready: list[str
         (LoRASettings, ["--steps", "3"], "--max_train_steps?"),
         (Sample, ["a dog", "--cfg-scale", "3"], "--guidance_scale?"),
         (Sample, ["a dog", "--no_seed"], "--no_seed is no flag"),
+        (Sample, ["a dog", "--seed", "x"], "--seed must be a whole number; it is 'x'."),
+        (Sample, ["a dog", "--lora_weight", "1", "a"], "--lora_weight must be a number; it is 'a'."),
+        (Sample, ["a dog", "--seed"], "--seed: expected one argument"),
+        (Sample, ["a dog", "--no_plain=True"], "--plain: expected one argument"),
+        (Sample, ["a dog", "--hint", "cany"], """--hint is one of canny; not 'cany'. Did you mean "canny"?"""),
+        (Sample, ["a dog", "--prediction_type=v"], 'Did you mean "v_prediction"?'),
+        (Sample, ["a dog", "--use_karras_sigmas", "true"], 'Did you mean "True"?'),
+        (Bench, ["--only", "unett"], 'Did you mean "unet"?'),
+        (Completion, ["zhs"], 'Did you mean "zsh"?'),
+        (Sample, ["--seed", "3"], "needs a prompt, before its flags"),
+        (Join, ["--rank", "3"], "needs --output and --lora. "),
         (Sample, ["--prompt", "a dog"], "stands alone"),
         (Sheet, ["a", "dog", "a", "cat"], "in quotes"),
         (LoRASettings, ["--instance_prompt", "a", "sks", "dog"], "quotes"),
@@ -110,11 +125,11 @@ def test_a_prompt_without_quotes_is_one_prompt(words: list[str], ready: list[str
 )
 def test_words_that_do_not_fit(kind: type, words: list[str], says: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(says)):
-        ready_words("it", kind, words)
+        settings_of("it", kind, words)
 
 
 def test_one_word_prompts_are_several() -> None:
-    assert ready_words("sheet", Sheet, ["dog", "cat"]) == ["dog", "cat"]
+    assert values_of("sheet", Sheet, ["dog", "cat"]) == {"prompts": ("dog", "cat")}
 
 
 # --- completion --------------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from PIL import Image, ImageShow
 from test_cli import refused
 from tiny_recipes import draw_pictures
 
-from minidiff.cli.commands import COMMANDS
-from minidiff.cli.main import found, main, parse
+from minidiff.cli.main import COMMANDS, found, main
 from minidiff.cli.next_steps import command, drawing
+from minidiff.cli.words import settings_of
 from minidiff.core.train import train as loop
 from minidiff.trainer.checkpoint import CONFIG, latest
 from minidiff.trainer.presets import POCKET, SD15, preset_values
@@ -27,7 +27,7 @@ SKS = ["--instance_data_dir", "dog", "--instance_prompt", "a photo of a sks dog"
 def read(words: list[str]) -> Any:
     """The settings that a `train` command line means."""
     name = " ".join(words[:2])
-    return parse(name, found(COMMANDS[name][0]), words[2:])
+    return settings_of(name, found(COMMANDS[name][0]), words[2:])
 
 
 @pytest.mark.parametrize("words", [

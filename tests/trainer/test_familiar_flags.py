@@ -12,9 +12,7 @@ import pytest
 import torch
 from tiny_recipes import PRIOR, draw_pictures, tiny
 
-from minidiff.cli.commands import COMMANDS
-from minidiff.cli.habits import NOT_NEEDED, adapted
-from minidiff.cli.main import found, parse
+from minidiff.cli.words import NOT_NEEDED, values_of
 from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.core.train import LoopSettings, lr_factor
 from minidiff.files.folder import local_folder
@@ -179,15 +177,13 @@ def test_push_to_hub(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_flags_that_nothing_needs(capsys: pytest.CaptureFixture[str]) -> None:
     words = "--rank 8 --allow_tf32 --tokenizer-name some/where --variant=fp16 --save_steps=7 --validation_prompt a b".split()
-    kept = adapted(words)
-    assert kept == "--rank 8 --validation_prompt a b --checkpointing_steps 7".split()
+    kept = values_of("train lora", LoRASettings, words)
+    assert kept == {"rank": 8, "validation_prompt": ("a", "b"), "checkpointing_steps": 7}
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "--allow_tf32 (PyTorch decides), --tokenizer_name (the model has its own), --var" in said
-    assert adapted(["--rank", "8"]) == ["--rank", "8"] and not capsys.readouterr().err
+    assert values_of("train lora", LoRASettings, ["--rank", "8"]) == {"rank": 8} and not capsys.readouterr().err
     fields = set(DreamBoothSettings.__dataclass_fields__) | set(TextualInversionSettings.__dataclass_fields__)
     assert not fields & NOT_NEEDED.keys()
-    settings: Any = parse("train lora", found(COMMANDS["train lora"][0]), kept)
-    assert settings.checkpointing_steps == 7
 
 
 def test_dataset_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,11 +193,15 @@ def test_dataset_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw_pictures(snapshot / "train")
     (tmp_path / "hub" / "datasets--me--dogs" / "refs").mkdir()
     (tmp_path / "hub" / "datasets--me--dogs" / "refs" / "main").write_text("0" * 40)
-    assert adapted(["--dataset_name", "me/dogs"]) == ["--train_data_dir", str(snapshot / "train")]
-    assert adapted(["--dataset_name", str(tmp_path)]) == ["--train_data_dir", str(tmp_path)]
-    assert adapted(["--dataset-name=me/dogs"]) == ["--train_data_dir", str(snapshot / "train")]
+
+    def read(*words: str) -> dict[str, Any]:
+        return values_of("train lora", LoRASettings, [*words])
+
+    assert read("--dataset_name", "me/dogs") == {"train_data_dir": str(snapshot / "train")}
+    assert read("--dataset_name", str(tmp_path)) == {"train_data_dir": str(tmp_path)}
+    assert read("--dataset-name=me/dogs") == {"train_data_dir": str(snapshot / "train")}
     with pytest.raises(SettingsError, match="--dataset_name me/cats: .* Give the folder of the pictures as --train_data_dir"):
-        adapted(["--dataset_name", "me/cats"])
+        read("--dataset_name", "me/cats")
 
 
 def test_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

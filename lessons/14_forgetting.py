@@ -250,6 +250,12 @@ axes.legend(frameon=False)
 show(figure, "2_price")
 
 # %% [markdown]
+# Read the curves before you go on. In our run the full fine-tune knew the dog after 100 updates (subject 0.76). From
+# there it only forgot: 0.12, then 0.15. DreamBooth needed 200 updates for the same subject, and had then forgotten a
+# quarter of that, 0.04, nearly all of it in its first 50 updates, before it knew anything of the dog. So a prior costs
+# time, and the first updates are the expensive ones. Where the subject is 0.5, the four have forgotten 0.09, 0.04, 0.05
+# and 0.02.
+#
 # **Honest limits.** One dog, one learning rate for each method, two seeds: a difference of 0.05 is noise. The ruler is
 # the pocket's own image tower. And it sees only what you ask for: if no probe showed a dog, no curve would tell that a
 # model has forgotten other dogs.

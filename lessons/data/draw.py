@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from minidiff.pocket.drawing import INK, RGB, WHITE, Shape, blob, box, ellipse, mix, stroke
+from minidiff.pocket.drawing import INK, RGB, WHITE, Shape, blob, box, details, ellipse, mix, stroke
 from minidiff.pocket.objects import CREAM, eye
 from minidiff.pocket.scenes import Scene
 from minidiff.pocket.styles import OVER, PAINTERS, backdrop, enlarged, paint, soften
@@ -40,8 +40,7 @@ def subject() -> list[Shape]:
         ellipse(0.44, -0.4, 0.5, 0.46, CARAMEL),
         blob([(0.1, -0.8), (-0.16, -0.74), (-0.26, -0.3), (-0.2, 0.1), (0.02, 0.06), (0.08, -0.4)], CHOCOLATE),
         blob([(0.78, -0.8), (1.04, -0.74), (1.14, -0.3), (1.08, 0.1), (0.86, 0.06), (0.8, -0.4)], CHOCOLATE),
-        ellipse(0.46, -0.16, 0.29, 0.2, WHITE, detail=True),
-        ellipse(0.46, -0.24, 0.13, 0.09, INK, detail=True),
+        *details(ellipse(0.46, -0.16, 0.29, 0.2, WHITE), ellipse(0.46, -0.24, 0.13, 0.09, INK)),
         *eye(0.26, -0.5, CARAMEL), *eye(0.64, -0.5, CARAMEL),
     ]
 

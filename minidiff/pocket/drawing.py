@@ -6,7 +6,7 @@ picture can be drawn at 128 or at 512 pixels without ever being enlarged. x poin
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import ImageDraw
@@ -20,7 +20,7 @@ INK: RGB = (42, 38, 50)
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """One polygon in one colour; `detail` marks the small ones (pupils, buttons) that get no outline in a drawing."""
+    """One polygon in one colour; `detail` marks the small ones (pupils, buttons), which get no outline in a drawing."""
 
     points: np.ndarray  # N 2
     fill: RGB
@@ -33,45 +33,59 @@ def mix(a: RGB, b: RGB, share: float) -> RGB:
     return red, green, blue
 
 
-def polygon(points: Sequence[Point], fill: RGB, detail: bool = False) -> Shape:
-    return Shape(np.asarray(points, dtype=float), fill, detail)
+def details(*shapes: Shape) -> list[Shape]:
+    """The shapes, marked as details."""
+    return [replace(shape, detail=True) for shape in shapes]
 
 
-def ellipse(x: float, y: float, rx: float, ry: float, fill: RGB, turn: float = 0.0, detail: bool = False) -> Shape:
+def polygon(points: Sequence[Point], fill: RGB) -> Shape:
+    return Shape(np.asarray(points, dtype=float), fill)
+
+
+def ellipse(x: float, y: float, rx: float, ry: float, fill: RGB, turn: float = 0.0) -> Shape:
     """An ellipse around (x, y), turned by `turn` degrees."""
     angle = np.linspace(0, 2 * math.pi, 36, endpoint=False)
     points = np.stack([rx * np.cos(angle), ry * np.sin(angle)], axis=1)
-    return Shape(points @ rotation(turn) + (x, y), fill, detail)
+    return Shape(points @ rotation(turn) + (x, y), fill)
 
 
-def box(left: float, top: float, right: float, bottom: float, fill: RGB, corner: float = 0.0,
-        detail: bool = False) -> Shape:
+def box(left: float, top: float, right: float, bottom: float, fill: RGB, corner: float = 0.0) -> Shape:
     """An upright rectangle whose corners are rounded with radius `corner`."""
     if corner == 0:
-        return polygon([(left, top), (right, top), (right, bottom), (left, bottom)], fill, detail)
+        return polygon([(left, top), (right, top), (right, bottom), (left, bottom)], fill)
     quarter = np.linspace(0, math.pi / 2, 6)
     arc = corner * np.stack([np.cos(quarter), np.sin(quarter)], axis=1)
     centres = [(right - corner, bottom - corner), (left + corner, bottom - corner),
                (left + corner, top + corner), (right - corner, top + corner)]
     arcs = [arc @ rotation(90 * i) + centre for i, centre in enumerate(centres)]
-    return Shape(np.concatenate(arcs), fill, detail)
+    return Shape(np.concatenate(arcs), fill)
 
 
-def blob(points: Sequence[Point], fill: RGB, detail: bool = False) -> Shape:
+def blob(points: Sequence[Point], fill: RGB) -> Shape:
     """A smooth closed curve through the given points (Catmull-Rom)."""
-    return Shape(_smooth(np.asarray(points, dtype=float), closed=True), fill, detail)
+    return Shape(smooth(points, closed=True), fill)
 
 
-def stroke(points: Sequence[Point], width: float, fill: RGB, detail: bool = False) -> Shape:
+def stroke(points: Sequence[Point], width: float, fill: RGB) -> Shape:
     """A thick smooth line with round ends through the given points: tails, handles, stems."""
-    path = _smooth(np.asarray(points, dtype=float), closed=False)
+    path = smooth(points, closed=False)
     along = np.gradient(path, axis=0)
     along /= np.linalg.norm(along, axis=1, keepdims=True)
     aside = np.stack([-along[:, 1], along[:, 0]], axis=1) * width / 2
     half_turn = np.linspace(0, 180, 9)[1:-1]
     end = [path[-1] + aside[-1] @ rotation(-a) for a in half_turn]
     start = [path[0] - aside[0] @ rotation(-a) for a in half_turn]
-    return Shape(np.concatenate([path + aside, end, (path - aside)[::-1], start]), fill, detail)
+    return Shape(np.concatenate([path + aside, end, (path - aside)[::-1], start]), fill)
+
+
+def smooth(given: Sequence[Point], closed: bool) -> np.ndarray:
+    """Points on the Catmull-Rom curve: it passes through every given point, with tangent (next - previous) / 2."""
+    points = np.asarray(given, dtype=float)
+    padded = np.concatenate([points[-1:], points, points[:2]] if closed else [points[:1], points, points[-1:]])
+    p0, p1, p2, p3 = (padded[i:len(padded) - 3 + i, None] for i in range(4))
+    t = np.linspace(0, 1, 7, endpoint=False)[None, :, None]
+    curve = 0.5 * (2 * p1 + (p2 - p0) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2 + (3 * p1 - p0 - 3 * p2 + p3) * t**3)
+    return curve.reshape(-1, 2) if closed else np.concatenate([curve.reshape(-1, 2), points[-1:]])
 
 
 def rotation(degrees: float) -> np.ndarray:
@@ -82,7 +96,7 @@ def rotation(degrees: float) -> np.ndarray:
 
 def move(shapes: Sequence[Shape], matrix: np.ndarray, offset: np.ndarray) -> list[Shape]:
     """The shapes after points -> points @ matrix + offset."""
-    return [Shape(shape.points @ matrix + offset, shape.fill, shape.detail) for shape in shapes]
+    return [replace(shape, points=shape.points @ matrix + offset) for shape in shapes]
 
 
 def bounds(shapes: Sequence[Shape]) -> tuple[float, float, float, float]:
@@ -104,14 +118,3 @@ def outline(pen: ImageDraw.ImageDraw, shape: Shape, scale: float, width: float, 
     if len(points) < 12:  # Pillow leaves a notch at a sharp corner: a dot fills it (curves bend too little to need one)
         for x, y in points:
             pen.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=colour)
-
-
-def _smooth(points: np.ndarray, closed: bool, steps: int = 7) -> np.ndarray:
-    """Points on the Catmull-Rom curve: it passes through every given point, with tangent (next - previous) / 2."""
-    padded = np.concatenate([points[-1:], points, points[:2]] if closed else [points[:1], points, points[-1:]])
-    p0, p1, p2, p3 = (padded[i:len(padded) - 3 + i, None] for i in range(4))
-    t = np.linspace(0, 1, steps, endpoint=False)[None, :, None]
-    curve = 0.5 * (2 * p1 + (p2 - p0) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2
-                   + (3 * p1 - p0 - 3 * p2 + p3) * t**3)
-    curve = curve.reshape(-1, 2)
-    return curve if closed else np.concatenate([curve, points[-1:]])

@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from .drawing import INK, RGB, Shape, fill, mix, outline
-from .scenes import Scene
+from minidiff.pocket.drawing import INK, RGB, Shape, fill, mix, outline
+from minidiff.pocket.scenes import Scene
 
 OVER = 4
 PAPER: RGB = (253, 251, 246)

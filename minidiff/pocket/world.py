@@ -15,14 +15,11 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from . import objects, scenes, styles
-from .drawing import INK, Shape, bounds, ellipse, move, rotation
+from minidiff.pocket import objects, scenes, styles
+from minidiff.pocket.drawing import INK, Shape, bounds, ellipse, move, rotation
 
-OBJECTS = ("dog", "cat", "house", "car", "boat", "tree", "bird", "mushroom", "cup", "robot", "fish", "flower", "rocket",
-           "umbrella", "teapot", "snail")
-COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "brown", "white")
-SCENES = ("beach", "snow", "meadow", "night", "moon", "room", "city", "desert")
-STYLES = ("photo", "drawing", "watercolor", "pixel art")
+OBJECTS, COLOURS = tuple(objects.THINGS), tuple(objects.COLOURS)
+SCENES, STYLES = tuple(scenes.BUILDERS), tuple(styles.PAINTERS)
 POSES = ("standing", "jumping", "leaning", "small")  # standing goes without saying
 
 PLACES = {"beach": "on the beach", "snow": "in the snow", "meadow": "in a meadow", "night": "at night",
@@ -74,8 +71,8 @@ def put(shapes: Sequence[Shape], pose: str, rng: random.Random) -> tuple[list[Sh
 
 @cache
 def coloured(name: str, colour: str) -> tuple[Shape, ...]:
-    """The object's shapes in its own coordinates; 160 of them exist."""
-    return tuple(objects.BUILDERS[name](objects.tones(colour)))
+    """The object's shapes in its own coordinates."""
+    return tuple(objects.THINGS[name](objects.tones(colour)))
 
 
 def caption(picture: Picture) -> str:

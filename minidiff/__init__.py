@@ -26,9 +26,9 @@ _NAMES = {  # where they are -> names
         StableDiffusionPipeline StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline
         StableDiffusionXLPipeline StableDiffusionXLImg2ImgPipeline StableDiffusionXLInpaintPipeline
         DiffusionPipeline AutoPipelineForText2Image AutoPipelineForImage2Image AutoPipelineForInpainting
-        UNet2DConditionModel AutoencoderKL LoraConfig get_peft_model get_peft_model_state_dict""",
-    "minidiff.draw.habits_control": """ControlNetModel StableDiffusionXLControlNetPipeline
-        StableDiffusionControlNetPipeline StableDiffusionControlNetImg2ImgPipeline StableDiffusionControlNetInpaintPipeline""",
+        StableDiffusionControlNetPipeline StableDiffusionControlNetImg2ImgPipeline StableDiffusionControlNetInpaintPipeline
+        StableDiffusionXLControlNetPipeline UNet2DConditionModel AutoencoderKL ControlNetModel
+        LoraConfig get_peft_model get_peft_model_state_dict""",
     "minidiff.draw.schedulers": """
         DDIMScheduler DDPMScheduler PNDMScheduler EulerDiscreteScheduler EulerAncestralDiscreteScheduler HeunDiscreteScheduler
         DPMSolverMultistepScheduler UniPCMultistepScheduler LCMScheduler TCDScheduler""",

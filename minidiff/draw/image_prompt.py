@@ -62,6 +62,8 @@ class ImagePrompt:
 
     def beside(self, encode: Callable[[Any], Text], images: Any, shown_with: Any) -> Callable[[Any], Text]:
         """Like `encode`, but it appends image tokens: of the pictures to the prompts `shown_with`, of no picture to others."""
+        if images is None:
+            raise SettingsError("an IP-Adapter is loaded, and there is no ip_adapter_image; give one, or unload_ip_adapter.")
         e, no_e = self.look(images)
 
         def encode_both(prompts: Any) -> Text:

@@ -1,4 +1,4 @@
-"""LoRAs that a prompt names: <lora:NAME:weight>."""
+"""LoRAs that a prompt names, <lora:NAME:weight>; the strengths of adapters, and their size."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from minidiff.core.errors import SettingsError, did_you_mean
-from minidiff.core.inject import adapter_names, lora_layers
+from minidiff.core.inject import adapter_names, lora_layers, trainable
 from minidiff.draw.prompting import Prompt
 from minidiff.files.values import same_name
 
@@ -60,3 +60,10 @@ def at_strengths(model: nn.Module, strengths: Mapping[str, float]) -> Iterator[N
     finally:
         for layer, strength in zip(layers, before):
             layer.strength = strength
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """One line, in peft's form: trainable params: 797,184 || all params: 860,318,148 || trainable%: 0.0927"""
+    some = sum(parameter.numel() for parameter in trainable(model).values())
+    every = sum(parameter.numel() for parameter in model.parameters())
+    print(f"trainable params: {some:,} || all params: {every:,} || trainable%: {100 * some / every:.4f}")

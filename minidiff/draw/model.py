@@ -1,5 +1,6 @@
 """The networks of a pipeline: loading, saving, moving; LoRAs and new words, with the field's method names."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +17,9 @@ from minidiff.core.guidance import Text
 from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL, sample_posterior
+from minidiff.draw.device import chosen_device
 from minidiff.draw.image_prompt import ImagePrompt
+from minidiff.draw.lora_tags import at_strengths
 from minidiff.draw.prompting import Side
 from minidiff.draw.speed import fast, needed, speed_up, speed_up_network
 from minidiff.draw.tiles import tiled
@@ -42,8 +45,10 @@ NONFINITE = (
     "bfloat16 (torch_dtype); where training diverged, take an earlier checkpoint; else get the model's files again."
 )
 
-NO_PICTURE = "an IP-Adapter is loaded, and there is no ip_adapter_image; give one, or unload_ip_adapter."
-NO_ADAPTER = "ip_adapter_image is given, and no IP-Adapter is loaded that looks at it; load_ip_adapter first."
+
+def not_needed(why: str) -> Any:
+    """A method that only says why nothing has to be switched."""
+    return lambda self, *arguments, **field: warnings.warn(f"nothing is switched: {why}.", stacklevel=2)
 
 
 class Model:
@@ -52,19 +57,10 @@ class Model:
     switched_off: dict[str, float] | None = None  # by `disable_lora`: adapter -> weight
 
     def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
-        text_encoder: "CLIPTextModel",
-        tokenizer: "CLIPTokenizer",
-        noise_config: NoiseConfig,
-        sampler: str = "ddim",
-        name_or_path: str = "",
-        plain: bool = False,
-        text_encoder_2: Any = None,
-        tokenizer_2: "CLIPTokenizer | None" = None,
-        force_zeros_for_empty_prompt: bool = True,
-    ) -> None:
+        self, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: "CLIPTextModel", tokenizer: "CLIPTokenizer",
+        noise_config: NoiseConfig, sampler: str = "ddim", name_or_path: str = "", plain: bool = False,
+        text_encoder_2: Any = None, tokenizer_2: "CLIPTokenizer | None" = None, force_zeros_for_empty_prompt: bool = True,
+    ) -> None:  # fmt: skip
         """`plain`: compute as `core` says, without minidiff.fast."""
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2  # SDXL's
@@ -106,6 +102,23 @@ class Model:
             raise SettingsError(f"tile_size is {pixels}; it must be a multiple of {cell}, at least {8 * cell}.")
         self.tile_size = pixels
 
+    def enable_vae_tiling(self) -> None:
+        """Encode and decode pictures in tiles as large as those of the VAE's training."""
+        self.vae_tile_size = self.vae.config.sample_size
+
+    def disable_vae_tiling(self) -> None:
+        self.vae_tile_size = None
+
+    def enable_model_cpu_offload(self, *arguments: Any, **field: Any) -> None:
+        """Move the model to the GPU, if there is one. SD 1.5 needs 2 GB there in torch.float16, so nothing is offloaded."""
+        self.to(chosen_device(None))
+        warnings.warn(f"nothing is offloaded: the whole model is on {self.vae.quant_conv.weight.device}.", stacklevel=2)
+
+    enable_sequential_cpu_offload = enable_model_cpu_offload
+    enable_attention_slicing = disable_attention_slicing = not_needed("attention never holds all of its weights in memory")
+    enable_xformers_memory_efficient_attention = disable_xformers_memory_efficient_attention = enable_attention_slicing
+    enable_vae_slicing = disable_vae_slicing = not_needed("pictures are encoded and decoded one at a time")
+
     def set_progress_bar_config(self, disable: bool = False) -> None:
         self.progress_bar = not disable
 
@@ -122,9 +135,12 @@ class Model:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32, layerwise_casting: bool = False, plain: bool = False
-    ) -> Self:
+        cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32, *, layerwise_casting: bool = False,
+        plain: bool = False, **parts: Any,
+    ) -> Self:  # fmt: skip
         """Read a folder in the diffusers layout, or a hub id whose files are in the local cache. WeightsError for any other.
+
+        `parts`, such as `unet`, replace the folder's own.
 
         The VAE stays in fp32 for any `torch_dtype`: in fp16 it overflows, and the picture is black. With `layerwise_casting`,
         half-precision weights of the U-Net stay as in the file (fast/frozen.py), and a LoRA that is fused into them is rounded.
@@ -133,7 +149,7 @@ class Model:
             raise SettingsError("layerwise_casting is done by minidiff.fast, which plain leaves out; leave out one of the two.")
         dtypes = {"unet": None if layerwise_casting else torch_dtype, "vae": torch.float32, "text_encoder": torch_dtype}
         model = read_model(local_folder(str(folder)), dtypes=dtypes)
-        pipe = cls(**model.arguments, name_or_path=str(folder), plain=plain)
+        pipe = cls(**model.arguments | {"name_or_path": str(folder), "plain": plain} | parts)
         if layerwise_casting:
             needed("layerwise_casting").cast_layerwise(pipe.unet, torch_dtype)
         return pipe
@@ -186,20 +202,31 @@ class Model:
         return nn.ModuleDict(self.parts.adaptable)
 
     def load_lora_weights(
-        self,
-        path: str | Path,
-        adapter_name: str = "default",
-        weight_name: str | None = None,
-        alpha: float | None = None,
-        strict: bool = True,
-    ) -> lora_file.LoRAFile:
+        self, path: str | Path, adapter_name: str | None = None, weight_name: str | None = None, alpha: float | None = None,
+        strict: bool = True, **where: Any,
+    ) -> lora_file.LoRAFile:  # fmt: skip
         """Attach the adapter of a file or folder and make it the only active one. Print the result for a one-line summary.
 
-        `alpha` is for files that do not contain it. With `strict=False`, tensors that do not match this model are left out.
+        Without a name, the first adapter is "default" and the second one "default_1". `alpha` is for files that do not contain
+        it. With `strict=False`, tensors that do not match this model are left out. `where` says more of a hub id: see `found`.
         """
-        loaded = lora_file.load_lora(self.parts.adaptable, path, adapter_name, weight_name, alpha, strict)
+        taken = inject.adapter_names(self.adaptable)
+        name = adapter_name or (f"default_{len(taken)}" if taken else "default")
+        home = found(path, where)
+        check_names("load_lora_weights", where, ())
+        loaded = lora_file.load_lora(self.parts.adaptable, home, name, weight_name, alpha, strict)
         speed_up(self)
         return loaded
+
+    @staticmethod
+    def save_lora_weights(
+        save_directory: str | Path, unet_lora_layers: Any = None, text_encoder_lora_layers: Any = None,
+        weight_name: str = lora_file.FILE_NAME, safe_serialization: bool = True,
+    ) -> None:  # fmt: skip
+        """Write what `get_peft_model_state_dict` gives for the networks, as safetensors always."""
+        both = {"unet": unet_lora_layers or {}, "text_encoder": text_encoder_lora_layers or {}}
+        modules = {f"{network}.{name}": own for network, layers in both.items() for name, own in layers.items()}
+        lora_file.save_lora(modules, Path(save_directory, weight_name))
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None) -> None:
         """Make these adapters active, each with its weight (default 1; one number is for all), and all others inactive."""
@@ -235,21 +262,29 @@ class Model:
         if not inject.adapter_names(self.adaptable):
             inject.eject(self.adaptable)
 
-    def fuse_lora(self) -> None:
-        """Add the adapters to the weights: the same pictures, a little faster."""
-        inject.merge(self.adaptable)
+    def fuse_lora(self, lora_scale: float = 1.0) -> None:
+        """Add the adapters, their weights times `lora_scale`, to those of the model: the same pictures, a little faster."""
+        inject.adapted_layers(self.adaptable)  # AdapterError if there are none, or they are fused already
+        with at_strengths(self.adaptable, self.strengths(lora_scale)):
+            inject.merge(self.adaptable)
 
     def unfuse_lora(self) -> None:
         """Undo `fuse_lora`, to the bit."""
         inject.unmerge(self.adaptable)
 
     def unload_lora_weights(self) -> None:
-        """Remove every adapter; the base model is restored to the bit."""
+        """Remove every adapter; the base model is restored to the bit. Fused ones stay in the weights, as in the field."""
+        for layer in inject.lora_layers(self.adaptable).values():
+            layer.unmerged_weight = None
         inject.eject(self.adaptable)
 
-    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> word_file.Embedding:
+    def load_textual_inversion(
+        self, path: str | Path, token: str | None = None, weight_name: str = "", **where: Any
+    ) -> word_file.Embedding:
         """Add the word of a file or folder, under the name `token` if given. Print the result for a one-line summary."""
-        return word_file.load_embedding(self.tokenizer, [*self.parts.towers.values()], path, token)
+        home = found(path, where)
+        check_names("load_textual_inversion", where, ())
+        return word_file.load_embedding(self.tokenizer, [*self.parts.towers.values()], home / weight_name, token)
 
     def unload_textual_inversion(self) -> None:
         """Remove every new word; the text encoders are restored to the bit."""
@@ -266,7 +301,6 @@ class Model:
         `path` is the file, or a folder or hub id with `weight_name` in its `subfolder`. Of the image tower, the folder
         `image_encoder_folder` is taken; or the one of this name beside the file or in `path`; or the model's own.
         """
-        self.unload_ip_adapter()
         home = found(path, {})
         file = weights.find_weights(home / subfolder / weight_name if home.is_dir() else home, ())
         adapter = ip_adapter_file.load_ip_adapter(file, self.unet)
@@ -296,6 +330,7 @@ class Model:
 
     def beside_picture(self, encode: Callable[[Side], Text], image: Any, side: Side) -> Callable[[Side], Text]:
         """`encode`, and what the IP-Adapter says of `image`."""
-        if image is None or self.image_prompt is None:
-            raise SettingsError(NO_PICTURE if self.image_prompt else NO_ADAPTER)
+        if self.image_prompt is None:
+            what = "ip_adapter_image is given, and no IP-Adapter is loaded that looks at it"
+            raise SettingsError(f"{what}; load_ip_adapter first.")
         return self.image_prompt.beside(encode, image, side)

@@ -36,6 +36,7 @@ Draw = Callable[[int | str], Tensor]  # what the noise is for -> the noise
 SPACINGS = ("leading", "linspace", "trailing")
 MAX_SIDE = 8192  # pixels: beyond, attention takes days
 
+
 class PipelineOutput(NamedTuple):
     """`images`: PIL pictures; or one tensor or array, if `output_type` says so."""
 
@@ -56,6 +57,13 @@ class StableDiffusionPipeline(Model):
     def dtype(self) -> torch.dtype:
         """The dtype in which the U-Net computes: that of its norms, which neither layerwise casting nor adapters change."""
         return self.unet.conv_norm_out.weight.dtype
+
+    def __repr__(self) -> str:
+        side = self.unet.config.sample_size * self.downscale
+        count = sum(parameter.numel() for network in self.parts.networks.values() for parameter in network.parameters())
+        adapters = ", ".join(f"{name} at {weight:g}" for name, weight in self.strengths().items()) or "none"
+        model = f"{self.name_or_path or 'a model'}, {side} x {side} pixels, {count:,} parameters, {self.device}, {self.dtype}"
+        return f"<{type(self).__name__}: {model}, sampler {self.sampler}, adapters: {adapters}>"
 
     @cached_property
     def encoders(self) -> TextEncoders:

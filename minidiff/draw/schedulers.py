@@ -13,6 +13,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from minidiff.core.config import NoiseConfig
+from minidiff.core.errors import SettingsError
 from minidiff.core.schedule import NoiseSchedule, add_noise
 from minidiff.files import folder as model_folder
 from minidiff.files.values import check_names
@@ -66,3 +67,16 @@ class Scheduler:
 
 SCHEDULERS: dict[str, type[Scheduler]] = {name: type(name, (Scheduler,), {}) for name in model_folder.SAMPLER_OF}
 globals().update(SCHEDULERS)
+
+
+def scheduler_of(pipe: Any) -> Scheduler:
+    """`pipe.scheduler`: the sampler and the noise schedule of a call that names no sampler."""
+    values = model_folder.scheduler_values(pipe.noise_config, pipe.sampler)
+    return SCHEDULERS[values["_class_name"]].from_config(values)
+
+
+def set_scheduler(pipe: Any, new: Any) -> None:
+    """`pipe.scheduler = new`. SettingsError if it is none of minidiff's."""
+    if not isinstance(new, Scheduler):
+        raise SettingsError(f"scheduler is a {type(new).__name__}; take one of minidiff's: {', '.join(SCHEDULERS)}.")
+    pipe.sampler, pipe.noise_config, pipe.schedule = new.sampler, new.noise_config, new.schedule

@@ -22,8 +22,7 @@ from minidiff.core.ip_adapter import ImageProjection, IPAdapter
 from minidiff.core.rng import hashed_seed
 from minidiff.core.train import DTYPES
 from minidiff.draw.control import check_family
-from minidiff.draw.habits import print_trainable_parameters
-from minidiff.draw.lora_tags import at_strengths
+from minidiff.draw.lora_tags import at_strengths, print_trainable_parameters
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import checkpoint_gradients, speed_up
 from minidiff.files.controlnet import read_controlnet, write_controlnet

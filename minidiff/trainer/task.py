@@ -87,7 +87,7 @@ def load_base(settings: FineTuneSettings, unrounded: bool = False) -> tuple[Stab
     check_precision(settings.mixed_precision, device)
     folder = local_folder(settings.pretrained_model_name_or_path, revision=settings.revision)
     dtype, casts = DTYPES["no" if unrounded else settings.mixed_precision], settings.may_cast
-    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype, casts, settings.plain)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype, layerwise_casting=casts, plain=settings.plain)
     pipe.set_progress_bar_config(disable=True)
     if casts and settings.fit is None and all(p.element_size() > 2 for p in pipe.unet.parameters()):
         print("Note: --layerwise_casting changes nothing: the U-Net's file is not in half precision.", file=sys.stderr)

@@ -72,6 +72,19 @@ def test_with_a_picture_a_mask_and_other_samplers(home: Path, pipe: StableDiffus
     assert (both - other).abs().max() > 1e-3
 
 
+def test_an_adapter_that_cannot_be_loaded_leaves_the_old_one(home: Path, pipe: StableDiffusionPipeline) -> None:
+    pipe.load_ip_adapter(home / "base.safetensors")
+    before = pipe(**CALL, ip_adapter_image=picture(0)).images
+    with pytest.raises(WeightsError, match="no image encoder here"):
+        pipe.load_ip_adapter(home / "plus.safetensors", image_encoder_folder="nowhere")
+    assert torch.equal(pipe(**CALL, ip_adapter_image=picture(0)).images, before)
+    pipe.load_ip_adapter(home / "plus.safetensors")
+    assert (pipe(**CALL, ip_adapter_image=picture(0)).images - before).abs().max() > 1e-3
+    pipe.unload_ip_adapter()
+    pipe.load_ip_adapter(home / "base.safetensors")
+    assert torch.equal(pipe(**CALL, ip_adapter_image=picture(0)).images, before)
+
+
 def test_messages(home: Path, pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no IP-Adapter is loaded that looks at it; load_ip_adapter first"):
         pipe(**CALL, ip_adapter_image=picture(0))

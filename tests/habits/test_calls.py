@@ -67,6 +67,7 @@ def test_positions(pipe: Any) -> None:
 
 def test_keywords_of_none_ask_for_nothing(pipe: Any) -> None:
     names = "timesteps sigmas ip_adapter_image cross_attention_kwargs callback_on_step_end clip_skip"
+    names += " callback_on_step_end_tensor_inputs"
     assert torch.equal(latents(pipe, **dict.fromkeys(names.split())), latents(pipe))
 
 

@@ -1,6 +1,6 @@
 """Attention, and the transformer that stands in the U-Net.
 
-B batch   N heads   L query tokens   S key tokens   D width of one head   C = N * D channels
+    B batch   N heads   L query tokens   S key tokens   D width of one head   C = N * D channels   H W a feature map
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v  ("Attention Is All You Need", arXiv 1706.03762, eq. 1), by PyTorch's fused kernels.
+    """softmax(q k^T / sqrt(D)) v  ("Attention Is All You Need", arXiv 1706.03762, eq. 1), as PyTorch computes it.
 
     q is (B, N, L, D); k and v are (B, N, S, D). Returns (B, N, L, D).
     """
@@ -19,7 +19,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same, exactly as equation 1 is written. It holds all (B, N, L, S) weights in memory."""
+    """The same, exactly as equation 1 is written."""
     weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, N, L, S); each row sums to 1
     return weights @ v
 
@@ -33,7 +33,7 @@ class CrossAttention(nn.Module):
         self.to_q = nn.Linear(width, width, bias=qkv_bias)
         self.to_k = nn.Linear(context_width, width, bias=qkv_bias)
         self.to_v = nn.Linear(context_width, width, bias=qkv_bias)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list, because SD's files call it `to_out.0`
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list, because SD calls it `to_out.0`
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, L, C), context (B, S, C_context) -> (B, L, C)."""
@@ -51,7 +51,7 @@ class CrossAttention(nn.Module):
 
 
 class SpatialAttention(CrossAttention):
-    """The VAE's attention: every cell of a feature map looks at all others. One head; norm and residual are inside."""
+    """The VAE's attention: every cell of a feature map looks at all cells. One head, a norm, a residual connection."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__(channels, channels, heads=1, qkv_bias=True)
@@ -64,7 +64,7 @@ class SpatialAttention(CrossAttention):
 
 
 class GEGLU(nn.Module):
-    """value * GELU(gate), both made by one linear layer ("GLU Variants Improve Transformer", arXiv 2002.05202, eq. 6)."""
+    """value * GELU(gate), both made by one linear layer ("GLU Variants Improve Transformer", arXiv 2002.05202, eq. 5)."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Each token by itself: to four times the width, through a gate, and back."""
+    """Each token by itself: to four times its width, through a gate, and back (arXiv 2002.05202, eq. 6)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Look at the picture, look at the prompt, think: three residual steps, each after a LayerNorm."""
+    """Look at the picture, look at the prompt, think: three residual steps. Each begins with a LayerNorm."""
 
     def __init__(self, width: int, context_width: int, heads: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class TransformerBlock(nn.Module):
         self.norm3, self.ff = nn.LayerNorm(width), FeedForward(width)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x (B, L, C), text (B, S, D) -> (B, L, C)."""
+        """x (B, L, C), text (B, S, C_context) -> (B, L, C)."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
@@ -114,7 +114,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x (B, C, H, W), text (B, S, D) -> (B, C, H, W)."""
+        """x (B, C, H, W), text (B, S, C_context) -> (B, C, H, W)."""
         tokens = rearrange(self.project(self.proj_in, self.norm(x)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
             tokens = block(tokens, text)

@@ -3,7 +3,7 @@
     B batch   C channels   H W height and width   T width of the time embedding
 
 The epsilon of each norm is a part of the model: SD has 1e-5 in the U-Net's ResBlocks, and 1e-6 before its transformers and
-everywhere in the VAE. Most re-implementations get this wrong, and their pictures still look fine; our tests count them.
+everywhere in the VAE. Most re-implementations get it wrong, and their pictures still look fine. Our tests count the norms.
 """
 
 import math
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """The timestep as sinusoids (arXiv 1706.03762, section 3.5) of the frequencies 10000^(-2i / width).
+    """The timestep as cosines and sines (arXiv 1706.03762, section 3.5) of the frequencies 10000^(-2i / width).
 
-    t is (B,) and may be fractional. Returns (B, width), fp32. SD puts the cosines first.
+    t is (B,) and may be fractional. Returns (B, width), fp32. In SD the cosines come first.
     """
     half = width // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -25,7 +25,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Two linear layers that turn the sinusoids into what every ResBlock adds to its features."""
+    """Two linear layers from the sinusoids (B, C) to the time embedding (B, T), which every ResBlock reads."""
 
     def __init__(self, width: int, embedding_width: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class NormSiLU(nn.GroupNorm):
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv; add the time; norm, SiLU, conv; add the input. The VAE has no time (`time_width=None`)."""
+    """norm, SiLU, conv; add the time; norm, SiLU, conv; add the input. In the VAE there is no time (`time_width=None`)."""
 
     def __init__(self, c_in: int, c_out: int, time_width: int | None, groups: int, eps: float) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the side, by a strided convolution. The VAE pads right and below only, the U-Net all around."""
+    """(B, C, H, W) -> (B, C, H/2, W/2), by a strided convolution. The VAE pads right and below only, the U-Net all around."""
 
     def __init__(self, channels: int, pad_all_around: bool) -> None:
         super().__init__()
@@ -78,12 +78,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the side, or exactly `size`: repeat each cell, then smooth with a convolution."""
+    """(B, C, H, W) -> (B, C, 2H, 2W), or exactly `size`: repeat each cell, then smooth with a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        x = F.interpolate(x, size=size, mode="nearest") if size else F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return self.conv(x)
+        return self.conv(F.interpolate(x, size, scale_factor=None if size else 2.0, mode="nearest"))

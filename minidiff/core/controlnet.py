@@ -1,7 +1,7 @@
 """ControlNet: a picture as condition (arXiv 2302.05543, section 3).
 
-A copy of the U-Net's way down also sees a hint: edges, a depth map, a small picture. What it finds is added to what the way
-down of the U-Net hands over. The U-Net stays as it is.
+A copy of the U-Net's way down also sees a hint: edges, a depth map, a small picture. Its features are added to the skips and
+to the bottom of the U-Net. The U-Net is frozen.
 
     hint picture -> hint encoder --\
     latents -> conv_in ----------- + -> down 0 .. 3 -> mid      the copy
@@ -10,11 +10,11 @@ down of the U-Net hands over. The U-Net stays as it is.
                                    |       |            |
     latents -> conv_in ----------- + ->    +     ->     +       the U-Net: its skips and its bottom
 
-All connections begin with the weights 0, so at birth the U-Net's output is the same to the bit. They learn nevertheless: the
-gradient of W in W x is dy x^T, and x is not 0. In the first update only they get a gradient; in the second one the copy and
-the last layer of the hint encoder, which is 0 too; from the third one on, everything.
+All connections begin with the weights 0, so before training the U-Net's output is the same to the bit. They learn nevertheless:
+the gradient of W in y = W x is dy x^T, and x is not 0. In the first update only they get a gradient; in the second one the copy
+and the last layer of the hint encoder, which begins with 0, too; from the third one on, everything.
 
-    B batch   H W picture height and width   h w = H/8, W/8   C channels of the U-Net's first level   S D as in unet.py
+    B batch   H W height and width of a picture   h w = H/8, W/8   C channels of the U-Net's first level
 """
 
 from dataclasses import asdict
@@ -27,7 +27,7 @@ from minidiff.core.unet import Encoder, UNet2DConditionModel
 
 
 class HintEncoder(nn.Module):
-    """3x3 convolutions, three of which halve the side: as many cells as a latent has."""
+    """3x3 convolutions, three of which halve the sides: then a hint has as many cells as a latent."""
 
     def __init__(self, config: ControlNetConfig) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class HintEncoder(nn.Module):
 
 
 class ControlNetModel(Encoder):
-    """For latents and a hint it finds what is to be added to the skips and the bottom of a U-Net."""
+    """From latents and a hint, it computes what is added to the skips and the bottom of a U-Net."""
 
     config: ControlNetConfig
 
@@ -59,31 +59,32 @@ class ControlNetModel(Encoder):
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel, widths: tuple[int, ...] = (16, 32, 96, 256)) -> "ControlNetModel":
-        """A ControlNet to be trained: the U-Net's way down, a new hint encoder of these widths, and connections of 0."""
+        """A ControlNet to be trained: a copy of the U-Net's way down, a new hint encoder of these widths, connections of 0."""
         net = cls(ControlNetConfig(**asdict(unet.config), conditioning_embedding_out_channels=widths))
-        net.load_state_dict(unet.state_dict(), strict=False)
+        net.load_state_dict(unet.state_dict(), strict=False)  # the way down; not the way up, which the net does not have
         return net
 
     def encode_hint(self, hint: Tensor) -> Tensor:
-        """Hint pictures (B, 3, H, W) in [0, 1] -> (B, C, h, w). It does not depend on t: once for a picture is enough."""
+        """Hint pictures (B, 3, H, W) in [0, 1] -> (B, C, h, w). They do not depend on t, so once for all steps is enough."""
         bgr = self.config.controlnet_conditioning_channel_order == "bgr"
         return self.controlnet_cond_embedding(hint.flip(1) if bgr else hint)
 
     def forward(self, x: Tensor, t: Tensor, *text: Tensor, hint: Tensor, scale: float = 1, guess: bool = False) -> list[Tensor]:
-        """The U-Net's inputs, an encoded hint (B, C, h, w) -> `control` of the U-Net's call, times `scale`.
+        """The U-Net's inputs and an encoded hint (B, C, h, w) -> the U-Net's `control`, times `scale`.
 
-        `guess`, "guess mode": the shallow levels, whose structure is fine, weigh less.
+        `guess` is the authors' "guess mode": from the first skip to the bottom, weights rise from 0.1 to 1.
         """
         time = self.embed_time(t, text[1] if len(text) > 1 else None, x)
-        found = self.encode(self.conv_in(x) + hint, time, text[0])
-        found = [conv(h) for conv, h in zip([*self.controlnet_down_blocks, self.controlnet_mid_block], found, strict=True)]
+        features = self.encode(self.conv_in(x) + hint, time, text[0])
+        connections = [*self.controlnet_down_blocks, self.controlnet_mid_block]
+        control = [conv(h) for conv, h in zip(connections, features, strict=True)]
         if self.config.global_pool_conditions:
-            return [scale * h.mean((2, 3), keepdim=True) for h in found]
-        return [scale * (10 ** (k / (len(found) - 1) - 1) if guess else 1) * h for k, h in enumerate(found)]
+            return [scale * h.mean((2, 3), keepdim=True) for h in control]
+        return [scale * (10 ** (k / (len(control) - 1) - 1) if guess else 1) * h for k, h in enumerate(control)]
 
 
 def zeros(conv: nn.Conv2d) -> nn.Conv2d:
-    """A "zero convolution", in which all weights are 0: 2302.05543, section 3.1."""
+    """A "zero convolution": all its weights are 0 (arXiv 2302.05543, section 3.1)."""
     for weights in conv.parameters():
         nn.init.zeros_(weights)
     return conv

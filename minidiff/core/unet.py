@@ -1,7 +1,7 @@
 """The denoiser of SD 1.x, SD 2 and SDXL: a U-Net whose transformers read the prompt (arXiv 2112.10752, section 3.3).
 
-    B batch   C channels   h w latent height and width   S text tokens   D text width   T width of the time embedding
-    V width of SDXL's added vector
+    B batch   C C' channels   h w height and width: of the latents, then of each level   S text tokens   D text width
+    T width of the time embedding   V width of SDXL's added vector
 
 Attribute names are the keys of SD's files, so a checkpoint loads without a map of names.
 """
@@ -18,14 +18,14 @@ from minidiff.core.config import UNetConfig
 
 def transformer(channels: int, config: UNetConfig, level: int) -> SpatialTransformer:
     """A transformer with the heads and the depth of a level."""
-    both = config.attention_head_dim, config.transformer_layers_per_block
-    heads, depth = (one if isinstance(one, int) else one[level] for one in both)
+    settings = config.attention_head_dim, config.transformer_layers_per_block
+    heads, depth = (setting if isinstance(setting, int) else setting[level] for setting in settings)
     groups, linear = config.norm_num_groups, config.use_linear_projection
     return SpatialTransformer(channels, config.cross_attention_dim, heads, groups, depth, linear)
 
 
 class Level(nn.Module):
-    """One resolution: ResBlocks, each followed by a transformer where the level has any, then a step down or up."""
+    """One resolution: ResBlocks from `ins` channels; if `attend`, a transformer after each; then a step down or up."""
 
     def __init__(self, ins: list[int], level: int, config: UNetConfig, time_width: int, attend: bool, step: str | None):
         super().__init__()
@@ -39,13 +39,13 @@ class Level(nn.Module):
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
 
     def layer(self, i: int, time: Tensor, text: Tensor, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """The i-th ResBlock and its transformer. On the way up they read x beside a skip: (B, C + C', H, W)."""
+        """The i-th ResBlock and its transformer. On the way up they read x and a skip side by side: (B, C + C', h, w)."""
         x = self.resnets[i](x if skip is None else torch.cat([x, skip], dim=1), time)
         return self.attentions[i](x, text) if hasattr(self, "attentions") else x
 
 
 class DownLevel(Level):
-    """Keeps every intermediate result for the way up."""
+    """A level on the way down. It appends every intermediate result to `skips`, for the way up."""
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
@@ -58,7 +58,7 @@ class DownLevel(Level):
 
 
 class UpLevel(Level):
-    """Takes the kept results back, the last one first."""
+    """A level on the way up. It takes the skips back, the last one first."""
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
@@ -83,7 +83,7 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The way down, which a U-Net and its ControlNets share: the time, the first convolution, the levels, the bottom."""
+    """The way down: time embedding, first convolution, levels, bottom. A ControlNet (controlnet.py) has it, too."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Encoder(nn.Module):
         self.add_embedding = TimeEmbedding(vector_width, self.time_width) if vector_width else None
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
 
-        self.skip_widths = [widths[0]]  # channels of everything that the way down hands over
+        self.skip_widths = [widths[0]]  # channels of each skip
         self.down_blocks = nn.ModuleList()
         for i, (width, kind) in enumerate(zip(widths, config.down_block_types)):
             ins = [self.skip_widths[-1]] + [width] * (layers - 1)
@@ -112,7 +112,7 @@ class Encoder(nn.Module):
         return time if self.add_embedding is None else time + self.add_embedding(vector)
 
     def encode(self, x: Tensor, time: Tensor, text: Tensor) -> list[Tensor]:
-        """x (B, C, h, w), after conv_in -> the skips, of which x is the first, and at last what the bottom gives."""
+        """x (B, C, h, w), after conv_in -> the skips, of which x is the first; and behind them the output of the bottom."""
         skips = [x]
         for down in self.down_blocks:
             x = down(x, time, text, skips)
@@ -151,15 +151,15 @@ class UNet2DConditionModel(Encoder):
         self, latents: Tensor, t: Tensor | float, text: Tensor, vector: Tensor | None = None,
         control: Sequence[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        """latents (B, 4, h, w), t (B,) or a number, text (B, S, D); in SDXL a vector (B, V) -> (B, 4, h, w).
+        """latents (B, 4, h, w), t (B,) or a number, text (B, S, D), in SDXL a vector (B, V) -> (B, 4, h, w).
 
-        `control`, of a ControlNet, is added to what `encode` finds.
+        `control`: what a ControlNet adds to each skip and to the output of the bottom.
         """
         time = self.embed_time(t, vector, latents)
-        found = self.encode(self.conv_in(latents), time, text)
+        features = self.encode(self.conv_in(latents), time, text)
         if control is not None:
-            found = [own + added for own, added in zip(found, control, strict=True)]
-        *skips, x = found
+            features = [own + added for own, added in zip(features, control, strict=True)]
+        *skips, x = features
         for up in self.up_blocks:
             x = up(x, time, text, skips)
         return self.conv_out(self.conv_norm_out(x))

@@ -14,7 +14,7 @@ EPS = 1e-6  # every norm of the VAE
 
 
 class Level(nn.Sequential):
-    """ResBlocks at one resolution, then a step down or up (or neither: the last level), one after the other."""
+    """ResBlocks at one resolution, then a step down or up, one after the other. The last level has no step."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, step: str | None) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Level(nn.Sequential):
 
 
 def levels(widths: tuple[int, ...], layers: int, groups: int, step: str) -> nn.Sequential:
-    """A Level for each width, with a step from each to the next."""
+    """A Level for each width, with a step down or up between two levels."""
     ins, steps = (widths[0], *widths[:-1]), [step] * (len(widths) - 1) + [None]
     return nn.Sequential(*(Level(c_in, c_out, layers, groups, step) for c_in, c_out, step in zip(ins, widths, steps)))
 
@@ -45,7 +45,7 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) -> (B, 2·4, h, w): the mean and the log-variance, before `quant_conv` mixes them."""
+    """(B, 3, H, W) -> (B, 8, h, w): four channels of mean and four of log-variance, before `quant_conv` mixes all eight."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """A variational autoencoder (arXiv 1312.6114) with a very small KL weight."""
+    """A variational autoencoder (arXiv 1312.6114), trained with a very small weight on its KL term."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -89,12 +89,12 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Picture (B, 3, H, W) in [-1, 1] -> mean and log-variance of the latent, each (B, 4, h, w), unscaled."""
+        """Picture (B, 3, H, W) in [-1, 1] -> mean and log-variance of the latent, each (B, 4, h, w), not yet scaled."""
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Unscaled latent (B, 4, h, w) -> picture (B, 3, H, W), about [-1, 1]. Divide by `scaling_factor` first."""
+        """Latent (B, 4, h, w), divided by `scaling_factor` -> picture (B, 3, H, W), about [-1, 1]."""
         return self.decoder(self.post_quant_conv(z))
 
 

@@ -21,7 +21,7 @@ from minidiff.core.schedule import NoiseSchedule
 
 @dataclass(frozen=True)
 class Stations:
-    """The three networks as functions, and the noise schedule. text.py, unet.py and vae.py have the plain ones."""
+    """The three networks as functions (text.py, unet.py, vae.py), and the noise schedule."""
 
     encode: Callable[[Any], Text]  # prompts -> (B, 77, D), perhaps with a vector
     unet: UNetCall
@@ -37,7 +37,7 @@ def generate(
     """Yields the sampler's steps, and at last the pictures (B, 3, H, W) in [-1, 1].
 
     `noise` (B, 4, h, w) is standard normal, on the device of the networks; `step_noise(i)` gives more of it for step i.
-    `sampler`: a row of `SAMPLERS`, perhaps with some of its settings already given (functools.partial).
+    `sampler` is a row of `SAMPLERS`, perhaps with some of its settings already given (functools.partial).
     """
     # station 1: the prompts become vectors
     text = stations.encode(prompts)

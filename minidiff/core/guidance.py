@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598): ask the network twice, with the prompt and without, and go further that way.
+"""Classifier-free guidance (arXiv 2207.12598): ask the network with and without the prompt, and exaggerate the difference.
 
 An encoded prompt is a tuple, `(states,)` in SD 1.x and 2.x and `(states, vector)` in SDXL: all that the U-Net reads of it.
 
@@ -19,9 +19,9 @@ UNetCall = Callable[..., Tensor]  # (x, t, *text) -> eps or v
 def guided(unet: UNetCall, cond: Text, uncond: Text | None, scale: float, rescale: float = 0.0) -> Model:
     """A model(x, t) for the samplers: x (B, C, H, W) and t (B,) in, fp32 (B, C, H, W) out.
 
-    `cond` and `uncond` are encoded prompts, `uncond` may have B = 1; the network sees x in the dtype of the states.
-    Above 1, `scale` guides, and both questions are one batch of 2B. Otherwise only the prompt is asked: scale 1 means "no
-    guidance". `rescale`, 0 to 1: so much of the contrast that guidance adds is taken back.
+    `cond` and `uncond` are encoded prompts, B or 1 of them; the network sees x in the dtype of the states. With a `scale` above
+    1, both questions are one batch of 2B. Otherwise only the prompt is asked: scale 1 means "no guidance". `rescale`, 0 to 1,
+    is the share of the contrast added by guidance that is taken back.
     """
     if scale <= 1 or uncond is None:
         return lambda x, t: unet(x.to(cond[0].dtype), t, *cond).float()

@@ -1,16 +1,17 @@
 """The noise schedule: how much of the picture is left at time t, and what the network's output means there.
 
-One number says everything about a timestep, the share of the signal's variance that is left:
+One number, a_bar, says everything about a timestep: the share of the picture's variance that is left.
 
     x_t = sqrt(a_bar_t) x_0 + sqrt(1 - a_bar_t) eps,    eps ~ N(0, I)                                  DDPM eq. 4
 
-    a_bar    the share of signal, 1 to 0: alpha-bar_t in DDPM; DDIM writes alpha_t for the same thing
+    a_bar    the share of signal, 1 to 0: alpha-bar_t in DDPM, alpha_t in DDIM
     sigma    noise / signal, 0 to 14.6: sqrt((1 - a_bar) / a_bar), sigma in EDM
     betas    beta_t in DDPM, the share of variance that one timestep replaces: 1 - a_bar_t / a_bar_{t-1}
     x0       x_0, the clean latent; z_0 in latent diffusion
     eps, v   the network predicts one of them: epsilon in DDPM, or v = sqrt(a_bar) eps - sqrt(1 - a_bar) x0 (2202.00512)
 
-Shapes: B pictures, T = 1000 training timesteps; latents (B, C, H, W), timesteps (B,).
+    B pictures   T = 1000 training timesteps   C H W one latent
+
 Papers: DDPM arXiv 2006.11239, DDIM 2010.02502, EDM 2206.00364.
 """
 
@@ -24,7 +25,7 @@ from minidiff.core.config import NoiseConfig
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """The tables of the forward process."""
+    """The noise levels of all timesteps, as tables."""
 
     config: NoiseConfig
     alphas_cumprod: Tensor  # (T,) fp32: a_bar
@@ -39,14 +40,14 @@ class NoiseSchedule:
         else:
             betas = torch.linspace(config.beta_start, config.beta_end, config.num_train_timesteps)
         if config.rescale_betas_zero_snr:
-            betas = zero_terminal_snr(betas)  # the network must predict v: in pure noise, eps says nothing of x0
+            betas = zero_terminal_snr(betas)  # then the network must predict v: from pure noise and eps, x0 does not follow
         a_bar = torch.cumprod(1 - betas, dim=0)  # DDPM, beside eq. 4
-        above_0 = a_bar.clamp(min=2.0**-24)  # fp16's smallest number, as in the reference
+        above_0 = a_bar.clamp(min=2.0**-24)  # as in the reference: fp16's smallest number
         return cls(config, a_bar, ((1 - above_0) / above_0).sqrt())
 
 
 def zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Betas (T,) that leave nothing of the picture at the last timestep. The plain ones leave 7 % of its amplitude."""
+    """Betas (T,) -> betas (T,) that leave nothing of the picture at the last timestep. SD's own leave 7 % of its amplitude."""
     signal = torch.cumprod(1 - betas, dim=0).sqrt()
     signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))  # 2305.08891, algorithm 1
     a_bar = signal**2
@@ -54,16 +55,13 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t for clean latents `x0` (B, C, H, W) and integer timesteps `t` (B,), in the dtype of `x0`.
-
-    It is computed in fp32 and cast last: in fp16 the noise at t = 0 would be 7 % too strong.
-    """
-    a_bar = a_bar_of(schedule, t, x0)
+    """x_t for clean latents `x0` (B, C, H, W) and integer timesteps `t` (B,), in the dtype of `x0`."""
+    a_bar = a_bar_of(schedule, t, x0)  # in fp32: in fp16 the noise at t = 0 would be 7 % too strong
     return (a_bar.sqrt() * x0 + (1 - a_bar).sqrt() * noise).to(x0.dtype)  # DDPM eq. 4
 
 
 def training_target(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """The right answer of the network to `add_noise(schedule, x0, noise, t)`: (B, C, H, W), in the dtype of `noise`."""
+    """What the network should predict from `add_noise(schedule, x0, noise, t)`: (B, C, H, W), in the dtype of `noise`."""
     if schedule.config.prediction_type == "epsilon":
         return noise  # DDPM eq. 14
     a_bar = a_bar_of(schedule, t, x0)
@@ -71,7 +69,7 @@ def training_target(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tenso
 
 
 def read_output(output: Tensor, x_t: Tensor, a_bar: float | Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
-    """The network's output (B, C, H, W) at `x_t` read in both ways: as a clean latent x0, and as noise eps.
+    """The network's output at `x_t`, eps or v, as x0 and eps. All are (B, C, H, W).
 
     `a_bar` is a number, or a (B, 1, 1, 1) tensor with one level per sample.
     """
@@ -82,5 +80,5 @@ def read_output(output: Tensor, x_t: Tensor, a_bar: float | Tensor, prediction_t
 
 
 def a_bar_of(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> Tensor:
-    """a_bar at timesteps `t` (B,), shaped (B, 1, 1, 1) so that it multiplies `like`, on its device."""
+    """a_bar at timesteps `t` (B,), on the device of `like`, shaped (B, 1, 1, 1) as a factor of `like`."""
     return schedule.alphas_cumprod.to(like.device)[t.to(like.device)].view(-1, *[1] * (like.ndim - 1))

@@ -1,4 +1,4 @@
-"""Errors that a person can mend: the message says what is wrong, in which file or flag, and what to do. Others are bugs."""
+"""Errors that a person can mend: the message says what is wrong, where, and what to do. Other errors are bugs."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,19 +9,19 @@ class MinidiffError(Exception):
 
 
 class WeightsError(MinidiffError):
-    """A model file or folder is missing, damaged, foreign, or does not fit the model."""
+    """Weights are missing, damaged, foreign, or do not fit the model."""
 
 
 class AdapterError(MinidiffError):
-    """A LoRA file or its settings do not fit the model."""
+    """An adapter or its settings do not fit the model."""
 
 
 class DataError(MinidiffError):
-    """A picture, a caption, or a folder of them cannot be used."""
+    """A picture or a caption cannot be used."""
 
 
 class SettingsError(MinidiffError):
-    """A flag or an argument has a value that cannot work."""
+    """An argument has a value that cannot work."""
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -2,8 +2,8 @@
 
     inject(unet, rank=4)   ->   train `trainable(unet)`   ->   merge(unet), or not   ->   eject(unet)
 
-A layer is called by its dotted path ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"), an adapter by any word
-("default", "dog"). A layer can have several adapters: W' = W + Σ strength · ΔW. The same functions serve the text encoder.
+The name of a layer is its dotted path ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"); the name of an adapter is
+any word ("default", "dog"). A layer can have several adapters: W' = W + Σ strength · ΔW. `model` is a U-Net or a text encoder.
 """
 
 import math
@@ -16,8 +16,8 @@ from minidiff.core.errors import AdapterError, did_you_mean
 from minidiff.core.lora import LoRAConv2d, LoRALayer, LoRALinear, LoRAWeights, fresh
 from minidiff.core.rng import generator
 
-DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every attention projection, self and cross
-GROUPS = {  # a word for several targets
+DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the layers of every self- and cross-attention
+GROUPS = {  # a word for several layers
     "attention": DEFAULT_TARGETS,
     "cross_attention": ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),
@@ -30,26 +30,18 @@ GROUPS = {  # a word for several targets
 
 
 def inject(
-    model: nn.Module,
-    rank: int,
-    alpha: float | None = None,
-    targets: str | Sequence[str] = DEFAULT_TARGETS,
-    seed: int = 0,
-    adapter_name: str = "default",
-    *,
-    rank_of: Mapping[str, int] = {},
-    rslora: bool = False,
-    dora: bool = False,
+    model: nn.Module, rank: int, alpha: float | None = None, targets: str | Sequence[str] = DEFAULT_TARGETS, seed: int = 0,
+    adapter_name: str = "default", *, rank_of: Mapping[str, int] = {}, rslora: bool = False, dora: bool = False,
     dropout: float = 0.0,
-) -> dict[str, LoRALayer]:
-    """Freeze `model` and give every layer that a target names a new adapter. Returns these layers by name.
+) -> dict[str, LoRALayer]:  # fmt: skip
+    """Freeze `model` and give a new adapter to every layer that a target names. Returns these layers by name.
 
-    A target is a word of GROUPS, or the end of a layer's path in whole words ("to_q", "to_out.0", "attn2.to_k"). `rank_of`
-    gives some layers another rank: target -> rank, the last that fits wins. alpha defaults to the rank of each layer.
-    `dropout`: the share of the adapters' inputs that is dropped in training. AdapterError before anything is changed.
+    A target is a word of GROUPS, or the end of a layer's path in whole words ("to_q", "to_out.0", "attn2.to_k"). `alpha` defaults
+    to the rank of each layer. `rank_of`, target -> rank, gives some layers another rank; the last that fits wins.
+    `dropout` is the share of the adapters' inputs that is dropped in training. AdapterErrors come before anything is changed.
     """
     if known := adapter_names(model):
-        adapted_layers(model)  # an error if they are merged: then no new one would have an effect
+        adapted_layers(model)  # an error if they are merged: then a new adapter would have no effect
     if adapter_name in known:
         raise AdapterError(f'an adapter called "{adapter_name}" is there already; choose another name, or eject first.')
     ranks = {name: rank for t in ([targets] if isinstance(targets, str) else targets) for name in layers_of(model, t)}
@@ -72,7 +64,7 @@ def inject(
 
 
 def wrap(model: nn.Module, name: str) -> LoRALayer:
-    """The layer `name` as a LoRALayer: the one that is there already, or a new one around the plain layer."""
+    """The layer `name` as a LoRALayer: the present one, or a new one around the plain layer."""
     module = network(model).get_submodule(name)
     if isinstance(module, nn.Linear | nn.Conv2d):
         layer = LoRALinear(module) if isinstance(module, nn.Linear) else LoRAConv2d(module)
@@ -102,7 +94,7 @@ def set_adapters(model: nn.Module, names: Sequence[str], strengths: Sequence[flo
 
 
 def merge(model: nn.Module) -> None:
-    """Add the adapters, at their present strengths, to the weights: then they cost no time. The old weights are kept."""
+    """Add the adapters, at their present strengths, to the weights. The old weights are kept."""
     for layer in adapted_layers(model):
         layer.merge()
 
@@ -114,12 +106,12 @@ def unmerge(model: nn.Module) -> None:
 
 
 def network(model: nn.Module) -> nn.Module:
-    """The module in which layers have their names: transformers 4 has CLIP's one level down, in `text_model`."""
+    """The module in which paths begin. For CLIP in transformers 4 it is `text_model`, one level down."""
     return getattr(model, "text_model", model)
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Every linear layer and convolution, by its name in the plain model, whether it has an adapter or not."""
+    """Every linear layer and convolution, with or without an adapter, by its name in the plain model."""
     modules = network(model).named_modules()
     return {path.removesuffix(".base"): m for path, m in modules if isinstance(m, nn.Linear | nn.Conv2d)}
 
@@ -127,7 +119,7 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 def layers_of(model: nn.Module, target: str) -> list[str]:
     """The layers that a target names. AdapterError if there are none."""
     layers = list(adaptable_layers(model))
-    endings = tuple(f".{ending}" for ending in GROUPS.get(target, (target,)))  # "to_q" is no ending of "proj_to_q"
+    endings = tuple(f".{ending}" for ending in GROUPS.get(target, (target,)))  # of whole words: not "proj" for "time_emb_proj"
     if not (found := [name for name in layers if f".{name}".endswith(endings)]):
         asked = {"ff": "feed_forward", "attn": "attention", "attn2": "cross_attention"}.get(target, target)
         near = did_you_mean(asked, [*GROUPS, *(re.findall(r"[^.]+(?:\.\d+)?$", name)[0] for name in layers)])
@@ -157,7 +149,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapted_layers(model: nn.Module, merged: bool = False) -> list[LoRALayer]:
-    """The layers with adapters. AdapterError if there are none, or they are not in the state that `merged` says."""
+    """The layers with adapters. AdapterError if there are none, or if they are merged and should not be, or the reverse."""
     if not (layers := list(lora_layers(model).values())):
         raise AdapterError("the model has no adapter; inject or load one first.")
     if merged != any(layer.unmerged_weight is not None for layer in layers):

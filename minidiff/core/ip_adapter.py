@@ -3,10 +3,11 @@
     picture --image tower--> e --projection--> image tokens (B, M n, D), appended to the text (B, S, D)
     in each cross-attention:    softmax(Q K^T / √d) V + λ softmax(Q K'^T / √d) V'                      eq. 8
 
-Q, K and V are the U-Net's own and frozen. K' and V' read the image tokens; they are trained with the projection.
+The image tower is CLIP's. Q, K and V are the U-Net's own and frozen. K' and V' come from the image tokens by two new linear
+layers, which are trained together with the projection.
 
-B samples   M pictures side by side   n tokens of a picture   S text tokens, D wide   L cells   N heads of width d
-E width of the tower's answer, P its patches and its mark   C width of a cross-attention   W width of the Resampler
+    B samples   M pictures for each sample   n tokens for each picture   S text tokens   D width of tokens   L cells of the map
+    C width of a cross-attention   N its heads   d their width   E width of the tower's output   P patches, and a class token
 """
 
 from collections import OrderedDict
@@ -34,13 +35,13 @@ class ImageProjection(nn.Module):
 
 
 def full_projection(e_width: int, width: int) -> nn.Module:
-    """The full-face form: a token for each patch, (B, P, E) -> (B, P, D)."""
+    """The full-face form: each patch becomes a token, (B, P, E) -> (B, P, D)."""
     layers = nn.Linear(e_width, e_width), nn.GELU(), nn.Linear(e_width, width), nn.LayerNorm(width)
     return nn.Sequential(OrderedDict(proj=nn.Sequential(*layers)))
 
 
 class LatentAttention(nn.Module):
-    """The latents look at the patches and at each other, through heads of width 64."""
+    """Learned tokens ("latents") look at the patches and at each other, with heads of width 64."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class LatentAttention(nn.Module):
         self.to_out = nn.Linear(64 * heads, width, bias=False)
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
-        """x (B, P, W), latents (B, n, W) -> (B, n, W)."""
+        """x (B, P, width), latents (B, n, width) -> (B, n, width)."""
         latents = self.norm2(latents)
         k, v = self.to_kv(torch.cat([self.norm1(x), latents], dim=1)).chunk(2, dim=-1)
         q, k, v = (rearrange(y, "b l (n d) -> b n l d", n=self.heads) for y in (self.to_q(latents), k, v))
@@ -57,7 +58,7 @@ class LatentAttention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """The plus form: n learned latents gather what the patches say (after Flamingo, arXiv 2204.14198)."""
+    """The plus form: n learned tokens gather what the patches show (after Flamingo's resampler, arXiv 2204.14198)."""
 
     def __init__(self, e_width: int, width: int, tokens: int = 16, inner: int = 768, heads: int = 12, depth: int = 4) -> None:
         super().__init__()
@@ -73,47 +74,46 @@ class Resampler(nn.Module):
         """(B, P, E) -> (B, n, D)."""
         x, latents = self.proj_in(e), self.latents.expand(len(e), -1, -1)
         for layer in self.layers:
-            latents = latents + layer[0](x, latents)  # type: ignore[index]
-            latents = latents + layer[1](latents)  # type: ignore[index]
+            look, think = layer.children()
+            latents = latents + look(x, latents)
+            latents = latents + think(latents)
         return self.norm_out(self.proj_out(latents))
 
 
 class ImageKeysAndValues(nn.Module):
-    """K' and V' of one cross-attention. They start as copies of the text's."""
+    """The layers of K' and V' in one cross-attention. They start as copies of those of K and V."""
 
     def __init__(self, attn: CrossAttention) -> None:
         super().__init__()
-        plain = [getattr(layer, "base", layer) for layer in (attn.to_k, attn.to_v)]  # beside a LoRA, the base
+        plain = [getattr(layer, "base", layer) for layer in (attn.to_k, attn.to_v)]  # without a LoRA
         self.to_k_ip, self.to_v_ip = (deepcopy(layer).requires_grad_(True) for layer in plain)
-        self.scale, self.count = 1.0, 0  # λ; M n, how many of the tokens are a picture's
+        self.scale, self.count = 1.0, 0  # λ; M n, the number of image tokens in the context
 
 
 class ImageAttention(CrossAttention):
-    """The cross-attention of a U-Net with an IP-Adapter: `inject` gives attn2 this class."""
+    """The cross-attention of a U-Net with an IP-Adapter. `inject` gives each attn2 this class."""
 
-    image: tuple[ImageKeysAndValues]  # in a tuple, so that it is no part of the U-Net's weights
+    image: tuple[ImageKeysAndValues]  # in a tuple, so that it does not become a part of the U-Net
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, L, C), context (B, S + M n, D) -> (B, L, C)."""
         (image,), q = self.image, self.split_heads(self.to_q(x))
         k, v = self.keys_and_values(x if context is None else context)
-        (k, k_ip), (v, v_ip) = (y.tensor_split([y.shape[2] - image.count], dim=2) for y in (k, v))
-        z = attention(q, k, v)
-        if image.scale:
-            z = z + image.scale * attention(q, k_ip, v_ip)  # 2308.06721 eq. 8
+        S = k.shape[2] - image.count
+        z = attention(q, k[:, :, :S], v[:, :, :S]) + image.scale * attention(q, k[:, :, S:], v[:, :, S:])  # 2308.06721 eq. 8
         return self.to_out[0](rearrange(z, "b n l d -> b l (n d)"))
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """context (B, S + M n, D) -> k and v of the text and, behind them, those of the pictures: (B, N, S + M n, d)."""
+        """context (B, S + M n, D) -> k and v of the text and, behind them, k' and v' of the pictures: (B, N, S + M n, d)."""
         (image,) = self.image
         text, tokens = context.tensor_split([context.shape[1] - image.count], dim=1)
         k, v = super().keys_and_values(text)
-        k_ip, v_ip = self.split_heads(image.to_k_ip(tokens)), self.split_heads(image.to_v_ip(tokens))
-        return torch.cat([k, k_ip], dim=2), torch.cat([v, v_ip], dim=2)
+        k_image, v_image = self.split_heads(image.to_k_ip(tokens)), self.split_heads(image.to_v_ip(tokens))
+        return torch.cat([k, k_image], dim=2), torch.cat([v, v_image], dim=2)
 
 
 class IPAdapter(nn.Module):
-    """A projection, and K' and V' of every cross-attention. Attribute names are the keys of the published files."""
+    """A projection, and K' and V' of every cross-attention. Attribute names are the keys of the published weights."""
 
     def __init__(self, image_proj: nn.Module, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class IPAdapter(nn.Module):
         self.ip_adapter = nn.ModuleDict({str(i): ImageKeysAndValues(attn) for i, attn in numbered(unet).items()})
 
     def forward(self, text: Tensor, e: Tensor) -> Tensor:
-        """text (B, S, D), the tower's answers (B, M, E), or (B, M, P, E) -> the U-Net's context (B, S + M n, D)."""
+        """text (B, S, D), e (B, M, E) or (B, M, P, E) -> the U-Net's context (B, S + M n, D)."""
         tokens = rearrange(self.image_proj(e.flatten(0, 1)), "(b m) n d -> b (m n) d", b=len(e))
         for layer in self.ip_adapter.values():
             layer.count = tokens.shape[1]  # type: ignore[assignment]
@@ -129,14 +129,14 @@ class IPAdapter(nn.Module):
 
 
 def numbered(unet: UNet2DConditionModel) -> dict[int, CrossAttention]:
-    """attn2 by their numbers in the files, which count all attentions in the order down, up, mid; attn1 has the even ones."""
+    """Every attn2 by its number in the published weights. They count attentions in the order down, up, mid; attn1 are even."""
     parts = (unet.down_blocks, unet.up_blocks, unet.mid_block)
     blocks = [module for part in parts for module in part.modules() if isinstance(module, TransformerBlock)]
     return {2 * i + 1: block.attn2 for i, block in enumerate(blocks)}
 
 
 def inject(unet: UNet2DConditionModel, adapter: IPAdapter) -> None:
-    """Let every cross-attention read pictures. From now on, `adapter(text, e)` is the U-Net's context."""
+    """Let every cross-attention read image tokens. Afterwards, `adapter(text, e)` is the text that the U-Net takes."""
     for attn, layer in zip(numbered(unet).values(), adapter.ip_adapter.values(), strict=True):
         attn.__class__, attn.image = ImageAttention, (layer,)  # type: ignore[assignment]
 

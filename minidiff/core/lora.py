@@ -1,22 +1,22 @@
-"""LoRA: learn a small change of a big matrix (arXiv 2106.09685). DoRA learns the length separately (arXiv 2402.09353).
+"""LoRA: learn a small change of a big matrix (arXiv 2106.09685). DoRA learns its lengths separately (arXiv 2402.09353).
 
 A frozen layer W gets a second path of two thin matrices: A leads down to r numbers, B leads up again.
 
     y = W x + scale · B A x                       LoRA, eq. 3; scale = alpha / r, section 4.1
                                                   rsLoRA: scale = alpha / √r, which lets high ranks learn (arXiv 2312.03732)
 
-B starts at zero, so the tuned model starts as the base model. r is the rank; alpha only sets how strong the change is.
-A convolution is a matrix that moves over the picture: A is a convolution to r channels, B a 1 x 1 convolution from them.
+r is the rank; alpha only sets how strong the change is. B starts at zero, so the tuned model starts as the base model.
+For a convolution W, A is a convolution to r channels, and B a 1 x 1 convolution from them.
 
 DoRA splits the tuned matrix V = W + scale · B A into lengths and directions, and learns the lengths m separately:
 
     W' = m · V / ||V||                            DoRA, eq. 5; ||V|| is one norm for each row of V: for each output
 
-m starts at ||W||, so this starts as the base model, too. (Old files of LyCORIS have one norm for each input instead. Both kinds
-work here: the shape of m says which it is.)
+m starts at ||W||, so this starts as the base model, too. (Old adapters of LyCORIS have one norm for each input. The shape of m
+says which kind it is.)
 
-Shapes: W (out, in), for convolutions (out, in, kh, kw); A (r, in) or (r, in, kh, kw); B (out, r); m (out, 1) or (out, 1, 1, 1)
-for each output, (1, in) or (1, in, 1, 1) for each input; x (…, in) or (batch, in, H, W).
+    W (out, in)         A (r, in)           B (out, r)    m (out, 1) or (1, in)                x (…, in)
+    W (out, in, k, k)   A (r, in, k, k)     B (out, r)    m (out, 1, 1, 1) or (1, in, 1, 1)    x (batch, in, H, W)
 """
 
 import math
@@ -26,12 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHORTEST = 1e-12  # a length that can be divided by, for rows of W that are zero
-
 
 @dataclass(frozen=True)
 class LoRAWeights:
-    """The change of one layer. Every adapter file holds these, under some names."""
+    """One adapter of one layer."""
 
     A: Tensor
     B: Tensor
@@ -55,9 +53,9 @@ class LoRAWeights:
 
 
 def lengths(V: Tensor, shape: torch.Size) -> Tensor:
-    """||V||: one norm for each output or each input, over the axes on which `shape`, the shape of m, is 1."""
+    """||V||: one norm for each output or each input. `shape` is the shape of m; it is 1 on the axes that are summed over."""
     axes = [axis for axis, size in enumerate(shape) if size == 1]
-    return torch.linalg.vector_norm(V, dim=axes, keepdim=True).clamp(min=SHORTEST)
+    return torch.linalg.vector_norm(V, dim=axes, keepdim=True).clamp(min=1e-12)  # not 0, as m is divided by it
 
 
 def fresh(W: Tensor, rank: int, alpha: float, rslora: bool, dora: bool, random: torch.Generator) -> LoRAWeights:
@@ -74,12 +72,12 @@ def fresh(W: Tensor, rank: int, alpha: float, rslora: bool, dora: bool, random: 
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """Inside the `with`, products on x's device are not rounded to half precision. (The `meta` device has no autocast.)"""
+    """Inside the `with`, autocast does not round products on x's device to half precision. ("meta" has no autocast.)"""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 class LoRALayer(nn.Module):
-    """A frozen layer and its adapters, by name: what `LoRALinear` and `LoRAConv2d` have in common.
+    """A frozen layer and its adapters, by name: `LoRALinear` or `LoRAConv2d`.
 
     Several adapters add up, each times its strength: W' = W + Σ strength · ΔW. A, B and m are fp32, whatever the dtype of the
     base. So cast a model before it gets adapters, not after.
@@ -90,8 +88,8 @@ class LoRALayer(nn.Module):
         self.base = base.requires_grad_(False)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # adapter name -> A, and B
         self.lora_magnitude = nn.ParameterDict()  # adapter name -> m, where the adapter is DoRA
-        self.scale: dict[str, float] = {}  # belongs to the file
-        self.strength: dict[str, float] = {}  # 0 off, 1 as trained: belongs to the user
+        self.scale: dict[str, float] = {}  # alpha / r, fixed
+        self.strength: dict[str, float] = {}  # the user's choice: 0 is off, 1 as trained
         self.dropout: dict[str, float] = {}  # share of A's input that is dropped in training
         self.unmerged_weight: Tensor | None
         self.register_buffer("unmerged_weight", None, persistent=False)  # a buffer, so that it follows .to(device)
@@ -105,12 +103,12 @@ class LoRALayer(nn.Module):
         self.scale[name], self.strength[name], self.dropout[name] = weights.scale, 1.0, dropout
 
     def weights(self, name: str) -> LoRAWeights:
-        """One adapter as it is now. The tensors are the layer's own, without gradients."""
+        """One adapter. The tensors are the layer's own, without gradients."""
         m = self.lora_magnitude[name].detach() if name in self.lora_magnitude else None
         return LoRAWeights(self.lora_A[name].detach(), self.lora_B[name].detach(), self.scale[name], m)
 
     def forward(self, x: Tensor) -> Tensor:
-        """W' x + bias, in the dtype that the base gives."""
+        """W' x + bias, in the dtype of the base's output."""
         y = tuned = self.base(x)
         if self.unmerged_weight is not None:  # W is W' already
             return y
@@ -127,7 +125,7 @@ class LoRALayer(nn.Module):
         return self.scale[name] * self.up(self.down(x, A), B)  # LoRA (arXiv 2106.09685), eq. 3
 
     def dora(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """W' x - W x, where W' = g V is DoRA's eq. 5 with g = m / ||V||; y = W x + bias. Only the x of B A x has dropout."""
+        """W' x - W x, with W' = g V and g = m / ||V|| (DoRA, eq. 5); y is W x + bias. Only the x of B A x has dropout."""
         g = self.gain(name)
         if self.lora_magnitude[name].shape[1] == 1:  # a length for each output: g V x = g W x + g B A x
             Wx = y.float() if self.base.bias is None else y.float() - self.base.bias.float().view(-1, *g.shape[1:])
@@ -135,12 +133,9 @@ class LoRALayer(nn.Module):
         return self.down((g - 1) * x, self.base.weight.float()) + self.lora(name, g * x)  # for each input: V (g x)
 
     def gain(self, name: str) -> Tensor:
-        """DoRA's g = m / ||V||, one number a channel, shaped to multiply x or y; exactly 1 at the start.
-
-        Section 4.3: the norm counts as a constant, which saves memory and hardly changes the result.
-        """
+        """DoRA's g = m / ||V||, one number for each channel of x or y, shaped as their factor; exactly 1 at the start."""
         m, W = self.lora_magnitude[name], self.base.weight
-        with torch.no_grad(), without_autocast(W):
+        with torch.no_grad(), without_autocast(W):  # section 4.3: the norm counts as a constant
             norm = lengths(W.float() + self.weights(name).product(), m.shape)
         return (m / norm).view(-1, *[1] * (W.ndim - 2))
 
@@ -162,12 +157,12 @@ class LoRALayer(nn.Module):
 
     def merge(self) -> None:
         """W' = W + ΔW, added in fp32 and rounded once to W's dtype. The old W is kept."""
-        self.unmerge()  # or a second merge would keep W' as the old W
+        self.unmerge()  # else a second merge would keep W' as the old W
         W = self.base.weight.data
         self.unmerged_weight, self.base.weight.data = W, (W.float() + self.delta()).to(W.dtype)
 
     def unmerge(self) -> None:
-        """Restore the old W. Subtracting ΔW instead would leave rounding errors."""
+        """Restore the old W. To subtract ΔW instead would leave rounding errors."""
         if self.unmerged_weight is not None:
             self.base.weight.data, self.unmerged_weight = self.unmerged_weight, None
 
@@ -179,7 +174,7 @@ class LoRALinear(LoRALayer):
 
 
 class LoRAConv2d(LoRALayer):
-    """A frozen `nn.Conv2d` and its adapters. A moves over the picture as W does, in its strides and with its padding."""
+    """A frozen `nn.Conv2d` and its adapters. A has the stride, padding and dilation of W."""
 
     base: nn.Conv2d
 

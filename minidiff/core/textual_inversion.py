@@ -1,13 +1,13 @@
 """Textual inversion: teach a frozen model one new word (arXiv 2208.01618).
 
-No weight changes. The word, such as `<dog>`, gets n vectors beside the model's token table, and only they are learned:
+No weight changes. A word such as `<dog>` gets n vectors beside the model's token table, and only they are learned:
 
     v* = arg min over v of E || eps - eps_theta(z_t, t, c(y)) ||²        eq. 2; c(y): a sentence with the word, encoded
 
-    ids < V     the row of the token table, frozen; it is never resized
-    ids >= V    the row of a new word
+    ids < V     a row of the token table, frozen
+    ids >= V    a row of a new word
 
-So the optimizer holds nothing but the new vectors. (In an enlarged table, AdamW's weight decay would move all other rows, too.)
+The table itself does not grow: in a larger table, AdamW's weight decay would move the old rows, too.
 
     row = inject(text_encoder).add("<dog>", initial_vectors(tokenizer, text_encoder, "dog", 2))    # train `row`
     encode(text_encoder, tokenize(tokenizer, ["a photo of <dog>"], placeholders(text_encoder)))
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class ExtendedEmbedding(nn.Module):
-    """A frozen token table and the rows of new words, fp32, which take the ids behind it."""
+    """A frozen token table (V, D) and the rows of new words, fp32. Their ids follow those of the table."""
 
     def __init__(self, base: nn.Embedding) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class ExtendedEmbedding(nn.Module):
         self.placeholders: dict[str, list[int]] = {}  # word -> ids, in the order of `vectors`
 
     def add(self, word: str, vectors: Tensor) -> nn.Parameter:
-        """Give `word` the next n ids and a copy of `vectors` (n, D); the Parameter to train."""
+        """Give `word` the next n ids and a copy of `vectors` (n, D). Returns the copy, the Parameter to train."""
         row = nn.Parameter(vectors.detach().to(self.base.weight.device, torch.float32, copy=True))
         first = self.base.num_embeddings + sum(map(len, self.vectors))
         self.placeholders[word] = list(range(first, first + len(row)))
@@ -56,7 +56,7 @@ class ExtendedEmbedding(nn.Module):
 
 
 def inject(text_encoder: "CLIPTextModel") -> ExtendedEmbedding:
-    """Put an ExtendedEmbedding around the token table, unless it is there already. It changes no prompt by itself."""
+    """Put an ExtendedEmbedding around the token table, unless it is there already. Without a new word, it changes nothing."""
     table: nn.Module = text_encoder.get_input_embeddings()
     if isinstance(table, nn.Embedding):
         text_encoder.set_input_embeddings(table := ExtendedEmbedding(table))
@@ -65,7 +65,7 @@ def inject(text_encoder: "CLIPTextModel") -> ExtendedEmbedding:
 
 
 def eject(text_encoder: "CLIPTextModel") -> None:
-    """Take every new word out: the very same `nn.Embedding` returns, with the very same bits (still frozen)."""
+    """Remove every new word: the same `nn.Embedding` returns, with the same bits (still frozen)."""
     if isinstance(table := text_encoder.get_input_embeddings(), ExtendedEmbedding):
         text_encoder.set_input_embeddings(table.base)
 
@@ -76,9 +76,9 @@ def placeholders(text_encoder: "CLIPTextModel") -> dict[str, list[int]]:
 
 
 def initial_vectors(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel", words: str, count: int) -> Tensor:
-    """Where learning starts: `count` vectors (n, D), fp32, copied from the tokens of `words`, in turn.
+    """The start of learning: `count` vectors (n, D), fp32, copied from the tokens of `words` in turn.
 
-    Three copies of "dog" stand at different places of the prompt, so their gradients differ and they part.
+    Copies of the same token do not stay equal: their places in the prompt differ, and so do their gradients.
     """
     ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
     if not 1 <= len(ids) <= count:

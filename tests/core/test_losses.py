@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minidiff.core.config import NoiseConfig
-from minidiff.core.losses import min_snr_weights, mse, prior_preservation, squared_error
+from minidiff.core.losses import min_snr_weights, prior_preservation, squared_error
 from minidiff.core.schedule import NoiseSchedule, add_noise, read_output, training_target
 
 EPSILON = NoiseSchedule.from_config(NoiseConfig())
@@ -17,32 +17,34 @@ def pair(batch: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(batch, 4, 3, 3, generator=generator), torch.randn(batch, 4, 3, 3, generator=generator)
 
 
+def mse(output, target, mask=None):
+    return squared_error(output, target, mask).mean()
+
+
 def test_mse_ddpm_eq14():
     output, target = pair()
     torch.testing.assert_close(mse(output, target), torch.nn.functional.mse_loss(output, target))
 
 
-def test_weights_are_per_sample():
+def test_losses_are_per_sample():
     output, target = pair()
     each = torch.stack([mse(output[i : i + 1], target[i : i + 1]) for i in range(4)])
-    weights = torch.tensor([0.0, 1.0, 2.0, 0.5])
-    torch.testing.assert_close(mse(output, target, weights), (each * weights).sum() / 4)
-    assert torch.equal(mse(output, target, torch.ones(4)), mse(output, target))
+    torch.testing.assert_close(squared_error(output, target), each)
 
 
 def test_prior_preservation_eq2():
     """DreamBooth, 2208.12242, eq. 2: the instance's mean plus lambda times the class's mean."""
     output, target = pair()
     expected = mse(output[:2], target[:2]) + 0.3 * mse(output[2:], target[2:])
-    assert torch.equal(prior_preservation(output, target, 0.3), expected)
-    weights, mask = torch.tensor([0.5, 2.0, 1.0, 3.0]), torch.rand(4, 1, 3, 3)
-    halves = [mse(output[h], target[h], weights[h], mask[h]) for h in (slice(2), slice(2, 4))]
-    torch.testing.assert_close(prior_preservation(output, target, 0.3, weights, mask), halves[0] + 0.3 * halves[1])
+    assert torch.equal(prior_preservation(squared_error(output, target), 0.3), expected)
+    mask = torch.rand(4, 1, 3, 3)
+    halves = [mse(output[h], target[h], mask[h]) for h in (slice(2), slice(2, 4))]
+    torch.testing.assert_close(prior_preservation(squared_error(output, target, mask), 0.3), halves[0] + 0.3 * halves[1])
 
 
 def test_prior_weight_0_is_the_plain_loss():
     output, target = pair()
-    assert torch.equal(prior_preservation(output, target, 0.0), mse(output[:2], target[:2]))
+    assert torch.equal(prior_preservation(squared_error(output, target), 0.0), mse(output[:2], target[:2]))
 
 
 def test_halves_never_mix():
@@ -51,15 +53,15 @@ def test_halves_never_mix():
     alone = [half.clone().requires_grad_() for half in output.chunk(2)]
     (mse(alone[0], target[:2]) + 0.7 * mse(alone[1], target[2:])).backward()
     both = output.clone().requires_grad_()
-    prior_preservation(both, target, 0.7).backward()
+    prior_preservation(squared_error(both, target), 0.7).backward()
     torch.testing.assert_close(both.grad, torch.cat([half.grad for half in alone]))
     other = target.clone()
     other[2:] += 5  # what the class should be is nothing to the instance
     again = output.clone().requires_grad_()
-    prior_preservation(again, other, 0.7).backward()
+    prior_preservation(squared_error(again, other), 0.7).backward()
     assert torch.equal(both.grad[:2], again.grad[:2]) and not torch.equal(both.grad[2:], again.grad[2:])
     unweighted = output.clone().requires_grad_()
-    prior_preservation(unweighted, target, 0.0).backward()
+    prior_preservation(squared_error(unweighted, target), 0.0).backward()
     assert torch.equal(unweighted.grad[:2], both.grad[:2]) and unweighted.grad[2:].abs().max() == 0
 
 
@@ -88,7 +90,7 @@ def test_mse_is_fp32_for_half_networks():
 def test_gradient_is_the_weighted_difference():
     output, target = pair()
     output.requires_grad_()
-    mse(output, target, torch.tensor([0.0, 1.0, 1.0, 1.0])).backward()
+    (torch.tensor([0.0, 1.0, 1.0, 1.0]) * squared_error(output, target)).mean().backward()
     assert output.grad is not None
     assert output.grad[0].abs().max() == 0
     torch.testing.assert_close(output.grad[1], 2 * (output - target)[1].detach() / output.numel())

@@ -20,7 +20,7 @@ from minidiff.core.inject import (
     trainable,
 )
 from minidiff.core.lora import LoRAWeights
-from minidiff.core.losses import mse
+from minidiff.core.losses import squared_error
 from minidiff.core.train import clip_gradients
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.files.folder import config_values
@@ -162,7 +162,7 @@ def train_ours(model: nn.Module, epsilon: float) -> None:
     optimizer = adamw(parameters, TrainSettings(learning_rate=1e-2, adam_weight_decay=0.1, adam_epsilon=epsilon))
     for step in range(5):
         optimizer.zero_grad()
-        mse(predict(model, seed=step), target(step)).backward()
+        squared_error(predict(model, seed=step), target(step)).mean().backward()
         clip_gradients(parameters, 1.0)
         optimizer.step()
 

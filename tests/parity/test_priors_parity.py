@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minidiff.core.losses import min_snr_weights, prior_preservation
+from minidiff.core.losses import min_snr_weights, prior_preservation, squared_error
 from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
 
 diffusers = pytest.importorskip("diffusers")
@@ -28,7 +28,7 @@ def test_prior_loss_of_train_dreambooth(prediction_type: str, weight: float) -> 
 
     ours = NoiseSchedule.from_config(NoiseConfig(prediction_type=prediction_type))
     torch.testing.assert_close(add_noise(ours, x0, noise, t), reference.add_noise(x0, noise, t), atol=1e-6, rtol=0)
-    got = prior_preservation(output, training_target(ours, x0, noise, t), weight)
+    got = prior_preservation(squared_error(output, training_target(ours, x0, noise, t)), weight)
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
 
 

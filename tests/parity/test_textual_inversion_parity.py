@@ -9,7 +9,7 @@ import torch
 from tiny_sizes import TINY_UNET
 from torch import Tensor, nn
 
-from minidiff.core.losses import mse
+from minidiff.core.losses import squared_error
 from minidiff.core.schedule import add_noise, training_target
 from minidiff.core.text import encode, tokenize
 from minidiff.core.textual_inversion import initial_vectors, inject, placeholders
@@ -117,7 +117,7 @@ def train_ours(pipe: StableDiffusionPipeline, n: int) -> Tensor:
     for x0, noise, t, said in batches():
         text = encode(pipe.text_encoder, tokenize(pipe.tokenizer, said, placeholders(pipe.text_encoder)))
         output = pipe.unet(add_noise(pipe.schedule, x0, noise, t), t, text)
-        loss = mse(output, training_target(pipe.schedule, x0, noise, t))
+        loss = squared_error(output, training_target(pipe.schedule, x0, noise, t)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

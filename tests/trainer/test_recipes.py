@@ -23,7 +23,7 @@ from minidiff.core import recipes as core_recipes
 from minidiff.core.config import SD15_UNET, NoiseConfig
 from minidiff.core.errors import DataError, MinidiffError, SettingsError
 from minidiff.core.inject import DEFAULT_TARGETS, GROUPS, inject
-from minidiff.core.losses import min_snr_weights, mse, prior_preservation
+from minidiff.core.losses import min_snr_weights, squared_error
 from minidiff.core.schedule import NoiseSchedule, add_noise, training_target
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.lora_tags import at_strengths
@@ -151,7 +151,7 @@ def test_the_first_loss_is_the_bases(fresh: Any, method: str) -> None:
     if settings.with_prior_preservation:  # the class half costs nothing yet
         batch = {name: rows[:2] for name, rows in batch.items()}
     x_t = add_noise(pipe.schedule, batch["latents"], batch["noise"], batch["t"])
-    expected = mse(pipe.unet(x_t, batch["t"], batch["text"]), batch["noise"])
+    expected = squared_error(pipe.unet(x_t, batch["t"], batch["text"]), batch["noise"]).mean()
     torch.testing.assert_close(task.loss(task.batch(0, 0), 0, 0), expected, rtol=1e-5, atol=0)
 
 
@@ -276,9 +276,9 @@ def test_the_prior_from_the_base_is_the_bases_answer(make: Any, monkeypatch: pyt
 
     def keep(output: Tensor, target: Tensor, *rest: Any) -> Tensor:
         targets.append(target)
-        return prior_preservation(output, target, *rest)
+        return squared_error(output, target, *rest)
 
-    monkeypatch.setattr(core_recipes, "prior_preservation", keep)
+    monkeypatch.setattr(core_recipes, "squared_error", keep)
     settings = make(method, **PRIOR)
     task, base = moved(recipe(settings)), base_of(settings)
     batch = task.batch(7, 0)
@@ -318,10 +318,10 @@ def test_simple_loss_eq14(make: Any, gamma: float | None, prediction_type: str) 
     with torch.no_grad():
         given = diffusion_loss(pipe, settings)[0](batch, 0, 0)
         output = pipe.unet(add_noise(pipe.schedule, batch["latents"], batch["noise"], batch["t"]), batch["t"], batch["text"])
-    weights = None if gamma is None else min_snr_weights(pipe.schedule, batch["t"], gamma)
+    weights = 1 if gamma is None else min_snr_weights(pipe.schedule, batch["t"], gamma)
     target = training_target(pipe.schedule, batch["latents"], batch["noise"], batch["t"])
     assert torch.equal(target, batch["noise"]) == (prediction_type == "epsilon")
-    assert torch.equal(given, mse(output, target, weights))
+    assert torch.equal(given, (squared_error(output, target) * weights).mean())
 
 
 def v_base(base: Path, home: Path) -> Path:
@@ -387,7 +387,7 @@ def test_masked_loss(make: Any, tmp_path: Path) -> None:
     assert batch["mask"][0].min() == 0 and batch["mask"][0].max() == 1 == batch["mask"][2:].min()
     x_t = add_noise(pipe.schedule, batch["latents"], batch["noise"], batch["t"])
     output = pipe.unet(x_t, batch["t"], batch["text"])[:2]  # the class half's loss is 0: its target is the base's answer
-    expected = mse(output, batch["noise"][:2], mask=batch["mask"][:2])
+    expected = squared_error(output, batch["noise"][:2], mask=batch["mask"][:2]).mean()
     torch.testing.assert_close(task.loss(batch, 0, 0), expected, rtol=1e-5, atol=1e-6)
     assert fit(task, settings).finished
 

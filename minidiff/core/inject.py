@@ -36,8 +36,8 @@ def inject(
 ) -> dict[str, LoRALayer]:  # fmt: skip
     """Freeze `model` and give a new adapter to every layer that a target names. Returns these layers by name.
 
-    A target is a word of GROUPS, or the end of a layer's path in whole words ("to_q", "to_out.0", "attn2.to_k"). `alpha` defaults
-    to the rank of each layer. `rank_of`, target -> rank, gives some layers another rank; the last that fits wins.
+    A target is a word of GROUPS, or the end of a layer's path in whole words ("to_q", "to_out.0", "attn2.to_k"). The default
+    of `alpha` is the rank of each layer. `rank_of`, target -> rank, gives some layers another rank; the last that fits wins.
     `dropout` is the share of the adapters' inputs that is dropped in training. AdapterErrors come before anything is changed.
     """
     if known := adapter_names(model):

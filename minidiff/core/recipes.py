@@ -102,7 +102,7 @@ class DiffusionLoss:
         return prior_preservation(losses, self.prior_weight) if self.prior_weight > 0 else losses.mean()
 
     def target(self, batch: dict[str, Tensor]) -> Tensor:
-        """What the U-Net should predict (B, C, h, w): eps, or v."""
+        """The right prediction (B, C, h, w): eps, or v."""
         return training_target(self.schedule, batch["latents"], batch["noise"], batch["t"])
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -61,7 +61,7 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> 
 
 
 def training_target(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """What the network should predict from `add_noise(schedule, x0, noise, t)`: (B, C, H, W), in the dtype of `noise`."""
+    """The right prediction at `add_noise(schedule, x0, noise, t)`: (B, C, H, W), in the dtype of `noise`."""
     if schedule.config.prediction_type == "epsilon":
         return noise  # DDPM eq. 14
     a_bar = a_bar_of(schedule, t, x0)

@@ -1,12 +1,14 @@
 """The drawing commands, given their flags: sample, sheet, morph, filmstrip, attention, tokens."""
 
 import math
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -38,7 +40,7 @@ from minidiff.studio.filmstrip import filmstrip as strip_of
 from minidiff.studio.maps import AttentionMaps, attention_sheet, words_of
 from minidiff.studio.morph import check_animation, check_loop, keyframe_tensors, save_animation
 from minidiff.studio.morph import morph as frames_of
-from minidiff.studio.recipe import Origin, check_origin, check_outputs, parameters, recipe_texts
+from minidiff.studio.recipe import OURS, Origin, check_origin, parameters, recipe_texts, several
 from minidiff.studio.sheet import NEEDS_LOADING, check_count, contact_sheet_of, parse_axis
 from minidiff.studio.tokens import plain_text, token_view, warn_of_unknown_words
 
@@ -170,22 +172,30 @@ def tokens(s: Tokens) -> None:
 
 
 def output_files(s: Any, origin: Path | None = None) -> list[Path]:
-    """The files that a command writes; SettingsError where that would cost a file. `origin`: the picture of --from."""
+    """The files that a command writes. SettingsError where that would cost a file that is read (`origin`: the picture of
+    --from), or one that minidiff did not draw; OSError where nothing can be written.
+    """
     path, count = Path(s.output), s.num_images_per_prompt if isinstance(s, Sample) else 1
     if path.suffix.lower() != ".png" and not isinstance(s, Morph):
         raise SettingsError(f'--output "{path}": pictures are written as PNG; give a name that ends in .png.')
     names = [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
-    shown = {f"--{flag} {path}": path for flag in ("control_image", "ip_adapter_image") for path in getattr(s, flag)}
-    check_outputs(names, {"--image": s.image, "--mask_image": s.mask_image, "--from": origin, **shown})
+    flags = ("image", "mask_image", "control_image", "ip_adapter_image")
+    read = {os.path.realpath(one): flag for flag in flags for one in several(getattr(s, flag))}
+    read |= {os.path.realpath(origin): "from"} if origin else {}
+    for name in names:
+        if flag := read.get(os.path.realpath(name)):
+            raise SettingsError(f"--output {name} is the file of --{flag}, too; choose another name.")
+        if os.path.lexists(name) and not (name.is_file() and OURS in name.read_bytes()):
+            raise SettingsError(f"--output {name} is there already, and minidiff did not draw it; choose another name.")
+        with TemporaryDirectory(dir=next(folder for folder in name.absolute().parents if folder.exists())) as scratch:
+            Path(scratch, name.name).touch()
     return names
 
 
 def check_again(s: Sample, origin: Origin) -> None:
     """For --from: SettingsError where the file of the original would be lost; a note for each thing that differs here."""
     output_files(s, origin.path)
-    notes = check_origin(origin, vars(s))
-    s.check()
-    for note in notes:
+    for note in check_origin(origin, vars(s)):
         warnings.warn(note, stacklevel=1)
 
 
@@ -205,10 +215,11 @@ def check_before(s: Sampling, prompts: Sequence[str]) -> None:
     tagged_loras(s, prompts)
 
 
-def tagged_loras(s: Sampling, prompts: Sequence[str]) -> dict[str, Path]:
-    """name -> file of the LoRAs that prompts name and --lora does not."""
-    named = sorted({name for prompt in prompts for name, _ in parse_prompt(prompt).loras})
-    return {name: in_lora_dir(s.lora_dir, name) for name in named if adapter_name_of(name) not in lora_names(s.lora)}
+def tagged_loras(s: Sampling, prompts: Sequence[str]) -> list[tuple[str, str]]:
+    """Names and files of the adapters that prompts name and --lora does not."""
+    tags = sorted({tag for prompt in prompts for tag, _ in parse_prompt(prompt).loras})
+    names = [(adapter_name_of(tag), tag) for tag in tags]
+    return [(name, str(in_lora_dir(s.lora_dir, tag))) for name, tag in names if name not in lora_names(s.lora)]
 
 
 def load(s: Sampling, prompts: Sequence[str], pictures: int = 1) -> StableDiffusionPipeline:
@@ -234,13 +245,10 @@ def load(s: Sampling, prompts: Sequence[str], pictures: int = 1) -> StableDiffus
 def attach(pipe: StableDiffusionPipeline, s: Sampling, prompts: Sequence[str]) -> None:
     """Load the LoRAs and new words of the flags, and the LoRAs that prompts name; these are off until their prompt is drawn."""
     words: list[tuple[str, str | None]] = [(path, None) for path in s.textual_inversion]
-    for path, name in zip(s.lora, lora_names(s.lora)):
+    for name, path in [*zip(lora_names(s.lora), s.lora), *tagged_loras(s, prompts)]:
         print(lora := pipe.load_lora_weights(path, adapter_name=name), file=sys.stderr)
         beside = [None] if (Path(path) / FILE_NAME).is_file() else []  # `train pivotal` leaves a LoRA and a word in one folder
         words += [(path, word) for word in (*lora.words, *beside) if path not in s.textual_inversion]
-    for name, file in tagged_loras(s, prompts).items():
-        print(lora := pipe.load_lora_weights(file, adapter_name_of(name)), file=sys.stderr)
-        words += [(str(lora.path), word) for word in lora.words]
     if s.ip_adapter:
         pipe.load_ip_adapter(s.ip_adapter, image_encoder_folder=s.image_encoder or "image_encoder")
     pipe.controlnet = [read_controlnet(path, pipe.dtype, pipe.unet.config) for path in s.controlnet]
@@ -275,12 +283,11 @@ def hint_of(s: Sampling, path: str | None, cell: int) -> Any:
 def draw(pipe: StableDiffusionPipeline, s: Sampling, prompt: str | None = None, **more: Any) -> Image:
     """The one picture of these settings; `more` are other arguments of the pipeline's call."""
     given = {name: getattr(s, name) for name in CALL} | {"negative_prompt": s.negative_prompt or None}
+    hints = s.control_image or (s.image,) * len(s.controlnet)
+    given["control_image"] = [hint_of(s, path, pipe.downscale) for path in hints] or None
     given["ip_adapter_image"] = list(s.ip_adapter_image) or None
-    if s.controlnet:
-        hints = [hint_of(s, path, pipe.downscale) for path in s.control_image or (s.image,) * len(s.controlnet)]
-        given["control_image"] = hints if len(s.controlnet) > 1 else hints[0]
-        for name in ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"):
-            given[name] = list(value) if len(value := getattr(s, name)) > 1 else value[0]
+    for name in ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"):
+        given[name] = value[0] if len(value := getattr(s, name)) == 1 else value
     with called(Path("mask_image"), f"--mask_image {s.mask_image}"):
         image: Image = pipe(prompt, **given, **more).images[0]
     return image

@@ -172,19 +172,18 @@ class Sampling(Flags):
         fit = [max(round(side * own / math.sqrt(w * h) / cell), 1) * cell for side in (w, h)]
         if self.resize:
             return replace(self, resize=False, width=fit[0], height=fit[1])
-        scale = max((self.width or 0) / w, (self.height or 0) / h) or 1.0
-        if scale == 1 and w * h > 4 * own * own and not (self.width or self.tile_size):
+        if w * h > 4 * own * own and not (self.width or self.height or self.tile_size):
             raise SettingsError(
                 f"--{flag} {picture} has {w} x {h} pixels, and the model draws {own} x {own}: it would take long and repeat "
                 f"things. Give --resize, for {fit[0]} x {fit[1]}; or --width or --height."
             )
         new: dict[str, Any] = {}
-        if self.image is None:
+        if self.image is None or max((self.width or 0) / w, (self.height or 0) / h) <= 1.2:
             return self
-        if scale > 1.2 and self.mask_image is None and self.strength is None:
+        if self.mask_image is None and self.strength is None:
             new["strength"] = share = 0.5 if self.controlnet else 0.1
             warn(f"--image is enlarged with --strength {share}; 0.1 sharpens it, 0.3 changes details, 0.8 most.", stacklevel=2)
-        if scale > 1.2 and self.tile_size and vars(self).get("prompt"):
+        if self.tile_size and vars(self).get("prompt"):
             new |= {"prompt": "", "guidance_scale": 1.0}
             warn("the prompt is left out: each tile shows a part of the picture, and would draw all of it.", stacklevel=2)
         return replace(self, **new)

@@ -3,20 +3,30 @@
 import json
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minidiff.cli.flags import Bench, DataCheck, Lesson, Watch
+from minidiff.cli.main import COMMANDS
 from minidiff.core.errors import DataError, SettingsError
 from minidiff.files.bundled import HOME, here_or_bundled
 from minidiff.files.folder import local_folder
 from minidiff.files.values import near_path
 from minidiff.pocket.settings import ForgettingSettings, LadderSettings
-from minidiff.trainer.settings import FineTuneSettings, LoRASettings
+from minidiff.trainer.presets import preset_values, told
+from minidiff.trainer.settings import (
+    ControlNetSettings,
+    FineTuneSettings,
+    FullSettings,
+    IPAdapterSettings,
+    LoRASettings,
+    TextualInversionSettings,
+)
 
 if TYPE_CHECKING:
     from minidiff.trainer.run import Report
@@ -34,7 +44,6 @@ def train(s: FineTuneSettings) -> None:
     from minidiff.trainer import memory
     from minidiff.trainer.card import upload
     from minidiff.trainer.distributed import joined, world
-    from minidiff.trainer.presets import told
     from minidiff.trainer.recipes import RECIPES
     from minidiff.trainer.run import fit
 
@@ -59,9 +68,26 @@ def train(s: FineTuneSettings) -> None:
         sys.exit(130)
 
 
+def warn_of_words(s: FineTuneSettings) -> None:
+    """Those of the prompts and captions that a small model does not know. The new word of a textual inversion is left out."""
+    from minidiff.draw.speed import light_text
+    from minidiff.files.text_files import load_tokenizer
+    from minidiff.studio.tokens import warn_of_unknown_words
+    from minidiff.trainer.dataset import Scan
+
+    tokenizer = load_tokenizer(local_folder(s.pretrained_model_name_or_path) / "tokenizer", light_text())
+    where = Path(s.instance_data_dir or s.train_data_dir or "")
+    scan = Scan(s.prompt, s.caption_column, s.masked_loss, s.captions).of(where)
+    texts = [*(one.caption for one in scan.examples), s.class_prompt or "", *s.validation_prompt]
+    new = {word: [0] for word in [getattr(s, "placeholder_token", "")] if word}
+    warn_of_unknown_words(s.pretrained_model_name_or_path, tokenizer, texts, new)
+
+
+# --- the commands to type next ----------------------------------------------------------------------------------------
+
+
 def what_next(s: FineTuneSettings, report: "Report", prompt: str) -> str:
     """After a run: where its files are, and the commands to go on with."""
-    from minidiff.cli.next_steps import command, drawing
     from minidiff.trainer.checkpoint import checkpoints
 
     home, on = Path(s.output_dir), replace(s, resume_from_checkpoint="latest", overwrite_output_dir=False)
@@ -77,6 +103,52 @@ def what_next(s: FineTuneSettings, report: "Report", prompt: str) -> str:
         if saved := checkpoints(home):
             lines += [f"Draw with what it has learnt so far:\n  {drawing(s, prompt, saved[-1])}"]
     return "\n".join(lines)
+
+
+def command(settings: Any) -> str:
+    """The command of these settings: with the flags that differ from their defaults."""
+    where = f"trainer.settings:{type(settings).__name__}"
+    words = next(name.split() for name, (flags, _, _) in COMMANDS.items() if flags == where)
+    preset = getattr(settings, "preset", None)
+    usual = preset_values(preset, settings.pretrained_model_name_or_path) if preset else {}
+    for field in fields(settings):
+        value, flag = getattr(settings, field.name), f"--{field.name}"
+        if value == usual.get(field.name, field.default):
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no_{field.name}")
+        elif isinstance(value, tuple):
+            words += [flag, *map(str, value)]
+        else:
+            words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return typed(words, ["torchrun", "--nproc_per_node", processes, "-m", "minidiff"] if processes != "1" else None)
+
+
+def drawing(settings: FineTuneSettings, prompt: str, folder: Path) -> str:
+    """The command that draws with a result, or with what a checkpoint holds of it."""
+    words = ["sample", prompt]
+    if isinstance(settings, FullSettings):
+        return typed([*words, "--pretrained_model_name_or_path", str(folder)])
+    if settings.pretrained_model_name_or_path != FineTuneSettings.pretrained_model_name_or_path:
+        words += ["--pretrained_model_name_or_path", settings.pretrained_model_name_or_path]
+    if isinstance(settings, ControlNetSettings):
+        how = ["--hint", settings.hint] if settings.hint else []
+        return typed([*words, "--controlnet", str(folder), "--control_image", "PICTURE", *how])
+    if isinstance(settings, IPAdapterSettings):
+        tower = ["--image_encoder", settings.image_encoder] if settings.image_encoder else []
+        return typed([*words, "--ip_adapter", str(folder), "--ip_adapter_image", "PICTURE", *tower])
+    word_alone = isinstance(settings, TextualInversionSettings)
+    return typed([*words, "--textual_inversion" if word_alone else "--lora", str(folder)])
+
+
+def typed(words: list[str], program: list[str] | None = None) -> str:
+    """As it is typed into this system's shell; `program`: by default the one that runs now."""
+    here = ["minidiff"] if Path(sys.argv[0]).stem == "minidiff" else ["python", "-m", "minidiff"]
+    return (subprocess.list2cmdline if os.name == "nt" else shlex.join)([*(program or here), *words])
+
+
+# --- beside training --------------------------------------------------------------------------------------------------
 
 
 def watch(s: Watch) -> None:
@@ -96,21 +168,6 @@ def watch(s: Watch) -> None:
                 print(path, "" if opened else "(no program here shows pictures: open it yourself)", flush=True)
             shown[path] = changed
         time.sleep(2)
-
-
-def warn_of_words(s: FineTuneSettings) -> None:
-    """Those of the prompts and captions that a small model does not know. The new word of a textual inversion is left out."""
-    from minidiff.draw.speed import light_text
-    from minidiff.files.text_files import load_tokenizer
-    from minidiff.studio.tokens import warn_of_unknown_words
-    from minidiff.trainer.dataset import Scan
-
-    tokenizer = load_tokenizer(local_folder(s.pretrained_model_name_or_path) / "tokenizer", light_text())
-    where = Path(s.instance_data_dir or s.train_data_dir or "")
-    scan = Scan(s.prompt, s.caption_column, s.masked_loss, s.captions).of(where)
-    texts = [*(one.caption for one in scan.examples), s.class_prompt or "", *s.validation_prompt]
-    new = {word: [0] for word in [getattr(s, "placeholder_token", "")] if word}
-    warn_of_unknown_words(s.pretrained_model_name_or_path, tokenizer, texts, new)
 
 
 def data_check(s: DataCheck) -> None:

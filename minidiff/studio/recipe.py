@@ -10,14 +10,12 @@ working folder. A text in a picture may come from anybody: types and sizes are c
 """
 
 import json
-import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
-from tempfile import TemporaryDirectory
 from typing import Any, get_type_hints
 
 import torch
@@ -35,8 +33,8 @@ SCHEMA, KEY = 1, "minidiff"
 TAG = re.compile(r"<(?:lora|lyco):[^<>]*>", re.IGNORECASE)
 MAX_DIGITS = 100  # no program writes larger numbers
 PROMPTS = ("prompt", "negative_prompt")
-MACHINE = ("device", "torch_dtype")  # under "machine" stands what was used, not what was asked for
-NOT_PIXELS = ("output", "num_images_per_prompt", "lora_dir", "compile", "plain", *MACHINE)
+# "machine" says which device and dtype were used
+NOT_PIXELS = ("output", "num_images_per_prompt", "lora_dir", "compile", "plain", "device", "torch_dtype")
 OURS = f"Version: {KEY} ".encode()  # stands in every file that minidiff draws
 
 # --- writing -----------------------------------------------------------------------------------------------------------
@@ -167,19 +165,3 @@ def check_origin(origin: Origin, settings: Settings) -> list[str]:
     if origin.made_with and changed:
         notes.append(f"{origin.path} was made with {', '.join(changed)}; pixels may differ. OMP_NUM_THREADS sets the threads.")
     return notes
-
-
-def check_outputs(written: Sequence[Path], read: Mapping[str, str | Path | None]) -> None:
-    """SettingsError where --output would cost a file that is `read`, by flag, or one that minidiff did not draw.
-
-    It tries to write beside each file, too: an OSError comes before the long work.
-    """
-    taken = {os.path.realpath(path): flag for flag, path in read.items() if path is not None}
-    for path in written:
-        if flag := taken.get(os.path.realpath(path)):
-            raise SettingsError(f"--output {path} is the file of {flag}, too; choose another name.")
-        if os.path.lexists(path) and not (path.is_file() and OURS in path.read_bytes()):
-            raise SettingsError(f"--output {path} is there already, and minidiff did not draw it; choose another name.")
-        folder = next(one for one in path.absolute().parents if one.exists())
-        with TemporaryDirectory(dir=folder) as scratch:
-            Path(scratch, path.name).touch()

@@ -13,7 +13,7 @@ from test_cli import refused
 from tiny_recipes import draw_pictures
 
 from minidiff.cli.main import COMMANDS, found, main
-from minidiff.cli.next_steps import command, drawing
+from minidiff.cli.train_commands import command, drawing
 from minidiff.cli.words import settings_of
 from minidiff.core.train import train as loop
 from minidiff.trainer.checkpoint import CONFIG, latest

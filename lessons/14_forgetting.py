@@ -41,7 +41,7 @@ from minidiff.trainer.plot import STYLE, save_figure
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import DreamBoothSettings, FullSettings, LoRASettings
-from minidiff.trainer.sheets import without_dropout
+from minidiff.trainer.validation import without_dropout
 
 FIGURES = Path("outputs") / "lessons" / "14_forgetting"
 FLAGS = ForgettingSettings(**globals().get("FLAGS", {}))  # the defaults, or what `minidiff forgetting` was given

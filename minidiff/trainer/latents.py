@@ -75,10 +75,9 @@ def fingerprint(examples: list[Example]) -> str:
     sha = hashlib.sha256()
     for example in examples:
         sha.update(bytes.fromhex(sha256(example.path)) + example.caption.encode() + b"\0")
-        if example.mask:
-            sha.update(b"mask" + bytes.fromhex(sha256(example.mask)))
-        if example.hint:
-            sha.update(b"hint" + bytes.fromhex(sha256(example.hint)))
+        for name, file in ((b"mask", example.mask), (b"hint", example.hint)):
+            if file:
+                sha.update(name + bytes.fromhex(sha256(file)))
         if example.repeats > 1:
             sha.update(f"{example.repeats} times".encode())
     return sha.hexdigest()[:16]
@@ -182,6 +181,11 @@ class LatentData:
                 for flip in (False, True) if settings.random_flip else (False,):
                     self.cache[i, flip] = self._encoded(i, MIDDLE, flip)
 
+    def of(self, examples: list[Example], settings: FineTuneSettings) -> "LatentData":
+        """Other pictures, encoded by the same networks."""
+        how = self.resolution, self.vae, self.encode, self.timesteps, self.size_width, self.look
+        return LatentData(examples, settings, *how)
+
     @property
     def facts(self) -> dict[str, Any]:
         """Facts about the data. A resumed run must have the same."""
@@ -246,24 +250,19 @@ class LatentData:
         return order(len(self.turns), s.seed, epoch)
 
     def _encoded(self, i: int, place: Place, flip: bool) -> Tensors:
-        """A picture's latent as the VAE gives it, "mean" and "logvar" (C, h, w), and its "mask" (1, h, w)."""
+        """A picture's latent as the VAE gives it, "mean" and "logvar" (C, h, w), its "mask" (1, h, w), its "hint" (3, H, W)."""
         if (i, flip) in self.cache:
             return self.cache[i, flip]
-        encode = partial(self._encode, i, place, flip)
+        s, example, encode = self.settings, self.examples[i], partial(self._encode, i, place, flip)
         if self.disk is None:
-            return encode() | self._hint(i, place, flip)
-        example, masked = self.examples[i], self.settings.masked_loss
-        mask = sha256(example.mask) if masked and example.mask else None
-        origin = {"picture": sha256(example.path), "size": self.sizes[i], "place": place, "flip": flip}
-        encoded = self.disk.get(origin | {"masked": masked, "mask": mask}, encode)
-        return encoded | self._hint(i, place, flip)
-
-    def _hint(self, i: int, place: Place, flip: bool) -> Tensors:
-        """The "hint" of a ControlNet."""
-        s = self.settings
-        if not isinstance(s, ControlNetSettings):
-            return {}
-        return {"hint": hint_of(self.examples[i], s.hint, self.sizes[i], place, flip)}
+            encoded = encode()
+        else:
+            mask = sha256(example.mask) if s.masked_loss and example.mask else None
+            origin = {"picture": sha256(example.path), "size": self.sizes[i], "place": place, "flip": flip}
+            encoded = self.disk.get(origin | {"masked": s.masked_loss, "mask": mask}, encode)
+        if isinstance(s, ControlNetSettings):
+            encoded["hint"] = hint_of(example, s.hint, self.sizes[i], place, flip)
+        return encoded
 
     @torch.no_grad()
     def _encode(self, i: int, place: Place, flip: bool) -> Tensors:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -105,7 +105,8 @@ class Run:
         curve = CURVES.get(settings.lr_scheduler, settings.lr_scheduler)
         self.loop = LoopSettings(updates=total, rank=world.rank, lr_scheduler=curve, **same)
         self.optimizer = job.optimizer or optimizer_of(job.trainable, settings)
-        self.validate_every, self.board = settings.validate_every(job.samples_per_epoch), cast(Any, None)
+        self.validate_every = settings.validate_every(job.samples_per_epoch)
+        self.board: Any = None  # TensorBoard's
         self.early = stepping_in_backward(self.optimizer, settings, world)
         decay = job.ema_decay or (settings.ema_decay if settings.use_ema else None)
         self.ema = None if decay is None else EMA(job.trainable, decay)
@@ -129,8 +130,7 @@ class Run:
 
     def resume(self) -> int:
         """Put everything back as the checkpoint has it; the number of updates already made."""
-        path = checkpoint.find(self.settings)
-        if path is not None:
+        if path := checkpoint.find(self.settings):
             self._restore(checkpoint.load(path))
         done = self.done
         if not self.writes:
@@ -190,8 +190,8 @@ class Run:
     def save_and_draw(self) -> None:
         """A checkpoint and a sample sheet, if they are due.
 
-        While updates are skipped, the weights are perhaps those that broke the loss: no checkpoint then, which could push
-        out a good one.
+        While updates are skipped, the weights may be those that broke the loss: no checkpoint then, which could push out a
+        good one.
         """
         if self.writes and not self.skipped and self._due(self.settings.checkpointing_steps):
             self._save()
@@ -199,7 +199,7 @@ class Run:
             self._draw()
 
     def end(self) -> None:
-        """A checkpoint, wherever the run was stopped; if it is finished, the result and the curve."""
+        """A checkpoint, wherever the run was stopped; the curve; and if it is finished, the result."""
         if not self.writes:
             return
         finished = self.done == self.total
@@ -207,26 +207,24 @@ class Run:
             print(f"Note: the last {self.skipped} updates had no finite loss and gradient, and were skipped.", file=sys.stderr)
         if self.done != self.saved and (finished or not self.skipped):
             self._save()
-        if not finished:
-            self._curve()
+        if finished:
+            with self._writing("the result"), self._averaged():
+                with checkpoint.put_in_place(self.folder) as hidden:
+                    self.job.export(hidden)
+                    self.job.card(hidden)
+                checkpoint.prune(self.folder, self.settings.checkpoints_total_limit, self.done)  # if a full disk kept one
+        else:
             print(f"Stopped after {self.done} updates. Go on with --resume_from_checkpoint latest.", file=sys.stderr)
-            return
-        with self._writing("the result"), self._averaged():
-            with checkpoint.put_in_place(self.folder) as hidden:
-                self.job.export(hidden)
-                self.job.card(hidden)
-            checkpoint.prune(self.folder, self.settings.checkpoints_total_limit, self.done)  # if a full disk kept one
         self._curve()
 
     def _give_up(self, update: Update) -> None:
         """End a run whose numbers stay broken, with the first gradient that broke."""
-        grads = {name: p.grad for name, p in self.job.trainable.items() if p.grad is not None}
-        tensor = next((name for name, g in grads.items() if not g.isfinite().all()), "no tensor")
+        grads = ((name, p.grad) for name, p in self.job.trainable.items() if p.grad is not None)
+        tensor = next((name for name, grad in grads if not grad.isfinite().all()), "no tensor")
         often = f"{self.skipped} updates in a row" if self.skipped > 1 else "The only update was"
         raise MinidiffError(
             f"{often} without a finite loss and gradient (step {update.done}: loss {update.loss}, learning rate "
-            f"{update.lr:g}). The first broken gradient is that of {tensor}. "
-            + self._advice()
+            f"{update.lr:g}). The first broken gradient is that of {tensor}. {self._advice()}"
         )
 
     def _measure(self) -> dict[str, float]:
@@ -264,12 +262,13 @@ class Run:
 
     def _draw(self) -> None:
         """A sample sheet, if it is due, and the curve so far."""
-        if self._due(self.validate_every):
-            with self._averaged(), self._announced("drawing a sheet"):
-                image = self.job.preview(self.done)
-            if image is not None:
-                self._curve()
-                save_png(image, self._sheet())
+        if not self._due(self.validate_every):
+            return
+        with self._averaged(), self._announced("drawing a sheet"):
+            image = self.job.preview(self.done)
+        if image is not None:
+            self._curve()
+            save_png(image, self._sheet())
 
     def _curve(self) -> None:
         if self.metrics:  # none where a finished run is resumed and they were lost

@@ -26,6 +26,7 @@ from minidiff.draw.images import save_png
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import checkpoint_gradients
 from minidiff.files.folder import local_folder
+from minidiff.trainer import validation
 from minidiff.trainer.card import SHEET, trigger_of, write_card
 from minidiff.trainer.checkpoint import check_folder
 from minidiff.trainer.dataset import Scan
@@ -34,8 +35,6 @@ from minidiff.trainer.latents import LatentData, held_out, model_fingerprint
 from minidiff.trainer.pictures import check_pictures, training_sizes, warnings_of
 from minidiff.trainer.priors import BasePrior, PairedData, class_examples, class_settings
 from minidiff.trainer.settings import ControlNetSettings, FineTuneSettings, FullSettings
-from minidiff.trainer.sheets import Sheets, idle_networks, offload, without_dropout
-from minidiff.trainer.validation import check_prediction_type, explained, validation_set
 
 AsBase = Callable[[], AbstractContextManager[None]]
 
@@ -136,7 +135,7 @@ def load_data(
     for warning in warnings_of(data, pipe.unet.config.sample_size * pipe.vae.config.downscale):
         print(f"Note: {warning}", file=sys.stderr)
     if folder is None:
-        print(explained(s, data))
+        print(validation.explained(s, data))
     return data
 
 
@@ -145,10 +144,7 @@ def validation_data(pipe: StableDiffusionPipeline, settings: FineTuneSettings, d
     plain = replace(settings, masked_loss=False, random_flip=False)
     if settings.validation_data_dir:
         return load_data(pipe, plain, data.live_text, folder=settings.validation_data_dir)
-    if data.held_out:
-        how = data.encode, data.timesteps, data.size_width, data.look
-        return LatentData(data.held_out, plain, data.resolution, pipe.vae, *how)
-    return data
+    return data.of(data.held_out, plain) if data.held_out else data
 
 
 def with_prior(pipe: StableDiffusionPipeline, data: LatentData) -> LatentData | PairedData | BasePrior:
@@ -160,9 +156,7 @@ def with_prior(pipe: StableDiffusionPipeline, data: LatentData) -> LatentData | 
         return BasePrior(data, data.encode([settings.class_prompt or ""]))
     side = data.resolution
     examples = check_pictures(class_examples(pipe, settings, side), [(side, side)], settings.skip_bad)
-    more = (data.resolution, pipe.vae, data.encode, data.timesteps, data.size_width)
-    prior = LatentData(examples, class_settings(settings), *more)
-    return PairedData(data, prior)
+    return PairedData(data, data.of(examples, class_settings(settings)))
 
 
 def has_prior(settings: FineTuneSettings) -> bool:
@@ -211,29 +205,25 @@ def make_job(
     Then networks that no step needs leave the GPU or the memory. `tag` names the method in the model card; for `as_base` see
     `diffusion_loss`.
     """
-    batches, sheets = with_prior(pipe, data), Sheets(pipe, settings, data)
+    batches, sheets = with_prior(pipe, data), validation.Sheets(pipe, settings, data)
     loss, untuned = diffusion_loss(pipe, settings, as_base)
     networks = pipe.parts.adaptable | dict(zip(["controlnet"], pipe.controlnet))
     beside: dict[str, nn.Module] = {"VAE": pipe.vae} | ({} if untuned is None else {"untuned U-Net": untuned})
     if pipe.image_prompt:
         networks["ip_adapter"], beside["image tower"] = pipe.image_prompt.adapter, pipe.image_prompt.tower
     dtype = DTYPES[settings.mixed_precision]
-    fixed, at_once = validation_set(validation_data(pipe, settings, data)), max(1, settings.train_batch_size // world().size)
+    fixed = validation.validation_set(validation_data(pipe, settings, data))
+    at_once = max(1, settings.train_batch_size // world().size)
 
     def outputs(batch: Batch) -> Tensor:
         """The U-Net's output for a batch; of as many samples at once as in training, for which there is memory."""
         pieces = zip(*(rows.to(pipe.device).split(at_once) for rows in batch.values()))
         with torch.autocast(pipe.device.type, dtype, enabled=bool(pipe.controlnet) and dtype != torch.float32):
-            return torch.cat([loss.predict(dict(zip(batch, piece)))[0] for piece in pieces])
-
-    def errors(batch: Batch) -> Tensor:
-        """The squared error of each sample of a batch, (B,)."""
-        batch = {name: rows.to(pipe.device) for name, rows in batch.items()}
-        return squared_error(outputs(batch), loss.target(batch), mask=batch.get("mask"))
+            return torch.cat([loss.predict(dict(zip(batch, piece)))[0] for piece in pieces]).float().cpu()
 
     def validate() -> dict[str, float]:
-        with without_dropout(pipe):
-            return fixed.loss(errors)
+        with validation.without_dropout(pipe):
+            return fixed.loss(lambda batch: squared_error(outputs(batch), loss.target(batch), mask=batch.get("mask")))
 
     def card(folder: Path) -> None:
         updates = settings.updates(data.samples_per_epoch)
@@ -241,8 +231,9 @@ def make_job(
         if settings.validation_steps:
             save_png(sheets.public_sheet(updates), folder / SHEET)
 
-    offload(idle_networks(pipe, data), needed_again=bool(settings.validation_steps) or isinstance(settings, FullSettings))
-    check_prediction_type(pipe.schedule, fixed, outputs)
+    again = bool(settings.validation_steps) or isinstance(settings, FullSettings)
+    validation.offload(validation.idle_networks(pipe, data), needed_again=again)
+    validation.check_prediction_type(pipe.schedule, fixed, outputs)
     for network in networks.values():
         network.train()  # with dropout, where there is some
     return Job(

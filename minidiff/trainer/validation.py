@@ -1,28 +1,40 @@
-"""The validation loss: the same pictures, noise and timesteps every time, so that two numbers can be compared.
+"""Looking at a model in training: the validation loss, and sample sheets.
 
-The loss of a training step says little: it depends on the timestep that was drawn far more than on what was learnt. Here
-each picture is noised at one fixed timestep in each quarter of the schedule, and each quarter is a number of its own.
+The loss of a training step says little: it depends on the timestep that was drawn far more than on what was learnt. The
+validation loss has the same pictures, noise and timesteps every time, so that two numbers can be compared: each picture is
+noised at one fixed timestep in each quarter of the schedule, and each quarter is a number of its own.
+
+A sample sheet shows training pictures, and under them what the base draws and what the model draws now, on the same seeds.
 
 Shapes: B = 4 samples, one a quarter; C h w a latent; L tokens, D width of the text; T training timesteps.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from minidiff.core.errors import SettingsError
 from minidiff.core.losses import squared_error
 from minidiff.core.rng import normal
 from minidiff.core.schedule import NoiseSchedule, training_target
+from minidiff.draw.images import contact_sheet, load_image, to_pil
+from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.progress import progress
-from minidiff.trainer.latents import ENOUGH, LatentData
-from minidiff.trainer.settings import FineTuneSettings
+from minidiff.draw.prompting import literal
+from minidiff.trainer.dataset import Example
+from minidiff.trainer.latents import ENOUGH, LatentData, crop, hint_of
+from minidiff.trainer.settings import ControlNetSettings, FineTuneSettings, IPAdapterSettings
 
 QUARTERS = 4
 MOST = 16  # pictures; with more, as many are taken evenly from the whole set
+Row = list[Image.Image]
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class ValidationSet:
     def loss(self, errors: Callable[[dict[str, Tensor]], Tensor]) -> dict[str, float]:
         """val_loss, and val_loss_0_250 … for each quarter; `errors` gives the squared error of each sample, (B,)."""
         seen = progress(self.batches, "picture", "validation loss")
-        each = torch.stack([errors(batch).float().cpu() for batch in seen])  # (pictures, B)
+        each = torch.stack([errors(batch) for batch in seen])  # (pictures, B)
         names = [f"val_loss_{first}_{end}" for first, end in zip(self.bounds, self.bounds[1:])]
         return {"val_loss": each.mean().item(), **dict(zip(names, each.mean(0).tolist()))}
 
@@ -75,19 +87,123 @@ def check_prediction_type(
 ) -> None:
     """SettingsError where the base clearly predicts v and its scheduler says eps, or the other way round.
 
-    `predict` gives the U-Net's output (B, C, h, w) for a batch. Clearly: on the first picture, the other reading explains
-    more than half of the target's variance, and errs less than half as much. An untrained network does neither, and passes.
+    `predict` gives the U-Net's output for a batch, (B, C, h, w) on the CPU. Clearly: on the first picture, the other reading
+    explains more than half of the target's variance, and errs less than half as much. An untrained network does neither.
     """
-    batch, named, error, variance = fixed.batches[0], schedule.config.prediction_type, {}, {}
+    batch, named = fixed.batches[0], schedule.config.prediction_type
     other: Literal["epsilon", "v_prediction"] = "v_prediction" if named == "epsilon" else "epsilon"
-    output = predict(batch).float().cpu()
-    for kind in (named, other):
-        reading = replace(schedule, config=replace(schedule.config, prediction_type=kind))
-        target = training_target(reading, batch["latents"], batch["noise"], batch["t"])
-        error[kind], variance[kind] = squared_error(output, target).mean().item(), target.var().item()
-    if error[other] < 0.5 * min(variance[other], error[named]):
+    read_so = replace(schedule, config=replace(schedule.config, prediction_type=other))
+    output = predict(batch)
+    target, other_target = (training_target(s, batch["latents"], batch["noise"], batch["t"]) for s in (schedule, read_so))
+    error, other_error = (squared_error(output, one).mean().item() for one in (target, other_target))
+    if other_error < 0.5 * min(other_target.var().item(), error):
         raise SettingsError(
             f'The base model\'s scheduler_config.json says prediction_type "{named}", but the U-Net answers with "{other}" '
-            f"(mean error {error[other]:.2g}, not {error[named]:.2g}). Set prediction_type to \"{other}\" there, else training "
-            "would undo the model."
+            f'(mean error {other_error:.2g}, not {error:.2g}). Set prediction_type to "{other}" there, else training would '
+            "undo the model."
         )
+
+
+# --- sample sheets ---------------------------------------------------------------------------------------------------------
+
+
+class Sheets:
+    """Sheets of the validation prompts. Make it while the model still is the base, whose row is drawn here."""
+
+    def __init__(self, pipe: StableDiffusionPipeline, settings: FineTuneSettings, data: LatentData) -> None:
+        self.pipe, self.settings, self.data, first = pipe, settings, data, data.examples[0]
+        own = literal(first.templates[0].replace("{}", settings.prompt or first.caption))
+        self.prompts = settings.validation_prompt or (own,)
+        self.seeds = [settings.seed + i for i in range(settings.num_validation_images)]
+        shown = self.prompts if settings.validation_prompt or settings.prompt else ("the first caption",)  # which is private
+        self.columns = [f"{prompt}, seed {seed}" for prompt in shown for seed in self.seeds]
+        self.calls: list[dict[str, Any]] = [{"prompt": p, "seed": seed} for p in self.prompts for seed in self.seeds]
+        self.hints: Row = []  # of a ControlNet or an IP-Adapter: each column shows another picture, with its caption
+        if isinstance(settings, ControlNetSettings | IPAdapterSettings):
+            seen = [*data.held_out, *data.examples][: settings.num_validation_images]
+            kind = getattr(settings, "hint", None)
+            self.hints = [hint_image(example, kind, data.resolution) for example in seen]
+            prompts = settings.validation_prompt or [literal(example.prompts[0]) for example in seen]
+            self.calls = [{"prompt": prompts[i % len(prompts)], "seed": settings.seed} for i in range(len(seen))]
+            self.columns = [f"picture {i + 1}" for i in range(len(seen))]
+        if settings.prompt and (escaped := literal(settings.prompt)) != settings.prompt:
+            print(f"Note: in a prompt that is drawn, brackets are weights; write this one as {escaped}", file=sys.stderr)
+        self.base = self._row(tuned=False) if settings.validation_steps else []
+        self.now: tuple[int, Row] = (-1, [])  # updates made, and the row that was drawn then
+
+    def sheet(self, done: int) -> Image.Image:
+        """The sheet after `done` updates. Its first row is private: pictures of the training set."""
+        data, count = self.data, min(len(self.columns), len(self.data.examples))
+        pictures = [to_pil(crop(load_image(data.examples[i].path), data.sizes[i])[None])[0] for i in range(count)]
+        with on_device(idle_networks(self.pipe, data), self.pipe.device):
+            self.now = (done, self._row())
+        rows: list[Sequence[Image.Image | str]] = [pictures, self.columns, self.base, self.now[1]]
+        if self.hints:
+            rows[:2] = [self.hints, [call["prompt"] for call in self.calls]]
+        return contact_sheet(rows, row_labels=["shown" if self.hints else "training pictures", "", "base", f"step {done}"])
+
+    def public_sheet(self, done: int) -> Image.Image:
+        """Without the training pictures, for the model card."""
+        if self.now[0] != done:  # an earlier session drew it
+            self.sheet(done)
+        rows = [self.base, self.now[1]]
+        return contact_sheet(rows, row_labels=["base", f"step {done}"], column_labels=self.columns)
+
+    def _row(self, tuned: bool = True) -> Row:
+        s, side, ip = self.settings, self.data.resolution, self.pipe.image_prompt
+        if ip:
+            ip.set_scale(float(tuned))
+        name, hints = "ip_adapter_image" if ip else "control_image", self.hints if ip or tuned else []
+        each = [call | ({name: hints[i]} if hints else {}) for i, call in enumerate(self.calls)]
+        draw = partial(self.pipe, width=side, height=side, guidance_scale=s.validation_guidance_scale)
+        draw = partial(draw, num_inference_steps=s.validation_inference_steps)
+        with without_dropout(self.pipe):  # one picture at a time, to spare memory
+            bar = progress(each, "picture", "drawing the sheet")
+            row = [draw(**call).images[0] for call in bar]
+        if ip:
+            ip.set_scale(1.0)  # in training, the pictures count
+        return row
+
+
+def hint_image(example: Example, kind: str | None, side: int) -> Image.Image:
+    """The hint of a picture, as a picture; for an IP-Adapter the picture itself."""
+    return Image.fromarray(hint_of(example, kind, example.size or (side, side)).permute(1, 2, 0).contiguous().numpy())
+
+
+# --- networks that no step needs ----------------------------------------------------------------------------------------
+
+
+def offload(networks: Sequence[nn.Module], needed_again: bool) -> None:
+    """Into the CPU's memory, where they can wait; or out of any: on `meta` they keep their shapes, and no numbers."""
+    for network in networks:
+        network.to("cpu" if needed_again else "meta")
+
+
+@contextmanager
+def on_device(networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside the `with`, the networks are on the device; afterwards in the CPU's memory again."""
+    for network in networks:
+        network.to(device)
+    try:
+        yield
+    finally:
+        offload(networks, needed_again=True)
+
+
+def idle_networks(pipe: StableDiffusionPipeline, data: LatentData) -> list[nn.Module]:
+    """Those that no training step runs through."""
+    tower: list[nn.Module] = [pipe.image_prompt.tower] if pipe.image_prompt else []
+    return [pipe.vae] * bool(data.cache) + [*pipe.parts.towers.values()] * (not data.live_text) + tower
+
+
+@contextmanager
+def without_dropout(pipe: StableDiffusionPipeline) -> Iterator[None]:
+    """Inside the `with`, the networks are as they are for drawing."""
+    networks, training = pipe.parts.adaptable.values(), pipe.unet.training  # both are trained, or none yet
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.train(training)

@@ -17,7 +17,7 @@ import minidiff
 from minidiff import StableDiffusionPipeline
 from minidiff.trainer import task as common
 from minidiff.trainer.settings import LoRASettings
-from minidiff.trainer.sheets import Sheets
+from minidiff.trainer.validation import Sheets
 
 pipe = StableDiffusionPipeline.from_pretrained(Path(minidiff.__file__).parents[1] / "checkpoints/pocket")
 bad = 0

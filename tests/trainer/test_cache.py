@@ -27,7 +27,7 @@ from minidiff.trainer.dataset import Example
 from minidiff.trainer.latents import Cache, LatentData
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.settings import FineTuneSettings
-from minidiff.trainer.sheets import offload, on_device
+from minidiff.trainer.validation import offload, on_device
 
 
 class CountingVAE(AutoencoderKL):
@@ -312,7 +312,7 @@ def test_sheets_after_networks_were_offloaded(
 ) -> None:
     """Before the first update a LoRA is nothing: what is drawn after they waited is what the base drew."""
     pictures, drawn = draw_pictures(memory_path / "pictures"), []
-    monkeypatch.setattr("minidiff.trainer.sheets.contact_sheet", lambda rows, **_: drawn.extend(rows))
+    monkeypatch.setattr("minidiff.trainer.validation.contact_sheet", lambda rows, **_: drawn.extend(rows))
     settings = tiny("lora", tiny_folder, pictures, memory_path / "run", validation_steps=1, cache_dir=str(memory_path / "c"))
     RECIPES[type(settings)](settings).preview(0)
     _, _, (base,), (now,) = drawn

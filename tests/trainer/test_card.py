@@ -96,7 +96,7 @@ def test_a_sheet_does_not_show_captions(finished: LoRASettings, monkeypatch: pyt
         seen.extend([*row_labels, *column_labels, *(one for row in rows for one in row if isinstance(one, str))])
         return Image.new("RGB", (1, 1))
 
-    monkeypatch.setattr("minidiff.trainer.sheets.contact_sheet", sheet)
+    monkeypatch.setattr("minidiff.trainer.validation.contact_sheet", sheet)
     for changes in ({}, {"validation_prompt": ("a red dog",)}):
         settings = replace(finished, overwrite_output_dir=False, output_dir=finished.output_dir + "-other", **changes)  # type: ignore[arg-type]
         RECIPES[LoRASettings](settings).preview(2)

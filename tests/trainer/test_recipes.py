@@ -34,9 +34,8 @@ from minidiff.trainer.latents import model_fingerprint
 from minidiff.trainer.recipes import RECIPES, print_trainable_parameters
 from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import FineTuneSettings, LoRASettings
-from minidiff.trainer.sheets import Sheets
 from minidiff.trainer.task import Job, diffusion_loss, load_base, load_data
-from minidiff.trainer.validation import explained
+from minidiff.trainer.validation import Sheets, explained
 
 
 @pytest.fixture(scope="module")

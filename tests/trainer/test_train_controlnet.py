@@ -16,8 +16,8 @@ from minidiff.trainer.dataset import Example
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import ControlNetSettings
-from minidiff.trainer.sheets import hint_image
 from minidiff.trainer.task import Job
+from minidiff.trainer.validation import hint_image
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,7 @@ def test_who_is_done_leaves_before_the_first_look(tiny_folder: Path, tmp_path: P
     def look(*_: object) -> None:
         looked.append(next(vaes[0].parameters()).is_meta)
 
-    monkeypatch.setattr("minidiff.trainer.task.check_prediction_type", look)
+    monkeypatch.setattr("minidiff.trainer.validation.check_prediction_type", look)
     settings = tiny("lora", tiny_folder, tmp_path / "pictures", tmp_path / "run")
     RECIPES[type(settings)](settings)
     assert looked == [True]

@@ -18,7 +18,6 @@ from minidiff.files.bundled import HOME, here_or_bundled
 from minidiff.files.folder import local_folder
 from minidiff.files.values import near_path
 from minidiff.pocket.settings import ForgettingSettings, LadderSettings
-from minidiff.trainer.presets import preset_values, told
 from minidiff.trainer.settings import (
     ControlNetSettings,
     FineTuneSettings,
@@ -26,6 +25,8 @@ from minidiff.trainer.settings import (
     IPAdapterSettings,
     LoRASettings,
     TextualInversionSettings,
+    preset_values,
+    told,
 )
 
 if TYPE_CHECKING:

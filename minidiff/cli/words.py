@@ -43,7 +43,7 @@ def settings_of(name: str, kind: type, words: list[str]) -> Any:
     if "config" in given:
         usual = dict(vars(from_toml(kind, Path(given.pop("config")))))
     if preset := given.get("preset", usual.get("preset")):
-        from minidiff.trainer.presets import preset_values
+        from minidiff.trainer.settings import preset_values
 
         base = "pretrained_model_name_or_path"
         usual |= preset_values(preset, (usual | given).get(base, getattr(kind, base)))

@@ -21,7 +21,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,22 +158,14 @@ def prune(folder: Path, keep: int | None, step: int) -> None:
 
     Damaged ones, and those with the name of a later step, do not count, and stay for a person to look at.
     """
-    whole = [path for path in checkpoints(folder) if keep and step_of(path) <= step and is_whole(path)]
+    whole = []
+    for path in checkpoints(folder) if keep else []:
+        with suppress(WeightsError):
+            if read_manifest(path)["step"] <= step:
+                whole.append(path)
     for path in whole[: -keep if keep else None]:
         put_aside(path)
     sweep(folder)
-
-
-def step_of(path: Path) -> int:
-    """Of a checkpoint, by its name."""
-    return int(path.name.removeprefix("checkpoint-"))
-
-
-def is_whole(path: Path) -> bool:
-    try:
-        return bool(read_manifest(path))
-    except WeightsError:
-        return False
 
 
 def sweep(folder: Path) -> None:
@@ -199,8 +191,7 @@ def find(settings: TrainSettings) -> Path | None:
             f'--resume_from_checkpoint {wanted}: no such folder. Checkpoints in {folder}: {there}; or "latest".'
         )
     step = verify(path)["step"]
-    newer = [p.name for p in checkpoints(folder) if step_of(p) > step]
-    if newer:
+    if newer := [p.name for p in checkpoints(folder) if int(p.name.removeprefix("checkpoint-")) > step]:
         raise SettingsError(
             f"--resume_from_checkpoint {wanted}: {folder} holds newer ones ({', '.join(newer)}), which this run would "
             'overwrite. Use "latest", another --output_dir, or move them away first.'

@@ -25,9 +25,9 @@ from minidiff.trainer import memory
 from minidiff.trainer import settings as kinds
 from minidiff.trainer.card import upload
 from minidiff.trainer.distributed import joined
-from minidiff.trainer.presets import POCKET, preset_values
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.run import fit
+from minidiff.trainer.settings import POCKET, preset_values
 
 SHORT = {"model": "pretrained_model_name_or_path", "prompt": "instance_prompt", "pictures": "instance_data_dir"}
 

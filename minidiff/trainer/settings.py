@@ -7,9 +7,10 @@ and the range of its values stands in its type. Nothing here imports torch, so t
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from minidiff.core.errors import SettingsError
+from minidiff.files.folder import config_of, local_folder
 from minidiff.files.values import Rule, between
 from minidiff.trainer.loop_settings import BatchSize, Count, Decay, Folder, NotNegative, Positive, TrainSettings, size_in_bytes
 
@@ -110,15 +111,17 @@ class FineTuneSettings(TrainSettings):
     hub_model_id: str | None = None
     """Its name there. Default: the name of --output_dir."""
 
-    # Model, pictures, captions and resolution are compared by their content, not by their paths: see latents.py and task.py.
+    # Of all methods. Model, pictures, captions and resolution are compared by their content: see latents.py and task.py.
     HARMLESS = TrainSettings.HARMLESS | frozenset(
         "pretrained_model_name_or_path device cache_dir instance_data_dir train_data_dir captions image_column caption_column "
-        "skip_bad revision prior_generation_precision push_to_hub hub_model_id trigger "
-        "resolution gradient_checkpointing fit class_data_dir num_class_images sample_batch_size validation_data_dir "
-        "validation_share validation_prompt num_validation_images validation_guidance_scale validation_inference_steps".split()
+        "skip_bad revision prior_generation_precision push_to_hub hub_model_id trigger repeats preset "
+        "resolution gradient_checkpointing layerwise_casting fit class_data_dir num_class_images sample_batch_size "
+        "conditioning_image_column conditioning_data_dir image_encoder validation_data_dir validation_share "
+        "validation_prompt num_validation_images validation_guidance_scale validation_inference_steps".split()
     )
     NOT_SAVED = TrainSettings.NOT_SAVED | frozenset(
-        "push_to_hub instance_data_dir train_data_dir class_data_dir validation_data_dir cache_dir".split()
+        "push_to_hub preset instance_data_dir train_data_dir class_data_dir validation_data_dir conditioning_data_dir "
+        "cache_dir".split()
     )
 
     @property
@@ -168,8 +171,6 @@ class FrozenSettings(FineTuneSettings):
     layerwise_casting: bool = False
     """Keep frozen weights in the half precision of their file, and cast them layer by layer. A tenth slower, same result."""
 
-    HARMLESS = FineTuneSettings.HARMLESS | {"layerwise_casting"}
-
     @property
     def may_cast(self) -> bool:
         return self.mixed_precision == "no" and (self.layerwise_casting or self.fit is not None)
@@ -191,9 +192,6 @@ class ControlNetSettings(FrozenSettings):
     """Go on with this ControlNet, a folder or a file. Default: a copy of the U-Net's way down."""
     with_prior_preservation: NoPrior = False
 
-    HARMLESS = FrozenSettings.HARMLESS | {"conditioning_image_column", "conditioning_data_dir"}
-    NOT_SAVED = FrozenSettings.NOT_SAVED | {"conditioning_data_dir"}
-
 
 @dataclass(frozen=True)
 class IPAdapterSettings(FrozenSettings):
@@ -208,8 +206,6 @@ class IPAdapterSettings(FrozenSettings):
     """Share of the samples that do not see their picture. Half of these have no prompt, either, as far as there are such."""
     validation_prompt: tuple[str, ...] = ("",)
     with_prior_preservation: NoPrior = False
-
-    HARMLESS = FrozenSettings.HARMLESS | {"image_encoder"}
 
 
 @dataclass(frozen=True)
@@ -247,9 +243,6 @@ class LoRASettings(AdapterSettings):
 
     preset: Literal["object", "style", "face"] | None = None
     """Settings that are known to work for this base, which are printed. Flags that are given win over them."""
-    HARMLESS = AdapterSettings.HARMLESS | {"preset"}
-    NOT_SAVED = AdapterSettings.NOT_SAVED | {"preset"}
-
     output_dir: Folder = "minidiff-lora"
 
 
@@ -267,7 +260,6 @@ class WordSettings(FrozenSettings):
     """Which template sentences to train with, if there is neither --instance_prompt nor captions."""
     repeats: Count = 1
     """How often each picture comes in an epoch."""
-    HARMLESS = FrozenSettings.HARMLESS | {"repeats"}
 
     @property
     def prompt(self) -> str | None:
@@ -291,3 +283,36 @@ class PivotalSettings(AdapterSettings, WordSettings):
     output_dir: Folder = "minidiff-pivotal"
     learning_rate_embedding: Positive = 5e-4
     """Learning rate of the word's vectors. --learning_rate is that of the adapter."""
+
+
+# --- presets -------------------------------------------------------------------------------------------------------------
+
+# Numbers for a LoRA that are known to work, for what is taught and for the size of the base. For the pocket checkpoint they
+# are those of the README and the ladder, measured there; for SD 1.5, which learns ten times slower, those of the field:
+# diffusers' and kohya's guides for a batch of one to four.
+SHAPES = ("attention", "resnets", "samplers")  # convolutions learn a new shape best
+LOOKS = ("attention", "feed_forward")
+POCKET: dict[str, dict[str, Any]] = {
+    "object": dict(rank=8, lora_targets=SHAPES, learning_rate=1e-3, max_train_steps=300),
+    "style": dict(rank=16, lora_targets=LOOKS, learning_rate=1e-3, max_train_steps=300, noise_offset=0.1),
+    "face": dict(rank=8, lora_targets=SHAPES, learning_rate=1e-3, max_train_steps=300),  # a thing like others: it has no people
+}
+SD15: dict[str, dict[str, Any]] = {
+    "object": dict(rank=8, lora_targets=("attention",), learning_rate=1e-4, max_train_steps=500),
+    "style": dict(rank=16, lora_targets=LOOKS, learning_rate=1e-4, max_train_steps=1500, noise_offset=0.1),
+    "face": dict(rank=16, lora_targets=LOOKS, learning_rate=1e-4, max_train_steps=1000, snr_gamma=5.0),
+}
+
+
+def preset_values(name: str, base: str) -> dict[str, Any]:
+    """The settings of a preset, for a base model: a folder, or a hub id in the local cache."""
+    widths = config_of(local_folder(base) / "unet")[0].get("block_out_channels") or [320]
+    return (POCKET if widths[0] < 320 else SD15)[name]
+
+
+def told(settings: LoRASettings) -> str:
+    """The values of the preset, as flags; without those that were given another value."""
+    chosen = preset_values(settings.preset or "", settings.pretrained_model_name_or_path)
+    kept = {flag: value for flag, value in chosen.items() if getattr(settings, flag) == value}
+    words = (f"--{flag} {' '.join(value) if isinstance(value, tuple) else value}" for flag, value in kept.items())
+    return f"--preset {settings.preset}: {' '.join(words)}"

@@ -17,9 +17,16 @@ from minidiff.cli.train_commands import command, drawing
 from minidiff.cli.words import settings_of
 from minidiff.core.train import train as loop
 from minidiff.trainer.checkpoint import CONFIG, latest
-from minidiff.trainer.presets import POCKET, SD15, preset_values
 from minidiff.trainer.run import read_metrics
-from minidiff.trainer.settings import DreamBoothSettings, LoRASettings, PivotalSettings, TextualInversionSettings
+from minidiff.trainer.settings import (
+    POCKET,
+    SD15,
+    DreamBoothSettings,
+    LoRASettings,
+    PivotalSettings,
+    TextualInversionSettings,
+    preset_values,
+)
 
 SKS = ["--instance_data_dir", "dog", "--instance_prompt", "a photo of a sks dog"]
 

@@ -127,10 +127,10 @@ def test_prior_generation_precision(make: Any, tmp_path: Path, precision: str, d
 
 def test_tensorboard(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = make(report_to="tensorboard", logging_dir="boards")
-    monkeypatch.setattr("minidiff.trainer.rules.find_spec", lambda name: None)
+    monkeypatch.setattr("minidiff.trainer.loop_settings.find_spec", lambda name: None)
     with pytest.raises(SettingsError, match="--report_to needs a package: pip install tensorboard"):
         settings.check()
-    monkeypatch.setattr("minidiff.trainer.rules.find_spec", lambda name: name)
+    monkeypatch.setattr("minidiff.trainer.loop_settings.find_spec", lambda name: name)
     written: list[Any] = []
 
     def writer(folder: Path, purge_step: int) -> Any:

@@ -11,9 +11,11 @@ from minidiff.core.errors import SettingsError
 from minidiff.files.values import from_toml, to_toml
 from minidiff.trainer.settings import (
     AdapterSettings,
+    ControlNetSettings,
     DreamBoothSettings,
     FineTuneSettings,
     FullSettings,
+    IPAdapterSettings,
     LoRASettings,
     PivotalSettings,
     TextualInversionSettings,
@@ -62,7 +64,8 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_harmless_fields_exist_and_are_left_out() -> None:
-    assert FineTuneSettings.HARMLESS <= {f.name for f in fields(FineTuneSettings)}
+    methods = (FullSettings, PivotalSettings, LoRASettings, ControlNetSettings, IPAdapterSettings)
+    assert FineTuneSettings.HARMLESS <= {f.name for method in methods for f in fields(method)}
     here = LoRASettings(output_dir="a", validation_steps=1, device="cpu")
     assert here.identity(9) == LoRASettings(output_dir="b", checkpointing_steps=7, ema_decay=0.5).identity(9)
     assert here.identity(9) != replace(here, rank=8).identity(9) and here.identity(9) != replace(here, use_ema=True).identity(9)

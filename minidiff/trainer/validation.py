@@ -24,12 +24,12 @@ from minidiff.core.errors import SettingsError
 from minidiff.core.losses import squared_error
 from minidiff.core.rng import normal
 from minidiff.core.schedule import NoiseSchedule, training_target
-from minidiff.draw.images import contact_sheet, load_image, to_pil
+from minidiff.draw.images import contact_sheet
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.progress import progress
 from minidiff.draw.prompting import literal
 from minidiff.trainer.dataset import Example
-from minidiff.trainer.latents import ENOUGH, LatentData, crop, hint_of
+from minidiff.trainer.latents import ENOUGH, LatentData, hint_of
 from minidiff.trainer.settings import ControlNetSettings, FineTuneSettings, IPAdapterSettings
 
 QUARTERS = 4
@@ -118,14 +118,14 @@ class Sheets:
         shown = self.prompts if settings.validation_prompt or settings.prompt else ("the first caption",)  # which is private
         self.columns = [f"{prompt}, seed {seed}" for prompt in shown for seed in self.seeds]
         self.calls: list[dict[str, Any]] = [{"prompt": p, "seed": seed} for p in self.prompts for seed in self.seeds]
-        self.hints: Row = []  # of a ControlNet or an IP-Adapter: each column shows another picture, with its caption
-        if isinstance(settings, ControlNetSettings | IPAdapterSettings):
+        self.sees = isinstance(settings, ControlNetSettings | IPAdapterSettings)
+        seen = data.examples[: len(self.columns)]
+        if self.sees:  # each column shows another picture, with its caption
             seen = [*data.held_out, *data.examples][: settings.num_validation_images]
-            kind = getattr(settings, "hint", None)
-            self.hints = [hint_image(example, kind, data.resolution) for example in seen]
             prompts = settings.validation_prompt or [literal(example.prompts[0]) for example in seen]
             self.calls = [{"prompt": prompts[i % len(prompts)], "seed": settings.seed} for i in range(len(seen))]
             self.columns = [f"picture {i + 1}" for i in range(len(seen))]
+        self.pictures = [hint_image(example, getattr(settings, "hint", None), data.resolution) for example in seen]
         if settings.prompt and (escaped := literal(settings.prompt)) != settings.prompt:
             print(f"Note: in a prompt that is drawn, brackets are weights; write this one as {escaped}", file=sys.stderr)
         self.base = self._row(tuned=False) if settings.validation_steps else []
@@ -133,14 +133,11 @@ class Sheets:
 
     def sheet(self, done: int) -> Image.Image:
         """The sheet after `done` updates. Its first row is private: pictures of the training set."""
-        data, count = self.data, min(len(self.columns), len(self.data.examples))
-        pictures = [to_pil(crop(load_image(data.examples[i].path), data.sizes[i])[None])[0] for i in range(count)]
-        with on_device(idle_networks(self.pipe, data), self.pipe.device):
+        with on_device(idle_networks(self.pipe, self.data), self.pipe.device):
             self.now = (done, self._row())
-        rows: list[Sequence[Image.Image | str]] = [pictures, self.columns, self.base, self.now[1]]
-        if self.hints:
-            rows[:2] = [self.hints, [call["prompt"] for call in self.calls]]
-        return contact_sheet(rows, row_labels=["shown" if self.hints else "training pictures", "", "base", f"step {done}"])
+        words = [call["prompt"] for call in self.calls] if self.sees else self.columns
+        labels = ["shown" if self.sees else "training pictures", "", "base", f"step {done}"]
+        return contact_sheet([self.pictures, words, self.base, self.now[1]], labels)
 
     def public_sheet(self, done: int) -> Image.Image:
         """Without the training pictures, for the model card."""
@@ -153,8 +150,8 @@ class Sheets:
         s, side, ip = self.settings, self.data.resolution, self.pipe.image_prompt
         if ip:
             ip.set_scale(float(tuned))
-        name, hints = "ip_adapter_image" if ip else "control_image", self.hints if ip or tuned else []
-        each = [call | ({name: hints[i]} if hints else {}) for i, call in enumerate(self.calls)]
+        name, sees = "ip_adapter_image" if ip else "control_image", self.sees and (ip or tuned)
+        each = [call | ({name: self.pictures[i]} if sees else {}) for i, call in enumerate(self.calls)]
         draw = partial(self.pipe, width=side, height=side, guidance_scale=s.validation_guidance_scale)
         draw = partial(draw, num_inference_steps=s.validation_inference_steps)
         with without_dropout(self.pipe):  # one picture at a time, to spare memory
@@ -166,7 +163,7 @@ class Sheets:
 
 
 def hint_image(example: Example, kind: str | None, side: int) -> Image.Image:
-    """The hint of a picture, as a picture; for an IP-Adapter the picture itself."""
+    """The hint of a picture, as a picture; where there are no hints, the picture itself."""
     return Image.fromarray(hint_of(example, kind, example.size or (side, side)).permute(1, 2, 0).contiguous().numpy())
 
 

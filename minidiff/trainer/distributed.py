@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.core.train import Batch, Task
+from minidiff.trainer.settings import TrainSettings
 
 PATIENCE = timedelta(hours=2)  # the others wait while the first one draws or saves; a process that dies is noticed at once
 
@@ -32,11 +33,13 @@ class World:
     rank: int = 0
     size: int = 1
 
-    def check(self, batch_size: int) -> None:
+    def check(self, settings: TrainSettings) -> None:
         """SettingsError for a batch that cannot be shared evenly: its mean would not be the mean of the shares."""
-        if batch_size % self.size:
+        if settings.train_batch_size % self.size:
             rule = f"is for all {self.size} processes together; give a multiple of {self.size}"
-            raise SettingsError(f"--train_batch_size {batch_size} {rule}.")
+            raise SettingsError(f"--train_batch_size {settings.train_batch_size} {rule}.")
+        if settings.optimizer_in_backward and self.size > 1:
+            raise SettingsError("--optimizer_in_backward is for one process: several would have to meet at every tensor.")
 
     def share(self, batch: Batch, batch_size: int) -> Batch:
         """This process's rows of a batch; a tensor without rows is for all.

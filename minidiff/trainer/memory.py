@@ -239,15 +239,12 @@ def chosen(task: Job, settings: FineTuneSettings) -> tuple[FineTuneSettings, Bud
 
 def possible(task: Job, settings: FineTuneSettings) -> list[str]:
     """The savings that this run can still switch on, the cheapest first."""
-    ours = task.optimizer is None  # a task's own optimizer exists already
     early = settings.gradient_accumulation_steps == 1 and settings.mixed_precision != "fp16" and distributed.world().size == 1
     rules = {
         "layerwise_casting": settings.may_cast and any(p.dtype in HALF for p in task.modules["unet"].parameters()),
-        "gradient_checkpointing": True,
-        "use_8bit_adam": ours,
-        "optimizer_in_backward": ours and early,
+        "optimizer_in_backward": early,
     }
-    return [flag for flag in SAVINGS if rules[flag] and not is_on(settings, flag)]
+    return [flag for flag in SAVINGS if rules.get(flag, True) and not is_on(settings, flag)]
 
 
 def is_on(settings: FineTuneSettings, flag: str) -> bool:

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from minidiff.core.errors import SettingsError, WeightsError
+from minidiff.core.errors import WeightsError
 from minidiff.draw.speed import needed
-from minidiff.trainer.distributed import World
 from minidiff.trainer.settings import TrainSettings
 
 try:
@@ -30,23 +29,15 @@ def adamw(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.opti
     return torch.optim.AdamW(parameters, *numbers, fused=True)
 
 
+RATES = {"text_encoder": "text_encoder_lr", "word": "learning_rate_embedding"}  # what is trained -> the flag of its own rate
+
+
 def optimizer_of(trainable: dict[str, nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
-    """`adamw` for all that is trained. With --text_encoder_lr the text encoder has that rate."""
-    rate, own = getattr(settings, "text_encoder_lr", None), "text_encoder"
-    optimizer = adamw([p for name, p in trainable.items() if not (rate and name.startswith(own))], settings)
-    if rate:
-        optimizer.add_param_group({"params": [p for name, p in trainable.items() if name.startswith(own)], "lr": rate})
-    return optimizer
-
-
-def stepping_in_backward(optimizer: torch.optim.Optimizer, settings: TrainSettings, world: World) -> LeanAdamW | None:
-    """The optimizer, if it shall step in the backward pass; else None. SettingsError where it cannot."""
-    if not settings.optimizer_in_backward:
-        return None
-    if world.size > 1:
-        raise SettingsError("--optimizer_in_backward is for one process: several would have to meet at every tensor.")
-    if not isinstance(optimizer, LeanAdamW):
-        raise SettingsError("--optimizer_in_backward: this task's own optimizer moves all tensors at once; leave the flag out.")
+    """`adamw` for all that is trained, with a rate of its own for what has one."""
+    rates = {start: rate for start, flag in RATES.items() if (rate := getattr(settings, flag, None))}
+    optimizer = adamw([p for name, p in trainable.items() if not name.startswith(tuple(rates))], settings)
+    for start, rate in rates.items():
+        optimizer.add_param_group({"params": [p for name, p in trainable.items() if name.startswith(start)], "lr": rate})
     return optimizer
 
 

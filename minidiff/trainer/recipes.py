@@ -34,7 +34,6 @@ from minidiff.files.word_file import check_word, save_embedding
 from minidiff.trainer import settings as kinds
 from minidiff.trainer.card import model_spec
 from minidiff.trainer.latents import LatentData, model_fingerprint
-from minidiff.trainer.optimizers import optimizer_of
 from minidiff.trainer.task import Job, load_base, load_data, make_job
 
 
@@ -76,15 +75,13 @@ def pivotal(settings: kinds.PivotalSettings) -> Job:
     adapters, word = new_adapters(pipe, settings), new_word(pipe, settings)
     data = load_word_data(pipe, settings)
     spec = model_spec(settings, "lora", data, pipe, base_hash)
-    optimizer = optimizer_of(adapters, settings)
-    optimizer.add_param_group({"params": list(word.values()), "lr": settings.learning_rate_embedding})
 
     def export(folder: Path) -> None:
         write_adapters(pipe, spec, folder)
         save_embedding(folder, settings.placeholder_token, word["word"], metadata=spec, second=word.get("word_2"))
 
     off = partial(at_strengths, pipe.unet, {"default": 0.0})
-    return make_job(pipe, settings, base_hash, data, adapters | word, export, "pivotal", off, optimizer)
+    return make_job(pipe, settings, base_hash, data, adapters | word, export, "pivotal", off)
 
 
 def controlnet(settings: kinds.ControlNetSettings) -> Job:

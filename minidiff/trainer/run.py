@@ -31,7 +31,7 @@ from minidiff.draw.speed import compile_unet, frozen_weights
 from minidiff.files.atomic import fsync, write_bytes
 from minidiff.files.values import to_toml
 from minidiff.trainer import checkpoint, distributed
-from minidiff.trainer.optimizers import EMA, load_optimizer_state, optimizer_of, optimizer_state, stepping_in_backward
+from minidiff.trainer.optimizers import EMA, load_optimizer_state, optimizer_of, optimizer_state
 from minidiff.trainer.plot import METRICS, loss_curve, read_metrics
 from minidiff.trainer.settings import FineTuneSettings, TrainSettings
 from minidiff.trainer.signals import signals_call
@@ -59,7 +59,7 @@ def fit(job: Job, settings: TrainSettings) -> Report:
     """
     settings.check()
     total, world = settings.updates(job.samples_per_epoch), distributed.world()
-    world.check(settings.train_batch_size)
+    world.check(settings)
     device = next(iter(job.trainable.values())).device.type
     check_precision(settings.mixed_precision, device)
     if isinstance(settings, FineTuneSettings) and settings.compile:
@@ -107,7 +107,7 @@ class Run:
         self.optimizer = job.optimizer or optimizer_of(job.trainable, settings)
         self.validate_every = settings.validate_every(job.samples_per_epoch)
         self.board: Any = None  # TensorBoard's
-        self.early = stepping_in_backward(self.optimizer, settings, world)
+        self.early: Any = self.optimizer if settings.optimizer_in_backward else None  # it steps in the backward pass
         decay = job.ema_decay or (settings.ema_decay if settings.use_ema else None)
         self.ema = None if decay is None else EMA(job.trainable, decay)
         self.writes = world.rank == 0

@@ -198,7 +198,6 @@ def diffusion_loss(
 def make_job(
     pipe: StableDiffusionPipeline, settings: FineTuneSettings, base_hash: str, data: LatentData,
     trainable: dict[str, nn.Parameter], export: Callable[[Path], None], tag: str, as_base: AsBase | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
 ) -> Job:  # fmt: skip
     """The job. The model still is the base here: it draws missing class pictures and the first row of the sheets.
 
@@ -247,7 +246,6 @@ def make_job(
         validate=validate,
         facts={"base": base_hash} | batches.facts,
         samples_per_epoch=data.samples_per_epoch,
-        optimizer=optimizer,
         modules=networks,
         beside=beside,
     )

@@ -137,7 +137,7 @@ class Sheets:
             self.now = (done, self._row())
         words = [call["prompt"] for call in self.calls] if self.sees else self.columns
         labels = ["shown" if self.sees else "training pictures", "", "base", f"step {done}"]
-        return contact_sheet([self.pictures, words, self.base, self.now[1]], labels)
+        return contact_sheet([self.pictures, words, self.base, self.now[1]], row_labels=labels)
 
     def public_sheet(self, done: int) -> Image.Image:
         """Without the training pictures, for the model card."""

@@ -204,10 +204,10 @@ def test_shares_put_together_are_the_batch() -> None:
 
 def test_a_batch_that_cannot_be_shared() -> None:
     with pytest.raises(SettingsError, match="--train_batch_size 5 is for all 2 processes together; give a multiple of 2"):
-        World(0, 2).check(5)
+        World(0, 2).check(TrainSettings(train_batch_size=5))
     with pytest.raises(SettingsError, match="give a multiple of 4"):
-        World(3, 4).check(1)
-    World(0, 2).check(4)
+        World(3, 4).check(TrainSettings(train_batch_size=1))
+    World(0, 2).check(TrainSettings(train_batch_size=4))
 
 
 def test_alone_there_is_nothing_to_join(monkeypatch: pytest.MonkeyPatch) -> None:

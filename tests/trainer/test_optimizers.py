@@ -1,7 +1,6 @@
 """Learning rates, clipping, averages; steps inside the backward pass, and which savings of memory cannot be joined."""
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from minidiff.trainer.distributed import World
 from minidiff.trainer.optimizers import EMA, adamw, load_optimizer_state, optimizer_state
 from minidiff.trainer.run import fit, read_metrics
 from minidiff.trainer.settings import TrainSettings
-from minidiff.trainer.task import Job
 
 
 def rates(scheduler: str, warmup: int, total: int = 8) -> list[float]:
@@ -213,18 +211,13 @@ def test_savings_that_cannot_be_joined(name: str) -> None:
         replace(TrainSettings(), **changes).check()
 
 
-def test_savings_that_a_run_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before its folder is touched."""
-
-    def refused(message: str, make: Callable[[TrainSettings], Job] = numbers, **changes: Any) -> None:
-        settings = replace(TrainSettings(), output_dir=str(tmp_path / "run"), **changes)
-        with pytest.raises(SettingsError, match=message):
-            fit(make(settings), settings)
-        assert not (tmp_path / "run").exists()
-
-    refused("this task's own optimizer", lambda s: numbers(s, "muon"), optimizer_in_backward=True)
+def test_a_saving_that_several_processes_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the folder is touched."""
     monkeypatch.setattr("minidiff.trainer.distributed.world", lambda: World(0, 2))
-    refused("--optimizer_in_backward is for one process", optimizer_in_backward=True)
+    settings = TrainSettings(output_dir=str(tmp_path / "run"), optimizer_in_backward=True)
+    with pytest.raises(SettingsError, match="--optimizer_in_backward is for one process"):
+        fit(numbers(settings), settings)
+    assert not (tmp_path / "run").exists()
 
 
 def test_which_optimizer_the_settings_mean() -> None:

@@ -84,7 +84,7 @@ def test_the_list_is_walked_until_it_fits(tiny_folder: Path, home: Path) -> None
     [
         ("full", {}, set()),
         ("full", {"gradient_accumulation_steps": 2}, {"optimizer_in_backward"}),
-        ("pivotal", {"mixed_precision": "bf16"}, {"use_8bit_adam", "optimizer_in_backward"}),
+        ("pivotal", {"mixed_precision": "bf16"}, set()),
     ],
 )
 def test_only_what_can_be(tiny_folder: Path, home: Path, method: str, changes: dict[str, Any], without: set[str]) -> None:

@@ -22,7 +22,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +39,6 @@ from minidiff.trainer.settings import TrainSettings
 Groups = dict[str, dict[str, Tensor]]  # "weights" | "optimizer" | "ema" -> tensors by name
 CONFIG = "train_config.toml"
 STATE = {"state/weights.safetensors", "state/optimizer.safetensors"}  # what every checkpoint has
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """All that a run needs to continue: tensors by group, and a dictionary of JSON values."""
-
-    path: Path
-    step: int
-    tensors: Groups
-    facts: dict[str, Any]
 
 
 @contextmanager
@@ -78,7 +67,7 @@ def put_in_place(folder: Path, name: str | None = None) -> Iterator[Path]:
 
 
 def save(
-    folder: Path, step: int, tensors: Groups, facts: dict[str, Any], export: Callable[[Path], None], keep: int | None
+    folder: Path, step: int, tensors: Groups, made_of: dict[str, Any], export: Callable[[Path], None], keep: int | None
 ) -> Path:
     """Write `folder/checkpoint-<step>`, then remove all but the `keep` newest. An OSError leaves the old ones whole."""
     name = f"checkpoint-{step}"
@@ -89,17 +78,17 @@ def save(
         export(hidden)
         files = sorted(p for p in hidden.rglob("*") if p.is_file())
         listed = {p.relative_to(hidden).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-        manifest = {"step": step, "environment": environment(), **facts, "files": listed}
+        manifest = {"step": step, "environment": environment(), "made_of": made_of, "files": listed}
         write_bytes(hidden / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode())
     prune(folder, keep, step)
     return folder / name
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint back; raises WeightsError unless every byte is as it was written."""
+def load(path: Path) -> tuple[dict[str, Any], Groups]:
+    """A checkpoint's manifest and tensors. WeightsError unless every byte is as it was written."""
     manifest = verify(path)
     files = (path / name for name in manifest["files"] if name.startswith("state/"))  # none that the manifest does not know
-    return Checkpoint(path, manifest["step"], {p.stem: weights.read_header(p).read() for p in files}, manifest)
+    return manifest, {p.stem: weights.read_header(p).read() for p in files}
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -202,10 +191,9 @@ def find(settings: TrainSettings) -> Path | None:
 def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     """Refuse to go on with other settings or data than the run was made of; the SettingsError lists the differences."""
     # None, False, 0 and an empty value count as missing: a checkpoint from before a flag existed still fits.
-    keys = [k for k in {**saved, **now} if (saved.get(k) or None) != (now.get(k) or None)]
-    if keys:
-        short = [{k: f"{json.dumps(values.get(k), ensure_ascii=False):.60}" for k in keys} for values in (saved, now)]
-        rows = "".join(f"\n  {k}: was {short[0][k]}, is now {short[1][k]}" for k in keys)
+    if keys := [k for k in saved | now if (saved.get(k) or None) != (now.get(k) or None)]:
+        was, is_now = ([f"{json.dumps(values.get(k), ensure_ascii=False):.60}" for k in keys] for values in (saved, now))
+        rows = "".join(f"\n  {k}: was {a}, is now {b}" for k, a, b in zip(keys, was, is_now))
         raise SettingsError(
             f"{path} was made with other settings or data:{rows}\nSet these back, or start in another --output_dir."
         )

@@ -131,7 +131,7 @@ class Run:
     def resume(self) -> int:
         """Put everything back as the checkpoint has it; the number of updates already made."""
         if path := checkpoint.find(self.settings):
-            self._restore(checkpoint.load(path))
+            self._restore(path)
         done = self.done
         if not self.writes:
             return done
@@ -151,23 +151,24 @@ class Run:
             self._draw()
         return done
 
-    def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        checkpoint.check_same(saved.facts["made_of"], self.made_of, saved.path)
-        if saved.step > self.total:
-            raise SettingsError(f"--max_train_steps: {saved.path} is further already than the {self.total} updates in all.")
+    def _restore(self, path: Path) -> None:
+        manifest, tensors = checkpoint.load(path)
+        checkpoint.check_same(manifest["made_of"], self.made_of, path)
+        if manifest["step"] > self.total:
+            raise SettingsError(f"--max_train_steps: {path} is further already than the {self.total} updates in all.")
         kinds = {name: (p.shape, p.dtype) for name, p in self.job.trainable.items()}
         try:
             for group in ("weights", "ema") if self.ema else ("weights",):
-                if {name: (t.shape, t.dtype) for name, t in saved.tensors.get(group, {}).items()} != kinds:
+                if {name: (t.shape, t.dtype) for name, t in tensors.get(group, {}).items()} != kinds:
                     raise WeightsError(f"its {group} are not those that this task trains")
-            load_optimizer_state(self.optimizer, saved.tensors["optimizer"])
+            load_optimizer_state(self.optimizer, tensors["optimizer"])
         except WeightsError as error:
-            raise WeightsError(f"{saved.path}: {error}; take another --output_dir.") from error
+            raise WeightsError(f"{path}: {error}; take another --output_dir.") from error
         for name, p in self.job.trainable.items():
-            p.data.copy_(saved.tensors["weights"][name])
+            p.data.copy_(tensors["weights"][name])
             if self.ema:
-                self.ema.average[name].copy_(saved.tensors["ema"][name])
-        self.done = self.saved = saved.step
+                self.ema.average[name].copy_(tensors["ema"][name])
+        self.done = self.saved = manifest["step"]
 
     # --- after each update
 
@@ -253,7 +254,7 @@ class Run:
         with self._writing(f"the checkpoint of step {self.done}"):
             fsync(self.folder / METRICS)
             keep = self.settings.checkpoints_total_limit
-            checkpoint.save(self.folder, self.done, tensors, {"made_of": self.made_of}, self._export, keep)
+            checkpoint.save(self.folder, self.done, tensors, self.made_of, self._export, keep)
         self.saved = self.done
 
     def _export(self, folder: Path) -> None:

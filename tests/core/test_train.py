@@ -240,7 +240,7 @@ def test_export_has_the_average(tmp_path: Path) -> None:
     task = toy(settings)
     task.ema_decay = 0.99
     fit(task, settings)
-    saved = checkpoint.load(tmp_path / "checkpoint-8").tensors
+    saved = checkpoint.load(tmp_path / "checkpoint-8")[1]
     exported = weights.read_header(tmp_path / "model.safetensors").read()
     for name, p in task.trainable.items():
         assert torch.equal(saved["ema"][name], exported[name]) and torch.equal(saved["weights"][name], p)
@@ -348,15 +348,14 @@ def test_nothing_is_measured_anew_where_the_metrics_are_lost(tmp_path: Path) -> 
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path, damage: str) -> None:
     settings = into(tmp_path, use_ema=True, ema_decay=0.5)
     fit(toy(settings), replace(settings, max_train_steps=5))
-    saved = checkpoint.load(path := tmp_path / "checkpoint-5")
-    tensors = {group: dict(values) for group, values in saved.tensors.items()}
+    manifest, tensors = checkpoint.load(path := tmp_path / "checkpoint-5")
     if damage == "shape of moments":
         tensors["optimizer"]["0.exp_avg"] = torch.zeros(7)
     if damage == "dtype":
         tensors["weights"]["weight"] = tensors["weights"]["weight"].to(torch.int8)
     if damage == "no average":
         del tensors["ema"]
-    checkpoint.save(tmp_path, 5, tensors, {"made_of": saved.facts["made_of"]}, lambda folder: None, None)
+    checkpoint.save(tmp_path, 5, tensors, manifest["made_of"], lambda folder: None, None)
     task, further = toy(settings), replace(settings, resume_from_checkpoint="latest")
     with pytest.raises(WeightsError, match=f"{path}.*take another --output_dir"):
         fit(task, further)

@@ -304,7 +304,7 @@ def test_case_23_numbers_that_break(
     assert "Nothing was saved over. The last good checkpoint is" in said and "Try a lower --learning_rate" in said
     assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
     for path in checkpoint.checkpoints(tmp_path / "out"):
-        assert all(tensor.isfinite().all() for tensor in checkpoint.load(path).tensors["weights"].values())
+        assert all(tensor.isfinite().all() for tensor in checkpoint.load(path)[1]["weights"].values())
 
 
 @pytest.mark.parametrize("flag", ["--noise_offset", "--lora_alpha"])

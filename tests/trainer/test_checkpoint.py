@@ -22,16 +22,16 @@ def export(folder: Path) -> None:
 
 def save(folder: Path, step: int, keep: int | None = None) -> Path:
     tensors = {"weights": {"w": torch.full((3,), float(step))}, "optimizer": {"0.step": torch.tensor(float(step))}}
-    return checkpoint.save(folder, step, tensors, {"made_of": {"seed": 1}}, export, keep)
+    return checkpoint.save(folder, step, tensors, {"seed": 1}, export, keep)
 
 
 def test_round_trip(tmp_path: Path) -> None:
     path = save(tmp_path, 7)
-    back = checkpoint.load(path)
-    assert path.name == "checkpoint-7" and back.step == 7 and back.facts["made_of"] == {"seed": 1}
-    assert torch.equal(back.tensors["weights"]["w"], torch.full((3,), 7.0))
-    assert back.tensors["optimizer"]["0.step"].shape == ()
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest, tensors = checkpoint.load(path)
+    assert path.name == "checkpoint-7" and manifest["step"] == 7 and manifest["made_of"] == {"seed": 1}
+    assert torch.equal(tensors["weights"]["w"], torch.full((3,), 7.0))
+    assert tensors["optimizer"]["0.step"].shape == ()
+    assert manifest == json.loads((path / "manifest.json").read_text())
     assert set(manifest["files"]) == {"adapter.bin", "state/optimizer.safetensors", "state/weights.safetensors"}
     assert manifest["environment"]["threads"] == torch.get_num_threads()
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-7"]

@@ -100,7 +100,7 @@ class Written:
 def save(folder: Path, step: int, keep: int | None = None) -> Path:
     tensors = {"weights": {"w": torch.full((3,), float(step))}, "optimizer": {"0.step": torch.tensor(float(step))}}
     export: Callable[[Path], object] = lambda folder: (folder / "adapter.bin").write_bytes(b"the result")  # noqa: E731
-    return checkpoint.save(folder, step, tensors, {"made_of": {"seed": 1}}, export, keep)  # type: ignore[arg-type]
+    return checkpoint.save(folder, step, tensors, {"seed": 1}, export, keep)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["error", "full"])

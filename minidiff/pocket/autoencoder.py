@@ -118,9 +118,9 @@ def encode_world(home: Path, settings: PretrainSettings) -> None:
         return
     world, parts, device = load_world(home, settings.pictures), [], chosen_device(settings.device)
     vae, half = load_vae(home, settings).to(device), settings.sizes.mixed_precision == "bf16"
-    for start in progress(range(0, settings.pictures, 16), "batch", "encoding"):
+    for some in progress(torch.arange(settings.pictures).split(16), "batch", "encoding"):
         with torch.autocast(device, torch.bfloat16, enabled=half):  # its error is smaller than the posteriors' deviation
-            mean, logvar = vae.encode(world.batch(list(range(start, min(start + 16, settings.pictures)))).to(device))
+            mean, logvar = vae.encode(world.batch(some.tolist()).to(device))
         parts.append((mean.float().cpu(), (0.5 * logvar.float()).exp().cpu()))
     mean, std = (torch.cat(part) for part in zip(*parts))
     centre, spread = mean.mean((0, 2, 3)), (mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))).sqrt()

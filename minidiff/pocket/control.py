@@ -3,11 +3,11 @@
 The U-Net has to be finished: that of `init_from`, or of the stage `unet`. Watch edge_f1 in metrics.jsonl. The loss hardly
 moves when the net begins to obey its hints, rather suddenly, after some hundred updates.
 
-    B batch   H W picture side, 128   N pictures
+    B batch   H W picture side, 128
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,7 @@ from minidiff.core.rng import hashed_seed
 from minidiff.core.train import Batch
 from minidiff.draw.canny import canny
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.draw.progress import progress
 from minidiff.draw.speed import speed_up_network
-from minidiff.files.atomic import whole_file
 from minidiff.files.controlnet import write_controlnet
 from minidiff.pocket.autoencoder import load_vae
 from minidiff.pocket.dataset import World
@@ -41,7 +39,7 @@ UNSEEN = 10_000_000  # seeds from here on are of drawings that no training has s
 def train_canny(home: Path, settings: PretrainSettings) -> None:
     """The stage `canny`: writes `canny`, a folder of diffusers' form, in fp16."""
     base, unet, batch = Denoising(home, settings, "canny"), finished_unet(home, settings), settings.sizes.control_batch
-    hints = edges(home, base.world)
+    hints = edges(base.world)
     torch.manual_seed(hashed_seed(settings.seed, "canny"))
     net = ControlNetModel.from_unet(unet, WIDTHS)
     for network in (unet.requires_grad_(False), net):
@@ -84,12 +82,11 @@ def edge_f1(pipe: StableDiffusionPipeline, count: int = 12, scale: float = 1.0, 
     return sum(scores) / count
 
 
-def edges(home: Path, world: World) -> Callable[[list[int]], Tensor]:
-    """Pictures -> their edges, (B, 3, H, W) of 0 and 1. They are found once, then read from `edges.npy`: (N, H, W), uint8."""
-    path = home / "edges.npy"
-    if not path.exists():
-        found = np.stack([canny(np.asarray(pixels)) for pixels in progress(world.pixels, "picture", "edges")])
-        with whole_file(path) as file:
-            np.save(file, found)
-    rows = np.load(path, mmap_mode="r")
-    return lambda indices: torch.from_numpy(rows[indices]).float()[:, None].repeat(1, 3, 1, 1) / 255
+def edges(world: World) -> Callable[[list[int]], Tensor]:
+    """Pictures -> their edges, (B, 3, H, W) of 0 and 1. Those of a picture are found once."""
+
+    @cache
+    def found(index: int) -> np.ndarray:
+        return canny(np.asarray(world.pixels[index]))
+
+    return lambda some: torch.from_numpy(np.stack([found(i) for i in some])).float()[:, None].repeat(1, 3, 1, 1) / 255

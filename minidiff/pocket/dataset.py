@@ -1,4 +1,4 @@
-"""The training data of the pocket checkpoint: the drawn world, as pixels and, once the autoencoder is trained, as latents.
+"""The training data of the pocket checkpoint: the drawn world.
 
 N pictures   B batch
 """
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from minidiff.core.errors import SettingsError
 from minidiff.draw.progress import progress
-from minidiff.files import weights
 from minidiff.files.atomic import whole_file
 from minidiff.pocket.world import Picture, draw, random_picture
 
@@ -71,20 +70,3 @@ def hard_batch(groups: list[list[list[int]]], count: int, draws: random.Random) 
     while len(indices) < count:
         indices += [draws.choice(objects) for objects in draws.choice(groups)]
     return indices[:count]
-
-
-@dataclass(frozen=True)
-class Latents:
-    """The encoded world: posterior mean and standard deviation, (N, 4, h, w)."""
-
-    mean: Tensor
-    std: Tensor
-
-    def draw(self, indices: list[int], noise: Tensor) -> Tensor:
-        """Draws (B, 4, h, w) from the posteriors of some pictures."""
-        return self.mean[indices].float() + self.std[indices].float() * noise
-
-
-def load_latents(home: Path) -> Latents:
-    tensors = weights.read_header(home / "latents.safetensors").read()
-    return Latents(tensors["mean"], tensors["std"])

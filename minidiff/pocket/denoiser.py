@@ -22,7 +22,7 @@ from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import speed_up_network
 from minidiff.files import weights
 from minidiff.pocket.autoencoder import load_vae
-from minidiff.pocket.dataset import load_latents, load_world
+from minidiff.pocket.dataset import load_world
 from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.settings import PretrainSettings, Stage
 from minidiff.pocket.stage import begun, chosen, first_of, run
@@ -52,11 +52,12 @@ def noise_config(settings: PretrainSettings) -> NoiseConfig:
 
 
 class Denoising:
-    """The start of a stage on latents: the encoded world with its captions, the frozen towers, the noise schedule."""
+    """The start of a stage on latents: the world of N pictures, encoded, the frozen towers, the noise schedule."""
 
     def __init__(self, home: Path, settings: PretrainSettings, stage: Stage) -> None:
         self.settings, self.stage, self.device = settings, stage, chosen_device(settings.device)
-        self.latents, self.world = load_latents(home), load_world(home, settings.pictures)
+        self.world, posteriors = load_world(home, settings.pictures), weights.read_header(home / "latents.safetensors").read()
+        self.mean, self.std = posteriors["mean"], posteriors["std"]  # (N, 4, h, w)
         self.towers, self.tokenizer = load_towers(home, settings)
         self.text = TextEncoders([self.towers.to(self.device).text])
         self.schedule = NoiseSchedule.from_config(noise_config(settings))
@@ -71,7 +72,11 @@ class Denoising:
         """`latents` and `noise` (B, 4, h, w), and `t` (B,)."""
         noise = torch.randn(2, len(indices), *LATENT, generator=draws)
         t = torch.randint(1000, (len(indices),), generator=draws)
-        return {"latents": self.latents.draw(indices, noise[0]), "noise": noise[1], "t": t}
+        return {"latents": self.latents(indices, noise[0]), "noise": noise[1], "t": t}
+
+    def latents(self, indices: list[int], noise: torch.Tensor) -> torch.Tensor:
+        """Draws (B, 4, h, w) from the posteriors of some pictures."""
+        return self.mean[indices].float() + self.std[indices].float() * noise
 
     def captions(self, indices: list[int], words: random.Random) -> torch.Tensor:
         """The ids (B, L) of captions; one in ten is empty."""
@@ -91,7 +96,7 @@ def train_unet(home: Path, settings: PretrainSettings) -> None:
 
     def data(step: int, micro: int) -> Batch:
         indices, draws, words = base.draws(step, batch)
-        z = base.latents.draw(indices, torch.randn(batch, *LATENT, generator=draws))
+        z = base.latents(indices, torch.randn(batch, *LATENT, generator=draws))
         t = torch.randint(1000, (batch,), generator=draws)
         noise = torch.randn(batch, *LATENT, generator=draws)
         return {"latents": z, "noise": noise, "t": t, "ids": base.captions(indices, words)}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 
 RGB = tuple[int, int, int]
 Point = tuple[float, float]
@@ -118,3 +118,11 @@ def outline(pen: ImageDraw.ImageDraw, shape: Shape, scale: float, width: float, 
     if len(points) < 12:  # Pillow leaves a notch at a sharp corner: a dot fills it (curves bend too little to need one)
         for x, y in points:
             pen.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=colour)
+
+
+def silhouette(shapes: Sequence[Shape], side: int) -> Image.Image:
+    """The pixels of the shapes: 255, all others 0."""
+    mask = Image.new("L", (side, side))
+    for shape in shapes:
+        fill(ImageDraw.Draw(mask), shape, side, 255)
+    return mask

@@ -60,12 +60,10 @@ def train_ip_adapter(home: Path, settings: PretrainSettings) -> None:
 @torch.no_grad()
 def load_embeddings(home: Path, world: World, towers: Towers) -> Tensor:
     """The image tower's embedding of every picture (N, E), computed once."""
-    path, count = home / "image_embeds.safetensors", len(world.pictures)
+    path, device = home / "image_embeds.safetensors", towers.log_scale.device
     if not path.exists():
-        device, rows = next(towers.parameters()).device, []
-        for start in progress(range(0, count, 64), "batch", "looking"):
-            pixels = world.batch(list(range(start, min(start + 64, count)))).to(device)
-            rows.append(towers.image(pixel_values=pixels).image_embeds.cpu())
+        bar = progress(torch.arange(len(world.pictures)).split(64), "batch", "looking")
+        rows = [towers.image(pixel_values=world.batch(some.tolist()).to(device)).image_embeds.cpu() for some in bar]
         weights.save({"image_embeds": torch.cat(rows)}, path)
     return weights.read_header(path).read()["image_embeds"]
 

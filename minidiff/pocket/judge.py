@@ -13,7 +13,6 @@ A second judge, CLIP's image tower, says how like two pictures are: for what a f
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,24 +85,22 @@ def blurred(x: Tensor, draws: torch.Generator) -> Tensor:
     return (x + tint + noise).clamp(-1, 1)
 
 
-def pairs(count: int, seed: int, step: int, vae: AutoencoderKL | None) -> tuple[list[Picture], Tensor]:
+def pairs(count: int, step: int, vae: AutoencoderKL | None) -> tuple[list[Picture], Tensor]:
     """`count` drawings and then the same ones spoiled, (2 · count, 3, 128, 128)."""
-    words = random.Random(hashed_seed(seed, "judge pictures", step))
+    words = random.Random(hashed_seed(0, "judge pictures", step))
     pictures = [any_picture(words) for _ in range(count)]
-    both = [whole_and_spoiled(p, hashed_seed(seed, "judge drawing", step, i), vae) for i, p in enumerate(pictures)]
+    both = [whole_and_spoiled(p, hashed_seed(0, "judge drawing", step, i), vae) for i, p in enumerate(pictures)]
     return pictures * 2, torch.stack(both, dim=1).flatten(0, 1)
 
 
-def train_judge(
-    steps: int = 2000, batch: int = 48, seed: int = 0, vae: AutoencoderKL | None = None, half: bool = False
-) -> Judge:
+def train_judge(steps: int = 2000, batch: int = 48, vae: AutoencoderKL | None = None, half: bool = False) -> Judge:
     """About three quarters of an hour on one core in bf16 (`half`). All pictures are drawn anew, half of them spoiled."""
-    torch.manual_seed(hashed_seed(seed, "judge"))
+    torch.manual_seed(hashed_seed(0, "judge"))
     judge = Judge()
     optimizer = Muon(*split(judge, ("body.0.", "heads")), lr=2e-3, adam_lr=2e-3)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, 20 * (done + 1) / steps) * (1 - done / steps))
     for step in progress(range(steps), "step", "training the judge"):
-        (pictures, x), draws = pairs(batch // 2, seed, step, vae), generator(seed, "judge blur", step)
+        (pictures, x), draws = pairs(batch // 2, step, vae), generator(0, "judge blur", step)
         truth = answers(pictures)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             if vae is not None:
@@ -140,17 +137,15 @@ def score(
 
     `all` is all of QUESTIONS at once; `whole` stands beside it.
     """
-    hits: dict[str, list[Tensor]] = {question: [] for question in (*QUESTIONS, "all", "whole")}
+    hits = []
     for start in progress(range(0, len(pictures), batch), "batch", "judging"):
         part = pictures[start : start + batch]
         truth = answers(part)
         logits = judge(show(part), truth["object"])
-        right = {question: logits[question].argmax(-1) == truth[question] for question in QUESTIONS}
-        right["all"] = torch.stack(list(right.values())).all(0)
-        right["whole"] = logits["whole"].argmax(-1) == ANATOMY.index("whole")
-        for question in hits:
-            hits[question].append(right[question])
-    return {question: torch.cat(parts).float().mean().item() for question, parts in hits.items()}
+        right = torch.stack([logits[question].argmax(-1) == truth[question] for question in QUESTIONS])
+        whole = logits["whole"].argmax(-1) == ANATOMY.index("whole")
+        hits.append(torch.stack([*right, right.all(0), whole]))
+    return dict(zip((*QUESTIONS, "all", "whole"), torch.cat(hits, dim=1).float().mean(1).tolist()))
 
 
 @torch.no_grad()
@@ -238,14 +233,12 @@ class ImageTower:
         return F.normalize(self.model(pixel_values=x).image_embeds, dim=-1)
 
 
-def drawings(
-    pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], steps: int
-) -> list[Image.Image]:
+def drawings(pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> list[Image.Image]:
     """Each prompt's pictures, one from each seed: the same for every model, so that only the model differs."""
     pipe.set_progress_bar_config(disable=True)
-    draw = partial(pipe, seed=list(seeds), guidance_scale=5.0, num_inference_steps=steps)
+    how: dict[str, Any] = dict(seed=list(seeds), guidance_scale=5.0, num_inference_steps=steps)
     bar = progress(prompts, "prompt", "drawing")
-    return [image for prompt in bar for image in draw([prompt] * len(seeds)).images]
+    return [image for prompt in bar for image in pipe([prompt] * len(seeds), **how).images]
 
 
 def subject_score(drawn: Tensor, real: Tensor) -> float:

@@ -1,7 +1,8 @@
 """The settings of the pocket world's own commands. Nothing here imports torch, so that `--help` is quick."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Annotated, Literal, get_args
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, get_args
 
 from minidiff.files.values import A_FOLDER, Flags, Positional, Rule, between
 
@@ -16,30 +17,20 @@ PROBES = (  # things of the pocket's world, alike and unlike the dog
     *("a photo of a red car on the beach", "a photo of a brown dog in the snow"),
     *("a drawing of a blue cat in a room", "a watercolor of a green house in a meadow"),
 )
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How long and how wide each stage is trained."""
-
-    mixed_precision: Literal["no", "bf16"]
-    vae_steps: int
-    decoder_steps: int
-    vae_batch: int
-    clip_steps: int
-    unet_steps: int
-    unet_batch: int
-    student_steps: int
-    student_batch: int
-    ip_steps: int
-    ip_batch: int
-    control_steps: int
-    control_batch: int
-
-
-PROFILES = {
-    "cpu": Sizes("no", 12_000, 4000, 4, 800, 12_000, 48, 500, 16, 3000, 16, 2000, 16),
-    "gpu": Sizes("bf16", 6000, 2000, 32, 1500, 8000, 256, 1000, 64, 3000, 64, 3000, 64),
+NUMBERS: dict[str, tuple[Any, Any]] = {  # flag -> its default with --profile cpu, gpu
+    "mixed_precision": ("no", "bf16"),
+    "vae_steps": (12_000, 6000),
+    "decoder_steps": (4000, 2000),
+    "vae_batch": (4, 32),
+    "clip_steps": (800, 1500),
+    "unet_steps": (12_000, 8000),
+    "unet_batch": (48, 256),
+    "student_steps": (500, 1000),
+    "student_batch": (16, 64),
+    "ip_steps": (3000, 3000),
+    "ip_batch": (16, 64),
+    "control_steps": (2000, 3000),
+    "control_batch": (16, 64),
 }
 
 
@@ -92,10 +83,11 @@ class PretrainSettings(Flags):
     """Seed of all random values."""
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> Any:
         """The profile's numbers, and in their place those that are given."""
-        given = {field.name: getattr(self, field.name) for field in fields(Sizes)}
-        return replace(PROFILES[self.profile], **{name: number for name, number in given.items() if number is not None})
+        usual = {name: gpu if self.profile == "gpu" else cpu for name, (cpu, gpu) in NUMBERS.items()}
+        given = {name: value for name in NUMBERS if (value := getattr(self, name)) is not None}
+        return SimpleNamespace(**(usual | given))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from minidiff.pocket.drawing import INK, RGB, Shape, fill, mix, outline
+from minidiff.pocket.drawing import INK, RGB, Shape, fill, mix, outline, silhouette
 from minidiff.pocket.scenes import Scene
 
 OVER = 4
@@ -24,9 +24,9 @@ SOFT = 32  # side of the images on which soft things are computed
 def photo(scene: Scene, shapes: Sequence[Shape], shadow: Shape, size: int, rng: random.Random) -> Image.Image:
     """Smooth colours, a background slightly out of focus, light from the upper left, a soft shadow."""
     picture = soften(backdrop(scene, size).reduce(2), 1.0)
-    mask = silhouette(shapes, size)
-    lay(picture, scene.halo, spread_out(mask, 2.0, 0.42))
-    lay(picture, scene.shadow, soft_shadow(shadow, 1.2, 0.75))
+    mask = silhouette([shape for shape in shapes if not shape.detail], size * 2).reduce(2)
+    lay(picture, scene.halo, mask, 2.0, 0.42)
+    lay(picture, scene.shadow, silhouette([shadow], SOFT * OVER), 1.2, 0.75)
     canvas = enlarged(picture, size * OVER)
     paint(canvas, shapes)
     return lit(canvas.reduce(OVER), mask)
@@ -44,7 +44,7 @@ def drawing(scene: Scene, shapes: Sequence[Shape], shadow: Shape, size: int, rng
 def watercolor(scene: Scene, shapes: Sequence[Shape], shadow: Shape, size: int, rng: random.Random) -> Image.Image:
     """Thin washes with uneven pigment, soft edges, and a border of bare paper."""
     picture = soften(backdrop(scene, size, paper=0.36).reduce(2), 2.6)
-    lay(picture, bleached(scene.shadow, 0.3), soft_shadow(shadow, 1.6, 0.8))
+    lay(picture, bleached(scene.shadow, 0.3), silhouette([shadow], SOFT * OVER), 1.6, 0.8)
     picture = on_paper(picture, rng, darkest=0.66, border=True)
     canvas = enlarged(picture, size * OVER)
     washed = [Shape(shape.points, mix(shape.fill, PAPER, 0.04 if shape.detail else 0.12), shape.detail) for shape in shapes]
@@ -82,9 +82,7 @@ def backdrop(scene: Scene, size: int, paper: float = 0.0, line: RGB | None = Non
     far, near = ([replace(shape, fill=bleached(shape.fill, paper)) for shape in part] for part in (scene.far, scene.near))
     picture = gradient(scene.sky, 0.0, side, paper, bands)
     paint(picture, far, line)
-    mask = Image.new("L", picture.size)
-    fill(ImageDraw.Draw(mask), scene.edge, side, 255)
-    picture.paste(gradient(scene.ground, 0.5, side, paper, bands), mask=mask)
+    picture.paste(gradient(scene.ground, 0.5, side, paper, bands), mask=silhouette([scene.edge], side))
     if line:
         outline(ImageDraw.Draw(picture), scene.edge, side, 0.02 * side, line)
     paint(picture, near, line)
@@ -110,36 +108,20 @@ def gradient(colours: tuple[RGB, RGB], start: float, side: int, paper: float, ba
     return Image.fromarray(column.round().astype(np.uint8)).resize((side, side), smooth)
 
 
-def silhouette(shapes: Sequence[Shape], size: int) -> Image.Image:
-    """How much of each pixel the object covers, 0..255."""
-    mask = Image.new("L", (size * 2, size * 2))
-    pen = ImageDraw.Draw(mask)
-    for shape in shapes:
-        if not shape.detail:
-            fill(pen, shape, size * 2, 255)
-    return mask.reduce(2)
-
-
-def spread_out(mask: Image.Image, radius: float, strength: float) -> Image.Image:
-    """The mask's soft neighbourhood; `radius` in SOFT pixels."""
-    tiny = mask.resize((SOFT, SOFT), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(radius))
-    return tiny.point(lambda value: round(value * strength))
-
-
-def soft_shadow(shadow: Shape, radius: float, strength: float) -> Image.Image:
-    mask = Image.new("L", (SOFT * OVER, SOFT * OVER))
-    fill(ImageDraw.Draw(mask), shadow, SOFT * OVER, 255)
-    return spread_out(mask, radius, strength)
-
-
 def soften(picture: Image.Image, radius: float) -> Image.Image:
     """Blur with a radius given in pixels of a 128-pixel picture."""
     return picture.filter(ImageFilter.GaussianBlur(radius * picture.width / 128))
 
 
-def lay(picture: Image.Image, colour: RGB, mask: Image.Image) -> None:
-    """Lays a colour over the picture, as thick as the small soft mask says."""
-    picture.paste(colour, mask=mask.resize(picture.size, Image.Resampling.BICUBIC))
+def tiny(mask: Image.Image, radius: float) -> Image.Image:
+    """The mask's soft neighbourhood, SOFT pixels wide; `radius` in these pixels."""
+    return mask.resize((SOFT, SOFT), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(radius))
+
+
+def lay(picture: Image.Image, colour: RGB, mask: Image.Image, radius: float, strength: float) -> None:
+    """Lays a colour over the picture, softly around the mask."""
+    soft = tiny(mask, radius).point(lambda value: round(value * strength))
+    picture.paste(colour, mask=soft.resize(picture.size, Image.Resampling.BICUBIC))
 
 
 def enlarged(picture: Image.Image, side: int) -> Image.Image:
@@ -157,8 +139,7 @@ def bleached(colour: RGB, paper: float) -> RGB:
 
 def lit(picture: Image.Image, mask: Image.Image) -> Image.Image:
     """Light from the upper left: a soft relief of the silhouette, its slope along the light's direction."""
-    tiny = np.asarray(mask.resize((SOFT, SOFT), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(2.0)), np.float32)
-    padded = np.pad(tiny, 2)
+    padded = np.pad(np.asarray(tiny(mask, 2.0), np.float32), 2)
     slope = padded[4:, 4:] - padded[:-4, :-4]  # > 0 where the object begins, seen from the light
     relief = Image.fromarray(slope / 255).resize(picture.size, Image.Resampling.BICUBIC)
     light = (np.asarray(relief) * np.asarray(mask, np.float32) / 255)[..., None]  # H W 1
@@ -172,9 +153,8 @@ def on_paper(picture: Image.Image, rng: random.Random, darkest: float, border: b
     """Uneven pigment (5 x 5 random strengths from `darkest` to 1, enlarged), with or without a wavy border of bare paper."""
     strength = enlarged_grid([[rng.uniform(darkest, 1.0) for _ in range(5)] for _ in range(5)], picture.size)
     if border:
-        last = EDGE - 1
-        grid = [[0.0 if min(x, y) == 0 or max(x, y) == last else rng.uniform(0.4, 1.0) if min(x, y) == 1 or
-                 max(x, y) == last - 1 else 1.0 for x in range(EDGE)] for y in range(EDGE)]
+        depths = [[min(x, y, EDGE - 1 - x, EDGE - 1 - y) for x in range(EDGE)] for y in range(EDGE)]  # cells from the edge
+        grid = [[rng.uniform(0.4, 1.0) if depth == 1 else min(depth, 1) for depth in row] for row in depths]
         strength = strength * np.clip(enlarged_grid(grid, picture.size) * 2 - 0.4, 0, 1)
     paper, colours = np.asarray(PAPER, np.float32), np.asarray(picture, np.float32)
     result = paper + (colours - paper) * strength[..., None].clip(0, 1)

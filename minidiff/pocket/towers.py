@@ -41,40 +41,21 @@ SHARED: dict[str, Any] = {  # of both configurations
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
-
-
-def text_tower_config(vocab_size: int) -> dict[str, Any]:
-    """`text_encoder/config.json`. The two marks are the last two ids, as in CLIP's own vocabulary."""
-    return {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        **SHARED,
-        "vocab_size": vocab_size,
-        "num_hidden_layers": 3,
-        "max_position_embeddings": 77,
-        "bos_token_id": vocab_size - 2,
-        "eos_token_id": vocab_size - 1,
-        "pad_token_id": vocab_size - 1,
-    }
-
-
-def image_tower_config() -> dict[str, Any]:
-    """`image_encoder/config.json`: a vision transformer that reads 128 x 128 pixels as 64 patches."""
-    return {
-        "architectures": ["CLIPVisionModelWithProjection"],
-        "model_type": "clip_vision_model",
-        **SHARED,
-        "image_size": 128,
-        "patch_size": 16,
-        "num_hidden_layers": 4,
-    }
+IMAGE_TOWER: dict[str, Any] = {  # `image_encoder/config.json`: a vision transformer that reads 128 x 128 pixels as 64 patches
+    "architectures": ["CLIPVisionModelWithProjection"],
+    "model_type": "clip_vision_model",
+    **SHARED,
+    "image_size": 128,
+    "patch_size": 16,
+    "num_hidden_layers": 4,
+}
 
 
 def save_image_tower(tower: nn.Module, folder: Path) -> None:
     """`image_encoder`, in fp16, and how a picture becomes its input: 128 x 128 pixels in [-1, 1]."""
     state = {name: tensor.half() for name, tensor in tower.state_dict().items() if "position_ids" not in name}
     weights.save(state, folder / "model.safetensors")
-    write_json(folder / "config.json", image_tower_config())
+    write_json(folder / "config.json", IMAGE_TOWER)
     sizes = {"size": {"shortest_edge": 128}, "crop_size": {"height": 128, "width": 128}}
     pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     write_json(folder / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"} | sizes | pixels)
@@ -87,8 +68,10 @@ class Towers(nn.Module):
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
         super().__init__()
-        self.text = CLIPTextModel(CLIPTextConfig(**text_tower_config(vocab_size)))
-        self.image = CLIPVisionModelWithProjection(CLIPVisionConfig(**image_tower_config()))
+        start, end = vocab_size - 2, vocab_size - 1  # the last two ids, as in CLIP's own vocabulary
+        text: dict[str, Any] = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end, "num_hidden_layers": 3}
+        self.text = CLIPTextModel(CLIPTextConfig(vocab_size=vocab_size, **SHARED, **text))
+        self.image = CLIPVisionModelWithProjection(CLIPVisionConfig(**IMAGE_TOWER))
         self.log_scale = nn.Parameter(torch.tensor(2.659))  # ln(1 / 0.07): arXiv 2103.00020, section 2.5
 
     def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
@@ -114,12 +97,8 @@ def train_clip(home: Path, settings: PretrainSettings) -> None:
     batch, world = 96, load_world(home, settings.pictures)
     if not settings.init_from:
         build_tokenizer(home / "tokenizer", sorted({caption(p) for p in world.pictures} | {"a picture of an"}))
-    tokenizer = load_tokenizer(tokenizer_folder(home, settings))
     torch.manual_seed(hashed_seed(settings.seed, "clip"))
-    towers = Towers(len(tokenizer))
-    begun(towers.text, settings, "text_encoder")
-    begun(towers.image, settings, "image_encoder")
-    towers.to(chosen_device(settings.device))
+    towers, tokenizer = new_towers(home, settings)
     groups = lookalikes(world.pictures)
 
     def data(step: int, micro: int) -> Batch:
@@ -138,13 +117,18 @@ def train_clip(home: Path, settings: PretrainSettings) -> None:
     run(task, settings, "clip", settings.sizes.clip_steps, batch, warmup=50)
 
 
-def load_towers(home: Path, settings: PretrainSettings) -> tuple[Towers, Any]:
-    """The two towers and the tokenizer as the CLIP stage left them; where it did not run, those of `init_from`."""
-    tokenizer, trained = load_tokenizer(tokenizer_folder(home, settings)), home / "clip" / "model.safetensors"
+def new_towers(home: Path, settings: PretrainSettings) -> tuple[Towers, Any]:
+    """The towers with random weights or those of `init_from`, on the device; and the tokenizer."""
+    tokenizer = load_tokenizer(tokenizer_folder(home, settings))
     towers = Towers(len(tokenizer))
+    begun(towers.text, settings, "text_encoder")
+    begun(towers.image, settings, "image_encoder")
+    return towers.to(chosen_device(settings.device)), tokenizer
+
+
+def load_towers(home: Path, settings: PretrainSettings) -> tuple[Towers, Any]:
+    """The towers and the tokenizer as the CLIP stage left them, frozen; where it did not run, those of `init_from`."""
+    (towers, tokenizer), trained = new_towers(home, settings), home / "clip" / "model.safetensors"
     if trained.exists() or not settings.init_from:
         weights.load_into(towers, first_of([trained], settings, "clip"))
-    else:
-        begun(towers.text, settings, "text_encoder")
-        begun(towers.image, settings, "image_encoder")
     return towers.cpu().eval().requires_grad_(False), tokenizer

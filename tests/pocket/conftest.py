@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minidiff.files import weights
-from minidiff.pocket.towers import image_tower_config
+from minidiff.pocket.towers import IMAGE_TOWER
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def tiny_with_tower(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("tower") / "model"
     shutil.copytree(tiny_folder, folder)
     small = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "intermediate_size": 32, "projection_dim": 16}
-    values = image_tower_config() | small
+    values = IMAGE_TOWER | small
     torch.manual_seed(0)
     tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**values, initializer_factor=10.0))  # so that differences show
     weights.save(tower.state_dict(), folder / "image_encoder" / "model.safetensors")

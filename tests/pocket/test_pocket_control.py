@@ -29,7 +29,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_hints(home: Path) -> None:
     world = load_world(home, 4)
-    edges = control.edges(home, world)([2, 0])
+    edges = control.edges(world)([2, 0])
     assert edges.shape == (2, 3, 128, 128) and torch.equal(edges[0, 1] * 255, torch.from_numpy(canny(world.pixels[2])).float())
 
 

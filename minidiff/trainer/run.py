@@ -38,16 +38,17 @@ from minidiff.trainer.signals import signals_call
 from minidiff.trainer.task import Job, check_precision
 
 PATIENCE = 3  # skipped updates in a row end a run
-LOOP = "learning_rate lr_warmup_steps lr_num_cycles lr_power gradient_accumulation_steps max_grad_norm".split()
+LOOP = (  # the settings that the loop has, too
+    "learning_rate lr_warmup_steps lr_num_cycles lr_power gradient_accumulation_steps max_grad_norm mixed_precision seed"
+).split()
 CURVES = {"polynomial": "linear", "cosine_with_restarts": "cosine"}  # the loop's names; with a power, or cycles
 
 
 @dataclass(frozen=True)
 class Report:
-    """How a run ended: updates made in all, the mean loss of the last twenty, and whether all of the updates were made."""
+    """How a run ended: updates made in all, and whether these are all of the updates."""
 
     done: int
-    loss: float
     finished: bool
 
 
@@ -76,13 +77,13 @@ def fit(job: Job, settings: TrainSettings) -> Report:
     claimed = checkpoint.claimed(settings) if run.writes else nullcontext()
     early = run.early.in_backward(settings.max_grad_norm) if run.early else nullcontext()
     with claimed, early, signals_call(ask), deterministic(device), frozen_weights(job.modules.values()):
-        start = run.resume()
+        run.resume()
         often = 0.1 if sys.stderr.isatty() else 10.0  # seconds: in a log file, a line now and then
-        bar = tqdm(initial=start, total=total, unit="step", mininterval=often, file=sys.stderr, disable=not run.writes)
+        bar = tqdm(initial=run.done, total=total, unit="step", mininterval=often, file=sys.stderr, disable=not run.writes)
         with bar:
             run.bar = bar
             task = distributed.shared(job, world, settings.train_batch_size, settings.gradient_accumulation_steps)
-            updates = train(replace(task, optimizer=run.optimizer), run.loop, start)
+            updates = train(replace(task, optimizer=run.optimizer), run.loop, run.done)
             while not world.any(bool(asked)):
                 began = time.perf_counter()
                 if (update := next(updates, None)) is None:
@@ -93,7 +94,7 @@ def fit(job: Job, settings: TrainSettings) -> Report:
                 bar.update()
         run.end()
         world.wait()  # no process leaves before the first one has written everything
-    return Report(run.done, run.mean_loss(), run.done == total)
+    return Report(run.done, finished=run.done == total)
 
 
 class Run:
@@ -101,7 +102,7 @@ class Run:
 
     def __init__(self, job: Job, settings: TrainSettings, total: int, world: distributed.World) -> None:
         self.job, self.settings, self.total = job, settings, total
-        same = {name: getattr(settings, name) for name in (*LOOP, "mixed_precision", "seed")}
+        same = {name: getattr(settings, name) for name in LOOP}
         curve = CURVES.get(settings.lr_scheduler, settings.lr_scheduler)
         self.loop = LoopSettings(updates=total, rank=world.rank, lr_scheduler=curve, **same)
         self.optimizer = job.optimizer or optimizer_of(job.trainable, settings)
@@ -112,44 +113,40 @@ class Run:
         self.ema = None if decay is None else EMA(job.trainable, decay)
         self.writes = world.rank == 0
         self.folder = Path(settings.output_dir)
-        self.made_of = json.loads(json.dumps({**settings.identity(total), **job.facts}))
+        self.made_of = settings.identity(total) | job.facts
         self.metrics: list[dict[str, Any]] = []
         self.recent: deque[float] = deque(maxlen=20)  # losses
         self.done = self.saved = self.skipped = 0  # updates; the newest checkpoint's; updates skipped in a row
         self.bar: tqdm | None = None
 
-    def mean_loss(self) -> float:
-        return sum(self.recent) / len(self.recent) if self.recent else math.nan
-
     def losses(self) -> str:
         """For the bar: the mean loss of the last updates, and the last validation loss."""
+        mean = sum(self.recent) / len(self.recent) if self.recent else math.nan
         measured = next((row["val_loss"] for row in reversed(self.metrics) if row.get("val_loss") is not None), None)
-        return f"loss {self.mean_loss():.4f}" + ("" if measured is None else f", val_loss {measured:.4f}")
+        return f"loss {mean:.4f}" + ("" if measured is None else f", val_loss {measured:.4f}")
 
     # --- before the first update
 
-    def resume(self) -> int:
-        """Put everything back as the checkpoint has it; the number of updates already made."""
+    def resume(self) -> None:
+        """Put everything back as the checkpoint has it."""
         if path := checkpoint.find(self.settings):
             self._restore(path)
-        done = self.done
         if not self.writes:
-            return done
+            return
         if path is None and self.settings.resume_from_checkpoint:
             print(f"{self.folder} has no checkpoint yet: starting at the beginning.", file=sys.stderr)
-        self.metrics = [row for row in read_metrics(self.folder) if row["step"] <= done]
+        self.metrics = [row for row in read_metrics(self.folder) if row["step"] <= self.done]
         with self._writing("its first files"):
             if self.settings.report_to == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.board = SummaryWriter(self.folder / self.settings.logging_dir, purge_step=done + 1)
+                self.board = SummaryWriter(self.folder / self.settings.logging_dir, purge_step=self.done + 1)
             write_bytes(self.folder / checkpoint.CONFIG, to_toml(self.settings, self.settings.NOT_SAVED).encode())
             write_bytes(self.folder / METRICS, "".join(json.dumps(row) + "\n" for row in self.metrics).encode())
-        if not done and not self.metrics and (measured := self._measure()):
+        if not self.done and not self.metrics and (measured := self._measure()):
             self._log(step=0, **measured)
-        if done and not self._sheet().exists():  # the last session ended between the checkpoint and the sheet
+        if self.done and not self._sheet().exists():  # the last session ended between the checkpoint and the sheet
             self._draw()
-        return done
 
     def _restore(self, path: Path) -> None:
         manifest, tensors = checkpoint.load(path)

@@ -392,7 +392,7 @@ def test_a_stopped_training_does_not_pass_for_a_finished_one(monkeypatch: pytest
     monkeypatch.setattr("minidiff.trainer.recipes.RECIPES", {LoRASettings: lambda settings: SimpleNamespace(prompt="")})
     monkeypatch.setattr("minidiff.trainer.memory.budgeted", lambda task, settings: nullcontext())
     monkeypatch.setattr("minidiff.cli.first_line.of_training", lambda task, settings: None)
-    monkeypatch.setattr("minidiff.trainer.run.fit", lambda task, settings: Report(done=1, loss=0.0, finished=False))
+    monkeypatch.setattr("minidiff.trainer.run.fit", lambda task, settings: Report(done=1, finished=False))
     with pytest.raises(SystemExit) as leave:
         main(["train", "lora", "--instance_data_dir", "lessons/data/dog", "--instance_prompt", "a sks dog"])
     assert leave.value.code == 130

@@ -81,7 +81,7 @@ def test_a_sheet_counts_its_pictures_once(tiny_folder: Path, capsys: pytest.Capt
 def test_training_says_pictures_updates_and_epochs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from test_cli import POCKET
 
-    monkeypatch.setattr("minidiff.trainer.run.fit", lambda task, settings: Report(done=10, loss=0.0, finished=True))
+    monkeypatch.setattr("minidiff.trainer.run.fit", lambda task, settings: Report(done=10, finished=True))
     flags = [
         "--pretrained_model_name_or_path",
         str(POCKET),

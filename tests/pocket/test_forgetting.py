@@ -58,7 +58,7 @@ def test_a_short_comparison(tiny_with_tower: Path, tmp_path: Path, monkeypatch: 
     assert all(torch.equal(t, first[name]) for name, t in read_header(result).read().items())
     with pytest.raises(SettingsError, match="probes: was .*red car.*, is now .*blue cat"):
         compare(tiny_with_tower, tmp_path, methods=("lora",), probes=("a photo of a blue cat",))
-    monkeypatch.setattr(run, "fit", lambda job, settings: run.Report(1, 0.0, finished=False))
+    monkeypatch.setattr(run, "fit", lambda job, settings: run.Report(1, finished=False))
     with pytest.raises(KeyboardInterrupt):
         compare(tiny_with_tower, tmp_path / "stopped", methods=METHODS)
     assert not (tmp_path / "stopped" / "forgetting.md").exists()
@@ -78,7 +78,7 @@ def check_the_ruler(names: dict[str, Any]) -> None:
 
 def test_every_method_has_settings_that_hold(tiny_with_tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the two with a prior rehearse the class."""
-    monkeypatch.setattr(run, "fit", lambda job, settings: run.Report(0, 0.0, finished=True))  # trains nothing
+    monkeypatch.setattr(run, "fit", lambda job, settings: run.Report(0, finished=True))  # trains nothing
     names = compare(tiny_with_tower, tmp_path, methods=METHODS, num_class_images=1)
     assert list(names["methods"]) == list(METHODS)
     assert [name for name, s in names["runs"].items() if s.with_prior_preservation] == ["dreambooth", "lora-prior"]

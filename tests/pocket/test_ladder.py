@@ -89,7 +89,7 @@ def test_a_short_climb(tiny_with_tower: Path, tmp_path: Path) -> None:
 
 def test_a_rung_that_was_stopped_ends_the_climb(tiny_with_tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else its half would stand in the table as if it were the whole."""
-    monkeypatch.setattr(run, "fit", lambda job, settings: run.Report(1, 0.0, finished=False))
+    monkeypatch.setattr(run, "fit", lambda job, settings: run.Report(1, finished=False))
     with pytest.raises(KeyboardInterrupt):
         climb(tiny_with_tower, tmp_path)
     assert not list(tmp_path.glob("ladder.*"))

@@ -94,7 +94,7 @@ def test_a_run_that_is_stopped_is_no_result(pictures: Path, usual: dict[str, Any
     from minidiff.trainer import python
     from minidiff.trainer.run import Report
 
-    monkeypatch.setattr(python, "fit", lambda task, settings: Report(1, 0.5, finished=False))
+    monkeypatch.setattr(python, "fit", lambda task, settings: Report(1, finished=False))
     with pytest.raises(KeyboardInterrupt, match='1 updates are saved; go on with resume_from_checkpoint="latest"'):
         minidiff.train_lora(pictures, PROMPT, **usual)
 

@@ -12,7 +12,6 @@ The paper has the first alone. The second is distillation from the model before 
 Shapes: B samples of each half, C h w a latent, L tokens, D width of the text.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +66,11 @@ def class_examples(pipe: StableDiffusionPipeline, settings: FineTuneSettings, si
     return read_folder(folder, prompt, captions=False)
 
 
-def class_settings(settings: FineTuneSettings) -> FineTuneSettings:
-    """Settings for the `LatentData` of the class pictures: another seed, else both halves would get the same noise."""
-    return replace(settings, seed=hashed_seed(settings.seed, "class half"))
-
-
 class PairedData:
-    """Instance and class pictures: each half goes through its own pictures at its own pace, the shorter one more often."""
+    """Instance and class pictures: each half goes through its own pictures at its own pace, the shorter one more often.
+
+    Their data have different seeds, else both halves would get the same noise.
+    """
 
     def __init__(self, instance: LatentData, prior: LatentData) -> None:
         self.instance, self.prior = instance, prior

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minidiff.core.errors import SettingsError
 from minidiff.core.losses import squared_error
 from minidiff.core.recipes import DiffusionLoss
-from minidiff.core.rng import generator
+from minidiff.core.rng import generator, hashed_seed
 from minidiff.core.text import tokenize
 from minidiff.core.train import DTYPES, Batch, Task
 from minidiff.draw.device import chosen_device
@@ -33,7 +33,7 @@ from minidiff.trainer.dataset import Scan
 from minidiff.trainer.distributed import world
 from minidiff.trainer.latents import LatentData, held_out, model_fingerprint
 from minidiff.trainer.pictures import check_pictures, training_sizes, warnings_of
-from minidiff.trainer.priors import BasePrior, PairedData, class_examples, class_settings
+from minidiff.trainer.priors import BasePrior, PairedData, class_examples
 from minidiff.trainer.settings import ControlNetSettings, FineTuneSettings, FullSettings
 
 AsBase = Callable[[], AbstractContextManager[None]]
@@ -156,7 +156,7 @@ def with_prior(pipe: StableDiffusionPipeline, data: LatentData) -> LatentData | 
         return BasePrior(data, data.encode([settings.class_prompt or ""]))
     side = data.resolution
     examples = check_pictures(class_examples(pipe, settings, side), [(side, side)], settings.skip_bad)
-    return PairedData(data, data.of(examples, class_settings(settings)))
+    return PairedData(data, data.of(examples, replace(settings, seed=hashed_seed(settings.seed, "class half"))))
 
 
 def has_prior(settings: FineTuneSettings) -> bool:

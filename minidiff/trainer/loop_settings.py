@@ -152,8 +152,8 @@ class TrainSettings(Flags):
         return math.ceil((self.validation_epochs or 0) * (samples or 0) / a_update) or self.validation_steps
 
     def identity(self, total: int) -> dict[str, Any]:
-        """The fields that change the result, in JSON's types: a resumed run must have the same values."""
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in self.HARMLESS}
+        """The fields that change the result: a resumed run must have the same values."""
+        values = {name: value for name, value in asdict(self).items() if name not in self.HARMLESS}
         del values["max_train_steps"], values["num_train_epochs"]
         if self.lr_num_cycles == self.lr_power == 1:  # as before they were flags
             del values["lr_num_cycles"], values["lr_power"]

@@ -113,7 +113,7 @@ class Run:
         self.ema = None if decay is None else EMA(job.trainable, decay)
         self.writes = world.rank == 0
         self.folder = Path(settings.output_dir)
-        self.made_of = settings.identity(total) | job.facts
+        self.made_of = json.loads(json.dumps(settings.identity(total) | job.facts))  # with lists for tuples
         self.metrics: list[dict[str, Any]] = []
         self.recent: deque[float] = deque(maxlen=20)  # losses
         self.done = self.saved = self.skipped = 0  # updates; the newest checkpoint's; updates skipped in a row
@@ -154,13 +154,10 @@ class Run:
         if manifest["step"] > self.total:
             raise SettingsError(f"--max_train_steps: {path} is further already than the {self.total} updates in all.")
         kinds = {name: (p.shape, p.dtype) for name, p in self.job.trainable.items()}
-        try:
-            for group in ("weights", "ema") if self.ema else ("weights",):
-                if {name: (t.shape, t.dtype) for name, t in tensors.get(group, {}).items()} != kinds:
-                    raise WeightsError(f"its {group} are not those that this task trains")
-            load_optimizer_state(self.optimizer, tensors["optimizer"])
-        except WeightsError as error:
-            raise WeightsError(f"{path}: {error}; take another --output_dir.") from error
+        for group in ("weights", "ema") if self.ema else ("weights",):
+            if {name: (t.shape, t.dtype) for name, t in tensors.get(group, {}).items()} != kinds:
+                raise WeightsError(f"{path}: its {group} are not those that this task trains; take another --output_dir.")
+        load_optimizer_state(self.optimizer, tensors["optimizer"])
         for name, p in self.job.trainable.items():
             p.data.copy_(tensors["weights"][name])
             if self.ema:

@@ -20,10 +20,9 @@ from minidiff.draw.progress import progress
 from minidiff.draw.speed import speed_up_network
 from minidiff.files import weights
 from minidiff.files.folder import config_of, read_config
-from minidiff.pocket.dataset import World, load_world
 from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.settings import PretrainSettings
-from minidiff.pocket.stage import begun, chosen, first_of, run
+from minidiff.pocket.stage import World, begun, chosen, first_of, load_world, run
 from minidiff.pocket.textures import texture
 from minidiff.pocket.world import draw, held_out
 from minidiff.trainer.task import Job
@@ -55,9 +54,9 @@ def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
     return error.abs().mean() + error.square().mean() + 0.5 * edges
 
 
-def train_vae(home: Path, settings: PretrainSettings) -> None:
+def train_vae(settings: PretrainSettings) -> None:
     """Stage 1: encoder and decoder together."""
-    world = load_world(home, settings.pictures)
+    world = load_world(settings)
     torch.manual_seed(hashed_seed(settings.seed, "vae"))
     vae = begun(AutoencoderKL(POCKET_VAE), settings, "vae")
     speed_up_network(vae)
@@ -84,7 +83,7 @@ def pictures(world: World, settings: PretrainSettings, stage: str, step: int) ->
     x = world.batch(chosen(settings, stage, step, batch))
     for i in range(batch):
         if torch.rand((), generator=draws) < OUTSIDE:
-            x[i] = to_tensor(Image.fromarray(texture(hashed_seed(settings.seed, f"{stage} texture", step, i))))
+            x[i] = to_tensor(texture(hashed_seed(settings.seed, f"{stage} texture", step, i)))
     mirrored = torch.rand(batch, 1, 1, 1, generator=draws) < 0.5
     return {"x": torch.where(mirrored, x.flip(-1), x), "noise": torch.randn(batch, 4, 16, 16, generator=draws)}
 
@@ -98,26 +97,25 @@ def reconstruction_sheet(vae: AutoencoderKL, count: int = 8) -> Image.Image:
     return contact_sheet([drawings, again], row_labels=["drawn", "reconstructed"])
 
 
-def load_vae(home: Path, settings: PretrainSettings) -> AutoencoderKL:
+def load_vae(settings: PretrainSettings) -> AutoencoderKL:
     """The autoencoder as the last stage that worked on it left it; where none did, that of `init_from`."""
-    trained = home / "vae" / "model.safetensors"
-    files, config = [home / "decoder" / "model.safetensors", home / "standard_vae.safetensors", trained], POCKET_VAE
-    if settings.init_from and not trained.exists():  # another checkpoint's norms may have other groups
-        config = read_config(VAEConfig, *config_of(Path(settings.init_from) / "vae"))
-    vae = AutoencoderKL(config)
-    weights.load_into(vae, first_of(files, settings, "vae"), torch.float32)
+    config = POCKET_VAE
+    if settings.init_from and not (settings.home / "vae" / "model.safetensors").exists():
+        config = read_config(VAEConfig, *config_of(Path(settings.init_from) / "vae"))  # its norms may have other groups
+    vae, files = AutoencoderKL(config), ("decoder/model.safetensors", "standard_vae.safetensors", "vae/model.safetensors")
+    weights.load_into(vae, first_of(settings, "vae", *files), torch.float32)
     speed_up_network(vae)
     return vae.requires_grad_(False)
 
 
 @torch.no_grad()
-def encode_world(home: Path, settings: PretrainSettings) -> None:
+def encode_world(settings: PretrainSettings) -> None:
     """Means and standard deviations of all posteriors, fp16, in units in which a draw has mean 0 and variance 1."""
-    path = home / "latents.safetensors"
+    path = settings.home / "latents.safetensors"
     if path.exists():
         return
-    world, parts, device = load_world(home, settings.pictures), [], chosen_device(settings.device)
-    vae, half = load_vae(home, settings).to(device), settings.sizes.mixed_precision == "bf16"
+    world, parts, device = load_world(settings), [], chosen_device(settings.device)
+    vae, half = load_vae(settings).to(device), settings.sizes.mixed_precision == "bf16"
     for some in progress(torch.arange(settings.pictures).split(16), "batch", "encoding"):
         with torch.autocast(device, torch.bfloat16, enabled=half):  # its error is smaller than the posteriors' deviation
             mean, logvar = vae.encode(world.batch(some.tolist()).to(device))
@@ -125,7 +123,7 @@ def encode_world(home: Path, settings: PretrainSettings) -> None:
     mean, std = (torch.cat(part) for part in zip(*parts))
     centre, spread = mean.mean((0, 2, 3)), (mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))).sqrt()
     standardize(vae.cpu(), centre, spread)
-    weights.save(vae.state_dict(), home / "standard_vae.safetensors")
+    weights.save(vae.state_dict(), settings.home / "standard_vae.safetensors")
     shape = (1, -1, 1, 1)
     mean, std = (mean - centre.view(shape)) / spread.view(shape), std / spread.view(shape)
     weights.save({"mean": mean.half(), "std": std.half()}, path)
@@ -145,10 +143,10 @@ def standardize(vae: AutoencoderKL, centre: Tensor, spread: Tensor) -> None:
     quant.bias[n:] -= 2 * spread.log()  # the other half is ln σ²
 
 
-def train_decoder(home: Path, settings: PretrainSettings) -> None:
+def train_decoder(settings: PretrainSettings) -> None:
     """Stage 2: the encoder, and with it the latents, stay; the decoder goes on learning to read them."""
-    world = load_world(home, settings.pictures)
-    vae = load_vae(home, settings).to(chosen_device(settings.device))
+    world = load_world(settings)
+    vae = load_vae(settings).to(chosen_device(settings.device))
     read = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
 
     def loss(data: Batch, step: int, micro: int) -> Tensor:

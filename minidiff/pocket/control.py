@@ -8,7 +8,6 @@ moves when the net begins to obey its hints, rather suddenly, after some hundred
 
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,10 +24,9 @@ from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import speed_up_network
 from minidiff.files.controlnet import write_controlnet
 from minidiff.pocket.autoencoder import load_vae
-from minidiff.pocket.dataset import World
 from minidiff.pocket.denoiser import Denoising, finished_unet, noise_config
 from minidiff.pocket.settings import PretrainSettings
-from minidiff.pocket.stage import run
+from minidiff.pocket.stage import World, run
 from minidiff.pocket.world import caption, draw, held_out
 from minidiff.trainer.task import Job
 
@@ -36,9 +34,9 @@ WIDTHS = (8, 16, 32, 64)  # of the hint encoder
 UNSEEN = 10_000_000  # seeds from here on are of drawings that no training has seen
 
 
-def train_canny(home: Path, settings: PretrainSettings) -> None:
+def train_canny(settings: PretrainSettings) -> None:
     """The stage `canny`: writes `canny`, a folder of diffusers' form, in fp16."""
-    base, unet, batch = Denoising(home, settings, "canny"), finished_unet(home, settings), settings.sizes.control_batch
+    base, unet, batch = Denoising(settings, "canny"), finished_unet(settings), settings.sizes.control_batch
     hints = edges(base.world)
     torch.manual_seed(hashed_seed(settings.seed, "canny"))
     net = ControlNetModel.from_unet(unet, WIDTHS)
@@ -49,7 +47,7 @@ def train_canny(home: Path, settings: PretrainSettings) -> None:
         indices, draws, words = base.draws(step, batch)
         return base.noised(indices, draws) | {"ids": base.captions(indices, words), "hint": hints(indices)}
 
-    vae = load_vae(home, settings).to(base.device)
+    vae = load_vae(settings).to(base.device)
     pipe = StableDiffusionPipeline(unet, vae, base.towers.text, base.tokenizer, noise_config(settings))
     pipe.set_progress_bar_config(disable=True)
     pipe.controlnet = net

@@ -4,7 +4,6 @@ B samples   4 h w a latent, 4 x 16 x 16
 """
 
 import random
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -22,10 +21,9 @@ from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import speed_up_network
 from minidiff.files import weights
 from minidiff.pocket.autoencoder import load_vae
-from minidiff.pocket.dataset import load_world
 from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.settings import PretrainSettings, Stage
-from minidiff.pocket.stage import begun, chosen, first_of, run
+from minidiff.pocket.stage import begun, chosen, first_of, load_world, run
 from minidiff.pocket.towers import load_towers
 from minidiff.pocket.world import caption, held_out, random_caption
 from minidiff.trainer.task import Job
@@ -54,11 +52,11 @@ def noise_config(settings: PretrainSettings) -> NoiseConfig:
 class Denoising:
     """The start of a stage on latents: the world of N pictures, encoded, the frozen towers, the noise schedule."""
 
-    def __init__(self, home: Path, settings: PretrainSettings, stage: Stage) -> None:
+    def __init__(self, settings: PretrainSettings, stage: Stage) -> None:
         self.settings, self.stage, self.device = settings, stage, chosen_device(settings.device)
-        self.world, posteriors = load_world(home, settings.pictures), weights.read_header(home / "latents.safetensors").read()
+        self.world, posteriors = load_world(settings), weights.read_header(settings.home / "latents.safetensors").read()
         self.mean, self.std = posteriors["mean"], posteriors["std"]  # (N, 4, h, w)
-        self.towers, self.tokenizer = load_towers(home, settings)
+        self.towers, self.tokenizer = load_towers(settings)
         self.text = TextEncoders([self.towers.to(self.device).text])
         self.schedule = NoiseSchedule.from_config(noise_config(settings))
 
@@ -87,9 +85,9 @@ class Denoising:
         return random_caption(self.world.pictures[index], words)
 
 
-def train_unet(home: Path, settings: PretrainSettings) -> None:
+def train_unet(settings: PretrainSettings) -> None:
     """Stage 4: the denoiser, on the frozen text tower."""
-    base, batch = Denoising(home, settings, "unet"), settings.sizes.unet_batch
+    base, batch = Denoising(settings, "unet"), settings.sizes.unet_batch
     torch.manual_seed(hashed_seed(settings.seed, "unet"))
     unet = begun(UNet2DConditionModel(POCKET_UNET), settings, "unet")
     speed_up_network(unet)
@@ -106,32 +104,32 @@ def train_unet(home: Path, settings: PretrainSettings) -> None:
         batch=data,
         loss=DiffusionLoss(unet, base.schedule, base.text, snr_gamma=5.0),
         export=lambda folder: weights.save(unet.state_dict(), folder / "model.safetensors"),
-        preview=lambda done: sample_sheet(home, unet, settings),
+        preview=lambda done: sample_sheet(unet, settings),
         optimizer=Muon(*split(unet, ("conv_in", "conv_out", "time_emb")), lr=2e-3, adam_lr=1e-3),
         ema_decay=0.998,
     )
     run(task, settings, "unet", settings.sizes.unet_steps, batch)
 
 
-def finished_unet(home: Path, settings: PretrainSettings) -> UNet2DConditionModel:
+def finished_unet(settings: PretrainSettings) -> UNet2DConditionModel:
     """The U-Net of its stage, or else that of `init_from`: what is trained beside it comes after it."""
     unet = UNet2DConditionModel(POCKET_UNET)
-    weights.load_into(unet, first_of([home / "unet" / "model.safetensors"], settings, "unet"), torch.float32)
+    weights.load_into(unet, first_of(settings, "unet", "unet/model.safetensors"), torch.float32)
     return unet
 
 
-def pocket_pipeline(home: Path, unet: UNet2DConditionModel, settings: PretrainSettings) -> StableDiffusionPipeline:
+def pocket_pipeline(unet: UNet2DConditionModel, settings: PretrainSettings) -> StableDiffusionPipeline:
     """All parts as they are now. The default sampler is DDIM."""
-    towers, tokenizer = load_towers(home, settings)
-    vae = load_vae(home, settings)
+    towers, tokenizer = load_towers(settings)
+    vae = load_vae(settings)
     pipe = StableDiffusionPipeline(unet, vae, towers.text, tokenizer, noise_config(settings), sampler="ddim")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def sample_sheet(home: Path, unet: UNet2DConditionModel, settings: PretrainSettings) -> Image.Image:
+def sample_sheet(unet: UNet2DConditionModel, settings: PretrainSettings) -> Image.Image:
     """Sixteen held-out prompts, at guidance 5."""
     prompts = [caption(picture) for picture in held_out(16, seed=1)]
-    pipe = pocket_pipeline(home, unet, settings).to(unet.conv_in.weight.device)
+    pipe = pocket_pipeline(unet, settings).to(unet.conv_in.weight.device)
     images = pipe(prompts, guidance_scale=5.0, num_inference_steps=25, seed=0).images
     return contact_sheet([images[:8], images[8:]], tile=192)

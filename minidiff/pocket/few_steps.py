@@ -76,9 +76,9 @@ def end_of_curve(student: Network, schedule: NoiseSchedule, x: Tensor, t: Tensor
     return c_skip * x + c_out * x0  # LCM eq. 9
 
 
-def train_student(home: Path, settings: PretrainSettings) -> None:
+def train_student(settings: PretrainSettings) -> None:
     """The stage `student`: writes `student/pytorch_lora_weights.safetensors`, with kohya's names, as LCM-LoRA has them."""
-    base, unet, batch = Denoising(home, settings, "student"), finished_unet(home, settings), settings.sizes.student_batch
+    base, unet, batch = Denoising(settings, "student"), finished_unet(settings), settings.sizes.student_batch
     inject(unet, RANK, targets=TARGETS, seed=settings.seed)
     speed_up_network(unet.to(base.device))
 

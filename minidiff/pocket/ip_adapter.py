@@ -20,20 +20,19 @@ from minidiff.core.train import Batch
 from minidiff.draw.progress import progress
 from minidiff.draw.speed import speed_up_network
 from minidiff.files import weights
-from minidiff.pocket.dataset import World
 from minidiff.pocket.denoiser import Denoising, finished_unet
 from minidiff.pocket.settings import PretrainSettings
-from minidiff.pocket.stage import run
+from minidiff.pocket.stage import World, run
 from minidiff.pocket.towers import WIDTH, Towers, save_image_tower
 from minidiff.trainer.task import Job
 
 DROP = {"image": 0.05, "caption": 0.45, "both": 0.05}  # shares of the samples
 
 
-def train_ip_adapter(home: Path, settings: PretrainSettings) -> None:
+def train_ip_adapter(settings: PretrainSettings) -> None:
     """The stage `ip`: writes `ip/ip_adapter.safetensors`, in fp16, and the image tower beside it."""
-    base, unet, batch = Denoising(home, settings, "ip"), finished_unet(home, settings), settings.sizes.ip_batch
-    embeddings = load_embeddings(home, base.world, base.towers)
+    base, unet, batch = Denoising(settings, "ip"), finished_unet(settings), settings.sizes.ip_batch
+    embeddings = load_embeddings(settings.home / "image_embeds.safetensors", base.world, base.towers)
     torch.manual_seed(hashed_seed(settings.seed, "ip"))
     adapter = IPAdapter(ImageProjection(WIDTH, WIDTH), unet).to(base.device)
     inject(unet, adapter)
@@ -58,10 +57,10 @@ def train_ip_adapter(home: Path, settings: PretrainSettings) -> None:
 
 
 @torch.no_grad()
-def load_embeddings(home: Path, world: World, towers: Towers) -> Tensor:
+def load_embeddings(path: Path, world: World, towers: Towers) -> Tensor:
     """The image tower's embedding of every picture (N, E), computed once."""
-    path, device = home / "image_embeds.safetensors", towers.log_scale.device
     if not path.exists():
+        device = towers.log_scale.device
         bar = progress(torch.arange(len(world.pictures)).split(64), "batch", "looking")
         rows = [towers.image(pixel_values=world.batch(some.tolist()).to(device)).image_embeds.cpu() for some in bar]
         weights.save({"image_embeds": torch.cat(rows)}, path)

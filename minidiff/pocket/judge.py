@@ -173,10 +173,9 @@ def photographs() -> Tensor | None:
 
 def sharpness(vae: AutoencoderKL, drawings: int = 200) -> dict[str, float]:
     """How well the autoencoder keeps pictures that it never saw: PSNR in dB; and its worst flat pixel of 255."""
-    kept_out = [Image.fromarray(texture(10**6 + i, kind)) for kind in KEPT_OUT for i in range(16)]
     some = {
-        "the world": to_batch([draw(p, 10**6 + i) for i, p in enumerate(held_out(drawings))]),
-        "patterns kept out": to_batch(kept_out),
+        "the world": to_batch(draw(p, 10**6 + i) for i, p in enumerate(held_out(drawings))),
+        "patterns kept out": to_batch(texture(10**6 + i, kind) for kind in KEPT_OUT for i in range(16)),
         "flat colours": flat_colours(),
     }
     if (photos := photographs()) is not None:

@@ -18,6 +18,7 @@ goes on where it was stopped. The last stage assembles `output_dir/pocket`, in t
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,46 +27,45 @@ import torch
 from minidiff.files.folder import WORDS, read_json, write_json
 from minidiff.pocket.autoencoder import encode_world, train_decoder, train_vae
 from minidiff.pocket.control import train_canny
-from minidiff.pocket.dataset import load_world
 from minidiff.pocket.denoiser import finished_unet, pocket_pipeline, train_unet
 from minidiff.pocket.few_steps import train_student
 from minidiff.pocket.ip_adapter import train_ip_adapter
 from minidiff.pocket.judge import judge
 from minidiff.pocket.settings import JudgeSettings, PretrainSettings, Stage
-from minidiff.pocket.stage import tokenizer_folder
+from minidiff.pocket.stage import load_world, tokenizer_folder
 from minidiff.pocket.towers import load_towers, save_image_tower, train_clip
 from minidiff.pocket.world import word_list
 
 
 def pretrain(settings: PretrainSettings) -> Path:
     """Run the stages; returns the folder with the finished checkpoint."""
-    home = Path(settings.output_dir)
     for stage in settings.stages:
         print(f"== {stage}", file=sys.stderr)
-        RUN[stage](home, settings)
-    return home / "pocket"
+        RUN[stage](settings)
+    return settings.home / "pocket"
 
 
-def assemble(home: Path, settings: PretrainSettings) -> None:
+def assemble(settings: PretrainSettings) -> None:
     """`home/pocket`: SD 1.5's layout, fp16, with CLIP's image tower beside it."""
-    folder = home / "pocket"
-    pipe = pocket_pipeline(home, finished_unet(home, settings), settings)
+    folder = settings.home / "pocket"
+    pipe = pocket_pipeline(finished_unet(settings), settings)
     pipe.save_pretrained(folder, torch.float16)
-    shutil.copytree(tokenizer_folder(home, settings), folder / "tokenizer", dirs_exist_ok=True)
-    save_image_tower(load_towers(home, settings)[0].image, folder / "image_encoder")
+    shutil.copytree(tokenizer_folder(settings), folder / "tokenizer", dirs_exist_ok=True)
+    save_image_tower(load_towers(settings)[0].image, folder / "image_encoder")
     index = read_json(folder / "model_index.json", "it was written just now")
     write_json(folder / WORDS, word_list())
     write_json(folder / "model_index.json", index | {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]})
 
 
-def judge_pocket(home: Path, settings: PretrainSettings) -> None:
+def judge_pocket(settings: PretrainSettings) -> None:
     """The figures of the model card, printed and kept in `scores.json`."""
-    half, path = settings.sizes.mixed_precision, str(home / "judge.safetensors")
-    write_json(home / "scores.json", judge(JudgeSettings(str(home / "pocket"), judge=path, mixed_precision=half)))
+    folder, judge_file = settings.home / "pocket", settings.home / "judge.safetensors"
+    scores = judge(JudgeSettings(str(folder), judge=str(judge_file), mixed_precision=settings.sizes.mixed_precision))
+    write_json(settings.home / "scores.json", scores)
 
 
-RUN: dict[Stage, Any] = {
-    "world": lambda home, settings: load_world(home, settings.pictures),
+RUN: dict[Stage, Callable[[PretrainSettings], Any]] = {
+    "world": load_world,
     "vae": train_vae,
     "latents": encode_world,
     "decoder": train_decoder,

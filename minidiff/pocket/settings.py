@@ -1,6 +1,7 @@
 """The settings of the pocket world's own commands. Nothing here imports torch, so that `--help` is quick."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_args
 
@@ -81,6 +82,10 @@ class PretrainSettings(Flags):
     """Output of the U-Net. A U-Net of --init_from that predicts something else learns it anew from its weights."""
     seed: int = 0
     """Seed of all random values."""
+
+    @property
+    def home(self) -> Path:
+        return Path(self.output_dir)
 
     @property
     def sizes(self) -> Any:

@@ -9,25 +9,27 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from PIL import Image
 
+SIZE = 128
 OVER = 2  # drawn so many times as large, then averaged down: lines get soft edges
 Rng = np.random.Generator
 Plane = np.ndarray
 Painter = Callable[[Rng, Plane, Plane], np.ndarray]
 
 
-def texture(seed: int, kind: str | None = None, size: int = 128) -> np.ndarray:
-    """A picture (size, size, 3), uint8, of this kind or of a random one that may be trained on."""
+def texture(seed: int, kind: str | None = None) -> Image.Image:
+    """A picture of SIZE x SIZE pixels, of this kind or of a random one that may be trained on."""
     rng = np.random.default_rng(seed)
     kind = kind or str(rng.choice(list(SHARES), p=np.array(list(SHARES.values())) / sum(SHARES.values())))
-    picture = painted(rng, kind, size * OVER)
-    picture = picture.reshape(size, OVER, size, OVER, 3).mean((1, 3))
+    picture = painted(rng, kind, SIZE * OVER)
+    picture = picture.reshape(SIZE, OVER, SIZE, OVER, 3).mean((1, 3))
     if kind not in ("flat", "gradient"):
         if rng.random() < 0.3:  # uneven light
-            picture = picture * (1 - 0.6 * rng.random() * cloud(rng, size, 2.5)[..., None])
+            picture = picture * (1 - 0.6 * rng.random() * cloud(rng, SIZE, 2.5)[..., None])
         if rng.random() < 0.2:  # grain
             picture = picture + rng.uniform(0.01, 0.06) * rng.standard_normal(picture.shape)
-    return (picture * 255).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray((picture * 255).round().clip(0, 255).astype(np.uint8))
 
 
 def painted(rng: Rng, kind: str, side: int) -> np.ndarray:

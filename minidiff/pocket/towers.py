@@ -24,12 +24,11 @@ from minidiff.draw.device import chosen_device
 from minidiff.files import weights
 from minidiff.files.folder import write_json
 from minidiff.files.text_files import load_tokenizer
-from minidiff.pocket.dataset import hard_batch, load_world, lookalikes
 from minidiff.pocket.muon import Muon, split
 from minidiff.pocket.settings import PretrainSettings
-from minidiff.pocket.stage import begun, first_of, run, tokenizer_folder
+from minidiff.pocket.stage import begun, first_of, load_world, run, tokenizer_folder
 from minidiff.pocket.tokenizer import build_tokenizer
-from minidiff.pocket.world import caption, random_caption
+from minidiff.pocket.world import Picture, caption, random_caption
 from minidiff.trainer.task import Job
 
 WIDTH = 128
@@ -92,13 +91,33 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.mT, target)) / 2
 
 
-def train_clip(home: Path, settings: PretrainSettings) -> None:
+def lookalikes(pictures: list[Picture]) -> list[list[list[int]]]:
+    """The pictures of each colour, place and style together, and in these groups those of each object."""
+    groups: dict[tuple[str, str, str], dict[str, list[int]]] = {}
+    for i, p in enumerate(pictures):
+        groups.setdefault((p.colour, p.scene, p.style), {}).setdefault(p.object, []).append(i)
+    return [list(objects.values()) for objects in groups.values()]
+
+
+def hard_batch(groups: list[list[list[int]]], count: int, draws: random.Random) -> list[int]:
+    """`count` pictures from a few groups, one of each object: all that tells neighbours apart is their shape.
+
+    Of random pictures hardly two share colour, place and style, so that CLIP could tell captions apart without ever
+    looking at the object; and then its words for dog and fish would be all but the same to the U-Net.
+    """
+    indices: list[int] = []
+    while len(indices) < count:
+        indices += [draws.choice(objects) for objects in draws.choice(groups)]
+    return indices[:count]
+
+
+def train_clip(settings: PretrainSettings) -> None:
     """Stage 3: a tokenizer for the world's words, then the two towers."""
-    batch, world = 96, load_world(home, settings.pictures)
+    batch, world = 96, load_world(settings)
     if not settings.init_from:
-        build_tokenizer(home / "tokenizer", sorted({caption(p) for p in world.pictures} | {"a picture of an"}))
+        build_tokenizer(settings.home / "tokenizer", sorted({caption(p) for p in world.pictures} | {"a picture of an"}))
     torch.manual_seed(hashed_seed(settings.seed, "clip"))
-    towers, tokenizer = new_towers(home, settings)
+    towers, tokenizer = new_towers(settings)
     groups = lookalikes(world.pictures)
 
     def data(step: int, micro: int) -> Batch:
@@ -117,18 +136,18 @@ def train_clip(home: Path, settings: PretrainSettings) -> None:
     run(task, settings, "clip", settings.sizes.clip_steps, batch, warmup=50)
 
 
-def new_towers(home: Path, settings: PretrainSettings) -> tuple[Towers, Any]:
+def new_towers(settings: PretrainSettings) -> tuple[Towers, Any]:
     """The towers with random weights or those of `init_from`, on the device; and the tokenizer."""
-    tokenizer = load_tokenizer(tokenizer_folder(home, settings))
+    tokenizer = load_tokenizer(tokenizer_folder(settings))
     towers = Towers(len(tokenizer))
     begun(towers.text, settings, "text_encoder")
     begun(towers.image, settings, "image_encoder")
     return towers.to(chosen_device(settings.device)), tokenizer
 
 
-def load_towers(home: Path, settings: PretrainSettings) -> tuple[Towers, Any]:
+def load_towers(settings: PretrainSettings) -> tuple[Towers, Any]:
     """The towers and the tokenizer as the CLIP stage left them, frozen; where it did not run, those of `init_from`."""
-    (towers, tokenizer), trained = new_towers(home, settings), home / "clip" / "model.safetensors"
-    if trained.exists() or not settings.init_from:
-        weights.load_into(towers, first_of([trained], settings, "clip"))
+    towers, tokenizer = new_towers(settings)
+    if not settings.init_from or (settings.home / "clip" / "model.safetensors").exists():
+        weights.load_into(towers, first_of(settings, "clip", "clip/model.safetensors"))
     return towers.cpu().eval().requires_grad_(False), tokenizer

@@ -9,8 +9,8 @@ from minidiff.draw.canny import canny
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.controlnet import read_controlnet
 from minidiff.pocket import control, pretrain
-from minidiff.pocket.dataset import load_world
 from minidiff.pocket.settings import PretrainSettings
+from minidiff.pocket.stage import load_world
 from minidiff.trainer.run import read_metrics
 
 POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
@@ -28,7 +28,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_hints(home: Path) -> None:
-    world = load_world(home, 4)
+    world = load_world(PretrainSettings(str(home), pictures=4))
     edges = control.edges(world)([2, 0])
     assert edges.shape == (2, 3, 128, 128) and torch.equal(edges[0, 1] * 255, torch.from_numpy(canny(world.pixels[2])).float())
 

@@ -98,8 +98,7 @@ def held_out(examples: list[Example], settings: FineTuneSettings) -> tuple[list[
     measured = s.validation_steps and s.validation_share and not s.validation_data_dir
     few = max(1, round(s.validation_share * count)) if measured and count >= ENOUGH else 0
     chosen = set(torch.randperm(count, generator=generator(s.seed, "held out")).tolist()[:few])
-    parts = [[e for i, e in enumerate(examples) if (i in chosen) is kept] for kept in (False, True)]
-    return parts[0], parts[1]
+    return [e for i, e in enumerate(examples) if i not in chosen], [examples[i] for i in sorted(chosen)]
 
 
 # --- the order of an epoch -------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from minidiff.core.errors import SettingsError
 from minidiff.files import values
 from minidiff.files.values import A_FOLDER, Flags, Rule, at_least, between
 
-MOST = 10_000_000  # updates of a run
 DEFAULT_UPDATES = 400
 
 
@@ -53,7 +52,7 @@ class TrainSettings(Flags):
     """Samples in one forward pass. With several GPUs they share these samples."""
     gradient_accumulation_steps: BatchSize = 1
     """Forward passes in one update. Their gradients are averaged, as for one larger batch."""
-    max_train_steps: Annotated[int, between(1, MOST)] | None = None
+    max_train_steps: Annotated[int, between(1, 10_000_000)] | None = None
     """Updates in total, including those before a resume. Default: 400, unless --num_train_epochs is given."""
     num_train_epochs: Annotated[int, between(1, 1_000_000)] | None = None
     """How many times all samples are used, instead of --max_train_steps."""
@@ -122,34 +121,25 @@ class TrainSettings(Flags):
         """Raise SettingsError, naming the flag, for a value that cannot work, or for two flags that exclude each other."""
         super().check()
         for flag, holds, rule in RULES:
-            if value := getattr(self, flag, None):
-                self.need(bool(holds(self)), flag, f"{rule}; it is {value!r}" if value is not True else rule)
+            if (value := getattr(self, flag, None)) and not holds(self):
+                raise SettingsError(f"--{flag} {rule}{'' if value is True else f'; it is {value!r}'}.")
         if self.num_train_epochs is None:
             self.updates(None)
 
-    def need(self, holds: bool, flag: str, rule: str) -> None:
-        """One check: raise SettingsError with the flag and the rule unless the rule `holds`."""
-        if not holds:
-            raise SettingsError(f"--{flag} {rule}.")
+    def updates_of(self, epochs: int | None, samples: int | None) -> int:
+        """Updates in so many epochs of `samples`, which are numbered through the run: one update may belong to two epochs."""
+        return math.ceil((epochs or 0) * (samples or 0) / (self.train_batch_size * self.gradient_accumulation_steps))
 
     def updates(self, samples: int | None) -> int:
-        """Updates in total. `samples` is the length of an epoch; None for a task without epochs.
-
-        Samples are numbered through the whole run, so an update may use the last of one epoch and the first of the next.
-        """
-        total = self.max_train_steps or DEFAULT_UPDATES
-        if self.num_train_epochs is not None:
-            self.need(samples is not None, "num_train_epochs", "needs a task with epochs; give --max_train_steps")
-            a_update = self.train_batch_size * self.gradient_accumulation_steps
-            total = math.ceil(self.num_train_epochs * (samples or 0) / a_update)
-            self.need(total <= MOST, "num_train_epochs", f"makes {total} updates, and a run has at most {MOST}")
-        self.need(self.lr_warmup_steps <= total, "lr_warmup_steps", f"must not exceed the {total} updates in total")
+        """Updates in total. `samples` is the length of an epoch; None for a task without epochs."""
+        total = self.updates_of(self.num_train_epochs, samples) or self.max_train_steps or DEFAULT_UPDATES
+        if self.lr_warmup_steps > total:
+            raise SettingsError(f"--lr_warmup_steps must not exceed the {total} updates in total.")
         return total
 
     def validate_every(self, samples: int | None) -> int:
         """Updates from one sheet to the next; `samples` is the length of an epoch."""
-        a_update = self.train_batch_size * self.gradient_accumulation_steps
-        return math.ceil((self.validation_epochs or 0) * (samples or 0) / a_update) or self.validation_steps
+        return self.updates_of(self.validation_epochs, samples) or self.validation_steps
 
     def identity(self, total: int) -> dict[str, Any]:
         """The fields that change the result: a resumed run must have the same values."""

@@ -24,14 +24,17 @@ LICENSE = ("license", "license_name", "license_link")
 SHEET = "sheet.png"  # of samples/, which show training pictures, only this is published
 # git and huggingface_hub follow .gitignore
 NOT_PUBLISHED = ("checkpoint-*/", "samples/", "metrics.jsonl", ".lock", ".tmp-*", "state/")
-WORD, LORA = 'pipe.load_textual_inversion("{name}")', 'pipe.load_lora_weights("{name}")'
 TITLES = dict(dreambooth="DreamBooth", lora="LoRA", textual_inversion="Textual inversion", pivotal="Pivotal tuning",
               controlnet="ControlNet", ip_adapter="IP-Adapter")  # fmt: skip
-CONTROL = """net = ControlNetModel.from_pretrained("{name}")
-pipe = StableDiffusionControlNetPipeline.from_pretrained("{base}", controlnet=net)"""
+WHOLE = 'pipe = StableDiffusionPipeline.from_pretrained("{name}")'
+BASE = 'pipe = StableDiffusionPipeline.from_pretrained("{base}")'
+WORD, LORA = 'pipe.load_textual_inversion("{name}")', 'pipe.load_lora_weights("{name}")'
 IP = 'pipe.load_ip_adapter("{name}", subfolder="", weight_name="ip_adapter.safetensors")'
-USAGE = {  # by tag; other results are whole models
-    "ip_adapter": [IP], "lora": [LORA], "textual_inversion": [WORD], "pivotal": [WORD, LORA],
+NET = 'net = ControlNetModel.from_pretrained("{name}")'
+CONTROLLED = 'pipe = StableDiffusionControlNetPipeline.from_pretrained("{base}", controlnet=net)'
+CODE = {  # that loads a result, by tag; other results are WHOLE models
+    "lora": [BASE, LORA], "textual_inversion": [BASE, WORD], "pivotal": [BASE, WORD, LORA], "ip_adapter": [BASE, IP],
+    "controlnet": [NET, CONTROLLED],
 }  # fmt: skip
 
 
@@ -113,12 +116,9 @@ def write_card(folder: Path, settings: FineTuneSettings, updates: int, tag: str,
         front["instance_prompt"] = prompt or trigger
         lines.append(f"Its trigger word: `{literal(trigger)}`.")
     there = Path(os.path.relpath(base, Path(settings.output_dir).parent)).as_posix() if Path(base).exists() else base
-    load = f'pipe = StableDiffusionPipeline.from_pretrained("{there if tag in USAGE else name}")'
-    use = "\n".join([load, *(line.format(name=name) for line in USAGE.get(tag, []))])
-    names = "StableDiffusionPipeline"
-    if tag == "controlnet":
-        names, use = "ControlNetModel, StableDiffusionControlNetPipeline", CONTROL.format(name=name, base=there)
-    lines.append(f"```python\nfrom minidiff import {names}  # or from diffusers\n\n{use}\n```")
+    code = "\n".join(CODE.get(tag, [WHOLE])).format(name=name, base=there)
+    names = ", ".join(re.findall(r"(\w+)\.from_pretrained", code))
+    lines.append(f"```python\nfrom minidiff import {names}  # or from diffusers\n\n{code}\n```")
     lines.append(f"Made with minidiff. The licence ({license_word(terms)}) is that of the base model. Settings:")
     lines.append(f"```toml\n{to_toml(settings, settings.HARMLESS)}```")
     (folder / "README.md").write_text(f"---\n{front}\n---\n\n" + "\n\n".join(lines) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ from minidiff.core.ip_adapter import ImageProjection, IPAdapter
 from minidiff.core.rng import hashed_seed
 from minidiff.core.train import DTYPES
 from minidiff.draw.control import check_family
-from minidiff.draw.lora_tags import at_strengths, print_trainable_parameters
+from minidiff.draw.lora_tags import print_trainable_parameters
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import checkpoint_gradients, speed_up
 from minidiff.files.controlnet import read_controlnet, write_controlnet
@@ -52,8 +52,7 @@ def lora(settings: kinds.LoRASettings) -> Job:
     trainable = new_adapters(pipe, settings)
     data = load_data(pipe, settings, settings.train_text_encoder)
     spec = model_spec(settings, "lora", data, pipe, base_hash)
-    write, off = partial(write_adapters, pipe, spec), partial(at_strengths, pipe.unet, {"default": 0.0})
-    return make_job(pipe, settings, base_hash, data, trainable, write, "lora", off)
+    return make_job(pipe, settings, base_hash, data, trainable, partial(write_adapters, pipe, spec), "lora")
 
 
 def textual_inversion(settings: kinds.TextualInversionSettings) -> Job:
@@ -80,8 +79,7 @@ def pivotal(settings: kinds.PivotalSettings) -> Job:
         write_adapters(pipe, spec, folder)
         save_embedding(folder, settings.placeholder_token, word["word"], metadata=spec, second=word.get("word_2"))
 
-    off = partial(at_strengths, pipe.unet, {"default": 0.0})
-    return make_job(pipe, settings, base_hash, data, adapters | word, export, "pivotal", off)
+    return make_job(pipe, settings, base_hash, data, adapters | word, export, "pivotal")
 
 
 def controlnet(settings: kinds.ControlNetSettings) -> Job:

@@ -6,7 +6,6 @@ Shapes: B samples, C h w a latent, L tokens, D width of the text.
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from minidiff.core.text import tokenize
 from minidiff.core.train import DTYPES, Batch, Task
 from minidiff.draw.device import chosen_device
 from minidiff.draw.images import save_png
+from minidiff.draw.lora_tags import at_strengths
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import checkpoint_gradients
 from minidiff.files.folder import local_folder
@@ -34,9 +34,7 @@ from minidiff.trainer.distributed import world
 from minidiff.trainer.latents import LatentData, held_out, model_fingerprint
 from minidiff.trainer.pictures import check_pictures, training_sizes, warnings_of
 from minidiff.trainer.priors import BasePrior, PairedData, class_examples
-from minidiff.trainer.settings import ControlNetSettings, FineTuneSettings, FullSettings
-
-AsBase = Callable[[], AbstractContextManager[None]]
+from minidiff.trainer.settings import AdapterSettings, ControlNetSettings, FineTuneSettings, FullSettings
 
 
 @dataclass
@@ -167,27 +165,26 @@ def has_prior(settings: FineTuneSettings) -> bool:
 # --- the task -----------------------------------------------------------------------------------------------------------
 
 
-def diffusion_loss(
-    pipe: StableDiffusionPipeline, settings: FineTuneSettings, as_base: AsBase | None = None
-) -> tuple[DiffusionLoss, nn.Module | None]:
+def diffusion_loss(pipe: StableDiffusionPipeline, settings: FineTuneSettings) -> tuple[DiffusionLoss, nn.Module | None]:
     """The loss with what the settings add to it; and a copy of the untrained U-Net, if --prior_from_base needs one.
 
-    Inside `as_base()` the U-Net in training predicts what the base does, so that no copy is needed. Call this while the model
+    Without its adapters the U-Net in training predicts what the base does: then no copy is needed. Call this while the model
     still is the base.
     """
     s, base, untuned = settings, None, None
     if has_prior(s) and s.prior_from_base:
         with torch.no_grad():
             words = [part.to(pipe.device) for part in pipe.encode_captions([s.class_prompt or ""])]  # (1, L, D), perhaps (1, P)
-        untuned = copy.deepcopy(pipe.unet).requires_grad_(False) if as_base is None else None
-        unet, inside = untuned or pipe.unet, as_base or nullcontext
+        untuned = None if isinstance(s, AdapterSettings) else copy.deepcopy(pipe.unet).requires_grad_(False)
 
         def base(x_t: Tensor, t: Tensor, *text: Tensor) -> Tensor:
             own = [part.expand(len(x_t), *part.shape[1:]) for part in words]
             if len(own) > 1:  # the sizes are the pictures' own
                 own[1] = torch.cat([own[1], text[1][:, own[1].shape[1] :]], dim=1)
-            with inside():
-                return unet(x_t, t, *own)
+            if untuned is not None:
+                return untuned(x_t, t, *own)
+            with at_strengths(pipe.unet, {"default": 0.0}):
+                return pipe.unet(x_t, t, *own)
 
     weight, net = s.prior_loss_weight if has_prior(s) else 0.0, pipe.controlnet[0] if pipe.controlnet else None
     ip = pipe.image_prompt.adapter if pipe.image_prompt else None
@@ -197,15 +194,14 @@ def diffusion_loss(
 
 def make_job(
     pipe: StableDiffusionPipeline, settings: FineTuneSettings, base_hash: str, data: LatentData,
-    trainable: dict[str, nn.Parameter], export: Callable[[Path], None], tag: str, as_base: AsBase | None = None,
+    trainable: dict[str, nn.Parameter], export: Callable[[Path], None], tag: str,
 ) -> Job:  # fmt: skip
     """The job. The model still is the base here: it draws missing class pictures and the first row of the sheets.
 
-    Then networks that no step needs leave the GPU or the memory. `tag` names the method in the model card; for `as_base` see
-    `diffusion_loss`.
+    Then networks that no step needs leave the GPU or the memory. `tag` names the method in the model card.
     """
     batches, sheets = with_prior(pipe, data), validation.Sheets(pipe, settings, data)
-    loss, untuned = diffusion_loss(pipe, settings, as_base)
+    loss, untuned = diffusion_loss(pipe, settings)
     networks = pipe.parts.adaptable | dict(zip(["controlnet"], pipe.controlnet))
     beside: dict[str, nn.Module] = {"VAE": pipe.vae} | ({} if untuned is None else {"untuned U-Net": untuned})
     if pipe.image_prompt:

@@ -40,7 +40,7 @@ from minidiff.trainer.task import Job, load_base, load_data, make_job
 def full(settings: kinds.FullSettings) -> Job:
     """Full fine-tuning and DreamBooth. The result is a whole model folder."""
     pipe, base_hash = load_base(settings, unrounded=True)  # as trained weights start
-    data = load_data(pipe, settings, settings.train_text_encoder)
+    data = load_data(pipe, settings)
     trainable = read_by(pipe, core.full(trained_networks(pipe, settings)))
     tag = "dreambooth" if settings.with_prior_preservation else "full"
     return make_job(pipe, settings, base_hash, data, trainable, pipe.save_pretrained, tag)
@@ -50,7 +50,7 @@ def lora(settings: kinds.LoRASettings) -> Job:
     """LoRA or DoRA. The result is `pytorch_lora_weights.safetensors`, which minidiff and diffusers load."""
     pipe, base_hash = load_base(settings)
     trainable = new_adapters(pipe, settings)
-    data = load_data(pipe, settings, settings.train_text_encoder)
+    data = load_data(pipe, settings)
     spec = model_spec(settings, "lora", data, pipe, base_hash)
     return make_job(pipe, settings, base_hash, data, trainable, partial(write_adapters, pipe, spec), "lora")
 
@@ -194,7 +194,7 @@ def new_word(pipe: StableDiffusionPipeline, settings: kinds.WordSettings) -> cor
 def load_word_data(pipe: StableDiffusionPipeline, settings: kinds.WordSettings) -> LatentData:
     """The pictures, and the word in sentences: the captions or the prompt, or else the paper's kind of neutral ones."""
     word, neutral = settings.placeholder_token, TEMPLATES[settings.learnable_property]
-    data = load_data(pipe, settings, True, ("{}",) if settings.instance_prompt else neutral)
+    data = load_data(pipe, settings, ("{}",) if settings.instance_prompt else neutral)
     if settings.train_data_dir and (few := [e for e in data.examples if len(e.templates) > 1]):
         some = f"{len(few)} of {len(data.examples)} pictures have no caption"
         print(f"Note: {some}, so neutral sentences are trained for them (--learnable_property).", file=sys.stderr)

@@ -34,7 +34,7 @@ from minidiff.trainer.distributed import world
 from minidiff.trainer.latents import LatentData, held_out, model_fingerprint
 from minidiff.trainer.pictures import check_pictures, training_sizes, warnings_of
 from minidiff.trainer.priors import BasePrior, PairedData, class_examples
-from minidiff.trainer.settings import AdapterSettings, ControlNetSettings, FineTuneSettings, FullSettings
+from minidiff.trainer.settings import AdapterSettings, ControlNetSettings, FineTuneSettings, FullSettings, WordSettings
 
 
 @dataclass
@@ -96,16 +96,11 @@ def load_base(settings: FineTuneSettings, unrounded: bool = False) -> tuple[Stab
 
 
 def load_data(
-    pipe: StableDiffusionPipeline,
-    settings: FineTuneSettings,
-    live_text: bool = False,
-    templates: Sequence[str] = ("{}",),
-    folder: str | None = None,
+    pipe: StableDiffusionPipeline, settings: FineTuneSettings, templates: Sequence[str] = ("{}",), folder: str | None = None
 ) -> LatentData:
     """The training pictures, or those of another folder, and their prompts: checked and encoded.
 
-    With `live_text` a batch holds token ids, for a text encoder that changes in training. The `templates` are for pictures
-    without a caption of their own.
+    The `templates` are for pictures without a caption of their own.
     """
     s, where = settings, Path(folder or settings.instance_data_dir or settings.train_data_dir or "")
     side, sizes = training_sizes(pipe.unet.config, pipe.vae.config, s.resolution, s.aspect_ratio_buckets)
@@ -122,7 +117,7 @@ def load_data(
     examples, kept = held_out(check_pictures(examples, sizes, s.skip_bad), s) if folder is None else (examples, [])
 
     def encode(prompts: list[str]) -> Batch:
-        if live_text:
+        if isinstance(s, WordSettings) or getattr(s, "train_text_encoder", False):  # it changes in training
             return {"ids": tokenize(pipe.tokenizer, prompts, pipe.placeholders)}
         return dict(zip(("text", "pooled"), pipe.encode_captions(prompts)))
 
@@ -141,7 +136,7 @@ def validation_data(pipe: StableDiffusionPipeline, settings: FineTuneSettings, d
     """The pictures of the validation loss: another folder's, or those that are held out, or else the training pictures."""
     plain = replace(settings, masked_loss=False, random_flip=False)
     if settings.validation_data_dir:
-        return load_data(pipe, plain, data.live_text, folder=settings.validation_data_dir)
+        return load_data(pipe, plain, folder=settings.validation_data_dir)
     return data.of(data.held_out, plain) if data.held_out else data
 
 

@@ -34,7 +34,7 @@ OUTSIDE = 0.4  # of the pictures come from textures.py and not from the world
 KL_WEIGHT = 3e-5  # keeps the latents near a Gaussian, and the decoder used to a little noise in them
 
 
-def vae_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor, anchor: Tensor) -> Tensor:
+def vae_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor, anchor: float) -> Tensor:
     """Reconstruction and KL, both as means: arXiv 2112.10752, appendix G, without its discriminator.
 
     Left alone, a small encoder finds light and dark at once, and red and green only after many thousand pictures. So
@@ -61,14 +61,14 @@ def train_vae(settings: PretrainSettings) -> None:
     vae = begun(AutoencoderKL(POCKET_VAE), settings, "vae")
     speed_up_network(vae)
 
-    def data(step: int, micro: int) -> Batch:
+    def loss(data: Batch, step: int, micro: int) -> Tensor:
         anchor = 0.0 if settings.init_from else max(0.5 * (1 - step / 1200), 0.0)
-        return pictures(world, settings, "vae", step) | {"anchor": torch.tensor(anchor)}
+        return vae_loss(vae, data["x"], data["noise"], anchor)
 
     task = Job(
         trainable=dict(vae.named_parameters()),
-        batch=data,
-        loss=lambda data, step, micro: vae_loss(vae, data["x"], data["noise"], data["anchor"]),
+        batch=lambda step, micro: pictures(world, settings, "vae", step),
+        loss=loss,
         export=lambda folder: weights.save(vae.state_dict(), folder / "model.safetensors"),
         preview=lambda done: reconstruction_sheet(vae),
         optimizer=Muon(*split(vae, ("conv_in", "conv_out", "quant_conv")), lr=1.5e-3, adam_lr=1.5e-3),
@@ -111,8 +111,7 @@ def load_vae(settings: PretrainSettings) -> AutoencoderKL:
 @torch.no_grad()
 def encode_world(settings: PretrainSettings) -> None:
     """Means and standard deviations of all posteriors, fp16, in units in which a draw has mean 0 and variance 1."""
-    path = settings.home / "latents.safetensors"
-    if path.exists():
+    if (path := settings.home / "latents.safetensors").exists():
         return
     world, parts, device = load_world(settings), [], chosen_device(settings.device)
     vae, half = load_vae(settings).to(device), settings.sizes.mixed_precision == "bf16"
@@ -124,9 +123,8 @@ def encode_world(settings: PretrainSettings) -> None:
     centre, spread = mean.mean((0, 2, 3)), (mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))).sqrt()
     standardize(vae.cpu(), centre, spread)
     weights.save(vae.state_dict(), settings.home / "standard_vae.safetensors")
-    shape = (1, -1, 1, 1)
-    mean, std = (mean - centre.view(shape)) / spread.view(shape), std / spread.view(shape)
-    weights.save({"mean": mean.half(), "std": std.half()}, path)
+    centre, spread = centre.view(-1, 1, 1), spread.view(-1, 1, 1)
+    weights.save({"mean": ((mean - centre) / spread).half(), "std": (std / spread).half()}, path)
 
 
 def standardize(vae: AutoencoderKL, centre: Tensor, spread: Tensor) -> None:

@@ -37,7 +37,6 @@ from minidiff.pocket.world import COLOURS, OBJECTS, SCENES, STYLES, Picture, any
 from minidiff.trainer.pictures import psnr
 
 QUESTIONS: dict[str, tuple[str, ...]] = {"object": OBJECTS, "colour": COLOURS, "scene": SCENES, "style": STYLES}
-ANATOMY = ("spoiled", "whole")
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina", "immunohistochemistry", "brick",
                "grass", "gravel")  # fmt: skip
 
@@ -45,7 +44,7 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", 
 class Judge(nn.Module):
     """Seven convolutions, five of which halve the side, then one linear layer for each question.
 
-    A whole dog and a whole cup have little in common, so each object has an answer of its own to "is it whole?".
+    A whole dog and a whole cup have little in common, so each object has an answer of its own to "is it whole?": 0 or 1.
     """
 
     def __init__(self) -> None:
@@ -54,14 +53,14 @@ class Judge(nn.Module):
         for c_in, c_out, stride in zip(widths, widths[1:], strides):
             layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.GroupNorm(8, c_out), nn.SiLU()]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, 256), nn.SiLU())
-        answers = {question: len(words) for question, words in QUESTIONS.items()} | {"whole": len(OBJECTS) * len(ANATOMY)}
+        answers = {question: len(words) for question, words in QUESTIONS.items()} | {"whole": len(OBJECTS) * 2}
         self.heads = nn.ModuleDict({question: nn.Linear(256, count) for question, count in answers.items()})
 
     def forward(self, x: Tensor, objects: Tensor) -> dict[str, Tensor]:
         """x (B, 3, 128, 128) in [-1, 1], the objects that should be on it (B,) -> logits (B, words) for each question."""
         features = self.body(x)
         logits = {question: head(features) for question, head in self.heads.items()}
-        logits["whole"] = logits["whole"].unflatten(1, (len(OBJECTS), len(ANATOMY)))[torch.arange(len(x)), objects]
+        logits["whole"] = logits["whole"].unflatten(1, (len(OBJECTS), 2))[torch.arange(len(x)), objects]
         return logits
 
 
@@ -119,20 +118,18 @@ def train_judge(steps: int = 2000, batch: int = 48, vae: AutoencoderKL | None = 
 
 def load_or_train_judge(path: Path, vae: AutoencoderKL | None = None, half: bool = False) -> Judge:
     """The judge of a file; trained first, and kept there, if there is none."""
+    judge = Judge()
     if path.exists():
-        judge = Judge()
         weights.load_into(judge, path)
-        return judge.eval()
-    path.parent.mkdir(parents=True, exist_ok=True)  # now, and not after some minutes: perhaps it cannot be
-    judge = train_judge(vae=vae, half=half)
-    weights.save(judge.state_dict(), path)
-    return judge
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)  # now, and not after some minutes: perhaps it cannot be
+        judge = train_judge(vae=vae, half=half)
+        weights.save(judge.state_dict(), path)
+    return judge.eval()
 
 
 @torch.no_grad()
-def score(
-    judge: Judge, pictures: list[Picture], show: Callable[[list[Picture]], Tensor], batch: int = 20
-) -> dict[str, float]:
+def score(judge: Judge, pictures: list[Picture], show: Callable[[list[Picture]], Tensor], batch: int = 20) -> dict[str, float]:
     """Shares of right answers: does the judge read from `show(pictures)`, (B, 3, 128, 128), what the pictures should show?
 
     `all` is all of QUESTIONS at once; `whole` stands beside it.
@@ -143,8 +140,7 @@ def score(
         truth = answers(part)
         logits = judge(show(part), truth["object"])
         right = torch.stack([logits[question].argmax(-1) == truth[question] for question in QUESTIONS])
-        whole = logits["whole"].argmax(-1) == ANATOMY.index("whole")
-        hits.append(torch.stack([*right, right.all(0), whole]))
+        hits.append(torch.stack([*right, right.all(0), logits["whole"].argmax(-1) == 1]))
     return dict(zip((*QUESTIONS, "all", "whole"), torch.cat(hits, dim=1).float().mean(1).tolist()))
 
 

@@ -77,7 +77,7 @@ def test_vae_appendix_b_kl() -> None:
     vae: AutoencoderKL = OneLatent(mean, logvar, x)  # type: ignore[assignment]
     normal = torch.distributions.Normal
     kl = torch.distributions.kl_divergence(normal(mean, (0.5 * logvar).exp()), normal(0.0, 1.0)).mean()
-    loss = autoencoder.vae_loss(vae, x, torch.zeros_like(mean), torch.tensor(0.0))
+    loss = autoencoder.vae_loss(vae, x, torch.zeros_like(mean), 0.0)
     torch.testing.assert_close(loss, autoencoder.KL_WEIGHT * kl)
 
 
@@ -160,14 +160,14 @@ def test_judge_scores_what_it_is_shown() -> None:
 
     class First(nn.Module):
         def forward(self, x: Tensor, objects: Tensor) -> dict[str, Tensor]:
-            words = {**judge.QUESTIONS, "whole": judge.ANATOMY}
+            words = {**judge.QUESTIONS, "whole": ("spoiled", "whole")}
             return {q: F.one_hot(torch.zeros(len(x), dtype=torch.long), len(w)).float() for q, w in words.items()}
 
     pictures = held_out(30)
     scores = judge.score(First(), pictures, lambda part: torch.zeros(len(part), 3, 128, 128), batch=7)  # type: ignore[arg-type]
     for question, words in judge.QUESTIONS.items():
         assert scores[question] == pytest.approx(sum(getattr(p, question) == words[0] for p in pictures) / 30)
-    assert scores["whole"] == 0  # its first word is "spoiled"
+    assert scores["whole"] == 0  # its first answer is "spoiled"
 
 
 def test_each_object_has_an_answer_of_its_own_to_whole() -> None:

@@ -23,8 +23,7 @@ from minidiff.draw.canny import canny
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.speed import speed_up_network
 from minidiff.files.controlnet import write_controlnet
-from minidiff.pocket.autoencoder import load_vae
-from minidiff.pocket.denoiser import Denoising, finished_unet, noise_config
+from minidiff.pocket.denoiser import Denoising, finished_unet, pocket_pipeline
 from minidiff.pocket.settings import PretrainSettings
 from minidiff.pocket.stage import World, run
 from minidiff.pocket.world import caption, draw, held_out
@@ -47,9 +46,7 @@ def train_canny(settings: PretrainSettings) -> None:
         indices, draws, words = base.draws(step, batch)
         return base.noised(indices, draws) | {"ids": base.captions(indices, words), "hint": hints(indices)}
 
-    vae = load_vae(settings).to(base.device)
-    pipe = StableDiffusionPipeline(unet, vae, base.towers.text, base.tokenizer, noise_config(settings))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pocket_pipeline(unet, settings).to(base.device)
     pipe.controlnet = net
     task = Job(
         trainable=full({"controlnet": net}),

@@ -119,10 +119,9 @@ def finished_unet(settings: PretrainSettings) -> UNet2DConditionModel:
 
 
 def pocket_pipeline(unet: UNet2DConditionModel, settings: PretrainSettings) -> StableDiffusionPipeline:
-    """All parts as they are now. The default sampler is DDIM."""
+    """All parts as they are now."""
     towers, tokenizer = load_towers(settings)
-    vae = load_vae(settings)
-    pipe = StableDiffusionPipeline(unet, vae, towers.text, tokenizer, noise_config(settings), sampler="ddim")
+    pipe = StableDiffusionPipeline(unet, load_vae(settings), towers.text, tokenizer, noise_config(settings))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

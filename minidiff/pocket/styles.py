@@ -47,7 +47,7 @@ def watercolor(scene: Scene, shapes: Sequence[Shape], shadow: Shape, size: int, 
     lay(picture, bleached(scene.shadow, 0.3), silhouette([shadow], SOFT * OVER), 1.6, 0.8)
     picture = on_paper(picture, rng, darkest=0.66, border=True)
     canvas = enlarged(picture, size * OVER)
-    washed = [Shape(shape.points, mix(shape.fill, PAPER, 0.04 if shape.detail else 0.12), shape.detail) for shape in shapes]
+    washed = [replace(shape, fill=mix(shape.fill, PAPER, 0.04 if shape.detail else 0.12)) for shape in shapes]
     rims = [mix(shape.fill, (60, 40, 80), 0.4) for shape in washed]
     paint(canvas, washed, line=rims, width=0.016)
     return on_paper(soften(canvas.reduce(OVER), 0.8), rng, darkest=0.8)

@@ -71,15 +71,16 @@ class Loss(nn.Module):
         return self.loss(batch, step, micro)
 
 
-def shared(task: Task, world: World, batch_size: int, accumulation: int) -> Task:
-    """The task on the rows of this process, whose loss and gradients are means over all; `accumulation`: batches an update."""
+def shared(task: Task, world: World, settings: TrainSettings) -> Task:
+    """The task on the rows of this process; its loss and its gradients are means over all processes."""
     if world.size == 1:
         return task
     module = DistributedDataParallel(Loss(task))
 
     def loss(batch: Batch, step: int, micro: int) -> Tensor:
-        with module.no_sync() if micro < accumulation - 1 else nullcontext():  # gradients travel once an update
-            own: Tensor = module(world.share(batch, batch_size), step, micro)
+        last = micro == settings.gradient_accumulation_steps - 1
+        with nullcontext() if last else module.no_sync():  # gradients travel once an update
+            own: Tensor = module(world.share(batch, settings.train_batch_size), step, micro)
         mean = summed(own.detach().clone()) / world.size
         return own + (mean - own.detach())  # the value is the mean; the gradient is that of `own`, and DDP averages it
 

@@ -9,11 +9,6 @@ from torch import Tensor, nn
 from minidiff.draw.speed import needed
 from minidiff.trainer.settings import TrainSettings
 
-try:
-    from minidiff.fast.adam8bit import LeanAdamW
-except ModuleNotFoundError:  # the folder minidiff/fast was deleted: no optimizer is one of these
-    LeanAdamW = type(None)  # type: ignore[assignment,misc]
-
 
 def adamw(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) with the settings' numbers: torch's, or ours where memory is short.
@@ -24,6 +19,8 @@ def adamw(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.opti
     numbers = s.learning_rate, (s.adam_beta1, s.adam_beta2), s.adam_epsilon, s.adam_weight_decay
     if s.use_8bit_adam or s.optimizer_in_backward:
         needed("--use_8bit_adam and --optimizer_in_backward")
+        from minidiff.fast.adam8bit import LeanAdamW  # only now: the folder minidiff/fast may have been deleted
+
         return LeanAdamW(parameters, *numbers, eight_bit=s.use_8bit_adam)
     return torch.optim.AdamW(parameters, *numbers, fused=True)
 

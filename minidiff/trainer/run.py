@@ -82,8 +82,8 @@ def fit(job: Job, settings: TrainSettings) -> Report:
         bar = tqdm(initial=run.done, total=total, unit="step", mininterval=often, file=sys.stderr, disable=not run.writes)
         with bar:
             run.bar = bar
-            task = distributed.shared(job, world, settings.train_batch_size, settings.gradient_accumulation_steps)
-            updates = train(replace(task, optimizer=run.optimizer), run.loop, run.done)
+            task = replace(distributed.shared(job, world, settings), optimizer=run.optimizer)
+            updates = train(task, run.loop, run.done)
             while not world.any(bool(asked)):
                 began = time.perf_counter()
                 if (update := next(updates, None)) is None:

@@ -2,9 +2,9 @@
 
     batch = B samples of the instance, then B of the class      -> losses.prior_preservation
 
-    with class pictures    drawn once by the base model; the class half is noise on these         `PairedData`
+    with class pictures    drawn once by the base model; the class half is noise on these         `paired`
     from the base itself   the class half is other noise on the instance's latents, under the
-                           class prompt, and its target is what the base model predicts there     `BasePrior`
+                           class prompt, and its target is what the base model predicts there     `paired_by_base`
 
 The paper has the first alone. The second is distillation from the model before training, as in Learning without Forgetting
 (arXiv 1606.09282, section 3), which asks an old model about new pictures in the same way.
@@ -12,11 +12,13 @@ The paper has the first alone. The second is distillation from the model before 
 Shapes: B samples of each half, C h w a latent, L tokens, D width of the text.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from minidiff.core.errors import DataError
 from minidiff.core.rng import generator, hashed_seed, normal
@@ -27,7 +29,8 @@ from minidiff.draw.progress import progress
 from minidiff.draw.prompting import literal
 from minidiff.trainer import distributed
 from minidiff.trainer.dataset import Example, is_picture, read_folder
-from minidiff.trainer.latents import LatentData, fingerprint
+from minidiff.trainer.latents import LatentData, Tensors, fingerprint
+from minidiff.trainer.pictures import check_pictures
 from minidiff.trainer.settings import FineTuneSettings
 
 
@@ -66,45 +69,44 @@ def class_examples(pipe: StableDiffusionPipeline, settings: FineTuneSettings, si
     return read_folder(folder, prompt, captions=False)
 
 
-class PairedData:
-    """Instance and class pictures: each half goes through its own pictures at its own pace, the shorter one more often.
+def paired(instance: LatentData, prior: LatentData, step: int, micro: int) -> Tensors:
+    """`LatentData.batch` with 2B rows: each half goes through its own pictures at its own pace, the shorter one more often.
 
-    Their data have different seeds, else both halves would get the same noise.
+    The data have different seeds, else both halves would get the same noise.
     """
-
-    def __init__(self, instance: LatentData, prior: LatentData) -> None:
-        self.instance, self.prior = instance, prior
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Facts about the data. A resumed run must have the same."""
-        pictures = self.prior.examples
-        return self.instance.facts | {"class_pictures": len(pictures), "class_data": fingerprint(pictures)}
-
-    def batch(self, step: int, micro: int) -> dict[str, Tensor]:
-        """As `LatentData.batch`, with 2B rows."""
-        instance, prior = self.instance.batch(step, micro), self.prior.batch(step, micro)
-        return {name: torch.cat([instance[name], prior[name]]) for name in instance}
+    first, second = instance.batch(step, micro), prior.batch(step, micro)
+    return {name: torch.cat([first[name], second[name]]) for name in first}
 
 
-class BasePrior:
-    """Prior preservation without class pictures: the class half is the same latents, with other noise and timesteps.
+def paired_by_base(instance: LatentData, class_prompt: Tensors, step: int, micro: int) -> Tensors:
+    """`LatentData.batch` with 2B rows: the class half is the same latents, with other noise and timesteps.
 
-    `class_prompt` is the class prompt as `instance.encode` gives it: one row of text or ids.
+    `class_prompt` is one row of text or ids. The target of the class half comes from core/recipes.py.
     """
+    batch, numbers = instance.batch(step, micro), instance.numbers(step, micro)
+    seed, shape, T = instance.settings.seed, batch["latents"].shape[1:], instance.timesteps
+    prior = batch | {
+        "noise": torch.stack([normal(shape, seed, "prior noise", n) for n in numbers]),
+        "t": torch.stack([torch.randint(T, (), generator=generator(seed, "prior t", n)) for n in numbers]),
+        "mask": torch.ones(len(numbers), 1, *shape[1:]),
+        **{name: row.expand(len(numbers), *row.shape[1:]) for name, row in class_prompt.items()},
+    }
+    return {name: torch.cat([rows, prior[name]]) for name, rows in batch.items()}
 
-    def __init__(self, instance: LatentData, class_prompt: dict[str, Tensor]) -> None:
-        self.instance, self.class_prompt = instance, {name: row.detach().cpu() for name, row in class_prompt.items()}
-        self.facts = instance.facts
 
-    def batch(self, step: int, micro: int) -> dict[str, Tensor]:
-        """As `LatentData.batch`, with 2B rows. The target of the last B comes from core/recipes.py."""
-        batch, numbers = self.instance.batch(step, micro), self.instance.numbers(step, micro)
-        seed, shape, T = self.instance.settings.seed, batch["latents"].shape[1:], self.instance.timesteps
-        prior = batch | {
-            "noise": torch.stack([normal(shape, seed, "prior noise", n) for n in numbers]),
-            "t": torch.stack([torch.randint(T, (), generator=generator(seed, "prior t", n)) for n in numbers]),
-            "mask": torch.ones(len(numbers), 1, *shape[1:]),
-            **{name: row.expand(len(numbers), *row.shape[1:]) for name, row in self.class_prompt.items()},
-        }
-        return {name: torch.cat([rows, prior[name]]) for name, rows in batch.items()}
+def has_prior(settings: FineTuneSettings) -> bool:
+    """Weight 0 is the plain loss: then the class half is not computed at all."""
+    return settings.with_prior_preservation and settings.prior_loss_weight > 0
+
+
+def with_prior(pipe: StableDiffusionPipeline, data: LatentData) -> tuple[Callable[[int, int], Tensors], dict[str, Any]]:
+    """Batches and facts of the data, with the class half if the settings ask for one. The model must still be the base."""
+    s, side = data.settings, data.resolution
+    if not has_prior(s):
+        return data.batch, data.facts
+    if s.prior_from_base:
+        class_prompt = {name: row.detach().cpu() for name, row in data.encode([s.class_prompt or ""]).items()}
+        return partial(paired_by_base, data, class_prompt), data.facts
+    examples = check_pictures(class_examples(pipe, s, side), [(side, side)], s.skip_bad)
+    prior = data.of(examples, replace(s, seed=hashed_seed(s.seed, "class half")))
+    return partial(paired, data, prior), data.facts | {"class_pictures": len(examples), "class_data": fingerprint(examples)}

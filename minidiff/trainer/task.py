@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minidiff.core.errors import SettingsError
 from minidiff.core.losses import squared_error
 from minidiff.core.recipes import DiffusionLoss
-from minidiff.core.rng import generator, hashed_seed
+from minidiff.core.rng import generator
 from minidiff.core.text import tokenize
 from minidiff.core.train import DTYPES, Batch, Task
 from minidiff.draw.device import chosen_device
@@ -33,7 +33,7 @@ from minidiff.trainer.dataset import Scan
 from minidiff.trainer.distributed import world
 from minidiff.trainer.latents import LatentData, held_out, model_fingerprint
 from minidiff.trainer.pictures import check_pictures, training_sizes, warnings_of
-from minidiff.trainer.priors import BasePrior, PairedData, class_examples
+from minidiff.trainer.priors import has_prior, with_prior
 from minidiff.trainer.settings import AdapterSettings, ControlNetSettings, FineTuneSettings, FullSettings, WordSettings
 
 
@@ -140,23 +140,6 @@ def validation_data(pipe: StableDiffusionPipeline, settings: FineTuneSettings, d
     return data.of(data.held_out, plain) if data.held_out else data
 
 
-def with_prior(pipe: StableDiffusionPipeline, data: LatentData) -> LatentData | PairedData | BasePrior:
-    """The data with its class half, if --with_prior_preservation asks for one. The model must still be the base."""
-    settings = data.settings
-    if not has_prior(settings):
-        return data
-    if settings.prior_from_base:
-        return BasePrior(data, data.encode([settings.class_prompt or ""]))
-    side = data.resolution
-    examples = check_pictures(class_examples(pipe, settings, side), [(side, side)], settings.skip_bad)
-    return PairedData(data, data.of(examples, replace(settings, seed=hashed_seed(settings.seed, "class half"))))
-
-
-def has_prior(settings: FineTuneSettings) -> bool:
-    """Weight 0 is the plain loss: then the class half is not computed at all."""
-    return settings.with_prior_preservation and settings.prior_loss_weight > 0
-
-
 # --- the task -----------------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +178,7 @@ def make_job(
 
     Then networks that no step needs leave the GPU or the memory. `tag` names the method in the model card.
     """
-    batches, sheets = with_prior(pipe, data), validation.Sheets(pipe, settings, data)
+    (batch, facts), sheets = with_prior(pipe, data), validation.Sheets(pipe, settings, data)
     loss, untuned = diffusion_loss(pipe, settings)
     networks = pipe.parts.adaptable | dict(zip(["controlnet"], pipe.controlnet))
     beside: dict[str, nn.Module] = {"VAE": pipe.vae} | ({} if untuned is None else {"untuned U-Net": untuned})
@@ -228,14 +211,14 @@ def make_job(
         network.train()  # with dropout, where there is some
     return Job(
         trainable=trainable,
-        batch=batches.batch,
+        batch=batch,
         loss=loss,
         export=export,
         card=card,
         preview=sheets.sheet,
         prompt=sheets.prompts[0],
         validate=validate,
-        facts={"base": base_hash} | batches.facts,
+        facts={"base": base_hash} | facts,
         samples_per_epoch=data.samples_per_epoch,
         modules=networks,
         beside=beside,

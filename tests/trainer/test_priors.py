@@ -20,7 +20,7 @@ from minidiff.draw.images import read_png_text, save_png
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.trainer.dataset import Example
 from minidiff.trainer.latents import LatentData
-from minidiff.trainer.priors import BasePrior, PairedData, class_examples
+from minidiff.trainer.priors import class_examples, paired, paired_by_base
 from minidiff.trainer.settings import FineTuneSettings
 
 
@@ -147,30 +147,26 @@ def latents(folder: Path, count: int, caption: str, settings: FineTuneSettings) 
 def test_both_halves_are_in_one_batch(settings: FineTuneSettings, tmp_path: Path) -> None:
     instance = latents(tmp_path / "i", 2, "instance", settings)
     prior = latents(tmp_path / "c", 3, "class", replace(settings, seed=1))
-    data = PairedData(instance, prior)
     for step in range(4):
-        batch, alone = data.batch(step, 0), instance.batch(step, 0)
+        batch, alone = paired(instance, prior, step, 0), instance.batch(step, 0)
         assert all(torch.equal(batch[name][:2], alone[name]) for name in alone)  # the instance half is what it was
         assert batch["text"][:, 0, 0].tolist() == [8, 8, 5, 5]
         assert not torch.equal(batch["noise"][:2], batch["noise"][2:])  # and each half has noise of its own
     drawn = [prior.draw(number).picture for number in range(6)]
     assert sorted(drawn[:3]) == sorted(drawn[3:]) == [0, 1, 2]
-    assert data.facts["pictures"] == 2 and data.facts["class_pictures"] == 3
-    assert data.facts["class_data"] != data.facts["data"]
 
 
 def test_prior_from_base_batches(settings: FineTuneSettings, tmp_path: Path) -> None:
     settings = replace(settings, masked_loss=True)
     instance = latents(tmp_path / "i", 2, "instance", settings)
-    data = BasePrior(instance, encode(["class"]))
-    batch, alone = data.batch(3, 0), instance.batch(3, 0)
+    batch, alone = paired_by_base(instance, encode(["class"]), 3, 0), instance.batch(3, 0)
     assert all(torch.equal(batch[name][:2], alone[name]) for name in alone)
     assert torch.equal(batch["latents"][2:], alone["latents"]) and batch["mask"].shape == (4, 1, 16, 16)
     assert batch["text"][:, 0, 0].tolist() == [8, 8, 5, 5]
     assert not torch.equal(batch["noise"][2:], alone["noise"]) and not torch.equal(batch["t"][2:], alone["t"])
-    wide = BasePrior(latents(tmp_path / "i", 2, "instance", replace(settings, train_batch_size=4)), encode(["class"]))
-    rows = torch.cat([data.batch(2, 0)["noise"][2:], data.batch(3, 0)["noise"][2:]])
-    assert torch.equal(wide.batch(1, 0)["noise"][4:], rows)  # one batch of 4 is two of 2
+    wide = latents(tmp_path / "i", 2, "instance", replace(settings, train_batch_size=4))
+    rows = torch.cat([paired_by_base(instance, encode(["class"]), step, 0)["noise"][2:] for step in (2, 3)])
+    assert torch.equal(paired_by_base(wide, encode(["class"]), 1, 0)["noise"][4:], rows)  # one batch of 4 is two of 2
 
 
 class Echo(nn.Module):

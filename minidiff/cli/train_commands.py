@@ -78,7 +78,8 @@ def warn_of_words(s: FineTuneSettings) -> None:
 
     tokenizer = load_tokenizer(local_folder(s.pretrained_model_name_or_path) / "tokenizer", light_text())
     where = Path(s.instance_data_dir or s.train_data_dir or "")
-    scan = Scan(s.prompt, s.caption_column, s.masked_loss, s.captions).of(where)
+    hints = getattr(s, "conditioning_image_column", None)  # no column of captions
+    scan = Scan(s.prompt, s.caption_column, s.masked_loss, s.captions, s.image_column, hints).of(where)
     texts = [*(one.caption for one in scan.examples), s.class_prompt or "", *s.validation_prompt]
     new = {word: [0] for word in [getattr(s, "placeholder_token", "")] if word}
     warn_of_unknown_words(s.pretrained_model_name_or_path, tokenizer, texts, new)

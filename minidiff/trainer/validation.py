@@ -114,10 +114,10 @@ class Sheets:
         self.pipe, self.settings, self.data, first = pipe, settings, data, data.examples[0]
         own = literal(first.templates[0].replace("{}", settings.prompt or first.caption))
         self.prompts = settings.validation_prompt or (own,)
-        self.seeds = [settings.seed + i for i in range(settings.num_validation_images)]
+        seeds = [settings.seed + i for i in range(settings.num_validation_images)]
         shown = self.prompts if settings.validation_prompt or settings.prompt else ("the first caption",)  # which is private
-        self.columns = [f"{prompt}, seed {seed}" for prompt in shown for seed in self.seeds]
-        self.calls: list[dict[str, Any]] = [{"prompt": p, "seed": seed} for p in self.prompts for seed in self.seeds]
+        self.columns = [f"{prompt}, seed {seed}" for prompt in shown for seed in seeds]
+        self.calls: list[dict[str, Any]] = [{"prompt": p, "seed": seed} for p in self.prompts for seed in seeds]
         self.sees = isinstance(settings, ControlNetSettings | IPAdapterSettings)
         seen = data.examples[: len(self.columns)]
         if self.sees:  # each column shows another picture, with its caption

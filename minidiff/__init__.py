@@ -9,6 +9,7 @@ says nothing until it is asked to: logging.basicConfig(level=logging.INFO).
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,9 +50,12 @@ NEAREST = {  # schedulers that minidiff does not have
 
 
 def __getattr__(name: str) -> Any:
-    if name in NEAREST:
-        raise ImportError(f"minidiff has no {name}; {NEAREST[name]} is nearest to it.")
     if name not in _HOMES:
+        from minidiff.core.errors import did_you_mean
+
+        near = f" {NEAREST[name]} is nearest to it." if name in NEAREST else did_you_mean(name, _HOMES)
+        if near and not name.startswith("_") and not find_spec(f"minidiff.{name}"):
+            raise ImportError(f"minidiff has no {name}.{near}")  # an import hides an AttributeError's text
         raise AttributeError(f"module 'minidiff' has no attribute {name!r}")
     try:
         home = import_module(_HOMES[name])

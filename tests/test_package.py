@@ -3,7 +3,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from minidiff.cli.train_commands import lesson_file
+from minidiff.cli.train_commands import lesson_files
 from minidiff.files.bundled import here_or_bundled
 from minidiff.files.folder import local_folder
 from minidiff.trainer.dataset import read_folder
@@ -28,7 +28,7 @@ def test_the_pocket_checkpoint_and_the_pictures_are_found_from_any_folder(tmp_pa
     monkeypatch.chdir(tmp_path)
     assert local_folder("checkpoints/pocket") == ROOT / "checkpoints/pocket"
     assert len(read_folder(Path("lessons/data/dog"), "a photo of a sks dog")) == 5
-    assert lesson_file(0).is_file()
+    assert lesson_files()[0].is_file()
 
 
 def test_what_lies_in_the_present_folder_comes_first(tmp_path, monkeypatch):

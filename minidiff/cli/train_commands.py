@@ -204,28 +204,23 @@ def forgetting(s: ForgettingSettings) -> None:
 
 
 def lesson(s: Lesson) -> None:
-    if s.number is None:
-        print(*lesson_titles(), "", "  minidiff lesson NUMBER: runs it", sep="\n")
-    else:
-        run_lesson(s.number)
+    run_lesson(s.number)
 
 
-def run_lesson(number: int, **given: Any) -> None:
-    runpy.run_path(str(lesson_file(number)), init_globals=given, run_name="__main__")
+def run_lesson(number: int | None, **given: Any) -> None:
+    """Without a number, list the lessons. SettingsError, with the list, for one that is not there."""
+    if number in (files := lesson_files()):
+        runpy.run_path(str(files[number]), init_globals=given, run_name="__main__")
+        return
+    headings = [path.read_text("utf-8").splitlines()[1] for path in files.values()]  # "# # Lesson 5: samplers"
+    titles = [f"{n:>4}  {heading.partition(': ')[2]}" for n, heading in zip(files, headings)]
+    if number is not None:
+        raise SettingsError("\n".join([f"there is no lesson {number}. There are:", *titles]))
+    print(*titles, "", "  minidiff lesson NUMBER: runs it", sep="\n")
 
 
-def lesson_file(number: int) -> Path:
-    """A lesson's file; SettingsError, with those that are there, if it is not."""
-    if found := sorted((HOME / "lessons").glob(f"{number:02}_*.py")):
-        return found[0]
-    raise SettingsError("\n".join([f"there is no lesson {number}. There are:", *lesson_titles()]))
-
-
-def lesson_titles() -> list[str]:
-    """The first heading of each lesson, in order: `  5  samplers`."""
-    files = sorted((HOME / "lessons").glob("[0-9][0-9]_*.py"))
-    headings = [next(line for line in path.read_text("utf-8").splitlines() if line.startswith("# # ")) for path in files]
-    return [f"{number:>4}  {title}" for number, title in (h.removeprefix("# # Lesson ").split(": ", 1) for h in headings)]
+def lesson_files() -> dict[int, Path]:
+    return {int(path.name[:2]): path for path in sorted((HOME / "lessons").glob("[0-9][0-9]_*.py"))}
 
 
 def bench(s: Bench) -> None:

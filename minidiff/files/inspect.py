@@ -87,6 +87,8 @@ def lora_facts(file: TensorFile) -> Facts:
     lora = read_lora(file)
     facts: Facts = {"trained by": "minidiff" if "base_fingerprint" in file.metadata else ""}
     facts |= {"trigger words": trigger_words(file.metadata), "new words": list(lora.words)}
+    if file.metadata.get("trigger"):  # as in the model card: the word, and the prompt that it stood in
+        facts["prompt"] = file.metadata.get("modelspec.trigger_phrase", "")
     facts["layers"] = layer_groups(lora.modules)
     if not lora.alpha_known:
         facts["alpha"] = "not in the file; then it is the rank"
@@ -109,7 +111,8 @@ def layer_groups(modules: Mapping[str, LoRAWeights]) -> list[str]:
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     """The words for a prompt, from the metadata of minidiff, kohya and others."""
-    words = [metadata[key] for key in ("modelspec.trigger_phrase", "instance_prompt", "trigger") if metadata.get(key)]
+    keys = ("trigger",) if metadata.get("trigger") else ("modelspec.trigger_phrase", "instance_prompt")
+    words = [metadata[key] for key in keys if metadata.get(key)]
     try:
         folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
         counts: Counter[str] = sum((Counter(tags) for tags in folders.values()), Counter())

@@ -48,7 +48,8 @@ def tensor_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 
 @pytest.mark.parametrize("style", ["diffusers", "kohya"])
 def test_lora(modules: dict[str, LoRAWeights], model: ModelParts, tmp_path: Path, style: str) -> None:
-    path = save_lora(modules, tmp_path / "a.safetensors", style, torch.float16, {"modelspec.trigger_phrase": "sks dog"})
+    about = {"modelspec.trigger_phrase": "a photo of a sks dog", "trigger": "sks"}
+    path = save_lora(modules, tmp_path / "a.safetensors", style, torch.float16, about)
     found, text = facts(path), as_text(inspect(path)[0])
     assert found["is"] == f"a LoRA in the {style} style for an unknown model (cross-attention width 24)"
     count = sum(name.startswith("unet.") for name in modules)
@@ -56,7 +57,7 @@ def test_lora(modules: dict[str, LoRAWeights], model: ModelParts, tmp_path: Path
     assert found["layers"][1].startswith("12 of the text encoder: rank 2, alpha 3 (fc1, fc2, k_proj, ")
     tensors = len(modules) * (3 if style == "kohya" else 2)
     assert "problem" not in found
-    assert found["trigger words"] == ["sks dog"] and "never trained" not in found
+    assert found["trigger words"] == ["sks"] and found["prompt"] == "a photo of a sks dog" and "never trained" not in found
     assert f"{path.stat().st_size:,} bytes; {tensors} tensors of" in found["size"] and "float16" in found["size"]
     lines = text.splitlines()
     assert lines[0] == str(path) and len({line.find(line.split("  ", 2)[2].strip()) for line in lines[1:3]}) == 1

@@ -16,9 +16,15 @@ def test_every_name_is_listed() -> None:
 
 @pytest.mark.parametrize(("name", "near"), minidiff.NEAREST.items())
 def test_a_scheduler_that_is_not_there(name: str, near: str) -> None:
-    with pytest.raises(ImportError, match=f"minidiff has no {name}; {near} is nearest to it"):
+    with pytest.raises(ImportError, match=f"minidiff has no {name}. {near} is nearest to it"):
         exec(f"from minidiff import {name}")
     assert near in minidiff.__all__
+
+
+def test_the_nearest_name_is_told() -> None:
+    with pytest.raises(ImportError, match='minidiff has no trian_lora. Did you mean "train_lora"?'):
+        exec("from minidiff import trian_lora")
+    exec("from minidiff import trainer")  # a room, whose name is near, too
 
 
 def test_help_of_a_recipe_names_its_settings() -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.core import textual_inversion
-from minidiff.core.config import SD2_UNET, SD15_UNET, SD15_VAE, SDXL_UNET, SDXL_VAE, NoiseConfig, UNetConfig, VAEConfig
+from minidiff.core.config import NoiseConfig, UNetConfig, VAEConfig
 from minidiff.core.errors import AdapterError, SettingsError, WeightsError
 from minidiff.core.inject import adapter_names
 from minidiff.core.ip_adapter import ImageAttention
@@ -26,18 +26,9 @@ from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.files import folder as layout
 from minidiff.files import names, weights
-from minidiff.files.folder import (
-    BIGG_TEXT,
-    SD2_TEXT,
-    SD15_TEXT,
-    config_values,
-    local_folder,
-    read_config,
-    read_json,
-    write_json,
-)
-from minidiff.files.single_file import family_of, ldm_tensors, split_single_file
-from minidiff.files.text_files import build_text_encoder, load_tokenizer, to_file_keys
+from minidiff.files.folder import config_of, config_values, local_folder, read_config, read_json, write_json
+from minidiff.files.single_file import FAMILIES, family_of, ldm_tensors, split_single_file
+from minidiff.files.text_files import build_text_encoder, load_tokenizer, text_values, to_file_keys
 from minidiff.files.weights import TensorFile, find_weights, read_header, save
 
 if TYPE_CHECKING:
@@ -139,7 +130,7 @@ def read_model(
         weights.load_into(network, files[part], dtypes[part.removesuffix("_2")])
         network.requires_grad_(False).eval()
     if model.home is not None:
-        values, where = layout.config_of(model.home / "scheduler", "scheduler_config.json")
+        values, where = config_of(model.home / "scheduler", "scheduler_config.json")
         noise = read_config(NoiseConfig, layout.noise_values(values), where)
         model = replace(model, noise_config=noise, sampler=layout.sampler_of(values, where))
     if file or prediction_type:
@@ -184,27 +175,23 @@ def is_single_file(name: str | Path) -> bool:
 def empty_model(name: str | Path | None, light: Any = None, family: str | None = None) -> ModelParts:
     """The networks that a folder (or hub id) describes, or those of a `family`, on "meta": shapes without numbers."""
     if name is None:
-        with torch.device("meta"):
-            if family == "SDXL":
-                first, second = build_text_encoder(SD15_TEXT, "SD", light), build_text_encoder(BIGG_TEXT, "SD", projected=True)
-                model = ModelParts(UNet2DConditionModel(SDXL_UNET), AutoencoderKL(SDXL_VAE), first, text_encoder_2=second)
-                return replace(model, noise_config=NoiseConfig(timestep_spacing="leading"), sampler="euler")
-            sizes, text = (SD2_UNET, SD2_TEXT) if family == "SD 2" else (SD15_UNET, SD15_TEXT)
-            return ModelParts(UNet2DConditionModel(sizes), AutoencoderKL(SD15_VAE), build_text_encoder(text, "SD", light))
-    home = local_folder(str(name))
-    index = read_json(home / "model_index.json", "a model folder in the diffusers layout has one")
-    if (kind := index.get("_class_name")) not in CLASSES + XL_CLASSES:
-        what = f"describes a {kind}; minidiff reads Stable Diffusion 1.x, 2.x and XL ({CLASSES[0]}, {XL_CLASSES[0]})"
-        raise WeightsError(f"{home / 'model_index.json'} {what}.")
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(read_config(UNetConfig, *layout.config_of(home / "unet")))
-        vae = AutoencoderKL(read_config(VAEConfig, *layout.config_of(home / "vae")))
-        model = ModelParts(unet, vae, build_text_encoder(*layout.config_of(home / "text_encoder"), light), home=home)
-        if kind not in XL_CLASSES:
-            return model
-        second = build_text_encoder(*layout.config_of(home / "text_encoder_2"), projected=True)
+        own = FAMILIES[family or "SD 1"]
+        unet, vae, texts = own.unet, own.vae, [(text, "SD") for text in own.texts.values()]
+        more: Any = {"noise_config": NoiseConfig(timestep_spacing="leading"), "sampler": "euler"} if family == "SDXL" else {}
+    else:
+        home = local_folder(str(name))
+        index = read_json(home / "model_index.json", "a model folder in the diffusers layout has one")
+        if (kind := index.get("_class_name")) not in CLASSES + XL_CLASSES:
+            what = f"describes a {kind}; minidiff reads Stable Diffusion 1.x, 2.x and XL ({CLASSES[0]}, {XL_CLASSES[0]})"
+            raise WeightsError(f"{home / 'model_index.json'} {what}.")
+        unet, vae = read_config(UNetConfig, *config_of(home / "unet")), read_config(VAEConfig, *config_of(home / "vae"))
+        texts = [config_of(home / part) for part in (TOWERS if kind in XL_CLASSES else TOWERS[:1])]
         zeros = bool(index.get("force_zeros_for_empty_prompt", True))  # the default of the field's pipeline
-        return replace(model, text_encoder_2=second, force_zeros_for_empty_prompt=zeros)
+        more = {"home": home, "force_zeros_for_empty_prompt": zeros}
+    with torch.device("meta"):
+        first = build_text_encoder(*texts[0], light)
+        second = build_text_encoder(*texts[1], projected=True) if len(texts) > 1 else None
+        return ModelParts(UNet2DConditionModel(unet), AutoencoderKL(vae), first, text_encoder_2=second, **more)
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------
@@ -232,22 +219,18 @@ def write_folder(model: ModelParts, folder: str | Path, dtype: torch.dtype | Non
         raise AdapterError("the U-Net carries an IP-Adapter, which a model's folder cannot hold; unload_ip_adapter first.")
     if words := textual_inversion.placeholders(model.text_encoder):
         raise AdapterError(f"the text encoder has new words ({', '.join(words)}); unload_textual_inversion first.")
-    index, configs = MODEL_INDEX, {
-        "unet": config_values(model.unet.config, "UNet2DConditionModel"),
-        "vae": config_values(model.vae.config, "AutoencoderKL"),
-    }
+    index = MODEL_INDEX
     if model.text_encoder_2 is not None:
         index, tokenizers["tokenizer_2"] = XL_INDEX, model.tokenizer_2
         index = index | {"force_zeros_for_empty_prompt": model.force_zeros_for_empty_prompt}
-    for part, tower in model.towers.items():
-        text_config = tower.config.to_diff_dict() | {"architectures": [index[part][1]]}
-        text_config.pop("dtype", None)  # transformers would load it in the file's dtype, diffusers loads the others in fp32
-        configs[part] = dict(sorted((text_config | {"torch_dtype": "float32"}).items()))
     for part, network in model.networks.items():
-        state = to_file_keys(network.state_dict()) if part in TOWERS else network.state_dict()
-        stem = "model" if part in TOWERS else "diffusion_pytorch_model"
+        config: Any = network.config
+        if part in TOWERS:
+            state, stem, values = to_file_keys(network.state_dict()), "model", text_values(config, index[part][1])
+        else:
+            state, stem, values = network.state_dict(), "diffusion_pytorch_model", config_values(config, index[part][1])
         save({key: tensor.to(dtype or tensor.dtype) for key, tensor in state.items()}, home / part / f"{stem}.safetensors")
-        write_json(home / part / "config.json", configs[part])
+        write_json(home / part / "config.json", values)
     scheduler = layout.scheduler_values(model.noise_config, model.sampler)
     write_json(home / "scheduler" / "scheduler_config.json", scheduler)
     for part, tokenizer in tokenizers.items():

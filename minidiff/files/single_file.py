@@ -1,29 +1,41 @@
 """A whole model in one file, in the LDM layout of CompVis: all networks under one table of names, and nothing else."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from minidiff.core.config import SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
+from minidiff.core.config import SD2_UNET, SD15_UNET, SD15_VAE, SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from minidiff.core.errors import WeightsError
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.files import names, weights
+from minidiff.files.folder import BIGG_TEXT, SD2_TEXT, SD15_TEXT
 from minidiff.files.text_files import from_openclip, to_file_keys, to_openclip
 from minidiff.files.weights import TensorFile, TensorInfo
 
-TEXTS = {  # the beginnings of the text encoders' names; the last of a family tells it
-    "SDXL": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
-    "SD 2": ("cond_stage_model.model.",),
-    "SD 1": ("cond_stage_model.transformer.",),
+
+class Family(NamedTuple):
+    """The networks of a family's models. `texts`: of each text encoder the beginning of its names, and its config."""
+
+    unet: UNetConfig
+    vae: VAEConfig
+    texts: dict[str, dict[str, Any]]
+
+
+FAMILIES = {
+    "SDXL": Family(
+        SDXL_UNET, SDXL_VAE, {"conditioner.embedders.0.transformer.": SD15_TEXT, "conditioner.embedders.1.model.": BIGG_TEXT}
+    ),
+    "SD 2": Family(SD2_UNET, SD15_VAE, {"cond_stage_model.model.": SD2_TEXT}),
+    "SD 1": Family(SD15_UNET, SD15_VAE, {"cond_stage_model.transformer.": SD15_TEXT}),
 }
 
 
 def family_of(file: TensorFile) -> str:
-    """The family of a model in one file, one of `TEXTS`, by the names of its text encoders."""
-    found = (family for family, prefixes in TEXTS.items() if any(key.startswith(prefixes[-1]) for key in file.tensors))
-    return next(found, "SD 1")
+    """The family of a model in one file, by the names of its last text encoder."""
+    lasts = {name: [*family.texts][-1] for name, family in FAMILIES.items()}
+    return next((name for name, last in lasts.items() if any(key.startswith(last) for key in file.tensors)), "SD 1")
 
 
 def split_single_file(
@@ -33,7 +45,7 @@ def split_single_file(
 
     `layers`: of SD 2's text encoder, whose file has one more.
     """
-    texts = TEXTS[family := family_of(file)]
+    texts = [*FAMILIES[family := family_of(file)].texts]
     openclip = [key for key in file.tensors if family != "SD 1" and key.startswith(texts[-1])]
     tables = {
         names.UNET_PREFIX: names.inverse(names.unet_table(unet_config)),
@@ -64,8 +76,8 @@ def ldm_tensors(
     state, openclip = weights.named(text_encoder), unet.config.use_linear_projection and text_encoder_2 is None
     texts = [to_openclip(state) if openclip else to_file_keys(state)]
     texts += [] if text_encoder_2 is None else [to_openclip(weights.named(text_encoder_2))]
-    prefixes = TEXTS["SDXL" if text_encoder_2 is not None else "SD 2" if openclip else "SD 1"]
-    tensors = {prefix + key: value for prefix, text in zip(prefixes, texts) for key, value in text.items()}
+    family = FAMILIES["SDXL" if text_encoder_2 is not None else "SD 2" if openclip else "SD 1"]
+    tensors = {prefix + key: value for prefix, text in zip(family.texts, texts) for key, value in text.items()}
     table = names.unet_table(unet.config)
     tensors |= {names.UNET_PREFIX + names.rename(key, table): value for key, value in unet.state_dict().items()}
     table = names.vae_table(vae.config)

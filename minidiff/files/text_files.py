@@ -72,6 +72,13 @@ def build_text_encoder(
         raise WeightsError(f"{where}: not a usable configuration: {error}.") from error
 
 
+def text_values(config: Any, class_name: str) -> dict[str, Any]:
+    """The config.json of a text encoder, with the class that transformers builds from it."""
+    values = config.to_diff_dict() | {"architectures": [class_name], "torch_dtype": "float32"}
+    values.pop("dtype", None)  # transformers would load it in the file's dtype, diffusers loads the others in fp32
+    return dict(sorted(values.items()))
+
+
 def to_file_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Keys of either layout -> the keys of SD's files: with `text_model.` but for SDXL's projection, without `position_ids`."""
     named = {key if "projection" in key else PREFIX + key.removeprefix(PREFIX): value for key, value in state.items()}

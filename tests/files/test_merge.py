@@ -17,10 +17,10 @@ from minidiff.core.inject import merge as fuse
 from minidiff.core.lora import LoRAWeights
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.files import model as models
 from minidiff.files.lora_file import attach, read_lora, save_lora
 from minidiff.files.merge import bake, cut, extract, join, left_out, lost
-from minidiff.files.model import ModelParts, read_model
+from minidiff.files.model import ModelParts, empty_model, read_model
+from minidiff.files.single_file import FAMILIES, Family
 
 NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 Modules = dict[str, LoRAWeights]
@@ -53,6 +53,12 @@ def predict(unet: nn.Module) -> Tensor:
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         return unet(torch.randn(1, 4, 8, 8, generator=g), torch.tensor([500]), torch.randn(1, 7, 24, generator=g))
+
+
+def take_for_sd15(tiny: ModelParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single files without OpenCLIP's names are taken for SD 1.5."""
+    texts = dict.fromkeys(FAMILIES["SD 1"].texts, tiny.text_encoder.config.to_dict())
+    monkeypatch.setitem(FAMILIES, "SD 1", Family(tiny.unet.config, tiny.vae.config, texts))
 
 
 def merge(*words: str | Path) -> None:
@@ -219,10 +225,8 @@ def test_bake_into_a_folder(tiny_folder: Path, files: list[str], wanted: Tensor,
 def test_bake_a_single_file_in_the_bases_dtype(
     tiny_folder: Path, files: list[str], wanted: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny = models.empty_model(tiny_folder)
-    monkeypatch.setattr(models, "SD15_UNET", tiny.unet.config)  # a single file is taken for SD 1.5
-    monkeypatch.setattr(models, "SD15_VAE", tiny.vae.config)
-    monkeypatch.setattr(models, "SD15_TEXT", tiny.text_encoder.config.to_dict())
+    tiny = empty_model(tiny_folder)
+    take_for_sd15(tiny, monkeypatch)
     half, out = tmp_path / "half.safetensors", tmp_path / "baked.safetensors"
     main(["convert", str(tiny_folder), str(half), "--to", "ldm", "--dtype", "float16"])
     merge("bake", "--pretrained_model_name_or_path", half, "--lora", *files, "--lora_weight", 0.8, 0.5, "--output", out)
@@ -376,10 +380,8 @@ def test_nothing_is_overwritten(tiny_folder: Path, files: list[str], tmp_path: P
 def test_a_text_encoders_adapter_needs_no_tokenizer_but_a_folder_does(
     tiny_folder: Path, files: list[str], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny = models.empty_model(tiny_folder)
-    monkeypatch.setattr(models, "SD15_UNET", tiny.unet.config)
-    monkeypatch.setattr(models, "SD15_VAE", tiny.vae.config)
-    monkeypatch.setattr(models, "SD15_TEXT", tiny.text_encoder.config.to_dict())
+    tiny = empty_model(tiny_folder)
+    take_for_sd15(tiny, monkeypatch)
     single = tmp_path / "tiny.safetensors"
     main(["convert", str(tiny_folder), str(single), "--to", "ldm"])
     words = ("bake", "--pretrained_model_name_or_path", single, "--lora", files[0], "--output", tmp_path / "baked")

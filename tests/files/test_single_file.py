@@ -14,14 +14,13 @@ from torch import Tensor
 from minidiff.cli.main import main
 from minidiff.core.errors import SettingsError, WeightsError
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.files import model as models
 from minidiff.files import names
 from minidiff.files.model import ModelParts, empty_model, predicting, read_model, write_model
-from minidiff.files.single_file import TEXTS, family_of, ldm_tensors, split_single_file
+from minidiff.files.single_file import FAMILIES, Family, family_of, ldm_tensors, split_single_file
 from minidiff.files.text_files import to_openclip
 from minidiff.files.weights import TensorFile, TensorInfo, check_fit, named, read_header, save
 
-CLIP = TEXTS["SD 2"][0]
+(CLIP,) = FAMILIES["SD 2"].texts
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +42,8 @@ def single(model: ModelParts, tmp_path: Path) -> Path:
 @pytest.fixture
 def tiny_family(model: ModelParts, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the tiny model for SD 2."""
-    monkeypatch.setattr(models, "SD2_UNET", model.unet.config)
-    monkeypatch.setattr(models, "SD15_VAE", model.vae.config)
-    monkeypatch.setattr(models, "SD2_TEXT", model.text_encoder.config.to_dict())
+    tiny = Family(model.unet.config, model.vae.config, {CLIP: model.text_encoder.config.to_dict()})
+    monkeypatch.setitem(FAMILIES, "SD 2", tiny)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +80,7 @@ def test_the_names_of_openclip(model: ModelParts, single: Path) -> None:
     for key in [key for key in tensors if ".resblocks.3." in key]:
         assert torch.equal(tensors[key], tensors[key.replace(".resblocks.3.", ".resblocks.2.")])
     assert torch.equal(tensors[f"{CLIP}text_projection"], torch.ones(24, 24)) and tensors[f"{CLIP}logit_scale"] == 1
-    assert not any(key.startswith(TEXTS["SD 1"]) for key in tensors)
+    assert not any(key.startswith(tuple(FAMILIES["SD 1"].texts)) for key in tensors)
 
 
 @torch.no_grad()
@@ -176,10 +174,8 @@ def test_sdxl_there_and_back_to_the_bit(xl: ModelParts, tmp_path: Path) -> None:
 
 def test_sdxl_without_a_folder(xl: ModelParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model for SDXL: Euler, leading; one vocabulary, two paddings; a mark of those that predict v."""
-    monkeypatch.setattr(models, "SDXL_UNET", xl.unet.config)
-    monkeypatch.setattr(models, "SDXL_VAE", xl.vae.config)
-    monkeypatch.setattr(models, "SD15_TEXT", xl.text_encoder.config.to_dict())
-    monkeypatch.setattr(models, "BIGG_TEXT", xl.text_encoder_2.config.to_dict())
+    texts = dict(zip(FAMILIES["SDXL"].texts, [tower.config.to_dict() for tower in xl.towers.values()]))
+    monkeypatch.setitem(FAMILIES, "SDXL", Family(xl.unet.config, xl.vae.config, texts))
     assert xl.home is not None
     call = {"num_inference_steps": 2, "seed": 0, "output_type": "latent"}
     expected = StableDiffusionPipeline.from_pretrained(xl.home)("a red dog", **call).images

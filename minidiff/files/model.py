@@ -12,24 +12,22 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from minidiff.core import textual_inversion
-from minidiff.core.config import NoiseConfig, UNetConfig, VAEConfig
+from minidiff.core.config import SD2_UNET, SD15_UNET, SD15_VAE, SDXL_UNET, SDXL_VAE, NoiseConfig, UNetConfig, VAEConfig
 from minidiff.core.errors import AdapterError, SettingsError, WeightsError
 from minidiff.core.inject import adapter_names
 from minidiff.core.ip_adapter import ImageAttention
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL
 from minidiff.files import folder as layout
-from minidiff.files import names, weights
-from minidiff.files.folder import config_of, config_values, local_folder, read_config, read_json, write_json
-from minidiff.files.single_file import FAMILIES, family_of, ldm_tensors, split_single_file
-from minidiff.files.text_files import build_text_encoder, load_tokenizer, text_values, to_file_keys
-from minidiff.files.weights import TensorFile, find_weights, read_header, save
+from minidiff.files import names, text_files, weights
+from minidiff.files.folder import BIGG_TEXT, SD2_TEXT, SD15_TEXT, config_of, config_values, local_folder, read_config
+from minidiff.files.weights import TensorFile, TensorInfo, find_weights, read_header, save
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -41,21 +39,31 @@ AS_IN_THE_FILE: DTypes = {"unet": None, "vae": None, "text_encoder": None}
 CLASSES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
 XL_CLASSES = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
 MODEL_INDEX: dict[str, Any] = {
-    "_class_name": CLASSES[0],
-    "_diffusers_version": "0.30.0",
-    "feature_extractor": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+    "_class_name": CLASSES[0], "_diffusers_version": "0.30.0", "feature_extractor": [None, None],
+    "requires_safety_checker": False, "safety_checker": [None, None],
+    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+}  # fmt: skip
 XL_INDEX = {key: value for key, value in MODEL_INDEX.items() if key not in ("safety_checker", "requires_safety_checker")} | {
-    "_class_name": XL_CLASSES[0],
-    "image_encoder": [None, None],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "_class_name": XL_CLASSES[0], "image_encoder": [None, None],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}  # fmt: skip
+
+
+class Family(NamedTuple):
+    """The networks of a family's models. `texts`: of each text encoder the beginning of its names, and its config."""
+
+    unet: UNetConfig
+    vae: VAEConfig
+    texts: dict[str, dict[str, Any]]
+
+
+FAMILIES = {
+    "SDXL": Family(
+        SDXL_UNET, SDXL_VAE, {"conditioner.embedders.0.transformer.": SD15_TEXT, "conditioner.embedders.1.model.": BIGG_TEXT}
+    ),
+    "SD 2": Family(SD2_UNET, SD15_VAE, {"cond_stage_model.model.": SD2_TEXT}),
+    "SD 1": Family(SD15_UNET, SD15_VAE, {"cond_stage_model.transformer.": SD15_TEXT}),
 }
 
 
@@ -136,9 +144,9 @@ def read_model(
     if file or prediction_type:
         model = replace(model, noise_config=predicting(model, name, file, prediction_type))
     if folder := tokenizer or (model.home and model.home / "tokenizer"):
-        model = replace(model, tokenizer=load_tokenizer(Path(folder), light))
+        model = replace(model, tokenizer=text_files.load_tokenizer(Path(folder), light))
     if model.text_encoder_2 is not None and model.home:
-        model = replace(model, tokenizer_2=load_tokenizer(model.home / "tokenizer_2", light))
+        model = replace(model, tokenizer_2=text_files.load_tokenizer(model.home / "tokenizer_2", light))
     if model.tokenizer and not model.home:  # the folder may be that of any model
         model.tokenizer.pad_token_id = OPENCLIP_PAD if family == "SD 2" else model.tokenizer.eos_token_id
         if family == "SDXL":
@@ -180,7 +188,7 @@ def empty_model(name: str | Path | None, light: Any = None, family: str | None =
         more: Any = {"noise_config": NoiseConfig(timestep_spacing="leading"), "sampler": "euler"} if family == "SDXL" else {}
     else:
         home = local_folder(str(name))
-        index = read_json(home / "model_index.json", "a model folder in the diffusers layout has one")
+        index = layout.read_json(home / "model_index.json", "a model folder in the diffusers layout has one")
         if (kind := index.get("_class_name")) not in CLASSES + XL_CLASSES:
             what = f"describes a {kind}; minidiff reads Stable Diffusion 1.x, 2.x and XL ({CLASSES[0]}, {XL_CLASSES[0]})"
             raise WeightsError(f"{home / 'model_index.json'} {what}.")
@@ -189,9 +197,67 @@ def empty_model(name: str | Path | None, light: Any = None, family: str | None =
         zeros = bool(index.get("force_zeros_for_empty_prompt", True))  # the default of the field's pipeline
         more = {"home": home, "force_zeros_for_empty_prompt": zeros}
     with torch.device("meta"):
-        first = build_text_encoder(*texts[0], light)
-        second = build_text_encoder(*texts[1], projected=True) if len(texts) > 1 else None
+        first = text_files.build_text_encoder(*texts[0], light)
+        second = text_files.build_text_encoder(*texts[1], projected=True) if len(texts) > 1 else None
         return ModelParts(UNet2DConditionModel(unet), AutoencoderKL(vae), first, text_encoder_2=second, **more)
+
+
+# --- one file ----------------------------------------------------------------------------------------------------------
+
+
+def family_of(file: TensorFile) -> str:
+    """The family of a model in one file, by the names of its last text encoder."""
+    lasts = {name: [*family.texts][-1] for name, family in FAMILIES.items()}
+    return next((name for name, last in lasts.items() if any(key.startswith(last) for key in file.tensors)), "SD 1")
+
+
+def split_single_file(
+    file: TensorFile, unet_config: UNetConfig = SD15_UNET, vae_config: VAEConfig = SD15_VAE, layers: int = 12
+) -> dict[str, TensorFile]:
+    """The networks of a single file under minidiff's names; no data is read. What training left behind is left out.
+
+    `layers`: of SD 2's text encoder, whose file has one more.
+    """
+    texts = [*FAMILIES[family := family_of(file)].texts]
+    openclip = [key for key in file.tensors if family != "SD 1" and key.startswith(texts[-1])]
+    tables = {
+        names.UNET_PREFIX: names.inverse(names.unet_table(unet_config)),
+        names.VAE_PREFIX: names.inverse(names.vae_table(vae_config)),
+        **dict.fromkeys(texts, dict[str, str]()),
+    }
+    parts: dict[str, dict[str, TensorInfo]] = {prefix: {} for prefix in tables}
+    unknown = []
+    for key, info in weights.without_leftovers(file.tensors, file.path, openclip).items():
+        if prefix := next((prefix for prefix in tables if key.startswith(prefix)), None):
+            parts[prefix][names.rename(key.removeprefix(prefix), tables[prefix])] = info
+        else:
+            unknown.append(key)
+    absent = [prefix for prefix, tensors in parts.items() if not tensors]
+    if absent or unknown:
+        problems = {"parts missing": absent, "unknown": unknown}
+        raise WeightsError(file.misfit(f"{file.path} is no SD 1.x, SD 2.x or SDXL checkpoint in one file.", problems))
+    if openclip:
+        parts[texts[-1]] = text_files.from_openclip(parts[texts[-1]], layers if family == "SD 2" else None)
+    networks = ("unet", "vae", "text_encoder", "text_encoder_2")
+    return {part: replace(file, tensors=tensors) for part, tensors in zip(networks, parts.values())}
+
+
+def ldm_tensors(
+    unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: nn.Module, text_encoder_2: Any = None
+) -> dict[str, Tensor]:
+    """The networks under the names of the LDM layout. SD 2 is known by its linear projections; its text is OpenCLIP's."""
+    family = "SDXL" if text_encoder_2 is not None else "SD 2" if unet.config.use_linear_projection else "SD 1"
+    tensors: dict[str, Tensor] = {}
+    for prefix, tower in zip(FAMILIES[family].texts, (text_encoder, text_encoder_2)):
+        written = text_files.to_openclip if prefix.endswith(".model.") else text_files.to_file_keys
+        tensors |= {prefix + key: value for key, value in written(weights.named(tower)).items()}
+    table = names.unet_table(unet.config)
+    tensors |= {names.UNET_PREFIX + names.rename(key, table): value for key, value in unet.state_dict().items()}
+    table = names.vae_table(vae.config)
+    for key, value in vae.state_dict().items():
+        weight = value[:, :, None, None] if names.is_vae_attention(key) else value
+        tensors[names.VAE_PREFIX + names.rename(key, table)] = weight
+    return tensors
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------
@@ -226,19 +292,21 @@ def write_folder(model: ModelParts, folder: str | Path, dtype: torch.dtype | Non
     for part, network in model.networks.items():
         config: Any = network.config
         if part in TOWERS:
-            state, stem, values = to_file_keys(network.state_dict()), "model", text_values(config, index[part][1])
+            state, stem = text_files.to_file_keys(network.state_dict()), "model"
+            values = text_files.text_values(config, index[part][1])
         else:
-            state, stem, values = network.state_dict(), "diffusion_pytorch_model", config_values(config, index[part][1])
+            state, stem = network.state_dict(), "diffusion_pytorch_model"
+            values = config_values(config, index[part][1])
         save({key: tensor.to(dtype or tensor.dtype) for key, tensor in state.items()}, home / part / f"{stem}.safetensors")
-        write_json(home / part / "config.json", values)
+        layout.write_json(home / part / "config.json", values)
     scheduler = layout.scheduler_values(model.noise_config, model.sampler)
-    write_json(home / "scheduler" / "scheduler_config.json", scheduler)
+    layout.write_json(home / "scheduler" / "scheduler_config.json", scheduler)
     for part, tokenizer in tokenizers.items():
         tokenizer.save_pretrained(str(home / part))
         if not (home / part / "vocab.json").exists():  # transformers 5 writes one file in place of SD 1.5's two
             tokenizer.backend_tokenizer.model.save(str(home / part))
             (home / part / "tokenizer.json").unlink()
-    write_json(home / "model_index.json", index | {"scheduler": ["diffusers", scheduler["_class_name"]]})
+    layout.write_json(home / "model_index.json", index | {"scheduler": ["diffusers", scheduler["_class_name"]]})
 
 
 # --- checks ------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from minidiff.draw.pipeline import StableDiffusionPipeline, check_steps, sampler
 from minidiff.fast.frozen import frozen_weights
 from minidiff.files.folder import SAMPLER_OF, SD15_TEXT
 from minidiff.files.lora_file import save_lora
-from minidiff.files.single_file import ldm_tensors, split_single_file
+from minidiff.files.model import ldm_tensors, split_single_file
 from minidiff.files.text_files import build_text_encoder
 from minidiff.files.weights import load_into, read_header, save
 from minidiff.pocket.tokenizer import END, START, alphabet, build_tokenizer

@@ -14,8 +14,7 @@ from minidiff.core.errors import WeightsError
 from minidiff.core.lora import LoRAWeights
 from minidiff.files.inspect import as_text, inspect, trigger_words
 from minidiff.files.lora_file import save_lora
-from minidiff.files.model import ModelParts, read_model
-from minidiff.files.single_file import ldm_tensors
+from minidiff.files.model import ModelParts, ldm_tensors, read_model
 from minidiff.files.weights import is_pickle, save
 from minidiff.files.word_file import save_embedding
 

@@ -19,8 +19,7 @@ from minidiff.core.unet import UNet2DConditionModel
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files.lora_file import attach, read_lora, save_lora
 from minidiff.files.merge import bake, cut, extract, join, left_out, lost
-from minidiff.files.model import ModelParts, empty_model, read_model
-from minidiff.files.single_file import FAMILIES, Family
+from minidiff.files.model import FAMILIES, Family, ModelParts, empty_model, read_model
 
 NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 Modules = dict[str, LoRAWeights]

@@ -15,8 +15,18 @@ from minidiff.cli.main import main
 from minidiff.core.errors import SettingsError, WeightsError
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files import names
-from minidiff.files.model import ModelParts, empty_model, predicting, read_model, write_model
-from minidiff.files.single_file import FAMILIES, Family, family_of, ldm_tensors, split_single_file
+from minidiff.files.model import (
+    FAMILIES,
+    Family,
+    ModelParts,
+    empty_model,
+    family_of,
+    ldm_tensors,
+    predicting,
+    read_model,
+    split_single_file,
+    write_model,
+)
 from minidiff.files.text_files import to_openclip
 from minidiff.files.weights import TensorFile, TensorInfo, check_fit, named, read_header, save
 

@@ -20,7 +20,7 @@ from minidiff.core.vae import AutoencoderKL
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.files import names as keymaps
 from minidiff.files import weights
-from minidiff.files.single_file import ldm_tensors, split_single_file
+from minidiff.files.model import ldm_tensors, split_single_file
 from minidiff.files.weights import find_weights, load_into, read_header, save
 
 UNET_FILE = "diffusion_pytorch_model.safetensors"

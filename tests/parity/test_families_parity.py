@@ -81,7 +81,7 @@ def test_a_single_file_through_diffusers_converters(folders: dict[str, Path], tm
     from diffusers.loaders import single_file_utils
     from safetensors.torch import load_file
 
-    from minidiff.files.single_file import ldm_tensors
+    from minidiff.files.model import ldm_tensors
     from minidiff.files.weights import save
 
     ours, theirs = pipes(folders["SD 2"])

@@ -173,7 +173,7 @@ def test_a_single_file_through_diffusers_converters(folder: Path, tmp_path: Path
     from diffusers.loaders import single_file_utils as theirs_from
     from safetensors.torch import load_file
 
-    from minidiff.files.single_file import ldm_tensors
+    from minidiff.files.model import ldm_tensors
     from minidiff.files.weights import save
 
     (ours, theirs), prefix = loaded(folder), "conditioner.embedders.1.model."

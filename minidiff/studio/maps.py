@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from minidiff.core.attention import CrossAttention
+from minidiff.core.attention import CrossAttention, SpatialTransformer
 from minidiff.core.errors import SettingsError
 from minidiff.core.ip_adapter import ImageAttention
 from minidiff.core.text import LENGTH, token_ids
@@ -50,21 +51,24 @@ class AttentionMaps:
         self.pipe = pipe
         self.sums: dict[Size, Tensor] = {}  # (S, h, w), fp32 on the CPU
         self.count = 0  # layers times steps
-        self._latent: Size = (0, 0)
+        self._size: Size = (0, 0)  # of the feature map whose transformer runs now
 
     def __enter__(self) -> Self:
         check_visible(self.pipe)
-        layers = [module for name, module in self.pipe.unet.named_modules() if name.endswith("attn2")]
-        self._hooks = [layer.register_forward_hook(self._look) for layer in layers]
-        self._hooks.append(self.pipe.unet.register_forward_pre_hook(self._measure))
+        self._hooks = list[RemovableHandle]()
+        for name, module in self.pipe.unet.named_modules():
+            if isinstance(module, SpatialTransformer):
+                self._hooks.append(module.register_forward_pre_hook(self._measure))
+            elif name.endswith("attn2"):
+                self._hooks.append(module.register_forward_hook(self._look))
         return self
 
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _measure(self, unet: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._latent = tuple(inputs[0].shape[-2:])
+    def _measure(self, transformer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._size = tuple(inputs[0].shape[-2:])
 
     @torch.no_grad()
     def _look(self, layer: CrossAttention, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -74,9 +78,8 @@ class AttentionMaps:
             text = text[:, : text.shape[1] - layer.image[0].count]
         q, k = layer.split_heads(layer.to_q(x)).float(), layer.split_heads(layer.to_k(text)).float()
         weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)  # 1706.03762 eq. 1: (1, N, L, S)
-        size = size_of(x.shape[1], self._latent)
-        total = weights.mean(dim=(0, 1)).T.unflatten(-1, size).cpu()  # (S, h, w)
-        self.sums[size] = self.sums[size] + total if size in self.sums else total
+        total = weights.mean(dim=(0, 1)).T.unflatten(-1, self._size).cpu()  # (S, h, w)
+        self.sums[self._size] = self.sums.get(self._size, 0) + total
         self.count += 1
 
     def mean(self) -> Tensor:
@@ -86,14 +89,6 @@ class AttentionMaps:
         """
         sums = [F.interpolate(total[None], size=max(self.sums), mode="bilinear") for total in self.sums.values()]
         return torch.cat(sums).sum(dim=0) / self.count  # bilinear: no share below 0
-
-
-def size_of(places: int, latent: Size) -> Size:
-    """The height and width of a feature map of so many places: the latent's, halved and rounded up until it fits."""
-    height, width = latent
-    while height * width > places:
-        height, width = -(-height // 2), -(-width // 2)
-    return height, width
 
 
 def words_of(tokenizer: "CLIPTokenizer", prompt: str, placeholders: Mapping[str, Sequence[int]] = {}) -> list[Word]:

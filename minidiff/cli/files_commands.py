@@ -26,7 +26,7 @@ def inspect(s: Inspect) -> None:
 
 
 def convert(s: Convert) -> None:
-    flags = vars(s) | {"dtype": dtype_named(s.dtype)}
+    flags = vars(s) | {"dtype": s.dtype and getattr(torch, s.dtype)}
     given = {name: value for name, value in flags.items() if value is not None and name not in ("source", "output", "to")}
     with new_output(Path(s.output)) as place:
         lines = converting.convert(Path(s.source), place, s.to, given)
@@ -47,8 +47,8 @@ def bake(s: Bake) -> None:
             if names := adapter_names(network):
                 set_adapters(network, names, [strengths[name] for name in names])
         changed = merging.bake(model.adaptable.values())
-        if dtype := dtype_named(s.dtype):
-            cast(model, dtype)
+        if s.dtype:
+            cast(model, getattr(torch, s.dtype))
         write_model(model, place)
         moved = converting.moved(model.weights(), read_again(model, place).weights())
     report([moved, f"{changed} layers changed"], place, s.output)
@@ -99,7 +99,7 @@ def resize(s: Resize) -> None:
 
 
 def saved(s: Join | Extract, modules: Mapping[str, LoRAWeights], place: Path, metadata: Mapping[str, str]) -> list[str]:
-    return converting.rewritten(modules, place, s.to, dtype_named(s.dtype) or torch.float32, metadata)
+    return converting.rewritten(modules, place, s.to, getattr(torch, s.dtype or "float32"), metadata)
 
 
 def report(lines: Sequence[str], place: Path, output: str) -> None:
@@ -110,7 +110,3 @@ def loss(rank: int, errors: Mapping[str, float]) -> str:
     worst = max(errors, key=errors.__getitem__)
     mean = sum(errors.values()) / len(errors)
     return f"Relative error of ΔW at rank {rank}: {mean:.4f} on average of {len(errors)} layers, {errors[worst]:.4f} in {worst}"
-
-
-def dtype_named(name: str | None) -> torch.dtype | None:
-    return None if name is None else getattr(torch, name)

@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minidiff.core.train import DTYPES
@@ -42,11 +42,12 @@ def duration(seconds: float) -> str:
     return f"{max(seconds, 1):.0f} s"
 
 
-def line(name: str, unet: nn.Module, size: tuple[int, int], dtype: torch.dtype, work: str, seconds: float) -> None:
-    """Print it on stderr, above a progress bar."""
+def line(name: str, unet: nn.Module, latents: Tensor, cell: int, dtype: torch.dtype, work: str, seconds: float) -> None:
+    """Print it on stderr, above a progress bar. `cell`: pixels of a latent cell's side."""
+    height, width = (cell * side for side in latents.shape[-2:])
     small = ", a small teaching model" if sum(p.numel() for p in unet.parameters()) < LARGE else ""
     where = f"{next(unet.parameters()).device.type}, {str(dtype).removeprefix('torch.')}"
-    tqdm.write(f"{name}{small}: {size[0]} x {size[1]} pixels, {where}, {work}, about {duration(seconds)}", file=sys.stderr)
+    tqdm.write(f"{name}{small}: {width} x {height} pixels, {where}, {work}, about {duration(seconds)}", file=sys.stderr)
 
 
 def of_drawing(pipe: Any, s: Any, pictures: int, draw: Callable[..., object]) -> None:
@@ -54,10 +55,9 @@ def of_drawing(pipe: Any, s: Any, pictures: int, draw: Callable[..., object]) ->
     bar, pipe.progress_bar = pipe.progress_bar, False
     seconds, step = measured(draw)
     pipe.progress_bar = bar
-    height, width = (pipe.downscale * side for side in step.x.shape[-2:])
     of, by = (f" of {s.num_inference_steps}", " (--strength)") if s.image and step.total < s.num_inference_steps else ("", "")
     work = f"{step.total}{of} steps of {s.sampler or pipe.sampler}{by}{f', {pictures} pictures' * (pictures > 1)}"
-    line(pipe.name_or_path, pipe.unet, (width, height), pipe.dtype, work, seconds * step.total * pictures)
+    line(pipe.name_or_path, pipe.unet, step.x, pipe.downscale, pipe.dtype, work, seconds * step.total * pictures)
 
 
 def of_training(task: Any, s: Any) -> None:
@@ -79,5 +79,5 @@ def of_training(task: Any, s: Any) -> None:
     epochs = updates * samples / task.samples_per_epoch
     pictures = f"{task.samples_per_epoch} picture{'s'[: task.samples_per_epoch != 1]}"
     work = f"{pictures}, {updates} updates of {samples} = {epochs:.3g} epochs"
-    height, width = (task.beside["VAE"].config.downscale * side for side in batch["latents"].shape[-2:])
-    line(s.pretrained_model_name_or_path, unet, (width, height), dtype, work, seconds)
+    cell = task.beside["VAE"].config.downscale
+    line(s.pretrained_model_name_or_path, unet, batch["latents"], cell, dtype, work, seconds)

@@ -29,7 +29,7 @@ from minidiff.files.folder import local_folder
 from minidiff.trainer import validation
 from minidiff.trainer.card import SHEET, trigger_of, write_card
 from minidiff.trainer.checkpoint import check_folder
-from minidiff.trainer.dataset import Scan
+from minidiff.trainer.dataset import Example, Scan
 from minidiff.trainer.distributed import world
 from minidiff.trainer.latents import LatentData, held_out, model_fingerprint
 from minidiff.trainer.pictures import check_pictures, training_sizes, warnings_of
@@ -95,18 +95,21 @@ def load_base(settings: FineTuneSettings, unrounded: bool = False) -> tuple[Stab
     return pipe.to(device), model_fingerprint(*pipe.parts.networks.values())
 
 
-def load_data(
-    pipe: StableDiffusionPipeline, settings: FineTuneSettings, templates: Sequence[str] = ("{}",), folder: str | None = None
-) -> LatentData:
-    """The training pictures, or those of another folder, and their prompts: checked and encoded.
+def examples_in(folder: str | None, s: FineTuneSettings) -> list[Example]:
+    """The pictures of a folder, with captions, and masks or hints where the settings need them."""
+    hints = (s.conditioning_image_column, s.conditioning_data_dir) if isinstance(s, ControlNetSettings) and not s.hint else ()
+    scan = Scan(s.prompt, s.caption_column, s.masked_loss, s.captions, s.image_column, *hints)
+    return scan.examples_of(Path(folder or ""))
+
+
+def load_data(pipe: StableDiffusionPipeline, settings: FineTuneSettings, templates: Sequence[str] = ("{}",)) -> LatentData:
+    """The training pictures and their prompts: checked and encoded.
 
     The `templates` are for pictures without a caption of their own.
     """
-    s, where = settings, Path(folder or settings.instance_data_dir or settings.train_data_dir or "")
+    s, examples = settings, examples_in(settings.instance_data_dir or settings.train_data_dir, settings)
     side, sizes = training_sizes(pipe.unet.config, pipe.vae.config, s.resolution, s.aspect_ratio_buckets)
-    hints = (s.conditioning_image_column, s.conditioning_data_dir) if isinstance(s, ControlNetSettings) and not s.hint else ()
-    examples = Scan(s.prompt, s.caption_column, s.masked_loss, s.captions, s.image_column, *hints).examples_of(where)
-    if s.max_train_samples and folder is None:
+    if s.max_train_samples:
         few = torch.randperm(len(examples), generator=generator(s.seed, "max_train_samples"))[: s.max_train_samples]
         examples = [examples[i] for i in sorted(few.tolist())]
     if s.instance_prompt and (own := sum(e.caption != s.prompt for e in examples)):
@@ -114,7 +117,7 @@ def load_data(
         print(f"Note: {some}, which replace --instance_prompt; with --no_captions it is for all.", file=sys.stderr)
     examples = [replace(e, repeats=e.repeats * getattr(s, "repeats", 1)) for e in examples]
     examples = [replace(e, templates=tuple(templates)) if e.caption == s.prompt else e for e in examples]
-    examples, kept = held_out(check_pictures(examples, sizes, s.skip_bad), s) if folder is None else (examples, [])
+    examples, kept = held_out(check_pictures(examples, sizes, s.skip_bad), s)
 
     def encode(prompts: list[str]) -> Batch:
         if isinstance(s, WordSettings) or getattr(s, "train_text_encoder", False):  # it changes in training
@@ -127,17 +130,17 @@ def load_data(
     data.held_out = kept
     for warning in warnings_of(data, pipe.unet.config.sample_size * pipe.vae.config.downscale):
         print(f"Note: {warning}", file=sys.stderr)
-    if folder is None:
-        print(validation.explained(s, data))
+    print(validation.explained(s, data))
     return data
 
 
 def validation_data(pipe: StableDiffusionPipeline, settings: FineTuneSettings, data: LatentData) -> LatentData:
     """The pictures of the validation loss: another folder's, or those that are held out, or else the training pictures."""
-    plain = replace(settings, masked_loss=False, random_flip=False)
-    if settings.validation_data_dir:
-        return load_data(pipe, plain, folder=settings.validation_data_dir)
-    return data.of(data.held_out, plain) if data.held_out else data
+    s = replace(settings, masked_loss=False, random_flip=False)
+    if s.validation_data_dir:
+        _, sizes = training_sizes(pipe.unet.config, pipe.vae.config, s.resolution, s.aspect_ratio_buckets)
+        return data.of(check_pictures(examples_in(s.validation_data_dir, s), sizes, s.skip_bad), s)
+    return data.of(data.held_out, s) if data.held_out else data
 
 
 # --- the task -----------------------------------------------------------------------------------------------------------

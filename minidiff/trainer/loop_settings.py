@@ -157,9 +157,9 @@ class TrainSettings(Flags):
 # --- rules about two flags -----------------------------------------------------------------------------------------------
 
 
-def word(s: Any) -> str | None:
-    """The new word in small letters; None for a method that learns none."""
-    return getattr(s, "placeholder_token", "").lower() or None
+def word(s: Any) -> str:
+    """The new word in small letters; empty for a method that learns none."""
+    return getattr(s, "placeholder_token", "").lower()
 
 
 def outside(s: Any, flag: str) -> bool:
@@ -183,8 +183,7 @@ CROP = "cannot be joined with --no-center_crop, as a cached latent has one crop;
 SQUARE = "cannot be joined with --class_data_dir, whose pictures are square; take --prior_from_base"
 PROMPT = 'needs --instance_prompt, such as "a photo of a sks dog"; for pictures with captions there is --train_data_dir'
 CLASS = "needs --class_data_dir, where the base model draws missing pictures; or --prior_from_base, which needs none"
-Holds = Callable[[Any], object]
-RULES: tuple[tuple[str, Holds, str], ...] = (  # where the flag is given, the condition must hold
+RULES: tuple[tuple[str, Callable[[Any], object], str], ...] = (  # where the flag is given, the condition must hold
     ("num_train_epochs", lambda s: s.max_train_steps is None, f"and --max_train_steps both say how long to train: {ONE}"),
     ("lr_warmup_steps", lambda s: s.lr_scheduler != "constant", "needs another --lr_scheduler, such as constant_with_warmup"),
     ("lr_num_cycles", lambda s: s.lr_num_cycles == 1 or s.lr_scheduler == RESTARTS, f"goes with --lr_scheduler {RESTARTS}"),
@@ -197,7 +196,7 @@ RULES: tuple[tuple[str, Holds, str], ...] = (  # where the flag is given, the co
     ("instance_data_dir", lambda s: s.train_data_dir is None, f"and --train_data_dir both name the pictures: {ONE}"),
     ("instance_data_dir", lambda s: (s.prompt or "").strip(), PROMPT),
     ("train_data_dir", lambda s: s.captions or s.prompt, "with --no_captions needs --instance_prompt"),
-    ("instance_prompt", lambda s: (word(s) or "") in s.instance_prompt.lower(), "must contain the new word"),
+    ("instance_prompt", lambda s: word(s) in s.instance_prompt.lower(), "must contain the new word"),
     ("conditioning_data_dir", lambda s: not s.hint, f"has no use with --hint, which makes the conditioning pictures: {ONE}"),
     ("cache_latents", lambda s: s.center_crop, CROP),
     *((flag, lambda s, flag=flag: outside(s, flag), OWN) for flag in ("cache_dir", "class_data_dir")),
@@ -207,7 +206,7 @@ RULES: tuple[tuple[str, Holds, str], ...] = (  # where the flag is given, the co
       for flag in ("class_data_dir", "class_prompt", "prior_from_base")),
     ("with_prior_preservation", lambda s: (s.class_prompt or "").strip(), 'needs --class_prompt, such as "a photo of a dog"'),
     ("with_prior_preservation", lambda s: s.class_data_dir or s.prior_from_base, CLASS),
-    ("class_prompt", lambda s: word(s) is None or word(s) not in s.class_prompt.lower(), "must be without the new word"),
+    ("class_prompt", lambda s: not word(s) or word(s) not in s.class_prompt.lower(), "must be without the new word"),
     ("report_to", lambda s: s.report_to == "none" or find_spec("tensorboard"), "needs a package: pip install tensorboard"),
     ("text_encoder_lr", lambda s: s.train_text_encoder, "goes with --train_text_encoder"),
     ("class_data_dir", lambda s: not s.prior_from_base, f"has no use with --prior_from_base: {ONE}"),

@@ -27,7 +27,6 @@ from minidiff.trainer.card import upload
 from minidiff.trainer.distributed import joined
 from minidiff.trainer.recipes import RECIPES
 from minidiff.trainer.run import fit
-from minidiff.trainer.settings import POCKET, preset_values
 
 SHORT = {"model": "pretrained_model_name_or_path", "prompt": "instance_prompt", "pictures": "instance_data_dir"}
 
@@ -46,9 +45,9 @@ def settings_of(kind: type[kinds.FineTuneSettings], given: dict[str, Any]) -> ki
     if not given.get("prompt") and not issubclass(kind, kinds.WordSettings):  # then each picture has a caption of its own
         given = {"train_data_dir" if name == "pictures" else name: value for name, value in given.items()}
     given = {SHORT.get(name, name): str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    if given.get("preset") in POCKET:
+    if given.get("preset") in kinds.POCKET:
         base = given.get("pretrained_model_name_or_path", kind.pretrained_model_name_or_path)
-        given |= {name: value for name, value in preset_values(given["preset"], base).items() if name not in given}
+        given = kinds.preset_values(given["preset"], base) | given
     lists = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
     return settings_from(kind, lists, "the recipe")
 

@@ -69,19 +69,23 @@ def flags_of(kind: type) -> dict[str, tuple[Field[Any], Any, bool]]:
 
 def values_of(name: str, kind: type, words: list[str]) -> dict[str, Any]:
     """field -> value, of all that the words say. A prompt needs no quotes. SettingsError, with the nearest flag, for others."""
-    flags, free, given, room = flags_of(kind), list[str](), dict[str, list[str]](), 0.0
-    hints: dict[str, Any] = {flag: hint for flag, (_, hint, _) in flags.items()}
-    places = [flag for flag, (_, _, positional) in flags.items() if positional]
-    hints |= {"from": str} if name == "sample" else {}
+    hints: dict[str, Any] = {flag: hint for flag, (_, hint, _) in flags_of(kind).items()}
+    places = [flag for flag, (_, _, positional) in flags_of(kind).items() if positional]
+    if name == "sample":
+        hints["from"] = str
     if name.startswith("train "):
         hints |= {flag: hints[ours] for flag, ours in SAME.items()} | dict.fromkeys(NOT_NEEDED, tuple[str, ...])
         hints["config"] = str
+    free, given, room = list[str](), dict[str, list[str]](), 0.0  # room: for so many more words of the last flag
     for word in words:
         if word.startswith("--") and len(word) > 2:
             typed, equals, value = word[2:].partition("=")
             flag, off = known_flag(name, typed.replace("-", "_"), hints, places)
-            given[flag] = ["False"] * off + [value] * bool(equals) or ["True"] * (hints[flag] is bool)
-            room = 0 if given[flag] else float("inf") if get_origin(hints[flag]) is tuple else 1
+            said = [value] if equals else []
+            if hints[flag] is bool:
+                said = [*said, "False"] if off else said or ["True"]
+            given[flag] = said
+            room = 0 if said else float("inf") if get_origin(hints[flag]) is tuple else 1
         elif room:
             given[flag].append(word)
             room -= 1
@@ -89,18 +93,22 @@ def values_of(name: str, kind: type, words: list[str]) -> dict[str, Any]:
             free.append(word)
     if left := ", ".join(f"--{flag} ({why})" for flag, why in NOT_NEEDED.items() if given.pop(flag, None) is not None):
         print(f"Note: not needed here: {left}.", file=sys.stderr)
-    if "prompt" in places and free:
-        free = [" ".join(free)]
-    if "prompts" in places and SMALL_WORDS & {word.lower() for word in free}:
-        raise SettingsError(f'put each prompt in quotes: minidiff {name} "{" ".join(free)}"')
-    for place in places:
-        count = len(free) if get_origin(hints[place]) is tuple else 1
-        if free or not count:
-            given[place], free = free[:count], free[count:]
-    if free:
-        raise SettingsError(f'"{" ".join(free)}" belongs to no flag. A text with spaces needs quotes: --flag "several words"')
+    given |= placed(name, free, places)
     values = {flag: value_of(flag, texts, hints[flag]) for flag, texts in given.items()}
     return {SAME.get(flag, flag): dataset(value) if flag == "dataset_name" else value for flag, value in values.items()}
+
+
+def placed(name: str, free: list[str], places: list[str]) -> dict[str, list[str]]:
+    """The words that belong to no flag, by positional."""
+    if "prompts" in places:
+        if SMALL_WORDS & {word.lower() for word in free}:
+            raise SettingsError(f'put each prompt in quotes: minidiff {name} "{" ".join(free)}"')
+        return {"prompts": free}
+    if "prompt" in places:
+        return {"prompt": [" ".join(free)]} if free else {}
+    if left := " ".join(free[len(places) :]):
+        raise SettingsError(f'"{left}" belongs to no flag. A text with spaces needs quotes: --flag "several words"')
+    return {place: [word] for place, word in zip(places, free)}
 
 
 def known_flag(name: str, typed: str, hints: dict[str, Any], places: list[str]) -> tuple[str, bool]:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from minidiff.core.errors import MinidiffError
 from minidiff.core.text import token_ids
@@ -38,7 +39,7 @@ CODE = {  # that loads a result, by tag; other results are WHOLE models
 }  # fmt: skip
 
 
-def base_license(base: str) -> dict[str, str]:
+def base_license(base: str) -> dict[str, Any]:
     """The licence in the base model's card, which also holds for what is made from it; "other" if there is none."""
     from huggingface_hub import ModelCard
 
@@ -102,9 +103,7 @@ def write_card(folder: Path, settings: FineTuneSettings, updates: int, tag: str,
 
     base, name, prompt = settings.pretrained_model_name_or_path, Path(settings.output_dir).resolve().name, settings.prompt
     short, terms = Path(base).resolve().name, base_license(base)
-    front = ModelCardData(base_model=base if is_hub_id(base) else short, tags=[*TAGS, tag], inference=True)
-    for key, value in terms.items():
-        front[key] = value
+    front = ModelCardData(base_model=base if is_hub_id(base) else short, tags=[*TAGS, tag], inference=True, **terms)
     method = "DoRA" if getattr(settings, "use_dora", False) and tag == "lora" else TITLES.get(tag, "Full fine-tune")
     lines = [f"# {name}", f"{method} of {short}, {updates:,} updates."]
     if settings.validation_steps:

@@ -11,7 +11,7 @@ same way. Install once after loading, and again after an adapter was injected.
 This room can be deleted: then everything is computed as `core` says.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -79,7 +79,8 @@ def remove(model: nn.Module, classes: Classes = FAST) -> None:
     install(model, {fast: plain for plain, fast in classes.items()})
 
 
-IMPLS = ("auto", "naive", "tiled", "sdpa")  # on any device
+sdpa = scaled_dot_product_attention  # PyTorch's fused kernels
+IMPLS: dict[str, Callable[..., Tensor]] = {"auto": sdpa, "naive": naive_attention, "tiled": tiled_attention, "sdpa": sdpa}
 GPU_IMPLS = ("triton",)
 
 
@@ -90,15 +91,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
     FlashAttention in plain PyTorch, `sdpa` PyTorch's fused kernels, `triton` our own kernels for NVIDIA GPUs; `auto` is `sdpa`.
     SettingsError for an unknown `impl`, and for `triton` where it cannot run.
     """
-    if impl == "naive":
-        return naive_attention(q, k, v)
-    if impl == "tiled":
-        return tiled_attention(q, k, v)
-    if impl in ("sdpa", "auto"):
-        return scaled_dot_product_attention(q, k, v)
     if impl == "triton":
         from minidiff.fast.flash import flash_attention  # only now: Triton takes long to import, and may be missing
 
         return flash_attention(q, k, v)
-    known = IMPLS + GPU_IMPLS
-    raise SettingsError(f'attention impl "{impl}" is unknown; it is one of {", ".join(known)}.{did_you_mean(impl, known)}')
+    if impl not in IMPLS:
+        known = [*IMPLS, *GPU_IMPLS]
+        raise SettingsError(f'attention impl "{impl}" is unknown; it is one of {", ".join(known)}.{did_you_mean(impl, known)}')
+    return IMPLS[impl](q, k, v)

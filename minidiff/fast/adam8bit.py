@@ -42,24 +42,18 @@ PIECE = 2**21  # numbers that are updated at once: what is unpacked for it never
 
 
 @cache
-def tree_values(signed: bool) -> tuple[float, ...]:
-    """The 256 numbers that a code can mean, ascending; of two signs for the first moment, of one for the second.
+def tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 256 numbers that a code can mean, ascending, and the boundaries (255,) between them.
 
     Decade i below 1 is divided into 2^(6 - i) parts (2^(7 - i) without a sign), and a code means the middle of a part. Two
     codes are left for 0 and for 1 itself, the largest of a block. -1 has none: it becomes -0.993.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    parts = [torch.tensor([0.0, 1.0])]
     for i in range(7):
         edges = torch.linspace(0.1, 1.0, 2 ** (6 - i if signed else 7 - i) + 1)
         middles = 10.0**-i * ((edges[:-1] + edges[1:]) / 2)
-        values += [middles, -middles] if signed else [middles]
-    return tuple(torch.cat(values).sort().values.tolist())
-
-
-@cache
-def tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The values (256,) and the boundaries between them (255,)."""
-    values = torch.tensor(tree_values(signed))
+        parts += [middles, -middles] if signed else [middles]
+    values = torch.cat(parts).sort().values
     return values.to(device), ((values[:-1] + values[1:]) / 2).to(device)
 
 

@@ -179,7 +179,7 @@ def options(tile: Tile, d: int) -> dict[str, int | str]:
     """The sides of a tile, and how the D columns of a row are cut; see the picture."""
     main, tail = split(d)
     tail = max(tail, tile.tail) if tail else 0
-    out_tail = min(tail, power_of_two(d - main, max(8, tile.tail)))
+    out_tail = min(tail, max(8, tile.tail, triton.next_power_of_2(d - main)))
     columns: dict[str, int | str] = {"D": d, "MAIN": main, "TAIL": tail, "OUT_TAIL": out_tail, "PRECISION": "tf32x3"}
     return columns | {"BLOCK_L": tile.queries, "BLOCK_S": tile.keys, "num_warps": tile.warps, "num_stages": STAGES}
 
@@ -191,14 +191,9 @@ def alignment(*tensors: Tensor) -> int:
 
 def split(length: int) -> tuple[int, int]:
     """A power of two, and another for what is left: 40 -> 32 + 16, 64 -> 64 + 0. 100 is 128 + 0: 64 + 64 would be no less."""
-    whole = power_of_two(length, 16)
-    main, tail = whole // 2, power_of_two(length - whole // 2, 16)
+    whole = max(16, triton.next_power_of_2(length))
+    main, tail = whole // 2, max(16, triton.next_power_of_2(length - whole // 2))
     return (main, tail) if main + tail < whole else (whole, 0)
-
-
-def power_of_two(x: int, least: int) -> int:
-    """The smallest that is at least x, and at least `least`."""
-    return max(least, 1 << max(x - 1, 0).bit_length())
 
 
 def check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -208,7 +208,7 @@ class LayerNormFunction(torch.autograd.Function):
 
 
 class GEGLUFunction(torch.autograd.Function):
-    """2002.05202, eq. 6. Saves value and gate, one tensor; computes GELU(gate) again."""
+    """GEGLU (arXiv 2002.05202, eq. 5). Saves value and gate, one tensor; computes GELU(gate) again."""
 
     @staticmethod
     def forward(ctx: Any, pre: Tensor) -> Tensor:

@@ -86,11 +86,12 @@ class LoRALinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         x, thin, weight, A, B = saved(ctx)
-        d_rows, needed = rows(d), ctx.needs_input_grad
+        d_rows, d_x = rows(d), None
         d_thin = ctx.scale * (d_rows @ B.to(d.dtype))
-        d_A = (d_thin.mT @ rows(x)).to(A.dtype) if needed[3] else None
-        d_B = (ctx.scale * (d_rows.mT @ rows(thin))).to(B.dtype) if needed[4] else None
-        d_x = conv.linear(d_rows, weight.mT, None).addmm_(d_thin, A.to(d.dtype)).view(x.shape) if needed[0] else None
+        d_A = (d_thin.mT @ rows(x)).to(A.dtype)
+        d_B = (ctx.scale * (d_rows.mT @ rows(thin))).to(B.dtype)
+        if ctx.needs_input_grad[0]:
+            d_x = conv.linear(d_rows, weight.mT, None).addmm_(d_thin, A.to(d.dtype)).view(x.shape)
         release(ctx)
         return d_x, None, None, d_A, d_B, None
 
@@ -108,16 +109,15 @@ class DownFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         x, A = saved(ctx)
-        needed = ctx.needs_input_grad[:2]
         if ctx.how is None:
-            d_x = d @ A.to(d.dtype) if needed[0] else None
-            d_A = rows(d).mT @ rows(x) if needed[1] else None
+            d_x = d @ A.to(d.dtype) if ctx.needs_input_grad[0] else None
+            d_A = rows(d).mT @ rows(x)
         else:
             stride, padding, dilation, groups = ctx.how
-            rest = (stride, padding, dilation, False, (0, 0), groups, (*needed, False))
+            rest = (stride, padding, dilation, False, (0, 0), groups, (ctx.needs_input_grad[0], True, False))
             d_x, d_A, _ = torch.ops.aten.convolution_backward(d, x, A.to(d.dtype), None, *rest)
         release(ctx)
-        return d_x, None if d_A is None else d_A.to(A.dtype), None
+        return d_x, d_A.to(A.dtype), None
 
 
 class DoRAFunction(torch.autograd.Function):

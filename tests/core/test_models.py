@@ -350,7 +350,7 @@ def test_attention_eq1() -> None:
 
 
 def test_geglu_eq6() -> None:
-    """2002.05202, eq. 6, with the exact GELU, x Φ(x)."""
+    """2002.05202, eq. 5, with the exact GELU, x Φ(x)."""
     module, x = build("geglu"), MAKER["inputs"]("geglu", 1.0)[0]
     value, gate = F.linear(x, module.proj.weight, module.proj.bias).chunk(2, dim=-1)
     expected = value * gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))

@@ -218,7 +218,7 @@ def planned(dtype: str, d: int, keys: int, padded: bool = False) -> Plans:
     plans = {kernel.__name__: (kernel, dict(zip(kernel.arg_names, args)) | kwargs) for kernel, args, kwargs in calls}
     for _, arguments in plans.values():
         if padded:
-            power = flash.power_of_two(d, 16)
+            power = 1 << (d - 1).bit_length()
             arguments.update(D=power, MAIN=power, TAIL=0, OUT_TAIL=0)
     return plans
 

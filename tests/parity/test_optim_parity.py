@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minidiff.fast.adam8bit import LeanAdamW, dequantize, quantize, tree_values
+from minidiff.fast.adam8bit import LeanAdamW, dequantize, quantize, tables
 
 quant_utils: Any = pytest.importorskip("torchao.optim.quant_utils")
 theirs: Any = pytest.importorskip("torchao.optim")
@@ -33,13 +33,13 @@ def wide(n: int, signed: bool) -> Tensor:
 
 @SIGNED
 def test_tree_values(signed: bool) -> None:
-    assert torch.equal(torch.tensor(tree_values(signed)), torch.tensor(quant_utils.create_dynamic_map(signed)))
+    assert torch.equal(tables(signed, torch.device("cpu"))[0], torch.tensor(quant_utils.create_dynamic_map(signed)))
 
 
 @SIGNED
 def test_codes_and_scales(signed: bool) -> None:
     """All equal, but for one number in 10,000 that lies as near to one value as to the next, up to fp32's rounding."""
-    x, values = wide(256 * 400, signed), torch.tensor(tree_values(signed))
+    x, values = wide(256 * 400, signed), tables(signed, torch.device("cpu"))[0]
     scaled, scale = quant_utils.scale_tensor(x, 256)
     their_codes, (codes, absmax) = quant_utils.quantize_8bit_with_qmap(scaled, values), quantize(x, signed)
     assert torch.equal(absmax, scale)
@@ -76,7 +76,7 @@ def test_twenty_updates(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_the_two_differ() -> None:
     """Second moments of gradients about 1e-9, that is 1e-18: there a third of a block becomes zero."""
     v = (1e-9 * draws(256)).square()
-    values = torch.tensor(tree_values(False))
+    values = tables(False, torch.device("cpu"))[0]
     scaled, scale = quant_utils.scale_tensor(v, 256)
     their_v = quant_utils.dequant_with_qmap(quant_utils.quantize_8bit_with_qmap(scaled, values), values, scale)
     our_v = dequantize(*quantize(v, False), False)

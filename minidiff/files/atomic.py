@@ -102,12 +102,10 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def fsync_tree(path: Path) -> list[Path]:
-    """fsync a file, or a folder with its contents. Returns the files in the folder, sorted."""
-    paths = sorted(path.rglob("*"))
-    for each in [*paths, path]:
+def fsync_tree(path: Path) -> None:
+    """fsync a file, or a folder with its contents."""
+    for each in [*path.rglob("*"), path]:
         fsync(each)
-    return [each for each in paths if each.is_file()]
 
 
 def sha256(path: Path) -> str:

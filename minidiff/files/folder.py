@@ -42,7 +42,7 @@ HARMLESS = (  # keywords that change nothing: safetensors are read, from the dis
     "use_safetensors", "local_files_only", "low_cpu_mem_usage", "force_download", "token", "use_auth_token", "variant",
     "requires_safety_checker", *NO_PARTS,
 )  # fmt: skip
-LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_config.json")
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # as diffusers and peft call them
 
 
 def local_folder(name: str, cache_dir: str | None = None, revision: str | None = None, kind: str = "model") -> Path:
@@ -87,6 +87,8 @@ def found(path: Any, given: dict[str, Any]) -> Path:
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # reading a pipe would never end
+        raise WeightsError(f"{path} is no ordinary file; {why}. Copy it again.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -35,15 +35,14 @@ from minidiff.core.lora import LoRAWeights
 from minidiff.files import lora_names
 from minidiff.files.atomic import write_bytes
 from minidiff.files.few_steps import suggestion
+from minidiff.files.folder import LORA_FILES
 from minidiff.files.looks import cross_attention_width, family
 from minidiff.files.lora_names import COMPONENTS, METADATA, PEFT_CONFIG, Place, alpha_of
 from minidiff.files.values import listed, printable
 from minidiff.files.weights import TensorFile, TensorInfo, file_at, find_weights, is_finite, read_header, save
 from minidiff.files.word_file import FILE_NAME as WORD_FILE
 
-FILE_NAME = "pytorch_lora_weights.safetensors"
-PEFT_FILE = "adapter_model.safetensors"
-LORA_FILES = (FILE_NAME, PEFT_FILE)
+FILE_NAME, PEFT_FILE = LORA_FILES
 ANEW = (METADATA, "ss_network_module", "ss_network_dim", "ss_network_alpha")  # metadata that is never another file's
 Models = Mapping[str, nn.Module]
 Layers = Mapping[str, nn.Linear | nn.Conv2d]  # by their names in adapter files
@@ -92,12 +91,9 @@ def _few(values: Iterable[float]) -> str:
 
 
 def read_lora(
-    source: str | Path | TensorFile,
-    alpha: float | None = None,
-    config: UNetConfig | None = None,
-    models: Models | None = None,
-    strict: bool = True,
-) -> LoRAFile:
+    source: str | Path | TensorFile, alpha: float | None = None, config: UNetConfig | None = None,
+    models: Models | None = None, strict: bool = True,
+) -> LoRAFile:  # fmt: skip
     """Every layer of an adapter file, or of a folder that diffusers or peft wrote.
 
     `alpha` is for files that do not say it. `config`: the U-Net whose layers LDM's names count; None: that of the `models`,
@@ -252,13 +248,9 @@ def parts_of(name: str, weights: LoRAWeights, dialect: str, torch_dtype: torch.d
 
 
 def load_lora(
-    models: Models,
-    path: str | Path,
-    adapter_name: str = "default",
-    weight_name: str | None = None,
-    alpha: float | None = None,
-    strict: bool = True,
-) -> LoRAFile:
+    models: Models, path: str | Path, adapter_name: str = "default", weight_name: str | None = None,
+    alpha: float | None = None, strict: bool = True,
+) -> LoRAFile:  # fmt: skip
     """Attach the adapter of a file to the models, {"unet": …, "text_encoder": …}, and make it the only active one.
 
     As `read_lora`, and any AdapterError comes before anything is changed. `weight_name` is a file in the folder `path`.
@@ -304,12 +296,9 @@ def of_component(modules: Mapping[str, LoRAWeights], component: str) -> dict[str
 
 
 def save_lora(
-    modules: Mapping[str, LoRAWeights],
-    path: str | Path,
-    dialect: str = "diffusers",
-    torch_dtype: torch.dtype = torch.float32,
-    metadata: Mapping[str, str] | None = None,
-) -> Path:
+    modules: Mapping[str, LoRAWeights], path: str | Path, dialect: str = "diffusers",
+    torch_dtype: torch.dtype = torch.float32, metadata: Mapping[str, str] | None = None,
+) -> Path:  # fmt: skip
     """Write an adapter as "diffusers", "kohya" or "peft" has it, with its scale. Gives the path of the tensors' file.
 
     `path` is a `.safetensors` file, or a folder that gets one; for peft always a folder. `metadata` (texts) is for

@@ -114,13 +114,9 @@ class ModelParts:
 
 
 def read_model(
-    name: str | Path,
-    like: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    dtypes: DTypes = AS_IN_THE_FILE,
-    light: Any = None,
-    prediction_type: str | None = None,
-) -> ModelParts:
+    name: str | Path, like: str | Path | None = None, tokenizer: str | Path | None = None,
+    dtypes: DTypes = AS_IN_THE_FILE, light: Any = None, prediction_type: str | None = None,
+) -> ModelParts:  # fmt: skip
     """A model folder, a hub id in the local cache, or an SD 1.x, SD 2.x or SDXL checkpoint in one LDM file; frozen.
 
     `like` is a folder that describes the networks of a single file, in place of its family's sizes. `tokenizer` is the folder

@@ -69,10 +69,10 @@ class TensorFile:
     metadata: dict[str, str]
     looks_like: str
 
-    def misfit(self, what: str, problems: Mapping[str, Iterable[str]] = {}, here: str = "") -> str:
-        """A message: `what` is wrong, what the file looks like, `here` the model, and ten names of each problem."""
+    def misfit(self, what: str, problems: Mapping[str, Iterable[str]] = {}) -> str:
+        """A message: `what` is wrong, the kind that the file looks like, and ten names of each problem."""
         lines = [listed(problem, names) for problem, names in problems.items() if names]
-        return "\n".join([f"{what} The file looks like {self.looks_like}{here}.", *lines])
+        return "\n".join([f"{what} The file looks like {self.looks_like}.", *lines])
 
     def read(self, torch_dtype: torch.dtype | None = None, mapped: bool = False) -> dict[str, Tensor]:
         """Every tensor, cast to `torch_dtype` if one is given. WeightsError for NaN and infinity.
@@ -164,16 +164,15 @@ def find_weights(path: str | Path, names: Sequence[str] = MODEL_FILES) -> Path:
     path = here_or_bundled(path)
     if not path.is_dir():
         return path
-    there = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".json", *PICKLES))
-    weights = [file for file in there if file.suffix == ".safetensors"]
+    weights = sorted(path.glob("*.safetensors"))
     usual = [path / name for name in names if path / name in weights]
     if usual or len(weights) == 1:
         return (usual or weights)[0]
-    if not weights and (pickle := next((file for file in there if file.suffix in PICKLES), None)):
+    if not weights and (pickle := next((file for file in sorted(path.iterdir()) if file.suffix in PICKLES), None)):
         way = f"minidiff convert {pickle} {path}/model.safetensors --to safetensors"
         what = f"has its weights only as a pickle ({pickle.name}), which can run code when it is opened"
         raise WeightsError(f"{path} {what}. Get the .safetensors version of it, or make it: {way}")
-    if any(file.name.endswith(".index.json") for file in there):
+    if any(path.glob("*.index.json")):
         raise WeightsError(f"{path}: the weights are split over several files; minidiff reads single ones.")
     if weights:
         raise WeightsError(f"{path} has several weight files, {', '.join(file.name for file in weights)}: name one of them.")

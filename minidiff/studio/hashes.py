@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minidiff.files.atomic import sha256
-from minidiff.files.folder import local_folder
-from minidiff.files.lora_file import LORA_FILES
+from minidiff.files.folder import LORA_FILES, local_folder
 from minidiff.files.weights import find_weights
 from minidiff.files.word_file import FILE_NAME
 

@@ -224,6 +224,16 @@ def test_case_08_a_pipe_in_a_files_place(tiny_folder: Path, tmp_path: Path, caps
         assert f"{path} is no ordinary file" in refused(capsys, sample(tiny_folder, flag, path))
 
 
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_case_08_a_pipe_in_a_tables_place(
+    name: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = changed(tiny_folder, tmp_path / "model", name) / name
+    path.unlink()
+    os.mkfifo(path)
+    assert f"{path} is no ordinary file" in refused(capsys, sample(tmp_path / "model"))
+
+
 UNET, TEXT = "model.diffusion_model.input_blocks", "cond_stage_model.transformer.text_model.final_layer_norm.bias"
 ATTENTION = f"{UNET}.1.1.transformer_blocks.0.attn2.to_k.weight"
 VAE, OPENCLIP = "first_stage_model.quant_conv.bias", "cond_stage_model.model.ln_final.bias"

@@ -8,7 +8,7 @@ a table of module prefixes, made for given numbers of levels and layers, and rea
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 
 from minidiff.core.config import ControlNetConfig, UNetConfig, VAEConfig
@@ -39,36 +39,30 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 @cache
 def unet_table(config: UNetConfig) -> dict[str, str]:
     """Module prefixes of the U-Net, diffusers -> LDM."""
-    table: dict[str, str] = {}
-    for ours, theirs in _unet_blocks(config):
-        inside = RESNET if ".resnets." in ours else {}
+    down, up, n = config.down_block_types, config.up_block_types, config.layers_per_block
+    inputs, outputs = [["conv_in"]], list[list[str]]()  # the modules of each of LDM's layers
+    for i, kind in enumerate(down):
+        inputs += [layer(f"down_blocks.{i}", j, kind) for j in range(n)]
+        inputs += [[f"down_blocks.{i}.downsamplers.0"]] if i + 1 < len(down) else []
+    for i, kind in enumerate(up):
+        outputs += [layer(f"up_blocks.{i}", j, kind) for j in range(n + 1)]
+        outputs[-1] += [f"up_blocks.{i}.upsamplers.0"] if i + 1 < len(up) else []  # LDM has no layer for it alone
+    table = {"conv_norm_out": "out.0", "conv_out": "out.2"}
+    table |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+    if config.addition_embed_type:
+        table |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+    blocks = {f"mid_block.{ours}": f"middle_block.{m}" for m, ours in enumerate(("resnets.0", "attentions.0", "resnets.1"))}
+    for way, layers in (("input_blocks", inputs), ("output_blocks", outputs)):
+        blocks |= {ours: f"{way}.{k}.{m}" for k, modules in enumerate(layers) for m, ours in enumerate(modules)}
+    for ours, theirs in blocks.items():
+        inside = RESNET if ".resnets." in ours else {"conv": "op"} if ".downsamplers." in ours else {}
         table |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in inside.items()} or {ours: theirs}
     return table
 
 
-def _unet_blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
-    layers, down, up = config.layers_per_block, config.down_block_types, config.up_block_types
-    n = layers + 1  # LDM's numbers for one level: down, its layers and a downsampler; up, one layer more
-    yield "conv_in", "input_blocks.0.0"
-    yield "time_embedding.linear_1", "time_embed.0"
-    yield "time_embedding.linear_2", "time_embed.2"
-    if config.addition_embed_type:
-        yield from (("add_embedding.linear_1", "label_emb.0.0"), ("add_embedding.linear_2", "label_emb.0.2"))
-    levels = [(f"down_blocks.{i}", "input_blocks", kind, layers, n * i + 1) for i, kind in enumerate(down)]
-    levels += [(f"up_blocks.{i}", "output_blocks", kind, n, n * i) for i, kind in enumerate(up)]
-    for ours, theirs, kind, count, first in levels:
-        for j in range(count):
-            yield f"{ours}.resnets.{j}", f"{theirs}.{first + j}.0"
-            if "CrossAttn" in kind:
-                yield f"{ours}.attentions.{j}", f"{theirs}.{first + j}.1"
-    for i, kind in enumerate(up[:-1]):
-        yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{n * (i + 1)}.0.op"
-        behind = 2 if "CrossAttn" in kind else 1  # the upsampler sits in the last layer, behind ResBlock and transformer
-        yield f"up_blocks.{i}.upsamplers.0", f"output_blocks.{n * i + layers}.{behind}"
-    for j, middle in enumerate(("resnets.0", "attentions.0", "resnets.1")):
-        yield f"mid_block.{middle}", f"middle_block.{j}"
-    yield "conv_norm_out", "out.0"
-    yield "conv_out", "out.2"
+def layer(block: str, j: int, kind: str) -> list[str]:
+    """The modules of a block's layer j, in diffusers' names."""
+    return [f"{block}.resnets.{j}", *([f"{block}.attentions.{j}"] if "CrossAttn" in kind else [])]
 
 
 def controlnet_table(config: ControlNetConfig) -> dict[str, str]:

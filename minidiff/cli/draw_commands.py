@@ -35,9 +35,8 @@ from minidiff.files.folder import local_folder
 from minidiff.files.model import is_single_file, read_model
 from minidiff.files.text_files import load_tokenizer
 from minidiff.files.word_file import FILE_NAME
-from minidiff.studio.filmstrip import Film
-from minidiff.studio.filmstrip import filmstrip as strip_of
-from minidiff.studio.maps import AttentionMaps, attention_sheet, words_of
+from minidiff.studio.inside import AttentionMaps, Film, attention_sheet, words_of
+from minidiff.studio.inside import filmstrip as strip_of
 from minidiff.studio.morph import check_animation, check_loop, keyframe_tensors, save_animation
 from minidiff.studio.morph import morph as frames_of
 from minidiff.studio.recipe import OURS, Origin, check_origin, parameters, recipe_texts, several
@@ -146,7 +145,7 @@ def filmstrip(s: Filmstrip) -> None:
     pipe = load(s, [s.prompt])
     with Film(pipe) as film:
         image = draw(pipe, s, s.prompt, callback=film)
-    strip = strip_of(film, pipe.decode, pipe.schedule, s.prompt, s.count)
+    strip = strip_of(film, s.prompt, s.count)
     save_png(strip, s.output, {"parameters": how(s, pipe, s.prompt, image)})
     print(s.output)
 

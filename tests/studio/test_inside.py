@@ -16,8 +16,7 @@ from minidiff.core.grids import SAMPLERS, Step
 from minidiff.core.rng import normal
 from minidiff.draw.images import to_pil, to_tensor
 from minidiff.draw.pipeline import StableDiffusionPipeline
-from minidiff.studio.filmstrip import Film, filmstrip, noise_share
-from minidiff.studio.maps import AttentionMaps, attention_sheet, over, words_of
+from minidiff.studio.inside import AttentionMaps, Film, attention_sheet, filmstrip, noise_share, over, words_of
 
 DOG = "a photo of a red dog on the beach"
 POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
@@ -76,11 +75,11 @@ def test_the_film_of_every_sampler_explains_x0(pipe: StableDiffusionPipeline, sa
 def test_the_strip_has_a_pair_of_pictures_for_each_frame(pipe: StableDiffusionPipeline) -> None:
     with Film(pipe) as film:
         pipe([DOG, "a cat"], seed=3, num_inference_steps=6, callback=film)
-    strip = filmstrip(film, pipe.decode, pipe.schedule, DOG, count=3, tile=32)
+    strip = filmstrip(film, DOG, count=3, tile=32)
     last = to_pil(pipe.decode(film.frames[-1].x0))[0]
     assert last.size == (16, 16) or last.resize((32, 32)).size == (32, 32)
     assert strip.width > 3 * 32 and strip.height > 2 * 32
-    wider = filmstrip(film, pipe.decode, pipe.schedule, DOG, count=100, tile=32)
+    wider = filmstrip(film, DOG, count=100, tile=32)
     assert wider.width > strip.width + 2 * 32  # six frames: no more than there are
 
 

@@ -1,21 +1,23 @@
-"""Which word looks where: the cross-attention of every layer and step, as one heat map a word.
+"""Looking inside the U-Net while it draws: a filmstrip of one picture, and maps of where it looks for each word.
 
-    with AttentionMaps(pipe) as maps:
-        picture = pipe(prompt, seed=0).images[0]
-    words = words_of(pipe.tokenizer, prompt, pipe.placeholders)
-    sheet = attention_sheet(picture, maps.mean(), words)
+    with Film(pipe) as film, AttentionMaps(pipe) as maps:
+        picture = pipe(prompt, seed=0, callback=film).images[0]
+    strip = filmstrip(film, prompt)
+    sheet = attention_sheet(picture, maps.mean(), words_of(pipe.tokenizer, prompt, pipe.placeholders))
+
+A filmstrip shows the latents that the network sees at some of the steps, and the picture that it expects.
 
 In cross-attention each place of the picture asks (q), each token of the prompt answers (k), and softmax(q kᵀ / √D) says how
 much of its attention a place gives to which token. Averaged over heads, layers and steps, and laid over the picture, that is
 DAAM ("What the DAAM", arXiv 2210.04885, section 3). Only the half with the prompt counts, not the empty one of guidance.
 
-N heads   L h·w places   S tokens   D width of one head
+C H W one latent   N heads   L h·w places   S tokens   D width of one head
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -26,11 +28,13 @@ from torch.utils.hooks import RemovableHandle
 
 from minidiff.core.attention import CrossAttention, SpatialTransformer
 from minidiff.core.errors import SettingsError
+from minidiff.core.grids import Step
 from minidiff.core.ip_adapter import ImageAttention
+from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.text import LENGTH, token_ids
+from minidiff.draw.images import contact_sheet, to_pil
 from minidiff.draw.pipeline import StableDiffusionPipeline
 from minidiff.draw.prompting import chunked, parse_prompt
-from minidiff.studio.filmstrip import check_visible
 from minidiff.studio.sheet import gallery
 
 if TYPE_CHECKING:
@@ -40,32 +44,98 @@ Size = tuple[int, int]  # height and width, in cells
 Word = tuple[str, list[int]]  # a word of the prompt, and where its tokens stand among the S
 
 
-class AttentionMaps:
-    """Watches every cross-attention of the U-Net while it draws. Use it in a `with`: its hooks are removed at the end.
+class Watcher:
+    """Sees the U-Net while it draws. Use it in a `with`: its hooks are removed at the end."""
+
+    def __init__(self, pipe: StableDiffusionPipeline) -> None:
+        self.pipe = pipe
+
+    def hooks(self) -> Iterable[RemovableHandle]:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        if self.pipe.tile_size:
+            raise SettingsError("tile_size shows the U-Net only parts of the picture; leave it out to look inside.")
+        if self.pipe.unet._compiled_call_impl is not None:
+            raise SettingsError("a compiled U-Net hides its layers; leave --compile out to look inside.")
+        self._hooks = list(self.hooks())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+# --- the filmstrip -----------------------------------------------------------------------------------------------------
+
+
+class Frame(NamedTuple):
+    """One call of the network: t, the noisy latents that went in, and the clean ones as the network sees them (1, C, H, W)."""
+
+    t: float
+    seen: Tensor
+    x0: Tensor
+
+
+class Film(Watcher):
+    """The pipeline's callback: one `Frame` a step."""
+
+    def __init__(self, pipe: StableDiffusionPipeline) -> None:
+        super().__init__(pipe)
+        self.frames = list[Frame]()
+
+    def hooks(self) -> Iterable[RemovableHandle]:
+        yield self.pipe.unet.register_forward_pre_hook(self._look)
+
+    def _look(self, unet: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._input = inputs[0][:1]  # of the first picture; with guidance both halves hold the same latents
+
+    def __call__(self, step: Step) -> None:
+        x0 = step.x0[:1].float().cpu()
+        seen = self._input[:, : x0.shape[1]]  # a U-Net for inpainting is given the mask as well, behind the latents
+        self.frames.append(Frame(step.t, seen.float().cpu(), x0))
+
+
+def filmstrip(film: Film, title: str = "", count: int = 8, tile: int = 192) -> Image.Image:
+    """`count` of the frames as a strip, the first and the last among them: t and the noise above, two pictures below.
+
+    The noise is √(1 - ā_t), its share in x_t = √ā_t x_0 + √(1 - ā_t) ε (DDPM, arXiv 2006.11239, eq. 4): 1 is noise alone.
+    """
+    chosen = torch.linspace(0, len(film.frames) - 1, min(count, len(film.frames))).round().int().tolist()
+    frames = [film.frames[i] for i in chosen]
+    rows = [to_pil(film.pipe.decode(torch.cat(latents))) for latents in ([f.seen for f in frames], [f.x0 for f in frames])]
+    labels = [f"t {frame.t:.0f}, noise {noise_share(film.pipe.schedule, frame.t):.2f}" for frame in frames]
+    return contact_sheet(rows, ["what the network sees", "what it believes"], labels, title, tile)
+
+
+def noise_share(schedule: NoiseSchedule, t: float) -> float:
+    """√(1 - ā_t); between two timesteps, on the line between their ā."""
+    a_bar = schedule.alphas_cumprod.double().numpy()
+    return math.sqrt(1 - np.interp(t, range(len(a_bar)), a_bar))  # DDPM eq. 4
+
+
+# --- maps of attention -------------------------------------------------------------------------------------------------
+
+
+class AttentionMaps(Watcher):
+    """Watches every cross-attention.
 
     It computes the attention again with the layers' own projections, so that adapters count. Of a batch it keeps the last
     picture: with guidance the half with the prompt comes last.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline) -> None:
-        self.pipe = pipe
+        super().__init__(pipe)
         self.sums: dict[Size, Tensor] = {}  # (S, h, w), fp32 on the CPU
         self.count = 0  # layers times steps
         self._size: Size = (0, 0)  # of the feature map whose transformer runs now
 
-    def __enter__(self) -> Self:
-        check_visible(self.pipe)
-        self._hooks = list[RemovableHandle]()
+    def hooks(self) -> Iterable[RemovableHandle]:
         for name, module in self.pipe.unet.named_modules():
             if isinstance(module, SpatialTransformer):
-                self._hooks.append(module.register_forward_pre_hook(self._measure))
+                yield module.register_forward_pre_hook(self._measure)
             elif name.endswith("attn2"):
-                self._hooks.append(module.register_forward_hook(self._look))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+                yield module.register_forward_hook(self._look)
 
     def _measure(self, transformer: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._size = tuple(inputs[0].shape[-2:])

@@ -63,6 +63,14 @@ def read_folder(
     return Scan(prompt, caption_column, masks, captions).examples_of(folder)
 
 
+def contents(folder: Path) -> list[Path]:
+    """The files in a folder of pictures, in the order of their names. DataError where there is no such folder."""
+    if not folder.is_dir():
+        what = "a file, not a folder" if folder.exists() else "no folder that exists"
+        raise DataError(f"{folder} is {what}; give the folder of the pictures.{near_path(str(folder))}")
+    return sorted(folder.iterdir())
+
+
 def kohya_in(folder: Path) -> list[Path]:
     """Folders with names such as "10_sks dog"."""
     return [p for p in sorted(folder.iterdir()) if KOHYA.match(p.name) and p.is_dir()]
@@ -85,7 +93,7 @@ class Scan:
     pictures: list[Path] = field(default_factory=list)  # used or not
 
     def __post_init__(self) -> None:
-        hints = sorted(here_or_bundled(self.hint_folder).iterdir()) if self.hint_folder else []
+        hints = contents(here_or_bundled(self.hint_folder)) if self.hint_folder else []
         self.hints = {path.stem: path for path in hints if is_picture(path)}
 
     def examples_of(self, folder: Path) -> list[Example]:
@@ -116,11 +124,11 @@ class Scan:
     def of(self, folder: Path) -> Self:
         """All examples of a folder, or those of the folders in it; all errors and notices."""
         folder = here_or_bundled(folder)
-        if not folder.is_dir():
-            what = "a file, not a folder" if folder.exists() else "no folder that exists"
-            self.errors.append(f"{folder} is {what}; give the folder of the pictures.{near_path(str(folder))}")
+        try:
+            inside = contents(folder)
+        except DataError as error:
+            self.errors.append(str(error))
             return self
-        inside = sorted(folder.iterdir())
         flat = any(is_picture(p) or p.name in METADATA for p in inside)
         below = [] if flat or kohya_in(folder) else [p for p in inside if p.is_dir() and kohya_in(p)]
         if len(below) == 1:  # the folder above the one that is wanted

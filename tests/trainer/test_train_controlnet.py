@@ -95,5 +95,7 @@ def test_hints_from_files_are_those_that_were_made(settings: ControlNetSettings,
     (edges / "picture-1.png").unlink()
     with pytest.raises(DataError, match=r"1 of 3 pictures have no conditioning picture \(picture-1.png\)"):
         hint(hint=None, conditioning_data_dir=str(edges))
+    with pytest.raises(DataError, match="nowhere is no folder that exists"):
+        hint(hint=None, conditioning_data_dir="nowhere")
     with pytest.raises(SettingsError, match="--conditioning_data_dir has no use with --hint"):
         replace(settings, conditioning_data_dir=str(edges)).check()

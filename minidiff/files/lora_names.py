@@ -214,8 +214,8 @@ def part_of(table: Config, component: str) -> Config:
 
 
 def check_config(config: Config, where: str) -> None:
-    for field in ("rank_pattern", "alpha_pattern"):
-        by_pattern(config.get(field), "", None)
+    for pattern in (p for field in ("rank_pattern", "alpha_pattern") for p in (config.get(field) or {}).keys()):
+        ending(pattern)
     if (kind := config.get("peft_type", "LORA")) != "LORA":
         raise AdapterError(f"{where}: unsupported adapter type {kind}; minidiff reads LoRA and DoRA.")
     if (start := str(config.get("init_lora_weights", "")).lower()).startswith(CHANGE_THE_BASE):

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 OPENCLIP_PAD = 0  # the token "!"
 SINGLE_FILE, TOWERS = ".safetensors", ("text_encoder", "text_encoder_2")
-DTypes = Mapping[str, torch.dtype | None]  # network -> the dtype to cast its weights to; None: as the file has them
-AS_IN_THE_FILE: DTypes = {"unet": None, "vae": None, "text_encoder": None}
 CLASSES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
 XL_CLASSES = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
 MODEL_INDEX: dict[str, Any] = {
@@ -115,13 +113,14 @@ class ModelParts:
 
 def read_model(
     name: str | Path, like: str | Path | None = None, tokenizer: str | Path | None = None,
-    dtypes: DTypes = AS_IN_THE_FILE, light: Any = None, prediction_type: str | None = None,
+    dtypes: Mapping[str, torch.dtype | None] = {}, light: Any = None, prediction_type: str | None = None,
 ) -> ModelParts:  # fmt: skip
     """A model folder, a hub id in the local cache, or an SD 1.x, SD 2.x or SDXL checkpoint in one LDM file; frozen.
 
     `like` is a folder that describes the networks of a single file, in place of its family's sizes. `tokenizer` is the folder
-    of a vocabulary, in place of the model's own. `prediction_type`: of a single file, which does not say it. `light`: see
-    `load_tokenizer`. WeightsError for anything that is missing, damaged or does not fit.
+    of a vocabulary, in place of the model's own. `dtypes`: network -> the dtype to cast its weights to; else as in the file.
+    `light`: see `load_tokenizer`. `prediction_type`: of a single file, which does not say it. WeightsError for anything that
+    is missing, damaged or does not fit.
     """
     file = read_header(name) if is_single_file(name) else None
     family = family_of(file) if file else None
@@ -131,7 +130,7 @@ def read_model(
     else:
         files = {part: read_header(find_weights(local_folder(str(name)) / part)) for part in model.networks}
     for part, network in model.networks.items():
-        weights.load_into(network, files[part], dtypes[part.removesuffix("_2")])
+        weights.load_into(network, files[part], dtypes.get(part.removesuffix("_2")))
         network.requires_grad_(False).eval()
     if model.home is not None:
         values, where = config_of(model.home / "scheduler", "scheduler_config.json")

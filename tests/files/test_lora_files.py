@@ -572,6 +572,7 @@ REFUSED = {
     "patterns": (GOOD, R2 | {"unet.rank_pattern": ["x"]}, "not the configuration"),
     "regex": (GOOD, R2 | {"unet.rank_pattern": {"(": 2}}, "not the configuration"),
     "regex with flags": (GOOD, R2 | {"unet.alpha_pattern": {"(?i)x": 2}}, "not the configuration"),
+    "regex after one that fits all": (GOOD, R2 | {"unet.rank_pattern": {".*": 2, "(": 2}}, "not the configuration"),
     "long regex": (GOOD, R2 | {"unet.alpha_pattern": {"x" * 501: 2}}, "has a pattern of 501 letters"),
     "no alpha": (GOOD, {"unet.r": 2}, "alpha of .* is None"),
     "PiSSA": (GOOD, R2 | {"unet.init_lora_weights": "pissa_niter_16"}, "pissa_niter_16, which changes the base model too"),

@@ -20,7 +20,7 @@ from minidiff.core.errors import AdapterError
 from minidiff.core.inject import adaptable_layers, eject, lora_layers
 from minidiff.core.lora import LoRAWeights
 from minidiff.files.lora_file import flat
-from minidiff.files.weights import is_finite
+from minidiff.files.weights import is_finite, named
 
 Modules = Mapping[str, LoRAWeights]
 LEAST = 1e-6  # a relative change below this is rounding
@@ -122,11 +122,11 @@ def left_out(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module], modu
     """The tensors that differ between two models and are in no layer of the adapter `modules`."""
     left = []
     for part, network in base.items():
-        after = tuned[part].state_dict()
-        for key, W in network.state_dict().items():
-            name = f"{part}.{key.removeprefix('text_model.')}"  # the prefix: transformers 4
-            if name.removesuffix(".weight") not in modules and key in after and moved(W, after[key]) is not None:
-                left.append(name)
+        after = named(tuned[part])
+        for key, W in named(network).items():
+            changed = key in after and moved(W, after[key]) is not None
+            if changed and f"{part}.{key.removesuffix('.weight')}" not in modules:
+                left.append(f"{part}.{key}")
     return left
 
 

@@ -4,9 +4,9 @@
     fast.install(unet, fast.CHECKPOINTED)     on top of it: much less memory in training, a third more time
     fast.remove(unet)                         the plain classes again
 
-A module is an object, and its class says how it computes. `install` gives an object another class, a subclass of its own.
-Parameters, names and hooks stay, so checkpoints, adapters and optimizers notice nothing. PyTorch's `parametrize` works in the
-same way. Install once after loading, and again after an adapter was injected.
+The class of a module says how it computes. `install` gives each module another class, a subclass of its own. Parameters, names
+and hooks stay, so checkpoints, adapters and optimizers notice nothing. PyTorch's `parametrize` works in the same way. Install
+once after loading, and again after an adapter was injected.
 
 This room can be deleted: then everything is computed as `core` says.
 """
@@ -22,26 +22,8 @@ from minidiff.core.errors import SettingsError, did_you_mean
 from minidiff.core.ip_adapter import ImageAttention
 from minidiff.core.lora import LoRAConv2d, LoRALinear
 from minidiff.core.unet import DownLevel, UpLevel
-from minidiff.fast import memory
-from minidiff.fast.frozen import (
-    CachedAttention,
-    CachedImageAttention,
-    FastConv2d,
-    FastLinear,
-    FeedForwardInPieces,
-    cast_layerwise,
-    frozen_weights,
-)
-from minidiff.fast.lean import (
-    CheckpointedDownLevel,
-    CheckpointedUpLevel,
-    LeanGEGLU,
-    LeanGroupNorm,
-    LeanLayerNorm,
-    LeanNormSiLU,
-    LeanUpLevel,
-)
-from minidiff.fast.lean_lora import LeanLoRAConv2d, LeanLoRALinear
+from minidiff.fast import frozen, lean, lean_lora, memory
+from minidiff.fast.frozen import cast_layerwise, frozen_weights
 from minidiff.fast.tiled_attention import tiled_attention
 
 __all__ = [
@@ -51,21 +33,21 @@ __all__ = [
 
 Classes = Mapping[type[nn.Module], type[nn.Module]]  # plain class -> fast class, a subclass of it
 
-ADAPTERS: Classes = {LoRALinear: LeanLoRALinear, LoRAConv2d: LeanLoRAConv2d}
+ADAPTERS: Classes = {LoRALinear: lean_lora.LeanLoRALinear, LoRAConv2d: lean_lora.LeanLoRAConv2d}
 FAST: Classes = {
-    nn.Conv2d: FastConv2d,
-    nn.Linear: FastLinear,
-    nn.GroupNorm: LeanGroupNorm,
-    nn.LayerNorm: LeanLayerNorm,
-    NormSiLU: LeanNormSiLU,
-    GEGLU: LeanGEGLU,
-    FeedForward: FeedForwardInPieces,
-    CrossAttention: CachedAttention,
-    ImageAttention: CachedImageAttention,
-    UpLevel: LeanUpLevel,
+    nn.Conv2d: frozen.FastConv2d,
+    nn.Linear: frozen.FastLinear,
+    nn.GroupNorm: lean.LeanGroupNorm,
+    nn.LayerNorm: lean.LeanLayerNorm,
+    NormSiLU: lean.LeanNormSiLU,
+    GEGLU: lean.LeanGEGLU,
+    FeedForward: frozen.FeedForwardInPieces,
+    CrossAttention: frozen.CachedAttention,
+    ImageAttention: frozen.CachedImageAttention,
+    UpLevel: lean.LeanUpLevel,
     **ADAPTERS,
 }
-CHECKPOINTED: Classes = {DownLevel: CheckpointedDownLevel, LeanUpLevel: CheckpointedUpLevel}  # on top of FAST
+CHECKPOINTED: Classes = {DownLevel: lean.CheckpointedDownLevel, lean.LeanUpLevel: lean.CheckpointedUpLevel}  # on top of FAST
 
 
 def install(model: nn.Module, classes: Classes = FAST) -> None:

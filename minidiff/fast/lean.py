@@ -212,17 +212,13 @@ class GEGLUFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, pre: Tensor) -> Tensor:
-        save(ctx, pre, recompute=GEGLUFunction.recompute)
+        save(ctx, pre, recompute=lambda ctx: GEGLUFunction.product(*saved(ctx)))
         return GEGLUFunction.product(pre)
 
     @staticmethod
     def product(pre: Tensor) -> Tensor:
         value, gate = pre.chunk(2, dim=-1)
         return F.gelu(gate).mul_(value)
-
-    @staticmethod
-    def recompute(ctx: Any) -> Tensor:
-        return GEGLUFunction.product(saved(ctx)[0])
 
     @staticmethod
     @once_differentiable
@@ -242,12 +238,8 @@ class ConcatFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, skip: Tensor) -> Tensor:
-        save(ctx, x, skip, recompute=ConcatFunction.recompute)
+        save(ctx, x, skip, recompute=lambda ctx: torch.cat(saved(ctx), dim=1))
         return torch.cat([x, skip], dim=1)
-
-    @staticmethod
-    def recompute(ctx: Any) -> Tensor:
-        return torch.cat(saved(ctx), dim=1)
 
     @staticmethod
     @once_differentiable

@@ -8,6 +8,7 @@ import io
 import os
 import sys
 import warnings
+from functools import cache
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -109,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read when torch is imported: a Mac's CPU does what MPS lacks
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows only ASCII
-    warnings.showwarning = lambda message, *_: say(f"Note: {message}")
+    note = cache(lambda text: say(f"Note: {text}"))  # once, though measuring and drawing both give it
+    warnings.showwarning = lambda message, *_: note(str(message))
     asked: list[int] = []
 
     def stop(number: int, _: object) -> None:

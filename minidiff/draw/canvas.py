@@ -43,14 +43,9 @@ class Canvas:
 
 
 def on_picture(
-    pictures: Tensor,
-    mask: Tensor | None,
-    strength: float | None,
-    draw: Callable[[str], Tensor],
-    encode: Callable[[Tensor, Tensor], Tensor],
-    unet: UNetCall,
-    trained_for_it: bool,
-) -> Canvas:
+    pictures: Tensor, mask: Tensor | None, strength: float | None, draw: Callable[[str], Tensor],
+    encode: Callable[[Tensor, Tensor], Tensor], unet: UNetCall, trained_for_it: bool,
+) -> Canvas:  # fmt: skip
     """Image to image from `pictures` (B, 3, H, W); with `mask` (1, 1, H, W) inpainting.
 
     `encode(pictures, noise)` gives latents (B, C, h, w). `trained_for_it`: the U-Net has 2C + 1 input channels. A generator's

@@ -95,7 +95,10 @@ def control_of(
 ) -> Control:  # fmt: skip
     """The arguments of a call, checked. With several nets, `image`, `scale`, `start` and `end` are lists, or one for all."""
     if not nets:
-        raise SettingsError("control_image was given and there is no ControlNet: pipe.controlnet, or --controlnet.")
+        given = "guess_mode" if image is None else "control_image"
+        raise SettingsError(f"{given} was given and there is no ControlNet: pipe.controlnet, or --controlnet.")
+    if image is None:
+        raise SettingsError("guess_mode was given and there is no control_image that the picture could follow.")
     check_family(nets, unet)
     each = {"control_image": image, "controlnet_conditioning_scale": scale,
             "control_guidance_start": start, "control_guidance_end": end}  # fmt: skip

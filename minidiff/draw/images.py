@@ -166,12 +166,9 @@ PAPER, INK, HAIRLINE = "#f7f6f2", "#23262d", "#d9d7d0"  # warm and light: a card
 
 
 def contact_sheet(
-    rows: Sequence[Sequence[Image.Image | str]],
-    row_labels: Sequence[str] = (),
-    column_labels: Sequence[str] = (),
-    title: str = "",
-    tile: int = 256,
-) -> Image.Image:
+    rows: Sequence[Sequence[Image.Image | str]], row_labels: Sequence[str] = (), column_labels: Sequence[str] = (),
+    title: str = "", tile: int = 256,
+) -> Image.Image:  # fmt: skip
     """A labelled grid of pictures, or texts. Each picture is scaled to `tile` pixels on its longer side; texts are wrapped."""
     size, gap = max(14, round(tile * 0.08)), round(tile * 0.05)
     table: list[list[Image.Image | str]] = [["", *column_labels]]

@@ -114,7 +114,7 @@ class StableDiffusionPipeline(Model):
         chunks = max(1, *lengths, *(side.encoded[0].shape[1] // LENGTH for side in (yes, no) if side.encoded))
         pictures = None if image is None else as_pictures(image, yes.count)
         how = controlnet_conditioning_scale, control_guidance_start, control_guidance_end, guess_mode, LENGTH * chunks
-        control = None if control_image is None else self.control(control_image, *how)
+        control = self.control(control_image, *how) if control_image is not None or guess_mode else None
         shape = self.latent_shape(yes.count, height, width, control.pictures[0][0] if control and image is None else pictures)
         if self.text_encoder_2:
             drawn = (shape[2] * self.downscale, shape[3] * self.downscale)

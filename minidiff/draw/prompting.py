@@ -176,13 +176,9 @@ def count_chunks(tokenizer: "CLIPTokenizer", prompts: Sequence[Prompt], placehol
 
 
 def encode_prompts(
-    tokenizer: "CLIPTokenizer",
-    encoders: TextEncoders,
-    prompts: Sequence[Prompt],
-    placeholders: Mapping[str, Sequence[int]] = {},
-    clip_skip: int = 0,
-    chunks: int = 1,
-) -> Text:
+    tokenizer: "CLIPTokenizer", encoders: TextEncoders, prompts: Sequence[Prompt],
+    placeholders: Mapping[str, Sequence[int]] = {}, clip_skip: int = 0, chunks: int = 1,
+) -> Text:  # fmt: skip
     """Prompts -> states (B, 77 k, D), in SDXL also pooled vectors (B, P), on the encoders' device, in their dtype.
 
     k is the number of chunks of the longest prompt, at least `chunks`; empty chunks are added to the others. `clip_skip` = n
@@ -232,7 +228,6 @@ class Side:
     encoded: Text = ()  # in place of the prompts
     zeros: bool = False  # in place of the prompts
     sizes: tuple[int, ...] = ()  # SDXL: original height and width, top and left of the crop, target height and width
-
 
 
 def both_sides(given: tuple[Any, Encoded], negative: tuple[Any, Encoded], per_prompt: int) -> tuple[Side, Side]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -393,3 +394,15 @@ def test_wrong_flags(capsys: pytest.CaptureFixture[str], tiny_folder: Path, argv
     said = capsys.readouterr().err
     assert leave.value.code == 2 and message in said and "Traceback" not in said, said
     assert not list(Path().iterdir())
+
+
+def test_a_note_comes_once(tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture is read to measure a step and to draw, and the prompt is parsed three times."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `main` has one of its own
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    frames[0].save("two.gif", save_all=True, append_images=frames[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        run(tiny_folder, "sample", "a red [dog", "--image", "two.gif", "--strength", "0.7")
+    said = capsys.readouterr().err
+    assert said.count("only the first is used") == said.count("without its closing one") == 1

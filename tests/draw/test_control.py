@@ -141,9 +141,11 @@ def test_what_is_refused(pipe: StableDiffusionPipeline) -> None:
     refused("2 in controlnet_conditioning_scale for 1 ", controlnet_conditioning_scale=[0.5, 0.5])
     refused("2 hints", control_image=HINTS)
     refused("must be a picture", control_image=torch.full((3, 8, 8), 2.0))
+    refused("guess_mode was given and there is no control_image", control_image=None, guess_mode=True)
     pipe.controlnet = [net_of(pipe.unet), net_of(pipe.unet, 1)]
     refused("1 in control_image for 2 ControlNets", control_image=HINTS[:1])
     pipe.controlnet = net_of(UNet2DConditionModel(replace(TINY_SD2, cross_attention_dim=1024)))
     refused("is for SD 2.x and the model is another kind: cross_attention_dim is 1024, not 24")
     pipe.controlnet = None
-    refused("there is no ControlNet")
+    refused("control_image was given and there is no ControlNet")
+    refused("guess_mode was given and there is no ControlNet", control_image=None, guess_mode=True)

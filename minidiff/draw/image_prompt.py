@@ -60,18 +60,21 @@ class ImagePrompt:
         states = self.tower(pixel_values=torch.cat([x, torch.zeros_like(x)]), output_hidden_states=True).hidden_states[-2]
         return states[None, : len(x)], states[None, len(x) :]
 
-    def beside(self, encode: Callable[[Any], Text], images: Any, shown_with: Any) -> Callable[[Any], Text]:
-        """Like `encode`, but it appends image tokens: of the pictures to the prompts `shown_with`, of no picture to others."""
-        if images is None:
-            raise SettingsError("an IP-Adapter is loaded, and there is no ip_adapter_image; give one, or unload_ip_adapter.")
-        e, no_e = self.look(images)
 
-        def encode_both(prompts: Any) -> Text:
-            states, *more = encode(prompts)
-            seen = (e if prompts is shown_with else no_e).to(states)
-            return self.adapter(states, seen.expand(len(states), *seen.shape[1:])), *more
+def beside(encode: Callable[[Any], Text], prompt: ImagePrompt | None, images: Any, shown_with: Any) -> Callable[[Any], Text]:
+    """Like `encode`, but it appends image tokens: of the pictures to the prompts `shown_with`, of no picture to others."""
+    if prompt is None:
+        raise SettingsError("ip_adapter_image is given, and no IP-Adapter is loaded that looks at it; load_ip_adapter first.")
+    if images is None:
+        raise SettingsError("an IP-Adapter is loaded, and there is no ip_adapter_image; give one, or unload_ip_adapter.")
+    e, no_e = prompt.look(images)
 
-        return encode_both
+    def encode_both(prompts: Any) -> Text:
+        states, *more = encode(prompts)
+        seen = (e if prompts is shown_with else no_e).to(states)
+        return prompt.adapter(states, seen.expand(len(states), *seen.shape[1:])), *more
+
+    return encode_both
 
 
 def as_list(images: Any) -> Iterator["Image.Image"]:

@@ -1,7 +1,7 @@
 """The networks of a pipeline: loading, saving, moving; LoRAs and new words, with the field's method names."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,14 +13,12 @@ from minidiff.core import inject, ip_adapter, textual_inversion
 from minidiff.core.config import NoiseConfig
 from minidiff.core.controlnet import ControlNetModel
 from minidiff.core.errors import SettingsError
-from minidiff.core.guidance import Text
 from minidiff.core.schedule import NoiseSchedule
 from minidiff.core.unet import UNet2DConditionModel
 from minidiff.core.vae import AutoencoderKL, sample_posterior
 from minidiff.draw.device import chosen_device
 from minidiff.draw.image_prompt import ImagePrompt
 from minidiff.draw.lora_tags import at_strengths
-from minidiff.draw.prompting import Side
 from minidiff.draw.speed import fast, needed, speed_up, speed_up_network
 from minidiff.draw.tiles import tiled
 from minidiff.files import ip_adapter_file, lora_file, weights, word_file
@@ -327,10 +325,3 @@ class Model:
         ip_adapter.eject(self.unet)
         self.image_prompt = None
         speed_up(self)
-
-    def beside_picture(self, encode: Callable[[Side], Text], image: Any, side: Side) -> Callable[[Side], Text]:
-        """`encode`, and what the IP-Adapter says of `image`."""
-        if self.image_prompt is None:
-            what = "ip_adapter_image is given, and no IP-Adapter is loaded that looks at it"
-            raise SettingsError(f"{what}; load_ip_adapter first.")
-        return self.image_prompt.beside(encode, image, side)

@@ -25,6 +25,7 @@ from minidiff.core.text import LENGTH, TextEncoders, embed_sizes, tokenize
 from minidiff.draw.arguments import Generators, Pair, generators_of, sizes_of
 from minidiff.draw.canvas import Canvas, Pictures, as_mask, as_pictures, fitted, on_picture, size_of
 from minidiff.draw.control import Control, Numbers, control_of
+from minidiff.draw.image_prompt import beside
 from minidiff.draw.lora_tags import at_strengths, loras_of
 from minidiff.draw.model import GUIDED_TURBO, NONFINITE, ONE_STEP, Model
 from minidiff.draw.prompting import EMBEDS, Prompt, Side, both_sides, chunked, encode_prompts, finite_floats, parse_prompt
@@ -128,7 +129,7 @@ class StableDiffusionPipeline(Model):
         walk = self.walker(canvas, sampler or self.sampler, steps, timestep_spacing, use_karras_sigmas, eta, guidance_scale)
         encode: Any = partial(self.encode_side, clip_skip=clip_skip or 0, chunks=chunks)
         if ip_adapter_image is not None or self.image_prompt:
-            encode = self.beside_picture(encode, ip_adapter_image, yes)
+            encode = beside(encode, self.image_prompt, ip_adapter_image, yes)
         stations = Stations(encode, canvas.unet, lambda latents: canvas.paste(self.decode(latents)), self.schedule)
         noise = canvas.noise.to(self.unet.conv_norm_out.weight.device)
         if control:

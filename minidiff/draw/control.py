@@ -43,16 +43,13 @@ class Control:
     calls: int = 1  # of the U-Net in all
     call: int = 0  # the number of the present call
 
-    def encode(self, count: int, height: int, width: int) -> None:
-        """Encode the hints, once for all steps, for `count` pictures of this size."""
+    def with_hints(self, unet: UNetCall, count: int, height: int, width: int) -> UNetCall:
+        """The outer side: what the sampler calls, once for each step. `count` pictures of this size share the encoded hints."""
         for net, pictures in zip(self.nets, self.pictures):
             if len(pictures) not in (1, count):
                 raise SettingsError(f"{len(pictures)} hints (control_image) for {count} pictures; give one, or one for each.")
             hint = torch.cat([scaled(picture, height, width) for picture in pictures]).to(net.conv_in.weight)
             self.hints.append(net.encode_hint(hint).expand(count, -1, -1, -1))
-
-    def with_hints(self, unet: UNetCall) -> UNetCall:
-        """The outer side: what the sampler calls, once for each step."""
 
         def call(x: Tensor, *inputs: Tensor) -> Tensor:
             hints = [hint.to(x).repeat(len(x) // len(hint), 1, 1, 1) for hint in self.hints]

@@ -194,8 +194,7 @@ class StableDiffusionPipeline(Model):
         unet = control.with_control(unet) if control else unet
         unet = unet if self.tile_size is None else in_tiles(unet, self.tile_size // self.downscale)
         if control:
-            control.encode(shape[0], shape[2] * self.downscale, shape[3] * self.downscale)
-            unet = control.with_hints(unet)
+            unet = control.with_hints(unet, shape[0], shape[2] * self.downscale, shape[3] * self.downscale)
         trained_for_it = self.unet.config.in_channels != self.vae.config.latent_channels  # the U-Net sees the mask, too
         if trained_for_it and (pictures is None or mask_image is None):
             needs = "an inpainting model needs an image and a mask_image, whose white part it draws anew"

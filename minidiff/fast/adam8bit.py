@@ -5,19 +5,19 @@ two numbers a weight, and they need range more than precision:
 
 - Block-wise (section 2.1): a tensor is cut into blocks of 256 numbers, each scaled by its own largest magnitude, so that
   one outlier spoils 256 numbers and not the whole tensor. (The paper's blocks are of 2048; today's libraries take 256.)
-- Dynamic tree (section 1.3; no sign bit for the second moment, section 2.2): of 8 bits, zeros up to the first one say how
-  many powers of ten to go down, and what is left divides that decade evenly. Seven decades, fine steps at the top.
+- Dynamic tree (section 1.3; no sign bit for the second moment, section 2.2): the zeros before the first one of the 8 bits
+  choose a decade, and the bits behind it divide this decade evenly. Seven decades, with fine steps at the top.
 
       0.001     0.01              0.1                                 1
       | · · · · | · · · · · · · · | · · · · · · · · · · · · · · · · · |      (a few of them, not to scale)
 
-The update computes with fp32 moments, before they are rounded back (section 2). What is lost: a second moment below 1.6e-7 of
-the largest in its block becomes zero, and the steps of such a weight can be too long.
+The update computes with fp32 moments and rounds them afterwards (section 2). A second moment below 1.6e-7 of the largest in its
+block becomes zero, and the steps of such a weight can be too long.
 
-The step in the backward pass (`in_backward`). Usually the gradients of all tensors wait in memory for the last one: as much
-again as the weights. Here each tensor is updated as soon as its gradient is complete, and the gradient is freed, as in LOMO
-(Lv et al., arXiv 2306.09782). The cost: each gradient is clipped to the norm by itself; gradients cannot be accumulated; and
-where a gradient is not finite, the tensors before it in this pass have moved already.
+The step in the backward pass (`in_backward`): usually all gradients are in memory before the update, and take as much as the
+weights. Here each tensor is updated as soon as its gradient is complete, and the gradient is freed, as in LOMO (Lv et al.,
+arXiv 2306.09782). The price: each gradient is clipped separately; gradients cannot be accumulated; and before a gradient that
+is not finite, other tensors have been updated already.
 
 Shapes: n numbers of a tensor in row-major order, K = ceil(n / 256) blocks. State: codes (n), uint8; absmax (K,), fp32.
 """
@@ -36,7 +36,7 @@ from minidiff.core.train import clip_gradients
 
 BLOCK = 256  # numbers that share one scale
 LEAST = 4096  # tensors with fewer numbers keep fp32 state (the reference's min_8bit_size): they cost little, and matter much
-PIECE = 2**21  # numbers that are updated at once: what is unpacked for it never takes more than some 100 MB
+PIECE = 2**21  # numbers that are updated at once: their fp32 moments never take more than some 100 MB
 
 # --- 8-bit numbers -----------------------------------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ class LeanAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update(self, p: nn.Parameter, grad: Tensor) -> None:
-        """One update of one parameter, piece by piece: what is unpacked is small, however large the tensor."""
+        """One update of one parameter, piece by piece, so that few moments are in fp32 at once."""
         group, state = self.param_groups[self.groups[p]], self.state[p]
         if not state:
             for name, (shape, dtype) in self.kinds(p).items():

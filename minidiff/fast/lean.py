@@ -2,8 +2,8 @@
 
     B batch   C channels   H W height and width   L tokens   D width
 
-PyTorch saves the inputs of every operation for the backward pass. Where the weights are frozen, most of that is not needed:
-the gradient of x in W x is W^T dy, whatever x was. Some of the rest is cheap to compute again:
+PyTorch saves the inputs of every operation for the backward pass. Where the weights are frozen, most of them are not needed:
+the gradient of x in y = W x is W^T dy, whatever x was. Some others are cheap to compute again:
 
                          PyTorch saves                       here
     GroupNorm, SiLU      x, the norm's output                x, two numbers a group
@@ -132,7 +132,7 @@ def recomputed(ctx: Any) -> Tensor:
 
 
 def release(ctx: Any) -> None:
-    """Free what the node holds: its backward pass is over, and so are those of all that read its output."""
+    """Free the tensors of a node: its backward pass is over, and so are those of all that read its output."""
     ctx.saved = ctx.output = None
 
 

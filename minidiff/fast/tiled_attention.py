@@ -6,7 +6,7 @@ The weights of attention are an L x S matrix for each head, 4096 x 4096 at the f
 all. Here they are computed tile by tile and freed; the backward pass computes them again:
 
               S keys ->
-            +-----+-----+-----+-----+     one row of tiles at a time, from left to right. What is kept of each query:
+            +-----+-----+-----+-----+     one row of tiles at a time, from left to right. In memory for each query:
     L     0 |  *  |  *  |  *  |  *  |       m       the largest score so far
     queries +-----+-----+-----+-----+       total   the sum of exp(score - m) so far (the papers' l)
      |    1 |  *  | now |     |     |       o       the sum of exp(score - m) · v so far
@@ -39,7 +39,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK) -> Tens
 
 
 class TiledAttention(torch.autograd.Function):
-    """Keeps q, k, v, the output, and one number a row: the logarithm of the sum that its softmax divides by."""
+    """Saves q, k, v, the output, and one number a row: the logarithm of the sum by which its softmax divides."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
@@ -84,8 +84,8 @@ def backward_tiles(
 ) -> list[Tensor | None]:
     """2307.08691, algorithm 2 -> the gradients of q, k and v, None where not `needed`.
 
-    With P the weights, O = P v, and dP = dO vᵀ: the softmax hands back dS = P ∘ (dP - Δ), where Δ is the sum of dP ∘ P over
-    a row, which is the sum of dO ∘ O over that row: short to compute, because O was kept.
+    P are the weights, O = P v, dP = dO vᵀ. The gradient of the scores is dS = P ∘ (dP - Δ), where Δ is the sum of dP ∘ P over a
+    row. It equals the sum of dO ∘ O over this row, which is short to compute, because O was saved.
     """
     scale, wide = 1 / math.sqrt(q.shape[-1]), torch.promote_types(q.dtype, torch.float32)
     d_q, d_k, d_v = (empty_by_tokens(x, wide).zero_() if need else None for x, need in zip((q, k, v), needed))

@@ -238,13 +238,13 @@ class StableDiffusionPipeline(Model):
             raise MinidiffError(NONFINITE.format("text encoder"))
         return tuple(rows[[distinct.index(p) for p in prompts]].to(self.dtype) for rows in text)
 
-    def encode_prompt(self, prompts: str | Sequence[str | Prompt], clip_skip: int = 0, chunks: int = 1) -> Any:
+    def encode_prompt(self, prompts: str | Sequence[str], clip_skip: int = 0, chunks: int = 1) -> Any:
         """Prompts in the prompt language -> (B, 77 k, D) in the U-Net's dtype, k >= `chunks`; in SDXL these and (B, P).
 
         LoRA tags have no effect here, only in `__call__`.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        text = self.encode_text([parse_prompt(p) if isinstance(p, str) else p for p in prompts], clip_skip, chunks)
+        parsed = [parse_prompt(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        text = self.encode_text(parsed, clip_skip, chunks)
         return text if len(text) > 1 else text[0]
 
     def encode_captions(self, captions: Sequence[str]) -> Text:

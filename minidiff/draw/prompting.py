@@ -170,11 +170,6 @@ def chunked(tokenizer: "CLIPTokenizer", prompt: Prompt, placeholders: Mapping[st
     return chunks
 
 
-def count_chunks(tokenizer: "CLIPTokenizer", prompts: Sequence[Prompt], placeholders: Mapping[str, Sequence[int]] = {}) -> int:
-    """How many chunks the longest of these prompts needs."""
-    return max((len(chunked(tokenizer, prompt, placeholders)) for prompt in prompts), default=1)
-
-
 def encode_prompts(
     tokenizer: "CLIPTokenizer", encoders: TextEncoders, prompts: Sequence[Prompt],
     placeholders: Mapping[str, Sequence[int]] = {}, clip_skip: int = 0, chunks: int = 1,

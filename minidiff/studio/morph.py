@@ -29,7 +29,7 @@ from minidiff.core.errors import MinidiffError, SettingsError
 from minidiff.core.guidance import Text
 from minidiff.draw.pipeline import StableDiffusionPipeline, noise_source, sampler_for
 from minidiff.draw.progress import progress
-from minidiff.draw.prompting import count_chunks, parse_prompt
+from minidiff.draw.prompting import chunked, parse_prompt
 from minidiff.files.atomic import write_bytes
 
 Keyframe = tuple[str, int]  # a prompt and a seed
@@ -69,7 +69,8 @@ def keyframe_tensors(
     prompts = [parse_prompt(prompt) for prompt in (*dict(keyframes), negative_prompt)]
     if any(prompt.loras for prompt in prompts):
         raise SettingsError("a keyframe's prompt names a LoRA, which cannot be faded in or out. Attach it for all, by --lora.")
-    shape, chunks = pipe.latent_shape(1, height, width), count_chunks(pipe.tokenizer, prompts, pipe.placeholders)
+    shape = pipe.latent_shape(1, height, width)
+    chunks = max(len(chunked(pipe.tokenizer, prompt, pipe.placeholders)) for prompt in prompts)
     noises = [noise_source(shape, seed)("latents") for _, seed in keyframes]
     return noises, [pipe.encode_text([parse_prompt(prompt)], clip_skip, chunks) for prompt, _ in keyframes]
 

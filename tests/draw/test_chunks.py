@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from minidiff.core.errors import SettingsError
 from minidiff.core.text import TextEncoders, encode, token_ids, tokenize
-from minidiff.draw.prompting import Part, Prompt, chunked, count_chunks, encode_prompts, parse_prompt
+from minidiff.draw.prompting import Part, Prompt, chunked, encode_prompts, parse_prompt
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,6 @@ def encode_prompt(
 )
 def test_where_chunks_end(tokenizer: CLIPTokenizer, prompt: str, lengths: list[int]) -> None:
     assert [len(chunk) for chunk in chunked(tokenizer, parse_prompt(prompt), PLACEHOLDERS)] == lengths
-    assert count_chunks(tokenizer, [parse_prompt("dog"), parse_prompt(prompt)], PLACEHOLDERS) == len(lengths)
 
 
 @pytest.mark.parametrize("seed", range(20))

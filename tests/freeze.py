@@ -44,7 +44,7 @@ PICTURES = {
     "lora": ["a photo of a sks dog", "--lora", "lora", "--lora_weight", "0.7"],
     "dora": ["a photo of a sks dog", "--lora", "dora", "lora_all", "--lora_weight", "0.7", "0.5"],
     "word": ["a photo of a <sks>", "--textual_inversion", "word"],
-    "image": [DOG_RED, "--image", str(ROOT / "lessons/data/dog/01.png"), "--strength", "0.6"],
+    "image": [DOG_RED, "--image", str(ROOT / "lessons/data/dog/01.png"), "--resize", "--strength", "0.6"],
     "mask": [DOG_RED, "--image", "ddim.png", "--mask_image", "white.png", "--strength", "0.9"],
     "tiles": [DOG_RED, "--image", "ddim.png", "--width", "256", "--height", "256", "--tile_size", "128", "--strength", "0.5"],
 }

@@ -8,7 +8,7 @@ from minidiff.core.errors import SettingsError
 
 STARTUP = {"bash": ".bashrc", "zsh": ".zshrc"}
 SCRIPT = r"""_minidiff() {
-  local current="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[*]:1:COMP_CWORD-1}" names=
+  local current="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[*]:1:$((COMP_CWORD - 1))}" names=
   [[ $COMP_CWORD -lt 3 ]] && names="s/^  minidiff ${before:+$before }([a-z_]+) .*/\1/p"
   [[ $current == -* ]] && names='s/^  --(\[no_\])?([a-z0-9_]+).*/--\2/p'
   COMPREPLY=($([[ $names ]] && compgen -W "--help $(minidiff $before --help | sed -nE "$names" | uniq)" -- "$current"))

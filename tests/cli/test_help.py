@@ -151,8 +151,10 @@ def test_completion_is_installed_once(
     with pytest.raises(SystemExit):
         main(["completion"])
     assert "tcsh" in capsys.readouterr().err
-    if shutil.which("bash"):
-        monkeypatch.setenv("PYTHONPATH", str(README.parent))
+    main(["completion", "bash"])
+    monkeypatch.setenv("PYTHONPATH", str(README.parent))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for shell, as_completion_does in {"bash": "", "zsh": "emulate ksh; "}.items():
         for line, wanted in {
             "minidiff tr": ["train"],
             "minidiff train p": ["pivotal"],
@@ -160,11 +162,13 @@ def test_completion_is_installed_once(
             "minidiff train lora --con": ["--config"],
             "minidiff sample dog": [],
         }.items():
-            words = line.split()
-            script = f'minidiff() {{ {sys.executable} -m minidiff "$@"; }}; source {tmp_path}/.config/minidiff/completion.bash'
-            script += f"; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}"
-            command = ["bash", "-c", f'{script}; _minidiff; printf "%s\\n" "${{COMPREPLY[@]}}"']
-            assert subprocess.run(command, capture_output=True, text=True).stdout.split() == wanted, line
+            script = f"source {tmp_path}/.config/minidiff/completion.{shell}; {as_completion_does}"
+            script += f'minidiff() {{ {sys.executable} -m minidiff "$@"; }}; COMP_WORDS=({line}); '
+            script += f'COMP_CWORD={len(line.split()) - 1}; _minidiff; printf "%s\\n" "${{COMPREPLY[@]}}"'
+            if shutil.which(shell):
+                done = subprocess.run([shell, "-c", script], capture_output=True, text=True)
+                fitting = [word for word in done.stdout.split() if word.startswith(line.split()[-1])]  # zsh leaves it to Tab
+                assert fitting == wanted and not done.stderr, (shell, line, done.stderr)
 
 
 # --- where pictures go -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 In commands that train, flags of the diffusers scripts that have another name here, or that nothing needs, are read, too.
 """
 
+import re
 import sys
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -76,25 +77,26 @@ def values_of(name: str, kind: type, words: list[str]) -> dict[str, Any]:
     if name.startswith("train "):
         hints |= {flag: hints[ours] for flag, ours in SAME.items()} | dict.fromkeys(NOT_NEEDED, tuple[str, ...])
         hints["config"] = str
+    end = words.index("--") if "--" in words else len(words)  # behind it, words that look like flags are none
     free, given, room = list[str](), dict[str, list[str]](), 0.0  # room: for so many more words of the last flag
-    for word in words:
-        if word.startswith("--") and len(word) > 2:
+    for word in words[:end]:
+        if word.startswith("--"):
             typed, equals, value = word[2:].partition("=")
             flag, off = known_flag(name, typed.replace("-", "_"), hints, places)
-            said = [value] if equals else []
-            if hints[flag] is bool:
-                said = [*said, "False"] if off else said or ["True"]
-            given[flag] = said
-            room = 0 if said else float("inf") if get_origin(hints[flag]) is tuple else 1
-        elif room:
+            given[flag] = [value] * bool(equals) + ["False"] * off
+            room = 0 if given[flag] else float("inf") if get_origin(hints[flag]) is tuple else 1
+        elif room and (hints[flag] is not bool or word in ("True", "False")):
             given[flag].append(word)
             room -= 1
+        elif re.fullmatch("-[a-zA-Z]+", word):
+            raise SettingsError(f"{word} is no flag of minidiff {name}; flags begin with two dashes. See minidiff {name} --help.")
         else:
             free.append(word)
+    free += words[end + 1 :]
     if left := ", ".join(f"--{flag} ({why})" for flag, why in NOT_NEEDED.items() if given.pop(flag, None) is not None):
         print(f"Note: not needed here: {left}.", file=sys.stderr)
     given |= placed(name, free, places)
-    values = {flag: value_of(flag, texts, hints[flag]) for flag, texts in given.items()}
+    values = {flag: value_of(flag, texts or ["True"] * (hints[flag] is bool), hints[flag]) for flag, texts in given.items()}
     return {SAME.get(flag, flag): dataset(value) if flag == "dataset_name" else value for flag, value in values.items()}
 
 

@@ -111,6 +111,7 @@ def test_a_prompt_without_quotes_is_one_prompt(words: list[str], values: dict[st
         (Sample, ["a dog", "--lora_weight", "1", "a"], "--lora_weight must be a number; it is 'a'."),
         (Sample, ["a dog", "--seed"], "--seed: expected one argument"),
         (Sample, ["a dog", "--no_plain=True"], "--plain: expected one argument"),
+        (Sample, ["a", "dog", "-n", "3"], "-n is no flag of minidiff it; flags begin with two dashes"),
         (Sample, ["a dog", "--hint", "cany"], """--hint is one of canny; not 'cany'. Did you mean "canny"?"""),
         (Sample, ["a dog", "--prediction_type=v"], 'Did you mean "v_prediction"?'),
         (Sample, ["a dog", "--use_karras_sigmas", "true"], 'Did you mean "True"?'),
@@ -126,6 +127,13 @@ def test_a_prompt_without_quotes_is_one_prompt(words: list[str], values: dict[st
 def test_words_that_do_not_fit(kind: type, words: list[str], says: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(says)):
         settings_of("it", kind, words)
+
+
+def test_flags_that_are_on_or_off() -> None:
+    """The word True or False belongs to such a flag; any other is the prompt's, and so is all behind two dashes."""
+    assert values_of("sample", Sample, ["--plain", "dog"]) == {"plain": True, "prompt": "dog"}
+    assert values_of("sample", Sample, ["a", "dog", "--plain", "False"]) == {"plain": False, "prompt": "a dog"}
+    assert values_of("sample", Sample, ["--no_plain", "--", "--a", "-b"]) == {"plain": False, "prompt": "--a -b"}
 
 
 def test_one_word_prompts_are_several() -> None:

@@ -128,7 +128,7 @@ def morph(s: Morph) -> None:
     pipe = load(s, s.prompts, count * s.frames if count > 2 else s.frames + 1)  # two keyframes: the way back is the same
     check_loop(keys, s.frames, s.sampler or pipe.sampler, s.eta)
     total = count * s.frames
-    print(f"{count} keyframes x {s.frames} frames = {total} frames, a loop of {total / s.fps:.1f} s", file=sys.stderr)
+    print(f"{count} keyframes x {s.frames} frames = {total} frames, there and back: {total / s.fps:.1f} s", file=sys.stderr)
     noises, texts = keyframe_tensors(pipe, keys, s.height, s.width, s.clip_skip, s.negative_prompt)
     pipe.set_progress_bar_config(disable=True)  # the loop has one of its own
 

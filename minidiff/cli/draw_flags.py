@@ -183,7 +183,10 @@ class Sampling(Flags):
         if self.mask_image is None and self.strength is None:
             new["strength"] = share = 0.5 if self.controlnet else 0.1
             warn(f"--image is enlarged with --strength {share}; 0.1 sharpens it, 0.3 changes details, 0.8 most.", stacklevel=2)
-        if self.tile_size and vars(self).get("prompt"):
+        if not self.tile_size and max(self.width or 0, self.height or 0) > 1.5 * own:
+            new["tile_size"] = own
+            warn(f"it is drawn in tiles of {own} pixels (--tile_size), for which the model was made.", stacklevel=2)
+        if (self.tile_size or new.get("tile_size")) and vars(self).get("prompt"):
             new |= {"prompt": "", "guidance_scale": 1.0}
             warn("the prompt is left out: each tile shows a part of the picture, and would draw all of it.", stacklevel=2)
         return replace(self, **new)

@@ -12,6 +12,7 @@ import torch
 from minidiff.cli.flags import Bake, Convert, Extract, Inspect, Join, Resize
 from minidiff.core.inject import adapter_names, set_adapters
 from minidiff.core.lora import LoRAWeights
+from minidiff.draw.images import read_png_text
 from minidiff.files import convert as converting
 from minidiff.files import inspect as inspecting
 from minidiff.files import merge as merging
@@ -21,7 +22,11 @@ from minidiff.files.model import cast, is_single_file, read_again, read_model, w
 
 
 def inspect(s: Inspect) -> None:
-    reports = inspecting.inspect(s.file)
+    if s.file.lower().endswith(".png"):
+        made = read_png_text(s.file).get("parameters", "It does not say: editors and messengers take such texts out.")
+        reports = [{"path": s.file, "is": "a picture", "made with": made}]
+    else:
+        reports = inspecting.inspect(s.file)
     print(json.dumps(reports, indent=2) if s.json else "\n\n".join(map(inspecting.as_text, reports)))
 
 

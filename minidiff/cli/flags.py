@@ -19,7 +19,7 @@ class Inspect(Flags):
     """Describe a weight file: the program and model family it is for, ranks, trigger words, and problems."""
 
     file: Positional[Path]
-    """A LoRA, a textual inversion, a model or a part of a model: a file or its folder."""
+    """A LoRA, a textual inversion, a model or a part of a model: a file or its folder; or a PNG."""
     json: bool = False
     """Print JSON, for scripts."""
 

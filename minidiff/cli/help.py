@@ -10,10 +10,10 @@ from minidiff.cli.words import choices_of, flags_of
 from minidiff.files.values import texts_of
 
 GROUPS = {  # heading -> flags; a flag that stands in none comes last
-    "Common": "instance_data_dir instance_prompt train_data_dir max_train_steps learning_rate rank resolution "
-    "train_batch_size validation_prompt preset methods probes every output_dir file source folder number prompt prompts "
-    "columns rows seeds frames count negative_prompt num_images_per_prompt num_inference_steps guidance_scale sampler seed "
-    "width height lora output",
+    "Common": "instance_data_dir instance_prompt placeholder_token initializer_token train_data_dir max_train_steps "
+    "learning_rate rank resolution train_batch_size validation_prompt preset methods probes every output_dir file "
+    "source folder number prompt prompts columns rows seeds frames count negative_prompt num_images_per_prompt "
+    "num_inference_steps guidance_scale sampler seed width height lora output",
     "Model, LoRA, words": "pretrained_model_name_or_path tokenizer prediction_type lora_weight lora_dir "
     "textual_inversion clip_skip revision",
     "From a picture": "image mask_image strength resize tile_size controlnet control_image hint controlnet_conditioning_scale "
@@ -21,7 +21,7 @@ GROUPS = {  # heading -> flags; a flag that stands in none comes last
     "conditioning_data_dir conditioning_image_column controlnet_model_name_or_path",
     "Sampler": "timestep_spacing use_karras_sigmas eta",
     "The adapter": "lora_alpha lora_targets rank_pattern use_rslora use_dora lora_dropout train_text_encoder",
-    "The new word": "placeholder_token initializer_token num_vectors learnable_property learning_rate_embedding",
+    "The new word": "num_vectors learnable_property learning_rate_embedding",
     "Pictures": "captions caption_column image_column max_train_samples repeats skip_bad center_crop random_flip "
     "aspect_ratio_buckets masked_loss cache_latents cache_dir",
     "Learning": "num_train_epochs gradient_accumulation_steps text_encoder_lr scale_lr lr_scheduler lr_warmup_steps "

@@ -163,6 +163,7 @@ def watch(s: Watch) -> None:
     if not (home / CONFIG).is_file():
         what = f"holds no run of minidiff train: there is no {CONFIG} in it" if home.is_dir() else "does not exist"
         raise SettingsError(f"{home} {what}.{near_path(s.output_dir)}")
+    print(f"Waiting for what changes in {home}; Ctrl-C stops.", flush=True)
     while True:
         for path in [*sorted(home.glob("samples/step-*.png"))[-1:], *home.glob("loss.png")]:
             if shown.get(path) != (changed := path.stat().st_mtime_ns):
@@ -189,7 +190,7 @@ def data_check(s: DataCheck) -> None:
     base.vae.to(chosen_device(None))
     levels = [reconstruction(base.vae, e) for e in progress(good, "picture", "through the VAE")]
     lines = [f"{level:7.1f} dB  {e.path.name}" for e, level in zip(good, levels)]
-    print("\n".join([*lines, BELOW, as_table(scan, Path(s.folder))]))
+    print("\n".join(["Each picture after the VAE, beside itself:", *lines, BELOW, as_table(scan, Path(s.folder))]))
     if scan.errors:
         skip = " --skip_bad leaves out pictures that are no use." if good and not unread else ""
         raise DataError(f"{s.folder}: mend what is marked as an error above.{skip}")

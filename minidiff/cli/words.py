@@ -89,7 +89,7 @@ def values_of(name: str, kind: type, words: list[str]) -> dict[str, Any]:
             given[flag].append(word)
             room -= 1
         elif re.fullmatch("-[a-zA-Z]+", word):
-            raise SettingsError(f"{word} is no flag of minidiff {name}; flags begin with two dashes. See minidiff {name} --help.")
+            raise SettingsError(f"{word} is no flag of minidiff {name}; flags begin with two dashes: minidiff {name} --help.")
         else:
             free.append(word)
     free += words[end + 1 :]
@@ -107,6 +107,8 @@ def placed(name: str, free: list[str], places: list[str]) -> dict[str, list[str]
             raise SettingsError(f'put each prompt in quotes: minidiff {name} "{" ".join(free)}"')
         return {"prompts": free}
     if "prompt" in places:
+        if sum(" " in word for word in free) > 1:
+            raise SettingsError(f"minidiff {name} draws one prompt, and these are {len(free)}; minidiff sheet draws several.")
         return {"prompt": [" ".join(free)]} if free else {}
     if left := " ".join(free[len(places) :]):
         raise SettingsError(f'"{left}" belongs to no flag. A text with spaces needs quotes: --flag "several words"')

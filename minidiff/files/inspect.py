@@ -13,6 +13,7 @@ from typing import Any
 
 from minidiff.core.errors import MinidiffError
 from minidiff.core.lora import LoRAWeights
+from minidiff.files.bundled import here_or_bundled
 from minidiff.files.folder import read_json
 from minidiff.files.looks import kind_of
 from minidiff.files.lora_file import read_lora
@@ -26,7 +27,7 @@ Facts = dict[str, Any]  # labels, and for each a text, a list of texts, or a tab
 
 def inspect(path: str | Path) -> list[Facts]:
     """A report on a file; for a folder, on each weight file in it."""
-    path = Path(path)
+    path = here_or_bundled(path)
     if (path / "model_index.json").is_file():
         parts = ["unet", "vae", "text_encoder", *(["text_encoder_2"] if (path / "text_encoder_2").is_dir() else [])]
         return [describe_folder(path), *(describe(find_weights(path / part)) for part in parts)]

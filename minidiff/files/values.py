@@ -112,7 +112,9 @@ def same_name(path: Path) -> Path:
 
 def near_path(path: str) -> str:
     """A hint such as ` Did you mean "dog"?`, from the names beside a path that does not exist."""
-    parent = here_or_bundled(Path(path).parent)
+    parent, ours = here_or_bundled(Path(path).parent), f"checkpoints/{path}"
+    if here_or_bundled(ours).exists():
+        return f' Did you mean "{ours}"?'
     return did_you_mean(Path(path).name, [one.name for one in parent.iterdir()] if parent.is_dir() else [])
 
 

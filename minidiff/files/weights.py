@@ -27,7 +27,7 @@ from minidiff.files import looks
 from minidiff.files import names as keymaps
 from minidiff.files.atomic import PICKLES, check_ending, whole_file
 from minidiff.files.bundled import here_or_bundled
-from minidiff.files.values import listed
+from minidiff.files.values import listed, near_path
 
 DTYPES = {  # by their names in a header
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -140,7 +140,7 @@ def first_bytes(path: Path) -> bytes:
         raise WeightsError(f"{path} is a folder; name a .safetensors file in it.")
     if not path.is_file():
         what = "leads nowhere: a link without its file" if path.is_symlink() else "is no ordinary file"
-        raise WeightsError(f"{path} {what if os.path.lexists(path) else 'does not exist'}.")
+        raise WeightsError(f"{path} {what if os.path.lexists(path) else 'does not exist'}.{near_path(str(path))}")
     with path.open("rb") as file:
         start = file.read(64)
     if not start:

@@ -105,6 +105,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text("utf-8"))
         files, step = manifest["files"], manifest["step"]
+        if type(step) is not int or not isinstance(manifest["made_of"], dict):
+            raise ValueError("its manifest.json makes no sense")
         if path.name.startswith("checkpoint-") and path.name != f"checkpoint-{step}":
             raise ValueError(f"by its manifest.json it is that of step {step}")
         for name in STATE | files.keys():

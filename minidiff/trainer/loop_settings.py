@@ -182,7 +182,7 @@ FREED = "cannot be joined with --gradient_accumulation_steps: a gradient that is
 CROP = "cannot be joined with --no-center_crop, as a cached latent has one crop; add --no-cache_latents"
 SQUARE = "cannot be joined with --class_data_dir, whose pictures are square; take --prior_from_base"
 PROMPT = 'needs --instance_prompt, such as "a photo of a sks dog"; for pictures with captions there is --train_data_dir'
-CLASS = "needs --class_data_dir, where the base model draws missing pictures; or --prior_from_base, which needs none"
+CLASS = "needs --class_data_dir, where the base draws missing pictures; or --prior_from_base (dreambooth always has it on)"
 RULES: tuple[tuple[str, Callable[[Any], object], str], ...] = (  # where the flag is given, the condition must hold
     ("num_train_epochs", lambda s: s.max_train_steps is None, f"and --max_train_steps both say how long to train: {ONE}"),
     ("lr_warmup_steps", lambda s: s.lr_scheduler != "constant", "needs another --lr_scheduler, such as constant_with_warmup"),

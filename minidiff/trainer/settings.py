@@ -16,7 +16,7 @@ from minidiff.trainer.loop_settings import BatchSize, Count, Decay, Folder, NotN
 
 MemorySize = Annotated[str, Rule("must be a size from 1MB to 100TB, such as 8GB or 7.5GiB", size_in_bytes)]
 NewWord = Annotated[str, Rule("must be a new word such as <my-dog>", lambda word: bool(word.strip()))]
-KnownWord = Annotated[str, Rule('must be a word such as "dog"', lambda word: bool(word.strip()))]
+KnownWord = Annotated[str, Rule('is needed: a word near the subject, such as "dog"', lambda word: bool(word.strip()))]
 Layers = Annotated[tuple[str, ...], Rule("must name at least one layer", bool)]
 NoPrior = Annotated[bool, Rule("means nothing here: the model is frozen. Leave it out", lambda on: not on)]
 LayerRank = Annotated[str, Rule("must give layers and ranks, such as resnets=8", re.compile("[^=]+=[1-9][0-9]{0,5}").fullmatch)]

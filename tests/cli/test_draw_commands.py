@@ -280,7 +280,7 @@ def test_a_sheet_can_compare_models(tiny_folder: Path, tmp_path: Path) -> None:
 
 def test_a_loop(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tiny_folder, "morph", DOG, "the snow", "--frames", "3", "--fps", "10", "--output", "m.webp")
-    assert "2 keyframes x 3 frames = 6 frames, a loop of 0.6 s" in capsys.readouterr().err
+    assert "2 keyframes x 3 frames = 6 frames, there and back: 0.6 s" in capsys.readouterr().err
     run(tiny_folder, "sample", DOG, "--output", "key.png")
     loop = Image.open("m.webp")
     assert loop.n_frames == 6

@@ -121,6 +121,7 @@ def test_a_prompt_without_quotes_is_one_prompt(words: list[str], values: dict[st
         (Join, ["--rank", "3"], "needs --output and --lora. "),
         (Sample, ["--prompt", "a dog"], "stands alone"),
         (Sheet, ["a", "dog", "a", "cat"], "in quotes"),
+        (Sample, ["a dog", "a cat"], "draws one prompt, and these are 2; minidiff sheet draws several"),
         (LoRASettings, ["--instance_prompt", "a", "sks", "dog"], "quotes"),
     ],
 )

@@ -56,8 +56,11 @@ def test_sides_are_those_of_the_turned_picture_and_of_the_model(tiny_folder: Pat
 
 def test_enlarging_is_careful_by_default() -> None:
     with pytest.warns(UserWarning, match="--strength 0.1"):
+        s = settled(image="small.png", width=180)
+    assert (s.strength, s.prompt, s.tile_size) == (0.1, "a dog", None)
+    with pytest.warns(UserWarning, match="in tiles of 128 pixels"):
         s = settled(image="small.png", width=256)
-    assert s.strength == 0.1 and s.prompt == "a dog"
+    assert (s.strength, s.prompt, s.tile_size) == (0.1, "", 128)
     with pytest.warns(UserWarning, match="prompt is left out"):
         s = settled(image="small.png", width=256, tile_size=128, strength=0.3)
     assert (s.strength, s.prompt, s.guidance_scale) == (0.3, "", 1.0)

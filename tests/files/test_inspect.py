@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from random_adapters import EVERY, random_adapter
 from torch import Tensor
 
 from minidiff.cli.main import main
 from minidiff.core.errors import WeightsError
 from minidiff.core.lora import LoRAWeights
+from minidiff.draw.images import save_png
 from minidiff.files.inspect import as_text, inspect, trigger_words
 from minidiff.files.lora_file import save_lora
 from minidiff.files.model import ModelParts, ldm_tensors, read_model
@@ -256,3 +258,17 @@ def test_the_command(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
         with pytest.raises(SystemExit) as leave:
             main(words)
         assert leave.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_picture_says_how_it_was_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in (("made.png", {"parameters": "a dog\nSteps: 3"}), ("other.png", {})):
+        save_png(Image.new("RGB", (8, 8)), tmp_path / name, text)
+        main(["inspect", str(tmp_path / name)])
+    said = capsys.readouterr().out
+    assert "made with  a dog\n" in said and "Steps: 3" in said and "It does not say" in said
+
+
+def test_what_travels_with_the_package_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["inspect", "pocket-lcm"])
+    assert 'pocket-lcm does not exist. Did you mean "checkpoints/pocket-lcm"?' in capsys.readouterr().err

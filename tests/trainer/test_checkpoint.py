@@ -62,7 +62,7 @@ def test_damage_is_seen(tmp_path: Path, name: str, damage: str, capsys: pytest.C
     assert checkpoint.latest(tmp_path) == bad
 
 
-@pytest.mark.parametrize("manifest", ['{"files": {}}', '{"step": 2}', "[]", ""])
+@pytest.mark.parametrize("manifest", ['{"files": {}}', '{"step": 2, "made_of": [], "files": {}}', '{"step": 2}', "[]", ""])
 def test_a_manifest_of_nonsense_is_passed_over(tmp_path: Path, manifest: str) -> None:
     good, bad = save(tmp_path, 1), save(tmp_path, 2)
     (bad / "manifest.json").write_text(manifest)

@@ -196,7 +196,7 @@ class StableDiffusionPipeline(pipeline.StableDiffusionPipeline):
     def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32, **field: Any) -> Self:
         """As in model.py, with the field's keywords for a hub id."""
         home = found(folder, field)
-        check_names("from_pretrained", field, (*PARTS, "controlnet", "layerwise_casting", "plain"))
+        check_names("from_pretrained", field, (*PARTS, "controlnet", "torch_dtype", "layerwise_casting", "plain"))
         parts = {name: value for name, value in field.items() if value is not None}
         return super().from_pretrained(home, torch_dtype, name_or_path=str(folder), **parts)
 

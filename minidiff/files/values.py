@@ -115,7 +115,8 @@ def near_path(path: str) -> str:
     parent, ours = here_or_bundled(Path(path).parent), f"checkpoints/{path}"
     if here_or_bundled(ours).exists():
         return f' Did you mean "{ours}"?'
-    return did_you_mean(Path(path).name, [one.name for one in parent.iterdir()] if parent.is_dir() else [])
+    names = [one.name for one in parent.iterdir()] if parent.is_dir() else []
+    return did_you_mean(Path(path).name, [name for name in names if name != Path(path).name])  # its own: a broken link
 
 
 def check_names(where: str, given: Mapping[str, Any], known: Collection[str]) -> None:

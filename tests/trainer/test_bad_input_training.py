@@ -190,7 +190,7 @@ PRIOR = ("--with_prior_preservation", "--class_prompt", "a photo of a dog", "--c
 def test_case_19_prior_preservation(says: Said, pictures: Path, tmp_path: Path) -> None:
     assert '--with_prior_preservation needs --class_prompt, such as "a photo of a dog"' in says(PRIOR[0])
     said = says(*PRIOR[:3])
-    assert "needs --class_data_dir, where the base model draws missing pictures" in said and "--prior_from_base" in said
+    assert "needs --class_data_dir, where the base draws missing pictures" in said and "--prior_from_base" in said
     said = says(*PRIOR, tmp_path / "class", "--prior_loss_weight", "-1")
     assert "--prior_loss_weight must not be negative; it is -1.0" in said
     assert "--class_data_dir is the folder of the training pictures, too: give another" in says(*PRIOR, pictures)

@@ -77,7 +77,7 @@ def run(argv: list[str]) -> None:
     elif first in HELP or (group and second in HELP):
         print(usage(group))
     elif name not in COMMANDS:
-        near = did_you_mean(name, [*COMMANDS, *(name.split()[0] for name in COMMANDS)])
+        near = "" if name == group else did_you_mean(name, [*COMMANDS, *(name.split()[0] for name in COMMANDS)])
         raise SettingsError(f'"{name}" is no command.{near} minidiff{f" {group}" if group else ""} --help lists them.')
     else:
         flags, function, _ = COMMANDS[name]

@@ -144,7 +144,7 @@ def value_of(flag: str, words: list[str], hint: Any) -> Any:
     try:
         return kind(word)
     except ValueError:
-        raise SettingsError(f"--{flag} must be {NUMBERS[kind]}; it is {word!r}.") from None
+        raise SettingsError(f"--{flag} must be {NUMBERS[kind]}; it is {word!r:.60}.") from None
 
 
 def choices_of(hint: Any) -> list[str]:

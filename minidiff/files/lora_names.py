@@ -244,7 +244,7 @@ def scale_of(path: Path, module: str, parts: Mapping[str, Tensor], configs: Mapp
         rslora = bool(config.get("use_rslora"))
     else:
         return None
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+    if type(alpha) not in (int, float) or not 0 < alpha < 1e38:  # fp32 holds no more
         raise AdapterError(f"{path}: alpha of {module} is {alpha!r:.100}; it must be a positive number.")
     return float(alpha) / (math.sqrt(rank) if rslora else rank)
 

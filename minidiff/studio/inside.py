@@ -16,6 +16,7 @@ C H W one latent   N heads   L h·w places   S tokens   D width of one head
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -44,14 +45,15 @@ Size = tuple[int, int]  # height and width, in cells
 Word = tuple[str, list[int]]  # a word of the prompt, and where its tokens stand among the S
 
 
-class Watcher:
+class Watcher(ABC):
     """Sees the U-Net while it draws. Use it in a `with`: its hooks are removed at the end."""
 
     def __init__(self, pipe: StableDiffusionPipeline) -> None:
         self.pipe = pipe
 
+    @abstractmethod
     def hooks(self) -> Iterable[RemovableHandle]:
-        raise NotImplementedError
+        """Hang the hooks on the U-Net. `Watcher` removes them."""
 
     def __enter__(self) -> Self:
         if self.pipe.tile_size:

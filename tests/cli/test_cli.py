@@ -121,10 +121,11 @@ def test_help_of_a_group_of_commands(words: list[str], capsys: pytest.CaptureFix
     ("argv", "says"),
     [
         (["sampel", "a dog"], 'Did you mean "sample"'),
-        (["train"], "minidiff train --help"),
+        (["train"], '"train" is no command. minidiff train --help'),
         (["train", "lroa"], 'Did you mean "train lora"'),
         (["train", "lora", "--rnk", "4"], "--rank"),
         (["train", "lora", "--rank", "four"], "four"),
+        (["sample", "a dog", "--seed", "9" * 5000], f"it is '{'9' * 59}."),
         (["train", "lora"], "--instance_data_dir"),
         (["train", "lora", "--instance_data_dir", "x"], "--instance_prompt"),
         (["train", "lora", "--config"], "expected one argument"),

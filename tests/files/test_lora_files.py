@@ -568,6 +568,7 @@ REFUSED = {
     "rank in metadata": (GOOD, R2 | {"unet.r": 4}, "has rank 2, and its configuration says 4"),
     "alpha 0": (GOOD, R2 | {"unet.lora_alpha": 0}, "alpha of .* is 0"),
     "alpha NaN": (GOOD, R2 | {"unet.lora_alpha": float("nan")}, "alpha of .* is nan"),
+    "alpha beyond fp32": (GOOD, R2 | {"unet.lora_alpha": 10**400}, "alpha of .* is 1000"),
     "alpha text": (GOOD, R2 | {"unet.lora_alpha": "8"}, "alpha of .* is '8'"),
     "patterns": (GOOD, R2 | {"unet.rank_pattern": ["x"]}, "not the configuration"),
     "regex": (GOOD, R2 | {"unet.rank_pattern": {"(": 2}}, "not the configuration"),

@@ -105,15 +105,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text("utf-8"))
         files, step = manifest["files"], manifest["step"]
-        if type(step) is not int or not isinstance(manifest["made_of"], dict):
+        tables = (files, manifest["made_of"], manifest["environment"])
+        if type(step) is not int or step < 0 or not all(isinstance(table, dict) for table in tables):
             raise ValueError("its manifest.json makes no sense")
         if path.name.startswith("checkpoint-") and path.name != f"checkpoint-{step}":
             raise ValueError(f"by its manifest.json it is that of step {step}")
         for name in STATE | files.keys():
-            if (path / name).stat().st_size != files[name]["bytes"]:
+            if (path / name).stat().st_size != files[name]["bytes"] or "sha256" not in files[name]:
                 raise ValueError(f"{name} is cut short")
         return manifest
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise WeightsError(f"{path} is no complete checkpoint ({type(error).__name__}: {error}).") from error
 
 

@@ -16,6 +16,7 @@ from minidiff.files import values
 from minidiff.files.values import A_FOLDER, Flags, Rule, at_least, between
 
 DEFAULT_UPDATES = 400
+MOST = 10_000_000  # updates of a run
 
 
 def size_in_bytes(text: str) -> int | None:
@@ -52,7 +53,7 @@ class TrainSettings(Flags):
     """Samples in one forward pass. With several GPUs they share these samples."""
     gradient_accumulation_steps: BatchSize = 1
     """Forward passes in one update. Their gradients are averaged, as for one larger batch."""
-    max_train_steps: Annotated[int, between(1, 10_000_000)] | None = None
+    max_train_steps: Annotated[int, between(1, MOST)] | None = None
     """Updates in total, including those before a resume. Default: 400, unless --num_train_epochs is given."""
     num_train_epochs: Annotated[int, between(1, 1_000_000)] | None = None
     """How many times all samples are used, instead of --max_train_steps."""
@@ -133,6 +134,10 @@ class TrainSettings(Flags):
     def updates(self, samples: int | None) -> int:
         """Updates in total. `samples` is the length of an epoch; None for a task without epochs."""
         total = self.updates_of(self.num_train_epochs, samples) or self.max_train_steps or DEFAULT_UPDATES
+        if self.num_train_epochs and samples is None:
+            raise SettingsError("--num_train_epochs needs a task with epochs; give --max_train_steps.")
+        if total > MOST:
+            raise SettingsError(f"--num_train_epochs makes {total} updates, and a run has at most {MOST}.")
         if self.lr_warmup_steps > total:
             raise SettingsError(f"--lr_warmup_steps must not exceed the {total} updates in total.")
         return total

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from minidiff.core.errors import WeightsError
 from minidiff.draw.speed import needed
 from minidiff.trainer.settings import TrainSettings
 
@@ -44,12 +45,20 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The reverse. (torch's own `load_state_dict` would make floats of 8-bit codes.)"""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    """The reverse. WeightsError for a tensor that belongs to none of this optimizer's parameters.
+
+    (torch's own `load_state_dict` would make floats of 8-bit codes.)
+    """
+    parameters = {str(i): p for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     fused = any(group.get("fused") for group in optimizer.param_groups)
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")
-        p = parameters[int(number)]
+        p = parameters.get(number)
+        fits = p is not None and tensor.dtype == torch.float32 and tensor.shape in (torch.Size(), p.shape)
+        if p is not None and hasattr(optimizer, "kinds"):  # ours
+            fits = optimizer.kinds(p).get(name) == (tensor.shape, tensor.dtype)
+        if p is None or not fits:
+            raise WeightsError(f"the optimizer's {key}, {tuple(tensor.shape)}, belongs to nothing that this task trains")
         optimizer.state[p][name] = tensor.to(p.device) if tensor.ndim or fused else tensor  # ours counts steps on the CPU
 
 

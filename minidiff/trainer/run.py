@@ -154,10 +154,13 @@ class Run:
         if manifest["step"] > self.total:
             raise SettingsError(f"--max_train_steps: {path} is further already than the {self.total} updates in all.")
         kinds = {name: (p.shape, p.dtype) for name, p in self.job.trainable.items()}
-        for group in ("weights", "ema") if self.ema else ("weights",):
-            if {name: (t.shape, t.dtype) for name, t in tensors.get(group, {}).items()} != kinds:
-                raise WeightsError(f"{path}: its {group} are not those that this task trains; take another --output_dir.")
-        load_optimizer_state(self.optimizer, tensors["optimizer"])
+        try:
+            for group in ("weights", "ema") if self.ema else ("weights",):
+                if {name: (t.shape, t.dtype) for name, t in tensors.get(group, {}).items()} != kinds:
+                    raise WeightsError(f"its {group} are not those that this task trains")
+            load_optimizer_state(self.optimizer, tensors["optimizer"])
+        except WeightsError as error:
+            raise WeightsError(f"{path}: {error}; take another --output_dir.") from error
         for name, p in self.job.trainable.items():
             p.data.copy_(tensors["weights"][name])
             if self.ema:

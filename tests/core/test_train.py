@@ -344,11 +344,13 @@ def test_nothing_is_measured_anew_where_the_metrics_are_lost(tmp_path: Path) -> 
     assert [row["step"] for row in read_metrics(tmp_path)] == [6, 7, 8]
 
 
-@pytest.mark.parametrize("damage", ["dtype", "no average"])
+@pytest.mark.parametrize("damage", ["shape of moments", "dtype", "no average"])
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path, damage: str) -> None:
     settings = into(tmp_path, use_ema=True, ema_decay=0.5)
     fit(toy(settings), replace(settings, max_train_steps=5))
     manifest, tensors = checkpoint.load(path := tmp_path / "checkpoint-5")
+    if damage == "shape of moments":
+        tensors["optimizer"]["0.exp_avg"] = torch.zeros(7)
     if damage == "dtype":
         tensors["weights"]["weight"] = tensors["weights"]["weight"].to(torch.int8)
     if damage == "no average":
@@ -392,6 +394,8 @@ def test_ema_by_settings(tmp_path: Path) -> None:
 def test_epochs(tmp_path: Path) -> None:
     settings = into(tmp_path, max_train_steps=None, num_train_epochs=2, gradient_accumulation_steps=2)
     task = toy(settings)
+    with pytest.raises(SettingsError, match="--num_train_epochs needs a task with epochs; give --max_train_steps"):
+        fit(task, settings)
     task.samples_per_epoch = 10
     assert fit(task, settings).done == 3  # 20 samples, 8 in an update
 

@@ -62,10 +62,26 @@ def test_damage_is_seen(tmp_path: Path, name: str, damage: str, capsys: pytest.C
     assert checkpoint.latest(tmp_path) == bad
 
 
-@pytest.mark.parametrize("manifest", ['{"files": {}}', '{"step": 2, "made_of": [], "files": {}}', '{"step": 2}', "[]", ""])
+NONSENSE = ["[" * 100_000, '{"files": {}}', '{"files": {}, "step": "2"}', '{"step": 2}', "[]", "3", ""]
+
+
+@pytest.mark.parametrize("manifest", NONSENSE)
 def test_a_manifest_of_nonsense_is_passed_over(tmp_path: Path, manifest: str) -> None:
     good, bad = save(tmp_path, 1), save(tmp_path, 2)
     (bad / "manifest.json").write_text(manifest)
+    assert checkpoint.latest(tmp_path) == good
+
+
+@pytest.mark.parametrize("value", [None, [], "", 7, -3, {}, {"state/weights.safetensors": 3}, "left out"])
+@pytest.mark.parametrize("key", ["step", "made_of", "environment", "files"])
+def test_a_manifest_with_a_wrong_value_is_passed_over(tmp_path: Path, key: str, value: object) -> None:
+    if (key, type(value)) in (("made_of", dict), ("environment", dict)):
+        return
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    manifest = json.loads((bad / "manifest.json").read_text()) | {key: value}
+    if value == "left out":
+        del manifest[key]
+    (bad / "manifest.json").write_text(json.dumps(manifest))
     assert checkpoint.latest(tmp_path) == good
     with pytest.raises(WeightsError, match="checkpoint-2 is no complete checkpoint"):
         checkpoint.load(bad)
@@ -81,6 +97,10 @@ def test_a_name_that_is_not_the_manifests_is_not_trusted(tmp_path: Path, capsys:
     assert "checkpoint-9 is no complete checkpoint (ValueError: by its manifest.json it is that of step 2)" in said
     good.rename(tmp_path / "kept")  # another kind of name says nothing
     assert checkpoint.verify(tmp_path / "kept")["step"] == 3
+    text = (tmp_path / "kept" / "manifest.json").read_text().replace('"step": 3', '"step": -3')
+    (tmp_path / "kept" / "manifest.json").write_text(text)
+    with pytest.raises(WeightsError, match="makes no sense"):
+        checkpoint.verify(tmp_path / "kept")
 
 
 def test_prune_counts_whole_checkpoints_only(tmp_path: Path) -> None:
@@ -277,3 +297,19 @@ def test_optimizer_state_through_tensors(kind: type[torch.optim.Optimizer]) -> N
     load_optimizer_state(other, tensors)
     step(ps, optimizer), step(qs, other)
     assert all(torch.equal(p, q) for p, q in zip(ps, qs, strict=True))
+
+
+@pytest.mark.parametrize(
+    "key, tensor",
+    [
+        ("0.exp_avg", torch.ones(3)),
+        ("0.exp_avg", torch.ones(2, dtype=torch.int8)),
+        ("2.step", torch.ones(())),
+        ("\u0661.step", torch.ones(())),
+        ("", torch.ones(())),
+    ],
+)
+def test_moments_of_something_else(key: str, tensor: torch.Tensor) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(1))])
+    with pytest.raises(WeightsError, match="belongs to nothing that this task trains"):
+        load_optimizer_state(optimizer, {"0.step": torch.ones(()), key: tensor})

@@ -11,7 +11,7 @@ import torch
 from resume_harness import NUMBERS, numbers
 from torch import Tensor, nn
 
-from minidiff.core.errors import MinidiffError, SettingsError
+from minidiff.core.errors import MinidiffError, SettingsError, WeightsError
 from minidiff.core.train import LoopSettings, clip_gradients, lr_factor
 from minidiff.fast.adam8bit import LeanAdamW
 from minidiff.trainer.distributed import World
@@ -228,6 +228,21 @@ def test_which_optimizer_the_settings_mean() -> None:
         assert isinstance(optimizer, LeanAdamW) and optimizer.eight_bit == eight_bit
         group = optimizer.param_groups[0]
         assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.5, (0.1, 0.999), 1e-8, 1e-2)
+
+
+@pytest.mark.parametrize("damage", ["floats for codes", "too many blocks"])
+def test_8_bit_moments_of_something_else(damage: str) -> None:
+    p = nn.Parameter(torch.zeros(5000))
+    p.grad = torch.ones_like(p)
+    optimizer = LeanAdamW([p], 0.1)
+    optimizer.step()
+    state = optimizer_state(optimizer)
+    if damage == "floats for codes":
+        state["0.exp_avg"] = state["0.exp_avg"].float()
+    else:
+        state["0.exp_avg_absmax"] = torch.ones(21)
+    with pytest.raises(WeightsError, match="0.exp_avg"):
+        load_optimizer_state(LeanAdamW([p], 0.1), state)
 
 
 @pytest.mark.parametrize("eight_bit", [False, True])

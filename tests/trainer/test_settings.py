@@ -118,6 +118,11 @@ def test_an_absurd_seed() -> None:
         FineTuneSettings(**PICTURES, seed=HUGE).check()
 
 
+def test_more_epochs_than_anybody_lives() -> None:
+    with pytest.raises(SettingsError, match="--num_train_epochs makes 25000000 updates, and a run has at most 10000000"):
+        TrainSettings(num_train_epochs=1_000_000).updates(100)
+
+
 @pytest.mark.parametrize("name", ["output_dir", "instance_data_dir", "validation_data_dir", "pretrained_model_name_or_path"])
 def test_no_path_holds_a_nul(name: str) -> None:
     """A TOML file can: name = "a\\u0000"."""

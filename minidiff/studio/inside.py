@@ -103,6 +103,8 @@ def filmstrip(film: Film, title: str = "", count: int = 8, tile: int = 192) -> I
 
     The noise is √(1 - ā_t), its share in x_t = √ā_t x_0 + √(1 - ā_t) ε (DDPM, arXiv 2006.11239, eq. 4): 1 is noise alone.
     """
+    if count < 1 or not film.frames:
+        raise SettingsError(f"a strip of {count} out of {len(film.frames)} steps; draw with callback=film, and show 1 or more.")
     chosen = torch.linspace(0, len(film.frames) - 1, min(count, len(film.frames))).round().int().tolist()
     frames = [film.frames[i] for i in chosen]
     rows = [to_pil(film.pipe.decode(torch.cat(latents))) for latents in ([f.seen for f in frames], [f.x0 for f in frames])]

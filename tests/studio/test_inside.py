@@ -90,6 +90,15 @@ def test_noise_share_is_that_of_ddpm_eq4(pipe: StableDiffusionPipeline) -> None:
     assert 0 < noise_share(pipe.schedule, 0) < noise_share(pipe.schedule, 999) <= 1
 
 
+def test_a_film_without_pictures_is_told(pipe: StableDiffusionPipeline) -> None:
+    with pytest.raises(SettingsError, match="a strip of 8 out of 0 steps"):
+        filmstrip(Film(pipe))
+    with Film(pipe) as film:
+        pipe(DOG, seed=0, num_inference_steps=1, callback=film)
+    with pytest.raises(SettingsError, match="strip of 0 out of 1"):
+        filmstrip(film, count=0)
+
+
 # --------------------------------------------------------------------------------------------------------- attention
 
 
